@@ -1,0 +1,324 @@
+"""An experiment: one frozen dataclass a stage, read once.
+
+In:  a TOML file with a table a stage, `--set stage.key=value`, or Flower's flat run config
+     (`stage-key`).
+Out: an `Experiment`. Deeper code takes the stage's dataclass and never sees a string key.
+
+Every key is a field below with its default, and every field is a key: there is no second list.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_args, get_origin, get_type_hints
+
+from fedpet.errors import ConfigError
+
+Scalar = str | int | float | bool
+
+
+def _choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _at_least(name: str, value: float, least: float) -> None:
+    if not value >= least:
+        raise ConfigError(f"{name} must be at least {least}, got {value!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    model: str = "embedded"  # "embedded", a hub name, a folder, or "package:NAME"
+    revision: str = ""  # a hub commit; "" takes the newest
+    head_seed: int = 0  # of the newly initialised parameters; the same on every device
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    source: str = "embedded"  # "embedded", a hub name, a folder with split files, or a file
+    train_split: str = "train"
+    eval_split: str = "test"  # "" takes eval_fraction of the training rows, by a hash of the text
+    eval_fraction: float = 0.2
+    text_columns: tuple[str, ...] = ("text",)  # one, or two for pairs
+    label_column: str = "label"
+    label_names: tuple[str, ...] = ()  # () reads them off the training rows, sorted
+    task: str = "classification"  # or "regression"
+    metric: str = "accuracy"  # accuracy, f1, matthews, pearson
+    max_length: int = 64  # tokens a row, special ones counted
+    max_train_rows: int = 0  # 0 takes all
+    max_eval_rows: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("data.task", self.task, ("classification", "regression"))
+        _choice("data.metric", self.metric, ("accuracy", "f1", "matthews", "pearson"))
+        if (self.metric == "pearson") != (self.task == "regression"):
+            raise ConfigError(
+                f"data.metric {self.metric!r} does not measure a {self.task} task: take 'pearson' "
+                "for regression, and accuracy, f1 or matthews for classification."
+            )
+        if not 1 <= len(self.text_columns) <= 2:
+            raise ConfigError(
+                f"data.text-columns must name one column, or two for pairs of texts, got "
+                f"{list(self.text_columns)}."
+            )
+        _at_least("data.max-length", self.max_length, 8)
+        if not 0 < self.eval_fraction < 1:
+            raise ConfigError(
+                f"data.eval-fraction must be in (0, 1), got {self.eval_fraction!r}. It is the "
+                "fraction of rows held out where no evaluation split is named."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopulationConfig:
+    partition: str = "column"  # column, dirichlet, shards, iid
+    client_column: str = "client"  # with partition "column"
+    num_clients: int = 40  # with the others
+    alpha: float = 0.3  # Dirichlet concentration over labels
+    shards_per_client: int = 2
+    min_rows: int = 8  # a client with fewer takes no part; how many were left out is reported
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("population.partition", self.partition, ("column", "dirichlet", "shards", "iid"))
+        _at_least("population.num-clients", self.num_clients, 1)
+        _at_least("population.min-rows", self.min_rows, 1)
+        _at_least("population.shards-per-client", self.shards_per_client, 1)
+        if not self.alpha > 0:
+            raise ConfigError(f"population.alpha must be above 0, got {self.alpha!r}.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig:
+    density: float = 0.005  # fraction of the entries in scope; 0.005 is half a percent
+    rule: str = "smallest"  # smallest (PaFi), largest, random
+    granularity: str = "global"  # or "per-tensor"
+    broadcast: str = "derived"  # the rule and a hash, or "explicit": coded positions
+    seed: int = 0  # of the rule "random"
+    enabled: bool = True  # false leaves the weights alone: structure and head only
+
+    def __post_init__(self) -> None:
+        if not 0 < self.density <= 1:
+            raise ConfigError(
+                f"mask.density must be in (0, 1], got {self.density!r}. It is a fraction of the "
+                "entries in scope: to train half a percent, give 0.005; to train none, give "
+                "mask.enabled = false."
+            )
+        _choice("mask.rule", self.rule, ("smallest", "largest", "random"))
+        _choice("mask.granularity", self.granularity, ("global", "per-tensor"))
+        _choice("mask.broadcast", self.broadcast, ("derived", "explicit"))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureConfig:
+    preset: str = "lnfit"  # names joined by "+", or "none"; see fedpet/structure.py
+    file: str = ""  # a structure found by `fedpet search`; stands instead of the preset
+    rank: int = 8  # of lora and hiwi
+    scale: float = 2.0  # of lora: what alpha / rank is elsewhere
+
+    def __post_init__(self) -> None:
+        _at_least("structure.rank", self.rank, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig:
+    learning_rate: float = 1e-3
+    learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
+    local_epochs: int = 1
+    batch_size: int = 8
+    weight_decay: float = 0.0  # of the communicated deltas: towards the checkpoint
+    clip_norm: float = 1.0  # L2 norm of the whole gradient; 0 leaves it alone
+    dropout: bool = False
+    threads: int = 1  # torch threads a client
+
+    def __post_init__(self) -> None:
+        _at_least("training.local-epochs", self.local_epochs, 0)
+        _at_least("training.batch-size", self.batch_size, 1)
+        _at_least("training.threads", self.threads, 1)
+        if not self.learning_rate > 0:
+            raise ConfigError(
+                f"training.learning-rate must be above 0, got {self.learning_rate!r}."
+            )
+        self.rate_of("")
+
+    def rate_of(self, kind: str) -> float:
+        """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
+        for entry in self.learning_rates:
+            name, _, rate = entry.partition("=")
+            try:
+                value = float(rate)
+            except ValueError:
+                value = -1.0
+            if not value > 0:
+                raise ConfigError(
+                    "training.learning-rates must hold entries such as 'head=0.01', got "
+                    f"{entry!r}."
+                )
+            if name.strip() == kind:
+                return value
+        return self.learning_rate
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    name: str = "fedavg"
+    num_rounds: int = 10
+    clients_per_round: int = 20
+    quorum: float = 0.5  # fraction of the round's clients that must give a usable reply
+    min_replies: int = 1
+    round_deadline_seconds: float = 3600.0
+    node_wait_seconds: float = 300.0
+    evaluate_every: int = 1  # rounds; the last is always evaluated
+
+    def __post_init__(self) -> None:
+        _choice("strategy.name", self.name, ("fedavg",))
+        _at_least("strategy.num-rounds", self.num_rounds, 1)
+        _at_least("strategy.clients-per-round", self.clients_per_round, 1)
+        _at_least("strategy.min-replies", self.min_replies, 1)
+        _at_least("strategy.evaluate-every", self.evaluate_every, 1)
+        if not 0 <= self.quorum <= 1:
+            raise ConfigError(
+                f"strategy.quorum must be in [0, 1], got {self.quorum!r}. It is the fraction of a "
+                "round's clients that must give a usable reply."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig:
+    up: str = "float32"  # clients to server
+    down: str = "float32"  # server to clients
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    name: str = "film-reviews"
+    seed: int = 0  # sampling of clients, batches, adapters, stochastic rounding
+    workers: int = 2  # Ray actors, each with training.threads
+    cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
+
+    def __post_init__(self) -> None:
+        _at_least("run.workers", self.workers, 1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that decides a run, a field a stage."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    population: PopulationConfig = field(default_factory=PopulationConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    structure: StructureConfig = field(default_factory=StructureConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any]) -> Experiment:
+        """Build from nested tables with kebab-case or snake_case keys.
+
+        Raises:
+            ConfigError: An unknown table or key (the known ones are named), or a bad value.
+        """
+        stages = get_type_hints(cls)
+        _refuse_unknown("table", tables, stages)
+        built = {}
+        for name, table in tables.items():
+            if not isinstance(table, Mapping):
+                raise ConfigError(f"{name!r} must be a table of keys, got {table!r}.")
+            built[name] = _stage(stages[name], name, table)
+        return cls(**built)
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+        """Read a TOML file; `overrides` are `stage.key=value` strings, the last one wins."""
+        try:
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
+        return cls.from_tables(_with_overrides(tables, overrides))
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Scalar]) -> Experiment:
+        """Build from Flower's flat, kebab-case run config: `mask-density` is `mask.density`."""
+        tables: dict[str, dict[str, Any]] = {}
+        for key, value in run_config.items():
+            stage, _, name = key.partition("-")
+            tables.setdefault(stage, {})[name] = value
+        return cls.from_tables(tables)
+
+    def to_tables(self) -> dict[str, dict[str, Any]]:
+        """Nested tables with kebab-case keys: what `from_tables` takes."""
+        return {
+            stage: {
+                key.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(config).items()
+            }
+            for stage, config in vars(self).items()
+        }
+
+    def to_run_config(self) -> dict[str, Scalar]:
+        """Flower's flat form: a list becomes one string, its entries joined by commas."""
+        return {
+            f"{stage}-{key}": ",".join(value) if isinstance(value, list) else value
+            for stage, table in self.to_tables().items()
+            for key, value in table.items()
+        }
+
+
+def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
+    names = sorted(name.replace("_", "-") for name in known)
+    for name in given:
+        if name.replace("_", "-") not in names:
+            raise ConfigError(f"unknown {what} {name!r}. Known are: {', '.join(names)}.")
+
+
+def _stage(config: type, stage: str, table: Mapping[str, Any]) -> Any:
+    types = get_type_hints(config)
+    _refuse_unknown(f"key in [{stage}]:", table, types)
+    return config(
+        **{
+            key.replace("-", "_"): _typed(f"{stage}.{key}", value, types[key.replace("-", "_")])
+            for key, value in table.items()
+        }
+    )
+
+
+def _typed(name: str, value: Any, wanted: Any) -> Any:
+    """Check one value against its field's type; ints pass as floats, strings as lists."""
+    if get_origin(wanted) is tuple:
+        assert get_args(wanted) == (str, ...)
+        if isinstance(value, str):
+            value = [part.strip() for part in value.split(",") if part.strip()]
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            return tuple(value)
+        raise ConfigError(f"{name} must be a list of strings, got {value!r}.")
+    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
+        raise ConfigError(f"{name} must be of type {wanted.__name__}, got {value!r}.")
+    return value
+
+
+def _with_overrides(tables: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
+    for override in overrides:
+        key, equals, text = override.partition("=")
+        stage, dot, name = key.strip().partition(".")
+        if not (equals and dot and name):
+            raise ConfigError(f"--set takes stage.key=value, got {override!r}.")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()  # a bare word is a string
+        table = {k.replace("_", "-"): v for k, v in tables.get(stage, {}).items()}
+        tables = {**tables, stage: {**table, name.replace("_", "-"): value}}
+    return tables

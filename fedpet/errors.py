@@ -1,0 +1,60 @@
+"""What can go wrong, and whose it is to mend.
+
+    FedpetError
+    ├── InputError            what a user gave; the command line exits with 2
+    │   ├── ConfigError       an experiment's key or value
+    │   ├── BackboneError     a checkpoint that is absent, out of reach or of another kind
+    │   ├── DataError         rows, columns, labels, clients
+    │   └── StructureError    a structure for another backbone, or one that does not fit
+    ├── RunError              the run failed, or nothing was learned; exits with 1
+    └── ReplyError            one client's reply is refused; the round goes on (law 7)
+        ├── FrameError        bytes that are no frame of this plan and round
+        ├── PlanError         a plan that this node does not hold, or cannot follow
+        └── TrainingError     local training that gave no usable values
+
+Every message says the rule, what came, and what to do; a `ReplyError` says also who.
+"""
+
+
+class FedpetError(Exception):
+    """Any error this package raises on purpose."""
+
+
+class InputError(FedpetError, ValueError):
+    """Something a user gave is wrong. The message is one clear sentence or two."""
+
+
+class ConfigError(InputError):
+    """A key or a value of an experiment."""
+
+
+class BackboneError(InputError):
+    """A checkpoint that cannot be used."""
+
+
+class DataError(InputError):
+    """Rows, columns, labels or clients that cannot be used."""
+
+
+class StructureError(InputError):
+    """A structure that does not fit its backbone or its budget."""
+
+
+class RunError(FedpetError, RuntimeError):
+    """The run failed, or no round learned anything."""
+
+
+class ReplyError(FedpetError):
+    """A reply, or a request, that must not become part of the average."""
+
+
+class FrameError(ReplyError):
+    """Bytes that are not a well-formed frame of the plan, codec and round in force."""
+
+
+class PlanError(ReplyError):
+    """A plan that is not held here, or does not fit the checkpoint here."""
+
+
+class TrainingError(ReplyError):
+    """Local training gave nothing that may be averaged."""
