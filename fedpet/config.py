@@ -130,6 +130,8 @@ class StructureConfig:
 class TrainingConfig:
     learning_rate: float = 1e-3
     learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
+    optimizer: str = "adamw"  # or "sgd"; fresh in every round
+    schedule: str = "constant"  # over the rounds; "linear" falls to 0 after the last
     local_epochs: int = 1
     batch_size: int = 8
     weight_decay: float = 0.0  # of the communicated deltas: towards the checkpoint
@@ -138,6 +140,8 @@ class TrainingConfig:
     threads: int = 1  # torch threads a client
 
     def __post_init__(self) -> None:
+        _choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
+        _choice("training.schedule", self.schedule, ("constant", "linear"))
         _at_least("training.local-epochs", self.local_epochs, 0)
         _at_least("training.batch-size", self.batch_size, 1)
         _at_least("training.threads", self.threads, 1)

@@ -1,0 +1,243 @@
+"""What a node does with a message: train its clients from the global values, and answer.
+
+    ... -> codec -> plan -> [client] -> strategy -> ledger -> report
+
+In:  a request (fedpet/messages.py): a cohort, the global values, the plan where it may be lacking.
+Out: a frame a client with its update, or a refusal that says why there is none.
+
+What is heavy stays where it is: the backbone, its tokenised rows and the adapted model live as
+long as the process does, plans lie on disk under their digest. A client is a few kilobytes of
+values written into the resident model, and read out again.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import tempfile
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedpet.backbone import load_backbone, locate
+from fedpet.codec import decode_values, encode_values
+from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal, unpack_frames
+from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
+from fedpet.data import FederatedData, load_data
+from fedpet.errors import FedpetError, FrameError, PlanError, ReplyError, TrainingError
+from fedpet.messages import PLAN_MISSING, read_request
+from fedpet.model import PetModel
+from fedpet.plan import Plan, groups_by_kind
+from fedpet.seeds import client_number, derive_seed
+from fedpet.training import train_rows
+
+MAX_REASON_BYTES = 500
+
+
+@dataclass(frozen=True, kw_only=True)
+class NodeSettings:
+    """What a node knows of itself; everything else comes with the plan.
+
+    Attributes:
+        backbone: Where the node's own copy of the checkpoint is.
+        data: Where its rows are.
+        population: How its rows fall into clients.
+        cache: Folder for tokenised rows and plans.
+    """
+
+    backbone: BackboneConfig
+    data: DataConfig
+    population: PopulationConfig
+    cache: Path
+
+    @classmethod
+    def of(cls, experiment: Experiment) -> NodeSettings:
+        """The settings of a simulated node."""
+        return cls(
+            backbone=experiment.backbone,
+            data=experiment.data,
+            population=experiment.population,
+            cache=cache_folder(experiment),
+        )
+
+
+class Node:
+    """One process's resident state: plans, rows, and the model adapted to the plan in force."""
+
+    def __init__(self, settings: NodeSettings) -> None:
+        self.settings = settings
+        self._plan_in_force: bytes | None = None
+        self._ready: tuple[Plan, PetModel, FederatedData, dict[int, np.ndarray]] | None = None
+
+    def answer(self, payload: bytes) -> bytes:
+        """Train the cohort that a request names.
+
+        Args:
+            payload: A request, see fedpet/messages.py.
+
+        Returns:
+            One frame or refusal a client, joined, in the order of the request.
+
+        Raises:
+            FrameError: The request does not parse; there is nobody to answer for.
+        """
+        request = read_request(payload)
+        frame = _only_frame(request.frame)
+        digest, server_round = frame.plan_digest, frame.server_round
+        try:
+            if request.plan:
+                self._store(request.plan, digest)
+            plan, pet, data, rows_of = self._prepare(digest)
+            values = _global_values(frame, plan, pet)
+        except FedpetError as error:
+            return b"".join(
+                _refusal(digest, server_round, client, str(error)) for client in request.clients
+            )
+        torch.set_num_threads(plan.training.threads)
+        return b"".join(
+            self._train(client, server_round, digest, values, plan, pet, data, rows_of)
+            for client in request.clients
+        )
+
+    def _train(
+        self,
+        client: int,
+        server_round: int,
+        digest: bytes,
+        values: np.ndarray,
+        plan: Plan,
+        pet: PetModel,
+        data: FederatedData,
+        rows_of: dict[int, np.ndarray],
+    ) -> bytes:
+        """One client: write the values in, train, read them out, pack the difference."""
+        if client not in rows_of:
+            return _refusal(digest, server_round, client, "this client does not live on this node.")
+        try:
+            seed = derive_seed("client", plan.seed, server_round, client)
+            pet.load_values(torch.from_numpy(values), seed=seed)
+            trained = train_rows(
+                pet.model,
+                pet.parameter_groups(),
+                data.train,
+                rows_of[client],
+                plan.task,
+                plan.training,
+                seed=seed,
+                progress=plan.progress(server_round),
+                after_step=pet.after_step,
+            )
+            update = pet.values().numpy() - values  # (num_values,)
+            if not np.isfinite(update).all():
+                raise TrainingError(
+                    "the trained values hold NaN or infinity: lower training.learning-rate."
+                )
+        except (ReplyError, FloatingPointError) as error:
+            return _refusal(digest, server_round, client, str(error))
+        groups = groups_by_kind(pet.segments)
+        return pack_frame(
+            Frame(
+                plan_digest=digest,
+                server_round=server_round,
+                client=client,
+                codec=plan.codec.up,
+                count=plan.num_values,
+                num_examples=trained.num_examples,
+                loss=trained.loss,
+                train_seconds=trained.train_seconds,
+                payload=encode_values(
+                    update, plan.codec.up, groups, seed=derive_seed("encode", seed)
+                ),
+            )
+        )
+
+    def _prepare(
+        self, digest: bytes
+    ) -> tuple[Plan, PetModel, FederatedData, dict[int, np.ndarray]]:
+        """Make the plan of a request the one in force, unless it is already."""
+        if self._ready is None or self._plan_in_force != digest:
+            path = self._plan_path(digest)
+            if not path.exists():
+                raise PlanError(PLAN_MISSING)
+            plan = Plan.from_bytes(path.read_bytes())
+            self._ready = None  # the old model goes before the new one comes
+            settings = self.settings
+            data = load_data(
+                replace(
+                    settings.data,
+                    label_names=plan.task.label_names,
+                    max_length=plan.max_length,
+                ),
+                settings.population,
+                locate(settings.backbone),
+                cache=settings.cache,
+            )
+            if data.tokenizer_hash != plan.tokenizer_hash:
+                raise PlanError(
+                    f"the tokeniser here is {data.tokenizer_hash:.16}, the plan's is "
+                    f"{plan.tokenizer_hash:.16}: start server and nodes from the same checkpoint."
+                )
+            backbone = load_backbone(
+                replace(settings.backbone, head_seed=plan.head_seed),
+                num_outputs=plan.task.num_outputs,
+                regression=plan.task.kind == "regression",
+            )
+            rows_of = {client_number(client.id): client.rows for client in data.clients}
+            self._ready = (plan, plan.build(backbone), data, rows_of)
+            self._plan_in_force = digest
+        return self._ready
+
+    def _store(self, plan: bytes, digest: bytes) -> None:
+        """Keep a plan on disk under its digest, whole or not at all."""
+        if Plan.digest(plan) != digest:
+            raise PlanError("the plan's bytes do not have the digest that the frame names.")
+        path = self._plan_path(digest)
+        if path.exists():
+            return
+        path.parent.mkdir(parents=True, exist_ok=True)
+        handle, name = tempfile.mkstemp(dir=path.parent)
+        with os.fdopen(handle, "wb") as file:
+            file.write(plan)
+        os.replace(name, path)
+
+    def _plan_path(self, digest: bytes) -> Path:
+        return self.settings.cache / "plans" / f"{digest.hex()}.plan"
+
+
+@functools.lru_cache(maxsize=1)
+def resident_node(settings: NodeSettings) -> Node:
+    """This process's node, made at the first message and kept."""
+    return Node(settings)
+
+
+def cache_folder(experiment: Experiment) -> Path:
+    """Where tokenised rows and plans are kept between runs."""
+    named = experiment.run.cache or os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet"
+    return Path(named).expanduser()
+
+
+def _only_frame(packed: bytes) -> Frame:
+    """The one frame that a request carries."""
+    frames = list(unpack_frames(packed, max_frames=1, max_payload_bytes=len(packed)))
+    if len(frames) != 1 or not isinstance(frames[0], Frame) or frames[0].client:
+        raise FrameError(f"a request carries one frame of global values, got {len(frames)}.")
+    return frames[0]
+
+
+def _global_values(frame: Frame, plan: Plan, pet: PetModel) -> np.ndarray:
+    """Decode the server's values. float32, (num_values,)."""
+    if frame.count != plan.num_values or frame.codec != plan.codec.down:
+        raise FrameError(
+            f"the plan sends {plan.num_values} values by {plan.codec.down!r}, the frame holds "
+            f"{frame.count} by {frame.codec!r}."
+        )
+    seed = derive_seed("downlink", plan.seed, frame.server_round)
+    return decode_values(frame.payload, frame.codec, groups_by_kind(pet.segments), seed=seed)
+
+
+def _refusal(digest: bytes, server_round: int, client: int, reason: str) -> bytes:
+    short = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
+    return pack_refusal(Refusal(digest, server_round, client, short))
+

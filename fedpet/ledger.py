@@ -1,0 +1,94 @@
+"""Every byte that is sent: by round, node, direction and kind.
+
+    ... -> client -> strategy -> [ledger] -> report
+
+In:  messages on their way, and what each device alone would have sent and received.
+Out: `rounds.jsonl`, a line a round as it happens, and the sums for `result.json`.
+
+Two counts, never mixed. `wire_bytes` is what this run's messages weigh as Flower serialises them,
+a message a node. All others are what the devices would have sent and received, each client alone
+with its own message and framing; where every node is one client the two agree.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from flwr.app import Message
+
+from fedpet.messages import wire_bytes
+
+
+@dataclass
+class RoundRecord:
+    """What one round cost and gave; a line of `rounds.jsonl`. Bytes and seconds.
+
+    `train_seconds` is the longest node's local training: what the round would take if nothing but
+    training took time.
+    """
+
+    round: int
+    clients: int = 0
+    replies: int = 0
+    refused: list[dict[str, str]] = field(default_factory=list)
+    aggregated: bool = False
+    loss: float | None = None
+    metric: float | None = None
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+    plan_bytes: int = 0
+    wire_bytes: int = 0
+    messages: int = 0
+    train_seconds: float = 0.0
+    round_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+
+
+@dataclass
+class Ledger:
+    """The books of one run.
+
+    Attributes:
+        path: Where each round's line is appended, or None to keep them in memory only.
+        rounds: The lines so far, round 0 (the evaluation before training) first.
+    """
+
+    path: Path | None = None
+    rounds: list[RoundRecord] = field(default_factory=list)
+
+    def begin(self, server_round: int) -> RoundRecord:
+        """Open a round's record."""
+        self.rounds.append(RoundRecord(round=server_round))
+        return self.current
+
+    @property
+    def current(self) -> RoundRecord:
+        """The round that is open."""
+        return self.rounds[-1]
+
+    def close(self) -> None:
+        """Write the open round's line, flushed, so that a killed run leaves its lines."""
+        if self.path is not None:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(asdict(self.current)) + "\n")
+
+    def refuse(self, who: str, reason: str) -> None:
+        """Note a reply that is not averaged."""
+        self.current.refused.append({"who": who, "reason": reason})
+
+    def count_wire(self, message: Message) -> None:
+        """Count a message as it is sent or received."""
+        self.current.wire_bytes += wire_bytes(message)
+        self.current.messages += 1
+
+    def count_client(self, *, down: int = 0, up: int = 0, plan: int = 0) -> None:
+        """Count what one device alone receives and sends."""
+        self.current.downlink_bytes += down
+        self.current.uplink_bytes += up
+        self.current.plan_bytes += plan
+
+    def total(self, name: str) -> float:
+        """Sum of a numeric field over all rounds."""
+        return sum(getattr(record, name) for record in self.rounds)

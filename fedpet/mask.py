@@ -1,0 +1,144 @@
+"""PaFi: the one sparse mask of a federation, read off the backbone.
+
+    backbone -> [mask] -> structure -> search -> model -> codec -> plan -> client -> strategy -> ledger -> report
+
+In:  the weights in scope, by name (`fedpet.positions.mask_scope` says which those are).
+Out: a `Mask`: for each name, the flat positions that clients may train, smallest magnitude first.
+
+The mask is a function of the pretrained magnitudes alone. Server and clients compute the same one
+from the same checkpoint, so positions need not travel: an upload is values only.
+
+Source: Liao, Meng and Monz, ACL 2023, arXiv:2305.16742 (PaFi: the entries smallest in absolute
+value are the trainable ones). Ours: over all tensors together unless asked otherwise; the number
+of entries is rounded down; ties go to the earlier entry, in the order of the names, so that two
+machines cannot disagree. `largest` and `random` are controls, not PaFi.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from decimal import Decimal
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpet.config import MaskConfig
+from fedpet.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Which entries of which tensors are trainable.
+
+    Attributes:
+        positions: Parameter name -> flat positions, int64, (k_name,), in the order of rank (for
+            PaFi: smallest magnitude first). Names in alphabetical order, none without entries.
+        sizes: Parameter name -> number of entries of that tensor, for every name in scope.
+    """
+
+    positions: Mapping[str, Tensor]
+    sizes: Mapping[str, int]
+
+    @property
+    def num_values(self) -> int:
+        """How many entries are trainable."""
+        return sum(len(chosen) for chosen in self.positions.values())
+
+    def digest(self) -> bytes:
+        """SHA-256 of the set of positions, whatever their rank."""
+        digest = hashlib.sha256()
+        for name, chosen in self.positions.items():
+            digest.update(f"{name}\0{len(chosen)}\0".encode())
+            digest.update(np.sort(chosen.numpy()).astype("<i8").data)
+        return digest.digest()
+
+
+def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
+    """Choose the entries that a rule ranks first.
+
+    Args:
+        params: Weights in scope by name, of any shapes, floating dtype. Left as they are.
+        config: Rule, density and granularity.
+
+    Returns:
+        The mask. A lower density under the same rule is nested in it: with global granularity its
+        entries are those of the lowest rank, in each tensor a prefix.
+
+    Raises:
+        ConfigError: The density leaves nothing to train, or a weight is not a number.
+
+    Example:
+        >>> weights = {"w": torch.tensor([[3.0, -1.0], [0.5, 2.0]])}
+        >>> build_mask(weights, MaskConfig(density=0.5)).positions
+        {'w': tensor([2, 1])}
+    """
+    names = sorted(params)
+    sizes = {name: params[name].numel() for name in names}
+    if config.granularity == "per-tensor":
+        ranked = {
+            name: _rank(_score(params[name], config, name), num_chosen(config.density, sizes[name]))
+            for name in names
+        }
+    else:
+        score = torch.cat([_score(params[name], config, name) for name in names])  # (N,)
+        first = _rank(score, num_chosen(config.density, len(score)))  # (k,) over all tensors
+        ends = torch.tensor([sizes[name] for name in names]).cumsum(0)
+        owner = torch.searchsorted(ends, first, right=True)
+        starts = ends - torch.tensor([sizes[name] for name in names])
+        ranked = {
+            name: first[owner == index] - starts[index] for index, name in enumerate(names)
+        }
+    mask = Mask({name: chosen for name, chosen in ranked.items() if len(chosen)}, sizes)
+    if not mask.num_values:
+        raise ConfigError(
+            f"mask.density {config.density!r} leaves nothing to train: it is a fraction of the "
+            f"{sum(sizes.values()):,} entries in scope, rounded down."
+        )
+    return mask
+
+
+def num_chosen(density: float, num_entries: int) -> int:
+    """floor(density * num_entries), with the density read as the decimal that was written."""
+    return int(Decimal(repr(density)) * num_entries)
+
+
+def rank_positions(
+    params: Mapping[str, Tensor], positions: Mapping[str, Tensor], config: MaskConfig
+) -> dict[str, Tensor]:
+    """Put positions, received as sets, into the order of rank that `build_mask` gives them."""
+    ranked = {}
+    for name, chosen in positions.items():
+        chosen = chosen.sort().values
+        score = _score(params[name], config, name)[chosen]
+        ranked[name] = chosen[torch.sort(score, stable=True).indices]
+    return ranked
+
+
+def _score(weight: Tensor, config: MaskConfig, name: str) -> Tensor:
+    """What the rule ranks by, lowest first, in float32."""
+    if config.rule == "random":
+        from fedpet.seeds import derive_seed
+
+        generator = np.random.default_rng(derive_seed("mask", config.seed, name))
+        return torch.from_numpy(generator.random(weight.numel(), dtype=np.float32))
+    magnitude = weight.detach().to("cpu", torch.float32).abs().flatten()
+    if not bool(torch.isfinite(magnitude).all()):
+        raise ConfigError(f"the weight {name!r} holds NaN or infinity: no mask can rank it.")
+    return magnitude if config.rule == "smallest" else -magnitude
+
+
+def _rank(score: Tensor, num: int) -> Tensor:
+    """Positions of the `num` lowest scores, lowest first, ties to the earlier. int64, (num,)."""
+    if num == 0:
+        return torch.empty(0, dtype=torch.int64)
+    if num < len(score):  # a selection is linear in N, the sort then small
+        threshold = torch.kthvalue(score, num).values
+        below = torch.nonzero(score < threshold).flatten()
+        level = torch.nonzero(score == threshold).flatten()[: num - len(below)]
+        candidates = torch.cat([below, level]).sort().values
+    else:
+        candidates = torch.arange(num)
+    return candidates[torch.sort(score[candidates], stable=True).indices]

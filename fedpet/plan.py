@@ -1,0 +1,272 @@
+"""The plan: what every client of a run must agree on, broadcast once to a node.
+
+    ... -> model -> codec -> [plan] -> client -> strategy -> ledger -> report
+
+In:  the backbone's fingerprint, the mask, the structure, the layout of the values, the codec, the
+     task's labels, the tokeniser's hash, lengths and training settings.
+Out: bytes, and their digest, by which server and nodes name the plan afterwards.
+
+    plan := magic "FPLN" | version u8 | 3 reserved | header bytes u32 | mask bytes u32
+            | header (zstandard, JSON) | mask (fedpet/codec/positions.py; empty where derived)
+
+A derived mask is a rule, a density and a SHA-256, which the node compares with what it computes;
+an explicit one is the coded set of positions. A plan is hostile until parsed: sizes are bounded
+before anything is allocated, and nothing is unpickled.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import struct
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+import zstandard
+
+from fedpet.codec.positions import decode_positions, encode_positions
+from fedpet.config import CodecConfig, Experiment, MaskConfig, TrainingConfig
+from fedpet.data import Task
+from fedpet.errors import FedpetError, PlanError
+from fedpet.mask import Mask, build_mask, rank_positions
+from fedpet.model import PetModel, Segment
+from fedpet.positions import mask_scope
+from fedpet.structure import Structure
+
+if TYPE_CHECKING:
+    from fedpet.backbone import Backbone
+
+MAX_PLAN_BYTES = 1 << 30
+MAX_HEADER_BYTES = 1 << 24
+DIGEST_BYTES = 16
+
+_HEADER = struct.Struct("<4sB3xII")
+_MAGIC = b"FPLN"
+_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """Everything a node needs to train for a run, its own data and the checkpoint apart.
+
+    Attributes:
+        fingerprint: Of the checkpoint, see `fedpet.backbone.fingerprint`.
+        head_seed: From which each node draws the head's start.
+        task: Kind, label names in order, metric.
+        max_length: Tokens a row.
+        tokenizer_hash: Of the tokeniser's files.
+        mask: Rule, density and broadcast, or None where no weight is masked.
+        mask_sha256: Of the set of positions; empty without a mask.
+        mask_positions: Coded positions where the mask is explicit, else empty.
+        structure: Which module acts where.
+        num_values: Length of the vector that is communicated.
+        layout: SHA-256 over its segments.
+        codec: Up and down.
+        training: Local training's settings.
+        num_rounds: For the learning-rate schedule.
+        seed: The run's.
+    """
+
+    fingerprint: str
+    head_seed: int
+    task: Task
+    max_length: int
+    tokenizer_hash: str
+    mask: MaskConfig | None
+    mask_sha256: str
+    mask_positions: bytes
+    structure: Structure
+    num_values: int
+    layout: str
+    codec: CodecConfig
+    training: TrainingConfig
+    num_rounds: int
+    seed: int
+
+    def to_bytes(self) -> bytes:
+        """Serialise; equal plans give equal bytes."""
+        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        positions = fields.pop("mask_positions")
+        for name in ("task", "mask", "codec", "training"):
+            value = fields[name]
+            fields[name] = None if value is None else dataclasses.asdict(value)
+        fields["structure"] = self.structure.to_json()
+        text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
+        header = zstandard.ZstdCompressor(level=19).compress(text)
+        start = _HEADER.pack(_MAGIC, _VERSION, len(header), len(positions))
+        return start + header + positions
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> Plan:
+        """Parse what `to_bytes` wrote.
+
+        Raises:
+            PlanError: The bytes are no plan of this version.
+        """
+        header, positions = _split(data)
+        try:
+            fields = json.loads(header)
+            for name, kind in (("mask", MaskConfig), ("codec", CodecConfig)):
+                fields[name] = None if fields[name] is None else kind(**fields[name])
+            fields["training"] = TrainingConfig(**_tuples(fields["training"]))
+            fields["task"] = Task(**_tuples(fields["task"]))
+            fields["structure"] = Structure.from_json(fields["structure"])
+            return cls(mask_positions=positions, **fields)
+        except (KeyError, TypeError, ValueError, AttributeError, FedpetError) as error:
+            raise PlanError(f"the plan's header does not read: {error}") from None
+
+    @staticmethod
+    def digest(data: bytes) -> bytes:
+        """The name of a plan in messages: the first 16 bytes of its SHA-256."""
+        return hashlib.sha256(data).digest()[:DIGEST_BYTES]
+
+    def progress(self, server_round: int) -> float:
+        """Fraction of the rounds that is over when a round begins, in [0, 1)."""
+        return min(max(server_round - 1, 0) / self.num_rounds, 1.0)
+
+    def build(self, backbone: Backbone) -> PetModel:
+        """Adapt a node's own backbone as the plan says. The backbone is used up.
+
+        Raises:
+            PlanError: The checkpoint, the mask computed from it, or the layout is another.
+        """
+        if backbone.fingerprint != self.fingerprint:
+            raise PlanError(
+                f"the backbone here is {backbone.fingerprint:.16}, the plan's is "
+                f"{self.fingerprint:.16}: start server and nodes from the same checkpoint."
+            )
+        pet = PetModel(backbone, self._mask(backbone), self.structure, seed=self.seed)
+        if pet.num_values != self.num_values or layout_hash(pet.segments) != self.layout:
+            raise PlanError(
+                f"the layout here has {pet.num_values} values in {len(pet.segments)} segments, "
+                f"the plan's has {self.num_values}: run the same fedpet and transformers on the "
+                "server and on the nodes."
+            )
+        return pet
+
+    def _mask(self, backbone: Backbone) -> Mask | None:
+        if self.mask is None:
+            return None
+        scope = mask_scope(backbone.model, backbone.head)
+        if self.mask_positions:
+            names = sorted(scope)
+            coded = decode_positions(self.mask_positions, [scope[name].numel() for name in names])
+            positions = {
+                name: torch.from_numpy(chosen.astype(np.int64))
+                for name, chosen in zip(names, coded, strict=True)
+                if len(chosen)
+            }
+            sizes = {name: scope[name].numel() for name in names}
+            mask = Mask(rank_positions(scope, positions, self.mask), sizes)
+        else:
+            mask = build_mask(scope, self.mask)
+        if mask.digest().hex() != self.mask_sha256:
+            raise PlanError(
+                f"the mask computed here is {mask.digest().hex():.16}, the plan's is "
+                f"{self.mask_sha256:.16}: start from the same checkpoint, or broadcast the mask "
+                'with mask.broadcast = "explicit".'
+            )
+        return mask
+
+
+def make_plan(
+    experiment: Experiment,
+    backbone: Backbone,
+    structure: Structure,
+    task: Task,
+    tokenizer_hash: str,
+) -> tuple[Plan, PetModel]:
+    """Settle a run's plan, and build the server's own model from it. The backbone is used up."""
+    mask = None
+    positions = b""
+    if experiment.mask.enabled:
+        scope = mask_scope(backbone.model, backbone.head)
+        mask = build_mask(scope, experiment.mask)
+        if experiment.mask.broadcast == "explicit":
+            positions = encode_mask(mask)
+    pet = PetModel(backbone, mask, structure, seed=experiment.run.seed)
+    return (
+        Plan(
+            fingerprint=backbone.fingerprint,
+            head_seed=experiment.backbone.head_seed,
+            task=task,
+            max_length=experiment.data.max_length,
+            tokenizer_hash=tokenizer_hash,
+            mask=experiment.mask if mask is not None else None,
+            mask_sha256=mask.digest().hex() if mask is not None else "",
+            mask_positions=positions,
+            structure=structure,
+            num_values=pet.num_values,
+            layout=layout_hash(pet.segments),
+            codec=experiment.codec,
+            training=experiment.training,
+            num_rounds=experiment.strategy.num_rounds,
+            seed=experiment.run.seed,
+        ),
+        pet,
+    )
+
+
+def encode_mask(mask: Mask) -> bytes:
+    """A mask as the coded sets of positions of all tensors in scope, in the order of the names."""
+    empty = np.empty(0, dtype=np.int64)
+    names = sorted(mask.sizes)
+    return encode_positions(
+        [np.sort(mask.positions[n].numpy()) if n in mask.positions else empty for n in names],
+        [mask.sizes[name] for name in names],
+    )
+
+
+def groups_by_kind(segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    """Runs of segments of one kind, as (start, stop): what a codec scales and rotates apart."""
+    groups: list[tuple[int, int]] = []
+    kind = None
+    for segment in segments:
+        stop = segment.start + segment.size
+        if segment.kind == kind:
+            groups[-1] = (groups[-1][0], stop)
+        else:
+            groups.append((segment.start, stop))
+        kind = segment.kind
+    return groups
+
+
+def layout_hash(segments: Sequence[Segment]) -> str:
+    """SHA-256 (hex) over the order, kinds, names and sizes of the communicated values."""
+    text = "\n".join(f"{s.kind} {s.name} {s.start} {s.size}" for s in segments)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
+    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+
+
+def _split(data: bytes) -> tuple[bytes, bytes]:
+    if not _HEADER.size <= len(data) <= MAX_PLAN_BYTES:
+        raise PlanError(
+            f"a plan has {_HEADER.size} to {MAX_PLAN_BYTES} bytes, got {len(data)}."
+        )
+    magic, version, header_bytes, mask_bytes = _HEADER.unpack_from(data)
+    if magic != _MAGIC or version != _VERSION:
+        raise PlanError(
+            f"a plan starts with {_MAGIC!r} and version {_VERSION}, got {magic!r} and {version}: "
+            "run the same fedpet on the server and on the nodes."
+        )
+    if _HEADER.size + header_bytes + mask_bytes != len(data):
+        raise PlanError(
+            f"the plan's parts add up to {_HEADER.size + header_bytes + mask_bytes} bytes, got "
+            f"{len(data)}."
+        )
+    header = data[_HEADER.size : _HEADER.size + header_bytes]
+    try:
+        if not 0 <= zstandard.frame_content_size(header) <= MAX_HEADER_BYTES:
+            raise PlanError(f"a plan's header has at most {MAX_HEADER_BYTES} bytes.")
+        return zstandard.ZstdDecompressor().decompress(header), data[-mask_bytes or len(data) :]
+    except zstandard.ZstdError as error:
+        raise PlanError(f"the plan's header does not decompress: {error}") from None
+
+

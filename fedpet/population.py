@@ -1,0 +1,65 @@
+"""Which clients there are, who takes part in a round, and on which node each one is trained.
+
+Clients are data, nodes are processes. A client is known by a stable name; a node by Flower's
+random id. Sampling is by client, so it does not depend on the nodes; the spread over nodes decides
+only where a client's work is done, never what comes out (law 6).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpet.errors import DataError
+from fedpet.seeds import client_number, derive_seed
+
+
+@dataclass(frozen=True)
+class Population:
+    """The clients of a federation.
+
+    Attributes:
+        num_rows: Client -> rows it holds.
+        homes: Client -> the node it lives on. Empty where every node holds every client's rows,
+            as in a simulation.
+    """
+
+    num_rows: Mapping[str, int]
+    homes: Mapping[str, int]
+
+    def __post_init__(self) -> None:
+        numbers = {client_number(client): client for client in self.num_rows}
+        if len(numbers) != len(self.num_rows):
+            raise DataError("two client names have the same 64-bit hash: rename one of them.")
+
+    def by_number(self) -> dict[int, str]:
+        """Client names by the number that stands for them in messages."""
+        return {client_number(client): client for client in self.num_rows}
+
+    def sample(self, server_round: int, num_clients: int, seed: int) -> list[str]:
+        """Draw a round's clients without replacement, in alphabetical order."""
+        clients = sorted(self.num_rows)
+        generator = np.random.default_rng(derive_seed("sample", seed, server_round))
+        drawn = generator.choice(len(clients), min(num_clients, len(clients)), replace=False)
+        return [clients[index] for index in sorted(drawn)]
+
+    def cohorts(self, clients: Iterable[str], nodes: Iterable[int]) -> dict[int, list[str]]:
+        """Spread clients over nodes: home where they have one, else to the least loaded node.
+
+        The largest clients are placed first. A client whose home is not among `nodes` is left
+        out: it cannot be trained this round.
+
+        Returns:
+            Node -> its clients in alphabetical order; no node without clients.
+        """
+        load = dict.fromkeys(sorted(nodes), 0)
+        cohorts: dict[int, list[str]] = {}
+        for client in sorted(clients, key=lambda name: (-self.num_rows[name], name)):
+            node = self.homes.get(client) if self.homes else min(load, key=lambda n: (load[n], n))
+            if node not in load:
+                continue
+            load[node] += self.num_rows[client]
+            cohorts.setdefault(node, []).append(client)
+        return {node: sorted(cohort) for node, cohort in sorted(cohorts.items())}

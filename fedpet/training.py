@@ -1,0 +1,179 @@
+"""Local training and evaluation in plain torch. Knows no Flower and no federation.
+
+    ... -> model -> codec -> plan -> [client] -> strategy -> ledger -> report
+
+In:  a model whose few trainable tensors are known, tokenised rows, and a seed.
+Out: the model moved by some steps of a torch optimiser, and how that went.
+
+Rows of like length share a batch, since padding is the largest waste at this size: shuffled rows
+are sorted by length within blocks of `BLOCK_BATCHES` batches, and the batches shuffled again.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpet.config import TrainingConfig
+from fedpet.errors import TrainingError
+from fedpet.metrics import metric_value
+from fedpet.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from fedpet.data import Rows, Task
+
+BLOCK_BATCHES = 4
+
+
+@dataclass(frozen=True)
+class Trained:
+    """How a client's training went.
+
+    Attributes:
+        num_examples: Rows the client holds; the weight of its update in the average.
+        loss: Mean training loss over the rows seen. 0 where nothing was trained.
+        train_seconds: Wall time of the steps, loading of values and rows included.
+    """
+
+    num_examples: int
+    loss: float
+    train_seconds: float
+
+
+def train_rows(
+    model: nn.Module,
+    groups: Mapping[str, nn.Parameter | list[nn.Parameter]],
+    rows: Rows,
+    indices: np.ndarray,
+    task: Task,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    progress: float = 0.0,
+    after_step: Callable[[], None] | None = None,
+) -> Trained:
+    """Run `config.local_epochs` epochs over one client's rows.
+
+    Args:
+        model: Called with a batch; gives an object with `logits`, (rows, outputs).
+        groups: What to train, by kind of module; each kind has its own learning rate.
+        rows: All tokenised rows here.
+        indices: The client's rows among them, (n,).
+        task: Says which loss: cross-entropy over classes, or squared error.
+        config: Optimiser, batch size, epochs.
+        seed: Of the order of the rows, and of dropout.
+        progress: Fraction of the run's rounds that is over, for the learning-rate schedule.
+        after_step: Called after each optimiser step, under `no_grad`.
+
+    Raises:
+        TrainingError: The loss is not a number, or there are no rows.
+    """
+    if not len(indices):
+        raise TrainingError("there are no rows to train on.")
+    started = time.perf_counter()
+    decay = {"constant": 1.0, "linear": 1.0 - progress}[config.schedule]
+    parameters = [
+        tensor
+        for group in groups.values()
+        for tensor in (group if isinstance(group, list) else [group])
+    ]
+    optimiser = _optimiser(groups, config, decay)
+    generator = np.random.default_rng(derive_seed("batches", seed))
+    if config.dropout:
+        torch.manual_seed(derive_seed("dropout", seed))
+    model.train(config.dropout)
+    total_loss, seen = 0.0, 0
+    for _ in range(config.local_epochs):
+        for chosen in batches(indices, rows.lengths, config.batch_size, generator):
+            batch = rows.batch(chosen)
+            labels = batch.pop("labels")
+            optimiser.zero_grad(set_to_none=False)
+            loss = _loss(model(**batch).logits, labels, task)
+            loss.backward()  # type: ignore[no-untyped-call]
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_(parameters, config.clip_norm)
+            optimiser.step()
+            if after_step is not None:
+                after_step()
+            total_loss += float(loss.detach()) * len(chosen)
+            seen += len(chosen)
+            if not math.isfinite(total_loss):
+                raise TrainingError(
+                    f"the training loss became {float(loss.detach())} after {seen} rows: lower "
+                    "training.learning-rate, or look at this client's rows."
+                )
+    model.eval()
+    return Trained(len(indices), total_loss / max(seen, 1), time.perf_counter() - started)
+
+
+def batches(
+    indices: np.ndarray, lengths: np.ndarray, batch_size: int, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    """Cut one epoch into batches of like length, in a seeded order.
+
+    Args:
+        indices: Rows to visit once each, (n,).
+        lengths: Tokens of every row, indexed by `indices`' entries.
+    """
+    order = generator.permutation(indices)
+    block = BLOCK_BATCHES * batch_size
+    cut: list[np.ndarray] = []
+    for start in range(0, len(order), block):
+        part = order[start : start + block]
+        part = part[np.argsort(lengths[part], kind="stable")]
+        cut.extend(part[i : i + batch_size] for i in range(0, len(part), batch_size))
+    for index in generator.permutation(len(cut)):
+        yield cut[index]
+
+
+@torch.inference_mode()
+def predict(model: nn.Module, rows: Rows, *, batch_size: int = 64) -> np.ndarray:
+    """Logits of all rows, in the rows' order. float32, (rows, outputs)."""
+    model.eval()
+    order = np.argsort(rows.lengths, kind="stable")
+    logits: np.ndarray | None = None
+    for start in range(0, len(order), batch_size):
+        chosen = order[start : start + batch_size]
+        batch = rows.batch(chosen)
+        batch.pop("labels")
+        out = model(**batch).logits.float().numpy()
+        if logits is None:
+            logits = np.empty((len(order), out.shape[1]), dtype=np.float32)
+        logits[chosen] = out
+    assert logits is not None, "an evaluation split has rows"
+    return logits
+
+
+def evaluate(model: nn.Module, rows: Rows, task: Task) -> float:
+    """The task's metric on all rows."""
+    return metric_value(task, predict(model, rows), np.asarray(rows.labels))
+
+
+def _optimiser(
+    groups: Mapping[str, nn.Parameter | list[nn.Parameter]], config: TrainingConfig, decay: float
+) -> torch.optim.Optimizer:
+    tables = [
+        {
+            "params": group if isinstance(group, list) else [group],
+            "lr": config.rate_of(kind) * decay,
+        }
+        for kind, group in groups.items()
+    ]
+    if config.optimizer == "sgd":
+        return torch.optim.SGD(tables, weight_decay=config.weight_decay, fused=True)
+    return torch.optim.AdamW(
+        tables, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True
+    )
+
+
+def _loss(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
+    if task.kind == "regression":
+        return nn.functional.mse_loss(logits.squeeze(-1), labels)
+    return nn.functional.cross_entropy(logits, labels)

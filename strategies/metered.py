@@ -1,0 +1,49 @@
+"""What any Flower strategy needs to have its rounds measured: put `Metered` in front of it."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from fedpet.ledger import Ledger
+
+if TYPE_CHECKING:
+    from flwr.serverapp.strategy import Strategy as _Base
+else:
+    _Base = object
+
+
+class Metered(_Base):
+    """Counts each round's messages and seconds into `ledger`; changes nothing of the round.
+
+    A round's seconds run from before its messages are made until its replies are averaged.
+    Evaluation is not among them.
+    """
+
+    ledger: Ledger
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self.ledger.begin(server_round)
+        self._round_started = time.perf_counter()
+        messages = list(super().configure_train(server_round, arrays, config, grid))
+        for message in messages:
+            self.ledger.count_wire(message)
+        return messages
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        replies = list(replies)
+        for reply in replies:
+            self.ledger.count_wire(reply)
+        averaged = super().aggregate_train(server_round, replies)
+        record = self.ledger.current
+        record.aggregated = averaged[0] is not None
+        record.round_seconds = time.perf_counter() - self._round_started
+        return averaged
