@@ -1,0 +1,125 @@
+"""What codecs are called, and the number that stands for a name in a frame.
+
+    backbone -> mask -> structure -> search -> model -> [codec]
+             -> plan -> client -> strategy -> ledger -> report
+
+In:  a name from an experiment, such as "eden-4", "int8-raw" or "topk-0.1+eden-4".
+Out: a `Codec`, its parts checked; or the 32-bit id that a frame carries, and back.
+
+A name is `[topk-FRACTION+]BASE[-raw]`. `-raw` leaves the entropy stage out: quicker, larger.
+`topk-0.1+` sends the tenth largest in magnitude of every group, with their positions, through BASE.
+One codec has one spelling, so that a name, its id and the plan's digest cannot disagree.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from decimal import Decimal, InvalidOperation
+
+from fedpet.errors import ConfigError, FrameError
+
+_IDS = {"float32": 1, "bfloat16": 2, "int8": 3, "int4": 4} | {
+    f"eden-{b}": 4 + b for b in range(1, 9)
+}
+_BASES = {number: base for base, number in _IDS.items()}
+_RAW = 0x80  # of the id's low byte
+_PPM = 1_000_000  # a top-k fraction is kept in millionths, in the id's upper 24 bits
+
+
+@dataclass(frozen=True)
+class Codec:
+    """A codec's name, taken apart.
+
+    Attributes:
+        base: "float32", "bfloat16", "int8", "int4" or "eden-1" to "eden-8".
+        entropy: Whether the entropy stage follows.
+        top_ppm: Share of every group that is sent, in millionths; 0 sends all of it.
+    """
+
+    base: str
+    entropy: bool = True
+    top_ppm: int = 0
+
+    @property
+    def name(self) -> str:
+        """The one spelling of this codec."""
+        share = ""
+        if self.top_ppm:
+            share = f"topk-{(Decimal(self.top_ppm) / _PPM).normalize():f}+"
+        return share + self.base + ("" if self.entropy else "-raw")
+
+    @property
+    def number(self) -> int:
+        """The id of this codec in a frame, uint32."""
+        return self.top_ppm << 8 | _IDS[self.base] | (0 if self.entropy else _RAW)
+
+    @property
+    def bits(self) -> int:
+        """Bits a value of an integer or rotated codec, before the entropy stage."""
+        return {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}.get(self.base) or int(
+            self.base.removeprefix("eden-")
+        )
+
+
+def known_codecs() -> tuple[str, ...]:
+    """The codecs without top-k. Each can be prefixed by `topk-FRACTION+`."""
+    return tuple(_IDS) + tuple(f"{base}-raw" for base in _IDS)
+
+
+def parse_codec(name: str) -> Codec:
+    """Take a codec's name apart.
+
+    Raises:
+        ConfigError: There is no such codec, or it is spelt another way.
+    """
+    share, plus, rest = name.rpartition("+")
+    top_ppm = 0
+    if plus:
+        try:
+            fraction = Decimal(share.removeprefix("topk-"))
+        except InvalidOperation:
+            fraction = Decimal(0)
+        if not share.startswith("topk-") or not 0 < fraction < 1:
+            raise ConfigError(
+                f"a codec may be prefixed by 'topk-FRACTION+' with a fraction in (0, 1), got "
+                f"{name!r}. To send the tenth largest of every group, write 'topk-0.1+eden-4'."
+            )
+        if fraction * _PPM % 1:
+            raise ConfigError(
+                f"a top-k fraction is kept in millionths, got {name!r}: round it to six decimals."
+            )
+        top_ppm = int(fraction * _PPM)
+    base = rest.removesuffix("-raw")
+    if base not in _IDS:
+        raise ConfigError(
+            f"unknown codec {name!r}. Known are {', '.join(_IDS)}, each with '-raw' behind it to "
+            "leave the entropy stage out, and with 'topk-0.1+' before it to send a tenth."
+        )
+    codec = Codec(base, not rest.endswith("-raw"), top_ppm)
+    if codec.name != name:
+        raise ConfigError(f"a codec has one spelling: write {codec.name!r}, got {name!r}.")
+    return codec
+
+
+def check_codec(name: str) -> None:
+    """Refuse a name that no codec has.
+
+    Raises:
+        ConfigError: There is no such codec, or it is spelt another way.
+    """
+    parse_codec(name)
+
+
+def codec_from_number(number: int) -> Codec:
+    """The codec a frame's id stands for.
+
+    Raises:
+        FrameError: No codec has this id.
+    """
+    base, top_ppm = _BASES.get(number & 0x7F), number >> 8
+    if base is None or top_ppm >= _PPM:
+        raise FrameError(
+            f"a frame names its codec by an id of version 1, got {number:#010x}. The sender runs "
+            "another version of fedpet, or the bytes are damaged."
+        )
+    return Codec(base, not number & _RAW, top_ppm)
