@@ -1,0 +1,127 @@
+"""The one interface of all PET modules: a small change to one named tensor or module.
+
+    backbone -> mask -> structure -> search -> [model] -> codec -> plan -> client -> strategy -> ledger -> report
+
+In:  the module of the backbone it acts on, and views of the flat storage of trainables.
+Out: its effect in the forward pass, its communicated values, and its fold into a plain model.
+
+A PET module has *trainables*, what the optimiser moves, and *values*, what is communicated. They
+are the same numbers for most kinds; a HiWi adapter on a bias trains two matrices and sends one
+vector. Values are always changes: where all are zero, the model is the checkpoint (the low-rank
+adapter on hidden states, which starts from a seeded point, is the exception and says so).
+
+`place` says what the effect D is added to, times the gate:
+
+    "weight", "bias"   the target's tensor of this name: D() has the tensor's shape
+    "parallel"         the target's output: D(input)
+    "sequential"       the target's output, after the parallel ones: D(output)
+    "mask", "tensor"   nothing in the forward pass: the tensor in the model is written after each
+                       step, so the pass is that of the plain model
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import ClassVar
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["PetModule", "extend", "fold", "is_transposed", "kaiming_uniform", "seeded"]
+
+
+class PetModule(ABC):
+    """One small change, its trainables, its values, its merge."""
+
+    place: ClassVar[str]
+    exact: ClassVar[bool] = True  # linear in its values: averaging them is averaging models
+    # The change is the trainable itself, of the tensor's own shape: the model's parameter can
+    # hold pretrained + change and be the autograd leaf, so the forward pass is left alone.
+    held: ClassVar[bool] = False
+
+    def __init__(self, kind: str, target: str) -> None:
+        self.kind = kind
+        self.target = target
+        self.gate: Tensor | None = None  # scalar that multiplies the effect; None is 1
+        self.trainables: tuple[Tensor, ...] = ()
+
+    @property
+    @abstractmethod
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Shapes of the trainables."""
+
+    @property
+    def num_values(self) -> int:
+        return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def added_parameters(self) -> tuple[str, ...]:
+        """Names that the merged model has and the pretrained one has not; () for most."""
+        return ()
+
+    @property
+    def adds_latency(self) -> bool:
+        """Whether the merged model computes more than the pretrained one."""
+        return bool(self.added_parameters)
+
+    def bind(self, trainables: Sequence[Tensor]) -> None:
+        """Take the views of the flat storage that are this module's trainables from now on."""
+        assert tuple(tuple(t.shape) for t in trainables) == self.shapes
+        self.trainables = tuple(trainables)
+
+    def write(self, values: Tensor, seed: int) -> None:
+        """Set the trainables to the point `values` (num_values,); `seed` is of this work."""
+        start = 0
+        for trainable in self.trainables:
+            stop = start + trainable.numel()
+            trainable.detach().copy_(values[start:stop].view(trainable.shape))
+            start = stop
+
+    def read(self) -> Tensor:
+        """The communicated values, (num_values,)."""
+        flat = [trainable.detach().reshape(-1) for trainable in self.trainables]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
+    def effect(self, x: Tensor) -> Tensor:
+        """D of this module's place; `x` is the input or the output, unused by "weight", "bias"."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def merge(self, module: nn.Module) -> None:
+        """Fold the change into `module`, the target in a plain copy of the model, under no_grad."""
+
+
+def is_transposed(module: nn.Module) -> bool:
+    """Whether a dense module's weight is (in, out), as in Conv1D, and not (out, in)."""
+    return not isinstance(module, nn.Linear)
+
+
+def seeded(seed: int, target: str, what: str) -> torch.Generator:
+    """The generator of one tensor of one module: every device draws the same from it."""
+    digest = hashlib.sha256(f"{seed}\n{target}\n{what}".encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def kaiming_uniform(
+    shape: tuple[int, ...], fan_in: int, generator: torch.Generator, *, a: float = 0.0
+) -> Tensor:
+    """Kaiming-uniform float32 on the CPU; `a` is the slope of the leaky ReLU, sqrt 5 in LoRA."""
+    bound = math.sqrt(6.0 / ((1.0 + a * a) * fan_in))
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def fold(module: nn.Module, name: str, change: Tensor) -> None:
+    """Add `change` to a parameter in place."""
+    tensor = getattr(module, name)
+    tensor.add_(change.view(tensor.shape))
+
+
+def extend(module: nn.Module, suffix: str) -> type[nn.Module]:
+    """Make `module` an instance of a new subclass of its class, for what cannot be folded in."""
+    cls = type(module)
+    new: type[nn.Module] = type(f"{cls.__name__}{suffix}", (cls,), {"__module__": cls.__module__})
+    module.__class__ = new
+    return new

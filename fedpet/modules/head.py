@@ -1,0 +1,31 @@
+"""The task's head: newly initialised tensors, trained in full.
+
+In:  a parameter that the checkpoint does not hold, at its seeded start.
+Out: its change since that start, as values.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fedpet.modules.base import PetModule
+
+__all__ = ["HeadTensor"]
+
+
+class HeadTensor(PetModule):
+    """A dense change of one newly initialised parameter. Exact."""
+
+    place = "tensor"
+    held = True
+
+    def __init__(self, name: str, parameter: Tensor) -> None:
+        super().__init__("head", name)
+        self._shape = tuple(parameter.shape)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self._shape,)
+
+    def merge(self, module: nn.Module) -> None:
+        """Nothing to do: the parameter holds the change already."""

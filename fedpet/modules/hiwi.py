@@ -1,0 +1,111 @@
+"""HiWi: adapters that read pretrained weights and biases, and are thrown away.
+
+In:  a dense module of the feed-forward part, with weight W0 (d_in, d_out) or bias b0 (d).
+Out: on a bias, b' = b + scale * f(b Wd) Wu; what is sent is b' - b0, (d,), whatever the rank.
+     On a weight, W' = W0 + scale * f(W0 Wd) Wu; what is sent is Wu, (r, d_out).
+
+On a bias, the adapter starts again at every start of a client's work, on the bias as it then is:
+Wd drawn anew, Wu zero. So what is sent is always a bias, and averages exactly.
+
+On a weight, Wd is frozen and drawn from the shared seed, and W0 is the pretrained weight, never
+a masked or merged one. Then C = f(W0 Wd), (d_in, r), is a constant and the change C Wu is linear
+in Wu: a LoRA whose down-projection was read off the weight. It costs no product of the size of W0.
+
+f is ReLU. A bias that is zero everywhere could never move, since f(0 Wd) = 0 and so is the
+gradient of Wu. The rule: where the pretrained bias is all zeros the adapter gets inner biases,
+b' = b + scale * (f(b Wd + c) Wu + e), c uniform at the start and e zero.
+
+Source: Liao, Meng and Monz, ACL 2023, arXiv:2305.16742, Fig. 2; the exact form printed there was
+not available, see the choices in the README.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from fedpet.errors import StructureError
+from fedpet.modules.base import PetModule, fold, is_transposed, kaiming_uniform, seeded
+from fedpet.modules.lora import LowRankBranch, dense_sizes
+
+__all__ = ["HiwiBias", "HiwiWeight"]
+
+
+class HiwiBias(PetModule):
+    """An adapter on a bias. Exact: it sends the merged change and starts anew each time."""
+
+    place = "bias"
+
+    def __init__(
+        self, target: str, module: nn.Module, rank: int, scale: float, inner: bool | None = None
+    ) -> None:
+        super().__init__("hiwi-bias", target)
+        bias = module.bias
+        if not isinstance(bias, Tensor):
+            raise StructureError(
+                f"a 'hiwi-bias' module reads a bias, and {target!r} has none. Put it on another "
+                "layer, or take 'hiwi-weight'."
+            )
+        self.rank = rank
+        self.scale = scale
+        self.inner = bool((bias == 0).all()) if inner is None else inner
+        self.carried = False  # a BitFit on the same bias holds and sends the change
+        self._pretrained = bias.detach().clone()
+        self._base = torch.zeros_like(self._pretrained)  # values at the last start
+        self._current = self._pretrained  # what the adapter reads
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        d, r = len(self._pretrained), self.rank
+        return ((d, r), (r, d), (r,), (d,)) if self.inner else ((d, r), (r, d))
+
+    @property
+    def num_values(self) -> int:
+        return 0 if self.carried else len(self._pretrained)
+
+    def write(self, values: Tensor, seed: int) -> None:
+        """Start anew at the bias `pretrained + values` (d,)."""
+        down = self.trainables[0]
+        d = len(self._pretrained)
+        if not self.carried:
+            self._base = values.clone()
+        self._current = self._pretrained + values
+        generator = seeded(seed, self.target, "hiwi-bias")
+        down.detach().copy_(kaiming_uniform((d, self.rank), d, generator))
+        for trainable in self.trainables[1:]:
+            trainable.detach().zero_()
+        if self.inner:
+            start = kaiming_uniform((self.rank,), d, generator, a=math.sqrt(5))
+            self.trainables[2].detach().copy_(start)
+
+    def read(self) -> Tensor:
+        return self.effect(self._base).detach()
+
+    def effect(self, x: Tensor) -> Tensor:
+        change = self.scale * self._adapter()
+        return change if self.carried else self._base + change
+
+    def _adapter(self) -> Tensor:
+        if self.inner:
+            down, up, inner_down, inner_up = self.trainables
+            return torch.relu(self._current @ down + inner_down) @ up + inner_up
+        down, up = self.trainables
+        return torch.relu(self._current @ down) @ up
+
+    def merge(self, module: nn.Module) -> None:
+        fold(module, "bias", self.effect(self._base).detach())
+
+
+class HiwiWeight(LowRankBranch):
+    """An adapter on a weight, its down-projection frozen and seeded. Exact."""
+
+    def __init__(self, target: str, module: nn.Module, rank: int, scale: float, seed: int) -> None:
+        d_in, d_out = dense_sizes(module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        rows = weight.detach() if is_transposed(module) else weight.detach().T  # (d_in, d_out)
+        down = kaiming_uniform((d_out, rank), d_out, seeded(seed, target, "hiwi-weight"))
+        constant = torch.relu(rows @ down.to(weight))  # C, (d_in, r)
+        super().__init__("hiwi-weight", target, constant.T.contiguous(), d_out, scale)

@@ -1,0 +1,38 @@
+"""LNFit: a change of the gain of a LayerNorm or an RMS norm.
+
+In:  a norm.
+Out: a change of its weight, values (d,).
+
+Source: S3PET (arXiv:2206.07382), there for T5's RMS norm: dw * x / rms(x), which is a change of
+the gain. The same holds of LayerNorm.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from fedpet.modules.base import PetModule
+
+__all__ = ["LNFit"]
+
+
+class LNFit(PetModule):
+    """A change of a norm's gain. Exact."""
+
+    place = "weight"
+    held = True
+
+    def __init__(self, target: str, module: nn.Module) -> None:
+        super().__init__("lnfit", target)
+        assert isinstance(module.weight, Tensor)
+        self._shape = tuple(module.weight.shape)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return (self._shape,)
+
+    def effect(self, x: Tensor) -> Tensor:
+        return self.trainables[0]
+
+    def merge(self, module: nn.Module) -> None:
+        """Nothing to do: the model's gain holds the change already."""

@@ -1,0 +1,218 @@
+"""The structure: which small module acts on which part of the backbone.
+
+    backbone -> mask -> [structure] -> search -> model -> codec -> plan -> client -> strategy -> ledger -> report
+
+In:  the backbone's positions, and the names of presets ("lnfit+bitfit") or a structure's JSON file.
+Out: a `Structure`: a list of `ModuleSpec`s, in the order in which their values are communicated.
+
+A structure names kinds and targets only. It holds no values and knows no seeds, so the same file
+serves every device and, with the same backbone, every data set.
+
+Source: the kinds are those of S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382) and HiWi (Liao,
+Meng and Monz, ACL 2023, arXiv:2305.16742). Ours: key biases are left out of the preset "bitfit",
+since a constant added to every key leaves the softmax as it was, in every attention without
+rotary or relative keys.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from fedpet.errors import StructureError
+from fedpet.positions import Position
+
+__all__ = ["KINDS", "PRESETS", "ModuleSpec", "Structure", "preset"]
+
+SCHEMA = 1
+
+# kind -> whether averaging what it sends is averaging models (law 3)
+KINDS: Mapping[str, bool] = {
+    "bitfit": True,  # a change of a bias
+    "lnfit": True,  # a change of a norm's gain
+    "ln-bias": True,  # a change of a norm's bias
+    "lora": True,  # frozen, seeded down-projection; the up-projection is sent
+    "lora-factors": False,  # both factors are trained and sent
+    "hiwi-bias": True,  # an adapter on a bias; the merged change is sent
+    "hiwi-weight": True,  # an adapter on a weight with a frozen down-projection
+    "lowrank-adapter": False,  # on hidden states; stays in the model and costs latency
+}
+_RANKED = ("lora", "lora-factors", "hiwi-bias", "hiwi-weight", "lowrank-adapter")
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One small module."""
+
+    kind: str  # of `KINDS`
+    target: str  # path of the module it acts on
+    rank: int = 0  # of the ranked kinds, at least 1; of the others 0
+    scale: float = 1.0  # multiplies the change of the ranked kinds; LoRA's alpha / rank
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise StructureError(
+                f"a module's kind must be one of {', '.join(KINDS)}, got {self.kind!r}."
+            )
+        if (self.kind in _RANKED) != (self.rank >= 1):
+            wanted = "at least 1" if self.kind in _RANKED else "0"
+            raise StructureError(
+                f"the rank of a {self.kind!r} module must be {wanted}, got {self.rank!r} on "
+                f"{self.target!r}."
+            )
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The modules of a federation, and where the choice came from."""
+
+    modules: tuple[ModuleSpec, ...] = ()
+    fingerprint: str = ""  # of the backbone it was found on; "" fits any with these targets
+    gates: tuple[float, ...] = ()  # of a search, one a module: how sure it was
+    provenance: Mapping[str, Any] = field(default_factory=dict)  # of a search: data, budget, seed
+
+    def __post_init__(self) -> None:
+        seen: set[tuple[str, str]] = set()
+        for spec in self.modules:
+            if (spec.kind, spec.target) in seen:
+                raise StructureError(
+                    f"a structure may hold one {spec.kind!r} module a target, got two on "
+                    f"{spec.target!r}. Remove one, or give the other a higher rank."
+                )
+            seen.add((spec.kind, spec.target))
+        if self.gates and len(self.gates) != len(self.modules):
+            raise StructureError(
+                f"a structure's gates must be one a module, got {len(self.gates)} gates for "
+                f"{len(self.modules)} modules."
+            )
+
+    def to_json(self) -> str:
+        table: dict[str, Any] = {"schema": SCHEMA, "modules": [asdict(m) for m in self.modules]}
+        for name in ("fingerprint", "gates", "provenance"):
+            if getattr(self, name):
+                table[name] = getattr(self, name)
+        return json.dumps(table, indent=1, sort_keys=True) + "\n"
+
+    @classmethod
+    def from_json(cls, text: str) -> Structure:
+        """Read what `to_json` wrote.
+
+        Raises:
+            StructureError: No JSON, a newer schema, an unknown key, or a value that does not fit.
+        """
+        try:
+            table = json.loads(text)
+        except ValueError as error:
+            raise StructureError(f"a structure must be a JSON file, but: {error}.") from None
+        if not isinstance(table, dict) or not isinstance(table.get("schema"), int):
+            raise StructureError('a structure\'s file must be a JSON object with "schema": 1.')
+        if table["schema"] > SCHEMA:
+            raise StructureError(
+                f"this fedpet reads structures up to schema {SCHEMA}, the file has schema "
+                f"{table['schema']}: it was written by a newer fedpet; update this one."
+            )
+        _known(table, ["schema", *(f.name for f in fields(cls))], "a structure")
+        modules = table.get("modules")
+        if not isinstance(modules, list) or not all(isinstance(m, dict) for m in modules):
+            raise StructureError('a structure\'s "modules" must be a list of objects.')
+        gates, provenance = table.get("gates", []), table.get("provenance", {})
+        fingerprint = table.get("fingerprint", "")
+        if not isinstance(gates, list) or not all(_is_number(gate) for gate in gates):
+            raise StructureError('a structure\'s "gates" must be a list of numbers.')
+        if not isinstance(provenance, dict) or not isinstance(fingerprint, str):
+            raise StructureError(
+                'a structure\'s "provenance" must be an object, its "fingerprint" a string.'
+            )
+        specs = tuple(_spec(module) for module in modules)
+        return cls(specs, fingerprint, tuple(float(gate) for gate in gates), provenance)
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
+
+
+def _known(table: Mapping[str, Any], names: Sequence[str], what: str) -> None:
+    for name in table:
+        if name not in names:
+            raise StructureError(f"unknown key {name!r} in {what}. Known are: {', '.join(names)}.")
+
+
+def _spec(table: Mapping[str, Any]) -> ModuleSpec:
+    _known(table, [f.name for f in fields(ModuleSpec)], "a structure's module")
+    kind, target = table.get("kind"), table.get("target")
+    rank, scale = table.get("rank", 0), table.get("scale", 1.0)
+    if not isinstance(kind, str) or not isinstance(target, str):
+        raise StructureError(f"a structure's module needs a kind and a target, got {dict(table)}.")
+    if not _is_number(scale) or not isinstance(rank, int) or isinstance(rank, bool):
+        raise StructureError(
+            f"a module's rank must be a whole number and its scale a number, got {rank!r} and "
+            f"{scale!r} on {target!r}."
+        )
+    return ModuleSpec(kind, target, rank, float(scale))
+
+
+def _linear(*roles: str) -> Callable[[Position], bool]:
+    return lambda p: p.kind in ("linear", "conv1d") and (not roles or p.role in roles)
+
+
+def _biased(p: Position) -> bool:
+    return p.has_bias and _linear()(p) and p.role not in ("key", "cross-key", "pooler")
+
+
+_FFN = ("ffn-up", "ffn-gate", "ffn-down")
+# name -> (kind, which positions)
+PRESETS: Mapping[str, tuple[str, Callable[[Position], bool]]] = {
+    "lnfit": ("lnfit", lambda p: p.kind == "norm"),
+    "ln-bias": ("ln-bias", lambda p: p.kind == "norm" and p.has_bias),
+    "bitfit": ("bitfit", _biased),
+    "pooler-bias": ("bitfit", lambda p: _linear("pooler")(p) and p.has_bias),
+    "lora": ("lora", _linear("query", "value", "query-key-value")),
+    "lora-factors": ("lora-factors", _linear("query", "value", "query-key-value")),
+    "hiwi-bias": ("hiwi-bias", lambda p: _linear(*_FFN)(p) and p.has_bias),
+    "hiwi-weight": ("hiwi-weight", _linear(*_FFN)),
+    "lowrank-adapter": ("lowrank-adapter", lambda p: p.kind == "block"),
+    # A bias where the layer has none: merging leaves it there (T5, Llama). Not in a default.
+    "added-bias": ("bitfit", lambda p: _linear()(p) and not p.has_bias and p.role != "key"),
+}
+
+
+def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float) -> Structure:
+    """Build a structure from names joined by "+".
+
+    Args:
+        names: "none", or names of `PRESETS`: "lnfit+bitfit".
+        positions: Of the backbone, from `find_positions`.
+        rank: Of the modules that have one.
+        scale: Of LoRA; HiWi and the adapter have scale 1.
+
+    Raises:
+        StructureError: An unknown name, or one that finds nothing to act on in this backbone.
+    """
+    specs: list[ModuleSpec] = []
+    for name in [] if names.strip() in ("", "none") else names.split("+"):
+        name = name.strip()
+        if name not in PRESETS:
+            raise StructureError(
+                f"structure.preset must be 'none' or of {', '.join(PRESETS)}, joined by '+', "
+                f"got {name!r}."
+            )
+        kind, wanted = PRESETS[name]
+        chosen = [p.name for p in positions if wanted(p)]
+        if not chosen:
+            raise StructureError(
+                f"the preset {name!r} finds nothing to act on in this backbone. Leave it out, or "
+                "take another."
+            )
+        ranked = kind in _RANKED
+        specs += [
+            ModuleSpec(
+                kind,
+                target,
+                rank if ranked else 0,
+                scale if kind in ("lora", "lora-factors") else 1.0,
+            )
+            for target in chosen
+        ]
+    return Structure(tuple(dict.fromkeys(specs)))
