@@ -10,13 +10,19 @@ Out: bytes. The reader knows the codec, the groups and the seed, and with them n
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
+from fedpet.codec.eden import LEAST_ROTATED, decode_eden, encode_eden
 from fedpet.codec.floats import decode_bfloat16, decode_float32, encode_bfloat16, encode_float32
+from fedpet.codec.integers import GRIDS, decode_integers, encode_integers
 from fedpet.codec.names import Codec, parse_codec
-from fedpet.codec.wire import Reader
+from fedpet.codec.positions import decode_positions, encode_positions, most_position_bytes
+from fedpet.codec.rotation import window_size
+from fedpet.codec.topk import largest, num_kept
+from fedpet.codec.wire import Reader, stored_bytes, varint
 from fedpet.errors import FrameError, TrainingError
 
 Floats = npt.NDArray[np.float32]
@@ -80,6 +86,35 @@ def decode_values(payload: bytes | memoryview, codec: str, groups: Groups, *, se
     return values
 
 
+def max_payload_bytes(codec: str, groups: Groups) -> int:
+    """The most that `encode_values` can write, to the byte where nothing can be compressed.
+
+    Raises:
+        ConfigError: There is no such codec.
+    """
+    parsed = parse_codec(codec)
+    sizes = [stop - start for start, stop in groups if start < stop]
+    if not sizes:
+        return 0
+    if not parsed.top_ppm:
+        return _most_bytes(parsed, sizes)
+    kept = [num_kept(size, parsed.top_ppm) for size in sizes]
+    positions = sum(most_position_bytes(size) for size in sizes) + len(groups) - len(sizes)
+    return len(varint(positions)) + positions + _most_bytes(parsed, kept)
+
+
+def _most_bytes(codec: Codec, sizes: list[int]) -> int:
+    count = sum(sizes)
+    if codec.base in ("float32", "bfloat16"):
+        return codec.bits // 8 * (1 + count)
+    if codec.base in GRIDS:
+        num_blocks = sum(-(-size // GRIDS[codec.base].block) for size in sizes)
+        return 2 * (1 + num_blocks) + 1 + stored_bytes(count, GRIDS[codec.base].alphabet)
+    loose = sum(size for size in sizes if size < LEAST_ROTATED)
+    num_windows = sum(-(-size // window_size(size)) for size in sizes if size >= LEAST_ROTATED)
+    return 4 * (2 + loose + num_windows) + 1 + stored_bytes(count - loose, 1 << codec.bits)
+
+
 def _count(groups: Groups) -> int:
     end = 0
     for start, stop in groups:
@@ -92,16 +127,63 @@ def _count(groups: Groups) -> int:
 
 
 def _encode(values: Floats, codec: Codec, groups: Groups, seed: int) -> bytes:
+    entropy = codec.entropy
+    if codec.top_ppm:
+        return _encode_largest(values, codec, groups, seed)
     if codec.base == "float32":
-        return encode_float32(values, entropy=codec.entropy)
+        return encode_float32(values, entropy=entropy)
     if codec.base == "bfloat16":
-        return encode_bfloat16(values, seed, entropy=codec.entropy)
-    raise NotImplementedError(codec.name)
+        return encode_bfloat16(values, seed, entropy=entropy)
+    filled = [(start, stop) for start, stop in groups if start < stop]
+    if codec.base in GRIDS:
+        return encode_integers(values, GRIDS[codec.base], filled, seed, entropy=entropy)
+    return encode_eden(values, codec.bits, filled, seed, entropy=entropy)
 
 
 def _decode(reader: Reader, codec: Codec, groups: Groups, seed: int) -> Floats:
+    if codec.top_ppm:
+        return _decode_largest(reader, codec, groups, seed)
     if codec.base == "float32":
         return decode_float32(reader, groups[-1][1])
     if codec.base == "bfloat16":
         return decode_bfloat16(reader, groups[-1][1])
-    raise NotImplementedError(codec.name)
+    filled = [(start, stop) for start, stop in groups if start < stop]
+    if codec.base in GRIDS:
+        return decode_integers(reader, GRIDS[codec.base], filled)
+    return decode_eden(reader, codec.bits, filled, seed)
+
+
+def _encode_largest(values: Floats, codec: Codec, groups: Groups, seed: int) -> bytes:
+    chosen = [
+        largest(values[start:stop], num_kept(stop - start, codec.top_ppm)) for start, stop in groups
+    ]
+    positions = encode_positions(chosen, [stop - start for start, stop in groups])
+    kept = np.concatenate(
+        [values[start:stop][where] for (start, stop), where in zip(groups, chosen, strict=True)]
+    )
+    inner, parts = replace(codec, top_ppm=0), _side_by_side(chosen)
+    payload = _encode(kept, inner, parts, seed) if len(kept) else b""
+    return varint(len(positions)) + positions + payload
+
+
+def _decode_largest(reader: Reader, codec: Codec, groups: Groups, seed: int) -> Floats:
+    sizes = [stop - start for start, stop in groups]
+    chosen = decode_positions(reader.take(reader.varint()), sizes)
+    for where, size in zip(chosen, sizes, strict=True):
+        most = num_kept(size, codec.top_ppm)
+        if len(where) > most:
+            raise FrameError(
+                f"{codec.name} sends at most {most} of a group of {size} values, got {len(where)}."
+            )
+    inner, parts = replace(codec, top_ppm=0), _side_by_side(chosen)
+    values = np.zeros(groups[-1][1], dtype=np.float32)
+    if parts[-1][1]:
+        kept = _decode(reader, inner, parts, seed)
+        for (start, stop), where, part in zip(groups, chosen, parts, strict=True):
+            values[start:stop][where] = kept[slice(*part)]
+    return values
+
+
+def _side_by_side(chosen: list[npt.NDArray[np.int64]]) -> list[tuple[int, int]]:
+    stops = np.cumsum([len(where) for where in chosen]).tolist()
+    return list(zip([0, *stops[:-1]], stops, strict=True))

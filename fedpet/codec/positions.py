@@ -65,6 +65,11 @@ def decode_positions(payload: bytes | memoryview, sizes: Sequence[int]) -> list[
     return positions
 
 
+def most_position_bytes(size: int) -> int:
+    """The most that the positions of a tensor of `size` entries take: a bitmap and its header."""
+    return len(varint(size)) + 1 + (size + 7) // 8
+
+
 def _encode(chosen: Positions, size: int) -> bytes:
     count = len(chosen)
     if count and (chosen[0] < 0 or chosen[-1] >= size or (chosen[1:] <= chosen[:-1]).any()):
@@ -119,6 +124,14 @@ def _others(chosen: Positions, size: int) -> Positions:
 
 
 def _best_shift(gaps: Positions) -> int:
-    guess = max(int(gaps.mean() + 1).bit_length() - 1, 0)
-    shifts = range(max(guess - 2, 0), guess + 2)
-    return min(shifts, key=lambda shift: len(gaps) * (1 + shift) + int((gaps >> shift).sum()))
+    guess = int(float(gaps.mean()) + 1).bit_length() - 1
+    shifts: set[int] = {
+        0,
+        *range(max(guess - 2, 0), guess + 2),
+    }  # 0 is a bitmap: never worse than that
+    return min(shifts, key=lambda shift: (_num_bytes(gaps, shift), shift))
+
+
+def _num_bytes(gaps: Positions, shift: int) -> int:
+    unary_bits: int = len(gaps) + int((gaps >> shift).sum())
+    return (unary_bits + 7) // 8 + (len(gaps) + 7) // 8 * shift

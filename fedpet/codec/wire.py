@@ -193,6 +193,12 @@ def unpack_planes(
     return numbers
 
 
+def stored_bytes(count: int, alphabet: int) -> int:
+    """How many bytes `count` symbols take at a fixed number of bits."""
+    bits = (alphabet - 1).bit_length()
+    return count if bits == 8 else (count + 7) // 8 * bits
+
+
 def pack_symbols(symbols: Bytes, alphabet: int, *, entropy: bool = True) -> bytes:
     """Write symbols below `alphabet`, entropy-coded where that is shorter.
 
@@ -202,16 +208,16 @@ def pack_symbols(symbols: Bytes, alphabet: int, *, entropy: bool = True) -> byte
         entropy: False stores them at a fixed number of bits.
     """
     bits = (alphabet - 1).bit_length()
-    stored_bytes = (len(symbols) + 7) // 8 * bits
+    most = stored_bytes(len(symbols), alphabet)
     if entropy and len(symbols):
         counts = np.bincount(symbols, minlength=alphabet)
         table = _frequency_table(counts)
         packed_table = pack_bytes(table)
         coded_bits = -counts[counts > 0] @ np.log2(_model_probabilities(table)[counts > 0])
-        if len(packed_table) + coded_bits / 8 + 8 < 0.995 * stored_bytes:
+        if len(packed_table) + coded_bits / 8 + 8 < 0.995 * most:
             words = _ans_encode(symbols, table)
             coded = bytes([_ANS]) + packed_table + varint(len(words) // 4) + words
-            if len(coded) < stored_bytes:
+            if len(coded) < 1 + most:
                 return coded
     if bits == 8:
         return bytes([_STORED]) + symbols.tobytes()

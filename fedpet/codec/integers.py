@@ -1,0 +1,100 @@
+"""The codecs "int8" and "int4": whole multiples of a block's scale, rounded without bias.
+
+    backbone -> mask -> structure -> search -> model -> [codec]
+             -> plan -> client -> strategy -> ledger -> report
+
+In:  values, float32 (n,), finite, in groups that share no block.
+Out: a scale a block (bfloat16), and a symbol a value: 255 levels in blocks of 1024, or 15 in
+     blocks of 64.
+
+A scale is the block's largest magnitude over 127 (or 7), rounded up, so that nothing is clipped. A
+value is rounded up or down at random, by how near each is: its expected value is the value itself,
+and its error is below one scale.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from fedpet.codec.seeds import Purpose, random_words
+from fedpet.codec.wire import Reader, pack_bytes, pack_symbols, unpack_bytes, unpack_symbols
+from fedpet.errors import FrameError
+
+Floats = npt.NDArray[np.float32]
+Groups = list[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class Grid:
+    """How fine: symbols -limit ... limit, and values a block."""
+
+    limit: int
+    block: int
+
+    @property
+    def alphabet(self) -> int:
+        return 2 * self.limit + 1
+
+
+GRIDS = {"int8": Grid(127, 1024), "int4": Grid(7, 64)}
+
+
+def encode_integers(
+    values: Floats, grid: Grid, groups: Groups, seed: int, *, entropy: bool = True
+) -> bytes:
+    """Write float32 (n,) on the grid."""
+    starts, lengths = _blocks(grid, groups)
+    largest = np.maximum.reduceat(np.abs(values), starts)
+    needed = largest / np.float32(grid.limit)
+    upper = (needed.view(np.uint32) + np.uint32(0xFFFF) >> np.uint32(16)).astype("<u2")
+    scales = _from_bfloat16(upper)
+    scales[scales == 0] = 1  # of zeros
+    multiples = values / np.repeat(scales, lengths)
+    multiples += _uniform(seed, len(values))
+    np.floor(multiples, out=multiples)
+    np.clip(multiples, -grid.limit, grid.limit, out=multiples)  # the sum above was rounded
+    multiples += np.float32(grid.limit)
+    planes = upper.view(np.uint8).reshape(-1, 2)
+    return (
+        pack_bytes(np.ascontiguousarray(planes[:, 1]), entropy=entropy)
+        + pack_bytes(np.ascontiguousarray(planes[:, 0]), entropy=entropy)
+        + pack_symbols(multiples.astype(np.uint8), grid.alphabet, entropy=entropy)
+    )
+
+
+def decode_integers(reader: Reader, grid: Grid, groups: Groups) -> Floats:
+    """Read float32 (n,).
+
+    Raises:
+        FrameError: A scale is not a finite number, or the bytes are no blocks.
+    """
+    starts, lengths = _blocks(grid, groups)
+    upper = np.empty((len(starts), 2), dtype=np.uint8)
+    upper[:, 1] = unpack_bytes(reader, len(starts))
+    upper[:, 0] = unpack_bytes(reader, len(starts))
+    scales = _from_bfloat16(upper.view("<u2").ravel())
+    if not (np.isfinite(scales).all() and not np.signbit(scales).any()):
+        raise FrameError("the scale of a block must be finite and not negative: one is not.")
+    symbols = unpack_symbols(reader, groups[-1][1], grid.alphabet)
+    values = symbols.astype(np.float32)
+    values -= np.float32(grid.limit)
+    values *= np.repeat(scales, lengths)
+    return values
+
+
+def _blocks(grid: Grid, groups: Groups) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
+    starts = np.concatenate([np.arange(start, stop, grid.block) for start, stop in groups])
+    return starts, np.diff(starts, append=groups[-1][1])
+
+
+def _from_bfloat16(upper: npt.NDArray[np.uint16]) -> Floats:
+    return (upper.astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def _uniform(seed: int, count: int) -> Floats:
+    """Uniform in [0, 1), multiples of 2^-24: exact in float32."""
+    words = random_words(seed, Purpose.ROUNDING, count, np.uint32)
+    return (words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)
