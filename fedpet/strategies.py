@@ -1,13 +1,9 @@
-"""In a checkout, `fedpet.strategies` is the folder `strategies/`; the wheel has the folder here instead."""
+"""Stands in for the folder `strategies/` in a checkout; the wheel holds the folder itself."""
 
 import sys
 from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from strategies import *
-else:
-    _spec = spec_from_file_location(__name__, Path(__file__).parents[1] / "strategies" / "__init__.py")
-    sys.modules[__name__] = module_from_spec(_spec)  # what the import statement hands out
-    _spec.loader.exec_module(sys.modules[__name__])
+_spec = spec_from_file_location(__name__, Path(__file__).parents[1] / "strategies" / "__init__.py")
+sys.modules[__name__] = module_from_spec(_spec)  # what the import statement hands out
+_spec.loader.exec_module(sys.modules[__name__])

@@ -1,0 +1,46 @@
+# Everything a stranger needs: `make run`, `make test`, `make check`. Each makes the environment
+# `.venv` first, once; a second call goes straight to the job.
+#
+#   PYTHON=python3.12   the interpreter to make .venv with
+#   TORCH_INDEX=URL     a package index to take torch from; empty asks the configured one
+#   ARGS="..."          passed on: make run ARGS="--set strategy.num-rounds=2"
+
+PYTHON ?=
+TORCH_INDEX ?=
+ARGS ?=
+
+VENV := .venv
+STAMP := $(VENV)/.installed
+PINS := constraints.txt
+
+include scripts/settings
+
+.PHONY: run test test-slow check clean distclean help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+run: $(STAMP) ## federated fine-tuning of a real model on film reviews, on Ray
+	@$(VENV)/bin/fedpet simulate $(ARGS)
+
+test: $(STAMP) ## the plain tests, then those that start Ray and Flower
+	@scripts/test $(ARGS)
+
+test-slow: $(STAMP) ## tests that train for minutes
+	@scripts/test --slow $(ARGS)
+
+check: $(STAMP) ## format, lint, types
+	@scripts/check
+
+$(STAMP): pyproject.toml $(PINS) requirements-embedded.txt scripts/install
+	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/install $(VENV) $(PINS)
+	@touch $@
+
+clean: ## remove what was built and cached; environment and runs stay
+	@rm -rf build dist *.fab .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	@find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+distclean: clean ## the environment too
+	@rm -rf $(VENV)
+
+help: ## this list
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1|\2/p' $(MAKEFILE_LIST) | column -t -s '|'

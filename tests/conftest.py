@@ -1,0 +1,76 @@
+"""What every test stands on: settings of its own, nothing of the user's, nothing left behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import socket
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+
+# Short on purpose: Ray puts sockets below it, and the path of a socket holds 107 bytes.
+HOME = Path(tempfile.mkdtemp(prefix="fp-"))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports of 127.0.0.1 that nobody listens on now."""
+    with contextlib.ExitStack() as stack:
+        sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
+        for one in sockets:
+            one.bind(("127.0.0.1", 0))
+        return [one.getsockname()[1] for one in sockets]
+
+
+HTTP_PORT, CONTROL_PORT = free_ports(2)
+
+# Here and not in a fixture: Flower, Ray and the hub's client read these when they are imported.
+os.environ |= {
+    "FEDPET_CACHE": str(HOME / "cache"),
+    "HF_HUB_OFFLINE": "1",
+    "HF_HOME": str(HOME / "hub"),
+    "OMP_NUM_THREADS": "1",
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "FLWR_HOME": str(HOME / "flwr"),
+    # A local SuperLink stays after `flwr run` and serves whoever asks on its port: not the user's.
+    "FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": str(HTTP_PORT),
+    "FLWR_LOCAL_CONTROL_API_PORT": str(CONTROL_PORT),
+    "RAY_TMPDIR": str(HOME),
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The checkout's root: the tests come from it even where the package does not."""
+    return REPOSITORY
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _leave_nothing() -> Iterator[None]:
+    yield
+    for pid in _superlinks_of(HOME):
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGTERM)  # its SuperExec ends with it
+    shutil.rmtree(HOME, ignore_errors=True)
+
+
+def _superlinks_of(home: Path) -> list[int]:
+    """The local SuperLinks that `flwr run` started in this session: they log below its home."""
+    found = []
+    for entry in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):
+            arguments = entry.read_bytes().split(b"\0")
+            if any(argument.startswith(bytes(home / "flwr")) for argument in arguments):
+                found.append(int(entry.parent.name))
+    return found

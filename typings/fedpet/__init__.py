@@ -1,0 +1,1 @@
+../../fedpet/__init__.py
