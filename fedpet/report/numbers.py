@@ -1,0 +1,49 @@
+"""Counts, shares and ratios as a report writes them. Bytes and seconds are in `fedpet.units`."""
+
+from __future__ import annotations
+
+
+def show_count(count: float) -> str:
+    """A count exactly up to a million, with three significant digits above.
+
+    Example:
+        >>> show_count(9986), show_count(22_713_216)
+        ('9,986', '22.7 M')
+    """
+    if count < 999_950:
+        return f"{count:,.0f}"
+    for unit, size in (("M", 1e6), ("G", 1e9)):
+        if count < 999.5 * size:
+            return f"{count / size:.3g} {unit}"
+    return f"{count / 1e12:,.3g} T"
+
+
+def show_ratio(ratio: float) -> str:
+    """A ratio as the N of "1/N", which is how a saving is spoken of.
+
+    Example:
+        >>> show_ratio(0.0005), show_ratio(0.4), show_ratio(2)
+        ('1/2,000', '1/2.5', '2 x')
+    """
+    if ratio <= 0:
+        return "0"
+    if ratio >= 0.995:
+        return "1" if ratio < 1.005 else f"{_short(ratio)} x"
+    return f"1/{_short(1 / ratio)}"
+
+
+def show_percent(fraction: float) -> str:
+    """A fraction in percent, with three significant digits.
+
+    Example:
+        >>> show_percent(0.9912), show_percent(0.00044)
+        ('99.1 %', '0.0440 %')
+    """
+    percent = 100 * fraction
+    if percent == 0:
+        return "0 %"
+    return f"{percent:.1f} %" if abs(percent) >= 9.995 else f"{percent:#.3g} %"
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 99.5 else f"{value:.3g}"

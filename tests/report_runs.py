@@ -1,0 +1,102 @@
+"""Small run folders for the tests of reports, written by the code that writes real ones."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from fedpet.config import Experiment
+from fedpet.ledger import Ledger
+from fedpet.simulations.summary import summarise
+
+FULL_PARAMETERS = 22_713_216
+HEAD_VALUES = 770
+
+
+def make_result(
+    path: Path | None = None,
+    *,
+    method: str = "fedpet",
+    experiment: str = "film-reviews",
+    seed: int = 0,
+    rounds: int = 4,
+    clients: int = 5,
+    message_bytes: int = 40_000,
+    plan_bytes: int = 600,
+    final: float = 0.8,
+    values: dict[str, int] | None = None,
+    refused: int = 0,
+    settings: list[str] | None = None,
+) -> dict[str, Any]:
+    """Books of an invented run, added up as a real one's are; left in `path` where one is given.
+
+    The metric rises from 0.5 to `final`; every client is new in the first round.
+    """
+    config = Experiment.from_tables({})
+    config = replace(config, run=replace(config.run, name=experiment, seed=seed))
+    if path is not None:
+        path.mkdir(parents=True, exist_ok=True)
+    ledger = Ledger(path / "rounds.jsonl" if path is not None else None)
+    for number in range(rounds + 1):
+        record = ledger.begin(number)
+        record.metric = 0.5 + (final - 0.5) * number / rounds
+        record.evaluation_seconds = 0.5
+        if number:
+            record.clients, record.aggregated, record.loss = clients, True, 1 / number
+            record.replies = clients - (refused if number == 1 else 0)
+            record.newcomers = clients if number == 1 else 0
+            record.train_seconds, record.round_seconds = 10.0, 11.0
+            for client in range(clients):
+                ledger.count_client(
+                    down=message_bytes + 7,
+                    up=message_bytes if client < record.replies else 0,
+                    plan=plan_bytes if number == 1 else 0,
+                )
+            record.wire_bytes, record.messages = 2 * message_bytes, 4
+            for client in range(refused if number == 1 else 0):
+                ledger.refuse(f"client film-{client}", "its training gave NaN")
+        ledger.close()
+    result = summarise(
+        config,
+        method=method,
+        ledger=ledger,
+        data=SimpleNamespace(
+            clients=[SimpleNamespace(rows=range(30)) for _ in range(40)],
+            left_out_clients=3,
+            left_out_rows=12,
+            evaluation=range(872),
+            task=SimpleNamespace(metric="accuracy"),
+        ),
+        fingerprint="f" * 64,
+        plan_digest="d" * 32,
+        values_by_kind=values or {"mask": 53_084, "lnfit": 9_216, "head": HEAD_VALUES},
+        pretrained_parameters=FULL_PARAMETERS,
+        values_sha256=f"{seed:064x}",
+        final=final,
+        total_seconds=192.0,
+    )
+    if path is not None:
+        import tomli_w
+
+        tables = Experiment.from_tables(config.to_tables()).to_tables()
+        for setting in settings or []:
+            key, _, value = setting.partition("=")
+            stage, _, name = key.partition(".")
+            tables[stage][name] = type(tables[stage][name])(value)
+        (path / "config.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
+        (path / "result.json").write_text(json.dumps(result), encoding="utf-8")
+    return result
+
+
+def to_text(renderable: Any, width: int = 80) -> str:
+    """What a file or a pipe would get."""
+    import io
+
+    from rich.console import Console
+
+    console = Console(file=io.StringIO(), width=width)
+    console.print(renderable)
+    return console.file.getvalue()
