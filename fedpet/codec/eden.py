@@ -10,8 +10,9 @@ A rotated window looks normal whatever it was, so the levels that are best for a
 serve every vector: errors of 0.571, 0.133, 0.0358, 0.0096, 0.0025, 6.4e-4, 1.6e-4 and 4.1e-5 of the
 squared norm at 1 to 8 bits. The scale |z|² / <z, level(z)> makes the estimate's product with the
 vector equal its squared norm; over uniform rotations the estimate is then unbiased. With the seeded
-Hadamard rotation in their place that holds closely for vectors of some hundred values or more,
-spikes included (two rounds make a spike normal). A group of fewer than 32 values is sent as it is.
+Hadamard rotation in their place no bias was found over 10,000 seeds (it is below 0.5 % of the norm
+from 32 values on), not even for a vector of a single spike: two rounds make a spike normal, as one
+would not. A group of fewer than 32 values is sent as it is.
 
 Source: Vargaftik et al., EDEN, ICML 2022, arXiv:2108.08842. Ours: scales a window, so that a window
 which carries little is not drowned by one that carries much.
@@ -83,10 +84,9 @@ def decode_eden(reader: Reader, bits: int, groups: Groups, seed: int) -> Floats:
     values = np.empty(groups[-1][1], dtype=np.float32)
     generator = bit_generator(seed, Purpose.ROTATION)
     offset = 0
-    with np.errstate(over="ignore", invalid="ignore"):
-        for start, stop in turned:
-            values[start:stop] = unrotate(estimate[offset : offset + stop - start], generator)
-            offset += stop - start
+    for start, stop in turned:
+        values[start:stop] = unrotate(estimate[offset : offset + stop - start], generator)
+        offset += stop - start
     offset = 0
     for start, stop in loose:
         values[start:stop] = small[offset : offset + stop - start]

@@ -79,7 +79,7 @@ def parse_codec(name: str) -> Codec:
             fraction = Decimal(share.removeprefix("topk-"))
         except InvalidOperation:
             fraction = Decimal(0)
-        if not share.startswith("topk-") or not 0 < fraction < 1:
+        if not (share.startswith("topk-") and fraction.is_finite() and 0 < fraction < 1):
             raise ConfigError(
                 f"a codec may be prefixed by 'topk-FRACTION+' with a fraction in (0, 1), got "
                 f"{name!r}. To send the tenth largest of every group, write 'topk-0.1+eden-4'."

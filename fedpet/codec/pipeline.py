@@ -75,7 +75,10 @@ def decode_values(payload: bytes | memoryview, codec: str, groups: Groups, *, se
     parsed = parse_codec(codec)
     count = _count(groups)
     reader = Reader(payload)
-    values = _decode(reader, parsed, groups, seed) if count else np.empty(0, dtype=np.float32)
+    values = np.empty(0, dtype=np.float32)
+    if count:
+        with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
+            values = _decode(reader, parsed, groups, seed)
     reader.end()
     if not np.isfinite(values).all():
         wrong = np.flatnonzero(~np.isfinite(values))

@@ -125,10 +125,7 @@ def _others(chosen: Positions, size: int) -> Positions:
 
 def _best_shift(gaps: Positions) -> int:
     guess = int(float(gaps.mean()) + 1).bit_length() - 1
-    shifts: set[int] = {
-        0,
-        *range(max(guess - 2, 0), guess + 2),
-    }  # 0 is a bitmap: never worse than that
+    shifts: set[int] = {0, *range(max(guess - 2, 0), guess + 2)}  # 0, a bitmap, bounds the size
     return min(shifts, key=lambda shift: (_num_bytes(gaps, shift), shift))
 
 
