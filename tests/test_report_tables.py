@@ -90,7 +90,7 @@ def test_a_run_without_a_measure_before_training_still_has_a_table() -> None:
 
 
 def test_a_row_is_the_mean_over_the_seeds_of_a_method(three_methods: Path) -> None:
-    rows = {row.method: row for row in compare_rows(read_results([three_methods]))}
+    rows = {row.group.method: row for row in compare_rows(read_results([three_methods]))}
     assert list(rows) == ["full", "peft-lora", "fedpet"]
     fedpet, full = rows["fedpet"], rows["full"]
     assert (fedpet.seeds, fedpet.runs) == (3, 3)
@@ -124,7 +124,7 @@ def test_runs_of_one_method_that_differ_in_a_setting_are_rows_of_their_own(tmp_p
     make_result(tmp_path / "b", seed=1)
     make_result(tmp_path / "c", seed=0, settings=["mask.density=0.01"], message_bytes=80_000)
     rows = compare_rows(read_results([tmp_path]))
-    assert [(row.settings, row.seeds) for row in rows] == [
+    assert [(row.group.settings, row.seeds) for row in rows] == [
         ((("mask.density", "0.01"),), 1),
         ((("mask.density", "0.005"),), 2),
     ]
@@ -135,7 +135,35 @@ def test_runs_of_one_method_that_differ_in_a_setting_are_rows_of_their_own(tmp_p
 def test_experiments_are_never_averaged_together(tmp_path: Path) -> None:
     make_result(tmp_path / "a", experiment="cola")
     make_result(tmp_path / "b", experiment="mrpc")
-    assert [row.experiment for row in compare_rows(read_results([tmp_path]))] == ["cola", "mrpc"]
+    assert [row.group.experiment for row in compare_rows(read_results([tmp_path]))] == [
+        "cola",
+        "mrpc",
+    ]
+
+
+def test_runs_on_other_rows_or_other_clients_are_tables_of_their_own(tmp_path: Path) -> None:
+    for split in ("test", "validation"):
+        for method in ("full", "fedpet"):
+            settings = [f"data.eval-split={split}"]
+            make_result(tmp_path / f"{split}-{method}", method=method, settings=settings)
+    rows = compare_rows(read_results([tmp_path]))
+    assert [(row.group.title, row.group.name) for row in rows] == [
+        ("film-reviews, data.eval-split = test", "full"),
+        ("film-reviews, data.eval-split = test", "fedpet"),
+        ("film-reviews, data.eval-split = validation", "full"),
+        ("film-reviews, data.eval-split = validation", "fedpet"),
+    ]
+
+
+def test_the_best_of_several_rates_of_full_fine_tuning_is_the_measure(tmp_path: Path) -> None:
+    for rate, final in (("0.001", 0.6), ("0.0001", 0.8)):
+        settings = [f"training.learning-rate={rate}"]
+        make_result(tmp_path / rate, method="full", final=final, settings=settings)
+    make_result(tmp_path / "fedpet", final=0.4)
+    results = read_results([tmp_path])
+    rows = {row.group.name: row.fraction_of_full for row in compare_rows(results)}
+    assert rows == pytest.approx({"full a": 1.0, "full b": 0.75, "fedpet": 0.5})
+    assert '"of full" is of full a, the best of 2.' in to_text(compare_table(results))
 
 
 def test_a_run_reached_on_two_ways_counts_once(tmp_path: Path) -> None:
@@ -163,7 +191,7 @@ def test_a_cell_file_holds_its_result_beside_its_settings(tmp_path: Path) -> Non
         (folder / f"{codec}.json").write_text(json.dumps(cell), encoding="utf-8")
     (folder / "notes.json").write_text('{"machine": "two cores"}', encoding="utf-8")
     rows = compare_rows(read_results([tmp_path / "results"]))
-    assert {row.settings for row in rows} == {
+    assert {row.group.settings for row in rows} == {
         (("codec.up", "float32"),),
         (("codec.up", "eden-4"),),
     }
@@ -186,7 +214,7 @@ def test_rows_do_not_depend_on_the_order_of_the_results(
     ]
     rows = compare_rows(results)
     for row, other in zip(rows, compare_rows([results[i] for i in order]), strict=True):
-        assert row.method == other.method
+        assert row.group.name == other.group.name
         assert row.mean == pytest.approx(other.mean)
         assert row.deviation == pytest.approx(other.deviation)
         assert row.fraction_of_full == pytest.approx(other.fraction_of_full)

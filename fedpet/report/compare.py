@@ -15,7 +15,7 @@ import json
 import logging
 import math
 import tomllib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,7 @@ from fedpet.errors import InputError
 from fedpet.report.numbers import show_count, show_percent, show_ratio
 from fedpet.units import show_bytes
 
-__all__ = ["Row", "compare_rows", "compare_table", "read_results"]
+__all__ = ["Row", "RunGroup", "compare_rows", "compare_table", "group_runs", "read_results"]
 
 SCHEMA = 1
 REFERENCE = "full"  # the method that others are measured against
@@ -53,14 +53,37 @@ _FREE = ("run.",)
 log = logging.getLogger(__name__)
 
 
+Settings = tuple[tuple[str, str], ...]  # dotted keys and values
+
+
+@dataclass(frozen=True)
+class RunGroup:
+    """Runs that differ in their seed alone, so far as is known: a row of a table."""
+
+    experiment: str
+    conditions: Settings  # data and clients, where runs of one experiment differ in them
+    metric: str
+    method: str
+    settings: Settings  # in which it differs from other groups of this method
+    runs: tuple[dict[str, Any], ...]
+    name: str  # the method, and a letter where it has several groups
+
+    @property
+    def question(self) -> tuple[str, Settings, str]:
+        """What the runs of one table have in common."""
+        return self.experiment, self.conditions, self.metric
+
+    @property
+    def title(self) -> str:
+        """Of the table it belongs to."""
+        return ", ".join([self.experiment, *(f"{key} = {value}" for key, value in self.conditions)])
+
+
 @dataclass(frozen=True)
 class Row:
     """One method of one experiment, over its seeds. Bytes are means over the runs."""
 
-    experiment: str
-    method: str
-    settings: tuple[tuple[str, str], ...]  # in which it differs from other rows of this method
-    metric: str
+    group: RunGroup
     seeds: int
     runs: int  # more than `seeds` where a seed was given twice with different outcomes
     mean: float
@@ -118,33 +141,44 @@ def compare_table(results: Sequence[dict[str, Any]]) -> RenderableType:
     """Show what `read_results` gives: a table an experiment, cheapest last."""
     rows = compare_rows(results)
     parts: list[RenderableType] = []
-    for experiment in dict.fromkeys((row.experiment, row.metric) for row in rows):
-        chosen = [row for row in rows if (row.experiment, row.metric) == experiment]
-        parts += [*([""] if parts else []), _Fitting(chosen), *_notes(chosen)]
+    for question in dict.fromkeys(row.group.question for row in rows):
+        chosen = [row for row in rows if row.group.question == question]
+        parts += [*([""] if parts else []), _Fitting(chosen), *map(Text, notes(chosen))]
     return Group(*parts)
 
 
 def compare_rows(results: Sequence[dict[str, Any]]) -> list[Row]:
     """Average results over seeds: by experiment, full fine-tuning first, then falling bytes."""
-    groups: dict[tuple[str, str, str], list[dict[str, Any]]] = {}
+    rows = [_average(group) for group in group_runs(results)]
+    return [_against_full(row, rows) for row in rows]
+
+
+def group_runs(results: Sequence[dict[str, Any]]) -> list[RunGroup]:
+    """Put runs that differ in their seed alone together, in the order of `compare_rows`."""
+    experiments: dict[tuple[str, str], list[dict[str, Any]]] = {}
     for result in results:
-        run = result["run"]
-        key = (run["experiment"], result["quality"]["metric"], run["method"])
-        groups.setdefault(key, []).append(result)
-    rows = []
-    for (experiment, _, method), members in groups.items():
-        for settings, runs in _by_settings(members).items():
-            rows.append(_average(experiment, method, settings, runs))
-    experiments = list(dict.fromkeys((row.experiment, row.metric) for row in rows))
-    rows = [_against_full(row, rows) for row in rows]
-    return sorted(
-        rows,
-        key=lambda row: (
-            experiments.index((row.experiment, row.metric)),
-            row.method != REFERENCE,
-            -row.total_bytes,
-        ),
-    )
+        key = (result["run"]["experiment"], result["quality"]["metric"])
+        experiments.setdefault(key, []).append(result)
+    groups: list[RunGroup] = []
+    for (experiment, metric), everything in experiments.items():
+        for conditions, asked in _split(everything, ("data.", "population.")).items():
+            methods: dict[str, list[dict[str, Any]]] = {}
+            for result in asked:
+                methods.setdefault(result["run"]["method"], []).append(result)
+            found = [
+                RunGroup(experiment, conditions, metric, method, settings, tuple(runs), method)
+                for method, members in methods.items()
+                for settings, runs in _split(members, ("",)).items()
+            ]
+            found.sort(
+                key=lambda group: (
+                    group.method != REFERENCE,
+                    -_mean(run["communication"]["total_bytes"] for run in group.runs),
+                    group.settings,
+                )
+            )
+            groups += _named(found)
+    return groups
 
 
 def _result_files(folder: Path) -> Iterator[tuple[Path, bool]]:
@@ -225,47 +259,60 @@ def _dotted(value: Any, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, An
     yield ".".join(parents[-2:]), value
 
 
-def _by_settings(
-    results: Sequence[dict[str, Any]],
-) -> dict[tuple[tuple[str, str], ...], list[dict[str, Any]]]:
-    """Split runs of one method by the settings that all name and in which they differ."""
+def _split(
+    results: Sequence[dict[str, Any]], prefixes: tuple[str, ...]
+) -> dict[Settings, list[dict[str, Any]]]:
+    """Split runs by the settings that all of them name and in which they differ."""
     tables = [result.get("settings", {}) for result in results]
     named = set.intersection(*(set(table) for table in tables))
-    differing = sorted(key for key in named if len({table[key] for table in tables}) > 1)
-    groups: dict[tuple[tuple[str, str], ...], list[dict[str, Any]]] = {}
+    differing = sorted(
+        key
+        for key in named
+        if key.startswith(prefixes) and len({table[key] for table in tables}) > 1
+    )
+    parts: dict[Settings, list[dict[str, Any]]] = {}
     for result, table in zip(results, tables, strict=True):
-        groups.setdefault(tuple((key, table[key]) for key in differing), []).append(result)
-    return groups
+        parts.setdefault(tuple((key, table[key]) for key in differing), []).append(result)
+    return parts
 
 
-def _average(
-    experiment: str,
-    method: str,
-    settings: tuple[tuple[str, str], ...],
-    runs: Sequence[dict[str, Any]],
-) -> Row:
+def _named(groups: Sequence[RunGroup]) -> list[RunGroup]:
+    """Add letters where a method has several groups."""
+    methods = [group.method for group in groups]
+    counts = dict.fromkeys(methods, 0)
+    named = []
+    for group in groups:
+        counts[group.method] += 1
+        alone = methods.count(group.method) == 1
+        letter = "" if alone else f" {_letter(counts[group.method])}"
+        named.append(replace(group, name=f"{group.method}{letter}"))
+    return named
+
+
+def _letter(number: int) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[number - 1] if number <= 26 else str(number)
+
+
+def _average(group: RunGroup) -> Row:
     distinct = {
         (run["run"]["seed"], run["quality"]["final"], run["communication"]["total_bytes"]): run
-        for run in runs
+        for run in group.runs
     }
     runs = list(distinct.values())  # one run given twice counts once
     finals = [float(run["quality"]["final"]) for run in runs]
-    mean = sum(finals) / len(finals)
+    mean = _mean(finals)
     spread = sum((value - mean) ** 2 for value in finals)
 
     def average(name: str) -> float:
-        return sum(float(run["communication"][name]) for run in runs) / len(runs)
+        return _mean(run["communication"][name] for run in runs)
 
     return Row(
-        experiment=experiment,
-        method=method,
-        settings=settings,
-        metric=runs[0]["quality"]["metric"],
+        group=group,
         seeds=len({run["run"]["seed"] for run in runs}),
         runs=len(runs),
         mean=mean,
         deviation=math.sqrt(spread / (len(runs) - 1)) if len(runs) > 1 else None,
-        communicated_values=sum(run["model"]["communicated_values"] for run in runs) / len(runs),
+        communicated_values=_mean(run["model"]["communicated_values"] for run in runs),
         uplink_bytes_per_client_round=average("uplink_bytes_per_client_round"),
         downlink_bytes_per_client_round=average("downlink_bytes_per_client_round"),
         total_bytes=average("total_bytes"),
@@ -273,20 +320,45 @@ def _average(
     )
 
 
+def _mean(values: Iterable[float]) -> float:
+    listed = [float(value) for value in values]
+    return sum(listed) / len(listed)
+
+
 def _against_full(row: Row, rows: Sequence[Row]) -> Row:
-    """Set a row against full fine-tuning, where the experiment has exactly one row of it."""
+    """Set a row against full fine-tuning on the same question; against the best, of several."""
     full = [
         other
         for other in rows
-        if (other.experiment, other.metric, other.method) == (row.experiment, row.metric, REFERENCE)
+        if other.group.question == row.group.question and other.group.method == REFERENCE
     ]
-    if len(full) != 1 or full[0].mean <= 0:
+    if not full:
+        return row
+    best = max(full, key=lambda other: other.mean)
+    if best.mean <= 0:
         return row
     return replace(
         row,
-        fraction_of_full=row.mean / full[0].mean,
-        ratio_to_full=row.total_bytes / full[0].total_bytes,
+        fraction_of_full=row.mean / best.mean,
+        ratio_to_full=row.total_bytes / best.total_bytes,
     )
+
+
+def notes(rows: Sequence[Row]) -> Iterator[str]:
+    """What tells the rows of one method apart."""
+    for row in rows:
+        if row.group.settings:
+            told = ", ".join(f"{key} = {value}" for key, value in row.group.settings)
+            yield f"{row.group.name}: {told}"
+        if row.runs > row.seeds:
+            yield (
+                f"{row.group.name}: {row.runs} runs over {row.seeds} seeds were averaged; they "
+                "differ in something beside the seed that is not in their settings."
+            )
+    full = [row for row in rows if row.group.method == REFERENCE]
+    if len(full) > 1:
+        best = max(full, key=lambda row: row.mean)
+        yield f'"of full" is of {best.group.name}, the best of {len(full)}.'
 
 
 def _over(
@@ -294,19 +366,6 @@ def _over(
 ) -> tuple[str, Callable[[Row], str]]:
     """Two columns as one, the one above the other."""
     return header, lambda row: f"{upper(row)}\n{lower(row)}"
-
-
-def _notes(rows: Sequence[Row]) -> Iterator[Text]:
-    """What tells rows of one method apart."""
-    for row, name in zip(rows, _names(rows), strict=True):
-        if row.settings:
-            told = ", ".join(f"{key} = {value}" for key, value in row.settings)
-            yield Text(f"{name}: {told}")
-        if row.runs > row.seeds:
-            yield Text(
-                f"{name}: {row.runs} runs over {row.seeds} seeds were averaged; they differ in "
-                "something beside the seed that is not in their settings."
-            )
 
 
 @dataclass(frozen=True)
@@ -325,7 +384,7 @@ def _table(rows: Sequence[Row], *, stacked: bool) -> Table:
     between = "\n" if stacked else " "
     columns: list[tuple[str, Callable[[Row], str]]] = [
         ("seeds", lambda row: str(row.seeds)),
-        (rows[0].metric, lambda row: _show_mean(row, between)),
+        (rows[0].group.metric, lambda row: _show_mean(row, between)),
         ("of\nfull", lambda row: _or_dash(show_percent, row.fraction_of_full)),
         ("values", lambda row: show_count(row.communicated_values)),
         ("up, client\nand round", lambda row: show_bytes(row.uplink_bytes_per_client_round)),
@@ -342,7 +401,7 @@ def _table(rows: Sequence[Row], *, stacked: bool) -> Table:
     if not with_full:
         columns = [column for column in columns if "full" not in column[0]]
     table = Table(
-        title=Text(rows[0].experiment, style="bold"),
+        title=Text(rows[0].group.title, style="bold"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -353,26 +412,9 @@ def _table(rows: Sequence[Row], *, stacked: bool) -> Table:
     table.add_column("method", style="cyan", overflow="fold")
     for header, _ in columns:
         table.add_column(header, justify="right", no_wrap=True)
-    for row, name in zip(rows, _names(rows), strict=True):
-        table.add_row(Text(name), *(Text(show(row)) for _, show in columns))
-    return table
-
-
-def _names(rows: Sequence[Row]) -> list[str]:
-    """The methods' names, with a letter where one has several rows."""
-    count: dict[str, int] = {}
-    names = []
     for row in rows:
-        if row.settings:
-            count[row.method] = count.get(row.method, 0) + 1
-            names.append(f"{row.method} {_letter(count[row.method])}")
-        else:
-            names.append(row.method)
-    return names
-
-
-def _letter(number: int) -> str:
-    return "abcdefghijklmnopqrstuvwxyz"[number - 1] if number <= 26 else str(number)
+        table.add_row(Text(row.group.name), *(Text(show(row)) for _, show in columns))
+    return table
 
 
 def _show_mean(row: Row, between: str) -> str:
