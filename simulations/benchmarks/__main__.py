@@ -1,0 +1,150 @@
+"""`python -m simulations.benchmarks`: one baseline, or the whole table. Runs from a checkout.
+
+Exit codes are those of `fedpet`: 0 done; 1 a run failed, learned nothing, or a check differs;
+2 bad input, one clear sentence; 130 interrupted, and resumed by the same command.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import click
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from fedpet.config import Experiment
+from fedpet.errors import ConfigError, FedpetError, InputError
+
+from .baselines import METHODS, run_baseline
+from .table import FEDPET, PHASES, TableFile, TableRun, experiment_file
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="What fedpet is compared with, on the same clients, seeds, rounds and evaluation.",
+)
+console = Console()
+
+
+@app.command(epilog="Example: python -m simulations.benchmarks run full --set run.seed=1")
+def run(
+    method: Annotated[
+        str, typer.Argument(help=f"{', '.join(METHODS)}, or {FEDPET}.", metavar="METHOD")
+    ],
+    experiment: Annotated[
+        str,
+        typer.Argument(metavar="[EXPERIMENT]", help="A TOML file, or the name of a built-in one."),
+    ] = "film-reviews",
+    overrides: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key of the experiment."),
+    ] = None,
+    out: Annotated[str, typer.Option(help="The run folder to make.")] = "",
+) -> None:
+    """Run one method and leave result.json, rounds.jsonl and config.toml."""
+    from fedpet.simulations.engine import simulate
+    from fedpet.simulations.progress import Progress
+    from fedpet.simulations.run_folder import new_run_folder
+
+    if method not in (*METHODS, FEDPET):
+        raise ConfigError(f"unknown method {method!r}. Known are: {', '.join((*METHODS, FEDPET))}.")
+    settings = Experiment.from_file(experiment_file(experiment), overrides or [])
+    folder_name = f"{settings.run.name}-{method}"
+    folder = new_run_folder(
+        replace(settings, run=replace(settings.run, name=folder_name, out=out or settings.run.out))
+    )
+    with Progress(settings.strategy.num_rounds) as progress:
+        if method == FEDPET:
+            result = simulate(settings, folder, progress)
+        else:
+            result = run_baseline(method, settings, folder, progress)
+    quality = result["quality"]
+    console.print(f"{method}: {quality['metric']} {quality['final']:.4f}   Run: {folder.path}")
+
+
+@app.command(
+    epilog="Example: python -m simulations.benchmarks table simulations/benchmarks/default.toml"
+)
+def table(
+    file: Annotated[Path, typer.Argument(help="What to run: methods, grids, splits, seeds.")],
+    phase: Annotated[str, typer.Option(help="tune or final; both where it is left out.")] = "",
+    only: Annotated[
+        list[str] | None, typer.Option(metavar="METHOD", help="Leave the other methods out.")
+    ] = None,
+    check: Annotated[
+        int, typer.Option(metavar="N", help="Run N finished cells again, and compare.")
+    ] = 0,
+) -> None:
+    """Run what is missing of a table, cell by cell, and show it. Interrupt and resume at will."""
+    if phase not in ("", *PHASES):
+        raise ConfigError(f"--phase must be one of {', '.join(PHASES)}, got {phase!r}.")
+    phases = (phase,) if phase else PHASES
+    progress = Console(stderr=True, highlight=False)
+    job = TableRun(
+        TableFile.read(file),
+        lambda line: progress.print(line, markup=False, soft_wrap=True),
+        only=tuple(only or ()),
+    )
+    if check:
+        if not job.check(check, phases):
+            raise typer.Exit(1)
+        return
+    if "tune" in phases:
+        job.tune()
+        console.print(tuning_table(job))
+    if "final" in phases:
+        job.final()
+        show_finals(job)
+
+
+def tuning_table(job: TableRun) -> Table:
+    """The metric at each rate; the one taken is in bold."""
+    columns = max(len(method.rates) for method in job.methods)
+    shown = Table(title=f"tuned on {job.table.tune_split!r}, seed {job.table.tune_seed}", box=None)
+    shown.add_column("method")
+    for _ in range(columns):
+        shown.add_column("rate: metric", justify="right")
+    shown.add_column("")
+    for method in job.methods:
+        tuned, best = job.tuned(method), job.best_rate(method)
+        cells = []
+        for rate in sorted(method.rates):
+            text = f"{rate}: {tuned[rate]:.4f}" if rate in tuned else f"{rate}: nothing learned"
+            cells.append(f"[bold]{text}[/bold]" if rate == best else text)
+        at_edge = len(method.rates) > 1 and best in (min(method.rates), max(method.rates))
+        shown.add_row(method.name, *cells, "at the edge of its grid" if at_edge else "")
+    return shown
+
+
+def show_finals(job: TableRun) -> None:
+    """The table of `fedpet compare` over the final cells."""
+    from fedpet.report.compare import compare_table, read_results
+
+    console.print(compare_table(read_results(job.final_results())))
+
+
+def main() -> None:
+    """Run the command line; errors a user can cause are one sentence on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        sys.exit(app(standalone_mode=False) or 0)
+    except (typer.Abort, KeyboardInterrupt):
+        print("Interrupted; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except FedpetError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except click.ClickException as error:
+        error.show()
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
