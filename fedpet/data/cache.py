@@ -53,7 +53,7 @@ def remembered(
     if folder.is_dir():
         try:
             return _open(folder)
-        except (OSError, ValueError, KeyError):  # half a disk, an edited file: compute it anew
+        except (OSError, EOFError, ValueError, KeyError):  # cut short, or edited: compute it anew
             shutil.rmtree(folder, ignore_errors=True)
     entry = compute()
     try:

@@ -11,6 +11,7 @@ reads no text. Nothing that depends on the population is kept: clients are dealt
 from __future__ import annotations
 
 import hashlib
+import importlib.metadata
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,21 +83,25 @@ def load_data(
     source = open_source(data.source, cache)
     hold_out = not data.eval_split or (isinstance(source, Files) and "" in source.files)
 
-    train_split = _Split(
-        source, data.train_split, "kept" if hold_out else "all", data.max_train_rows
-    )
-    task = Task(data.task, _label_names(train_split, data, cache), data.metric)
-    train_entry = _rows_entry(train_split, data, task, tokenizer_folder, cache)
-    train = _rows(train_entry)
-
-    held = no_rows(train)
+    if hold_out:
+        train_split = _Split(source, data.train_split, "kept", data.max_train_rows)
+        held_split = _Split(source, data.train_split, "held out", data.max_eval_rows)
+    else:
+        train_split = _Split(source, data.train_split, "all", data.max_train_rows)
+        held_split = _Split(source, data.eval_split, "all", data.max_eval_rows)
+    source.check(train_split.name)
     if evaluation:
-        held_split = (
-            _Split(source, data.train_split, "held out", data.max_eval_rows)
-            if hold_out
-            else _Split(source, data.eval_split, "all", data.max_eval_rows)
-        )
-        held = _rows(_rows_entry(held_split, data, task, tokenizer_folder, cache))
+        source.check(held_split.name)
+
+    task = Task(data.task, _label_names(train_split, data, cache), data.metric)
+    tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
+
+    def rows_entry(split: _Split) -> Entry:
+        return _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
+
+    train_entry = rows_entry(train_split)
+    train = _rows(train_entry)
+    held = _rows(rows_entry(held_split)) if evaluation else no_rows(train)
 
     if partitioner is not None:
         dataset = source.read(data.train_split).dataset()
@@ -168,10 +173,21 @@ def _label_names(train: _Split, data: DataConfig, cache: Path) -> tuple[str, ...
     return tuple(remembered(cache, "labels", key, compute).meta["label_names"])
 
 
+def _versions() -> list[str]:
+    """A library that is updated may cut a text into other tokens."""
+    return [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
+
+
 def _rows_entry(
-    split: _Split, data: DataConfig, task: Task, tokenizer_folder: Path, cache: Path
+    split: _Split,
+    data: DataConfig,
+    task: Task,
+    tokenizer_folder: Path,
+    tokens_key: dict[str, Any],
+    cache: Path,
 ) -> Entry:
     key = {
+        **tokens_key,
         **split.source.identity(split.name),
         "part": split.part,
         "max_rows": split.max_rows,
@@ -181,7 +197,6 @@ def _rows_entry(
         "label_names": task.label_names,
         "task": task.kind,
         "max_length": data.max_length,
-        "tokenizer": hash_tokenizer_files(tokenizer_folder),
     }
 
     def compute() -> Entry:

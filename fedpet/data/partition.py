@@ -83,6 +83,7 @@ def partition(labels: np.ndarray, population: PopulationConfig) -> dict[str, np.
 def _dirichlet(
     labels: np.ndarray, num_clients: int, alpha: float, rng: np.random.Generator
 ) -> np.ndarray:
+    alpha = min(alpha, 1e9)  # equal shares by then; the sum of 1e308s would overflow
     owner = np.empty(len(labels), dtype=np.int64)
     for label in np.unique(labels):
         rows = rng.permutation(np.flatnonzero(labels == label))

@@ -83,6 +83,10 @@ class Source(ABC):
     description: str  # "the folder 'reviews'", for messages
 
     @abstractmethod
+    def check(self, split: str) -> None:
+        """Refuse a split that is known not to be there, by a `DataError`."""
+
+    @abstractmethod
     def identity(self, split: str) -> dict[str, Any]:
         """What tells this split's rows from any others', as JSON values."""
 
@@ -126,19 +130,18 @@ class FilmReviews(Source):
     """
 
     path: Path
-    description: str = "the embedded film reviews"
+    description: str = "the embedded data set"
     _splits: dict[str, dict[str, list[str]]] = field(default_factory=dict)
 
     def identity(self, split: str) -> dict[str, Any]:
-        self._check(split)
         return {"embedded": split, "sha256": _hash_file(self.path)}
 
     def read(self, split: str) -> Table:
-        self._check(split)
+        self.check(split)
         self._splits = self._splits or self._read_all()
         return Table(self._splits[split], {"label": _FILM_LABELS})
 
-    def _check(self, split: str) -> None:
+    def check(self, split: str) -> None:
         _check_split(split, ("train", "validation", "test"), self.description)
 
     def _read_all(self) -> dict[str, dict[str, list[str]]]:
@@ -192,9 +195,16 @@ class Files(Source):
     files: dict[str, list[Path]]  # by split
     cache: Path
     _tables: dict[str, Table] = field(default_factory=dict)
+    _identities: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def check(self, split: str) -> None:
+        self._of(split)
 
     def identity(self, split: str) -> dict[str, Any]:
-        return {"files": [(_suffix(path), _hash_file(path)) for path in self._of(split)]}
+        if split not in self._identities:
+            files = [(_suffix(path), _hash_file(path)) for path in self._of(split)]
+            self._identities[split] = {"files": files}
+        return self._identities[split]
 
     def read(self, split: str) -> Table:
         if split not in self._tables:
@@ -234,11 +244,11 @@ class Files(Source):
 
 
 def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder by split: "train.jsonl.gz" is "train"."""
+    """The files of a folder, and of "data" in it, by split: "train.jsonl.gz" is "train"."""
     splits: dict[str, list[Path]] = {}
-    for path in sorted(folder.iterdir()):
+    for path in sorted([*folder.glob("*"), *folder.glob("data/*")]):
         if path.is_file() and _format_of(path) and not path.name.startswith("."):
-            stem = path.name[: path.name.index(_suffix(path))]
+            stem = path.name[: path.name.lower().index(_suffix(path))]
             split = _PIECE.sub("", stem)
             if split not in _NOT_A_SPLIT:
                 splits.setdefault(split, []).append(path)
@@ -272,12 +282,15 @@ class HubDataset(Source):
     def __post_init__(self) -> None:
         self.description = f"the hub's data set {self.name!r}"
 
+    def check(self, split: str) -> None:
+        """Only the hub knows; `read` will tell."""
+
     def identity(self, split: str) -> dict[str, Any]:
         return {"hub": [self.name, self.config, self.revision], "split": split}
 
     def read(self, split: str) -> Table:
         if split not in self._tables:
-            with _reading(self.description):
+            with _reading(f"{self.name!r} (no file or folder here, so the hub's data set)"):
                 from datasets import load_dataset
 
                 self._check_reachable()
@@ -317,16 +330,19 @@ def _reading(what: str) -> Iterator[None]:
     """Quiet progress bars, and one sentence for whatever goes wrong inside `datasets`."""
     import datasets
 
-    were_shown = datasets.are_progress_bars_enabled()
+    were_hidden = datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
         yield
     except DataError:
         raise
     except Exception as error:  # datasets, pandas and pyarrow each have their own
-        raise DataError(f"{what} cannot be read: {_first_line(error.__cause__ or error)}") from None
+        cause = error.__cause__ or error
+        if isinstance(cause, StopIteration) or "corresponds to no data" in str(cause):
+            raise DataError(f"{what} has no rows.") from None  # how datasets puts it
+        raise DataError(f"{what} cannot be read: {_first_line(cause)}") from None
     finally:
-        if were_shown:
+        if not were_hidden:
             datasets.enable_progress_bars()
 
 

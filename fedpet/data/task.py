@@ -70,11 +70,19 @@ def read_off_label_names(labels: Sequence[Any], where: str) -> tuple[str, ...]:
 
 
 def _read_off(labels: Sequence[Any], where: str) -> tuple[str, ...]:
-    present = {label for label in labels if label is not None}
-    strings = sorted(label for label in present if isinstance(label, str))
+    strings = {label for label in labels if isinstance(label, str)}
     if strings:
-        return tuple(strings)
-    indices = [index for label in present if (index := _whole_number(label)) is not None]
+        return tuple(sorted(strings))
+    indices = []
+    for row, label in enumerate(labels):
+        index = _whole_number(label)
+        if index is None:
+            raise DataError(
+                f"row {row + 1} of {where} has the label {label!r}. A class is a string or a "
+                "whole number from 0: mend or remove the row, or set data.task = 'regression' "
+                "if labels are measurements."
+            )
+        indices.append(index)
     num_classes = max(indices, default=0) + 1
     if num_classes > max(2, len(labels)):
         raise DataError(
@@ -130,7 +138,7 @@ def _index(label: Any, index_of: dict[str, int], row: int, where: str) -> int:
 
 def _whole_number(label: Any) -> int | None:
     """The class index a label stands for; 1.0 and True are 1, and -1 is none."""
-    if isinstance(label, int | float) and label >= 0 and label == int(label):
+    if isinstance(label, int | float) and label >= 0 and label % 1 == 0:
         return int(label)
     return None
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +110,10 @@ def tokenise(
         )
         ids = encoded["input_ids"]
         lengths += [len(row) for row in ids]
-        tokens.append(np.fromiter((i for row in ids for i in row), dtype=np.int32))
+        tokens.append(np.fromiter(chain.from_iterable(ids), dtype=np.int32))
         if "token_type_ids" in encoded:
             rows = encoded["token_type_ids"]
-            types.append(np.fromiter((i for row in rows for i in row), dtype=np.uint8))
+            types.append(np.fromiter(chain.from_iterable(rows), dtype=np.uint8))
     if 0 in lengths:
         raise DataError(
             f"row {lengths.index(0) + 1} of {where} gives no token at all under this backbone's "
