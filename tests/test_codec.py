@@ -11,6 +11,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import zstandard
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
@@ -23,7 +24,9 @@ from fedpet.codec import (
     known_codecs,
     max_payload_bytes,
 )
+from fedpet.codec.floats import pack_words
 from fedpet.codec.names import codec_from_number, parse_codec
+from fedpet.codec.wire import Reader, pack_symbols, unpack_symbols, varint
 from fedpet.errors import ConfigError, FrameError, TrainingError
 
 CODECS = (*known_codecs(), "topk-0.1+eden-4", "topk-0.25+float32-raw", "topk-0.999999+int8")
@@ -57,6 +60,7 @@ def squared_error(values, decoded):
 
 
 @pytest.mark.parametrize("codec", LOSSLESS)
+@settings(deadline=None)
 @given(values=arrays(np.float32, st.integers(0, 300), elements=FINITE))
 def test_float32_gives_back_the_same_bits(codec, values):
     decoded = roundtrip(values, codec)
@@ -64,7 +68,7 @@ def test_float32_gives_back_the_same_bits(codec, values):
     assert decoded.tobytes() == values.tobytes()  # minus zero and subnormals too
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     values=arrays(np.float32, st.integers(0, 300), elements=FINITE),
     codec=st.sampled_from([c for c in CODECS if "eden" not in c]),
@@ -76,7 +80,7 @@ def test_every_finite_vector_decodes_to_a_finite_one_of_its_length(values, codec
     assert np.isfinite(decoded).all()
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(
     values=arrays(
         np.float32, st.integers(0, 300), elements=st.floats(-(2.0**99), 2.0**99, width=32)
@@ -92,7 +96,7 @@ def test_every_vector_up_to_1e30_can_be_rotated(values, bits, seed):
     assert np.linalg.norm(decoded - values.astype(np.float64)) <= 2 * norm + 1e-37
 
 
-@settings(max_examples=60)
+@settings(max_examples=60, deadline=None)
 @given(values=arrays(np.float32, st.integers(1, 3000), elements=st.floats(-1e4, 1e4, width=32)))
 def test_an_integer_codec_errs_by_less_than_its_blocks_scale(values):
     for codec, limit, block in (("int8", 127, 1024), ("int4", 7, 64)):
@@ -104,6 +108,7 @@ def test_an_integer_codec_errs_by_less_than_its_blocks_scale(values):
             assert error[part].max() <= scale * (1 + 1e-6) + 1e-40
 
 
+@settings(deadline=None)
 @given(values=arrays(np.float32, st.integers(1, 300), elements=FINITE))
 def test_bfloat16_errs_by_less_than_its_last_place(values):
     decoded = roundtrip(values, "bfloat16").astype(np.float64)
@@ -195,15 +200,15 @@ def bias(values, codec, num_seeds):
 @pytest.mark.parametrize("codec", ["bfloat16-raw", "int8-raw", "int4-raw"])
 @pytest.mark.parametrize("distribution", ["gaussian", "student-t3"])
 def test_over_seeds_rounding_has_no_bias(codec, distribution):
-    ratio, along = bias(draw(distribution, 4096), codec, 300)
+    ratio, along = bias(draw(distribution, 3000), codec, 200)
     assert 0.8 < ratio < 1.2  # a bias of a tenth of one error would make it 4
     assert abs(along) < 1e-3
 
 
-@pytest.mark.parametrize("bits", [1, 2, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 4])
 @pytest.mark.parametrize("distribution", ["gaussian", "student-t3", "spike"])
 def test_over_seeds_eden_has_no_bias(bits, distribution):
-    ratio, along = bias(draw(distribution, 4096 + 1000), f"eden-{bits}-raw", 200)
+    ratio, along = bias(draw(distribution, 3000), f"eden-{bits}-raw", 150)
     assert 0.85 < ratio < 1.15
     assert abs(along) < 1e-6  # the scale sees to that, seed by seed
 
@@ -273,6 +278,52 @@ def test_the_entropy_stage_pays(codec):
     )
 
 
+def entropy_bytes(symbols):
+    counts = np.bincount(symbols)
+    counts = counts[counts > 0]
+    return -(counts @ np.log2(counts / len(symbols))) / 8
+
+
+@pytest.mark.parametrize("count", [54_321, 400_000])
+@pytest.mark.parametrize("deviation", [0.3, 1.0, 2.3, 10.0, 40.0])
+def test_coded_symbols_are_within_2_percent_of_their_empirical_entropy(count, deviation):
+    # 0.3: nearly all zeros, 0.5 bits a symbol; 40: an int8 block's, 7.3 bits of 8.
+    normal = np.random.default_rng(0).standard_normal(count) * deviation
+    limit = 127 if deviation > 3 else 7
+    symbols = (np.clip(np.rint(normal), -limit, limit) + limit).astype(np.uint8)
+    coded = pack_symbols(symbols, 2 * limit + 1)
+    assert len(coded) < 1.02 * entropy_bytes(symbols)
+    assert (unpack_symbols(Reader(coded), count, 2 * limit + 1) == symbols).all()
+
+
+@pytest.mark.parametrize("distribution", ["gaussian", "laplace", "student-t3"])
+@pytest.mark.parametrize("codec", ["float32", "bfloat16"])
+def test_coded_floats_are_within_2_percent_of_what_their_exponents_allow(codec, distribution):
+    values = draw(distribution, 54_321)
+    exponents = (values.view(np.uint32) >> np.uint32(23) & np.uint32(0xFF)).astype(np.uint8)
+    noise_bits = 24 if codec == "float32" else 8  # mantissa and sign
+    limit = entropy_bytes(exponents) + len(values) * noise_bits / 8
+    assert len(encode_values(values, codec, [(0, len(values))], seed=0)) < 1.02 * limit
+
+
+@settings(deadline=None)
+@given(
+    symbols=st.integers(2, 256).flatmap(
+        lambda alphabet: st.tuples(
+            st.just(alphabet),
+            arrays(np.uint8, st.integers(0, 600), elements=st.integers(0, alphabet - 1)),
+        )
+    )
+)
+def test_symbols_of_any_alphabet_come_back(symbols):
+    alphabet, wanted = symbols
+    for entropy in (True, False):
+        coded = pack_symbols(wanted, alphabet, entropy=entropy)
+        reader = Reader(coded)
+        assert (unpack_symbols(reader, len(wanted), alphabet) == wanted).all()
+        reader.end()
+
+
 def test_the_number_of_threads_changes_no_byte():
     script = (
         "import hashlib, numpy as np\n"
@@ -335,24 +386,22 @@ def test_a_value_that_is_not_finite_is_never_encoded(codec, wrong):
 @pytest.mark.parametrize("wrong", [np.nan, np.inf])
 @pytest.mark.parametrize("base", ["float32-raw", "bfloat16-raw"])
 def test_a_payload_of_values_that_are_not_finite_is_refused(base, wrong):
-    from fedpet.codec.floats import encode_float32
-
     values = draw("gaussian", 100)
     values[17] = wrong
-    payload = encode_float32(values, entropy=False)
-    if base == "bfloat16-raw":  # the upper half of the planes: exponents, then the upper mantissas
-        payload = b"\0" + b"\xff" * 100 + b"\0" + b"\0" * 100
-    with pytest.raises(FrameError, match="must be finite"):
+    words = values.view(np.uint32)
+    if base == "bfloat16-raw":
+        words = (words >> np.uint32(16)).astype(np.uint16)
+    payload = pack_words(words, entropy=False)
+    with pytest.raises(FrameError, match=r"must be finite, got (nan|inf) at position 17"):
         decode_values(payload, base, [(0, 100)], seed=0)
 
 
 @pytest.mark.parametrize("scale", [np.nan, np.inf, -1.0, -0.0, 3e38])
 def test_a_scale_that_is_not_finite_or_overflows_is_refused(scale):
-    from fedpet.codec.floats import encode_float32
-
     groups = [(0, 4096)]
     payload = encode_values(draw("gaussian", 4096), "eden-8-raw", groups, seed=0)
-    forged = payload[:4] + encode_float32(np.float32([scale]), entropy=False) + payload[12:]
+    forged_scale = pack_words(np.float32([scale]).view(np.uint32), entropy=False)
+    forged = forged_scale + payload[len(forged_scale) :]
     with pytest.raises(FrameError, match="finite"):
         decode_values(forged, "eden-8-raw", groups, seed=0)
 
@@ -375,15 +424,11 @@ def test_more_values_than_top_k_may_send_are_refused():
 
 
 def test_a_plane_that_unpacks_to_more_than_the_plan_says_is_refused_and_never_unpacked():
-    import zstandard
-
     bomb = zstandard.ZstdCompressionParameters.from_level(
         19, write_content_size=True, format=zstandard.FORMAT_ZSTD1_MAGICLESS
     )
     packed = zstandard.ZstdCompressor(compression_params=bomb).compress(bytes(50_000_000))
-    from fedpet.codec.wire import varint
-
-    payload = (b"\x01" + varint(len(packed)) + packed) * 4
+    payload = b"\0" + (b"\x01" + varint(len(packed)) + packed) * 4
     with pytest.raises(FrameError, match="size of its own"):
         decode_values(payload, "float32", [(0, 1000)], seed=0)
 

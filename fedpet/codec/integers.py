@@ -19,8 +19,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedpet.codec.floats import pack_words, unpack_words, widen
 from fedpet.codec.seeds import Purpose, random_words
-from fedpet.codec.wire import Reader, pack_bytes, pack_symbols, unpack_bytes, unpack_symbols
+from fedpet.codec.wire import Reader, pack_symbols, unpack_symbols
 from fedpet.errors import FrameError
 
 Floats = npt.NDArray[np.float32]
@@ -49,19 +50,17 @@ def encode_integers(
     starts, lengths = _blocks(grid, groups)
     largest = np.maximum.reduceat(np.abs(values), starts)
     needed = largest / np.float32(grid.limit)
-    upper = (needed.view(np.uint32) + np.uint32(0xFFFF) >> np.uint32(16)).astype("<u2")
-    scales = _from_bfloat16(upper)
+    upper = (needed.view(np.uint32) + np.uint32(0xFFFF) >> np.uint32(16)).astype(np.uint16)
+    scales = widen(upper)
     scales[scales == 0] = 1  # of zeros
     multiples = values / np.repeat(scales, lengths)
     multiples += _uniform(seed, len(values))
     np.floor(multiples, out=multiples)
     np.clip(multiples, -grid.limit, grid.limit, out=multiples)  # the sum above was rounded
     multiples += np.float32(grid.limit)
-    planes = upper.view(np.uint8).reshape(-1, 2)
-    return (
-        pack_bytes(np.ascontiguousarray(planes[:, 1]), entropy=entropy)
-        + pack_bytes(np.ascontiguousarray(planes[:, 0]), entropy=entropy)
-        + pack_symbols(multiples.astype(np.uint8), grid.alphabet, entropy=entropy)
+    symbols = multiples.astype(np.uint8)
+    return pack_words(upper, entropy=entropy) + pack_symbols(
+        symbols, grid.alphabet, entropy=entropy
     )
 
 
@@ -72,10 +71,7 @@ def decode_integers(reader: Reader, grid: Grid, groups: Groups) -> Floats:
         FrameError: A scale is not a finite number, or the bytes are no blocks.
     """
     starts, lengths = _blocks(grid, groups)
-    upper = np.empty((len(starts), 2), dtype=np.uint8)
-    upper[:, 1] = unpack_bytes(reader, len(starts))
-    upper[:, 0] = unpack_bytes(reader, len(starts))
-    scales = _from_bfloat16(upper.view("<u2").ravel())
+    scales = widen(unpack_words(reader, len(starts), np.uint16))
     if not (np.isfinite(scales).all() and not np.signbit(scales).any()):
         raise FrameError("the scale of a block must be finite and not negative: one is not.")
     symbols = unpack_symbols(reader, groups[-1][1], grid.alphabet)
@@ -88,10 +84,6 @@ def decode_integers(reader: Reader, grid: Grid, groups: Groups) -> Floats:
 def _blocks(grid: Grid, groups: Groups) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
     starts = np.concatenate([np.arange(start, stop, grid.block) for start, stop in groups])
     return starts, np.diff(starts, append=groups[-1][1])
-
-
-def _from_bfloat16(upper: npt.NDArray[np.uint16]) -> Floats:
-    return (upper.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
 def _uniform(seed: int, count: int) -> Floats:

@@ -109,13 +109,19 @@ def max_payload_bytes(codec: str, groups: Groups) -> int:
 def _most_bytes(codec: Codec, sizes: list[int]) -> int:
     count = sum(sizes)
     if codec.base in ("float32", "bfloat16"):
-        return codec.bits // 8 * (1 + count)
+        return _words_bytes(count, codec.bits // 8)
     if codec.base in GRIDS:
         num_blocks = sum(-(-size // GRIDS[codec.base].block) for size in sizes)
-        return 2 * (1 + num_blocks) + 1 + stored_bytes(count, GRIDS[codec.base].alphabet)
+        return _words_bytes(num_blocks, 2) + 1 + stored_bytes(count, GRIDS[codec.base].alphabet)
     loose = sum(size for size in sizes if size < LEAST_ROTATED)
     num_windows = sum(-(-size // window_size(size)) for size in sizes if size >= LEAST_ROTATED)
-    return 4 * (2 + loose + num_windows) + 1 + stored_bytes(count - loose, 1 << codec.bits)
+    floats = _words_bytes(loose, 4) + _words_bytes(num_windows, 4)
+    return floats + 1 + stored_bytes(count - loose, 1 << codec.bits)
+
+
+def _words_bytes(count: int, num_planes: int) -> int:
+    """Of floats in byte planes, none compressed: the largest exponent, and each plane's mode."""
+    return 1 + num_planes * (1 + count) if count else 0
 
 
 def _count(groups: Groups) -> int:

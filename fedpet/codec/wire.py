@@ -8,8 +8,8 @@ Out: sections: one mode byte, a length where it is not known beforehand, the dat
 
 Two entropy stages, chosen by measurement on one core (1 M values):
 
-* bytes (planes of floats, scales, tables) go through `zstandard` at level 1, whose Huffman stage
-  is all that helps here; a plane that does not shrink is stored as it is;
+* bytes (planes of floats, tables) go through `zstandard` at level 1, whose Huffman stage is all
+  that helps here; a plane that does not shrink is stored as it is;
 * symbols of quantisers go through `constriction`'s asymmetric numeral system under a table of
   their own frequencies: within 0.1 % of the empirical entropy, where Huffman codes of symbol pairs
   stay 0.5 to 1.3 % above it, and far above it once most symbols are zero.
