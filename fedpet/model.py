@@ -32,6 +32,7 @@ from fedpet.modules.base import PetModule, is_transposed
 from fedpet.modules.bitfit import BitFit, NormBias
 from fedpet.modules.head import HeadTensor
 from fedpet.modules.hiwi import HiwiBias, HiwiWeight
+from fedpet.modules.kept import activation_forward, norm_forward
 from fedpet.modules.lnfit import LNFit
 from fedpet.modules.lora import LoRA, LoRAFactors
 from fedpet.modules.masked import MaskedWeight, masked_linear
@@ -65,6 +66,8 @@ class _Site:
     module: nn.Module
     mask: MaskedWeight | None = None
     effects: list[PetModule] = field(default_factory=list)
+    marks: Callable[..., Any] | None = None  # wraps a forward whose output can be made again
+    columns: bool = False  # an activation follows that takes columns, see fedpet.modules.kept
 
 
 class PetModel:
@@ -109,7 +112,7 @@ class PetModel:
         heads = [HeadTensor(name, parameters[name]) for name in backbone.head]
         self._modules: list[PetModule] = [*self._masks, *self._structure, *heads]
         self._gates: Tensor | None = None
-        self._sites = _sites(self.model, self._masks, self._structure)
+        self._sites = _sites(self.model, backbone.head, self._masks, self._structure)
         self._allocate(like)
         self._hold()
         self._install()
@@ -320,6 +323,9 @@ class PetModel:
             forward = self._forward_of(site)
             if forward is not None:
                 site.module.forward = forward
+            if site.marks is not None:
+                plain = site.module.forward if forward else type(site.module).forward.__get__(site.module)
+                site.module.forward = site.marks(plain)
 
     def _remove(self) -> None:
         for site in self._sites:
@@ -349,6 +355,8 @@ class PetModel:
         plain = type(module).forward.__get__(module)
         dense = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
         transposed = dense and is_transposed(module)
+        v = mask.trainables[0] if mask is not None else None
+        columns = site.columns
         bias_effects = tensors.pop("bias", [])
         bias_base = bases.pop("bias", None)
 
@@ -363,7 +371,7 @@ class PetModel:
             weight = module.weight
             bias = bias_of() if bias_effects else own["bias"]
             if mask is not None:
-                y = masked_linear(x, weight, bias, mask.trainables[0], mask)  # type: ignore[arg-type]
+                y = masked_linear(x, weight, bias, v, mask, columns)
             else:
                 y = nn.functional.linear(x, weight.T if transposed else weight, bias)  # type: ignore
             for effect in parallel:
@@ -516,18 +524,36 @@ def _output_width(module: nn.Module) -> int:
 
 
 def _sites(
-    model: nn.Module, masks: Sequence[MaskedWeight], structure: Sequence[PetModule]
+    model: nn.Module,
+    head: Sequence[str],
+    masks: Sequence[MaskedWeight],
+    structure: Sequence[PetModule],
 ) -> list[_Site]:
+    """Modules that something acts on, and those whose output a masked layer need not keep."""
     by_weight = {id(mask.weight): mask for mask in masks}
     by_target: dict[str, list[PetModule]] = {}
     for module in structure:
         by_target.setdefault(module.target, []).append(module)
+    positions = find_positions(model, head) if masks else ()
+    norms = {p.name for p in positions if p.kind == "norm"}
+    activations = {p.name: (p.stack, p.layer) for p in positions if p.kind == "activation"}
+    with_activation = set(activations.values())
+    inner = {
+        p.name
+        for p in positions
+        if p.role in ("ffn-up", "ffn-gate") and (p.stack, p.layer) in with_activation
+    }
     sites = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        dense = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        mask = by_weight.get(id(weight)) if dense else None
+        mask = by_weight.get(id(weight)) if _is_dense(module) else None
         effects = by_target.get(name, [])
-        if mask is not None or effects:
-            sites.append(_Site(name, module, mask, effects))
+        marks = norm_forward if name in norms else None
+        marks = activation_forward if name in activations else marks
+        if mask is not None or effects or marks is not None:
+            sites.append(_Site(name, module, mask, effects, marks, name in inner))
     return sites
+
+
+def _is_dense(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"

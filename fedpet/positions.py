@@ -66,6 +66,33 @@ ROLES: tuple[tuple[str, str, str], ...] = (
     ("block", r"(DenseReluDense|mlp|\d+\.ffn|\d+\.fc2)", "ffn"),
     ("block", r"(\d+\.output\.dense|ffn_output)", "ffn"),
 )
+# Classes of activations that act on each entry alone, in torch and in transformers.
+ELEMENTWISE = frozenset(
+    {
+        "AccurateGELUActivation",
+        "ClippedGELUActivation",
+        "FastGELUActivation",
+        "GELU",
+        "GELUActivation",
+        "GELUTanh",
+        "Hardswish",
+        "LaplaceActivation",
+        "LeakyReLU",
+        "LinearActivation",
+        "Mish",
+        "MishActivation",
+        "NewGELUActivation",
+        "PytorchGELUTanh",
+        "QuickGELUActivation",
+        "ReLU",
+        "ReLU6",
+        "ReLUSquaredActivation",
+        "SiLU",
+        "SiLUActivation",
+        "Sigmoid",
+        "Tanh",
+    }
+)
 _COMPILED = tuple((kind, re.compile(rf"(^|\.){ending}$"), role) for kind, ending, role in ROLES)
 # Outside the repeated blocks a norm closes the stack, unless it belongs to embeddings.
 # DeBERTa's `encoder.LayerNorm` normalises the table of relative positions.
@@ -77,8 +104,8 @@ class Position:
     """One place where a small module can act."""
 
     name: str  # of the module: "bert.encoder.layer.0.attention.self.query"
-    kind: str  # "linear", "conv1d", "norm" or "block"
-    role: str  # of `ROLES`, or "other-linear", "other-norm", "final-norm"
+    kind: str  # "linear", "conv1d", "norm", "block" or "activation"
+    role: str  # of `ROLES`, or "other-linear", "other-norm", "final-norm", "activation"
     layer: int | None  # of its stack, from 0; None outside the repeated blocks
     stack: str  # "encoder" or "decoder"
     in_features: int  # 0 where that means nothing: a block that is not itself a Linear
@@ -145,6 +172,8 @@ def _kinds_and_roles(
     if _is_norm(module) and not _EMBEDDING.search(name):
         yield "norm", "final-norm" if layer is None else _role("norm", name) or "other-norm"
     if layer is not None:
+        if type(module).__name__ in ELEMENTWISE:
+            yield "activation", "activation"
         role = _role("block", name)
         if role is not None and (_is_dense(module) or _holds_dense(module)):
             yield "block", role
