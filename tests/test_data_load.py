@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from datasets import ClassLabel, Dataset
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer
@@ -182,9 +183,36 @@ def test_a_partitioner_from_outside_sees_all_columns_and_deals_out_the_rows(
         ]
 
 
+@pytest.mark.parametrize(
+    ("configured", "names", "labels"),
+    [((), ("rotten", "fresh"), [1, 0, 1]), (("fresh", "rotten"), ("fresh", "rotten"), [0, 1, 0])],
+)
+def test_classes_that_the_source_names_keep_its_order_unless_another_is_configured(
+    tokenizer_folder: Path,
+    tmp_path: Path,
+    configured: tuple[str, ...],
+    names: tuple[str, ...],
+    labels: list[int],
+) -> None:
+    rows = [{"text": "w1", "label": label} for label in (1, 0, 1)]
+    classes = ClassLabel(names=["rotten", "fresh"])
+    (tmp_path / "set").mkdir()
+    dataset = Dataset.from_list(rows).cast_column("label", classes)
+    dataset.to_parquet(str(tmp_path / "set" / "train.parquet"))
+    loaded = load_data(
+        DataConfig(source=str(tmp_path / "set"), eval_split="train", label_names=configured),
+        PopulationConfig(partition="iid", num_clients=1, min_rows=1),
+        tokenizer_folder,
+        cache=tmp_path / "cache",
+    )
+    assert loaded.task.label_names == names
+    assert loaded.train.labels.tolist() == labels
+
+
 # Held-out rows, and limits.
 
 
+@settings(deadline=None)
 @given(
     texts=st.lists(st.text(max_size=4), min_size=1, max_size=60),
     fraction=st.floats(0.01, 0.99),
