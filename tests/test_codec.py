@@ -433,6 +433,16 @@ def test_a_plane_that_unpacks_to_more_than_the_plan_says_is_refused_and_never_un
         decode_values(payload, "float32", [(0, 1000)], seed=0)
 
 
+def test_a_plane_that_asks_for_a_large_window_is_refused():
+    groups = [(0, 3000)]
+    payload = encode_values(np.zeros(3000, np.float32), "float32", groups, seed=0)
+    assert payload[1] == 1  # the first plane is compressed: mode, length, descriptor, window
+    for window in range(8 * 8, 256):
+        forged = payload[:4] + bytes([window]) + payload[5:]
+        with pytest.raises(FrameError, match="is damaged"):
+            decode_values(forged, "float32", groups, seed=0)
+
+
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_cut_and_every_longer_payload_is_refused(codec):
     values, groups = draw("gaussian", 500), [(0, 480), (480, 500)]

@@ -32,9 +32,12 @@ Bytes = npt.NDArray[np.uint8]
 
 _STORED, _ZSTD, _ANS = 0, 1, 2
 
-# Without magic number, content size and checksum: 3 bytes a frame. The size is known to the reader.
+# Without magic number, content size and checksum: the reader knows the size. A decoder allocates
+# the window that a frame asks for, so ours is small, and no larger one is accepted.
+_WINDOW_LOG = 17
 _PARAMETERS = zstandard.ZstdCompressionParameters.from_level(
     1,
+    window_log=_WINDOW_LOG,
     write_content_size=False,
     write_checksum=False,
     write_dict_id=False,
@@ -157,7 +160,9 @@ def unpack_bytes(reader: Reader, num_bytes: int) -> Bytes:
     # do not: the descriptor is 0, and the output is as large as the plan says.
     if not packed or packed[0] != 0:
         raise FrameError("a compressed plane must not declare a size of its own: this one does.")
-    decompressor = zstandard.ZstdDecompressor(format=zstandard.FORMAT_ZSTD1_MAGICLESS)
+    decompressor = zstandard.ZstdDecompressor(
+        max_window_size=1 << _WINDOW_LOG, format=zstandard.FORMAT_ZSTD1_MAGICLESS
+    )
     try:
         plane = decompressor.decompress(
             packed, max_output_size=max(num_bytes, 1), allow_extra_data=False
