@@ -30,7 +30,8 @@ def install_wheel(wheel: Path, folder: Path) -> Path:
     venv.create(folder, with_pip=False, symlinks=True)
     scheme = {"base": str(folder), "platbase": str(folder)}
     site = sysconfig.get_path("purelib", "venv", vars=scheme)
-    Path(site, "outer.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    outer = [entry for entry in sys.path if Path(entry).name == "site-packages"]
+    Path(site, "outer.pth").write_text("\n".join(outer) + "\n")
     binaries = Path(sysconfig.get_path("scripts", "venv", vars=scheme))
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--quiet"]
     target = ["--python", str(binaries / "python"), "install", "--no-index", "--no-deps"]
