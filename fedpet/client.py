@@ -20,6 +20,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from flwr.app import Message
 
 from fedpet.backbone import load_backbone, locate
 from fedpet.codec import decode_values, encode_values
@@ -27,7 +28,7 @@ from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal, unpack_
 from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import FedpetError, FrameError, PlanError, ReplyError, TrainingError
-from fedpet.messages import PLAN_MISSING, read_request
+from fedpet.messages import PLAN_MISSING, from_record, read_request, to_record
 from fedpet.model import PetModel
 from fedpet.plan import Plan, groups_by_kind
 from fedpet.seeds import client_number, derive_seed
@@ -173,6 +174,7 @@ class Node:
                 settings.population,
                 locate(settings.backbone),
                 cache=settings.cache,
+                evaluation=False,
             )
             if data.tokenizer_hash != plan.tokenizer_hash:
                 raise PlanError(
@@ -241,3 +243,9 @@ def _refusal(digest: bytes, server_round: int, client: int, reason: str) -> byte
     short = reason.encode()[:MAX_REASON_BYTES].decode(errors="ignore")
     return pack_refusal(Refusal(digest, server_round, client, short))
 
+
+
+def reply(message: Message, settings: NodeSettings) -> Message:
+    """Answer a train message: what a ClientApp's handler calls."""
+    answer = resident_node(settings).answer(from_record(message.content))
+    return Message(to_record(answer), reply_to=message)

@@ -136,6 +136,7 @@ class TrainingConfig:
     batch_size: int = 8
     weight_decay: float = 0.0  # of the communicated deltas: towards the checkpoint
     clip_norm: float = 1.0  # L2 norm of the whole gradient; 0 leaves it alone
+    logit_adjustment: float = 0.0  # times the log of the client's label shares; 1 counters skew
     dropout: bool = False
     threads: int = 1  # torch threads a client
 
@@ -145,6 +146,7 @@ class TrainingConfig:
         _at_least("training.local-epochs", self.local_epochs, 0)
         _at_least("training.batch-size", self.batch_size, 1)
         _at_least("training.threads", self.threads, 1)
+        _at_least("training.logit-adjustment", self.logit_adjustment, 0)
         if not self.learning_rate > 0:
             raise ConfigError(
                 f"training.learning-rate must be above 0, got {self.learning_rate!r}."
@@ -205,6 +207,7 @@ class RunConfig:
     seed: int = 0  # sampling of clients, batches, adapters, stochastic rounding
     workers: int = 2  # Ray actors, each with training.threads
     cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
+    out: str = ""  # the run folder; "" takes the next free runs/NAME-N
 
     def __post_init__(self) -> None:
         _at_least("run.workers", self.workers, 1)

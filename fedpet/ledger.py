@@ -25,12 +25,13 @@ from fedpet.messages import wire_bytes
 class RoundRecord:
     """What one round cost and gave; a line of `rounds.jsonl`. Bytes and seconds.
 
-    `train_seconds` is the longest node's local training: what the round would take if nothing but
+    `newcomers` are the clients that are sent the plan. `train_seconds` is the longest node's local training: what the round would take if nothing but
     training took time.
     """
 
     round: int
     clients: int = 0
+    newcomers: int = 0
     replies: int = 0
     refused: list[dict[str, str]] = field(default_factory=list)
     aggregated: bool = False

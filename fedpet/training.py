@@ -7,6 +7,13 @@ Out: the model moved by some steps of a torch optimiser, and how that went.
 
 Rows of like length share a batch, since padding is the largest waste at this size: shuffled rows
 are sorted by length within blocks of `BLOCK_BATCHES` batches, and the batches shuffled again.
+
+Where clients' labels are skewed, local training first learns each client's label shares, and the
+average swings with the round's clients. Logit adjustment takes that out of the loss: the logits
+are compared after `tau * log share` of each class is added, so what is left to learn is the text.
+
+Source: Menon et al., ICLR 2021, arXiv:2007.07314 (logit-adjusted softmax cross-entropy). Ours: the
+shares are the client's own, one row a class added so that none is zero.
 """
 
 from __future__ import annotations
@@ -88,6 +95,7 @@ def train_rows(
     generator = np.random.default_rng(derive_seed("batches", seed))
     if config.dropout:
         torch.manual_seed(derive_seed("dropout", seed))
+    adjustment = _adjustment(rows.labels[indices], task, config.logit_adjustment)
     model.train(config.dropout)
     total_loss, seen = 0.0, 0
     for _ in range(config.local_epochs):
@@ -95,7 +103,7 @@ def train_rows(
             batch = rows.batch(chosen)
             labels = batch.pop("labels")
             optimiser.zero_grad(set_to_none=False)
-            loss = _loss(model(**batch).logits, labels, task)
+            loss = _loss(model(**batch).logits, labels, adjustment)
             loss.backward()  # type: ignore[no-untyped-call]
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, config.clip_norm)
@@ -173,7 +181,16 @@ def _optimiser(
     )
 
 
-def _loss(logits: Tensor, labels: Tensor, task: Task) -> Tensor:
-    if task.kind == "regression":
+def _loss(logits: Tensor, labels: Tensor, adjustment: Tensor | None) -> Tensor:
+    """Mean squared error where there are no classes, else cross-entropy of adjusted logits."""
+    if adjustment is None:
         return nn.functional.mse_loss(logits.squeeze(-1), labels)
-    return nn.functional.cross_entropy(logits, labels)
+    return nn.functional.cross_entropy(logits + adjustment, labels)
+
+
+def _adjustment(labels: np.ndarray, task: Task, strength: float) -> Tensor | None:
+    """What is added to the logits of each class, (classes,); None for regression."""
+    if task.kind == "regression":
+        return None
+    counts = np.bincount(labels, minlength=task.num_outputs) + 1.0
+    return torch.from_numpy((strength * np.log(counts / counts.sum())).astype(np.float32))

@@ -13,14 +13,12 @@ how many came, in which order, or from how many nodes (law 6).
 
 from __future__ import annotations
 
+import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
-from logging import WARNING
-
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
-from flwr.common.logger import log
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
@@ -44,6 +42,7 @@ from fedpet.seeds import client_number, derive_seed
 from .metered import Metered
 
 VALUES = "values"
+LOG = logging.getLogger("fedpet")
 
 
 class _SparseRounds(FedAvg):
@@ -118,6 +117,7 @@ class _SparseRounds(FedAvg):
         frame = solo_bytes(write_request(Request((1,), self._frame)), reply=False)
         newcomers = [name for name in sampled if name not in self._told]
         self._told.update(newcomers)
+        self.ledger.current.newcomers = len(newcomers)
         whole = solo_bytes(write_request(Request((1,), self._frame, self.plan_bytes)), reply=False)
         self.ledger.count_client(
             down=frame * len(sampled), plan=(whole - frame) * len(newcomers)
@@ -162,10 +162,9 @@ class _SparseRounds(FedAvg):
             self.config.min_replies, math.ceil(self.config.quorum * len(self._sampled))
         )
         for refused in record.refused:
-            log(WARNING, "round %s: %s: %s", server_round, refused["who"], refused["reason"])
+            LOG.warning("round %s: %s: %s", server_round, refused["who"], refused["reason"])
         if record.replies < needed or not weight:
-            log(
-                WARNING,
+            LOG.warning(
                 "round %s: %s usable replies, %s are needed; the values stay as they were.",
                 server_round,
                 record.replies,
@@ -186,7 +185,7 @@ class _SparseRounds(FedAvg):
         for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
             node = reply.metadata.src_node_id
             if reply.has_error():
-                self.ledger.refuse(f"node {node}", reply.error.reason or "an unnamed error.")
+                self._refuse_cohort(node, reply.error.reason or "an unnamed error.", accepted)
                 continue
             train_seconds = 0.0
             try:
@@ -196,7 +195,7 @@ class _SparseRounds(FedAvg):
                         break
                     train_seconds += self._settle(server_round, node, part, accepted)
             except FrameError as error:
-                self.ledger.refuse(f"node {node}", str(error))
+                self._refuse_cohort(node, str(error), accepted)
             record = self.ledger.current
             record.train_seconds = max(record.train_seconds, train_seconds)
         return lacking
@@ -207,7 +206,7 @@ class _SparseRounds(FedAvg):
         limit = 8 * self.plan.num_values + 4096
         return iter(
             unpack_frames(
-                from_record(reply.content), max_frames=len(cohort), max_payload_bytes=limit
+                from_record(reply.content), max_frames=2 * len(cohort), max_payload_bytes=limit
             )
         )
 
@@ -285,6 +284,12 @@ class _SparseRounds(FedAvg):
             return self._values, 0, None
         mean = self._values.astype(np.float64) + total / weight
         return mean.astype(np.float32), weight, loss / weight
+
+    def _refuse_cohort(self, node: int, reason: str, accepted: Mapping[str, Frame]) -> None:
+        """Refuse all of a node's clients whose frames had not been read yet."""
+        for name in self._cohorts.get(node, []):
+            if name not in accepted and not self._was_refused(name):
+                self.ledger.refuse(name, f"node {node}: {reason}")
 
     def _was_refused(self, name: str) -> bool:
         return any(refused["who"] == name for refused in self.ledger.current.refused)

@@ -166,9 +166,12 @@ class FilmReviews(Source):
 
 
 def film_split(film: str) -> str:
-    """The split a film's reviews belong to, by the first byte of its name's SHA-256."""
+    """The split a film's reviews belong to, by the first byte of its name's SHA-256.
+
+    Two tenths of the films are test, one tenth is validation, for tuning only.
+    """
     digit = hashlib.sha256(film.encode()).digest()[0] % 10
-    return {0: "test", 1: "validation"}.get(digit, "train")
+    return {0: "test", 1: "test", 2: "validation"}.get(digit, "train")
 
 
 def _film_file() -> Path:

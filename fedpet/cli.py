@@ -1,0 +1,188 @@
+"""The command line. Stands above everything; nothing imports it.
+
+Exit codes: 0 done; 1 the run failed or nothing was learned; 2 bad input, one clear sentence;
+130 interrupted.
+"""
+
+from __future__ import annotations
+
+import logging
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from fedpet.config import Experiment
+from fedpet.errors import FedpetError, InputError
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="rich",
+    help="Fine-tune a pretrained transformer over many devices, sending almost nothing.",
+)
+out_console = Console()
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key, e.g. mask.density=0.01."),
+]
+
+
+@app.command(
+    epilog="Example: fedpet simulate --set strategy.num-rounds=4 --set run.seed=1 --out runs/try"
+)
+def simulate(
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            metavar="[EXPERIMENT]",
+            help="A TOML file, or the name of a built-in one.",
+        ),
+    ] = "film-reviews",
+    overrides: Overrides = None,
+    out: Annotated[str, typer.Option(help="The run folder to make.")] = "",
+) -> None:
+    """Run a federation on the Ray simulation engine, from backbone to plain model."""
+    settings = read_experiment(experiment, overrides or [])
+    if out:
+        settings = replace(settings, run=replace(settings.run, out=out))
+
+    from fedpet.report.table import run_table
+    from fedpet.simulations.engine import simulate as run
+    from fedpet.simulations.progress import Progress
+    from fedpet.simulations.run_folder import new_run_folder
+
+    folder = new_run_folder(settings)
+    with Progress(settings.strategy.num_rounds) as progress:
+        result = run(settings, folder, progress)
+    out_console.print(run_table(result))
+    out_console.print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")
+
+
+@app.command(epilog="Example: fedpet mask embedded --density 0.005")
+def mask(
+    model: Annotated[
+        str, typer.Argument(help="embedded, a hub name, a folder, or package:NAME.")
+    ] = "embedded",
+    density: Annotated[float, typer.Option(help="Fraction of the entries in scope.")] = 0.005,
+    rule: Annotated[str, typer.Option(help="smallest (PaFi), largest or random.")] = "smallest",
+    granularity: Annotated[str, typer.Option(help="global or per-tensor.")] = "global",
+    out: Annotated[
+        str, typer.Option(help="Write the coded positions to this file, the explicit broadcast.")
+    ] = "",
+) -> None:
+    """Build the magnitude mask of a model; show densities, and bytes against the entropy bound."""
+    from fedpet.backbone import load_backbone
+    from fedpet.config import BackboneConfig, MaskConfig
+    from fedpet.mask import build_mask
+    from fedpet.plan import encode_mask
+    from fedpet.positions import mask_scope
+    from fedpet.report.mask import mask_table
+
+    config = MaskConfig(density=density, rule=rule, granularity=granularity)
+    backbone = load_backbone(BackboneConfig(model=model), num_outputs=2)
+    built = build_mask(mask_scope(backbone.model, backbone.head), config)
+    coded = encode_mask(built)
+    out_console.print(mask_table(built, config, backbone.model, len(coded)))
+    if out:
+        Path(out).write_bytes(coded)
+        out_console.print(f"Positions: {out}")
+
+
+@app.command(epilog="Example: fedpet merge runs/film-reviews-1 --out my-model")
+def merge(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="The Hugging Face folder to make.")],
+) -> None:
+    """Fold a run's values into a plain Hugging Face model."""
+    from fedpet.simulations.merge import merge_run
+
+    merge_run(run, out)
+    out_console.print(f"Plain model: {out}")
+
+
+@app.command(epilog="Example: fedpet compare runs/a runs/b simulations/benchmarks/results/default")
+def compare(
+    runs: Annotated[
+        list[Path], typer.Argument(help="Run folders, result.json files, or folders of those.")
+    ],
+) -> None:
+    """Put runs side by side, runs of one method and experiment averaged over their seeds."""
+    from fedpet.report.compare import compare_table, read_results
+
+    out_console.print(compare_table(read_results(runs)))
+
+
+@app.command(
+    epilog="Example: fedpet report runs/film-reviews-1 --compare runs/full-1 --png plot.png"
+)
+def report(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    compare: Annotated[
+        list[Path] | None,
+        typer.Option(
+            metavar="RUN",
+            help="Runs to show beside it, as `fedpet compare` takes them. Repeatable.",
+        ),
+    ] = None,
+    out: Annotated[str, typer.Option(help="The page; RUN/report.html where left out.")] = "",
+    png: Annotated[str, typer.Option(help="Write the main plot to this file too.")] = "",
+) -> None:
+    """Write one HTML page about a run: quality against bytes, bytes by round, where it trained."""
+    from fedpet.report.page import read_report, write_page, write_png
+
+    read = read_report(run, compare or [])
+    path = Path(out) if out else run / "report.html"
+    write_page(read, path)
+    out_console.print(f"Page: {path}")
+    if png:
+        write_png(read, Path(png))
+        out_console.print(f"Plot: {png}")
+
+
+def read_experiment(name: str, overrides: list[str]) -> Experiment:
+    """An experiment by its file, or by the name of a built-in one."""
+    path = Path(name)
+    if not path.suffix:
+        from fedpet import simulations
+
+        folder = Path(simulations.__file__ or "").parent / "experiments"
+        path = folder / f"{name}.toml"
+        if not path.exists():
+            known = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
+            raise InputError(
+                f"there is no built-in experiment {name!r}. Known are: {known}. Another is named "
+                "by its .toml file."
+            )
+    return Experiment.from_file(path, overrides)
+
+
+def main() -> None:
+    """Run the command line; errors a user can cause are one sentence on standard error."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    try:
+        app(standalone_mode=False)
+    except typer.Abort:
+        sys.exit(130)
+    except KeyboardInterrupt:
+        print("Interrupted.", file=sys.stderr)
+        sys.exit(130)
+    except FedpetError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
+    except Exception as error:
+        import click
+
+        if not isinstance(error, click.ClickException):
+            raise
+        error.show()
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,33 @@
+"""Numbers as people read them. MB is 10^6 bytes."""
+
+from __future__ import annotations
+
+
+def show_bytes(count: float) -> str:
+    """A byte count with three significant digits.
+
+    Example:
+        >>> show_bytes(40643)
+        '40.6 kB'
+    """
+    value = float(count)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} B" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:,.3g} TB" if value < 999.5 else f"{value:,.0f} TB"
+
+
+def show_seconds(seconds: float) -> str:
+    """A duration in its two largest units.
+
+    Example:
+        >>> show_seconds(192)
+        '3 min 12 s'
+    """
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole} s"
+    if whole < 3600:
+        return f"{whole // 60} min {whole % 60} s"
+    return f"{whole // 3600} h {whole % 3600 // 60} min"

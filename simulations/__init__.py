@@ -1,0 +1,1 @@
+"""The same federation simulated on Ray, or run by `flwr run`. Installed as `fedpet.simulations`."""

@@ -1,0 +1,15 @@
+"""The ClientApp of `flwr run`: each message is answered by the node resident in this process."""
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedpet.client import NodeSettings, reply
+from fedpet.config import Experiment
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Train the clients that the message names."""
+    return reply(message, NodeSettings.of(Experiment.from_run_config(context.run_config)))

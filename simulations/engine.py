@@ -1,0 +1,126 @@
+"""Flower's simulation on Ray: the one module that knows how it is started.
+
+`run_simulation` is deprecated upstream, and is today the one way that takes a remote Ray cluster
+and an app with its settings inside; what the rest of fedpet sees of it is `simulate`. Ray is
+started here and not by Flower, since Flower hangs for an hour where Ray does not come up.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import sys
+import tempfile
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+from flwr.serverapp import Grid, ServerApp
+
+from fedpet.client import NodeSettings, reply
+from fedpet.config import Experiment
+from fedpet.errors import RunError
+
+from .federation import Listener, federate
+from .run_folder import RunFolder
+
+
+def simulate(experiment: Experiment, out: RunFolder, listener: Listener) -> dict[str, Any]:
+    """Run an experiment on Ray.
+
+    Raises:
+        RunError: Ray does not start, or nothing was learned.
+        InputError: As `federate`.
+    """
+    settings = NodeSettings.of(experiment)
+    client_app = ClientApp()
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        return reply(message, settings)
+
+    return run_on_ray(
+        experiment, client_app, lambda grid: federate(grid, experiment, out, listener)
+    )
+
+
+def run_on_ray(
+    experiment: Experiment,
+    client_app: ClientApp,
+    serve: Callable[[Grid], dict[str, Any]],
+) -> dict[str, Any]:
+    """Run a server function against as many nodes as there are workers."""
+    from flwr.simulation import run_simulation
+
+    server_app = ServerApp()
+    results: list[dict[str, Any]] = []
+
+    @server_app.main()
+    def main(grid: Grid, context: Context) -> None:
+        results.append(serve(grid))
+
+    threads = experiment.training.threads
+    with ray_runtime(num_cpus=experiment.run.workers * threads), quiet_flower():
+        run_simulation(
+            server_app,
+            client_app,
+            num_supernodes=experiment.run.workers,
+            backend_config={"client_resources": {"num_cpus": threads, "num_gpus": 0.0}},
+        )
+    if not results:
+        raise RunError("the simulation ended before its server did.")
+    return results[0]
+
+
+@contextmanager
+def ray_runtime(num_cpus: int) -> Iterator[None]:
+    """Start Ray in a folder of its own, or join the cluster that RAY_ADDRESS names."""
+    import ray
+
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    inherited = {name: os.environ[name] for name in ("FEDPET_CACHE",) if name in os.environ}
+    environment = {
+        **inherited,
+        "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
+        "TOKENIZERS_PARALLELISM": "false",
+    }
+    options: dict[str, Any] = {
+        "include_dashboard": False,
+        "log_to_driver": False,
+        "logging_level": logging.ERROR,
+        "runtime_env": {"env_vars": environment},
+    }
+    folder = None
+    if address := os.environ.get("RAY_ADDRESS"):
+        options["address"] = address
+    else:
+        folder = tempfile.mkdtemp(prefix="fedpet-", dir=os.environ.get("RAY_TMPDIR"))
+        options |= {"num_cpus": num_cpus, "_temp_dir": folder}
+    try:
+        try:
+            ray.init(**options)
+        except Exception as error:  # Ray raises its own kinds, and plain ones
+            raise RunError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from None
+        yield
+    finally:
+        ray.shutdown()
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Keep Flower's log to errors: progress and refusals are told by fedpet."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="flwr")
+            yield
+    finally:
+        logger.setLevel(level)

@@ -1,0 +1,175 @@
+"""A run from end to end, on any Grid: simulated, deployed, or in one process.
+
+    backbone -> mask -> structure -> model -> codec -> plan -> client -> strategy -> ledger -> report
+
+Everything that decides the run is settled before the first message; the rounds are Flower's own
+loop; afterwards the values are folded into a plain model, and the books are closed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, MetricRecord
+from flwr.serverapp import Grid
+
+from fedpet.backbone import load_backbone, locate
+from fedpet.client import cache_folder
+from fedpet.codec import check_codec
+from fedpet.config import Experiment
+from fedpet.data import FederatedData, load_data
+from fedpet.errors import RunError
+from fedpet.ledger import Ledger, RoundRecord
+from fedpet.model import PetModel
+from fedpet.plan import Plan, groups_by_kind, make_plan
+from fedpet.population import Population
+from fedpet.positions import find_positions
+from fedpet.strategies import SparseFedAvg
+from fedpet.strategies.sparse import to_arrays, values_of
+from fedpet.structure import Structure, preset
+from fedpet.training import evaluate
+
+from .run_folder import RunFolder
+from .summary import count_by_kind, summarise
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+
+class Listener(Protocol):
+    """Whoever wants to see a run go on."""
+
+    def say(self, text: str) -> None:
+        """A stage begins."""
+
+    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+        """A round, or the evaluation before the first, is over."""
+
+
+def federate(
+    grid: Grid, experiment: Experiment, out: RunFolder, listener: Listener
+) -> dict[str, Any]:
+    """Run an experiment and leave its run folder.
+
+    Args:
+        grid: Reaches the nodes.
+        experiment: What to run.
+        out: Where everything goes that the run leaves.
+        listener: Is told of stages and rounds.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        InputError: The experiment, the checkpoint or the data cannot be used.
+        RunError: No round came to an average.
+    """
+    started = time.perf_counter()
+    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
+    check_codec(experiment.codec.up)
+    check_codec(experiment.codec.down)
+    listener.say("reading and tokenising the rows")
+    data = load_data(
+        experiment.data,
+        experiment.population,
+        locate(experiment.backbone),
+        cache=cache_folder(experiment),
+    )
+    listener.say(f"loading {experiment.backbone.model}, building the mask and the plan")
+    plan, pet, num_pretrained = settle(experiment, data)
+    out.write_inputs(experiment, plan)
+    ledger = Ledger(out.path / "rounds.jsonl")
+    strategy = SparseFedAvg(
+        plan=plan,
+        groups=groups_by_kind(pet.segments),
+        population=Population({c.id: len(c.rows) for c in data.clients}, homes={}),
+        config=experiment.strategy,
+        ledger=ledger,
+    )
+    last_round = experiment.strategy.num_rounds
+    plain: list[PreTrainedModel] = []  # the merged model of the last round
+
+    def evaluate_values(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        record = ledger.begin(0) if server_round == 0 else ledger.current
+        if server_round % experiment.strategy.evaluate_every == 0 or server_round == last_round:
+            clock = time.perf_counter()
+            pet.load_values(torch.from_numpy(values_of(arrays).copy()), seed=plan.seed)
+            if server_round == last_round:
+                plain.append(pet.merged())
+            model = plain[0] if plain else pet.model
+            record.metric = evaluate(model, data.evaluation, data.task)
+            record.evaluation_seconds = time.perf_counter() - clock
+        ledger.close()
+        listener.round_done(record, ledger)
+        return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
+
+    listener.say("starting the rounds")
+    result = strategy.start(
+        grid,
+        to_arrays(np.zeros(plan.num_values, dtype=np.float32)),
+        num_rounds=last_round,
+        timeout=experiment.strategy.round_deadline_seconds,
+        evaluate_fn=evaluate_values,
+    )
+    values = values_of(result.arrays) if result.arrays else np.zeros(plan.num_values, np.float32)
+    final = ledger.current.metric
+    assert final is not None, "the last round is evaluated"
+    listener.say("writing the plain model")
+    out.write_outputs(values, plain[0], locate(experiment.backbone))
+    summary = summarise(
+        experiment,
+        method="fedpet",
+        ledger=ledger,
+        data=data,
+        fingerprint=plan.fingerprint,
+        plan_digest=strategy.digest.hex(),
+        values_by_kind=count_by_kind(pet.segments),
+        pretrained_parameters=num_pretrained,
+        values_sha256=hashlib.sha256(values.astype("<f4").tobytes()).hexdigest(),
+        final=final,
+        total_seconds=time.perf_counter() - started,
+    )
+    out.write_result(summary)
+    if not result.arrays:
+        raise RunError(
+            f"no round met its quorum of usable replies, so nothing was learned; "
+            f"{out.path / 'rounds.jsonl'} says who was refused, and why."
+        )
+    return summary
+
+
+def settle(experiment: Experiment, data: FederatedData) -> tuple[Plan, PetModel, int]:
+    """Load the backbone, find the structure, and settle the plan.
+
+    Returns:
+        The plan, the server's own model adapted to it, and the number of pretrained parameters.
+    """
+    backbone = load_backbone(
+        experiment.backbone,
+        num_outputs=data.task.num_outputs,
+        regression=data.task.kind == "regression",
+    )
+    if experiment.structure.file:
+        structure = Structure.from_json(
+            Path(experiment.structure.file).read_text(encoding="utf-8")
+        )
+    else:
+        structure = preset(
+            experiment.structure.preset,
+            find_positions(backbone.model, backbone.head),
+            rank=experiment.structure.rank,
+            scale=experiment.structure.scale,
+        )
+    num_pretrained = sum(
+        parameter.numel()
+        for name, parameter in backbone.model.named_parameters()
+        if name not in backbone.head
+    )
+    plan, pet = make_plan(experiment, backbone, structure, data.task, data.tokenizer_hash)
+    return plan, pet, num_pretrained

@@ -1,0 +1,43 @@
+"""A finished run's values folded into a plain model once more, from its plan and checkpoint."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from fedpet.backbone import load_backbone, locate
+from fedpet.config import Experiment
+from fedpet.errors import ConfigError
+from fedpet.plan import Plan
+
+from .run_folder import write_model
+
+
+def merge_run(run: Path, out: Path) -> None:
+    """Write the plain Hugging Face folder of a run.
+
+    Raises:
+        ConfigError: `run` is no finished run folder, or `out` exists.
+        BackboneError: The run's checkpoint is not to be had here.
+        PlanError: The checkpoint here is another than the run's.
+    """
+    values_file = run / "checkpoint" / "values.npy"
+    for path in (run / "config.toml", run / "plan.bin", values_file):
+        if not path.exists():
+            raise ConfigError(f"{str(run)!r} is no folder of a finished run: {path.name} is absent.")
+    if out.exists() and any(out.iterdir()):
+        raise ConfigError(f"the folder {str(out)!r} is not empty: name another with --out.")
+    experiment = Experiment.from_file(run / "config.toml")
+    plan = Plan.from_bytes((run / "plan.bin").read_bytes())
+    backbone = load_backbone(
+        dataclasses.replace(experiment.backbone, head_seed=plan.head_seed),
+        num_outputs=plan.task.num_outputs,
+        regression=plan.task.kind == "regression",
+    )
+    pet = plan.build(backbone)
+    values = np.load(values_file, allow_pickle=False)
+    pet.load_values(torch.from_numpy(values), seed=plan.seed)
+    write_model(pet.merged(), locate(experiment.backbone), out)

@@ -1,0 +1,80 @@
+"""What a person sees of a run as it goes on: a bar in a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress as Bar, TextColumn
+
+from fedpet.ledger import Ledger, RoundRecord
+from fedpet.units import show_bytes, show_seconds
+
+
+class Progress:
+    """Rounds, metric, bytes so far and the time left.
+
+    In a terminal one line is redrawn; elsewhere a line is printed for each stage and each
+    evaluated round.
+    """
+
+    def __init__(self, num_rounds: int) -> None:
+        self._num_rounds = num_rounds
+        self._console = Console(stderr=True)
+        self._live = self._console.is_terminal
+        self._bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            TextColumn("{task.completed}/{task.total} rounds"),
+            TextColumn("{task.fields[state]}"),
+            console=self._console,
+            disable=not self._live,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=num_rounds, state="")
+        self._first_round_ended = 0.0
+
+    def __enter__(self) -> Progress:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def say(self, text: str) -> None:
+        """Show the stage that begins."""
+        if self._live:
+            self._bar.update(self._task, description=text)
+        else:
+            print(text, file=sys.stderr, flush=True)
+
+    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+        """Show where the run stands after a round."""
+        parts = []
+        latest = [r.metric for r in ledger.rounds if r.metric is not None]
+        if latest:
+            parts.append(f"metric {latest[-1]:.4f}")
+        sent = ledger.total("uplink_bytes") + ledger.total("downlink_bytes")
+        parts.append(show_bytes(sent + ledger.total("plan_bytes")))
+        if record.refused:
+            parts.append(f"{len(record.refused)} refused")
+        if record.round == 1:
+            self._first_round_ended = time.monotonic()
+        elif record.round > 1:
+            spent = time.monotonic() - self._first_round_ended
+            left = spent / (record.round - 1) * (self._num_rounds - record.round)
+            parts.append(f"{show_seconds(left)} left")
+        state = ", ".join(parts)
+        if self._live:
+            self._bar.update(
+                self._task, description="training", completed=record.round, state=state
+            )
+        else:
+            print(f"round {record.round}/{self._num_rounds}: {state}", file=sys.stderr, flush=True)

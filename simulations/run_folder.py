@@ -1,0 +1,128 @@
+"""What a run leaves behind: one folder, written as it happens, every file whole or absent."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tomli_w
+
+from fedpet.config import Experiment
+from fedpet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedpet.plan import Plan
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+)
+PACKAGES = ("fedpet", "flwr", "torch", "transformers", "datasets", "numpy", "ray", "zstandard")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder; `path` exists."""
+
+    path: Path
+
+    def write_inputs(self, experiment: Experiment, plan: Plan) -> None:
+        """Leave what decides the run, before the first round."""
+        text = tomli_w.dumps(experiment.to_tables())
+        self._write("config.toml", text.encode())
+        self._write("plan.bin", plan.to_bytes())
+        self._write("structure.json", plan.structure.to_json().encode())
+
+    def write_outputs(self, values: np.ndarray, model: PreTrainedModel, tokenizer: Path) -> None:
+        """Leave the communicated values and the plain model with its tokeniser."""
+        folder = self.path / "checkpoint"
+        folder.mkdir(exist_ok=True)
+        np.save(folder / "values.npy", values.astype("<f4"))
+        write_model(model, tokenizer, self.path / "model")
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Leave `result.json`: the last file of a run."""
+        self._write("result.json", (json.dumps(result, indent=2) + "\n").encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        temporary = self.path / f".{name}"
+        temporary.write_bytes(content)
+        os.replace(temporary, self.path / name)
+
+
+def write_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
+    """Save a plain model as a Hugging Face folder, with the tokeniser's files beside it."""
+    model.save_pretrained(folder)
+    for name in TOKENIZER_FILES:
+        if (tokenizer / name).exists():
+            shutil.copyfile(tokenizer / name, folder / name)
+
+
+def new_run_folder(experiment: Experiment) -> RunFolder:
+    """Make the folder that `run.out` names, or the next free `runs/NAME-N`.
+
+    Raises:
+        ConfigError: The named folder holds a run already, or cannot be made.
+    """
+    if experiment.run.out:
+        path = Path(experiment.run.out).expanduser()
+        if (path / "config.toml").exists():
+            raise ConfigError(
+                f"the folder {str(path)!r} holds a run already: name another with --out."
+            )
+    else:
+        number = 1
+        while (path := Path("runs") / f"{experiment.run.name}-{number}").exists():
+            number += 1
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the run folder {str(path)!r} cannot be made: {error}.") from None
+    return RunFolder(path)
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what ran."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@functools.cache
+def machine() -> dict[str, Any]:
+    """On what it ran: processor, cores, memory, system."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":")[1].strip() for line in lines if "model name" in line), "")

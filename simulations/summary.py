@@ -1,0 +1,154 @@
+"""The books of a run added up: what `result.json` holds, for fedpet and for every baseline.
+
+README, "The run folder", says what each field means. Bytes are counted on the serialised
+messages; a share is a fraction; seconds are wall time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from fedpet.config import Experiment
+from fedpet.ledger import Ledger, RoundRecord
+from fedpet.simulations.run_folder import machine, versions
+
+if TYPE_CHECKING:
+    from fedpet.data import FederatedData
+    from fedpet.model import Segment
+
+BYTES_PER_FLOAT = 4
+
+
+def summarise(
+    experiment: Experiment,
+    *,
+    method: str,
+    ledger: Ledger,
+    data: FederatedData,
+    fingerprint: str,
+    plan_digest: str,
+    values_by_kind: dict[str, int],
+    pretrained_parameters: int,
+    values_sha256: str,
+    final: float,
+    total_seconds: float,
+) -> dict[str, Any]:
+    """Make the content of `result.json`.
+
+    Args:
+        experiment: What was run.
+        method: "fedpet", or the baseline's name.
+        ledger: The closed books.
+        data: What was trained and evaluated on.
+        fingerprint: Of the checkpoint.
+        plan_digest: Of the plan, hex; empty for a baseline.
+        values_by_kind: Communicated values by kind; "mask" and "head" are told apart.
+        pretrained_parameters: Of the backbone, its new head not counted.
+        values_sha256: Of the final communicated values, float32, little-endian.
+        final: The metric of the merged model.
+        total_seconds: From the first stage to the last.
+    """
+    rounds = [record for record in ledger.rounds if record.round > 0]
+    learned = any(record.aggregated for record in rounds)
+    num_values = sum(values_by_kind.values())
+    head, mask = values_by_kind.get("head", 0), values_by_kind.get("mask", 0)
+    return {
+        "schema": 1,
+        "run": {
+            "experiment": experiment.run.name,
+            "method": method,
+            "seed": experiment.run.seed,
+            "backbone": experiment.backbone.model,
+            "fingerprint": fingerprint,
+            "plan_digest": plan_digest,
+            "versions": versions(),
+            "machine": machine(),
+            "status": "ok" if learned else "nothing learned",
+        },
+        "model": {
+            "backbone_parameters": pretrained_parameters,
+            "communicated_values": num_values,
+            "mask_values": mask,
+            "structure_values": num_values - mask - head,
+            "head_values": head,
+            "values_by_kind": values_by_kind,
+            "inference_parameters_added": 0,
+        },
+        "data": {
+            "clients": len(data.clients),
+            "clients_left_out": data.left_out_clients,
+            "train_rows": sum(len(client.rows) for client in data.clients),
+            "train_rows_left_out": data.left_out_rows,
+            "evaluation_rows": len(data.evaluation),
+        },
+        "quality": _quality(rounds, ledger, data.task.metric, final),
+        "communication": _communication(ledger, pretrained_parameters + head),
+        "time": {
+            "total_seconds": total_seconds,
+            "rounds_seconds": ledger.total("round_seconds"),
+            "local_training_seconds": ledger.total("train_seconds"),
+            "evaluation_seconds": ledger.total("evaluation_seconds"),
+            "first_round_seconds": rounds[0].round_seconds,
+            "outside_training_fraction": _outside_training(rounds[1:]),
+        },
+        "refused": [
+            {"round": record.round, **refused} for record in rounds for refused in record.refused
+        ],
+        "final_values_sha256": values_sha256,
+    }
+
+
+def count_by_kind(segments: Sequence[Segment]) -> dict[str, int]:
+    """Communicated values by kind, in the order of the layout."""
+    counts: dict[str, int] = {}
+    for segment in segments:
+        counts[segment.kind] = counts.get(segment.kind, 0) + segment.size
+    return counts
+
+
+def _quality(
+    rounds: Sequence[RoundRecord], ledger: Ledger, metric: str, final: float
+) -> dict[str, Any]:
+    measured = [
+        {"round": record.round, "value": record.metric}
+        for record in ledger.rounds
+        if record.metric is not None
+    ]
+    before = ledger.rounds[0].metric if ledger.rounds and ledger.rounds[0].round == 0 else None
+    return {
+        "metric": metric,
+        "before": before,
+        "final": final,
+        "best": max(final, *(record.metric for record in rounds if record.metric is not None)),
+        "by_round": measured,
+    }
+
+
+def _communication(ledger: Ledger, dense_parameters: int) -> dict[str, Any]:
+    """Bytes of the run, and of dense FedAvg on the same rounds: 4 bytes a parameter, no framing."""
+    uplink, downlink = int(ledger.total("uplink_bytes")), int(ledger.total("downlink_bytes"))
+    plan = int(ledger.total("plan_bytes"))
+    asked, answered = int(ledger.total("clients")), int(ledger.total("replies"))
+    dense = BYTES_PER_FLOAT * dense_parameters * (asked + answered)
+    return {
+        "plan_bytes_per_client": plan / max(int(ledger.total("newcomers")), 1),
+        "uplink_bytes": uplink,
+        "downlink_bytes": downlink,
+        "plan_bytes": plan,
+        "total_bytes": uplink + downlink + plan,
+        "messages": int(ledger.total("messages")),
+        "uplink_bytes_per_client_round": uplink / max(answered, 1),
+        "downlink_bytes_per_client_round": downlink / max(asked, 1),
+        "dense_fedavg_total_bytes": dense,
+        "ratio_to_dense": (uplink + downlink + plan) / dense,
+        "wire_bytes": int(ledger.total("wire_bytes")),
+    }
+
+
+def _outside_training(rounds: Sequence[RoundRecord]) -> float | None:
+    """Seconds of rounds that are not local training, as a fraction of those that are."""
+    training = sum(record.train_seconds for record in rounds)
+    if not training:
+        return None
+    return sum(record.round_seconds - record.train_seconds for record in rounds) / training
