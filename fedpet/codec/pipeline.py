@@ -47,7 +47,8 @@ def encode_values(
         TrainingError: A value is NaN, or infinite.
     """
     parsed = parse_codec(codec)
-    values = np.ascontiguousarray(values, dtype=np.float32)
+    with np.errstate(over="ignore"):  # beyond float32 is infinite, and refused below
+        values = np.ascontiguousarray(values, dtype=np.float32)
     count = _count(groups)
     if values.shape != (count,):
         raise ValueError(f"groups end at {count}, values are of shape {values.shape}.")

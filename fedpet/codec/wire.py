@@ -105,10 +105,6 @@ class Reader:
         self._offset += num_bytes
         return np.diff(ones, prepend=-1) - 1
 
-    def rest(self) -> memoryview:
-        """All that is left."""
-        return self.take(len(self._view) - self._offset)
-
     def end(self) -> None:
         """Refuse anything that is left."""
         left = len(self._view) - self._offset

@@ -104,6 +104,17 @@ def yardstick(values: np.ndarray, repeats: int) -> dict[str, Any]:
     }
 
 
+def show(row: dict[str, Any]) -> None:
+    """Print a row of the table."""
+    print(
+        f"{row['codec']:20}{row['bits_per_value']:8.3f}"
+        f"{row['encode_millions_per_second']:9.1f}{row['decode_millions_per_second']:9.1f}"
+        f"{row.get('bar_millions_per_second', ''):>6}"
+        + "".join(f"  {one['nmse']:<9.3g}" for one in row.get("distributions", {}).values()),
+        flush=True,
+    )
+
+
 def main() -> int:
     """Measure, print, write, judge."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
@@ -112,22 +123,14 @@ def main() -> int:
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
     values = np.random.default_rng(0).standard_normal(arguments.values).astype(np.float32) * 1e-3
+    print("Million values a second, and squared errors on three distributions.")
+    print(f"{'codec':20}{'bits':>8}{'encode':>9}{'decode':>9}{'bar':>6}")
     rows = [yardstick(values, arguments.repeats)]
-    print(
-        f"{'codec':20}{'bits':>8}{'encode':>9}{'decode':>9}{'bar':>6}   million values a second, errors"
-    )
-    for codec in (None, *known_codecs(), *EXTRA):
-        if codec is not None:
-            rows.append(measure(codec, values, arguments.repeats))
-            rows[-1]["distributions"] = errors(codec, 400_000)
-        row = rows[-1]
-        print(
-            f"{row['codec']:20}{row['bits_per_value']:8.3f}"
-            f"{row['encode_millions_per_second']:9.1f}{row['decode_millions_per_second']:9.1f}"
-            f"{row.get('bar_millions_per_second', ''):>6}"
-            + "".join(f"  {one['nmse']:.3g}" for one in row.get("distributions", {}).values()),
-            flush=True,
-        )
+    show(rows[0])
+    for codec in (*known_codecs(), *EXTRA):
+        row = measure(codec, values, arguments.repeats)
+        rows.append(row | {"distributions": errors(codec, 400_000)})
+        show(rows[-1])
     missed = [
         row["codec"]
         for row in rows[1:]
