@@ -55,11 +55,9 @@ def simulate(
     from fedpet.report.table import run_table
     from fedpet.simulations.engine import simulate as run
     from fedpet.simulations.progress import Progress
-    from fedpet.simulations.run_folder import new_run_folder
 
-    folder = new_run_folder(settings)
     with Progress(settings.strategy.num_rounds) as progress:
-        result = run(settings, folder, progress)
+        result, folder = run(settings, progress)
     out_console.print(run_table(result))
     out_console.print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")
 

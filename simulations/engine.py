@@ -25,17 +25,22 @@ from fedpet.client import NodeSettings, reply
 from fedpet.config import Experiment
 from fedpet.errors import RunError
 
-from .federation import Listener, federate
-from .run_folder import RunFolder
+from .federation import Listener, federate, prepare
+from .run_folder import RunFolder, new_run_folder
 
 
-def simulate(experiment: Experiment, out: RunFolder, listener: Listener) -> dict[str, Any]:
-    """Run an experiment on Ray.
+def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
+    """Run an experiment on Ray. Bad input is found before Ray or a run folder comes to be.
+
+    Returns:
+        What `result.json` holds, and the run folder.
 
     Raises:
+        InputError: The experiment, the checkpoint or the data cannot be used.
         RunError: Ray does not start, or nothing was learned.
-        InputError: As `federate`.
     """
+    prepared = prepare(experiment, listener)
+    out = new_run_folder(experiment)
     settings = NodeSettings.of(experiment)
     client_app = ClientApp()
 
@@ -43,9 +48,11 @@ def simulate(experiment: Experiment, out: RunFolder, listener: Listener) -> dict
     def train(message: Message, context: Context) -> Message:
         return reply(message, settings)
 
-    return run_on_ray(
-        experiment, client_app, lambda grid: federate(grid, experiment, out, listener)
+    listener.say(f"starting Ray with {experiment.run.workers} workers")
+    result = run_on_ray(
+        experiment, client_app, lambda grid: federate(grid, prepared, out, listener)
     )
+    return result, out
 
 
 def run_on_ray(

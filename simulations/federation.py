@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -19,12 +20,12 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
-from fedpet.backbone import load_backbone, locate
+from fedpet.backbone import Backbone, load_backbone, locate
 from fedpet.client import cache_folder
 from fedpet.codec import check_codec
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data
-from fedpet.errors import RunError
+from fedpet.errors import RunError, StructureError
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.model import PetModel
 from fedpet.plan import Plan, groups_by_kind, make_plan
@@ -52,26 +53,25 @@ class Listener(Protocol):
         """A round, or the evaluation before the first, is over."""
 
 
-def federate(
-    grid: Grid, experiment: Experiment, out: RunFolder, listener: Listener
-) -> dict[str, Any]:
-    """Run an experiment and leave its run folder.
+@dataclass(frozen=True)
+class Prepared:
+    """What is settled before the first message: rows, clients, the plan, the server's model."""
 
-    Args:
-        grid: Reaches the nodes.
-        experiment: What to run.
-        out: Where everything goes that the run leaves.
-        listener: Is told of stages and rounds.
+    experiment: Experiment
+    data: FederatedData
+    plan: Plan
+    pet: PetModel
+    pretrained_parameters: int
+    started: float  # on `time.perf_counter`'s clock
 
-    Returns:
-        What `result.json` holds.
+
+def prepare(experiment: Experiment, listener: Listener) -> Prepared:
+    """Read the rows, load the backbone, find the structure, settle the plan.
 
     Raises:
         InputError: The experiment, the checkpoint or the data cannot be used.
-        RunError: No round came to an average.
     """
     started = time.perf_counter()
-    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
     check_codec(experiment.codec.up)
     check_codec(experiment.codec.down)
     listener.say("reading and tokenising the rows")
@@ -81,8 +81,42 @@ def federate(
         locate(experiment.backbone),
         cache=cache_folder(experiment),
     )
-    listener.say(f"loading {experiment.backbone.model}, building the mask and the plan")
-    plan, pet, num_pretrained = settle(experiment, data)
+    listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
+    backbone = load_backbone(
+        experiment.backbone,
+        num_outputs=data.task.num_outputs,
+        regression=data.task.kind == "regression",
+    )
+    pretrained_parameters = sum(
+        parameter.numel()
+        for name, parameter in backbone.model.named_parameters()
+        if name not in backbone.head
+    )
+    structure = _structure(experiment, backbone)
+    plan, pet = make_plan(experiment, backbone, structure, data.task, data.tokenizer_hash)
+    return Prepared(experiment, data, plan, pet, pretrained_parameters, started)
+
+
+def federate(
+    grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener
+) -> dict[str, Any]:
+    """Run the rounds and leave the run folder.
+
+    Args:
+        grid: Reaches the nodes.
+        prepared: What to run; its model is used up.
+        out: Where everything goes that the run leaves.
+        listener: Is told of stages and rounds.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        RunError: No round came to an average.
+    """
+    experiment, data = prepared.experiment, prepared.data
+    plan, pet = prepared.plan, prepared.pet
+    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
     out.write_inputs(experiment, plan)
     ledger = Ledger(out.path / "rounds.jsonl")
     strategy = SparseFedAvg(
@@ -130,10 +164,10 @@ def federate(
         fingerprint=plan.fingerprint,
         plan_digest=strategy.digest.hex(),
         values_by_kind=count_by_kind(pet.segments),
-        pretrained_parameters=num_pretrained,
+        pretrained_parameters=prepared.pretrained_parameters,
         values_sha256=hashlib.sha256(values.astype("<f4").tobytes()).hexdigest(),
         final=final,
-        total_seconds=time.perf_counter() - started,
+        total_seconds=time.perf_counter() - prepared.started,
     )
     out.write_result(summary)
     if not result.arrays:
@@ -144,32 +178,16 @@ def federate(
     return summary
 
 
-def settle(experiment: Experiment, data: FederatedData) -> tuple[Plan, PetModel, int]:
-    """Load the backbone, find the structure, and settle the plan.
-
-    Returns:
-        The plan, the server's own model adapted to it, and the number of pretrained parameters.
-    """
-    backbone = load_backbone(
-        experiment.backbone,
-        num_outputs=data.task.num_outputs,
-        regression=data.task.kind == "regression",
-    )
-    if experiment.structure.file:
-        structure = Structure.from_json(
-            Path(experiment.structure.file).read_text(encoding="utf-8")
-        )
-    else:
-        structure = preset(
-            experiment.structure.preset,
-            find_positions(backbone.model, backbone.head),
-            rank=experiment.structure.rank,
-            scale=experiment.structure.scale,
-        )
-    num_pretrained = sum(
-        parameter.numel()
-        for name, parameter in backbone.model.named_parameters()
-        if name not in backbone.head
-    )
-    plan, pet = make_plan(experiment, backbone, structure, data.task, data.tokenizer_hash)
-    return plan, pet, num_pretrained
+def _structure(experiment: Experiment, backbone: Backbone) -> Structure:
+    """The structure that the experiment names, by file or as a preset."""
+    config = experiment.structure
+    if config.file:
+        try:
+            text = Path(config.file).read_text(encoding="utf-8")
+        except OSError as error:
+            raise StructureError(
+                f"the structure's file {config.file!r} does not read: {error}."
+            ) from None
+        return Structure.from_json(text)
+    positions = find_positions(backbone.model, backbone.head)
+    return preset(config.preset, positions, rank=config.rank, scale=config.scale)

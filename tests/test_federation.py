@@ -25,7 +25,7 @@ from fedpet.errors import RunError
 from fedpet.messages import from_record, read_request, to_record
 from fedpet.plan import Plan, groups_by_kind
 from fedpet.seeds import client_number, derive_seed
-from fedpet.simulations.federation import federate
+from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder
 
@@ -55,7 +55,7 @@ def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experi
 
 def run(experiment: Experiment, grid: LocalGrid | None = None, nodes: int = 1) -> dict[str, Any]:
     grid = grid or LocalGrid.of(NodeSettings.of(experiment), nodes)
-    return federate(grid, experiment, new_run_folder(experiment), Silent())
+    return federate(grid, prepare(experiment, Silent()), new_run_folder(experiment), Silent())
 
 
 # -- law 6: same seed, same bytes ------------------------------------------------------------
