@@ -1,6 +1,7 @@
 """fedpet: federated parameter-efficient fine-tuning on Flower.
 
-    backbone -> mask -> structure -> search -> model -> codec -> plan -> client -> strategy -> ledger -> report
+    backbone -> mask -> structure -> search -> model -> codec
+             -> plan -> client -> strategy -> ledger -> report
 
 Each stage is a module of that name. This one imports none of them, so that the command line
 answers `--help` without waiting for torch.

@@ -1,6 +1,7 @@
 """The pretrained transformer that a federation shares, loaded and frozen.
 
-    [backbone] -> mask -> structure -> search -> model -> codec -> plan -> client -> strategy -> ledger -> report
+    [backbone] -> mask -> structure -> search -> model -> codec
+             -> plan -> client -> strategy -> ledger -> report
 
 In:  a hub name, a folder, or `package:NAME` for a Python package that ships weights.
 Out: a `Backbone`: the frozen model with a seeded head, and the fingerprint of its checkpoint.
@@ -71,9 +72,7 @@ def load_backbone(
     try:
         model_config = AutoConfig.from_pretrained(folder)
         model_config.num_labels = num_outputs
-        model_config.problem_type = (
-            "regression" if regression else "single_label_classification"
-        )
+        model_config.problem_type = "regression" if regression else "single_label_classification"
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=model_config,
@@ -98,9 +97,7 @@ def load_backbone(
         model=model,
         head=head,
         fingerprint=fingerprint(
-            (name, parameter)
-            for name, parameter in model.named_parameters()
-            if name not in absent
+            (name, parameter) for name, parameter in model.named_parameters() if name not in absent
         ),
     )
 

@@ -244,7 +244,6 @@ def _refusal(digest: bytes, server_round: int, client: int, reason: str) -> byte
     return pack_refusal(Refusal(digest, server_round, client, short))
 
 
-
 def reply(message: Message, settings: NodeSettings) -> Message:
     """Answer a train message: what a ClientApp's handler calls."""
     answer = resident_node(settings).answer(from_record(message.content))

@@ -163,8 +163,7 @@ class TrainingConfig:
                 value = -1.0
             if not value > 0:
                 raise ConfigError(
-                    "training.learning-rates must hold entries such as 'head=0.01', got "
-                    f"{entry!r}."
+                    f"training.learning-rates must hold entries such as 'head=0.01', got {entry!r}."
                 )
             if name.strip() == kind:
                 return value

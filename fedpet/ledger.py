@@ -25,8 +25,8 @@ from fedpet.messages import wire_bytes
 class RoundRecord:
     """What one round cost and gave; a line of `rounds.jsonl`. Bytes and seconds.
 
-    `newcomers` are the clients that are sent the plan. `train_seconds` is the longest node's local training: what the round would take if nothing but
-    training took time.
+    `newcomers` are the clients that are sent the plan. `train_seconds` is the longest node's local
+    training: what the round would take if nothing but training took time.
     """
 
     round: int
@@ -92,4 +92,4 @@ class Ledger:
 
     def total(self, name: str) -> float:
         """Sum of a numeric field over all rounds."""
-        return sum(getattr(record, name) for record in self.rounds)
+        return float(sum(getattr(record, name) for record in self.rounds))

@@ -1,6 +1,7 @@
 """PaFi: the one sparse mask of a federation, read off the backbone.
 
-    backbone -> [mask] -> structure -> search -> model -> codec -> plan -> client -> strategy -> ledger -> report
+    backbone -> [mask] -> structure -> search -> model -> codec
+             -> plan -> client -> strategy -> ledger -> report
 
 In:  the weights in scope, by name (`fedpet.positions.mask_scope` says which those are).
 Out: a `Mask`: for each name, the flat positions that clients may train, smallest magnitude first.
@@ -88,9 +89,7 @@ def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
         ends = torch.tensor([sizes[name] for name in names]).cumsum(0)
         owner = torch.searchsorted(ends, first, right=True)
         starts = ends - torch.tensor([sizes[name] for name in names])
-        ranked = {
-            name: first[owner == index] - starts[index] for index, name in enumerate(names)
-        }
+        ranked = {name: first[owner == index] - starts[index] for index, name in enumerate(names)}
     mask = Mask({name: chosen for name, chosen in ranked.items() if len(chosen)}, sizes)
     if not mask.num_values:
         raise ConfigError(

@@ -3,8 +3,8 @@
 A request (server to node) names a cohort of clients and carries the frame of global values, and
 the plan where the node may lack it. A reply is one frame, or one refusal, a client, joined.
 
-    request := magic "FPRQ" | version u8 | 3 reserved | clients u32 | plan bytes u32 | frame bytes u32
-               | client numbers u64 ... | plan | frame          (little-endian)
+    request := magic "FPRQ" | version u8 | 3 reserved | clients u32 | plan bytes u32
+               | frame bytes u32 | client numbers u64 ... | plan | frame    (little-endian)
     reply   := frame ...                                        (fedpet/codec/frame.py)
 
 One flat array, since Flower's cost follows the number of arrays and not their size.

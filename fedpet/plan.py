@@ -96,9 +96,9 @@ class Plan:
             fields[name] = None if value is None else dataclasses.asdict(value)
         fields["structure"] = self.structure.to_json()
         text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-        header = zstandard.ZstdCompressor(level=19).compress(text)
+        header: bytes = zstandard.ZstdCompressor(level=19).compress(text)
         start = _HEADER.pack(_MAGIC, _VERSION, len(header), len(positions))
-        return start + header + positions
+        return b"".join((start, header, positions))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
@@ -247,9 +247,7 @@ def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
 
 def _split(data: bytes) -> tuple[bytes, bytes]:
     if not _HEADER.size <= len(data) <= MAX_PLAN_BYTES:
-        raise PlanError(
-            f"a plan has {_HEADER.size} to {MAX_PLAN_BYTES} bytes, got {len(data)}."
-        )
+        raise PlanError(f"a plan has {_HEADER.size} to {MAX_PLAN_BYTES} bytes, got {len(data)}.")
     magic, version, header_bytes, mask_bytes = _HEADER.unpack_from(data)
     if magic != _MAGIC or version != _VERSION:
         raise PlanError(
@@ -268,5 +266,3 @@ def _split(data: bytes) -> tuple[bytes, bytes]:
         return zstandard.ZstdDecompressor().decompress(header), data[-mask_bytes or len(data) :]
     except zstandard.ZstdError as error:
         raise PlanError(f"the plan's header does not decompress: {error}") from None
-
-

@@ -1,6 +1,7 @@
 """A run from end to end, on any Grid: simulated, deployed, or in one process.
 
-    backbone -> mask -> structure -> model -> codec -> plan -> client -> strategy -> ledger -> report
+    backbone -> mask -> structure -> model -> codec
+             -> plan -> client -> strategy -> ledger -> report
 
 Everything that decides the run is settled before the first message; the rounds are Flower's own
 loop; afterwards the values are folded into a plain model, and the books are closed.
@@ -97,9 +98,7 @@ def prepare(experiment: Experiment, listener: Listener) -> Prepared:
     return Prepared(experiment, data, plan, pet, pretrained_parameters, started)
 
 
-def federate(
-    grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener
-) -> dict[str, Any]:
+def federate(grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener) -> dict[str, Any]:
     """Run the rounds and leave the run folder.
 
     Args:

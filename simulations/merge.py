@@ -27,7 +27,9 @@ def merge_run(run: Path, out: Path) -> None:
     values_file = run / "checkpoint" / "values.npy"
     for path in (run / "config.toml", run / "plan.bin", values_file):
         if not path.exists():
-            raise ConfigError(f"{str(run)!r} is no folder of a finished run: {path.name} is absent.")
+            raise ConfigError(
+                f"{str(run)!r} is no folder of a finished run: {path.name} is absent."
+            )
     if out.exists() and any(out.iterdir()):
         raise ConfigError(f"the folder {str(out)!r} is not empty: name another with --out.")
     experiment = Experiment.from_file(run / "config.toml")

@@ -12,7 +12,7 @@ from flwr.serverapp import Grid
 from fedpet.ledger import Ledger
 
 if TYPE_CHECKING:
-    from flwr.serverapp.strategy import Strategy as _Base
+    from flwr.serverapp.strategy import FedAvg as _Base
 else:
     _Base = object
 

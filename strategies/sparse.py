@@ -17,6 +17,7 @@ import logging
 import math
 import time
 from collections.abc import Iterable, Iterator, Mapping
+
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
@@ -119,9 +120,7 @@ class _SparseRounds(FedAvg):
         self._told.update(newcomers)
         self.ledger.current.newcomers = len(newcomers)
         whole = solo_bytes(write_request(Request((1,), self._frame, self.plan_bytes)), reply=False)
-        self.ledger.count_client(
-            down=frame * len(sampled), plan=(whole - frame) * len(newcomers)
-        )
+        self.ledger.count_client(down=frame * len(sampled), plan=(whole - frame) * len(newcomers))
 
     def _wait_for_nodes(self, grid: Grid) -> list[int]:
         """The nodes that are there now; if there are none, wait for one, but not for ever."""
@@ -158,9 +157,7 @@ class _SparseRounds(FedAvg):
         record = self.ledger.current
         record.replies = len(accepted)
         record.loss = loss
-        needed = max(
-            self.config.min_replies, math.ceil(self.config.quorum * len(self._sampled))
-        )
+        needed = max(self.config.min_replies, math.ceil(self.config.quorum * len(self._sampled)))
         for refused in record.refused:
             LOG.warning("round %s: %s: %s", server_round, refused["who"], refused["reason"])
         if record.replies < needed or not weight:
@@ -241,8 +238,7 @@ class _SparseRounds(FedAvg):
             raise FrameError(f"node {node} sent a second frame for this client.")
         if part.plan_digest != self.digest:
             raise FrameError(
-                f"the frame is of plan {part.plan_digest.hex()}, this run's is "
-                f"{self.digest.hex()}."
+                f"the frame is of plan {part.plan_digest.hex()}, this run's is {self.digest.hex()}."
             )
         if part.server_round != server_round:
             raise FrameError(f"the frame is of round {part.server_round}, this is {server_round}.")

@@ -137,9 +137,7 @@ def test_a_hub_out_of_reach_is_refused_with_what_to_do(refused: Refusal) -> None
     assert "nobody/nothing" in refused("mask", "nobody/nothing")
 
 
-def test_an_unknown_codec_is_refused(
-    refused: Refusal, with_rows: Callable[..., list[str]]
-) -> None:
+def test_an_unknown_codec_is_refused(refused: Refusal, with_rows: Callable[..., list[str]]) -> None:
     assert "float32" in refused(*with_rows(ROWS, "codec.up='morse'"))
 
 

@@ -263,9 +263,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("word", WRONG)
-def test_a_wrong_frame_is_refused_by_name_and_the_round_goes_on(
-    experiment: Any, word: str
-) -> None:
+def test_a_wrong_frame_is_refused_by_name_and_the_round_goes_on(experiment: Any, word: str) -> None:
     settings = experiment(strategy_num_rounds=1, strategy_clients_per_round=6)
     victim = client_number("client 2")
     honest = Node(NodeSettings.of(settings)).answer
@@ -277,8 +275,9 @@ def test_a_wrong_frame_is_refused_by_name_and_the_round_goes_on(
     if word != "second frame":  # of a duplicate the first is kept; else the others are averaged
         without = experiment(strategy_num_rounds=1, strategy_clients_per_round=6)
         silent = spoil(Node(NodeSettings.of(without)).answer, lambda f: b"", victim)
-        assert run(without, LocalGrid({1: silent}))["final_values_sha256"] == (
-            result["final_values_sha256"]
+        assert (
+            run(without, LocalGrid({1: silent}))["final_values_sha256"]
+            == (result["final_values_sha256"])
         )
 
 
@@ -327,9 +326,7 @@ def test_a_node_that_raises_or_talks_nonsense_does_not_end_the_run(experiment: A
     def broken(payload: bytes) -> bytes:
         raise MemoryError("no room")
 
-    settings = experiment(
-        strategy_num_rounds=1, strategy_clients_per_round=6, strategy_quorum=0.3
-    )
+    settings = experiment(strategy_num_rounds=1, strategy_clients_per_round=6, strategy_quorum=0.3)
     honest = Node(NodeSettings.of(settings)).answer
     grid = LocalGrid({1: honest, 2: broken, 3: lambda payload: b"\x80\x04nonsense"})
     result = run(settings, grid)
@@ -382,7 +379,9 @@ def test_a_client_with_another_checkpoint_is_refused_with_both_fingerprints(
 ) -> None:
     other = tiny.make_backbone(tmp_path / "other", seed=1)
     settings = experiment(strategy_num_rounds=1, strategy_clients_per_round=6)
-    strange = replace(NodeSettings.of(settings), backbone=replace(settings.backbone, model=str(other)))
+    strange = replace(
+        NodeSettings.of(settings), backbone=replace(settings.backbone, model=str(other))
+    )
     nodes = {1: Node(NodeSettings.of(settings)).answer, 2: Node(strange).answer}
     result = run(settings, LocalGrid(nodes))
     theirs = load_backbone(strange.backbone, num_outputs=2).fingerprint
@@ -393,7 +392,7 @@ def test_a_client_with_another_checkpoint_is_refused_with_both_fingerprints(
 
 
 def test_a_run_with_no_node_says_so_and_ends(experiment: Any) -> None:
-    with pytest.raises(RunError, match="no node came within 0.1 seconds"):
+    with pytest.raises(RunError, match=r"no node came within 0\.1 seconds"):
         run(experiment(strategy_node_wait_seconds=0.1), LocalGrid({}))
 
 

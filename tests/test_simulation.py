@@ -33,9 +33,7 @@ def test_one_and_two_ray_workers_give_the_same_bytes(
     hashes = set()
     for workers in (1, 2):
         out = tmp_path / f"workers{workers}"
-        result, folder = simulate(
-            tiny.make_experiment(*files, out, run_workers=workers), Silent()
-        )
+        result, folder = simulate(tiny.make_experiment(*files, out, run_workers=workers), Silent())
         hashes.add(result["final_values_sha256"])
         assert {p.name for p in folder.path.iterdir()} >= {
             "config.toml",

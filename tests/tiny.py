@@ -1,4 +1,4 @@
-"""A random two-layer BERT, its tokeniser, and a few rows with clients: real files, made in no time."""
+"""A random two-layer BERT, its tokeniser, and a few rows with clients: real files, soon made."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ import torch
 
 from fedpet.config import Experiment
 
-WORDS = "good bad fine dull bright grim film plot cast score the a of and is was not very".split()
+WORDS = ["good", "bad", "fine", "dull", "bright", "grim", "film", "plot", "cast", "score", "the"]
+WORDS += ["a", "of", "and", "is", "was", "not", "very"]
 
 
 def make_backbone(folder: Path, *, seed: int = 0) -> Path:
