@@ -18,6 +18,8 @@ the value itself. The relative error is below 2^-7, and a value that bfloat16 ha
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import numpy.typing as npt
 
@@ -26,6 +28,7 @@ from fedpet.codec.wire import Reader, pack_bytes, unpack_bytes
 
 Floats = npt.NDArray[np.float32]
 
+_SLAB = 1 << 16  # words
 _LARGEST_BFLOAT16 = np.uint32(0x7F7F0000).view(np.float32)
 
 
@@ -61,42 +64,54 @@ def pack_words(words: npt.NDArray[Word], *, entropy: bool = True) -> bytes:
     """Write float32 or bfloat16 words (n,) in byte planes; nothing for none."""
     if not len(words):
         return b""
-    turned = _turn(words, 1)  # exponent, mantissa, sign
-    largest = int(turned.max() >> _constant(words.dtype, words.itemsize * 8 - 8))
-    spread = _turn(_ceiling(largest, words.dtype) - turned, 3)
-    planes = spread.astype(words.dtype.newbyteorder("<"), copy=False).view(np.uint8)
-    planes = planes.reshape(-1, words.itemsize)
-    return bytes([largest]) + b"".join(
-        pack_bytes(np.ascontiguousarray(planes[:, plane]), entropy=entropy)
-        for plane in range(words.itemsize)
-    )
+    num_planes = words.itemsize
+    tops = [int((words[slab] << words.dtype.type(1)).max()) for slab in _slabs(len(words))]
+    largest = max(tops) >> 8 * (num_planes - 1)
+    ceiling = _ceiling(largest, words.dtype)
+    planes = np.empty((num_planes, len(words)), dtype=np.uint8)
+    for slab in _slabs(len(words)):
+        turned = _turn(words[slab], 1)  # exponent, mantissa, sign
+        np.subtract(ceiling, turned, out=turned)
+        spread = _turn(turned, 3).astype(words.dtype.newbyteorder("<"), copy=False)
+        in_bytes = spread.view(np.uint8).reshape(-1, num_planes)
+        for plane in range(num_planes):
+            planes[plane, slab] = in_bytes[:, plane]
+    return bytes([largest]) + b"".join(pack_bytes(plane, entropy=entropy) for plane in planes)
 
 
 def unpack_words(reader: Reader, count: int, dtype: type[Word]) -> npt.NDArray[Word]:
     """Read `count` float32 or bfloat16 words."""
+    words = np.empty(count, dtype=dtype)
     if not count:
-        return np.empty(0, dtype=dtype)
-    little = np.dtype(dtype).newbyteorder("<")
-    largest = reader.take(1)[0]
-    planes = np.empty((count, little.itemsize), dtype=np.uint8)
-    for plane in range(little.itemsize):
-        planes[:, plane] = unpack_bytes(reader, count)
-    spread = planes.view(little).ravel().astype(dtype, copy=False)
-    turned = _ceiling(largest, spread.dtype) - _turn(spread, -3)
-    return _turn(turned, -1)
+        return words
+    num_planes = words.itemsize
+    ceiling = _ceiling(reader.take(1)[0], words.dtype)
+    planes = [unpack_bytes(reader, count) for _ in range(num_planes)]
+    for slab in _slabs(count):
+        in_bytes = np.empty((len(planes[0][slab]), num_planes), dtype=np.uint8)
+        for plane in range(num_planes):
+            in_bytes[:, plane] = planes[plane][slab]
+        spread = in_bytes.view(words.dtype.newbyteorder("<")).ravel().astype(dtype, copy=False)
+        turned = _turn(spread, -3)
+        np.subtract(ceiling, turned, out=turned)
+        words[slab] = _turn(turned, -1)
+    return words
+
+
+def _slabs(count: int) -> Iterator[slice]:
+    """Parts of a vector that stay in the cache while they are worked on."""
+    for start in range(0, count, _SLAB):
+        yield slice(start, start + _SLAB)
 
 
 def _turn(words: npt.NDArray[Word], left: int) -> npt.NDArray[Word]:
     """Rotate the bits of each word to the left."""
-    width = words.itemsize * 8
-    up, down = _constant(words.dtype, left % width), _constant(words.dtype, -left % width)
-    return np.bitwise_or(words << up, words >> down)
+    width, word = words.itemsize * 8, words.dtype.type
+    turned: npt.NDArray[Word] = np.left_shift(words, word(left % width))
+    np.bitwise_or(turned, np.right_shift(words, word(-left % width)), out=turned)
+    return turned
 
 
 def _ceiling(largest: int, dtype: np.dtype[Word]) -> Word:
     """A word that no turned word with an exponent up to `largest` exceeds."""
-    return _constant(dtype, (largest + 1 << dtype.itemsize * 8 - 8) - 1)
-
-
-def _constant(dtype: np.dtype[Word], value: int) -> Word:
-    return dtype.type(value)
+    return dtype.type((largest + 1 << dtype.itemsize * 8 - 8) - 1)
