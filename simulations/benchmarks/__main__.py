@@ -51,20 +51,17 @@ def run(
     """Run one method and leave result.json, rounds.jsonl and config.toml."""
     from fedpet.simulations.engine import simulate
     from fedpet.simulations.progress import Progress
-    from fedpet.simulations.run_folder import new_run_folder
 
     if method not in (*METHODS, FEDPET):
         raise ConfigError(f"unknown method {method!r}. Known are: {', '.join((*METHODS, FEDPET))}.")
     settings = Experiment.from_file(experiment_file(experiment), overrides or [])
-    folder_name = f"{settings.run.name}-{method}"
-    folder = new_run_folder(
-        replace(settings, run=replace(settings.run, name=folder_name, out=out or settings.run.out))
-    )
+    if out:
+        settings = replace(settings, run=replace(settings.run, out=out))
     with Progress(settings.strategy.num_rounds) as progress:
         if method == FEDPET:
-            result = simulate(settings, folder, progress)
+            result, folder = simulate(settings, progress)
         else:
-            result = run_baseline(method, settings, folder, progress)
+            result, folder = run_baseline(method, settings, progress)
     quality = result["quality"]
     console.print(f"{method}: {quality['metric']} {quality['final']:.4f}   Run: {folder.path}")
 

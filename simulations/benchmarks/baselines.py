@@ -32,6 +32,7 @@ from flwr.app import (
     Array,
     ArrayRecord,
     ConfigRecord,
+    Context,
     Error,
     Message,
     MetricRecord,
@@ -54,7 +55,7 @@ from fedpet.population import Population
 from fedpet.seeds import client_number, derive_seed
 from fedpet.simulations.engine import run_on_ray
 from fedpet.simulations.federation import Listener
-from fedpet.simulations.run_folder import RunFolder
+from fedpet.simulations.run_folder import RunFolder, new_run_folder
 from fedpet.simulations.summary import summarise
 from fedpet.strategies import Metered
 from fedpet.training import evaluate, train_rows
@@ -318,11 +319,7 @@ class _ClientRounds(FedAvg):
     """One message a client; the clients are those that fedpet draws."""
 
     def __init__(self, experiment: Experiment, population: Population, ledger: DenseLedger) -> None:
-        super().__init__(
-            fraction_evaluate=0.0,  # the server evaluates
-            min_available_nodes=1,
-            min_train_nodes=1,
-        )
+        super().__init__(min_available_nodes=1, min_train_nodes=1)
         self.experiment = experiment
         self.population = population
         self.ledger: Ledger = ledger
@@ -383,11 +380,19 @@ class _ClientRounds(FedAvg):
                 seconds[node] = seconds.get(node, 0.0) + float(metrics["train-seconds"])  # type: ignore[arg-type]
         self._asked = []
         averaged, metrics_of_all = super().aggregate_train(server_round, usable)
+        for answer in usable:
+            answer.content.clear()  # Flower's loop holds a round's replies through the next round
         record.replies = len(usable)
         record.train_seconds = max(seconds.values(), default=0.0)
         if metrics_of_all is not None:
             record.loss = float(metrics_of_all["train-loss"])  # type: ignore[arg-type]
         return averaged, metrics_of_all
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """No message: the server evaluates."""
+        return []
 
     def summary(self) -> None:
         """Say nothing: the run's own progress does."""
@@ -401,39 +406,24 @@ class DenseFedAvg(Metered, _ClientRounds):
     """
 
 
-def run_baseline(
-    method: str, experiment: Experiment, out: RunFolder, listener: Listener
-) -> dict[str, Any]:
-    """Run one baseline on Ray.
+@dataclass(frozen=True)
+class PreparedBaseline:
+    """What is settled before the first message: rows, clients, the server's model."""
 
-    Returns:
-        What `result.json` holds.
+    method: str
+    experiment: Experiment
+    data: FederatedData
+    baseline: Baseline
+    started: float  # on `time.perf_counter`'s clock
+
+
+def prepare_baseline(method: str, experiment: Experiment, listener: Listener) -> PreparedBaseline:
+    """Read the rows and load the model.
 
     Raises:
-        InputError: The experiment, the checkpoint or the data cannot be used.
-        RunError: Ray does not start, or no round came to an average.
+        InputError: The method, the experiment, the checkpoint or the data cannot be used.
     """
-    if method not in METHODS:
-        raise ConfigError(f"unknown baseline {method!r}. Known are: {', '.join(METHODS)}.")
-    client_app = ClientApp()
-
-    @client_app.train()
-    def train(message: Message, context: Any) -> Message:
-        return reply(message, method, experiment)
-
-    return run_on_ray(
-        experiment,
-        client_app,
-        lambda grid: federate_baseline(grid, method, experiment, out, listener),
-    )
-
-
-def federate_baseline(
-    grid: Grid, method: str, experiment: Experiment, out: RunFolder, listener: Listener
-) -> dict[str, Any]:
-    """Run one baseline on any Grid, step by step as `fedpet.simulations.federation.federate`."""
     started = time.perf_counter()
-    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
     listener.say("reading and tokenising the rows")
     data = load_data(
         experiment.data,
@@ -441,8 +431,48 @@ def federate_baseline(
         locate(experiment.backbone),
         cache=cache_folder(experiment),
     )
-    listener.say(f"loading {experiment.backbone.model}")
-    baseline = Baseline(method, experiment, data)
+    listener.say(f"loading the backbone {experiment.backbone.model!r}")
+    return PreparedBaseline(method, experiment, data, Baseline(method, experiment, data), started)
+
+
+def run_baseline(
+    method: str, experiment: Experiment, listener: Listener
+) -> tuple[dict[str, Any], RunFolder]:
+    """Run one baseline on Ray, as `fedpet.simulations.engine.simulate` runs fedpet.
+
+    Returns:
+        What `result.json` holds, and the run folder.
+
+    Raises:
+        InputError: The experiment, the checkpoint or the data cannot be used.
+        RunError: Ray does not start, or no round came to an average.
+    """
+    prepared = prepare_baseline(method, experiment, listener)
+    out = new_run_folder(experiment)
+    client_app = ClientApp()
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        return reply(message, method, experiment)
+
+    listener.say(f"starting Ray with {experiment.run.workers} workers")
+    result = run_on_ray(
+        experiment, client_app, lambda grid: federate_baseline(grid, prepared, out, listener)
+    )
+    return result, out
+
+
+def federate_baseline(
+    grid: Grid, prepared: PreparedBaseline, out: RunFolder, listener: Listener
+) -> dict[str, Any]:
+    """Run the rounds on any Grid, step by step as `fedpet.simulations.federation.federate`.
+
+    Raises:
+        RunError: No round came to an average.
+    """
+    method, experiment = prepared.method, prepared.experiment
+    data, baseline = prepared.data, prepared.baseline
+    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
     (out.path / "config.toml").write_text(tomli_w.dumps(experiment.to_tables()), encoding="utf-8")
     ledger = DenseLedger(out.path / "rounds.jsonl")
     population = Population({c.id: len(c.rows) for c in data.clients}, homes={})
@@ -484,7 +514,7 @@ def federate_baseline(
         pretrained_parameters=baseline.pretrained_parameters,
         values_sha256=_values_sha256(baseline),
         final=final,
-        total_seconds=time.perf_counter() - started,
+        total_seconds=time.perf_counter() - prepared.started,
     )
     out.write_result(summary)
     if not learned:
