@@ -337,7 +337,7 @@ def test_the_number_of_threads_changes_no_byte():
         "print(digest.hexdigest())\n"
     )
     digests = set()
-    for threads in ("1", "2", "7"):
+    for threads in ("1", "7"):
         environment = os.environ | {"OMP_NUM_THREADS": threads, "OPENBLAS_NUM_THREADS": threads}
         environment["PYTHONPATH"] = os.pathsep.join(path for path in sys.path if path)
         run = subprocess.run(
@@ -454,7 +454,7 @@ def test_every_cut_and_every_longer_payload_is_refused(codec):
         decode_values(payload + b"\0", codec, groups, seed=0)
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=120, deadline=None)
 @given(data=st.data(), codec=st.sampled_from(CODECS))
 def test_a_forged_payload_decodes_to_finite_values_or_is_refused(data, codec):
     groups = [(0, 100), (100, 110)]
@@ -470,7 +470,7 @@ def test_a_forged_payload_decodes_to_finite_values_or_is_refused(data, codec):
     assert np.isfinite(decoded).all()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=100, deadline=None)
 @given(payload=st.binary(max_size=200), codec=st.sampled_from(CODECS))
 def test_random_bytes_decode_to_finite_values_or_are_refused(payload, codec):
     try:

@@ -133,7 +133,7 @@ def valid(decoded, sizes):
     )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=150, deadline=None)
 @given(payload=st.binary(max_size=60), sizes=st.lists(st.integers(0, 200), max_size=3))
 def test_random_bytes_are_ascending_positions_or_refused(payload, sizes):
     try:
@@ -143,7 +143,7 @@ def test_random_bytes_are_ascending_positions_or_refused(payload, sizes):
     assert valid(decoded, sizes)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=80, deadline=None)
 @given(case=tensors(), data=st.data())
 def test_changed_bytes_are_ascending_positions_or_refused(case, data):
     positions, sizes = case

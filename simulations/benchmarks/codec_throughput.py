@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import importlib.metadata
 import json
 import sys
 import time
@@ -150,7 +151,8 @@ def main() -> int:
             "values": arguments.values,
             "repeats": arguments.repeats,
             "machine": machine(),
-            "versions": versions() | {"zstandard": zstandard.__version__},
+            "versions": versions()
+            | {name: importlib.metadata.version(name) for name in ("zstandard", "constriction")},
             "rows": rows,
         }
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
