@@ -96,7 +96,8 @@ def train_rows(
     if config.dropout:
         torch.manual_seed(derive_seed("dropout", seed))
     adjustment = _adjustment(rows.labels[indices], task, config.logit_adjustment)
-    model.train(config.dropout)
+    if model.training != config.dropout:  # walking the tree of modules costs as much as a step
+        model.train(config.dropout)
     total_loss, seen = 0.0, 0
     for _ in range(config.local_epochs):
         for chosen in batches(indices, rows.lengths, config.batch_size, generator):
@@ -117,7 +118,6 @@ def train_rows(
                     f"the training loss became {float(loss.detach())} after {seen} rows: lower "
                     "training.learning-rate, or look at this client's rows."
                 )
-    model.eval()
     return Trained(len(indices), total_loss / max(seen, 1), time.perf_counter() - started)
 
 
@@ -144,7 +144,8 @@ def batches(
 @torch.inference_mode()
 def predict(model: nn.Module, rows: Rows, *, batch_size: int = 64) -> np.ndarray:
     """Logits of all rows, in the rows' order. float32, (rows, outputs)."""
-    model.eval()
+    if model.training:
+        model.eval()
     order = np.argsort(rows.lengths, kind="stable")
     logits: np.ndarray | None = None
     for start in range(0, len(order), batch_size):
