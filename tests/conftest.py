@@ -5,10 +5,8 @@ from __future__ import annotations
 import contextlib
 import os
 import shutil
-import signal
 import socket
 import tempfile
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -56,21 +54,5 @@ def repository() -> Path:
     return REPOSITORY
 
 
-@pytest.fixture(scope="session", autouse=True)
-def _leave_nothing() -> Iterator[None]:
-    yield
-    for pid in _superlinks_of(HOME):
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGTERM)  # its SuperExec ends with it
+def pytest_unconfigure() -> None:
     shutil.rmtree(HOME, ignore_errors=True)
-
-
-def _superlinks_of(home: Path) -> list[int]:
-    """The local SuperLinks that `flwr run` started in this session: they log below its home."""
-    found = []
-    for entry in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):
-            arguments = entry.read_bytes().split(b"\0")
-            if any(argument.startswith(bytes(home / "flwr")) for argument in arguments):
-                found.append(int(entry.parent.name))
-    return found
