@@ -15,7 +15,7 @@ PINS := constraints.txt
 
 include scripts/settings
 
-.PHONY: run test test-slow check clean distclean help
+.PHONY: run test test-slow bench check clean distclean help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -27,6 +27,9 @@ test: $(STAMP) ## the plain tests, then those that start Ray and Flower
 
 test-slow: $(STAMP) ## tests that train for minutes
 	@scripts/test --slow $(ARGS)
+
+bench: $(STAMP) ## what is missing of the README's table of methods; an hour from nothing
+	@$(VENV)/bin/python -m simulations.benchmarks table simulations/benchmarks/default.toml $(ARGS)
 
 check: $(STAMP) ## format, lint, types
 	@scripts/check

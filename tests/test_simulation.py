@@ -1,11 +1,7 @@
-"""The same run on Ray, through the command line and through `flwr run`."""
+"""The same run on Ray, whatever the number of workers."""
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -45,28 +41,3 @@ def test_one_and_two_ray_workers_give_the_same_bytes(
             "model",
         }
     assert len(hashes) == 1
-
-
-def test_flwr_run_gives_the_same_bytes_as_simulate(
-    files: tuple[Path, Path], tmp_path: Path, repository: Path
-) -> None:
-    simulated, _ = simulate(tiny.make_experiment(*files, tmp_path / "simulated"), Silent())
-    out = tmp_path / "flower"
-    keys = tiny.make_experiment(*files, out).to_run_config()
-    config = " ".join(f"{key}={json.dumps(value)}" for key, value in keys.items())
-    flwr = Path(sys.executable).parent / "flwr"
-    done = subprocess.run(
-        [
-            str(flwr), "run", str(repository), "local", "--stream", "--run-config", config,
-            "--federation-config",
-            "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2",
-        ],
-        env=os.environ | {"PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-        timeout=250,
-        check=False,
-    )  # fmt: skip
-    assert (out / "result.json").exists(), done.stdout[-3000:] + done.stderr[-3000:]
-    result = json.loads((out / "result.json").read_text())
-    assert result["final_values_sha256"] == simulated["final_values_sha256"]

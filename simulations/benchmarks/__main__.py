@@ -104,7 +104,8 @@ def table(
 def tuning_table(job: TableRun) -> Table:
     """The metric at each rate; the one taken is in bold."""
     columns = max(len(method.rates) for method in job.methods)
-    shown = Table(title=f"tuned on {job.table.tune_split!r}, seed {job.table.tune_seed}", box=None)
+    title = f"tuned on {job.table.tune_split!r}, seed {job.table.tune_seed}"
+    shown = Table(title=title, title_justify="left", box=None)
     shown.add_column("method")
     for _ in range(columns):
         shown.add_column("rate: metric", justify="right")
