@@ -1,6 +1,6 @@
 """The model a client trains: backbone, mask and structure in one, values in and out.
 
-    backbone -> mask -> structure -> search -> [model] -> codec -> plan -> client -> strategy -> ledger -> report
+    ... -> structure -> search -> [model] -> codec -> plan -> client -> ...
 
 In:  a backbone, a mask (or none), a structure, and the seed of what is drawn.
 Out: a `PetModel`: trains, reads and writes its communicated values, merges to a plain model.
@@ -19,25 +19,20 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fedpet.errors import BackboneError, StructureError
-from fedpet.modules.adapter import LowRankAdapter
-from fedpet.modules.base import PetModule, is_transposed
-from fedpet.modules.bitfit import BitFit, NormBias
+from fedpet.modules.base import PetModule
+from fedpet.modules.build import build_masks, build_structure
 from fedpet.modules.head import HeadTensor
-from fedpet.modules.hiwi import HiwiBias, HiwiWeight
-from fedpet.modules.kept import activation_forward, norm_forward
-from fedpet.modules.lnfit import LNFit
-from fedpet.modules.lora import LoRA, LoRAFactors
-from fedpet.modules.masked import MaskedWeight, masked_linear
+from fedpet.modules.site import build_sites
 from fedpet.positions import find_positions
-from fedpet.structure import ModuleSpec, Structure
+from fedpet.structure import Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -45,7 +40,7 @@ if TYPE_CHECKING:
     from fedpet.backbone import Backbone
     from fedpet.mask import Mask
 
-__all__ = ["PetModel", "Segment"]
+__all__ = ["PetModel", "Segment", "tier_positions"]
 
 
 @dataclass(frozen=True)
@@ -56,18 +51,6 @@ class Segment:
     name: str  # of the parameter (mask, head) or of the module's target
     start: int
     size: int
-
-
-@dataclass
-class _Site:
-    """A module of the backbone with what acts on it."""
-
-    name: str
-    module: nn.Module
-    mask: MaskedWeight | None = None
-    effects: list[PetModule] = field(default_factory=list)
-    marks: Callable[..., Any] | None = None  # wraps a forward whose output can be made again
-    columns: bool = False  # an activation follows that takes columns, see fedpet.modules.kept
 
 
 class PetModel:
@@ -99,23 +82,18 @@ class PetModel:
             StructureError: A target that is absent or cannot carry the kind of module.
         """
         self.model = backbone.model
-        parameters = dict(self.model.named_parameters())
-        like = next(iter(parameters.values()))
-        for name, parameter in parameters.items():
-            if parameter.dtype not in (torch.float32, torch.float64):
-                raise BackboneError(
-                    f"the backbone's parameters must be float32, {name!r} is {parameter.dtype}. "
-                    "Load it with dtype=torch.float32; use autocast for half-precision passes."
-                )
-        self._masks = _build_masks(self.model, parameters, mask)
-        self._structure = _build_structure(self.model, backbone.head, structure, seed)
-        heads = [HeadTensor(name, parameters[name]) for name in backbone.head]
+        _check_dtypes(self.model)
+        positions = find_positions(self.model, backbone.head)
+        self._masks = build_masks(self.model, {} if mask is None else mask.positions)
+        self._structure = build_structure(self.model, positions, structure, seed)
+        heads = [HeadTensor(name, self.model.get_parameter(name)) for name in backbone.head]
         self._modules: list[PetModule] = [*self._masks, *self._structure, *heads]
-        self._gates: Tensor | None = None
-        self._sites = _sites(self.model, backbone.head, self._masks, self._structure)
-        self._allocate(like)
+        self._sites = build_sites(self.model, positions, self._masks, self._structure)
+        self._allocate()
         self._hold()
-        self._install()
+        self._gated = False
+        for site in self._sites:
+            site.install(gated=False)
         segments, start = [], 0
         for module in self._modules:
             if module.num_values:
@@ -132,14 +110,22 @@ class PetModel:
         return dict(self._groups)
 
     def zero_grad(self) -> None:
-        """Set all gradients to zero. Use this, not the optimiser's: gradients must stay in place."""
+        """Set all gradients to zero, in place: the optimiser's own would have to do so too."""
         self._gradient.zero_()
 
     @torch.no_grad()
     def after_step(self) -> None:
-        """Write pretrained + change where the model computes with it. Call after every step."""
-        start, stop = self._held_range
-        torch.add(self._held_start, self._flat[start:stop], out=self._held)
+        """Write pretrained + change where the model computes with it. Call after every step.
+
+        Raises:
+            RuntimeError: A gradient was taken away, so that the step moved nothing.
+        """
+        if any(group.grad is None for group in self._groups.values()):
+            raise RuntimeError(
+                "the gradients of a PetModel must stay in place, and an optimiser set them to "
+                "None. Call pet.zero_grad(), or optimizer.zero_grad(set_to_none=False)."
+            )
+        torch.add(self._held_start, self._flat[self._held_from :], out=self._held)
         for mask in self._masks:
             mask.write_weight()
 
@@ -148,9 +134,9 @@ class PetModel:
     @torch.no_grad()
     def values(self) -> Tensor:
         """What is sent: float32, (num_values,), on the CPU, a copy; zeros are the checkpoint."""
-        pieces = [module.read() for module in self._modules if module.num_values]
+        pieces = [module.read() for module in self._senders]
         flat = torch.cat(pieces) if pieces else torch.empty(0)
-        return flat.to(device="cpu", dtype=torch.float32, copy=False)
+        return flat.to(device="cpu", dtype=torch.float32)
 
     @torch.no_grad()
     def load_values(self, values: Tensor, *, seed: int) -> None:
@@ -166,14 +152,8 @@ class PetModel:
                 f"{tuple(values.shape)}. They belong to another mask or structure."
             )
         values = values.to(self._flat)
-        start = 0
-        for module in self._modules:
-            stop = start + module.num_values
-            if not (isinstance(module, HiwiBias) and module.carried):
-                module.write(values[start:stop], seed)
-            if isinstance(module, BitFit) and module.adapter is not None:
-                module.adapter.write(values[start:stop], seed)
-            start = stop
+        for module, segment in zip(self._senders, self.segments, strict=True):
+            module.write(values[segment.start : segment.start + segment.size], seed)
         self._gradient.zero_()
         self.after_step()
 
@@ -186,8 +166,7 @@ class PetModel:
         """
         plain: PreTrainedModel = copy.deepcopy(self.model)
         for site in self._sites:
-            target = plain.get_submodule(site.name)
-            target.__dict__.pop("forward", None)
+            plain.get_submodule(site.name).__dict__.pop("forward", None)
         for module in self._structure:
             module.merge(plain.get_submodule(module.target))
         for parameter in plain.parameters():
@@ -220,17 +199,18 @@ class PetModel:
                 f"gates must be one a module of the structure, ({len(self._structure)},), got "
                 f"{tuple(gates.shape)}."
             )
-        switched = (gates is None) != (self._gates is None)
-        self._gates = gates
-        for i, module in enumerate(self._structure):
-            module.gate = None if gates is None else gates[i]
-        if switched:
-            self._install()
+        for index, module in enumerate(self._structure):
+            module.gate = None if gates is None else gates[index]
+        if self._gated != (gates is not None):
+            self._gated = gates is not None
+            for site in self._sites:
+                site.install(self._gated)
 
     @torch.no_grad()
     def restore(self) -> None:
-        """Take everything off: the backbone is the checkpoint again, this object is done."""
-        self._remove()
+        """Take everything off: the backbone is the checkpoint again, and this object is done."""
+        for site in self._sites:
+            site.remove()
         for mask in self._masks:
             mask.restore()
         self._held.copy_(self._held_start)
@@ -241,319 +221,108 @@ class PetModel:
 
     # Set-up.
 
-    def _allocate(self, like: Tensor) -> None:
-        """One flat storage: a stretch a kind, the held kinds together."""
-        kinds = list(dict.fromkeys(m.kind for m in self._modules))
-        holds = {m.kind: self._is_held(m) for m in self._modules}
-        ordered = sorted(kinds, key=lambda kind: holds[kind])  # stable
-        total = sum(math.prod(shape) for m in self._modules for shape in m.shapes)
-        dtype, device = like.dtype, like.device
-        self._flat = torch.zeros(total, dtype=dtype, device=device)
-        self._gradient = torch.zeros(total, dtype=dtype, device=device)
-        self._groups: dict[str, nn.Parameter] = {}
-        groups = {}
-        held_start, start = total, 0
-        for kind in ordered:
+    @property
+    def _senders(self) -> list[PetModule]:
+        return [module for module in self._modules if module.num_values]
+
+    def _allocate(self) -> None:
+        """One flat storage: a stretch for each kind, those of the held kinds at the end."""
+        like = next(self.model.parameters())
+        kinds = list(dict.fromkeys(module.kind for module in self._modules))
+        held = {module.kind: module.held for module in self._modules}
+        total = sum(math.prod(shape) for module in self._modules for shape in module.shapes)
+        self._flat = torch.zeros(total, dtype=like.dtype, device=like.device)
+        self._gradient = torch.zeros_like(self._flat)
+        groups: dict[str, nn.Parameter] = {}
+        start = 0
+        self._held_from = total
+        for kind in sorted(kinds, key=lambda kind: held[kind]):
             first = start
-            for module in (m for m in self._modules if m.kind == kind):
-                if self._is_held(module):
-                    held_start = min(held_start, start)
-                trainables = []
-                for shape in module.shapes:
-                    stop = start + math.prod(shape)
-                    trainables.append(self._view(start, stop, shape))
-                    start = stop
-                module.bind(trainables)
-            groups[kind] = self._view(first, start, (start - first,))
-        self._held_range = (held_start, total)
+            for module in self._modules:
+                if module.kind == kind:
+                    trainables = []
+                    for shape in module.shapes:
+                        trainables.append(self._view(start, shape))
+                        start += math.prod(shape)
+                    module.bind(trainables)
+            groups[kind] = self._view(first, (start - first,))
+            if held[kind]:
+                self._held_from = min(self._held_from, first)
         self._groups = {kind: groups[kind] for kind in kinds}
 
-    def _view(self, start: int, stop: int, shape: Sequence[int]) -> nn.Parameter:
+    def _view(self, start: int, shape: Sequence[int]) -> nn.Parameter:
+        stop = start + math.prod(shape)
         view = nn.Parameter(self._flat[start:stop].view(*shape))
         view.grad = self._gradient[start:stop].view(*shape)
         return view
 
-    def _is_held(self, module: PetModule) -> bool:
-        return module.held
-
+    @torch.no_grad()
     def _hold(self) -> None:
-        """Put the model's own parameters of the held modules into one storage, with gradients."""
-        start, stop = self._held_range
-        self._held = torch.zeros_like(self._flat[start:stop])
+        """Make the model's parameters of held modules views of one storage, and leaves.
+
+        `_held` mirrors the end of `_flat`: pretrained + change there, change here, the gradient
+        of both in one place.
+        """
+        self._held = torch.zeros_like(self._flat[self._held_from :])
+        self._held_start = torch.zeros_like(self._held)
         self._held_parameters: list[nn.Parameter] = []
-        self._held_pretrained: dict[int, Tensor] = {}
-        offset = 0
-        with torch.no_grad():
-            for module in sorted(
-                (m for m in self._modules if self._is_held(m)),
-                key=lambda m: m.trainables[0].storage_offset(),
-            ):
-                trainable = module.trainables[0]
-                view = self._held[offset : offset + trainable.numel()].view(trainable.shape)
-                parameter = self._parameter_of(module)
-                if parameter is not None:
-                    view.copy_(parameter)
-                    parameter.data = view
-                    parameter.requires_grad_(True)
-                    parameter.grad = trainable.grad
-                    self._held_parameters.append(parameter)
-                offset += trainable.numel()
-        self._held_start = self._held.clone()
+        for module in self._modules:
+            parameter = self._parameter_of(module) if module.held else None
+            if parameter is None:
+                continue
+            trainable = module.trainables[0]
+            start = trainable.storage_offset() - self._held_from
+            here = slice(start, start + trainable.numel())
+            module.pretrained = self._held_start[here].view(trainable.shape)
+            module.pretrained.copy_(parameter)
+            parameter.data = self._held[here].view(trainable.shape).copy_(parameter)
+            parameter.requires_grad_(True)
+            parameter.grad = trainable.grad
+            self._held_parameters.append(parameter)
 
     def _parameter_of(self, module: PetModule) -> nn.Parameter | None:
         if module.place == "tensor":
             return self.model.get_parameter(module.target)
-        owner = self.model.get_submodule(module.target)
-        parameter = getattr(owner, module.place, None)
+        parameter = getattr(self.model.get_submodule(module.target), module.place, None)
         return parameter if isinstance(parameter, nn.Parameter) else None
 
-    def _pretrained_of(self, module: PetModule) -> Tensor | None:
-        parameter = self._parameter_of(module)
-        if parameter is None:
-            return None
-        start = self._held_range[0]
-        trainable = module.trainables[0]
-        offset = trainable.storage_offset() - start
-        return self._held_start[offset : offset + trainable.numel()].view(trainable.shape)
 
-    def _install(self) -> None:
-        """Give each site the forward it needs, or none."""
-        self._remove()
-        for site in self._sites:
-            forward = self._forward_of(site)
-            if forward is not None:
-                site.module.forward = forward
-            if site.marks is not None:
-                plain = site.module.forward if forward else type(site.module).forward.__get__(site.module)
-                site.module.forward = site.marks(plain)
+def tier_positions(full: Sequence[Segment], tier: Sequence[Segment]) -> Tensor:
+    """Where the values of a tier, a mask of lower density, lie among those of the full mask.
 
-    def _remove(self) -> None:
-        for site in self._sites:
-            site.module.__dict__.pop("forward", None)
+    Each weight's entries are in the order of their rank, so a tier's are a prefix of them; the
+    other segments are the same. `values[tier_positions(full, tier)]` are the tier's values.
 
-    def _forward_of(self, site: _Site) -> Callable[..., Any] | None:
-        module, mask = site.module, site.mask
-        gated = self._gates is not None
-        # (tensor's name, its pretrained value or None for "the parameter as it is", effects)
-        tensors: dict[str, list[PetModule]] = {}
-        bases: dict[str, Tensor | None] = {}
-        for effect in site.effects:
-            if effect.place not in ("weight", "bias"):
-                continue
-            parameter = getattr(module, effect.place, None)
-            if effect.held and parameter is not None:
-                if not gated:
-                    continue  # the parameter holds it
-                bases[effect.place] = self._pretrained_of(effect)
-            tensors.setdefault(effect.place, []).append(effect)
-        parallel = [e for e in site.effects if e.place == "parallel"]
-        sequential = [e for e in site.effects if e.place == "sequential"]
-        if not (mask or tensors or parallel or sequential):
-            return None
+    Returns:
+        int64, (number of the tier's values,).
 
-        own = module._parameters
-        plain = type(module).forward.__get__(module)
-        dense = isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
-        transposed = dense and is_transposed(module)
-        v = mask.trainables[0] if mask is not None else None
-        columns = site.columns
-        bias_effects = tensors.pop("bias", [])
-        bias_base = bases.pop("bias", None)
-
-        def bias_of() -> Tensor | None:
-            bias = own.get("bias") if bias_base is None else bias_base
-            for effect in bias_effects:
-                change = _gated(effect, effect.effect(bias))  # type: ignore[arg-type]
-                bias = change if bias is None else bias + change
-            return bias
-
-        def dense_forward(x: Tensor) -> Tensor:
-            weight = module.weight
-            bias = bias_of() if bias_effects else own["bias"]
-            if mask is not None:
-                y = masked_linear(x, weight, bias, v, mask, columns)
-            else:
-                y = nn.functional.linear(x, weight.T if transposed else weight, bias)  # type: ignore
-            for effect in parallel:
-                y = y + _gated(effect, effect.effect(x))
-            for effect in sequential:
-                y = y + _gated(effect, effect.effect(y))
-            return y
-
-        if dense:
-            return dense_forward
-
-        def norm_forward(*args: Any, **kwargs: Any) -> Any:
-            held = {}
-            for name, effects in tensors.items():
-                tensor = bases[name]
-                for effect in effects:
-                    tensor = tensor + _gated(effect, effect.effect(tensor))  # type: ignore
-                held[name], own[name] = own[name], tensor  # type: ignore
-            extra = None
-            if bias_effects:
-                if "bias" in own and own["bias"] is not None:
-                    held["bias"], own["bias"] = own["bias"], bias_of()  # type: ignore
-                else:
-                    extra = bias_of()
-            try:
-                output = plain(*args, **kwargs)
-            finally:
-                own.update(held)  # type: ignore
-            if extra is not None:
-                output = output + extra
-            for effect in sequential:
-                if isinstance(output, tuple):
-                    h = output[0]
-                    output = (h + _gated(effect, effect.effect(h)), *output[1:])
-                else:
-                    output = output + _gated(effect, effect.effect(output))
-            return output
-
-        return norm_forward
-
-
-def _gated(effect: PetModule, change: Tensor) -> Tensor:
-    return change if effect.gate is None else effect.gate * change
-
-
-def _build_masks(
-    model: nn.Module, parameters: dict[str, nn.Parameter], mask: Mask | None
-) -> list[MaskedWeight]:
-    if mask is None:
-        return []
-    unknown = [name for name in mask.positions if name not in parameters]
-    if unknown:
-        raise StructureError(
-            f"the mask names the weight {unknown[0]!r}, which this backbone has not. Build the "
-            "mask from this backbone."
-        )
-    owners: dict[int, nn.Module] = {}
-    for module in model.modules():
-        weight = getattr(module, "weight", None)
-        if isinstance(weight, nn.Parameter):
-            owners.setdefault(id(weight), module)
-    masks = []
-    for name, parameter in parameters.items():
-        positions = mask.positions.get(name)
-        if positions is not None and len(positions):
-            owner = owners.get(id(parameter))
-            if owner is None or parameter.dim() != 2:
-                raise StructureError(
-                    f"the mask names {name!r}, which is no weight of a dense layer."
-                )
-            masks.append(MaskedWeight(name, parameter, positions, is_transposed(owner)))
-    return masks
-
-
-def _build_structure(
-    model: nn.Module, head: Sequence[str], structure: Structure, seed: int
-) -> list[PetModule]:
-    positions = {}
-    for position in find_positions(model, head):
-        positions.setdefault(position.name, set()).add(position.kind)
-    modules: list[PetModule] = []
-    for spec in structure.modules:
-        kinds = positions.get(spec.target)
-        if kinds is None:
+    Raises:
+        StructureError: The tier is not nested in the full layout.
+    """
+    by_name = {(segment.kind, segment.name): segment for segment in full}
+    pieces = []
+    for segment in tier:
+        whole = by_name.get((segment.kind, segment.name))
+        if whole is None or segment.size > whole.size:
             raise StructureError(
-                f"the structure's {spec.kind!r} module acts on {spec.target!r}, which is no "
-                "position of this backbone. It was made for another one."
+                f"a tier must be nested in the full layout, and its {segment.kind!r} segment "
+                f"{segment.name!r} of {segment.size} values is not. Take the same backbone, rule "
+                "and structure, and a lower density."
             )
-        if not kinds & _CARRIERS[spec.kind]:
+        if segment.kind != "mask" and segment.size != whole.size:
             raise StructureError(
-                f"a {spec.kind!r} module acts on {' or '.join(sorted(_CARRIERS[spec.kind]))}, "
-                f"and {spec.target!r} is a {' and '.join(sorted(kinds))}."
+                f"a tier differs in its mask alone, and its {segment.kind!r} segment "
+                f"{segment.name!r} has {segment.size} values instead of {whole.size}. Take the "
+                "same structure."
             )
-        modules.append(_build(spec, model, seed))
-    carriers = {m.target: m for m in modules if isinstance(m, BitFit)}
-    for module in modules:
-        if isinstance(module, HiwiBias) and module.target in carriers:
-            module.carried = True
-            carriers[module.target].adapter = module
-    return modules
+        pieces.append(torch.arange(whole.start, whole.start + segment.size))
+    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
 
-_DENSE = {"linear", "conv1d"}
-_CARRIERS = {
-    "bitfit": _DENSE | {"norm"},
-    "lnfit": {"norm"},
-    "ln-bias": {"norm"},
-    "lora": _DENSE,
-    "lora-factors": _DENSE,
-    "hiwi-bias": _DENSE,
-    "hiwi-weight": _DENSE,
-    "lowrank-adapter": {"block"},
-}
-
-
-def _build(spec: ModuleSpec, model: nn.Module, seed: int) -> PetModule:
-    module, target, rank, scale = (
-        model.get_submodule(spec.target),
-        spec.target,
-        spec.rank,
-        spec.scale,
-    )
-    if spec.kind == "bitfit":
-        return BitFit(target, module)
-    if spec.kind == "ln-bias":
-        return NormBias(target, module)
-    if spec.kind == "lnfit":
-        return LNFit(target, module)
-    if spec.kind == "lora":
-        return LoRA(target, module, rank, scale, seed)
-    if spec.kind == "lora-factors":
-        return LoRAFactors(target, module, rank, scale, seed)
-    if spec.kind == "hiwi-bias":
-        return HiwiBias(target, module, rank, scale)
-    if spec.kind == "hiwi-weight":
-        return HiwiWeight(target, module, rank, scale, seed)
-    like = next(p for p in model.parameters())
-    width = _output_width(module)
-    return LowRankAdapter(target, like, width, rank, scale, seed)
-
-
-def _output_width(module: nn.Module) -> int:
-    """Width of a block's output: of its last dense module that gives the hidden size back."""
-    from fedpet.modules.lora import dense_sizes
-
-    dense = [
-        m for m in module.modules() if isinstance(m, nn.Linear) or type(m).__name__ == "Conv1D"
-    ]
-    return dense_sizes(dense[-1])[1]
-
-
-def _sites(
-    model: nn.Module,
-    head: Sequence[str],
-    masks: Sequence[MaskedWeight],
-    structure: Sequence[PetModule],
-) -> list[_Site]:
-    """Modules that something acts on, and those whose output a masked layer need not keep."""
-    by_weight = {id(mask.weight): mask for mask in masks}
-    by_target: dict[str, list[PetModule]] = {}
-    for module in structure:
-        by_target.setdefault(module.target, []).append(module)
-    positions = find_positions(model, head) if masks else ()
-    norms = {p.name for p in positions if p.kind == "norm"}
-    activations = {p.name: (p.stack, p.layer) for p in positions if p.kind == "activation"}
-    with_activation = set(activations.values())
-    inner = {
-        p.name
-        for p in positions
-        if p.role in ("ffn-up", "ffn-gate") and (p.stack, p.layer) in with_activation
-    }
-    sites = []
-    for name, module in model.named_modules():
-        weight = getattr(module, "weight", None)
-        mask = by_weight.get(id(weight)) if _is_dense(module) else None
-        effects = by_target.get(name, [])
-        marks = norm_forward if name in norms else None
-        marks = activation_forward if name in activations else marks
-        if mask is not None or effects or marks is not None:
-            sites.append(_Site(name, module, mask, effects, marks, name in inner))
-    return sites
-
-
-def _is_dense(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D"
+def _check_dtypes(model: nn.Module) -> None:
+    for name, parameter in model.named_parameters():
+        if parameter.dtype not in (torch.float32, torch.float64):
+            raise BackboneError(
+                f"the backbone's parameters must be float32, and {name!r} is {parameter.dtype}. "
+                "Load it with dtype=torch.float32; use autocast for half-precision passes."
+            )

@@ -1,10 +1,11 @@
 """Where things are, in any transformer: one role table for all architectures.
 
-    backbone -> [mask] -> [structure] -> search -> model -> codec -> plan -> client -> strategy -> ledger -> report
+    backbone -> [mask] -> [structure] -> search -> model -> ...
 
 In:  a model, and the names of its newly initialised (head) parameters.
-Out: `Position`s: which module is a query, which a norm before the feed-forward part, which module's
-     output is that of the whole self-attention, and in which layer; and the weights a mask chooses from.
+Out: `Position`s: which module is a query, which the norm of the feed-forward part, which module's
+     output is that of the whole self-attention, and in which layer; and the weights a mask
+     chooses from.
 
 A position is found by the type of its module and by `ROLES`, a table of endings of module names.
 No other file knows what an architecture calls its parts. An ending that is not in the table does
@@ -161,40 +162,50 @@ def mask_scope(model: nn.Module, head: Collection[str] = ()) -> dict[str, Tensor
 def _kinds_and_roles(
     name: str, module: nn.Module, layer: int | None, modules: dict[str, nn.Module]
 ) -> Iterator[tuple[str, str]]:
-    if _is_dense(module) and not _is_read_by_its_parent(name, modules):
+    if is_dense(module) and not _is_read_by_its_parent(name, modules):
         role = _role("linear", name)
         if layer is None:
             role = role if role == "pooler" else None
         elif role is None or role == "pooler":
             role = "other-linear"
         if role is not None:
-            yield ("conv1d" if _is_conv1d(module) else "linear"), role
+            yield ("conv1d" if is_conv1d(module) else "linear"), role
     if _is_norm(module) and not _EMBEDDING.search(name):
         yield "norm", "final-norm" if layer is None else _role("norm", name) or "other-norm"
     if layer is not None:
         if type(module).__name__ in ELEMENTWISE:
             yield "activation", "activation"
         role = _role("block", name)
-        if role is not None and (_is_dense(module) or _holds_dense(module)):
+        if role is not None and _ends_a_sublayer(name, module):
             yield "block", role
+
+
+def _ends_a_sublayer(name: str, module: nn.Module) -> bool:
+    """Whether a module's output is that of a whole sub-layer, before the residual sum and norm."""
+    if is_dense(module):
+        return _role("linear", name) in ("attention-output", "ffn-down")
+    return _holds_dense(module) and not any(_is_norm(inner) for inner in module.modules())
 
 
 def _role(kind: str, name: str) -> str | None:
     return next((r for k, ending, r in _COMPILED if k == kind and ending.search(name)), None)
 
 
-def _is_conv1d(module: nn.Module) -> bool:
-    """GPT-2's Linear with the weight the other way round, (in, out); known by its name, so that
-    transformers need not be imported here."""
-    return type(module).__name__ == "Conv1D" and not isinstance(module, nn.Conv1d)
+def is_conv1d(module: nn.Module) -> bool:
+    """Whether a module is GPT-2's Linear with its weight the other way round, (in, out).
+
+    It is known by its name, so that transformers need not be imported here.
+    """
+    return type(module).__name__ == "Conv1D"
 
 
-def _is_dense(module: nn.Module) -> bool:
-    return isinstance(module, nn.Linear) or _is_conv1d(module)
+def is_dense(module: nn.Module) -> bool:
+    """Whether a module is a Linear or a Conv1D."""
+    return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
 def _holds_dense(module: nn.Module) -> bool:
-    return any(_is_dense(inner) for inner in module.modules())
+    return any(is_dense(inner) for inner in module.modules())
 
 
 def _is_norm(module: nn.Module) -> bool:
@@ -215,7 +226,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
         return 0, 0
     if weight.dim() == 1:
         return weight.shape[0], weight.shape[0]
-    return (weight.shape[0], weight.shape[1]) if _is_conv1d(module) else weight.shape[::-1]  # type: ignore[return-value]
+    return (weight.shape[0], weight.shape[1]) if is_conv1d(module) else weight.shape[::-1]  # type: ignore[return-value]
 
 
 def _repeated_blocks(modules: dict[str, nn.Module]) -> list[str]:

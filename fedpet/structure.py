@@ -1,6 +1,6 @@
 """The structure: which small module acts on which part of the backbone.
 
-    backbone -> mask -> [structure] -> search -> model -> codec -> plan -> client -> strategy -> ledger -> report
+    backbone -> mask -> [structure] -> search -> model -> ...
 
 In:  the backbone's positions, and the names of presets ("lnfit+bitfit") or a structure's JSON file.
 Out: a `Structure`: a list of `ModuleSpec`s, in the order in which their values are communicated.

@@ -1,21 +1,22 @@
 """S3PET's low-rank adapter on hidden states: the one module that stays and costs latency.
 
 In:  a block whose output, or its element 0, is that of a whole sub-layer, width d.
-Out: h + up(gelu(down(h))); down d -> m, up m -> d, m = d // 32, each weight a product of two
-     factors of rank r, with a full bias.
+Out: h + scale * up(gelu(down(h))); down d -> m, up m -> d, m = d // 32, each weight a product of
+     two factors of rank r, with a full bias.
 
 It cannot be folded into the backbone: merging leaves it in the model as a sub-module, which
 `added_parameters` declares. It is not linear in its values, so averaging them is not averaging
 models; and it starts, as in the paper, from seeded factors that are not zero: zero values are
 that start and not quite the checkpoint.
 
-Source: S3PET (arXiv:2206.07382) and its released code: tanh-form GELU, Glorot-uniform factors,
-zero biases, no inner residual.
+Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382) and its released code: GELU in its tanh
+form, Glorot-uniform factors, zero biases, no inner residual.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -25,20 +26,22 @@ from fedpet.modules.base import PetModule, extend, seeded
 
 __all__ = ["LowRankAdapter"]
 
+_NAMES = ("down_in", "down_out", "down_bias", "up_in", "up_out", "up_bias")
+
 
 class LowRankAdapter(PetModule):
-    """up(gelu(down(h))) added to a block's output. NOT exact, and adds latency."""
+    """scale * up(gelu(down(h))) added to a block's output. NOT exact, and adds latency."""
 
     place = "sequential"
     exact = False
 
     def __init__(
-        self, target: str, like: Tensor, d: int, rank: int, scale: float, seed: int
+        self, target: str, like: Tensor, width: int, rank: int, scale: float, seed: int
     ) -> None:
         super().__init__("lowrank-adapter", target)
-        self.scale = scale
-        m = max(1, d // 32)
-        self._shapes = ((rank, d), (m, rank), (m,), (rank, m), (d, rank), (d,))
+        self._scale = scale
+        d, m, r = width, max(1, width // 32), rank
+        self._shapes = ((r, d), (m, r), (m,), (r, m), (d, r), (d,))
         generator = seeded(seed, target, "lowrank-adapter")
         self._start = [_glorot(shape, generator).to(like) for shape in self._shapes]
 
@@ -50,31 +53,35 @@ class LowRankAdapter(PetModule):
     def added_parameters(self) -> tuple[str, ...]:
         return tuple(f"{self.target}.lowrank_adapter.{name}" for name in _NAMES)
 
-    def effect(self, x: Tensor) -> Tensor:
-        tensors = [start + v for start, v in zip(self._start, self.trainables, strict=True)]
-        return _apply(x, tensors, self.scale)
+    @property
+    def adds_latency(self) -> bool:
+        return True
+
+    def effect(self, x: Tensor | None) -> Tensor:
+        assert x is not None
+        return _apply(x, self._tensors(), self._scale)
 
     def merge(self, module: nn.Module) -> None:
-        tensors = [
-            (start + v).detach() for start, v in zip(self._start, self.trainables, strict=True)
-        ]
-        module.add_module("lowrank_adapter", _MergedAdapter(tensors, self.scale))
-        cls = extend(module, "WithAdapter")
-        plain = cls.__mro__[1].forward
+        module.add_module("lowrank_adapter", _MergedAdapter(self._tensors(), self._scale))
+        extend(module, "WithAdapter", _add_adapter)
 
-        def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-            output = plain(self, *args, **kwargs)
-            if isinstance(output, tuple):
-                return (output[0] + self.lowrank_adapter(output[0]), *output[1:])
-            return output + self.lowrank_adapter(output)
-
-        cls.forward = forward
+    def _tensors(self) -> list[Tensor]:
+        return [start + change for start, change in zip(self._start, self.trainables, strict=True)]
 
 
-_NAMES = ("down_in", "down_out", "down_bias", "up_in", "up_out", "up_bias")
+class _MergedAdapter(nn.Module):
+    def __init__(self, tensors: Iterable[Tensor], scale: float) -> None:
+        super().__init__()
+        self.scale = scale
+        for name, tensor in zip(_NAMES, tensors, strict=True):
+            parameter = nn.Parameter(tensor.detach().clone(), requires_grad=False)
+            self.register_parameter(name, parameter)
+
+    def forward(self, h: Tensor) -> Tensor:
+        return _apply(h, list(self.parameters()), self.scale)
 
 
-def _apply(h: Tensor, tensors: list[Tensor], scale: float) -> Tensor:
+def _apply(h: Tensor, tensors: Sequence[Tensor], scale: float) -> Tensor:
     down_in, down_out, down_bias, up_in, up_out, up_bias = tensors
     linear = nn.functional.linear
     inner = linear(linear(h, down_in), down_out, down_bias)  # (..., m)
@@ -82,15 +89,12 @@ def _apply(h: Tensor, tensors: list[Tensor], scale: float) -> Tensor:
     return linear(linear(inner, up_in), up_out, up_bias) * scale
 
 
-class _MergedAdapter(nn.Module):
-    def __init__(self, tensors: list[Tensor], scale: float) -> None:
-        super().__init__()
-        self.scale = scale
-        for name, tensor in zip(_NAMES, tensors, strict=True):
-            self.register_parameter(name, nn.Parameter(tensor.clone(), requires_grad=False))
-
-    def forward(self, h: Tensor) -> Tensor:
-        return _apply(h, [getattr(self, name) for name in _NAMES], self.scale)
+def _add_adapter(block: nn.Module, output: Any) -> Any:
+    adapter = block.lowrank_adapter
+    assert isinstance(adapter, nn.Module)
+    if isinstance(output, tuple):
+        return (output[0] + adapter(output[0]), *output[1:])
+    return output + adapter(output)
 
 
 def _glorot(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:

@@ -1,6 +1,6 @@
 """The one interface of all PET modules: a small change to one named tensor or module.
 
-    backbone -> mask -> structure -> search -> [model] -> codec -> plan -> client -> strategy -> ledger -> report
+    ... -> structure -> search -> [model] -> codec -> plan -> client -> ...
 
 In:  the module of the backbone it acts on, and views of the flat storage of trainables.
 Out: its effect in the forward pass, its communicated values, and its fold into a plain model.
@@ -21,22 +21,37 @@ adapter on hidden states, which starts from a seeded point, is the exception and
 
 from __future__ import annotations
 
-import hashlib
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import ClassVar
+from collections.abc import Callable, Sequence
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
-__all__ = ["PetModule", "extend", "fold", "is_transposed", "kaiming_uniform", "seeded"]
+from fedpet.positions import is_dense
+from fedpet.seeds import derive_seed
+
+__all__ = [
+    "PetModule",
+    "dense_sizes",
+    "extend",
+    "is_dense",
+    "is_transposed",
+    "kaiming_uniform",
+    "seeded",
+]
 
 
 class PetModule(ABC):
-    """One small change, its trainables, its values, its merge."""
+    """One small change, its trainables, its values, its merge.
 
-    place: ClassVar[str]
+    Attributes:
+        kind: As in a structure, or "mask", "head".
+        target: Path of the module it acts on; of the parameter for "mask" and "head".
+    """
+
+    place: ClassVar[Literal["weight", "bias", "parallel", "sequential", "mask", "tensor"]]
     exact: ClassVar[bool] = True  # linear in its values: averaging them is averaging models
     # The change is the trainable itself, of the tensor's own shape: the model's parameter can
     # hold pretrained + change and be the autograd leaf, so the forward pass is left alone.
@@ -47,6 +62,7 @@ class PetModule(ABC):
         self.target = target
         self.gate: Tensor | None = None  # scalar that multiplies the effect; None is 1
         self.trainables: tuple[Tensor, ...] = ()
+        self.pretrained: Tensor | None = None  # of a held module: the tensor in the checkpoint
 
     @property
     @abstractmethod
@@ -85,9 +101,14 @@ class PetModule(ABC):
         flat = [trainable.detach().reshape(-1) for trainable in self.trainables]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
-    def effect(self, x: Tensor) -> Tensor:
-        """D of this module's place; `x` is the input or the output, unused by "weight", "bias"."""
+    def effect(self, x: Tensor | None) -> Tensor:
+        """D of this module's place; `x` is the input or the output, None for "weight", "bias"."""
         raise NotImplementedError
+
+    def gated(self, x: Tensor | None) -> Tensor:
+        """D times the gate."""
+        change = self.effect(x)
+        return change if self.gate is None else self.gate * change
 
     @abstractmethod
     def merge(self, module: nn.Module) -> None:
@@ -99,10 +120,17 @@ def is_transposed(module: nn.Module) -> bool:
     return not isinstance(module, nn.Linear)
 
 
+def dense_sizes(module: nn.Module) -> tuple[int, int]:
+    """(in, out) of a dense module."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    first, second = weight.shape
+    return (first, second) if is_transposed(module) else (second, first)
+
+
 def seeded(seed: int, target: str, what: str) -> torch.Generator:
     """The generator of one tensor of one module: every device draws the same from it."""
-    digest = hashlib.sha256(f"{seed}\n{target}\n{what}".encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    return torch.Generator().manual_seed(derive_seed("module", seed, target, what))
 
 
 def kaiming_uniform(
@@ -113,15 +141,15 @@ def kaiming_uniform(
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 
 
-def fold(module: nn.Module, name: str, change: Tensor) -> None:
-    """Add `change` to a parameter in place."""
-    tensor = getattr(module, name)
-    tensor.add_(change.view(tensor.shape))
+def extend(module: nn.Module, suffix: str, after: Callable[[nn.Module, Any], Any]) -> None:
+    """Apply `after(module, output)` to a merged module's output: what cannot be folded in.
 
+    The module becomes an instance of a subclass of its class, named with `suffix`.
+    """
+    plain = type(module)
 
-def extend(module: nn.Module, suffix: str) -> type[nn.Module]:
-    """Make `module` an instance of a new subclass of its class, for what cannot be folded in."""
-    cls = type(module)
-    new: type[nn.Module] = type(f"{cls.__name__}{suffix}", (cls,), {"__module__": cls.__module__})
-    module.__class__ = new
-    return new
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        return after(self, plain.forward(self, *args, **kwargs))
+
+    names = {"__module__": plain.__module__, "forward": forward}
+    module.__class__ = type(f"{plain.__name__}{suffix}", (plain,), names)

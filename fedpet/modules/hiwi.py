@@ -1,6 +1,6 @@
 """HiWi: adapters that read pretrained weights and biases, and are thrown away.
 
-In:  a dense module of the feed-forward part, with weight W0 (d_in, d_out) or bias b0 (d).
+In:  a dense module of the feed-forward part, with weight W0 (d_in, d_out) or bias b0 (d,).
 Out: on a bias, b' = b + scale * f(b Wd) Wu; what is sent is b' - b0, (d,), whatever the rank.
      On a weight, W' = W0 + scale * f(W0 Wd) Wu; what is sent is Wu, (r, d_out).
 
@@ -15,8 +15,9 @@ f is ReLU. A bias that is zero everywhere could never move, since f(0 Wd) = 0 an
 gradient of Wu. The rule: where the pretrained bias is all zeros the adapter gets inner biases,
 b' = b + scale * (f(b Wd + c) Wu + e), c uniform at the start and e zero.
 
-Source: Liao, Meng and Monz, ACL 2023, arXiv:2305.16742, Fig. 2; the exact form printed there was
-not available, see the choices in the README.
+Source: Liao, Meng and Monz, ACL 2023, arXiv:2305.16742 (an adapter whose input is a weight or a
+bias of a feed-forward layer, discarded after training). Ours: ReLU, one adapter a tensor, no inner
+bias unless it is needed, and the exact federated forms.
 """
 
 from __future__ import annotations
@@ -27,8 +28,8 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.errors import StructureError
-from fedpet.modules.base import PetModule, fold, is_transposed, kaiming_uniform, seeded
-from fedpet.modules.lora import LowRankBranch, dense_sizes
+from fedpet.modules.base import PetModule, dense_sizes, is_transposed, kaiming_uniform, seeded
+from fedpet.modules.lora import LowRankBranch
 
 __all__ = ["HiwiBias", "HiwiWeight"]
 
@@ -41,68 +42,79 @@ class HiwiBias(PetModule):
     def __init__(
         self, target: str, module: nn.Module, rank: int, scale: float, inner: bool | None = None
     ) -> None:
+        """Read the pretrained bias.
+
+        Args:
+            target: Path of the module.
+            module: Has a bias (d,).
+            rank: r.
+            scale: Of the change.
+            inner: Whether there are inner biases c and e; None goes by the rule above.
+
+        Raises:
+            StructureError: The module has no bias.
+        """
         super().__init__("hiwi-bias", target)
-        bias = module.bias
+        bias = getattr(module, "bias", None)
         if not isinstance(bias, Tensor):
             raise StructureError(
                 f"a 'hiwi-bias' module reads a bias, and {target!r} has none. Put it on another "
                 "layer, or take 'hiwi-weight'."
             )
-        self.rank = rank
-        self.scale = scale
-        self.inner = bool((bias == 0).all()) if inner is None else inner
         self.carried = False  # a BitFit on the same bias holds and sends the change
+        self._rank = rank
+        self._scale = scale
+        self._inner = bool((bias == 0).all()) if inner is None else inner
         self._pretrained = bias.detach().clone()
-        self._base = torch.zeros_like(self._pretrained)  # values at the last start
+        self._base = torch.zeros_like(self._pretrained)  # the values at the last start
         self._current = self._pretrained  # what the adapter reads
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        d, r = len(self._pretrained), self.rank
-        return ((d, r), (r, d), (r,), (d,)) if self.inner else ((d, r), (r, d))
+        d, r = len(self._pretrained), self._rank
+        return ((d, r), (r, d), (r,), (d,)) if self._inner else ((d, r), (r, d))
 
     @property
     def num_values(self) -> int:
         return 0 if self.carried else len(self._pretrained)
 
     def write(self, values: Tensor, seed: int) -> None:
-        """Start anew at the bias `pretrained + values` (d,)."""
-        down = self.trainables[0]
-        d = len(self._pretrained)
+        """Start anew at the bias `pretrained + values`, (d,)."""
+        d, r = len(self._pretrained), self._rank
         if not self.carried:
             self._base = values.clone()
         self._current = self._pretrained + values
         generator = seeded(seed, self.target, "hiwi-bias")
-        down.detach().copy_(kaiming_uniform((d, self.rank), d, generator))
-        for trainable in self.trainables[1:]:
-            trainable.detach().zero_()
-        if self.inner:
-            start = kaiming_uniform((self.rank,), d, generator, a=math.sqrt(5))
-            self.trainables[2].detach().copy_(start)
+        down, *others = (trainable.detach() for trainable in self.trainables)
+        down.copy_(kaiming_uniform((d, r), d, generator))
+        for other in others:
+            other.zero_()
+        if self._inner:
+            others[1].copy_(kaiming_uniform((r,), d, generator, a=math.sqrt(5)))
 
     def read(self) -> Tensor:
-        return self.effect(self._base).detach()
+        return self.effect(None).detach()
 
-    def effect(self, x: Tensor) -> Tensor:
-        change = self.scale * self._adapter()
+    def effect(self, x: Tensor | None) -> Tensor:
+        if self._inner:
+            down, up, inner_down, inner_up = self.trainables
+            change = torch.relu(self._current @ down + inner_down) @ up + inner_up
+        else:
+            down, up = self.trainables
+            change = torch.relu(self._current @ down) @ up
+        change = change * self._scale
         return change if self.carried else self._base + change
 
-    def _adapter(self) -> Tensor:
-        if self.inner:
-            down, up, inner_down, inner_up = self.trainables
-            return torch.relu(self._current @ down + inner_down) @ up + inner_up
-        down, up = self.trainables
-        return torch.relu(self._current @ down) @ up
-
     def merge(self, module: nn.Module) -> None:
-        fold(module, "bias", self.effect(self._base).detach())
+        assert isinstance(module.bias, Tensor)
+        module.bias.add_(self.effect(None))
 
 
 class HiwiWeight(LowRankBranch):
     """An adapter on a weight, its down-projection frozen and seeded. Exact."""
 
     def __init__(self, target: str, module: nn.Module, rank: int, scale: float, seed: int) -> None:
-        d_in, d_out = dense_sizes(module)
+        _, d_out = dense_sizes(module)
         weight = module.weight
         assert isinstance(weight, Tensor)
         rows = weight.detach() if is_transposed(module) else weight.detach().T  # (d_in, d_out)

@@ -26,63 +26,57 @@ from torch import Tensor
 
 __all__ = ["Kept", "activation_forward", "in_columns", "keep", "norm_forward"]
 
-class Kept:
-    """An input of dense layers: itself, or how to make it again."""
 
-    def __init__(
-        self, source: Tensor, make: Callable[[Tensor], Tensor] | None, output_version: int
-    ) -> None:
-        self.output_version = output_version  # of the input, when it was first read
+_Make = Callable[[Tensor], Tensor]
+
+
+class Kept:
+    """An input of dense layers: itself, or how to make it again.
+
+    The tensor it starts from, `source`, lies with autograd (`save_for_backward`), which watches
+    it for changes and frees it; what is made from it is held here until its last reader is done.
+    """
+
+    def __init__(self, make: _Make | None) -> None:
         self.readers = 0  # layers whose backward is still to come
-        self._source: Tensor | None = source.detach()
-        self._source_version = source._version
         self._make = make
-        self._rows: Tensor | None = None
         self._columns: Tensor | None = None
 
-    def rows(self, dtype: torch.dtype) -> Tensor:
+    def rows(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         """(tokens, in), of any strides."""
-        if self._rows is None:
-            source = self._source
-            if source is None:
-                raise RuntimeError(
-                    "a masked layer's backward may run once for each forward pass, and ran "
-                    "again: its input was released after the first. Run the forward pass again."
-                )
-            if source._version != self._source_version:
-                raise RuntimeError(
-                    "the input of a masked layer must stay as it is until backward, and was "
-                    "changed in place."
-                )
-            x = source if self._make is None else self._make(source)
-            self._rows = x.reshape(-1, x.shape[-1]).to(dtype)
-        return self._rows
+        x = source if self._make is None else self._make(source)
+        return x.reshape(-1, x.shape[-1]).to(dtype)
 
-    def columns(self, dtype: torch.dtype) -> Tensor:
+    def columns(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         """(in, tokens), contiguous."""
-        if self._columns is None:
-            self._columns = self.rows(dtype).T.contiguous()
-            self._rows = None
-        return self._columns
+        if self._columns is not None:
+            return self._columns
+        columns = self.rows(source, dtype).T.contiguous()
+        if self.readers > 1:
+            self._columns = columns
+        return columns
 
     def release(self) -> None:
         """One reader is done; after the last, nothing is held."""
         self.readers -= 1
-        self._rows = None
         if self.readers <= 0:
-            self._source = self._columns = None
+            self._columns = None
 
 
-def keep(x: Tensor) -> Kept:
-    """What to keep of `x`, for one more layer that reads it."""
-    kept: Kept | None = getattr(x, "_fedpet_kept", None)
-    if kept is None or kept.readers <= 0 or kept.output_version != x._version:
-        make: Callable[[Tensor], Tensor] | None
-        make, source, version = getattr(x, "_fedpet_remake", (None, x, x._version))
-        kept = Kept(source, make, version) if version == x._version else Kept(x, None, x._version)
-        x._fedpet_kept = kept  # type: ignore[attr-defined]
+def keep(x: Tensor) -> tuple[Kept, Tensor]:
+    """What to keep of `x` for one more layer that reads it, and the tensor to save for that."""
+    version = x._version
+    known: tuple[Kept, Tensor, int] | None = getattr(x, "_fedpet_kept", None)
+    if known is None or known[2] != version:
+        remake: tuple[_Make, Tensor, int] | None = getattr(x, "_fedpet_remake", None)
+        if remake is not None and remake[2] == version:
+            known = (Kept(remake[0]), remake[1].detach(), version)
+        else:
+            known = (Kept(None), x.detach(), version)
+        x._fedpet_kept = known  # type: ignore[attr-defined]
+    kept, source, _ = known
     kept.readers += 1
-    return kept
+    return kept, source
 
 
 def norm_forward(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -3,8 +3,8 @@
 In:  a norm.
 Out: a change of its weight, values (d,).
 
-Source: S3PET (arXiv:2206.07382), there for T5's RMS norm: dw * x / rms(x), which is a change of
-the gain. The same holds of LayerNorm.
+Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), there for T5's RMS norm: dw * x / rms(x)
+added to the output, which is a change of the gain. The same holds of LayerNorm.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ class LNFit(PetModule):
     def __init__(self, target: str, module: nn.Module) -> None:
         super().__init__("lnfit", target)
         assert isinstance(module.weight, Tensor)
-        self._shape = tuple(module.weight.shape)
+        self._width = len(module.weight)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return (self._shape,)
+        return ((self._width,),)
 
-    def effect(self, x: Tensor) -> Tensor:
+    def effect(self, x: Tensor | None) -> Tensor:
         return self.trainables[0]
 
     def merge(self, module: nn.Module) -> None:

@@ -38,71 +38,88 @@ class MaskedWeight(PetModule):
     place = "mask"
 
     def __init__(self, name: str, weight: Tensor, positions: Tensor, transposed: bool) -> None:
+        """Prepare one weight.
+
+        Args:
+            name: Of the parameter.
+            weight: (out, in), or (in, out) where `transposed`. Written in place from now on.
+            positions: int64, (k,), flat, in the order of rank.
+        """
         super().__init__("mask", name)
-        self.transposed = transposed  # weight is (in, out)
+        self.transposed = transposed
         self.weight = weight
+        positions = positions.to(weight.device)
         order = torch.argsort(positions)
-        flat = positions[order].to(weight.device)
-        self._order = order.to(weight.device)  # rank of each entry, by position
-        self._flat = flat  # ascending
-        self._start = weight.detach().reshape(-1)[flat]  # w0 there
+        flat = positions[order]
         rows, columns = weight.shape
-        counts = torch.bincount(flat // columns, minlength=rows)
+        # Per entry: 4 bytes each for its change, gradient, start, rank, place and column, and 8
+        # for the optimiser.
+        self._order = order.to(torch.int32)  # rank of each entry, by position
+        self._flat = flat.to(torch.int32 if weight.numel() < 2**31 else torch.int64)  # ascending
+        self._start = weight.detach().reshape(-1)[flat]  # w0 there
         crow = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
-        crow[1:] = torch.cumsum(counts, 0)
-        with warnings.catch_warnings():  # "sparse CSR is in beta", once a process
-            warnings.simplefilter("ignore")
-            self.pattern = torch.sparse_csr_tensor(
-                crow,
-                (flat % columns).to(torch.int32),
-                torch.zeros(len(flat), dtype=weight.dtype, device=weight.device),
-                (rows, columns),
-            )
-        self._blocks: list[int] | None = None  # past this density: entries up to each block's end
+        crow[1:] = torch.cumsum(torch.bincount(flat // columns, minlength=rows), 0)
+        self._crow, self._columns = crow, (flat % columns).to(torch.int32)
+        self._pattern: Tensor | None = None
+        self._blocks: list[int] | None = None  # entries up to the end of each block of rows
         if len(flat) > DENSE_FROM * weight.numel():
-            self._blocks = crow[1:][BLOCK_ROWS - 1 :: BLOCK_ROWS].tolist()
-            if rows % BLOCK_ROWS:
-                self._blocks.append(len(flat))
+            self._blocks = [*crow[BLOCK_ROWS:rows:BLOCK_ROWS].tolist(), len(flat)]
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((len(self._flat),),)
+
+    def share_zeros(self, zeros: Tensor) -> None:
+        """Take the values of the pattern, which are never read, from a shared tensor."""
+        with warnings.catch_warnings():  # "sparse CSR is in beta", once a process
+            warnings.simplefilter("ignore")
+            self._pattern = torch.sparse_csr_tensor(
+                self._crow, self._columns, zeros[: len(self._flat)], self.weight.shape
+            )
 
     def write(self, values: Tensor, seed: int) -> None:
         self.trainables[0].detach().copy_(values[self._order])
 
     def read(self) -> Tensor:
         v = self.trainables[0].detach()
-        values = torch.empty_like(v)
-        values[self._order] = v
-        return values
+        return torch.empty_like(v).index_copy_(0, self._order.to(torch.int64), v)
 
     def write_weight(self) -> None:
         """Write w0 + v into the weight, under no_grad."""
-        self.weight.view(-1).index_copy_(0, self._flat, self._start + self.trainables[0])
+        self._put(self._start + self.trainables[0])
 
     def restore(self) -> None:
         """Write w0 back."""
-        self.weight.view(-1).index_copy_(0, self._flat, self._start)
+        self._put(self._start)
 
-    def gradient(self, kept: Kept, g: Tensor, live: Tensor | None) -> Tensor:
+    def _put(self, entries: Tensor) -> None:
+        self.weight.view(-1).index_copy_(0, self._flat.to(torch.int64), entries)
+
+    def gradient(self, kept: Kept, source: Tensor, g: Tensor, live: Tensor | None) -> Tensor:
         """The weight's gradient at the positions, ascending: (k,).
 
         Args:
-            kept: Input of the layer.
+            kept: Input of the layer,
+            source: and what it is made from.
             g: Gradient of its output, (tokens, out).
             live: The tokens that `g` is given for; None where it is given for all.
         """
         dtype = self.weight.dtype
         g = g.to(dtype)
         if self._blocks is not None:
-            x = kept.rows(dtype) if live is None else kept.rows(dtype)[live]
+            x = kept.rows(source, dtype)
+            x = x if live is None else x[live]
             left, right = (x, g) if self.transposed else (g, x)
             return self._gradient_by_blocks(left, right, self._blocks)
-        x = kept.columns(dtype) if live is None else kept.rows(dtype)[live].T.contiguous()
+        if live is None:
+            x = kept.columns(source, dtype)
+        else:
+            x = kept.rows(source, dtype)[live].T.contiguous()
         g = g.T.contiguous()
         left, right = (x, g) if self.transposed else (g, x)  # (rows, tokens), (columns, tokens)
-        return torch.sparse.sampled_addmm(self.pattern, left, right.T, beta=0.0).values()
+        assert self._pattern is not None
+        sampled: Tensor = torch.sparse.sampled_addmm(self._pattern, left, right.T, beta=0.0)
+        return sampled.values()
 
     def _gradient_by_blocks(self, left: Tensor, right: Tensor, ends: Sequence[int]) -> Tensor:
         """The same for many positions: dense products of a few rows at a time, then a choice."""
@@ -112,7 +129,7 @@ class MaskedWeight(PetModule):
         for block, stop in enumerate(ends):
             row = block * BLOCK_ROWS
             dense = left[:, row : row + BLOCK_ROWS].T @ right  # (BLOCK_ROWS, columns)
-            chosen = self._flat[start:stop] - row * columns
+            chosen = self._flat[start:stop] - row * columns  # index_select takes int32
             torch.index_select(dense.view(-1), 0, chosen, out=gradient[start:stop])
             start = stop
         return gradient
@@ -132,24 +149,29 @@ class _MaskedLinear(torch.autograd.Function):
         mask: MaskedWeight,
         columns: bool,
         kept: Kept,
+        source: Tensor,
     ) -> Tensor:
-        ctx.save_for_backward(weight)
+        ctx.save_for_backward(weight, source)
         ctx.mask = mask
         ctx.kept = kept
         ctx.shape = x.shape
         ctx.dtype = x.dtype
         ctx.input_columns = in_columns(x)
         matrix = weight.T if mask.transposed else weight  # (out, in)
-        if columns and not torch.is_autocast_enabled(x.device.type):
-            inputs = x.reshape(-1, x.shape[-1]).T
-            y = matrix @ inputs if bias is None else torch.addmm(bias[:, None], matrix, inputs)
-            return y.T.view(*x.shape[:-1], -1)  # in memory (out, tokens)
-        return nn.functional.linear(x, matrix, bias)
+        if torch.is_autocast_enabled(x.device.type):
+            return nn.functional.linear(x, matrix, bias)
+        rows = x.reshape(-1, x.shape[-1])
+        if columns:  # in memory (out, tokens)
+            y = matrix @ rows.T if bias is None else torch.addmm(bias[:, None], matrix, rows.T)
+            y = y.T
+        else:
+            y = rows @ matrix.T if bias is None else torch.addmm(bias, rows, matrix.T)
+        return y.view(*x.shape[:-1], -1)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        (weight,) = ctx.saved_tensors
+        weight, source = ctx.saved_tensors
         mask: MaskedWeight = ctx.mask
         grad_x = grad_bias = grad_v = None
         g = g.reshape(-1, g.shape[-1])  # (tokens, out)
@@ -160,17 +182,24 @@ class _MaskedLinear(torch.autograd.Function):
         if live is not None:
             g = g[live]
         if ctx.needs_input_grad[3]:
-            grad_v = mask.gradient(ctx.kept, g, live)
+            grad_v = mask.gradient(ctx.kept, source, g, live)
         ctx.kept.release()
         if ctx.needs_input_grad[0]:
             matrix = (weight.T if mask.transposed else weight).to(g.dtype)  # (out, in)
-            if live is not None:
-                grad_x = g.new_zeros(tokens, matrix.shape[1])
-                grad_x[live] = g @ matrix
+            if ctx.input_columns:
+                grad_x = matrix.T @ g.T if live is None else _spread(matrix.T @ g.T, live, tokens)
+                grad_x = grad_x.T
             else:
-                grad_x = (matrix.T @ g.T).T if ctx.input_columns else g @ matrix
+                grad_x = g @ matrix if live is None else _spread(g @ matrix, live, tokens, 0)
             grad_x = grad_x.to(ctx.dtype).view(ctx.shape)
-        return grad_x, None, grad_bias, grad_v, None, None, None
+        return grad_x, None, grad_bias, grad_v, None, None, None, None
+
+
+def _spread(columns: Tensor, live: Tensor, tokens: int, dim: int = 1) -> Tensor:
+    """Put what was computed for the live tokens in its place, zeros for the others."""
+    shape = list(columns.shape)
+    shape[dim] = tokens
+    return columns.new_zeros(shape).index_copy_(dim, live, columns)
 
 
 def _live(g: Tensor) -> Tensor | None:
@@ -208,4 +237,4 @@ def masked_linear(
     """
     if not torch.is_grad_enabled():
         return nn.functional.linear(x, weight.T if mask.transposed else weight, bias)
-    return _MaskedLinear.apply(x, weight, bias, v, mask, columns, keep(x))  # type: ignore[no-any-return, no-untyped-call]
+    return _MaskedLinear.apply(x, weight, bias, v, mask, columns, *keep(x))  # type: ignore[no-any-return, no-untyped-call]

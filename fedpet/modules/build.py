@@ -1,0 +1,144 @@
+"""From names to modules: a mask and a structure, put on a backbone.
+
+In:  the model, a `Mask`'s positions by parameter name, a `Structure`.
+Out: the `PetModule`s, in the order in which their values are communicated.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedpet.errors import StructureError
+from fedpet.modules.adapter import LowRankAdapter
+from fedpet.modules.base import PetModule, dense_sizes, is_dense, is_transposed
+from fedpet.modules.bitfit import BitFit, NormBias
+from fedpet.modules.hiwi import HiwiBias, HiwiWeight
+from fedpet.modules.lnfit import LNFit
+from fedpet.modules.lora import LoRA, LoRAFactors
+from fedpet.modules.masked import MaskedWeight
+from fedpet.positions import Position
+from fedpet.structure import ModuleSpec, Structure
+
+__all__ = ["build_masks", "build_structure"]
+
+_DENSE = frozenset({"linear", "conv1d"})
+_CARRIERS = {
+    "bitfit": _DENSE | {"norm"},
+    "lnfit": {"norm"},
+    "ln-bias": {"norm"},
+    "lora": _DENSE,
+    "lora-factors": _DENSE,
+    "hiwi-bias": _DENSE,
+    "hiwi-weight": _DENSE,
+    "lowrank-adapter": {"block"},
+}
+
+
+def build_masks(model: nn.Module, positions: Mapping[str, Tensor]) -> list[MaskedWeight]:
+    """One `MaskedWeight` for each weight with positions, in the order of the model.
+
+    Raises:
+        StructureError: A name that is no weight of a dense module here, or a position outside it.
+    """
+    parameters = dict(model.named_parameters())
+    owners = {id(m.weight): m for m in model.modules() if is_dense(m)}
+    for name, chosen in positions.items():
+        parameter = parameters.get(name)
+        if parameter is None or id(parameter) not in owners:
+            raise StructureError(
+                f"a mask's names must be weights of dense layers, and {name!r} is none in this "
+                "backbone. Build the mask from this backbone."
+            )
+        if len(chosen) and not 0 <= int(chosen.min()) <= int(chosen.max()) < parameter.numel():
+            raise StructureError(
+                f"a mask's positions must lie inside their weight: those of {name!r} reach "
+                f"{int(chosen.max())}, and it has {parameter.numel()} entries. Build the mask "
+                "from this backbone."
+            )
+    masks = [
+        MaskedWeight(name, parameter, positions[name], is_transposed(owners[id(parameter)]))
+        for name, parameter in parameters.items()
+        if name in positions and len(positions[name])
+    ]
+    if masks:
+        weight = masks[0].weight
+        longest = max(mask.num_values for mask in masks)
+        zeros = torch.zeros(longest, dtype=weight.dtype, device=weight.device)
+        for mask in masks:
+            mask.share_zeros(zeros)
+    return masks
+
+
+def build_structure(
+    model: nn.Module, positions: Sequence[Position], structure: Structure, seed: int
+) -> list[PetModule]:
+    """One `PetModule` for each spec, in the order of the structure.
+
+    Raises:
+        StructureError: A target that is absent, or cannot carry the kind of module.
+    """
+    kinds: dict[str, set[str]] = {}
+    for position in positions:
+        kinds.setdefault(position.name, set()).add(position.kind)
+    modules = []
+    for spec in structure.modules:
+        if spec.target not in kinds:
+            raise StructureError(
+                f"the structure's {spec.kind!r} module acts on {spec.target!r}, which is no "
+                "position of this backbone: the structure was made for another one."
+            )
+        if not kinds[spec.target] & _CARRIERS[spec.kind]:
+            raise StructureError(
+                f"a {spec.kind!r} module must act on one of "
+                f"{', '.join(sorted(_CARRIERS[spec.kind]))}, and {spec.target!r} is of kind "
+                f"{', '.join(sorted(kinds[spec.target]))}."
+            )
+        modules.append(_build(spec, model.get_submodule(spec.target), seed))
+    _join_on_one_bias(modules)
+    return modules
+
+
+def _build(spec: ModuleSpec, module: nn.Module, seed: int) -> PetModule:
+    target, rank, scale = spec.target, spec.rank, spec.scale
+    if spec.kind == "bitfit":
+        return BitFit(target, module)
+    if spec.kind == "ln-bias":
+        return NormBias(target, module)
+    if spec.kind == "lnfit":
+        return LNFit(target, module)
+    if spec.kind == "lora":
+        return LoRA(target, module, rank, scale, seed)
+    if spec.kind == "lora-factors":
+        return LoRAFactors(target, module, rank, scale, seed)
+    if spec.kind == "hiwi-bias":
+        return HiwiBias(target, module, rank, scale)
+    if spec.kind == "hiwi-weight":
+        return HiwiWeight(target, module, rank, scale, seed)
+    assert spec.kind == "lowrank-adapter"
+    last = [inner for inner in module.modules() if is_dense(inner)][-1]  # the output projection
+    like = next(module.parameters())
+    return LowRankAdapter(target, like, dense_sizes(last)[1], rank, scale, seed)
+
+
+def _join_on_one_bias(modules: Sequence[PetModule]) -> None:
+    """One bias is sent once: a BitFit holds and sends what a HiWi adapter beside it does.
+
+    Raises:
+        StructureError: Two modules of the kind that hold the same bias.
+    """
+    holders: dict[str, BitFit] = {}
+    for module in modules:
+        if isinstance(module, BitFit):
+            if module.target in holders:
+                raise StructureError(
+                    f"one module may hold a bias, and 'bitfit' and 'ln-bias' both act on that of "
+                    f"{module.target!r}. Leave one out."
+                )
+            holders[module.target] = module
+    for module in modules:
+        if isinstance(module, HiwiBias) and module.target in holders:
+            module.carried = True
+            holders[module.target].adapter = module

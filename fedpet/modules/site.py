@@ -1,0 +1,171 @@
+"""A site: one module of the backbone and everything that acts on it, as one forward.
+
+In:  a module, the mask of its weight, the PET modules whose target it is.
+Out: a `forward` on the instance that computes them together, or none where the plain one does.
+
+Names, classes and the module tree stay as they are: an attribute of the instance stands before
+the method of the class, and taking it off gives the plain module back.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, nn
+
+from fedpet.modules.base import PetModule, is_dense, is_transposed
+from fedpet.modules.kept import activation_forward, norm_forward
+from fedpet.modules.masked import MaskedWeight, masked_linear
+from fedpet.positions import Position
+
+__all__ = ["Site", "build_sites"]
+
+Forward = Callable[..., Any]
+
+
+@dataclass
+class Site:
+    """One module and what acts on it."""
+
+    name: str
+    module: nn.Module
+    mask: MaskedWeight | None = None
+    effects: list[PetModule] = field(default_factory=list)
+    marks: Callable[[Forward], Forward] | None = None  # the output can be made again: `kept`
+    columns: bool = False  # lays its output in columns, for an activation that takes them
+
+    def install(self, gated: bool) -> None:
+        """Give the module the forward it needs.
+
+        Args:
+            gated: Whether effects are multiplied by gates; a held tensor then stays out of the
+                forward pass, and its change is added to the pretrained one.
+        """
+        self.remove()
+        forward = self._forward(gated)
+        if self.marks is not None:
+            forward = self.marks(forward or _plain(self.module))
+        if forward is not None:
+            self.module.forward = forward
+
+    def remove(self) -> None:
+        """Give the module its own forward back."""
+        self.module.__dict__.pop("forward", None)
+
+    def _forward(self, gated: bool) -> Forward | None:
+        tensors: dict[str, list[PetModule]] = {}
+        for effect in self.effects:
+            if effect.place in ("weight", "bias"):
+                in_the_model = effect.held and effect.pretrained is not None
+                if gated or not in_the_model:
+                    tensors.setdefault(effect.place, []).append(effect)
+        parallel = [effect for effect in self.effects if effect.place == "parallel"]
+        sequential = [effect for effect in self.effects if effect.place == "sequential"]
+        if not (self.mask or tensors or parallel or sequential):
+            return None
+        if is_dense(self.module):
+            return self._dense(tensors.get("bias", []), parallel, sequential)
+        return self._other(tensors, sequential)
+
+    def _dense(
+        self,
+        biases: Sequence[PetModule],
+        parallel: Sequence[PetModule],
+        sequential: Sequence[PetModule],
+    ) -> Forward:
+        own = self.module._parameters
+        weight = own["weight"]
+        assert weight is not None
+        mask, columns = self.mask, self.columns
+        v = mask.trainables[0] if mask is not None else None
+        transposed = is_transposed(self.module)
+
+        def forward(x: Tensor) -> Tensor:
+            bias = _changed(own["bias"], biases) if biases else own["bias"]
+            if mask is not None and v is not None:
+                y = masked_linear(x, weight, bias, v, mask, columns)
+            else:
+                y = nn.functional.linear(x, weight.T if transposed else weight, bias)
+            for effect in parallel:
+                y = y + effect.gated(x)
+            for effect in sequential:
+                y = y + effect.gated(y)
+            return y
+
+        return forward
+
+    def _other(
+        self, tensors: dict[str, list[PetModule]], sequential: Sequence[PetModule]
+    ) -> Forward:
+        """Of a norm, or of a block: its own forward, with other tensors and more after it."""
+        own: dict[str, Any] = self.module._parameters
+        plain = _plain(self.module)
+        replaced = {name: effects for name, effects in tensors.items() if own.get(name) is not None}
+        added = [e for name, effects in tensors.items() if name not in replaced for e in effects]
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            held = {name: own[name] for name in replaced}
+            try:
+                for name, effects in replaced.items():
+                    own[name] = _changed(held[name], effects)
+                output = plain(*args, **kwargs)
+            finally:
+                own.update(held)
+            for effect in added:
+                output = output + effect.gated(None)
+            for effect in sequential:
+                if isinstance(output, tuple):
+                    output = (output[0] + effect.gated(output[0]), *output[1:])
+                else:
+                    output = output + effect.gated(output)
+            return output
+
+        return forward
+
+
+def build_sites(
+    model: nn.Module,
+    positions: Sequence[Position],
+    masks: Sequence[MaskedWeight],
+    structure: Sequence[PetModule],
+) -> list[Site]:
+    """Modules that something acts on, and those whose output a masked layer need not keep."""
+    by_weight = {id(mask.weight): mask for mask in masks}
+    by_target: dict[str, list[PetModule]] = {}
+    for module in structure:
+        by_target.setdefault(module.target, []).append(module)
+    marked = positions if masks else ()
+    norms = {p.name for p in marked if p.kind == "norm"}
+    activations = {p.name: (p.stack, p.layer) for p in marked if p.kind == "activation"}
+    layers = set(activations.values())
+    inner = {
+        p.name for p in marked if p.role in ("ffn-up", "ffn-gate") and (p.stack, p.layer) in layers
+    }
+    sites = []
+    for name, module in model.named_modules():
+        weight = getattr(module, "weight", None)
+        mask = by_weight.get(id(weight)) if is_dense(module) else None
+        marks = activation_forward if name in activations else None
+        marks = norm_forward if name in norms else marks
+        site = Site(name, module, mask, by_target.get(name, []), marks, name in inner)
+        if mask is not None or site.effects or marks is not None:
+            sites.append(site)
+    return sites
+
+
+def _plain(module: nn.Module) -> Forward:
+    forward: Forward = type(module).forward.__get__(module)
+    return forward
+
+
+def _changed(tensor: Tensor | None, effects: Sequence[PetModule]) -> Tensor | None:
+    """A tensor with changes: of the pretrained one where a held module is gated."""
+    for effect in effects:
+        if effect.held and effect.pretrained is not None:
+            tensor = effect.pretrained
+    for effect in effects:
+        change = effect.gated(None)
+        tensor = change if tensor is None else tensor + change
+    return tensor
