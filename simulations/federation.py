@@ -62,6 +62,7 @@ class Prepared:
     data: FederatedData
     plan: Plan
     pet: PetModel
+    all_parameters: int  # of the backbone and its head
     pretrained_parameters: int
     started: float  # on `time.perf_counter`'s clock
 
@@ -93,9 +94,10 @@ def prepare(experiment: Experiment, listener: Listener) -> Prepared:
         for name, parameter in backbone.model.named_parameters()
         if name not in backbone.head
     )
+    all_parameters = _num_parameters(backbone.model)
     structure = _structure(experiment, backbone)
     plan, pet = make_plan(experiment, backbone, structure, data.task, data.tokenizer_hash)
-    return Prepared(experiment, data, plan, pet, pretrained_parameters, started)
+    return Prepared(experiment, data, plan, pet, all_parameters, pretrained_parameters, started)
 
 
 def federate(grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener) -> dict[str, Any]:
@@ -164,6 +166,7 @@ def federate(grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener)
         plan_digest=strategy.digest.hex(),
         values_by_kind=count_by_kind(pet.segments),
         pretrained_parameters=prepared.pretrained_parameters,
+        added_parameters=_num_parameters(plain[0]) - prepared.all_parameters,
         values_sha256=hashlib.sha256(values.astype("<f4").tobytes()).hexdigest(),
         final=final,
         total_seconds=time.perf_counter() - prepared.started,
@@ -175,6 +178,10 @@ def federate(grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener)
             f"{out.path / 'rounds.jsonl'} says who was refused, and why."
         )
     return summary
+
+
+def _num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
 
 
 def _structure(experiment: Experiment, backbone: Backbone) -> Structure:

@@ -30,6 +30,7 @@ def summarise(
     plan_digest: str,
     values_by_kind: dict[str, int],
     pretrained_parameters: int,
+    added_parameters: int = 0,
     values_sha256: str,
     final: float,
     total_seconds: float,
@@ -45,6 +46,7 @@ def summarise(
         plan_digest: Of the plan, hex; empty for a baseline.
         values_by_kind: Communicated values by kind; "mask" and "head" are told apart.
         pretrained_parameters: Of the backbone, its new head not counted.
+        added_parameters: That the merged model has beyond the backbone and its head.
         values_sha256: Of the final communicated values, float32, little-endian.
         final: The metric of the merged model.
         total_seconds: From the first stage to the last.
@@ -73,7 +75,7 @@ def summarise(
             "structure_values": num_values - mask - head,
             "head_values": head,
             "values_by_kind": values_by_kind,
-            "inference_parameters_added": 0,
+            "inference_parameters_added": added_parameters,
         },
         "data": {
             "clients": len(data.clients),
