@@ -1,0 +1,51 @@
+"""S3PET: a structure is searched, not guessed.
+
+    space -> gates -> bilevel -> select, and `search` around them
+
+In:  a backbone, labelled rows, a budget in values.
+Out: a `SearchResult` with a `Structure`; or a random one under the same budget.
+"""
+
+from fedpet.search.bilevel import BiLevel, StepLosses, hypergradient, virtual_step
+from fedpet.search.gates import concrete, expected_size, probabilities, solve_zeta, uniform
+from fedpet.search.search import (
+    SearchProgress,
+    SearchResult,
+    Split,
+    check_structure,
+    random_structure,
+    search_structure,
+    split_rows,
+)
+from fedpet.search.select import chosen_size, select, select_at_random
+from fedpet.search.settings import SearchConfig, budget_values
+from fedpet.search.space import SPACES, Candidate, Space, build_space, space_of_config
+
+__all__ = [
+    "SPACES",
+    "BiLevel",
+    "Candidate",
+    "SearchConfig",
+    "SearchProgress",
+    "SearchResult",
+    "Space",
+    "Split",
+    "StepLosses",
+    "budget_values",
+    "build_space",
+    "check_structure",
+    "chosen_size",
+    "concrete",
+    "expected_size",
+    "hypergradient",
+    "probabilities",
+    "random_structure",
+    "search_structure",
+    "select",
+    "select_at_random",
+    "solve_zeta",
+    "space_of_config",
+    "split_rows",
+    "uniform",
+    "virtual_step",
+]

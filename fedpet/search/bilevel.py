@@ -1,0 +1,363 @@
+"""Bi-level steps: alpha on one half of the rows, the candidates' values on the other.
+
+In:  a model with all candidates on it, two batches, the optimisers' state.
+Out: alpha and the candidates' values, one step on.
+
+One step, as in the paper's code (five passes forward and back):
+
+    1. theta' = theta after one virtual step on the theta batch
+    2. g = dL(alpha batch; theta') / dalpha,  v = dL(alpha batch; theta') / dtheta'
+    3. H = (dL(theta batch; theta + eps d) - dL(theta batch; theta - eps d)) / dalpha / (2 eps)
+    4. alpha takes an AdamW step on g - H
+    5. theta takes an AdamW step on the theta batch, with new noise and a new zeta
+
+The direction d is the virtual step's Jacobian times v. Which Jacobian is the choice `virtual`:
+
+    adamw        an AdamW step with a copy of the real optimiser's state, and yet the Jacobian of
+                 SGD, rate * 1: the paper's. Exact only where AdamW happens to act like SGD.
+    adamw-exact  the same step and its own Jacobian. In a cold AdamW, whose first step is
+                 rate * sign(gradient), that is nearly 0, and little is left of H.
+    sgd          a step of plain SGD, whose Jacobian is rate * 1: exact, up to eps.
+
+The virtual copy holds the trainables, not a second backbone: they are written into the one model
+and taken back. The same noise and zeta serve steps 1 to 3, so the gates are one tensor whose
+gradient is gathered over three passes and sent to alpha once.
+
+Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), after DARTS (Liu et al., ICLR 2019,
+arXiv:1806.09055). Ours: rates may differ by group; `sgd`, `adamw-exact` and the first order.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedpet.errors import TrainingError
+from fedpet.model import PetModel
+from fedpet.search.gates import concrete, probabilities, uniform
+from fedpet.search.select import select
+from fedpet.search.settings import SearchConfig
+from fedpet.search.space import Space
+from fedpet.seeds import derive_seed
+
+__all__ = ["BiLevel", "StepLosses", "hypergradient", "virtual_step"]
+
+RADIUS = 0.01  # of the finite difference: the length of eps * d
+_GUARD = 1e-6  # on the norm of d
+# A loss under some gates, of the trainables as they now are.
+Loss = Callable[[Tensor], Tensor]
+
+
+def virtual_step(
+    optimiser: torch.optim.Optimizer, rule: str
+) -> tuple[list[Tensor], list[Tensor | float]]:
+    """What one step on the present gradients would give, and its Jacobian's diagonal.
+
+    Args:
+        optimiser: AdamW whose parameters hold their gradients; its state is only read.
+        rule: "adamw", "adamw-exact" or "sgd".
+
+    Returns:
+        The parameters after the step, as new tensors; and -dtheta'/dgradient, elementwise.
+    """
+    moved: list[Tensor] = []
+    jacobian: list[Tensor | float] = []
+    for group in optimiser.param_groups:
+        rate = float(group["lr"])
+        for parameter in group["params"]:
+            theta, gradient = parameter.detach(), parameter.grad
+            if rule == "sgd":
+                moved.append(theta - rate * gradient)
+                jacobian.append(rate)
+                continue
+            state = optimiser.state.get(parameter, {})
+            one, two = group["betas"]
+            taken = int(state["step"]) + 1 if state else 1
+            mean = (1 - one) * gradient
+            square = (1 - two) * gradient.square()
+            if state:
+                mean += one * state["exp_avg"]
+                square += two * state["exp_avg_sq"]
+            mean /= 1 - one**taken
+            root = (square / (1 - two**taken)).sqrt_()
+            below = root + group["eps"]
+            moved.append(theta * (1 - rate * group["weight_decay"]) - rate * mean / below)
+            if rule == "adamw":
+                jacobian.append(rate)
+                continue
+            # d(mean / below) / dgradient, with root > 0 wherever the gradient is not 0
+            slope = (1 - two) / (1 - two**taken) * gradient / root.clamp(min=1e-30)
+            change = (1 - one) / (1 - one**taken) / below - mean * slope / below.square()
+            jacobian.append(rate * change)
+    return moved, jacobian
+
+
+def hypergradient(
+    gates: Tensor,
+    optimiser: torch.optim.Optimizer,
+    theta_loss: Loss,
+    alpha_loss: Loss,
+    *,
+    rule: str = "adamw",
+    written: Callable[[], None] | None = None,
+) -> tuple[Tensor, float, float]:
+    """The gradient of the alpha loss after one virtual step, with respect to the gates.
+
+    Args:
+        gates: A leaf of any shape; not changed.
+        optimiser: Of the trainables, each of which holds a gradient tensor in place. Trainables
+            and state are as before when this returns.
+        theta_loss: On the theta batch, under gates.
+        alpha_loss: On the alpha batch, under gates.
+        rule: The virtual step, see `virtual_step`.
+        written: Called after each writing of the trainables.
+
+    Returns:
+        The gradient, of the gates' shape; the theta loss; the alpha loss after the virtual step.
+    """
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    fixed = gates.detach()
+    start = [parameter.detach().clone() for parameter in parameters]
+
+    def write(values: Sequence[Tensor]) -> None:
+        with torch.no_grad():
+            for parameter, value in zip(parameters, values, strict=True):
+                parameter.copy_(value)
+        if written is not None:
+            written()
+
+    def gate_gradient(loss_of: Loss) -> tuple[Tensor, float]:
+        leaf = fixed.clone().requires_grad_()
+        loss = loss_of(leaf)
+        (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
+        return (torch.zeros_like(fixed) if gradient is None else gradient), float(loss.detach())
+
+    try:
+        zero(parameters)
+        loss = theta_loss(fixed)
+        loss.backward()  # type: ignore[no-untyped-call]
+        moved, jacobian = virtual_step(optimiser, rule)
+        write(moved)
+        del moved
+
+        zero(parameters)
+        leaf = fixed.clone().requires_grad_()
+        after = alpha_loss(leaf)
+        after.backward()  # type: ignore[no-untyped-call]
+        result = leaf.grad if leaf.grad is not None else torch.zeros_like(fixed)
+        # Divided by one rate, so that with a single rate the direction is v itself.
+        unit = max(float(group["lr"]) for group in optimiser.param_groups) or 1.0
+        direction = [
+            parameter.grad * (d / unit) for parameter, d in zip(parameters, jacobian, strict=True)
+        ]
+        length = math.sqrt(sum(float(d.double().square().sum()) for d in direction))
+        if length > 0:
+            eps = RADIUS / (length + _GUARD)
+            sides = []
+            for sign in (1.0, -1.0):
+                write([s + sign * eps * d for s, d in zip(start, direction, strict=True)])
+                sides.append(gate_gradient(theta_loss)[0])
+            result = result - unit * (sides[0] - sides[1]) / (2 * eps)
+    finally:
+        write(start)
+        zero(parameters)
+    return result.detach(), float(loss.detach()), float(after.detach())
+
+
+def zero(parameters: Sequence[Tensor]) -> None:
+    """Set gradients to zero in place, and make those that are missing."""
+    for parameter in parameters:
+        if parameter.grad is None:
+            parameter.grad = torch.zeros_like(parameter)
+        else:
+            parameter.grad.zero_()
+
+
+@dataclass(frozen=True)
+class StepLosses:
+    """How one step went: losses before its updates."""
+
+    theta: float
+    alpha: float  # after the virtual step; at theta itself with the first order
+
+
+class BiLevel:
+    """A model with a whole space on it, and what a search moves.
+
+    Laws: at every step the expected size under the gates is the budget (law 8); a step depends on
+    the state, the batches, the seed and the step's number alone, so a search that was saved and
+    loaded goes on bit for bit.
+    """
+
+    def __init__(
+        self,
+        pet: PetModel,
+        space: Space,
+        config: SearchConfig,
+        *,
+        total_steps: int,
+        loss: Callable[[Tensor, Tensor], Tensor],
+    ) -> None:
+        """Start a search, at alpha 0.
+
+        Args:
+            pet: Made with `space.structure()`; its values are where the search starts.
+            space: The candidates.
+            config: Budget, rates, seed.
+            total_steps: At which the rates have fallen to 0.
+            loss: Of logits and labels.
+
+        Raises:
+            StructureError: The budget does not fit the space.
+        """
+        space.check_budget(config.budget)
+        self.pet, self.space, self.config = pet, space, config
+        self.steps_done = 0
+        self._total = max(1, total_steps)
+        self._loss = loss
+        self._sizes = torch.tensor(space.sizes, dtype=torch.float64)
+        self.alpha = nn.Parameter(torch.zeros(len(space.candidates), dtype=torch.float64))
+        self._groups = pet.parameter_groups()
+        slow = config.head_rate or config.rate
+        tables = [
+            {"params": [group], "lr": slow if kind in ("head", "mask") else config.rate}
+            for kind, group in self._groups.items()
+        ]
+        self._theta = torch.optim.AdamW(tables, betas=(0.9, 0.999), weight_decay=0.0)
+        self._alpha = torch.optim.AdamW(
+            [self.alpha], lr=config.alpha_rate, betas=(0.9, 0.999), weight_decay=0.0
+        )
+        self._rates = [
+            (group, float(group["lr"]))
+            for optimiser in (self._theta, self._alpha)
+            for group in optimiser.param_groups
+        ]
+
+    @property
+    def beta(self) -> float:
+        """The temperature at this step."""
+        first, last = self.config.beta, self.config.beta_end
+        if not last:
+            return first
+        return float(first * (last / first) ** min(1.0, self.steps_done / self._total))
+
+    def probabilities(self) -> Tensor:
+        """p of every candidate, float64, shape (n,), with a gradient to alpha."""
+        return probabilities(self.alpha, self._sizes, self.config.budget, self.beta)
+
+    def choice(self) -> list[int]:
+        """The candidates that selection would take now."""
+        p = self.probabilities().tolist()
+        return select(p, self.space.sizes, self.config.budget, self.space.tensors)
+
+    def open_gates(self) -> None:
+        """Set the gates for evaluation: at p, or at the selection with hard gates."""
+        with torch.no_grad():
+            gates = self.probabilities()
+        if self.config.hard:
+            chosen = self.choice()
+            gates = torch.zeros_like(gates)
+            gates[chosen] = 1.0
+        self.pet.set_gates(gates.float())
+
+    def step(self, theta_batch: dict[str, Tensor], alpha_batch: dict[str, Tensor]) -> StepLosses:
+        """Move alpha, then the candidates' values.
+
+        Args:
+            theta_batch: As `Rows.batch` gives it; moves the values.
+            alpha_batch: Of other rows; moves alpha.
+
+        Raises:
+            TrainingError: A loss is not a number.
+        """
+        config = self.config
+        left = max(0.0, 1.0 - self.steps_done / self._total)
+        for group, rate in self._rates:
+            group["lr"] = rate * left
+        if self.pet.model.training != config.dropout:
+            self.pet.model.train(config.dropout)
+        self._reseed("step")
+
+        drawn = self._draw("alpha")
+        gates = drawn.detach().float()
+        if config.order == "second":
+            gradient, theta_loss, alpha_loss = hypergradient(
+                gates,
+                self._theta,
+                lambda z: self._batch_loss(theta_batch, z),
+                lambda z: self._batch_loss(alpha_batch, z),
+                rule=config.virtual,
+                written=self.pet.after_step,
+            )
+        else:
+            leaf = gates.clone().requires_grad_()
+            loss = self._batch_loss(alpha_batch, leaf)
+            (gradient,) = torch.autograd.grad(loss, leaf)
+            theta_loss = alpha_loss = float(loss.detach())
+        self.alpha.grad = None
+        drawn.backward(gradient.to(drawn))  # type: ignore[no-untyped-call]
+        self._update(self._alpha, [self.alpha])
+
+        parameters = list(self._groups.values())
+        self.pet.zero_grad()
+        loss = self._batch_loss(theta_batch, self._draw("theta").detach().float())
+        loss.backward()  # type: ignore[no-untyped-call]
+        self._update(self._theta, parameters)
+        self.pet.after_step()
+        if config.order == "first":
+            theta_loss = float(loss.detach())
+        self.steps_done += 1
+        if not math.isfinite(theta_loss + alpha_loss + float(loss.detach())):
+            raise TrainingError(
+                f"a loss became {theta_loss}, {alpha_loss} at step {self.steps_done} of the "
+                "search: lower its rate, or look at the rows."
+            )
+        return StepLosses(theta_loss, alpha_loss)
+
+    def state(self) -> dict[str, Any]:
+        """All that a search needs to go on, as tensors, numbers and names."""
+        return {
+            "steps_done": self.steps_done,
+            "alpha": self.alpha.detach().clone(),
+            "values": {kind: group.detach().clone() for kind, group in self._groups.items()},
+            "theta_optimiser": self._theta.state_dict(),
+            "alpha_optimiser": self._alpha.state_dict(),
+        }
+
+    @torch.no_grad()
+    def load_state(self, state: dict[str, Any]) -> None:
+        """Go on where `state` was taken."""
+        self.steps_done = int(state["steps_done"])
+        self.alpha.copy_(state["alpha"])
+        for kind, group in self._groups.items():
+            group.copy_(state["values"][kind])
+        self._theta.load_state_dict(state["theta_optimiser"])
+        self._alpha.load_state_dict(state["alpha_optimiser"])
+        # Loading makes new tables of rates.
+        tables = [*self._theta.param_groups, *self._alpha.param_groups]
+        self._rates = [(table, rate) for table, (_, rate) in zip(tables, self._rates, strict=True)]
+        self.pet.after_step()
+
+    def _batch_loss(self, batch: dict[str, Tensor], gates: Tensor) -> Tensor:
+        self.pet.set_gates(gates)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return self._loss(self.pet.model(**inputs).logits, batch["labels"])
+
+    def _draw(self, what: str) -> Tensor:
+        noise = derive_seed("gates", self.config.seed, self.steps_done, what)
+        u = uniform(len(self.alpha), noise)
+        return concrete(self.probabilities(), u, hard=self.config.hard)
+
+    def _reseed(self, what: str) -> None:
+        if self.config.dropout:
+            torch.manual_seed(derive_seed("dropout", self.config.seed, self.steps_done, what))
+
+    def _update(self, optimiser: torch.optim.Optimizer, parameters: Sequence[Tensor]) -> None:
+        if self.config.clip_norm:
+            nn.utils.clip_grad_norm_(parameters, self.config.clip_norm)
+        optimiser.step()

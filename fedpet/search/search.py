@@ -1,0 +1,356 @@
+"""S3PET: which small module goes where, searched by gradient under an exact budget.
+
+    backbone -> mask -> structure -> [search] -> model -> codec -> plan -> client -> ...
+
+In:  a backbone, labelled rows, a budget.
+Out: a `SearchResult`: a `Structure` with its gates and where it came from, ready to be trained from
+     scratch, and how likely every other candidate was.
+
+The rows are split once, by the seed: some to pick the checkpoint, half of the rest to move the
+candidates' values, half to move alpha. Each step is that of `fedpet.search.bilevel`; every so many
+steps the validation rows are scored with the gates at p, and the last of the best checkpoints gives
+alpha. Selection walks its candidates from the likeliest down.
+
+Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), released code. Ours: the head, which the
+paper's text-to-text models lack, is trained with the candidates' values and is not gated;
+validation rows are taken from the rows given, so that the evaluation rows stay unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpet.data.rows import Rows
+from fedpet.errors import ConfigError, DataError, StructureError
+from fedpet.metrics import metric_value
+from fedpet.model import PetModel
+from fedpet.search.bilevel import BiLevel
+from fedpet.search.select import chosen_size, select_at_random
+from fedpet.search.settings import SearchConfig
+from fedpet.search.space import Space, build_space
+from fedpet.seeds import derive_seed
+from fedpet.structure import Structure
+from fedpet.training import batches, predict
+
+if TYPE_CHECKING:
+    from fedpet.backbone import Backbone
+    from fedpet.data import Task
+    from fedpet.mask import Mask
+
+__all__ = [
+    "SearchProgress",
+    "SearchResult",
+    "Split",
+    "check_structure",
+    "random_structure",
+    "search_structure",
+    "split_rows",
+]
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which rows do what: int64 indices, no row in two of them."""
+
+    theta: np.ndarray  # move the candidates' values
+    alpha: np.ndarray  # move alpha; as many
+    validation: np.ndarray  # pick the checkpoint
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """One step, as a listener sees it."""
+
+    step: int
+    total_steps: int
+    theta_loss: float
+    alpha_loss: float
+    score: float | None  # of the validation rows, where this step was evaluated
+    best_score: float | None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found."""
+
+    structure: Structure
+    space: Space
+    probabilities: tuple[float, ...]  # of every candidate, at the checkpoint
+    alpha: tuple[float, ...]
+    chosen: tuple[int, ...]  # of the space's candidates, likeliest first
+    step: int  # of the checkpoint
+    score: float  # its validation score
+    history: tuple[Mapping[str, float], ...]  # an entry an evaluation
+    seconds: float  # wall time of this process's part
+
+
+def search_structure(
+    backbone: Backbone,
+    rows: Rows,
+    indices: np.ndarray,
+    task: Task,
+    config: SearchConfig,
+    *,
+    mask: Mask | None = None,
+    state_file: Path | None = None,
+    progress: Callable[[SearchProgress], None] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> SearchResult:
+    """Search one structure on labelled rows.
+
+    Args:
+        backbone: Is changed in place during the search and is the checkpoint again after it.
+        rows: All tokenised rows here.
+        indices: Those to search on, (n,).
+        task: Says which loss and which validation metric.
+        config: Space, budget in values, steps, rates, seed.
+        mask: Trained beside the candidates and not gated; None for none.
+        state_file: Written at every evaluation; a search that finds its own goes on from there,
+            bit for bit.
+        progress: Told of every step.
+        provenance: What else the structure should say about where it came from.
+
+    Raises:
+        StructureError: The budget does not fit the space, or the space this backbone.
+        ConfigError: `state_file` belongs to another search.
+        DataError: Too few rows to split.
+    """
+    started = time.perf_counter()
+    space = build_space(
+        backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
+    )
+    space.check_budget(config.budget)
+    split = split_rows(indices, config)
+    an_epoch = -(-len(split.theta) // config.batch_size)
+    total = config.epochs * an_epoch
+    total = min(total, config.max_steps or total)
+    seed = derive_seed("search", config.seed)
+    pet = PetModel(backbone, mask, space.structure(), seed=seed)
+    try:
+        search = BiLevel(pet, space, config, total_steps=total, loss=task_loss(task))
+        saved = _Saved(state_file, _digest(config, backbone.fingerprint, indices))
+        best, history = saved.load(search)
+        validation = _taken(rows, split.validation)
+        for theta_batch, alpha_batch in _steps(rows, split, config, search.steps_done, total):
+            losses = search.step(theta_batch, alpha_batch)
+            step, score = search.steps_done, None
+            if step % config.evaluate_every == 0 or step == total:
+                score = _score(search, validation, task)
+                if not best or config.checkpoint == "last" or score >= best["score"]:
+                    best = {
+                        "score": score,
+                        "step": step,
+                        "alpha": search.alpha.detach().clone(),
+                        "p": search.probabilities().detach(),
+                        "chosen": search.choice(),
+                    }
+                history.append(
+                    {"step": step, "score": score, "theta": losses.theta, "alpha": losses.alpha}
+                )
+                saved.save(search, best, history)
+            if progress is not None:
+                known = float(best["score"]) if best else None
+                progress(SearchProgress(step, total, losses.theta, losses.alpha, score, known))
+    finally:
+        pet.restore()
+
+    chosen, p = best["chosen"], best["p"].tolist()
+    structure = replace(
+        space.structure(chosen),
+        fingerprint=backbone.fingerprint,
+        gates=tuple(p[index] for index in sorted(chosen)),
+        provenance={
+            "method": "s3pet",
+            "deviations": list(search.config.deviations),
+            "settings": asdict(config),
+            "budget": config.budget,
+            "values": chosen_size(chosen, space.sizes, space.tensors),
+            "space": {"name": space.name, "values": space.num_values},
+            "rows": {name: len(part) for name, part in vars(split).items()},
+            "checkpoint": {"step": best["step"], "of": total, task.metric: best["score"]},
+            "candidates": _candidates(space, p),
+            **(provenance or {}),
+        },
+    )
+    return SearchResult(
+        structure=structure,
+        space=space,
+        probabilities=tuple(p),
+        alpha=tuple(best["alpha"].tolist()),
+        chosen=tuple(chosen),
+        step=int(best["step"]),
+        score=float(best["score"]),
+        history=tuple(history),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def random_structure(space: Space, budget: float, *, seed: int, fingerprint: str = "") -> Structure:
+    """A random structure of a space under a budget: what a searched one must beat.
+
+    Raises:
+        StructureError: The budget does not fit the space.
+    """
+    space.check_budget(budget)
+    drawn = derive_seed("random structure", seed)
+    chosen = select_at_random(space.sizes, budget, seed=drawn, tensors=space.tensors)
+    return replace(
+        space.structure(chosen),
+        fingerprint=fingerprint,
+        provenance={
+            "method": "random",
+            "seed": seed,
+            "budget": budget,
+            "values": chosen_size(chosen, space.sizes, space.tensors),
+            "space": {"name": space.name, "values": space.num_values},
+        },
+    )
+
+
+def check_structure(structure: Structure, fingerprint: str) -> None:
+    """Refuse a structure that was found on another backbone.
+
+    Raises:
+        StructureError: The fingerprints differ. A structure without one fits any backbone that
+            has its targets.
+    """
+    if structure.fingerprint and structure.fingerprint != fingerprint:
+        raise StructureError(
+            f"a searched structure belongs to its backbone: this one was found on the checkpoint "
+            f"{structure.fingerprint:.12}, the backbone here is {fingerprint:.12}. Take that "
+            "checkpoint, or search again on this one."
+        )
+
+
+def split_rows(indices: np.ndarray, config: SearchConfig) -> Split:
+    """Split rows at random, by the seed, into validation and two halves of equal size.
+
+    Raises:
+        DataError: Fewer than three rows.
+    """
+    if len(indices) < 3:
+        raise DataError(
+            f"a search splits its rows in three, and got {len(indices)}. Give it more rows."
+        )
+    order = np.random.default_rng(derive_seed("split", config.seed)).permutation(indices)
+    held = min(max(1, round(config.validation_fraction * len(order))), len(order) - 2)
+    half = (len(order) - held) // 2
+    return Split(
+        theta=order[held : held + half],
+        alpha=order[held + half : held + 2 * half],
+        validation=order[:held],
+    )
+
+
+def task_loss(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
+    """Cross-entropy over classes, or mean squared error."""
+    if task.kind == "regression":
+        return lambda logits, labels: nn.functional.mse_loss(logits.squeeze(-1), labels)
+    return nn.functional.cross_entropy
+
+
+def _steps(
+    rows: Rows, split: Split, config: SearchConfig, done: int, total: int
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Pairs of batches, theta's and alpha's, from step `done` on: each epoch has its own order."""
+    step = 0
+    for epoch in range(config.epochs):
+        parts = []
+        for name, part in (("theta", split.theta), ("alpha", split.alpha)):
+            generator = np.random.default_rng(derive_seed("order", config.seed, epoch, name))
+            parts.append(list(batches(part, rows.lengths, config.batch_size, generator)))
+        for theta, alpha in zip(*parts, strict=True):
+            if done <= step < total:
+                yield rows.batch(theta), rows.batch(alpha)
+            step += 1
+
+
+def _score(search: BiLevel, validation: Rows, task: Task) -> float:
+    search.open_gates()
+    logits = predict(search.pet.model, validation)
+    return metric_value(task, logits, np.asarray(validation.labels))
+
+
+def _taken(rows: Rows, indices: np.ndarray) -> Rows:
+    """The rows asked for, copied, in their order."""
+    starts, stops = rows.offsets[indices], rows.offsets[indices + 1]
+    places = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
+    return Rows(
+        tokens=rows.tokens[places],
+        offsets=np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64),
+        labels=np.asarray(rows.labels)[indices],
+        types=None if rows.types is None else rows.types[places],
+        pad_id=rows.pad_id,
+    )
+
+
+def _candidates(space: Space, p: list[float]) -> list[dict[str, Any]]:
+    """Every candidate with its place and gate: what a picture of the search is made from."""
+    return [
+        {
+            "kind": candidate.spec.kind,
+            "target": candidate.spec.target,
+            "role": candidate.position.role,
+            "stack": candidate.position.stack,
+            "layer": candidate.position.layer,
+            "size": candidate.size,
+            "gate": gate,
+        }
+        for candidate, gate in zip(space.candidates, p, strict=True)
+    ]
+
+
+def _digest(config: SearchConfig, fingerprint: str, indices: np.ndarray) -> str:
+    digest = hashlib.sha256(repr((sorted(asdict(config).items()), fingerprint)).encode())
+    digest.update(np.ascontiguousarray(indices, dtype=np.int64).tobytes())
+    return digest.hexdigest()
+
+
+class _Saved:
+    """A search's state on disk, under the digest of what it searches."""
+
+    def __init__(self, path: Path | None, digest: str) -> None:
+        self._path, self._digest = path, digest
+
+    def load(self, search: BiLevel) -> tuple[dict[str, Any], list[dict[str, float]]]:
+        """Go on from the file where there is one; give the best checkpoint and the history."""
+        if self._path is None or not self._path.exists():
+            return {}, []
+        try:
+            table = torch.load(self._path, weights_only=True)
+            digest = table["digest"]
+        except Exception as error:  # torch names no class for what a file may not be
+            raise ConfigError(
+                f"{str(self._path)!r} is not the state of a search "
+                f"({type(error).__name__}): remove it, or name another file."
+            ) from None
+        if digest != self._digest:
+            raise ConfigError(
+                f"{str(self._path)!r} is the state of a search with other settings, rows or "
+                "backbone: remove it, or name another file."
+            )
+        search.load_state(table["search"])
+        return table["best"], table["history"]
+
+    def save(self, search: BiLevel, best: dict[str, Any], history: list[dict[str, float]]) -> None:
+        if self._path is None:
+            return
+        table = {
+            "digest": self._digest,
+            "search": search.state(),
+            "best": best,
+            "history": history,
+        }
+        new = self._path.with_name(self._path.name + ".new")
+        torch.save(table, new)
+        os.replace(new, self._path)

@@ -1,0 +1,217 @@
+"""The space: every small module that a search may choose, and what each one sends.
+
+    ... -> structure -> [search] -> model -> ...
+
+In:  a model, or its configuration alone (no weights: torch's meta device), and a space's name.
+Out: a `Space`: candidates with exact sizes, in values.
+
+    mergeable    LoRA and HiWi on weights (frozen down-projections), BitFit on the biases there
+                 are, HiWi on the biases of the feed-forward part, gains and biases of norms:
+                 nothing adds latency. Key biases are left out, since the softmax cancels them.
+    s3pet-mix    the paper's: LoRA factors and BitFit on the Linears of self-attention and
+                 feed-forward part, gain and bias of every norm, low-rank adapters after both
+                 sub-layers. BitFit adds a bias where there is none.
+    s3pet-lora   the paper's: LoRA factors on those Linears only
+
+Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), released code, for the two spaces of
+the paper and LoRA's scale of 16 at rank 1. Ours: positions by role, so that any architecture has
+the spaces; in T5-large they have 916 and 288 candidates, as in the paper's code.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedpet.errors import ConfigError, StructureError
+from fedpet.modules.base import dense_sizes, is_dense
+from fedpet.positions import Position, find_positions
+from fedpet.structure import ModuleSpec, Structure
+
+if TYPE_CHECKING:
+    from collections.abc import Collection
+
+    from transformers import PretrainedConfig
+
+__all__ = ["SPACES", "Candidate", "Space", "build_space", "space_of_config"]
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One module that may be chosen, and where it is."""
+
+    spec: ModuleSpec
+    size: int  # values it sends
+    tensor: str  # what it sends; candidates that name the same one are sent once
+    position: Position
+
+
+@dataclass(frozen=True)
+class Space:
+    """All candidates, in the order of the model's modules."""
+
+    name: str
+    candidates: tuple[Candidate, ...]
+
+    @property
+    def sizes(self) -> list[int]:
+        return [candidate.size for candidate in self.candidates]
+
+    @property
+    def tensors(self) -> list[str]:
+        return [candidate.tensor for candidate in self.candidates]
+
+    @property
+    def num_values(self) -> int:
+        """Sum of all sizes: what the expected size is counted with."""
+        return sum(self.sizes)
+
+    def structure(self, chosen: Sequence[int] | None = None) -> Structure:
+        """The chosen candidates in the space's order; None takes all."""
+        indices = range(len(self.candidates)) if chosen is None else sorted(chosen)
+        return Structure(tuple(self.candidates[index].spec for index in indices))
+
+    def check_budget(self, budget: float) -> None:
+        """Refuse a budget that leaves nothing to search.
+
+        Raises:
+            StructureError: It holds no candidate, or all of them.
+        """
+        smallest = min(self.candidates, key=lambda candidate: candidate.size)
+        if not budget >= smallest.size:
+            raise StructureError(
+                f"the budget must hold at least the smallest candidate of {self.name!r}, "
+                f"{smallest.size} values ({smallest.spec.kind} on {smallest.spec.target!r}), got "
+                f"{budget:g}. Raise it, or lower the rank."
+            )
+        if not budget < self.num_values:
+            raise StructureError(
+                f"the budget must be below the {self.num_values} values of the whole space "
+                f"{self.name!r}, got {budget:g}: there is nothing to choose. Lower it, or take "
+                "a preset that names these modules."
+            )
+
+
+# What a search may put on a position: (kind, which positions).
+_Rule = tuple[str, Callable[[Position], bool]]
+
+_ATTENTION = ("query", "key", "value", "query-key-value", "attention-output")
+_FFN = ("ffn-up", "ffn-gate", "ffn-down")
+_OURS = (*_ATTENTION, *_FFN, "other-linear")
+
+
+def _is_linear(p: Position, roles: Sequence[str] = _OURS) -> bool:
+    return p.kind in ("linear", "conv1d") and p.role in roles
+
+
+def _is_norm(p: Position) -> bool:
+    return p.kind == "norm"
+
+
+def _has_live_bias(p: Position) -> bool:
+    return p.has_bias and _is_linear(p, (*_OURS, "pooler")) and p.role != "key"
+
+
+SPACES: Mapping[str, tuple[_Rule, ...]] = {
+    "mergeable": (
+        ("lora", lambda p: _is_linear(p, (*_OURS, "pooler"))),
+        ("hiwi-weight", lambda p: _is_linear(p, _FFN)),
+        ("bitfit", _has_live_bias),
+        ("hiwi-bias", lambda p: _is_linear(p, _FFN) and p.has_bias),
+        ("lnfit", _is_norm),
+        ("ln-bias", lambda p: _is_norm(p) and p.has_bias),
+    ),
+    "s3pet-mix": (
+        ("lora-factors", _is_linear),
+        ("bitfit", lambda p: _is_linear(p) or _is_norm(p)),
+        ("lnfit", _is_norm),
+        ("lowrank-adapter", lambda p: p.kind == "block"),
+    ),
+    "s3pet-lora": (("lora-factors", _is_linear),),
+}
+
+
+def build_space(
+    model: nn.Module,
+    name: str = "mergeable",
+    *,
+    head: Collection[str] = (),
+    rank: int = 1,
+    scale: float = 16.0,
+) -> Space:
+    """Find every candidate of a space in a model, which may lie on the meta device.
+
+    Args:
+        model: Any transformer; its weights are not read.
+        name: Of `SPACES`.
+        head: Names of newly initialised parameters, which carry no candidates.
+        rank: Of LoRA, HiWi and the adapter's factors.
+        scale: Of LoRA; HiWi and the adapter have scale 1.
+
+    Raises:
+        ConfigError: An unknown space, or a rank below 1.
+        StructureError: The model has no candidate of this space.
+    """
+    if name not in SPACES:
+        raise ConfigError(f"a search space must be one of {', '.join(SPACES)}, got {name!r}.")
+    if rank < 1:
+        raise ConfigError(f"the rank of a search's candidates must be at least 1, got {rank}.")
+    candidates = []
+    for position in find_positions(model, head):
+        for kind, wanted in SPACES[name]:
+            if wanted(position):
+                module = model.get_submodule(position.name)
+                ranked = kind not in ("bitfit", "lnfit", "ln-bias")
+                spec = ModuleSpec(
+                    kind,
+                    position.name,
+                    rank if ranked else 0,
+                    scale if kind.startswith("lora") else 1.0,
+                )
+                candidates.append(
+                    Candidate(spec, _size(spec, position, module), _tensor(spec), position)
+                )
+    if not candidates:
+        raise StructureError(f"the space {name!r} has no candidate in this model.")
+    return Space(name, tuple(candidates))
+
+
+def space_of_config(
+    config: PretrainedConfig, name: str = "mergeable", *, rank: int = 1, scale: float = 16.0
+) -> Space:
+    """Count a space from a model's configuration: no weights are read or made."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        try:
+            model = AutoModelForSequenceClassification.from_config(config)
+        except ValueError:  # an architecture that has none
+            model = AutoModel.from_config(config)
+    return build_space(model, name, rank=rank, scale=scale)
+
+
+def _size(spec: ModuleSpec, position: Position, module: nn.Module) -> int:
+    """Values that a module sends, as `fedpet.modules` lays them out."""
+    d_in, d_out, r = position.in_features, position.out_features, spec.rank
+    if spec.kind in ("lora", "hiwi-weight"):
+        return r * d_out  # the down-projection is frozen
+    if spec.kind == "lora-factors":
+        return r * (d_in + d_out)
+    if spec.kind == "lowrank-adapter":
+        last = [inner for inner in module.modules() if is_dense(inner)][-1]
+        d = dense_sizes(last)[1]
+        m = max(1, d // 32)
+        return (2 * r + 1) * (d + m)
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    return d_out if is_dense(module) else len(weight)
+
+
+def _tensor(spec: ModuleSpec) -> str:
+    if spec.kind in ("bitfit", "ln-bias", "hiwi-bias"):
+        return f"{spec.target}.bias"
+    return f"{spec.target}:{spec.kind}"
