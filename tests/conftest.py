@@ -43,6 +43,7 @@ os.environ |= {
     "FLWR_LOCAL_CONTROL_API_PORT": str(CONTROL_PORT),
     "RAY_TMPDIR": str(HOME),
     "RAY_USAGE_STATS_ENABLED": "0",
+    "RAY_worker_niceness": "0",  # Ray's workers are nice, and beside other work would stand still
     "TOKENIZERS_PARALLELISM": "false",
 }
 os.environ.pop("RAY_ADDRESS", None)
