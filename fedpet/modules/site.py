@@ -36,6 +36,9 @@ class Site:
     marks: Callable[[Forward], Forward] | None = None  # the output can be made again: `kept`
     columns: bool = False  # lays its output in columns, for an activation that takes them
 
+    def __post_init__(self) -> None:
+        self._before: Forward | None = self.module.__dict__.get("forward")
+
     def install(self, gated: bool) -> None:
         """Give the module the forward it needs.
 
@@ -46,13 +49,19 @@ class Site:
         self.remove()
         forward = self._forward(gated)
         if self.marks is not None:
-            forward = self.marks(forward or _plain(self.module))
+            forward = self.marks(forward or self._plain())
         if forward is not None:
             self.module.forward = forward
 
     def remove(self) -> None:
         """Give the module its own forward back."""
         self.module.__dict__.pop("forward", None)
+        if self._before is not None:
+            self.module.forward = self._before
+
+    def _plain(self) -> Forward:
+        forward: Forward = self._before or type(self.module).forward.__get__(self.module)
+        return forward
 
     def _forward(self, gated: bool) -> Forward | None:
         tensors: dict[str, list[PetModule]] = {}
@@ -101,7 +110,7 @@ class Site:
     ) -> Forward:
         """Of a norm, or of a block: its own forward, with other tensors and more after it."""
         own: dict[str, Any] = self.module._parameters
-        plain = _plain(self.module)
+        plain = self._plain()
         replaced = {name: effects for name, effects in tensors.items() if own.get(name) is not None}
         added = [e for name, effects in tensors.items() if name not in replaced for e in effects]
 
@@ -153,11 +162,6 @@ def build_sites(
         if mask is not None or site.effects or marks is not None:
             sites.append(site)
     return sites
-
-
-def _plain(module: nn.Module) -> Forward:
-    forward: Forward = type(module).forward.__get__(module)
-    return forward
 
 
 def _changed(tensor: Tensor | None, effects: Sequence[PetModule]) -> Tensor | None:
