@@ -1,0 +1,254 @@
+"""What one local training step costs, by method: time and memory, in one process side by side.
+
+    python -m simulations.benchmarks.training_step [--threads 1 2] [--rounds 9] [--out FILE]
+
+For each setting (model, rows x tokens) all methods are set up, then take turns, one step each, so
+that what else the machine does falls on all alike. A step is forward, backward, optimiser and
+whatever the method writes afterwards. Told are the medians of wall and of CPU time, and
+
+    persistent bytes   what the method holds between steps above the loaded model
+    peak bytes         the most that is allocated at once during a step, on top of that
+
+both counted by torch's profiler from every allocation, which is exact and the same each time.
+
+`bitfit` is the floor of any method whose backward goes through all layers: forward pass and input
+gradients, and next to nothing for weights. MPNet-base has random weights where its packages are
+not installed; time and memory do not depend on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from fedpet.backbone import Backbone, load_backbone
+from fedpet.config import BackboneConfig, MaskConfig
+from fedpet.mask import build_mask
+from fedpet.model import PetModel
+from fedpet.positions import find_positions, mask_scope
+from fedpet.simulations.run_folder import machine, versions
+from fedpet.structure import preset
+
+SETTINGS = (("minilm", 32, 32), ("minilm", 16, 128), ("mpnet-base", 8, 128))
+DENSITIES = (0.001, 0.005, 0.02, 0.05)
+Step = Callable[[], None]
+
+
+def methods() -> dict[str, Callable[[Backbone], tuple[Any, Iterable[nn.Parameter], Step, Step]]]:
+    """By name: backbone -> (model, what to optimise, set gradients to zero, after a step)."""
+    table = {
+        "full": lambda base: _plain(base, lambda name: True),
+        "bitfit": lambda base: _plain(base, _is_bias),
+        "peft-lora": _peft_lora,
+        "peft-shira": _peft_shira,
+    }
+    for density in DENSITIES:
+        table[f"fedpet-mask-{100 * density:g}%"] = lambda base, d=density: _fedpet(base, d, "none")
+    table["fedpet-lora"] = lambda base: _fedpet(base, 0.0, "lora")
+    table["fedpet-default"] = lambda base: _fedpet(base, 0.005, "lora+lnfit")
+    return table
+
+
+def measure(
+    model: str, rows: int, tokens: int, threads: int, rounds: int, names: list[str]
+) -> list[dict[str, Any]]:
+    """One setting: a table row for each method."""
+    torch.set_num_threads(threads)
+    generator = torch.Generator().manual_seed(0)
+    base = _backbone(model)
+    vocabulary = base.model.config.vocab_size
+    ids = torch.randint(5, vocabulary, (rows, tokens), generator=generator)
+    inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
+    labels = torch.randint(0, 2, (rows,), generator=generator)
+    steps, memory, trained = {}, {}, {}
+    for name in names:
+        fresh = copy.deepcopy(base)
+        with _Allocations() as persistent:
+            adapted, parameters, zero, after = methods()[name](fresh)
+            parameters = list(parameters)
+            optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
+
+            def step(
+                adapted: Any = adapted,
+                optimiser: torch.optim.Optimizer = optimiser,
+                zero: Step = zero,
+                after: Step = after,
+            ) -> None:
+                zero()
+                nn.functional.cross_entropy(adapted(**inputs).logits, labels).backward()
+                optimiser.step()
+                after()
+
+            step()
+        with _Allocations() as one:
+            step()
+        steps[name] = step
+        trained[name] = sum(p.numel() for p in parameters)
+        memory[name] = (persistent.left, one.peak)
+    wall: dict[str, list[float]] = {name: [] for name in names}
+    cpu: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(rounds):
+        for name, step in steps.items():
+            started, started_cpu = time.perf_counter(), time.process_time()
+            step()
+            wall[name].append(time.perf_counter() - started)
+            cpu[name].append(time.process_time() - started_cpu)
+    return [
+        {
+            "model": model,
+            "rows": rows,
+            "tokens": tokens,
+            "threads": threads,
+            "method": name,
+            "trained_values": trained[name],
+            "step_seconds": round(statistics.median(wall[name]), 5),
+            "step_cpu_seconds": round(statistics.median(cpu[name]), 5),
+            "fastest_cpu_seconds": round(min(cpu[name]), 5),
+            "persistent_bytes": memory[name][0],
+            "peak_bytes": memory[name][1],
+        }
+        for name in names
+    ]
+
+
+class _Allocations:
+    """Counts what torch allocates on the CPU: what is left at the end, and the most at once."""
+
+    def __enter__(self) -> _Allocations:
+        self._profile = torch.profiler.profile(
+            activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
+        )
+        self._profile.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._profile.__exit__(*failure)
+        results = self._profile.profiler.kineto_results  # type: ignore[union-attr]
+        events = [event for event in results.events() if event.name() == "[memory]"]
+        self.left = self.peak = 0
+        for event in sorted(events, key=lambda event: event.start_ns()):
+            self.left += event.nbytes()
+            self.peak = max(self.peak, self.left)
+
+
+def _backbone(model: str) -> Backbone:
+    if model == "minilm":
+        return load_backbone(BackboneConfig(), num_outputs=2)
+    from transformers import MPNetConfig, MPNetForSequenceClassification
+
+    torch.manual_seed(0)
+    mpnet = MPNetForSequenceClassification(MPNetConfig()).eval().requires_grad_(False)
+    head = tuple(name for name, _ in mpnet.named_parameters() if name.startswith("classifier"))
+    return Backbone(model, Path("."), mpnet, head, "")
+
+
+def _is_bias(name: str) -> bool:
+    return name.endswith("bias") and "norm" not in name.lower() and "relative" not in name
+
+
+def _plain(base: Backbone, trains: Callable[[str], bool]) -> Any:
+    for name, parameter in base.model.named_parameters():
+        parameter.requires_grad_(trains(name) or name in base.head)
+    return _trained_by_torch(base.model)
+
+
+def _trained_by_torch(model: Any) -> Any:
+    parameters = [p for p in model.parameters() if p.requires_grad]
+
+    def zero() -> None:
+        for parameter in parameters:
+            if parameter.grad is not None:
+                parameter.grad.zero_()
+
+    return model, parameters, zero, lambda: None
+
+
+def _names(base: Backbone, *roles: str) -> list[str]:
+    positions = find_positions(base.model, base.head)
+    dense = [p for p in positions if p.kind == "linear" and p.role != "pooler"]
+    return [p.name for p in dense if not roles or p.role in roles]
+
+
+def _peft_lora(base: Backbone) -> Any:
+    from peft import LoraConfig, get_peft_model
+
+    names = _names(base, "query", "value")
+    config = LoraConfig(r=8, lora_alpha=16, target_modules=names, modules_to_save=["classifier"])
+    return _trained_by_torch(get_peft_model(base.model, config).eval())
+
+
+def _peft_shira(base: Backbone) -> Any:
+    """Of all dense weights, with the rank whose number of values is nearest to the 0.5 % mask's."""
+    from peft import ShiraConfig, get_peft_model
+
+    names = _names(base)
+    sizes = [tuple(base.model.get_submodule(name).weight.shape) for name in names]
+    wanted = 0.005 * sum(first * second for first, second in sizes)
+    rank = max(1, round(wanted / sum(first + second for first, second in sizes)))
+    config = ShiraConfig(r=rank, target_modules=names, modules_to_save=["classifier"])
+    return _trained_by_torch(get_peft_model(base.model, config).eval())
+
+
+def _fedpet(base: Backbone, density: float, names: str) -> Any:
+    mask = None
+    if density:
+        mask = build_mask(mask_scope(base.model, base.head), MaskConfig(density=density))
+    positions = find_positions(base.model, base.head)
+    pet = PetModel(base, mask, preset(names, positions, rank=8, scale=2.0), seed=0)
+    return pet.model, pet.parameter_groups().values(), pet.zero_grad, pet.after_step
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    lines = []
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in rows:
+        key = (row["model"], row["rows"], row["tokens"], row["threads"])
+        groups.setdefault(key, []).append(row)
+    for (model, batch, tokens, threads), group in groups.items():
+        floor = next((row for row in group if row["method"] == "bitfit"), group[0])
+        lines += [f"{model}, {batch} rows x {tokens} tokens, {threads} thread(s)"]
+        for row in group:
+            lines.append(
+                f"  {row['method']:<18} {1e3 * row['step_seconds']:9.1f} ms"
+                f" {row['step_cpu_seconds'] / floor['step_cpu_seconds']:6.2f} x bitfit (CPU)"
+                f" {row['persistent_bytes'] / 1e6:9.2f} MB held"
+                f" {row['peak_bytes'] / 1e6:9.2f} MB at once"
+                f" {row['trained_values']:>11,} values"
+            )
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Measure and print; `--out` keeps the numbers."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--rounds", type=int, default=9, help="steps of each method")
+    parser.add_argument("--settings", nargs="+", default=[f"{m}:{r}x{t}" for m, r, t in SETTINGS])
+    parser.add_argument("--methods", nargs="+", default=list(methods()))
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args(arguments)
+    rows = []
+    for setting in options.settings:
+        model, _, size = setting.partition(":")
+        batch, _, tokens = size.partition("x")
+        for threads in options.threads:
+            rows += measure(
+                model, int(batch), int(tokens), threads, options.rounds, options.methods
+            )
+            print(_table(rows[-len(options.methods) :]), flush=True)
+    if options.out is not None:
+        report = {"schema": 1, "machine": machine(), "versions": versions(), "rows": rows}
+        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
