@@ -18,10 +18,10 @@ from architectures import (
 )
 from torch import Tensor, nn
 
-import fedpet.modules.masked as masked_module
+import fedpet.modules.dense as dense_module
 from fedpet.model import PetModel
 from fedpet.modules import MaskedWeight
-from fedpet.modules.masked import masked_linear
+from fedpet.modules.dense import DensePlan, dense
 from fedpet.structure import PRESETS, Structure
 
 
@@ -29,7 +29,6 @@ def _masked(
     weight: Tensor, positions: Tensor, transposed: bool = False
 ) -> tuple[MaskedWeight, nn.Parameter]:
     mask = MaskedWeight("w", weight, positions, transposed)
-    mask.share_zeros(torch.zeros(len(positions), dtype=weight.dtype))
     v = nn.Parameter(torch.zeros(len(positions), dtype=weight.dtype))
     mask.bind([v])
     return mask, v
@@ -57,7 +56,7 @@ def test_the_masked_layer_passes_gradcheck(transposed: bool, density: float, col
         with torch.no_grad():
             mask.trainables[0].copy_(v)
             mask.write_weight()
-        return masked_linear(x, weight.clone(), bias, v, mask, columns)
+        return dense(x, weight.clone(), bias, DensePlan(transposed, mask, (), columns), [v])
 
     inputs = (
         x.requires_grad_(),
@@ -197,9 +196,9 @@ def test_backward_leaves_out_tokens_without_a_gradient_and_changes_nothing(
     for with_look in (True, False):
         base = backbone("bert")
         pet = PetModel(base, mask_of(base, 0.05), Structure(), seed=0)
-        look = masked_module._live if with_look else lambda g: None
+        look = dense_module._live if with_look else lambda g: None
         monkeypatch.setattr(
-            masked_module, "_live", lambda g, look=look: kept.append(look(g)) or kept[-1]
+            dense_module, "_live", lambda g, look=look: kept.append(look(g)) or kept[-1]
         )
         loss_of(pet.model, inputs).backward()
         gradients.append(pet._gradient.clone())
@@ -262,7 +261,7 @@ def test_a_second_backward_on_a_retained_graph_gives_the_same_gradient() -> None
 def test_an_input_changed_in_place_before_backward_is_noticed() -> None:
     x, weight, bias, positions = _case(False, 0.2, torch.float32)
     mask, v = _masked(weight, positions)
-    y = masked_linear(x, weight, bias, v, mask)
+    y = dense(x, weight, bias, DensePlan(False, mask), [v])
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-import torch
 from torch import Tensor, nn
 
 from fedpet.errors import StructureError
@@ -58,18 +57,11 @@ def build_masks(model: nn.Module, positions: Mapping[str, Tensor]) -> list[Maske
                 f"{int(chosen.max())}, and it has {parameter.numel()} entries. Build the mask "
                 "from this backbone."
             )
-    masks = [
+    return [
         MaskedWeight(name, parameter, positions[name], is_transposed(owners[id(parameter)]))
         for name, parameter in parameters.items()
         if name in positions and len(positions[name])
     ]
-    if masks:
-        weight = masks[0].weight
-        longest = max(mask.num_values for mask in masks)
-        zeros = torch.zeros(longest, dtype=weight.dtype, device=weight.device)
-        for mask in masks:
-            mask.share_zeros(zeros)
-    return masks
 
 
 def build_structure(

@@ -12,7 +12,7 @@ Layers that read one input (query, key, value) share one `Kept`: it is made, and
 
 The sampled product wants both factors as columns, each (features, tokens) and contiguous.
 Transposing the wide inner activations of a feed-forward part would cost more than the product, so
-there the layers write their output in columns to begin with (see `masked`), and the activation in
+there the layers write their output in columns to begin with (see `dense`), and the activation in
 between is applied to the columns.
 """
 
@@ -45,13 +45,14 @@ class Kept:
     def rows(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         """(tokens, in), of any strides."""
         x = source if self._make is None else self._make(source)
-        return x.reshape(-1, x.shape[-1]).to(dtype)
+        x = x.reshape(-1, x.shape[-1])
+        return x if x.dtype == dtype else x.to(dtype)
 
     def columns(self, source: Tensor, dtype: torch.dtype) -> Tensor:
         """(in, tokens), contiguous."""
         if self._columns is not None:
             return self._columns
-        columns = self.rows(source, dtype).T.contiguous()
+        columns = self.rows(source, dtype).t().contiguous()
         if self.readers > 1:
             self._columns = columns
         return columns

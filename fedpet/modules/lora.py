@@ -14,6 +14,7 @@ Source: Hu et al., ICLR 2022, arXiv:2106.09685.
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -26,12 +27,14 @@ class LowRankBranch(PetModule):
     """scale * (x A^T) B^T with a frozen A (r, d_in); the trainable is B (d_out, r). Exact."""
 
     place = "parallel"
+    fused: ClassVar[bool] = True  # with the layer's own product, see `dense`
 
     def __init__(self, kind: str, target: str, down: Tensor, d_out: int, scale: float) -> None:
         super().__init__(kind, target)
         self._down = down  # (r, d_in)
         self._up_shape = (d_out, len(down))
-        self._scale = scale
+        self.in_place = False  # backward adds to B's gradient itself
+        self.scale = scale
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -45,11 +48,32 @@ class LowRankBranch(PetModule):
         assert x is not None
         down, up = self.factors()
         linear = nn.functional.linear
-        return linear(linear(x, down) * self._scale, up)
+        return linear(linear(x, down) * self.scale, up)
+
+    def gradient(self, inner: Tensor, g: Tensor, grad_x: Tensor | None) -> Tensor | None:
+        """B's gradient, (d_out, r), or None where it was added to what B holds.
+
+        Args:
+            inner: x A^T, (tokens, r).
+            g: Gradient of the output, (tokens, d_out).
+            grad_x: Of the input, (tokens, d_in); this branch's share is added to it.
+        """
+        down, up = self.factors()
+        if g.dtype != up.dtype:
+            down, up = down.to(g.dtype), up.to(g.dtype)
+        if grad_x is not None:
+            grad_x.addmm_(g @ up, down, alpha=self.scale)
+        into = self.trainables[0].grad
+        if into is None or not self.in_place:
+            return self.scale * (g.t() @ inner).to(self.trainables[0].dtype)
+        if g.dtype != into.dtype:
+            g, inner = g.to(into.dtype), inner.to(into.dtype)
+        into.addmm_(g.t(), inner, alpha=self.scale)
+        return None
 
     def merge(self, module: nn.Module) -> None:
         down, up = self.factors()
-        change = self._scale * (up @ down)  # (d_out, d_in)
+        change = self.scale * (up @ down)  # (d_out, d_in)
         assert isinstance(module.weight, Tensor)
         module.weight.add_(change.T if is_transposed(module) else change)
 
@@ -69,6 +93,7 @@ class LoRAFactors(LowRankBranch):
     """
 
     exact = False
+    fused = False
 
     def __init__(self, target: str, module: nn.Module, rank: int, scale: float, seed: int) -> None:
         down = _seeded_down(target, module, rank, seed)

@@ -16,20 +16,18 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fedpet.modules.base import PetModule
-from fedpet.modules.kept import Kept, in_columns, keep
+from fedpet.modules.kept import Kept
+
+__all__ = ["MaskedWeight"]
 
 # Past this density of a weight, products of blocks of rows cost less than the sampled product.
 DENSE_FROM = 0.15
 BLOCK_ROWS = 128
-
-__all__ = ["MaskedWeight", "masked_linear"]
 
 
 class MaskedWeight(PetModule):
@@ -60,21 +58,25 @@ class MaskedWeight(PetModule):
         crow = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
         crow[1:] = torch.cumsum(torch.bincount(flat // columns, minlength=rows), 0)
         self._crow, self._columns = crow, (flat % columns).to(torch.int32)
-        self._pattern: Tensor | None = None
         self._blocks: list[int] | None = None  # entries up to the end of each block of rows
         if len(flat) > DENSE_FROM * weight.numel():
             self._blocks = [*crow[BLOCK_ROWS:rows:BLOCK_ROWS].tolist(), len(flat)]
+        # Whether backward adds to the gradient's storage itself, or gives autograd a gradient.
+        self.in_place = False
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return ((len(self._flat),),)
 
-    def share_zeros(self, zeros: Tensor) -> None:
-        """Take the values of the pattern, which are never read, from a shared tensor."""
+    def bind(self, trainables: Sequence[Tensor]) -> None:
+        super().bind(trainables)
+        gradient = trainables[0].grad
+        if gradient is None:
+            gradient = torch.zeros_like(self._start)
         with warnings.catch_warnings():  # "sparse CSR is in beta", once a process
             warnings.simplefilter("ignore")
-            self._pattern = torch.sparse_csr_tensor(
-                self._crow, self._columns, zeros[: len(self._flat)], self.weight.shape
+            self._gradient = torch.sparse_csr_tensor(  # a view: its values are `gradient`
+                self._crow, self._columns, gradient, self.weight.shape
             )
 
     def write(self, values: Tensor, seed: int) -> None:
@@ -95,8 +97,8 @@ class MaskedWeight(PetModule):
     def _put(self, entries: Tensor) -> None:
         self.weight.view(-1).index_copy_(0, self._flat.to(torch.int64), entries)
 
-    def gradient(self, kept: Kept, source: Tensor, g: Tensor, live: Tensor | None) -> Tensor:
-        """The weight's gradient at the positions, ascending: (k,).
+    def gradient(self, kept: Kept, source: Tensor, g: Tensor, live: Tensor | None) -> Tensor | None:
+        """The weight's gradient at the positions, ascending: (k,); None where `in_place`.
 
         Args:
             kept: Input of the layer,
@@ -105,7 +107,8 @@ class MaskedWeight(PetModule):
             live: The tokens that `g` is given for; None where it is given for all.
         """
         dtype = self.weight.dtype
-        g = g.to(dtype)
+        if g.dtype != dtype:
+            g = g.to(dtype)
         if self._blocks is not None:
             x = kept.rows(source, dtype)
             x = x if live is None else x[live]
@@ -114,127 +117,33 @@ class MaskedWeight(PetModule):
         if live is None:
             x = kept.columns(source, dtype)
         else:
-            x = kept.rows(source, dtype)[live].T.contiguous()
-        g = g.T.contiguous()
+            x = kept.rows(source, dtype)[live].t().contiguous()
+        g = g.t().contiguous()
         left, right = (x, g) if self.transposed else (g, x)  # (rows, tokens), (columns, tokens)
-        assert self._pattern is not None
-        sampled: Tensor = torch.sparse.sampled_addmm(self._pattern, left, right.T, beta=0.0)
+        if self.in_place:
+            into = self._gradient
+            torch.sparse.sampled_addmm(into, left, right.t(), beta=1.0, out=into)
+            return None
+        sampled: Tensor = torch.sparse.sampled_addmm(self._gradient, left, right.t(), beta=0.0)
         return sampled.values()
 
-    def _gradient_by_blocks(self, left: Tensor, right: Tensor, ends: Sequence[int]) -> Tensor:
+    def _gradient_by_blocks(
+        self, left: Tensor, right: Tensor, ends: Sequence[int]
+    ) -> Tensor | None:
         """The same for many positions: dense products of a few rows at a time, then a choice."""
         gradient = torch.empty_like(self._start)
         columns = self.weight.shape[1]
         start = 0
         for block, stop in enumerate(ends):
             row = block * BLOCK_ROWS
-            dense = left[:, row : row + BLOCK_ROWS].T @ right  # (BLOCK_ROWS, columns)
+            dense = left[:, row : row + BLOCK_ROWS].t() @ right  # (BLOCK_ROWS, columns)
             chosen = self._flat[start:stop] - row * columns  # index_select takes int32
             torch.index_select(dense.view(-1), 0, chosen, out=gradient[start:stop])
             start = stop
+        if self.in_place:
+            self._gradient.values().add_(gradient)
+            return None
         return gradient
 
     def merge(self, module: nn.Module) -> None:
         """Nothing to do: the weight holds the change already."""
-
-
-class _MaskedLinear(torch.autograd.Function):
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        v: Tensor,
-        mask: MaskedWeight,
-        columns: bool,
-        kept: Kept,
-        source: Tensor,
-    ) -> Tensor:
-        ctx.save_for_backward(weight, source)
-        ctx.mask = mask
-        ctx.kept = kept
-        ctx.shape = x.shape
-        ctx.dtype = x.dtype
-        ctx.input_columns = in_columns(x)
-        matrix = weight.T if mask.transposed else weight  # (out, in)
-        if torch.is_autocast_enabled(x.device.type):
-            return nn.functional.linear(x, matrix, bias)
-        rows = x.reshape(-1, x.shape[-1])
-        if columns:  # in memory (out, tokens)
-            y = matrix @ rows.T if bias is None else torch.addmm(bias[:, None], matrix, rows.T)
-            y = y.T
-        else:
-            y = rows @ matrix.T if bias is None else torch.addmm(bias, rows, matrix.T)
-        return y.view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        weight, source = ctx.saved_tensors
-        mask: MaskedWeight = ctx.mask
-        grad_x = grad_bias = grad_v = None
-        g = g.reshape(-1, g.shape[-1])  # (tokens, out)
-        if ctx.needs_input_grad[2]:
-            grad_bias = g.sum(0).to(weight.dtype)
-        tokens = len(g)
-        live = _live(g)
-        if live is not None:
-            g = g[live]
-        if ctx.needs_input_grad[3]:
-            grad_v = mask.gradient(ctx.kept, source, g, live)
-        ctx.kept.release()
-        if ctx.needs_input_grad[0]:
-            matrix = (weight.T if mask.transposed else weight).to(g.dtype)  # (out, in)
-            if ctx.input_columns:
-                grad_x = matrix.T @ g.T if live is None else _spread(matrix.T @ g.T, live, tokens)
-                grad_x = grad_x.T
-            else:
-                grad_x = g @ matrix if live is None else _spread(g @ matrix, live, tokens, 0)
-            grad_x = grad_x.to(ctx.dtype).view(ctx.shape)
-        return grad_x, None, grad_bias, grad_v, None, None, None, None
-
-
-def _spread(columns: Tensor, live: Tensor, tokens: int, dim: int = 1) -> Tensor:
-    """Put what was computed for the live tokens in its place, zeros for the others."""
-    shape = list(columns.shape)
-    shape[dim] = tokens
-    return columns.new_zeros(shape).index_copy_(dim, live, columns)
-
-
-def _live(g: Tensor) -> Tensor | None:
-    """The tokens whose output gradient is not zero, (n,), where leaving out the rest pays.
-
-    In the last layer of a classifier only the first token has a gradient, and a padding token
-    has none in any layer. A look at eight columns tells whether it is worth looking at all.
-    """
-    tokens, width = g.shape
-    if tokens < 64 or g.device.type != "cpu":  # on a GPU the look would wait for it
-        return None
-    sample = g[:, :: max(1, width // 8)]
-    if int(torch.count_nonzero(sample.any(1))) > 0.75 * tokens:
-        return None
-    live = g.any(1).nonzero().flatten()
-    return live if len(live) <= 0.75 * tokens else None
-
-
-def masked_linear(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor | None,
-    v: Tensor,
-    mask: MaskedWeight,
-    columns: bool = False,
-) -> Tensor:
-    """x W^T + b, where the gradient with respect to W is taken at the mask's positions, as v's.
-
-    Args:
-        x: (..., in).
-        weight: (out, in), or (in, out) where the mask is transposed; holds w0 + v.
-        bias: (out,) or None.
-        v: (k,), in ascending order of positions; its numbers are not read.
-        columns: Lay the output in memory as (out, tokens), for an activation that knows it.
-    """
-    if not torch.is_grad_enabled():
-        return nn.functional.linear(x, weight.T if mask.transposed else weight, bias)
-    return _MaskedLinear.apply(x, weight, bias, v, mask, columns, *keep(x))  # type: ignore[no-any-return, no-untyped-call]

@@ -16,8 +16,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedpet.modules.base import PetModule, is_dense, is_transposed
+from fedpet.modules.dense import DensePlan, dense
 from fedpet.modules.kept import activation_forward, norm_forward
-from fedpet.modules.masked import MaskedWeight, masked_linear
+from fedpet.modules.lora import LowRankBranch
+from fedpet.modules.masked import MaskedWeight
 from fedpet.positions import Position
 
 __all__ = ["Site", "build_sites"]
@@ -75,11 +77,12 @@ class Site:
         if not (self.mask or tensors or parallel or sequential):
             return None
         if is_dense(self.module):
-            return self._dense(tensors.get("bias", []), parallel, sequential)
+            return self._dense(gated, tensors.get("bias", []), parallel, sequential)
         return self._other(tensors, sequential)
 
     def _dense(
         self,
+        gated: bool,
         biases: Sequence[PetModule],
         parallel: Sequence[PetModule],
         sequential: Sequence[PetModule],
@@ -87,17 +90,23 @@ class Site:
         own = self.module._parameters
         weight = own["weight"]
         assert weight is not None
-        mask, columns = self.mask, self.columns
-        v = mask.trainables[0] if mask is not None else None
-        transposed = is_transposed(self.module)
+        branches = [e for e in parallel if isinstance(e, LowRankBranch) and e.fused and not gated]
+        others = [e for e in parallel if e not in branches]
+        # With gates, gradients may be asked for apart; without, they go where they belong.
+        if self.mask is not None:
+            self.mask.in_place = not gated
+        for branch in branches:
+            branch.in_place = True
+        plan = DensePlan(is_transposed(self.module), self.mask, branches, self.columns)
+        trainables = plan.trainables
 
         def forward(x: Tensor) -> Tensor:
             bias = _changed(own["bias"], biases) if biases else own["bias"]
-            if mask is not None and v is not None:
-                y = masked_linear(x, weight, bias, v, mask, columns)
+            if trainables:
+                y = dense(x, weight, bias, plan, trainables)
             else:
-                y = nn.functional.linear(x, weight.T if transposed else weight, bias)
-            for effect in parallel:
+                y = nn.functional.linear(x, weight.T if plan.transposed else weight, bias)
+            for effect in others:
                 y = y + effect.gated(x)
             for effect in sequential:
                 y = y + effect.gated(y)

@@ -1,0 +1,160 @@
+"""A dense layer with a masked weight, low-rank branches, or both, as one step of autograd.
+
+In:  the layer's input, its weight and bias, its mask and the branches beside it.
+Out: its output; in backward, the input's gradient, and the trainables' added where they lie.
+
+Forward is a plain product; a branch adds its own to the output in place. Backward takes the
+weight's gradient at the mask's positions only. Trainables of a `PetModel` hold their gradients in
+one flat tensor, and backward adds to that itself: nothing is allocated, copied or added again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fedpet.modules.kept import Kept, in_columns, keep
+from fedpet.modules.lora import LowRankBranch
+from fedpet.modules.masked import MaskedWeight
+
+__all__ = ["DensePlan", "dense"]
+
+
+@dataclass(frozen=True)
+class DensePlan:
+    """What acts on one dense layer."""
+
+    transposed: bool  # weight is (in, out)
+    mask: MaskedWeight | None = None
+    branches: Sequence[LowRankBranch] = ()
+    columns: bool = False  # lay the output in memory as (out, tokens)
+
+    @property
+    def trainables(self) -> list[Tensor]:
+        """v of the mask, then B of each branch."""
+        masks = () if self.mask is None else (self.mask,)
+        return [module.trainables[0] for module in (*masks, *self.branches)]
+
+
+def dense(
+    x: Tensor, weight: Tensor, bias: Tensor | None, plan: DensePlan, trainables: Sequence[Tensor]
+) -> Tensor:
+    """x W^T + b and the branches, trained as the plan says.
+
+    Args:
+        x: (..., in).
+        weight: (out, in), or (in, out) where transposed; holds w0 + v. It gets no gradient.
+        bias: (out,) or None.
+        plan: What acts on the layer.
+        trainables: The plan's, in its order. The numbers of v are not read: the weight has them.
+    """
+    if torch.is_grad_enabled():
+        kept, source = (None, None) if plan.mask is None else keep(x)
+        return _Dense.apply(x, weight, bias, plan, kept, source, *trainables)  # type: ignore[no-any-return, no-untyped-call]
+    y = nn.functional.linear(x, weight.t() if plan.transposed else weight, bias)
+    for branch in plan.branches:
+        y = y + branch.effect(x)
+    return y
+
+
+class _Dense(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        plan: DensePlan,
+        kept: Kept | None,
+        source: Tensor | None,
+        *trainables: Tensor,
+    ) -> Tensor:
+        matrix = weight.t() if plan.transposed else weight  # (out, in)
+        rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        inner = []  # x A^T of each branch, (tokens, r)
+        if torch.is_autocast_enabled(x.device.type):
+            y = nn.functional.linear(rows, matrix, bias)
+            for branch in plan.branches:
+                down, up = branch.factors()
+                inner.append(nn.functional.linear(rows, down))
+                y = y + branch.scale * nn.functional.linear(inner[-1], up)
+        elif plan.columns:  # in memory (out, tokens)
+            y = matrix @ rows.t() if bias is None else torch.addmm(bias[:, None], matrix, rows.t())
+            for branch in plan.branches:
+                down, up = branch.factors()
+                inner.append(rows @ down.t())
+                y.addmm_(up, inner[-1].t(), alpha=branch.scale)
+            y = y.t()
+        else:
+            y = rows @ matrix.t() if bias is None else torch.addmm(bias, rows, matrix.t())
+            for branch in plan.branches:
+                down, up = branch.factors()
+                inner.append(rows @ down.t())
+                y.addmm_(inner[-1], up.t(), alpha=branch.scale)
+        ctx.save_for_backward(weight, source, *inner)
+        ctx.plan, ctx.kept = plan, kept
+        ctx.shape, ctx.dtype, ctx.input_columns = x.shape, x.dtype, in_columns(x)
+        return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        weight, source, *inner = ctx.saved_tensors
+        plan: DensePlan = ctx.plan
+        needs_x, _, needs_bias, *_ = ctx.needs_input_grad
+        if g.dim() != 2:
+            g = g.reshape(-1, g.shape[-1])  # (tokens, out)
+        grad_bias = g.sum(0).to(weight.dtype) if needs_bias else None
+        tokens = g.shape[0]
+        live = _live(g)
+        if live is not None:
+            g = g[live]
+        gradients = []
+        if plan.mask is not None:
+            gradients.append(plan.mask.gradient(ctx.kept, source, g, live))
+            ctx.kept.release()
+        grad_x = None
+        if needs_x:
+            matrix = weight if weight.dtype == g.dtype else weight.to(g.dtype)
+            if plan.transposed:
+                matrix = matrix.t()  # (out, in)
+            # in memory (in, tokens) where the input lies so
+            grad_x = (matrix.t() @ g.t()).t() if ctx.input_columns else g @ matrix
+        for branch, u in zip(plan.branches, inner, strict=True):
+            gradients.append(branch.gradient(u if live is None else u[live], g, grad_x))
+        if grad_x is not None:
+            if live is not None:
+                grad_x = _spread(grad_x, live, tokens, ctx.input_columns)
+            if grad_x.dtype != ctx.dtype:
+                grad_x = grad_x.to(ctx.dtype)
+            grad_x = grad_x.view(ctx.shape)
+        return grad_x, None, grad_bias, None, None, None, *gradients
+
+
+def _spread(part: Tensor, live: Tensor, tokens: int, columns: bool) -> Tensor:
+    """Put what was computed for the live tokens in its place, zeros for the others."""
+    width = part.shape[1]
+    if columns:
+        return part.new_zeros(width, tokens).index_copy_(1, live, part.t()).t()
+    return part.new_zeros(tokens, width).index_copy_(0, live, part)
+
+
+def _live(g: Tensor) -> Tensor | None:
+    """The tokens whose output gradient is not zero, (n,), where leaving out the rest pays.
+
+    In the last layer of a classifier only the first token has a gradient, and a padding token
+    has none in any layer. A look at eight columns tells whether it is worth looking at all.
+    """
+    tokens, width = g.shape
+    if tokens < 64 or g.device.type != "cpu":  # on a GPU the look would wait for it
+        return None
+    sample = g[:, :: max(1, width // 8)]
+    if int(torch.count_nonzero(sample)) > 0.45 * sample.numel():
+        return None
+    live = g.any(1).nonzero().flatten()
+    return live if len(live) <= 0.7 * tokens else None
