@@ -167,6 +167,7 @@ def federate(grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener)
         values_by_kind=count_by_kind(pet.segments),
         pretrained_parameters=prepared.pretrained_parameters,
         added_parameters=_num_parameters(plain[0]) - prepared.all_parameters,
+        inexact_kinds=pet.inexact_kinds,
         values_sha256=hashlib.sha256(values.astype("<f4").tobytes()).hexdigest(),
         final=final,
         total_seconds=time.perf_counter() - prepared.started,

@@ -31,6 +31,7 @@ def summarise(
     values_by_kind: dict[str, int],
     pretrained_parameters: int,
     added_parameters: int = 0,
+    inexact_kinds: Sequence[str] = (),
     values_sha256: str,
     final: float,
     total_seconds: float,
@@ -47,6 +48,7 @@ def summarise(
         values_by_kind: Communicated values by kind; "mask" and "head" are told apart.
         pretrained_parameters: Of the backbone, its new head not counted.
         added_parameters: That the merged model has beyond the backbone and its head.
+        inexact_kinds: Whose average is not the average of models.
         values_sha256: Of the final communicated values, float32, little-endian.
         final: The metric of the merged model.
         total_seconds: From the first stage to the last.
@@ -75,6 +77,7 @@ def summarise(
             "structure_values": num_values - mask - head,
             "head_values": head,
             "values_by_kind": values_by_kind,
+            "inexact_kinds": list(inexact_kinds),
             "inference_parameters_added": added_parameters,
         },
         "data": {

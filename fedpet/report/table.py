@@ -81,6 +81,8 @@ def _values(result: dict[str, Any]) -> Iterator[Row]:
     kinds = model["values_by_kind"]
     if len(kinds) > 1:
         yield "  by kind", ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
+    if inexact := model.get("inexact_kinds"):
+        yield "  not averaged exactly", f"{', '.join(inexact)}: the mean of factors"
 
 
 def _bytes(result: dict[str, Any]) -> Iterator[Row]:
