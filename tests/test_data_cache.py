@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fedpet.data import cache
 from fedpet.data.cache import Entry, remembered
 from fedpet.errors import DataError
 
@@ -24,8 +25,8 @@ class Counted:
         return Entry({"a": np.arange(1000), "b": np.ones((2, 3), np.float32)}, {"word": "ä"})
 
 
-def entry_folder(cache: Path) -> Path:
-    (folder,) = (cache / "kind").iterdir()
+def entry_folder(root: Path) -> Path:
+    (folder,) = (root / "kind").iterdir()
     return folder
 
 
@@ -45,6 +46,16 @@ def test_another_key_is_another_entry(tmp_path: Path) -> None:
     for key in ({"k": 1}, {"k": 2}, {"k": "1"}, {"k": 1, "l": None}):
         remembered(tmp_path, "kind", key, compute)
     assert compute.calls == 4
+
+
+def test_what_other_code_made_is_computed_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = Counted()
+    remembered(tmp_path, "kind", {"k": 1}, compute)
+    monkeypatch.setattr(cache, "_source_hash", lambda: "another version of this package")
+    remembered(tmp_path, "kind", {"k": 1}, compute)
+    assert compute.calls == 2
 
 
 def test_stored_arrays_cannot_be_written_through(tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """What was computed once: arrays and a few words, in a folder named after what they came from.
 
-In:  a key (everything the result depends on) and a function that computes the result.
+In:  a key (everything the result depends on, this package's own source aside) and a function that
+     computes the result.
 Out: an `Entry`, its arrays memory-mapped.
 
 Two processes may compute the same entry at once: each writes a folder of its own and renames it
@@ -9,6 +10,7 @@ when it is whole. The first one's stays, and it holds the same bytes.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import json
 import os
@@ -23,7 +25,6 @@ import numpy as np
 
 from fedpet.errors import DataError
 
-_FORMAT = 1  # part of every key: raise it when an entry's content or layout changes
 
 
 @dataclass(frozen=True)
@@ -34,6 +35,16 @@ class Entry:
     meta: Mapping[str, Any]
 
 
+@functools.cache
+def _source_hash() -> str:
+    """SHA-256 (hex) of this package's modules: what another version made is not this one's."""
+    hashed = hashlib.sha256()
+    for path in sorted(Path(__file__).parent.glob("*.py")):
+        hashed.update(f"{path.name} {path.stat().st_size}\n".encode())
+        hashed.update(path.read_bytes())
+    return hashed.hexdigest()
+
+
 def remembered(
     cache: Path, kind: str, key: Mapping[str, Any], compute: Callable[[], Entry]
 ) -> Entry:
@@ -42,13 +53,14 @@ def remembered(
     Args:
         cache: Root of the cache; made where it is absent.
         kind: Folder below the root, such as "rows".
-        key: Everything the entry depends on, as JSON values.
+        key: Everything the entry depends on, as JSON values. How this package reads, splits and
+            tokenises is part of every key without being named.
         compute: Called without arguments on a miss only. Its errors pass through.
 
     Raises:
         DataError: The cache cannot be written.
     """
-    canonical = json.dumps({**key, "format": _FORMAT}, sort_keys=True)
+    canonical = json.dumps({**key, "made_by": _source_hash()}, sort_keys=True)
     folder = cache / kind / hashlib.sha256(canonical.encode()).hexdigest()[:32]
     if folder.is_dir():
         try:
