@@ -26,7 +26,6 @@ import numpy as np
 from fedpet.errors import DataError
 
 
-
 @dataclass(frozen=True)
 class Entry:
     """Arrays by name, and what else belongs to them: anything JSON can hold."""
