@@ -56,7 +56,7 @@ def simulate(
     from fedpet.simulations.engine import simulate as run
     from fedpet.simulations.progress import Progress
 
-    with Progress(settings.strategy.num_rounds) as progress:
+    with Progress(settings.strategy.num_rounds, settings.data.metric) as progress:
         result, folder = run(settings, progress)
     out_console.print(run_table(result))
     out_console.print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")

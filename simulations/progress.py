@@ -15,14 +15,19 @@ from fedpet.units import show_bytes, show_seconds
 
 
 class Progress:
-    """Rounds, metric, bytes so far and the time left.
+    """Rounds, the metric, bytes so far and the time left.
 
     In a terminal one line is redrawn; elsewhere a line is printed for each stage and each
     evaluated round.
+
+    Args:
+        num_rounds: How many there will be.
+        metric: What the evaluation measures: "accuracy".
     """
 
-    def __init__(self, num_rounds: int) -> None:
+    def __init__(self, num_rounds: int, metric: str) -> None:
         self._num_rounds = num_rounds
+        self._metric = metric
         self._console = Console(stderr=True)
         self._live = self._console.is_terminal
         self._bar = Bar(
@@ -59,9 +64,11 @@ class Progress:
     def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show where the run stands after a round."""
         parts = []
-        latest = [r.metric for r in ledger.rounds if r.metric is not None]
-        if latest:
-            parts.append(f"metric {latest[-1]:.4f}")
+        evaluated = [r for r in ledger.rounds if r.metric is not None]
+        if evaluated:
+            last = evaluated[-1]
+            when = "" if last is record else f" at round {last.round}"
+            parts.append(f"{self._metric} {last.metric:.4f}{when}")
         sent = ledger.total("uplink_bytes") + ledger.total("downlink_bytes")
         parts.append(show_bytes(sent + ledger.total("plan_bytes")))
         if record.refused:
@@ -77,5 +84,5 @@ class Progress:
             self._bar.update(
                 self._task, description="training", completed=record.round, state=state
             )
-        else:
+        elif record.metric is not None:
             print(f"round {record.round}/{self._num_rounds}: {state}", file=sys.stderr, flush=True)

@@ -15,6 +15,6 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation and leave a run folder."""
     experiment = Experiment.from_run_config(context.run_config)
-    with Progress(experiment.strategy.num_rounds) as progress:
+    with Progress(experiment.strategy.num_rounds, experiment.data.metric) as progress:
         prepared = prepare(experiment, progress)
         federate(grid, prepared, new_run_folder(experiment), progress)

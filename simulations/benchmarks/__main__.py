@@ -57,7 +57,7 @@ def run(
     settings = Experiment.from_file(experiment_file(experiment), overrides or [])
     if out:
         settings = replace(settings, run=replace(settings.run, out=out))
-    with Progress(settings.strategy.num_rounds) as progress:
+    with Progress(settings.strategy.num_rounds, settings.data.metric) as progress:
         if method == FEDPET:
             result, folder = simulate(settings, progress)
         else:

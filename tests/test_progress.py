@@ -1,0 +1,27 @@
+"""Progress: what a run tells while it goes on, where there is no terminal to redraw a line in."""
+
+from __future__ import annotations
+
+import pytest
+
+from fedpet.ledger import Ledger
+from fedpet.simulations.progress import Progress
+
+
+def test_a_line_is_printed_for_stages_and_evaluated_rounds_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ledger = Ledger()
+    with Progress(4, "f1") as progress:
+        progress.say("starting the rounds")
+        for server_round, metric in enumerate((0.5, None, 0.625, None, 0.75)):
+            record = ledger.begin(server_round)
+            record.metric = metric
+            ledger.count_client(down=1000 * server_round, up=500 * server_round)
+            progress.round_done(record, ledger)
+    stage, before, second, last = capsys.readouterr().err.splitlines()
+    assert stage == "starting the rounds"
+    assert before == "round 0/4: f1 0.5000, 0 B"
+    assert second.startswith("round 2/4: f1 0.6250, 4.5 kB, ")
+    assert second.endswith(" left")
+    assert last.startswith("round 4/4: f1 0.7500, 15 kB")
