@@ -32,8 +32,7 @@ from fedpet.model import PetModel
 from fedpet.plan import Plan, groups_by_kind, make_plan
 from fedpet.population import Population
 from fedpet.positions import find_positions
-from fedpet.strategies import SparseFedAvg
-from fedpet.strategies.sparse import to_arrays, values_of
+from fedpet.strategies import SparseFedAvg, to_arrays, values_of
 from fedpet.structure import Structure, preset
 from fedpet.training import evaluate
 

@@ -1,6 +1,7 @@
 """Flower strategies that average sparse values. Installed as `fedpet.strategies`."""
 
+from .arrays import to_arrays, values_of
 from .metered import Metered
-from .sparse import SparseFedAvg
+from .rules import SparseFedAvg
 
-__all__ = ["Metered", "SparseFedAvg"]
+__all__ = ["Metered", "SparseFedAvg", "to_arrays", "values_of"]

@@ -75,9 +75,9 @@ def answer(code: str, *, cwd: Path, python: Path | str = sys.executable) -> Any:
 
 
 SAME = (
-    "from fedpet.strategies import SparseFedAvg; import fedpet.strategies.sparse; "
+    "from fedpet.strategies import SparseFedAvg; import fedpet.strategies.rules; "
     "import fedpet.simulations; import fedpet.simulations.federation; "
-    "[SparseFedAvg is fedpet.strategies.sparse.SparseFedAvg, fedpet.__file__, "
+    "[SparseFedAvg is fedpet.strategies.rules.SparseFedAvg, fedpet.__file__, "
     "fedpet.strategies.__file__, fedpet.simulations.federation.__file__]"
 )
 

@@ -1,0 +1,188 @@
+"""One round's replies, sorted into frames that may be averaged and refusals by name (law 7).
+
+    ... -> codec -> plan -> client -> [strategy] -> ledger -> report
+
+In:  the messages that came back, each a frame or a refusal for each client of a node's cohort.
+Out: a frame a client, checked, still encoded; every other client in the ledger with the reason.
+
+Frames stay encoded until they are averaged: `updates` decodes them one at a time, in the order of
+the clients' names, so that neither memory nor the result depends on how many came, in which order,
+or from how many nodes (law 6).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from flwr.app import Message
+
+from fedpet.codec import decode_values
+from fedpet.codec.frame import Frame, Refusal, pack_frame, unpack_frames
+from fedpet.errors import FrameError, ReplyError
+from fedpet.ledger import Ledger
+from fedpet.messages import PLAN_MISSING, from_record, solo_bytes
+from fedpet.plan import Plan
+from fedpet.seeds import derive_seed
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one client's training came to.
+
+    Attributes:
+        name: The client.
+        change: Its values less the global ones, float32, (num_values,), all finite.
+        num_examples: Rows it trained on; its weight in a mean.
+        loss: Its mean training loss.
+    """
+
+    name: str
+    change: np.ndarray
+    num_examples: int
+    loss: float
+
+
+class Replies:
+    """Reads the replies of one round.
+
+    Args:
+        server_round: The round.
+        plan: What the frames must be of.
+        digest: The plan's.
+        cohorts: Node -> clients it was asked to train.
+        names: Number of a client in a frame -> its name.
+        ledger: Where refusals, bytes and seconds are counted.
+    """
+
+    def __init__(
+        self,
+        *,
+        server_round: int,
+        plan: Plan,
+        digest: bytes,
+        cohorts: Mapping[int, Sequence[str]],
+        names: Mapping[int, str],
+        ledger: Ledger,
+    ) -> None:
+        self._round = server_round
+        self._plan = plan
+        self._digest = digest
+        self._cohorts = cohorts
+        self._names = names
+        self._ledger = ledger
+        self._accepted: dict[str, Frame] = {}
+
+    def read(self, replies: Iterable[Message]) -> list[int]:
+        """Accept or refuse what each message holds.
+
+        Returns:
+            Nodes that lack the plan, and are to be asked again with it.
+        """
+        lacking: list[int] = []
+        for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
+            node = reply.metadata.src_node_id
+            if reply.has_error():
+                self._refuse_cohort(node, reply.error.reason or "an unnamed error.")
+                continue
+            train_seconds = 0.0
+            try:
+                for part in self._parts(reply):
+                    if isinstance(part, Refusal) and part.reason == PLAN_MISSING:
+                        lacking.append(node)
+                        break
+                    train_seconds += self._settle(node, part)
+            except FrameError as error:
+                self._refuse_cohort(node, str(error))
+            record = self._ledger.current
+            record.train_seconds = max(record.train_seconds, train_seconds)
+        return lacking
+
+    def refuse_absent(self, sampled: Iterable[str]) -> None:
+        """Refuse the clients of whom nothing was heard."""
+        for name in sampled:
+            if name not in self._accepted and not self._was_refused(name):
+                self._ledger.refuse(name, "no reply came before the round's deadline.")
+
+    def updates(self, groups: list[tuple[int, int]]) -> Iterator[Update]:
+        """Decode the accepted frames, in the order of the clients' names.
+
+        A frame that does not decode, or not to finite values, is refused and left out. Each frame
+        is let go when it has been decoded.
+
+        Args:
+            groups: Runs of values of one kind, see `fedpet.plan.groups_by_kind`.
+        """
+        for name in sorted(self._accepted):
+            frame = self._accepted.pop(name)
+            try:
+                change = self._decode(frame, groups)
+            except FrameError as error:
+                self._ledger.refuse(name, str(error))
+                continue
+            yield Update(name, change, frame.num_examples, frame.loss)
+
+    def _decode(self, frame: Frame, groups: list[tuple[int, int]]) -> np.ndarray:
+        seed = derive_seed("client", self._plan.seed, frame.server_round, frame.client)
+        change = decode_values(frame.payload, frame.codec, groups, seed=derive_seed("encode", seed))
+        if not np.isfinite(change).all():
+            raise FrameError("the update holds NaN or infinity.")
+        return change
+
+    def _parts(self, reply: Message) -> Iterator[Frame | Refusal]:
+        cohort = self._cohorts.get(reply.metadata.src_node_id, [])
+        # An incompressible codec needs at most 4 bytes a value; a frame adds its header.
+        limit = 8 * self._plan.num_values + 4096
+        return iter(
+            unpack_frames(
+                from_record(reply.content), max_frames=2 * len(cohort), max_payload_bytes=limit
+            )
+        )
+
+    def _settle(self, node: int, part: Frame | Refusal) -> float:
+        """Accept one frame or note why not; gives the seconds its training took."""
+        name = self._names.get(part.client, f"node {node}, client {part.client:016x}")
+        try:
+            self._check(node, part, name)
+        except ReplyError as error:
+            self._ledger.refuse(name, str(error))
+            return 0.0
+        assert isinstance(part, Frame)
+        self._accepted[name] = part
+        self._ledger.count_client(up=solo_bytes(pack_frame(part), reply=True))
+        return part.train_seconds
+
+    def _check(self, node: int, part: Frame | Refusal, name: str) -> None:
+        if isinstance(part, Refusal):
+            raise ReplyError(part.reason)
+        if name not in self._cohorts.get(node, []):
+            raise FrameError(f"node {node} was not asked to train this client.")
+        if name in self._accepted:
+            raise FrameError(f"node {node} sent a second frame for this client.")
+        if part.plan_digest != self._digest:
+            raise FrameError(
+                f"the frame is of plan {part.plan_digest.hex()}, this run's is "
+                f"{self._digest.hex()}."
+            )
+        if part.server_round != self._round:
+            raise FrameError(f"the frame is of round {part.server_round}, this is {self._round}.")
+        if part.codec != self._plan.codec.up or part.count != self._plan.num_values:
+            raise FrameError(
+                f"the plan asks for {self._plan.num_values} values by {self._plan.codec.up!r}, "
+                f"the frame holds {part.count} by {part.codec!r}."
+            )
+        if part.num_examples < 1:
+            raise FrameError(f"an update has at least 1 example, got {part.num_examples}.")
+        if not math.isfinite(part.loss):
+            raise FrameError(f"the training loss is {part.loss}.")
+
+    def _refuse_cohort(self, node: int, reason: str) -> None:
+        """Refuse all of a node's clients whose frames had not been read yet."""
+        for name in self._cohorts.get(node, []):
+            if name not in self._accepted and not self._was_refused(name):
+                self._ledger.refuse(name, f"node {node}: {reason}")
+
+    def _was_refused(self, name: str) -> bool:
+        return any(refused["who"] == name for refused in self._ledger.current.refused)
