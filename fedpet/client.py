@@ -129,6 +129,7 @@ class Node:
                 seed=seed,
                 progress=plan.progress(server_round),
                 after_step=pet.after_step,
+                proximal=pet.proximal(plan.training.proximal_mu),
             )
             update = pet.values().numpy() - values  # (num_values,)
             if not np.isfinite(update).all():

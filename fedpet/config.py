@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fedpet.errors import ConfigError
+from fedpet.rules import RULES, check_parameters, least_replies
 
 Scalar = str | int | float | bool
 
@@ -137,6 +138,7 @@ class TrainingConfig:
     weight_decay: float = 0.0  # of the communicated deltas: towards the checkpoint
     clip_norm: float = 1.0  # L2 norm of the whole gradient; 0 leaves it alone
     logit_adjustment: float = 0.0  # times the log of the client's label shares; 1 counters skew
+    proximal_mu: float = 0.0  # FedProx: pulls a client towards the global values
     dropout: bool = False
     threads: int = 1  # torch threads a client
 
@@ -147,6 +149,7 @@ class TrainingConfig:
         _at_least("training.batch-size", self.batch_size, 1)
         _at_least("training.threads", self.threads, 1)
         _at_least("training.logit-adjustment", self.logit_adjustment, 0)
+        _at_least("training.proximal-mu", self.proximal_mu, 0)
         if not self.learning_rate > 0:
             raise ConfigError(
                 f"training.learning-rate must be above 0, got {self.learning_rate!r}."
@@ -172,7 +175,7 @@ class TrainingConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
-    name: str = "fedavg"
+    name: str = "fedavg"  # one of fedpet/rules.py
     num_rounds: int = 10
     clients_per_round: int = 20
     quorum: float = 0.5  # fraction of the round's clients that must give a usable reply
@@ -180,18 +183,51 @@ class StrategyConfig:
     round_deadline_seconds: float = 3600.0
     node_wait_seconds: float = 300.0
     evaluate_every: int = 1  # rounds; the last is always evaluated
+    # Parameters of single rules; one that the chosen rule does not take stays as it is here.
+    server_learning_rate: float = 0.0  # fedavgm, fedadam, fedyogi, fedadagrad; 0 is Flower's own
+    server_momentum: float = 0.0  # fedavgm
+    beta_1: float = 0.9  # fedadam, fedyogi: of the mean update
+    beta_2: float = 0.99  # fedadam, fedyogi: of its square
+    tau: float = 1e-3  # fedadam, fedyogi, fedadagrad: added to the root of the square
+    trim_fraction: float = 0.2  # fedtrimmedavg: cut from either end; Flower's beta
+    num_malicious: int = 0  # krum, multikrum, bulyan: liars a round that are reckoned with
+    num_selected: int = 1  # multikrum: replies that are averaged
+    q: float = 0.1  # qfedavg: the more, the more a client with a high loss weighs
+    client_learning_rate: float = 0.0  # qfedavg: 1 / L; 0 is training.learning-rate
 
     def __post_init__(self) -> None:
-        _choice("strategy.name", self.name, ("fedavg",))
+        _choice("strategy.name", self.name, RULES)
         _at_least("strategy.num-rounds", self.num_rounds, 1)
         _at_least("strategy.clients-per-round", self.clients_per_round, 1)
         _at_least("strategy.min-replies", self.min_replies, 1)
         _at_least("strategy.evaluate-every", self.evaluate_every, 1)
+        self._check_parameters()
+        if self.clients_per_round < self.least_replies:
+            raise ConfigError(
+                f"strategy {self.name!r} with these parameters, and min-replies, need "
+                f"{self.least_replies} usable replies a round, and strategy.clients-per-round is "
+                f"{self.clients_per_round}: raise it."
+            )
         if not 0 <= self.quorum <= 1:
             raise ConfigError(
                 f"strategy.quorum must be in [0, 1], got {self.quorum!r}. It is the fraction of a "
                 "round's clients that must give a usable reply."
             )
+
+    @property
+    def least_replies(self) -> int:
+        """Usable replies below which a round changes nothing, however small the quorum."""
+        rule = least_replies(self.name, self.num_malicious, self.num_selected, self.trim_fraction)
+        return max(rule, self.min_replies)
+
+    def _check_parameters(self) -> None:
+        defaults = {
+            entry.name: entry.default
+            for entry in dataclasses.fields(self)
+            if getattr(self, entry.name) == entry.default
+        }
+        given = {name: value for name, value in vars(self).items() if name not in defaults}
+        check_parameters(self.name, given)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -225,6 +261,17 @@ class Experiment:
     training: TrainingConfig = field(default_factory=TrainingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
+
+    def __post_init__(self) -> None:
+        if self.strategy.name == "fedprox" and not self.training.proximal_mu:
+            raise ConfigError(
+                "strategy 'fedprox' needs training.proximal-mu above 0: at 0 it is 'fedavg'."
+            )
+        if self.strategy.name == "fedavg" and self.training.proximal_mu:
+            raise ConfigError(
+                f"training.proximal-mu is {self.training.proximal_mu!r}, and strategy 'fedavg' "
+                "has no proximal term: name the strategy 'fedprox', or set it to 0."
+            )
 
     @classmethod
     def from_tables(cls, tables: Mapping[str, Any]) -> Experiment:

@@ -24,11 +24,12 @@ from fedpet.errors import FrameError
 
 MAX_CLIENTS = 1_000_000
 PLAN_MISSING = "this node does not hold the plan"
+STYPE = "fedpet.bytes"  # how Flower names the coding of an array; not one that it reads itself
 
 _HEADER = struct.Struct("<4sB3xIII")
 _MAGIC = b"FPRQ"
 _VERSION = 1
-_RECORD, _ARRAY, _STYPE = "fedpet", "bytes", "fedpet.bytes"
+_RECORD, _ARRAY = "fedpet", "bytes"
 _SOME_ID = 1 << 62
 
 
@@ -86,7 +87,7 @@ def read_request(payload: bytes) -> Request:
 
 def to_record(payload: bytes) -> RecordDict:
     """Wrap bytes as the one uint8 array of a Flower message, without a copy in numpy's format."""
-    array = Array(dtype="uint8", shape=(len(payload),), stype=_STYPE, data=payload)
+    array = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)
     return RecordDict({_RECORD: ArrayRecord({_ARRAY: array})})
 
 
@@ -100,9 +101,9 @@ def from_record(record: RecordDict) -> bytes:
         array = record.array_records[_RECORD][_ARRAY]
     except KeyError:
         raise FrameError(f"a message holds one array {_RECORD}/{_ARRAY}, got others.") from None
-    if array.dtype != "uint8" or array.stype != _STYPE or array.shape != (len(array.data),):
+    if array.dtype != "uint8" or array.stype != STYPE or array.shape != (len(array.data),):
         raise FrameError(
-            f"a message's array is flat, of uint8 and of type {_STYPE!r}, got shape "
+            f"a message's array is flat, of uint8 and of type {STYPE!r}, got shape "
             f"{array.shape}, {array.dtype} and {array.stype!r}."
         )
     return array.data

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -128,6 +128,35 @@ class PetModel:
         torch.add(self._held_start, self._flat[self._held_from :], out=self._held)
         for mask in self._masks:
             mask.write_weight()
+
+    def proximal(self, mu: float) -> Callable[[], None] | None:
+        """What adds the gradient of mu / 2 |values - values now|^2 to the gradients in place.
+
+        Exact in the communicated values: where they are not the trainables themselves, as of an
+        adapter on a bias, the term goes back to the trainables by autograd.
+
+        Returns:
+            To be called after each backward pass; None where mu is 0.
+        """
+        if not mu:
+            return None
+        indirect = {m.kind for m in self._modules if not m.sends_trainables}
+        direct = [
+            (group, group.detach().clone())
+            for kind, group in self._groups.items()
+            if kind not in indirect
+        ]
+        through = [(m, m.read().clone()) for m in self._senders if m.kind in indirect]
+
+        def add() -> None:
+            for group, start in direct:
+                assert group.grad is not None
+                group.grad.add_(group.detach() - start, alpha=mu)
+            for module, start in through:
+                term = mu / 2 * (module.sent() - start).square().sum()
+                term.backward()  # type: ignore[no-untyped-call]
+
+        return add
 
     # What is communicated.
 

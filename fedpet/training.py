@@ -12,8 +12,12 @@ Where clients' labels are skewed, local training first learns each client's labe
 average swings with the round's clients. Logit adjustment takes that out of the loss: the logits
 are compared after `tau * log share` of each class is added, so what is left to learn is the text.
 
-Source: Menon et al., ICLR 2021, arXiv:2007.07314 (logit-adjusted softmax cross-entropy). Ours: the
-shares are the client's own, one row a class added so that none is zero.
+FedProx's proximal term, mu / 2 |v - v_global|^2 over the values that are sent, pulls a client's
+work towards the point it began at; it joins the gradient before that is clipped.
+
+Source: Menon et al., ICLR 2021, arXiv:2007.07314 (logit-adjusted softmax cross-entropy); Li et
+al., MLSys 2020, arXiv:1812.06127 (FedProx). Ours: the shares are the client's own, one row a class
+added so that none is zero.
 """
 
 from __future__ import annotations
@@ -65,6 +69,7 @@ def train_rows(
     seed: int,
     progress: float = 0.0,
     after_step: Callable[[], None] | None = None,
+    proximal: Callable[[], None] | None = None,
 ) -> Trained:
     """Run `config.local_epochs` epochs over one client's rows.
 
@@ -78,6 +83,10 @@ def train_rows(
         seed: Of the order of the rows, and of dropout.
         progress: Fraction of the run's rounds that is over, for the learning-rate schedule.
         after_step: Called after each optimiser step, under `no_grad`.
+        proximal: Adds the gradient of FedProx's term, where what is sent is not what is trained;
+            see `PetModel.proximal`. None takes the tensors in `groups` for what is sent.
+
+    The loss that is reported is the data's: the proximal term is in the gradient alone.
 
     Raises:
         TrainingError: The loss is not a number, or there are no rows.
@@ -92,6 +101,8 @@ def train_rows(
         for tensor in (group if isinstance(group, list) else [group])
     ]
     optimiser = _optimiser(groups, config, decay)
+    if config.proximal_mu and proximal is None:
+        proximal = _proximal(parameters, config.proximal_mu)
     generator = np.random.default_rng(derive_seed("batches", seed))
     if config.dropout:
         torch.manual_seed(derive_seed("dropout", seed))
@@ -106,6 +117,8 @@ def train_rows(
             optimiser.zero_grad(set_to_none=False)
             loss = _loss(model(**batch).logits, labels, adjustment)
             loss.backward()  # type: ignore[no-untyped-call]
+            if proximal is not None:
+                proximal()
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(parameters, config.clip_norm)
             optimiser.step()
@@ -180,6 +193,18 @@ def _optimiser(
     return torch.optim.AdamW(
         tables, betas=(0.9, 0.999), weight_decay=config.weight_decay, fused=True
     )
+
+
+def _proximal(parameters: list[nn.Parameter], mu: float) -> Callable[[], None]:
+    """Adds the gradient of mu / 2 |p - p now|^2 to the gradient of each tensor."""
+    starts = [parameter.detach().clone() for parameter in parameters]
+
+    def add() -> None:
+        for parameter, start in zip(parameters, starts, strict=True):
+            assert parameter.grad is not None
+            parameter.grad.add_(parameter.detach() - start, alpha=mu)
+
+    return add
 
 
 def _loss(logits: Tensor, labels: Tensor, adjustment: Tensor | None) -> Tensor:

@@ -32,7 +32,7 @@ from fedpet.model import PetModel
 from fedpet.plan import Plan, groups_by_kind, make_plan
 from fedpet.population import Population
 from fedpet.positions import find_positions
-from fedpet.strategies import SparseFedAvg, to_arrays, values_of
+from fedpet.strategies import STRATEGIES, to_arrays, values_of
 from fedpet.structure import Structure, preset
 from fedpet.training import evaluate
 
@@ -119,7 +119,7 @@ def federate(grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener)
     torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
     out.write_inputs(experiment, plan)
     ledger = Ledger(out.path / "rounds.jsonl")
-    strategy = SparseFedAvg(
+    strategy = STRATEGIES[experiment.strategy.name](
         plan=plan,
         groups=groups_by_kind(pet.segments),
         population=Population({c.id: len(c.rows) for c in data.clients}, homes={}),

@@ -1,7 +1,43 @@
-"""Flower strategies that average sparse values. Installed as `fedpet.strategies`."""
+"""Flower's strategies over the sparse values of a plan. Installed as `fedpet.strategies`."""
 
 from .arrays import to_arrays, values_of
 from .metered import Metered
-from .rules import SparseFedAvg
+from .rounds import MeanRounds, VectorRounds
+from .rules import (
+    STRATEGIES,
+    SparseBulyan,
+    SparseFedAdagrad,
+    SparseFedAdam,
+    SparseFedAvg,
+    SparseFedAvgM,
+    SparseFedMedian,
+    SparseFedProx,
+    SparseFedTrimmedAvg,
+    SparseFedYogi,
+    SparseKrum,
+    SparseMultiKrum,
+    SparseQFedAvg,
+    SparseStrategy,
+)
 
-__all__ = ["Metered", "SparseFedAvg", "to_arrays", "values_of"]
+__all__ = [
+    "STRATEGIES",
+    "MeanRounds",
+    "Metered",
+    "SparseBulyan",
+    "SparseFedAdagrad",
+    "SparseFedAdam",
+    "SparseFedAvg",
+    "SparseFedAvgM",
+    "SparseFedMedian",
+    "SparseFedProx",
+    "SparseFedTrimmedAvg",
+    "SparseFedYogi",
+    "SparseKrum",
+    "SparseMultiKrum",
+    "SparseQFedAvg",
+    "SparseStrategy",
+    "VectorRounds",
+    "to_arrays",
+    "values_of",
+]

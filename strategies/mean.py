@@ -13,23 +13,14 @@ class RunningMean:
 
     def __init__(self, num_values: int) -> None:
         self._sum = np.zeros(num_values, dtype=np.float64)
-        self.weight = 0
-        self.count = 0
-        self._loss = 0.0
+        self._weight = 0
 
-    def fold(self, change: np.ndarray, weight: int, loss: float) -> None:
+    def fold(self, change: np.ndarray, weight: int) -> None:
         """Add one client's update, float32, (num_values,), with its weight."""
         self._sum += weight * change.astype(np.float64)
-        self.weight += weight
-        self.count += 1
-        self._loss += weight * loss
+        self._weight += weight
 
     def moved(self, values: np.ndarray) -> np.ndarray:
         """`values` moved by the mean update. float32, (num_values,)."""
-        mean = values.astype(np.float64) + self._sum / max(self.weight, 1)
+        mean = values.astype(np.float64) + self._sum / max(self._weight, 1)
         return mean.astype(np.float32)
-
-    @property
-    def loss(self) -> float | None:
-        """Mean training loss; None where nothing was folded in."""
-        return self._loss / self.weight if self.weight else None

@@ -17,15 +17,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from fedpet.codec import decode_values
 from fedpet.codec.frame import Frame, Refusal, pack_frame, unpack_frames
 from fedpet.errors import FrameError, ReplyError
 from fedpet.ledger import Ledger
-from fedpet.messages import PLAN_MISSING, from_record, solo_bytes
+from fedpet.messages import PLAN_MISSING, STYPE, from_record, solo_bytes
 from fedpet.plan import Plan
 from fedpet.seeds import derive_seed
+
+MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it must
 
 
 @dataclass(frozen=True)
@@ -85,7 +87,7 @@ class Replies:
         for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
             node = reply.metadata.src_node_id
             if reply.has_error():
-                self._refuse_cohort(node, reply.error.reason or "an unnamed error.")
+                self._refuse_cohort(node, _reason(reply.error))
                 continue
             train_seconds = 0.0
             try:
@@ -102,9 +104,15 @@ class Replies:
 
     def refuse_absent(self, sampled: Iterable[str]) -> None:
         """Refuse the clients of whom nothing was heard."""
+        homes = {name: node for node, cohort in self._cohorts.items() for name in cohort}
         for name in sampled:
-            if name not in self._accepted and not self._was_refused(name):
-                self._ledger.refuse(name, "no reply came before the round's deadline.")
+            if name in self._accepted or self._was_refused(name):
+                continue
+            if name in homes:
+                reason = f"node {homes[name]}: no reply came before the round's deadline."
+            else:
+                reason = "the node that it lives on is not connected."
+            self._ledger.refuse(name, reason)
 
     def updates(self, groups: list[tuple[int, int]]) -> Iterator[Update]:
         """Decode the accepted frames, in the order of the clients' names.
@@ -175,8 +183,8 @@ class Replies:
             )
         if part.num_examples < 1:
             raise FrameError(f"an update has at least 1 example, got {part.num_examples}.")
-        if not math.isfinite(part.loss):
-            raise FrameError(f"the training loss is {part.loss}.")
+        if not 0 <= part.loss < math.inf:
+            raise FrameError(f"a training loss is finite and not negative, got {part.loss}.")
 
     def _refuse_cohort(self, node: int, reason: str) -> None:
         """Refuse all of a node's clients whose frames had not been read yet."""
@@ -186,3 +194,14 @@ class Replies:
 
     def _was_refused(self, name: str) -> bool:
         return any(refused["who"] == name for refused in self._ledger.current.refused)
+
+
+def _reason(error: Error) -> str:
+    """What an error says, and what to do where one of Flower's mods met a frame."""
+    reason = error.reason or "an unnamed error."
+    if error.code == MOD_REFUSED or STYPE in reason:
+        reason += (
+            " Flower's mods for differential privacy clip and perturb arrays of floats, and a "
+            "message here is one coded frame: take the mod off the ClientApp."
+        )
+    return reason

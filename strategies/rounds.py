@@ -1,12 +1,12 @@
-"""The rounds of every strategy here: send, read, refuse, and average under a quorum.
+"""The rounds of every strategy here: send, read, refuse, and let Flower's rule combine the rest.
 
     ... -> codec -> plan -> client -> [strategy] -> ledger -> report
 
 In:  the global values, held by Flower's round loop as one float32 array.
-Out: the same after a round: each client's update decoded, checked, and folded into a mean.
+Out: the same after a round: each client's update decoded, checked, and combined with the others.
 
 A train message names the cohort that its node is to train (`requests`). Replies are frames of a
-few kilobytes (`replies`); they are decoded one at a time into a float64 sum (`mean`).
+few kilobytes (`replies`), decoded one at a time into what Flower's rule is given (`vectors`).
 """
 
 from __future__ import annotations
@@ -15,31 +15,40 @@ import logging
 import math
 import time
 from collections.abc import Iterable
-from typing import TYPE_CHECKING
+from typing import Any
 
+import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import Result
 
 from fedpet.config import StrategyConfig
+from fedpet.errors import ConfigError
 from fedpet.ledger import Ledger
 from fedpet.plan import Plan
 from fedpet.population import Population
 
 from .arrays import to_arrays, values_of
-from .mean import RunningMean
+from .metered import Metered
 from .replies import Replies
 from .requests import Requests, wait_for_nodes
-
-if TYPE_CHECKING:
-    from flwr.serverapp.strategy import FedAvg as _Base
-else:
-    _Base = object
+from .resume import Continued, Memory
+from .vectors import Counted, client_messages, mean_message
 
 LOG = logging.getLogger("fedpet")
 
 
-class SparseRounds(_Base):
-    """Put in front of one of Flower's strategies: its rounds carry the values of a plan."""
+class _Rounds(Memory):
+    """The rounds themselves; `MeanRounds` and `VectorRounds` are what to put in front of a rule.
+
+    Args:
+        plan: What all clients agree on.
+        groups: Runs of values of one kind, see `fedpet.plan.groups_by_kind`.
+        population: Clients, and where they live.
+        config: Clients a round, quorum, deadlines, the rule's parameters.
+        ledger: Where bytes, refusals and seconds are counted.
+    """
 
     def __init__(
         self,
@@ -50,7 +59,8 @@ class SparseRounds(_Base):
         config: StrategyConfig,
         ledger: Ledger,
     ) -> None:
-        super().__init__(min_available_nodes=1, min_train_nodes=1)
+        super().__init__(**self.flower_arguments(config, plan))
+        self.fraction_train = 0.0  # Flower samples nobody and makes no message: that is done here
         self.plan = plan
         self.groups = groups
         self.config = config
@@ -59,11 +69,22 @@ class SparseRounds(_Base):
             plan=plan, groups=groups, population=population, config=config, ledger=ledger
         )
         self._names = population.by_number()
+        self._starting = False
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        """With what Flower's strategy behind this is made."""
+        return {}
+
+    def to_flower(self, values: np.ndarray, updates: Counted) -> list[Message]:
+        """What Flower's strategy is given to aggregate."""
+        raise NotImplementedError
 
     @property
     def digest(self) -> bytes:
         """By which messages name the plan."""
         return self.requests.digest
+
+    # -- down -------------------------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -73,29 +94,50 @@ class SparseRounds(_Base):
         self._grid = grid
         self._deadline = time.monotonic() + self.config.round_deadline_seconds
         self._values = values_of(arrays)
+        super().configure_train(server_round, arrays, config, grid)  # the rule notes the values
         return self.requests.of_round(server_round, self._values, nodes)
+
+    # -- up ---------------------------------------------------------------------------------
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Refuse what does not fit, average the rest if the quorum is met."""
-        mean = RunningMean(self.plan.num_values)
-        for update in self._read(server_round, replies).updates(self.groups):
-            mean.fold(update.change, update.num_examples, update.loss)
+        """Refuse what does not fit; combine the rest by Flower's rule if they are enough."""
+        updates = Counted(self._read(server_round, replies).updates(self.groups))
+        messages = self.to_flower(self._values, updates)
         record = self.ledger.current
-        record.replies, record.loss = mean.count, mean.loss
+        record.replies, record.loss = updates.count, updates.loss
         for refused in record.refused:
             LOG.warning("round %s: %s: %s", server_round, refused["who"], refused["reason"])
-        if mean.count < self._needed():
-            LOG.warning(
-                "round %s: %s usable replies, %s are needed; the values stay as they were.",
-                server_round,
-                mean.count,
-                self._needed(),
-            )
+        try:
+            self._check_enough(updates.count)
+            return self._combine(server_round, messages)
+        except AggregationError as error:
+            LOG.warning("round %s: %s The values stay as they were.", server_round, error)
             return None, None
-        metrics = MetricRecord({"num-examples": mean.weight, "train-loss": mean.loss or 0.0})
-        return to_arrays(mean.moved(self._values)), metrics
+
+    def _combine(
+        self, server_round: int, messages: list[Message]
+    ) -> tuple[ArrayRecord, MetricRecord | None]:
+        """What Flower's rule makes of the replies, unless it is no number."""
+        before = self.state()
+        with np.errstate(all="ignore"):
+            arrays, metrics = super().aggregate_train(server_round, messages)
+            values = self._values if arrays is None else values_of(arrays).astype(np.float32)
+        if arrays is None or not np.isfinite(values).all():
+            self.load_state(before)
+            raise AggregationError("the rule's result holds NaN or infinity.")
+        return to_arrays(values), metrics
+
+    def _check_enough(self, count: int) -> None:
+        asked = len(self.requests.sampled)
+        needed = max(math.ceil(self.config.quorum * asked), self.config.least_replies)
+        if count < needed:
+            rule = self.config.least_replies
+            raise AggregationError(
+                f"{count} of {asked} replies are usable, {needed} are needed"
+                + (f" by {self.config.name!r} and its parameters." if needed == rule else ".")
+            )
 
     def _read(self, server_round: int, messages: Iterable[Message]) -> Replies:
         """Read the replies; nodes that lack the plan are asked again before the deadline."""
@@ -118,10 +160,25 @@ class SparseRounds(_Base):
         replies.refuse_absent(self.requests.sampled)
         return replies
 
-    def _needed(self) -> int:
-        """Usable replies without which a round changes nothing."""
-        share = math.ceil(self.config.quorum * len(self.requests.sampled))
-        return max(1, self.config.min_replies, share)
+    # -- around the rounds ------------------------------------------------------------------
+
+    def start(self, *args: Any, **kwargs: Any) -> Result:
+        """Flower's loop, see `flwr.serverapp.strategy.Strategy.start`."""
+        self._starting = True
+        return super().start(*args, **kwargs)
+
+    def summary(self) -> None:
+        """Say nothing: the run's own progress does.
+
+        Raises:
+            ConfigError: Another strategy's `start` asks, since it is wrapped around this one.
+        """
+        if not self._starting:
+            raise ConfigError(
+                f"{type(self).__name__} was started by a strategy wrapped around it. Flower's "
+                "wrappers for differential privacy clip and perturb arrays of floats, and what "
+                "clients send here are coded frames: start it by itself."
+            )
 
     # Evaluation is the server's.
 
@@ -131,5 +188,16 @@ class SparseRounds(_Base):
         """No message: an evaluation by the clients would send the values a second time."""
         return []
 
-    def summary(self) -> None:
-        """Say nothing: the run's own progress does."""
+
+class MeanRounds(Continued, Metered, _Rounds):
+    """Put in front of a Flower strategy that averages: no more than one vector is held."""
+
+    def to_flower(self, values: np.ndarray, updates: Counted) -> list[Message]:
+        return mean_message(values, updates)
+
+
+class VectorRounds(Continued, Metered, _Rounds):
+    """Put in front of a Flower strategy that compares replies: it sees one a client."""
+
+    def to_flower(self, values: np.ndarray, updates: Counted) -> list[Message]:
+        return client_messages(values, updates)

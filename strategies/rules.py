@@ -1,24 +1,161 @@
-"""The strategies by name: Flower's rules with the rounds of a plan in front of them."""
+"""The strategies: Flower's own rules, with the rounds of a plan in front of them.
+
+    config -> [strategy], by `strategy.name`
+
+Each is an instance of the Flower strategy it extends, made with the parameters of the experiment.
+Equality (law 4): with density 1, every Linear in scope and a lossless codec, the result of each is
+that of the Flower strategy on the same replies, to 1e-6, round after round. Whatever the order of
+the replies and the spread of clients over nodes, it is the same bits (law 6).
+"""
 
 from __future__ import annotations
 
-from flwr.serverapp.strategy import FedAvg
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
-from .metered import Metered
-from .rounds import SparseRounds
+from flwr.serverapp.strategy import (
+    Bulyan,
+    FedAdagrad,
+    FedAdam,
+    FedAvg,
+    FedAvgM,
+    FedMedian,
+    FedProx,
+    FedTrimmedAvg,
+    FedYogi,
+    Krum,
+    MultiKrum,
+    QFedAvg,
+)
+
+from fedpet.config import StrategyConfig
+from fedpet.plan import Plan
+
+from .resume import Vectors
+from .rounds import MeanRounds, VectorRounds
+from .vectors import LOSS
+
+SparseStrategy = MeanRounds | VectorRounds
 
 
-class SparseFedAvg(Metered, SparseRounds, FedAvg):
-    """Flower's FedAvg over the sparse values of a plan.
+class SparseFedAvg(MeanRounds, FedAvg):
+    """Flower's FedAvg over the sparse values of a plan."""
 
-    Equality (law 4): with density 1, every Linear in scope and a lossless codec, the result is
-    that of `flwr.serverapp.strategy.FedAvg` on the same replies, to 1e-6. Whatever the order of
-    the replies and the spread of clients over nodes, the result is the same bits.
 
-    Args:
-        plan: What all clients agree on.
-        groups: Runs of values of one kind, see `fedpet.plan.groups_by_kind`.
-        population: Clients, and where they live.
-        config: Clients a round, quorum, deadlines.
-        ledger: Where bytes, refusals and seconds are counted.
+class SparseFedProx(MeanRounds, FedProx):
+    """Flower's FedProx: FedAvg on the server; the proximal term travels in the plan."""
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        return {"proximal_mu": plan.training.proximal_mu}
+
+
+class SparseFedAvgM(MeanRounds, FedAvgM):
+    """Flower's FedAvgM: momentum on the server."""
+
+    remembers: ClassVar[Vectors] = {"momentum_vector": list}
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        return {
+            **_named(config, server_learning_rate="server_learning_rate"),
+            "server_momentum": config.server_momentum,
+        }
+
+
+class SparseFedAdam(MeanRounds, FedAdam):
+    """Flower's FedAdam: Adam on the server, over the mean update."""
+
+    remembers: ClassVar[Vectors] = {"m_t": dict, "v_t": dict}
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        return {
+            **_named(config, server_learning_rate="eta"),
+            "beta_1": config.beta_1,
+            "beta_2": config.beta_2,
+            "tau": config.tau,
+        }
+
+
+class SparseFedYogi(MeanRounds, FedYogi):
+    """Flower's FedYogi: Yogi on the server, over the mean update."""
+
+    remembers: ClassVar[Vectors] = {"m_t": dict, "v_t": dict}
+    flower_arguments = SparseFedAdam.flower_arguments
+
+
+class SparseFedAdagrad(MeanRounds, FedAdagrad):
+    """Flower's FedAdagrad: Adagrad on the server, over the mean update."""
+
+    remembers: ClassVar[Vectors] = {"m_t": dict, "v_t": dict}
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        return {**_named(config, server_learning_rate="eta"), "tau": config.tau}
+
+
+class SparseFedMedian(VectorRounds, FedMedian):
+    """Flower's FedMedian: the median of each value."""
+
+
+class SparseFedTrimmedAvg(VectorRounds, FedTrimmedAvg):
+    """Flower's FedTrimmedAvg: the mean of each value without the extremes."""
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        return {"beta": config.trim_fraction}
+
+
+class SparseKrum(VectorRounds, Krum):
+    """Flower's Krum: the one reply that is closest to its neighbours."""
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        return {"num_malicious_nodes": config.num_malicious}
+
+
+class SparseMultiKrum(VectorRounds, MultiKrum):
+    """Flower's MultiKrum: the mean of the replies that are closest to their neighbours."""
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        return {
+            "num_malicious_nodes": config.num_malicious,
+            "num_nodes_to_select": config.num_selected,
+        }
+
+
+class SparseBulyan(VectorRounds, Bulyan):
+    """Flower's Bulyan: of replies that Krum selects, the mean of the values near the median."""
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        return {"num_malicious_nodes": config.num_malicious}
+
+
+class SparseQFedAvg(VectorRounds, QFedAvg):
+    """Flower's QFedAvg: clients with a high loss weigh more.
+
+    The loss is the mean over the client's own epochs, as it trains; the paper's is that of the
+    values it was sent.
     """
+
+    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+        rate = config.client_learning_rate or plan.training.learning_rate
+        return {"client_learning_rate": rate, "q": config.q, "train_loss_key": LOSS}
+
+
+STRATEGIES: Mapping[str, type[SparseStrategy]] = {
+    "fedavg": SparseFedAvg,
+    "fedprox": SparseFedProx,
+    "fedavgm": SparseFedAvgM,
+    "fedadam": SparseFedAdam,
+    "fedyogi": SparseFedYogi,
+    "fedadagrad": SparseFedAdagrad,
+    "fedmedian": SparseFedMedian,
+    "fedtrimmedavg": SparseFedTrimmedAvg,
+    "krum": SparseKrum,
+    "multikrum": SparseMultiKrum,
+    "bulyan": SparseBulyan,
+    "qfedavg": SparseQFedAvg,
+}
+
+
+def _named(config: StrategyConfig, *, server_learning_rate: str) -> dict[str, float]:
+    """The server's learning rate by Flower's name for it; nothing where Flower's own is taken."""
+    if not config.server_learning_rate:
+        return {}
+    return {server_learning_rate: config.server_learning_rate}

@@ -96,10 +96,19 @@ class PetModule(ABC):
             trainable.detach().copy_(values[start:stop].view(trainable.shape))
             start = stop
 
+    @property
+    def sends_trainables(self) -> bool:
+        """Whether the values are the trainables themselves, but for a constant."""
+        return True
+
+    def sent(self) -> Tensor:
+        """The communicated values, (num_values,), as a function of the trainables."""
+        flat = [trainable.reshape(-1) for trainable in self.trainables]
+        return flat[0] if len(flat) == 1 else torch.cat(flat)
+
     def read(self) -> Tensor:
         """The communicated values, (num_values,)."""
-        flat = [trainable.detach().reshape(-1) for trainable in self.trainables]
-        return flat[0] if len(flat) == 1 else torch.cat(flat)
+        return self.sent().detach()
 
     def effect(self, x: Tensor | None) -> Tensor:
         """D of this module's place; `x` is the input or the output, None for "weight", "bias"."""

@@ -54,9 +54,13 @@ class BitFit(PetModule):
         if self.adapter is not None:
             self.adapter.write(values, seed)
 
-    def read(self) -> Tensor:
-        values = super().read()
-        return values if self.adapter is None else values + self.adapter.effect(None).detach()
+    @property
+    def sends_trainables(self) -> bool:
+        return self.adapter is None
+
+    def sent(self) -> Tensor:
+        values = super().sent()
+        return values if self.adapter is None else values + self.adapter.effect(None)
 
     def merge(self, module: nn.Module) -> None:
         if not self._adds:

@@ -92,8 +92,12 @@ class HiwiBias(PetModule):
         if self._inner:
             others[1].copy_(kaiming_uniform((r,), d, generator, a=math.sqrt(5)))
 
-    def read(self) -> Tensor:
-        return self.effect(None).detach()
+    @property
+    def sends_trainables(self) -> bool:
+        return False
+
+    def sent(self) -> Tensor:
+        return self.effect(None)
 
     def effect(self, x: Tensor | None) -> Tensor:
         if self._inner:

@@ -1,0 +1,123 @@
+"""What is known of each aggregation rule before it runs: its parameters, and how many it needs.
+
+    config -> [rules] -> ... -> strategy
+
+In:  the name of a strategy and the parameters that an experiment gives.
+Out: nothing, or one sentence on what is wrong; the number of replies a round must have.
+
+The rules themselves are Flower's. What is settled here is when they mean what they say: Flower's
+Krum, say, picks a reply from any number of replies, and with fewer than 2 f + 3 the one it picks
+may be a liar's.
+
+Source: Blanchard et al., NeurIPS 2017 (Krum, MultiKrum: n >= 2 f + 3); El Mhamdi et al., ICML 2018
+(Bulyan: n >= 4 f + 3). Ours: a median needs 3, and a trimmed mean as many as let it trim one from
+either end, since with fewer they are a plain mean that protects nobody.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from fedpet.errors import ConfigError
+
+__all__ = ["RULES", "check_parameters", "least_replies"]
+
+# Strategy -> the parameters that it takes.
+RULES: Mapping[str, tuple[str, ...]] = {
+    "fedavg": (),
+    "fedprox": (),  # its term is the clients': training.proximal-mu
+    "fedavgm": ("server_learning_rate", "server_momentum"),
+    "fedadam": ("server_learning_rate", "beta_1", "beta_2", "tau"),
+    "fedyogi": ("server_learning_rate", "beta_1", "beta_2", "tau"),
+    "fedadagrad": ("server_learning_rate", "tau"),
+    "fedmedian": (),
+    "fedtrimmedavg": ("trim_fraction",),
+    "krum": ("num_malicious",),
+    "multikrum": ("num_malicious", "num_selected"),
+    "bulyan": ("num_malicious",),
+    "qfedavg": ("q", "client_learning_rate"),
+}
+
+
+@dataclass(frozen=True)
+class _Range:
+    """Values that a parameter may have: `least` itself is allowed, `below` is not."""
+
+    least: float
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value < self.below
+
+    def __str__(self) -> str:
+        if self.below == math.inf:
+            return f"at least {self.least:g}, and finite"
+        return f"in [{self.least:g}, {self.below:g})"
+
+
+_RANGES: Mapping[str, _Range] = {
+    "server_learning_rate": _Range(0),
+    "server_momentum": _Range(0, 1),
+    "beta_1": _Range(0, 1),
+    "beta_2": _Range(0, 1),
+    "tau": _Range(1e-12),  # added below a root that may be 0
+    "trim_fraction": _Range(0, 0.5),
+    "num_malicious": _Range(0),
+    "num_selected": _Range(1),
+    "q": _Range(0),
+    "client_learning_rate": _Range(0),
+}
+
+
+def check_parameters(name: str, given: Mapping[str, Any]) -> None:
+    """Refuse a parameter that the rule does not take, or a value out of its range.
+
+    Args:
+        name: Of the strategy.
+        given: What differs from its default, by the name of its field; others than parameters of
+            rules are left alone.
+
+    Raises:
+        ConfigError: One sentence on the first that is wrong.
+    """
+    for parameter, value in given.items():
+        if parameter not in _RANGES:
+            continue
+        if parameter not in RULES[name]:
+            takers = ", ".join(rule for rule, takes in RULES.items() if parameter in takes)
+            raise ConfigError(
+                f"strategy {name!r} takes no {_key(parameter)}, got {value!r}: it belongs to "
+                f"{takers}."
+            )
+        if value not in _RANGES[parameter]:
+            raise ConfigError(
+                f"strategy.{_key(parameter)} must be {_RANGES[parameter]}, got {value!r}."
+            )
+
+
+def least_replies(name: str, num_malicious: int, num_selected: int, trim_fraction: float) -> int:
+    """Usable replies that a round of this rule needs.
+
+    Example:
+        >>> least_replies("krum", num_malicious=2, num_selected=1, trim_fraction=0.2)
+        7
+    """
+    if name == "fedmedian":
+        return 3
+    if name == "fedtrimmedavg":
+        number = math.ceil(1 / trim_fraction) if trim_fraction else 1
+        return number if not trim_fraction or int(trim_fraction * number) else number + 1
+    if name == "krum":
+        return 2 * num_malicious + 3
+    if name == "multikrum":
+        return max(2 * num_malicious + 3, num_malicious + num_selected)
+    if name == "bulyan":
+        return 4 * num_malicious + 3
+    return 1
+
+
+def _key(field: str) -> str:
+    return field.replace("_", "-")
