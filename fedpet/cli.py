@@ -1,12 +1,13 @@
 """The command line. Stands above everything; nothing imports it.
 
 Exit codes: 0 done; 1 the run failed or nothing was learned; 2 bad input, one clear sentence;
-130 interrupted.
+130 interrupted, and how to go on with it.
 """
 
 from __future__ import annotations
 
 import logging
+import os
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -26,6 +27,7 @@ app = typer.Typer(
     help="Fine-tune a pretrained transformer over many devices, sending almost nothing.",
 )
 out_console = Console()
+DEFAULT_EXPERIMENT = "film-reviews"
 
 Overrides = Annotated[
     list[str] | None,
@@ -43,21 +45,41 @@ def simulate(
             metavar="[EXPERIMENT]",
             help="A TOML file, or the name of a built-in one.",
         ),
-    ] = "film-reviews",
+    ] = DEFAULT_EXPERIMENT,
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(help="The run folder to make.")] = "",
+    resume: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="RUN_DIR", help="Go on with a run that was cut short, from its last round."
+        ),
+    ] = None,
 ) -> None:
     """Run a federation on the Ray simulation engine, from backbone to plain model."""
-    settings = read_experiment(experiment, overrides or [])
+    given = [name for name, value in (("--set", overrides), ("--out", out)) if value]
+    if resume is not None and (given or experiment != DEFAULT_EXPERIMENT):
+        raise InputError(
+            f"--resume takes everything from its folder, and {given[0] if given else experiment!r} "
+            "was given beside it: leave one out."
+        )
+    if resume is not None:
+        from fedpet.simulations.resume import read_cut_short
+
+        settings = read_cut_short(resume)
+    else:
+        settings = read_experiment(experiment, overrides or [])
     if out:
         settings = replace(settings, run=replace(settings.run, out=out))
 
     from fedpet.report.table import run_table
-    from fedpet.simulations.engine import simulate as run
+    from fedpet.simulations import engine
     from fedpet.simulations.progress import Progress
 
     with Progress(settings.strategy.num_rounds, settings.data.metric) as progress:
-        result, folder = run(settings, progress)
+        if resume is not None:
+            result, folder = engine.resume(resume, progress)
+        else:
+            result, folder = engine.simulate(settings, progress)
     out_console.print(run_table(result))
     out_console.print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")
 
@@ -167,9 +189,11 @@ def main() -> None:
         app(standalone_mode=False)
     except typer.Abort:
         sys.exit(130)
-    except KeyboardInterrupt:
-        print("Interrupted.", file=sys.stderr)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        print(str(stopped) or "Interrupted.", file=sys.stderr, flush=True)
+        # Not sys.exit: Flower's server would be waited for, in a thread that is not told.
+        sys.stdout.flush()
+        os._exit(130)
     except FedpetError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

@@ -58,3 +58,7 @@ class PlanError(ReplyError):
 
 class TrainingError(ReplyError):
     """Local training gave nothing that may be averaged."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """The user stopped a run that can be gone on with; the message says how. Exits with 130."""

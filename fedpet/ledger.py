@@ -13,11 +13,13 @@ with its own message and framing; where every node is one client the two agree.
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 from flwr.app import Message
 
+from fedpet.errors import ConfigError
 from fedpet.messages import wire_bytes
 
 
@@ -69,15 +71,51 @@ class Ledger:
         """The round that is open."""
         return self.rounds[-1]
 
-    def close(self) -> None:
-        """Write the open round's line, flushed, so that a killed run leaves its lines."""
-        if self.path is not None:
-            with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps(asdict(self.current)) + "\n")
+    @classmethod
+    def reopen(cls, path: Path, length: int) -> Ledger:
+        """Take up the books of a run that was cut short, lines after the first `length` bytes off.
 
-    def refuse(self, who: str, reason: str) -> None:
-        """Note a reply that is not averaged."""
-        self.current.refused.append({"who": who, "reason": reason})
+        Args:
+            path: The lines' file; it need not exist where `length` is 0.
+            length: Bytes that a journal vouches for.
+
+        Raises:
+            ConfigError: The file is shorter, or its lines do not read.
+        """
+        whole = path.read_bytes() if path.exists() else b""
+        try:
+            if len(whole) < length:
+                raise ValueError(f"it has {len(whole)} bytes instead of {length}")
+            rounds = [RoundRecord(**json.loads(line)) for line in whole[:length].splitlines()]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{str(path)!r} is not what the run's journal was written beside: {error}."
+            ) from None
+        if len(whole) > length:
+            os.truncate(path, length)
+        return cls(path, rounds)
+
+    def close(self) -> int:
+        """Write the open round's line, and bring it to the disk: a killed run leaves its lines.
+
+        Returns:
+            The length of the file afterwards, bytes.
+        """
+        if self.path is None:
+            return 0
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(asdict(self.current)) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+            return file.tell()
+
+    def refuse(self, who: str, reason: str, node: int | None = None) -> None:
+        """Note a client whose reply is not averaged, why, and from which node, where one is known.
+
+        Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation.
+        """
+        known = {} if node is None else {"node": str(node)}
+        self.current.refused.append({"who": who, **known, "reason": reason})
 
     def count_wire(self, message: Message) -> None:
         """Count a message as it is sent or received."""

@@ -15,6 +15,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 from flwr.app import Context, Message
@@ -23,9 +24,11 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpet.client import NodeSettings, reply
 from fedpet.config import Experiment
-from fedpet.errors import RunError
+from fedpet.errors import Interrupted, RunError
 
-from .federation import Listener, federate, prepare
+from .federation import Listener, Prepared, federate, prepare
+from .journal import Journal
+from .resume import check_journal, read_cut_short
 from .run_folder import RunFolder, new_run_folder
 
 
@@ -38,9 +41,37 @@ def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any]
     Raises:
         InputError: The experiment, the checkpoint or the data cannot be used.
         RunError: Ray does not start, or nothing was learned.
+        Interrupted: The user stopped it; the folder can be resumed.
     """
     prepared = prepare(experiment, listener)
     out = new_run_folder(experiment)
+    return _simulate(prepared, out, listener), out
+
+
+def resume(run: Path, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
+    """Go on with a run that was cut short, from the last round that its journal holds.
+
+    Returns:
+        What `result.json` holds, the same as of a run that was never cut short, and the folder.
+
+    Raises:
+        InputError: The folder holds no such run, or the checkpoint, the rows, the settings or the
+            packages are not those that it began with.
+        RunError: Ray does not start, or nothing was learned.
+        Interrupted: The user stopped it once more.
+    """
+    prepared = prepare(read_cut_short(run), listener)
+    journal = check_journal(run, prepared)
+    done = 0 if journal is None else journal.server_round
+    listener.say(f"resuming {run} after round {done} of {prepared.experiment.strategy.num_rounds}")
+    out = RunFolder(run)
+    return _simulate(prepared, out, listener, journal), out
+
+
+def _simulate(
+    prepared: Prepared, out: RunFolder, listener: Listener, journal: Journal | None = None
+) -> dict[str, Any]:
+    experiment = prepared.experiment
     settings = NodeSettings.of(experiment)
     client_app = ClientApp()
 
@@ -49,10 +80,14 @@ def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any]
         return reply(message, settings)
 
     listener.say(f"starting Ray with {experiment.run.workers} workers")
-    result = run_on_ray(
-        experiment, client_app, lambda grid: federate(grid, prepared, out, listener)
-    )
-    return result, out
+    try:
+        return run_on_ray(
+            experiment, client_app, lambda grid: federate(grid, prepared, out, listener, journal)
+        )
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"Interrupted. Go on with it: fedpet simulate --resume {out.path}"
+        ) from None
 
 
 def run_on_ray(

@@ -16,9 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
-import numpy as np
 import torch
-from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
 from fedpet.backbone import Backbone, load_backbone, locate
@@ -26,17 +24,18 @@ from fedpet.client import cache_folder
 from fedpet.codec import check_codec
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data
-from fedpet.errors import RunError, StructureError
+from fedpet.errors import ConfigError, RunError, StructureError
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.model import PetModel
 from fedpet.plan import Plan, groups_by_kind, make_plan
 from fedpet.population import Population
 from fedpet.positions import find_positions
-from fedpet.strategies import STRATEGIES, to_arrays, values_of
+from fedpet.strategies import STRATEGIES, to_arrays
 from fedpet.structure import Structure, preset
-from fedpet.training import evaluate
 
+from .journal import Journal, remove_journal
 from .run_folder import RunFolder
+from .state import RunState
 from .summary import count_by_kind, summarise
 
 if TYPE_CHECKING:
@@ -95,11 +94,18 @@ def prepare(experiment: Experiment, listener: Listener) -> Prepared:
     )
     all_parameters = _num_parameters(backbone.model)
     structure = _structure(experiment, backbone)
+    _check_enough_clients(experiment, data)
     plan, pet = make_plan(experiment, backbone, structure, data.task, data.tokenizer_hash)
     return Prepared(experiment, data, plan, pet, all_parameters, pretrained_parameters, started)
 
 
-def federate(grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener) -> dict[str, Any]:
+def federate(
+    grid: Grid,
+    prepared: Prepared,
+    out: RunFolder,
+    listener: Listener,
+    journal: Journal | None = None,
+) -> dict[str, Any]:
     """Run the rounds and leave the run folder.
 
     Args:
@@ -107,72 +113,60 @@ def federate(grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener)
         prepared: What to run; its model is used up.
         out: Where everything goes that the run leaves.
         listener: Is told of stages and rounds.
+        journal: Where a run that was cut short goes on from; None begins at the beginning.
 
     Returns:
         What `result.json` holds.
 
     Raises:
         RunError: No round came to an average.
+        ConfigError: The folder's books are not those that the journal was written beside.
     """
-    experiment, data = prepared.experiment, prepared.data
-    plan, pet = prepared.plan, prepared.pet
+    experiment, plan, pet = prepared.experiment, prepared.plan, prepared.pet
     torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
     out.write_inputs(experiment, plan)
-    ledger = Ledger(out.path / "rounds.jsonl")
+    ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
     strategy = STRATEGIES[experiment.strategy.name](
         plan=plan,
         groups=groups_by_kind(pet.segments),
-        population=Population({c.id: len(c.rows) for c in data.clients}, homes={}),
+        population=_population(prepared.data),
         config=experiment.strategy,
         ledger=ledger,
     )
-    last_round = experiment.strategy.num_rounds
-    plain: list[PreTrainedModel] = []  # the merged model of the last round
-
-    def evaluate_values(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        record = ledger.begin(0) if server_round == 0 else ledger.current
-        if server_round % experiment.strategy.evaluate_every == 0 or server_round == last_round:
-            clock = time.perf_counter()
-            pet.load_values(torch.from_numpy(values_of(arrays).copy()), seed=plan.seed)
-            if server_round == last_round:
-                plain.append(pet.merged())
-            model = plain[0] if plain else pet.model
-            record.metric = evaluate(model, data.evaluation, data.task)
-            record.evaluation_seconds = time.perf_counter() - clock
-        ledger.close()
-        listener.round_done(record, ledger)
-        return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
-
-    listener.say("starting the rounds")
-    result = strategy.start(
-        grid,
-        to_arrays(np.zeros(plan.num_values, dtype=np.float32)),
-        num_rounds=last_round,
-        timeout=experiment.strategy.round_deadline_seconds,
-        evaluate_fn=evaluate_values,
-    )
-    values = values_of(result.arrays) if result.arrays else np.zeros(plan.num_values, np.float32)
+    state = RunState(prepared, strategy, ledger, out, listener, journal)
+    listener.say("starting the rounds" if journal is None else "going on with the rounds")
+    if state.rounds_left:
+        strategy.start(
+            grid,
+            to_arrays(state.values),
+            num_rounds=state.rounds_left,
+            timeout=experiment.strategy.round_deadline_seconds,
+            evaluate_fn=state.round_over,
+        )
+    model = state.final_model()
     final = ledger.current.metric
     assert final is not None, "the last round is evaluated"
     listener.say("writing the plain model")
-    out.write_outputs(values, plain[0], locate(experiment.backbone))
+    out.write_outputs(state.values, model, locate(experiment.backbone))
     summary = summarise(
         experiment,
         method="fedpet",
         ledger=ledger,
-        data=data,
+        data=prepared.data,
         fingerprint=plan.fingerprint,
         plan_digest=strategy.digest.hex(),
         values_by_kind=count_by_kind(pet.segments),
         pretrained_parameters=prepared.pretrained_parameters,
-        added_parameters=_num_parameters(plain[0]) - prepared.all_parameters,
+        added_parameters=_num_parameters(model) - prepared.all_parameters,
         inexact_kinds=pet.inexact_kinds,
-        values_sha256=hashlib.sha256(values.astype("<f4").tobytes()).hexdigest(),
+        values_sha256=hashlib.sha256(state.values.astype("<f4").tobytes()).hexdigest(),
         final=final,
-        total_seconds=time.perf_counter() - prepared.started,
+        total_seconds=state.elapsed_seconds,
+        resumed=state.resumed,
     )
     out.write_result(summary)
-    if not result.arrays:
+    remove_journal(out.path)
+    if not any(record.aggregated for record in ledger.rounds):
         raise RunError(
             f"no round met its quorum of usable replies, so nothing was learned; "
             f"{out.path / 'rounds.jsonl'} says who was refused, and why."
@@ -180,8 +174,24 @@ def federate(grid: Grid, prepared: Prepared, out: RunFolder, listener: Listener)
     return summary
 
 
+def _population(data: FederatedData) -> Population:
+    return Population({client.id: len(client.rows) for client in data.clients}, homes={})
+
+
 def _num_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:
+    """Refuse a run none of whose rounds could have the replies that its rule needs."""
+    least = experiment.strategy.least_replies
+    if len(data.clients) < least:
+        raise ConfigError(
+            f"strategy {experiment.strategy.name!r} with these parameters, and min-replies, need "
+            f"{least} usable replies a round, and there are {len(data.clients)} clients "
+            f"({data.left_out_clients} have too few rows): take another strategy or other "
+            "parameters."
+        )
 
 
 def _structure(experiment: Experiment, backbone: Backbone) -> Structure:

@@ -35,6 +35,7 @@ def summarise(
     values_sha256: str,
     final: float,
     total_seconds: float,
+    resumed: int = 0,
 ) -> dict[str, Any]:
     """Make the content of `result.json`.
 
@@ -51,7 +52,8 @@ def summarise(
         inexact_kinds: Whose average is not the average of models.
         values_sha256: Of the final communicated values, float32, little-endian.
         final: The metric of the merged model.
-        total_seconds: From the first stage to the last.
+        total_seconds: From the first stage to the last, the time that nothing ran left out.
+        resumed: How often the run was cut short and gone on with.
     """
     rounds = [record for record in ledger.rounds if record.round > 0]
     learned = any(record.aggregated for record in rounds)
@@ -69,6 +71,7 @@ def summarise(
             "versions": versions(),
             "machine": machine(),
             "status": "ok" if learned else "nothing learned",
+            "resumed": resumed,
         },
         "model": {
             "backbone_parameters": pretrained_parameters,

@@ -104,15 +104,16 @@ class Replies:
 
     def refuse_absent(self, sampled: Iterable[str]) -> None:
         """Refuse the clients of whom nothing was heard."""
-        homes = {name: node for node, cohort in self._cohorts.items() for name in cohort}
+        homes = self._homes()
         for name in sampled:
             if name in self._accepted or self._was_refused(name):
                 continue
-            if name in homes:
-                reason = f"node {homes[name]}: no reply came before the round's deadline."
-            else:
+            node = homes.get(name)
+            if node is None:
                 reason = "the node that it lives on is not connected."
-            self._ledger.refuse(name, reason)
+            else:
+                reason = f"node {node}: no reply came before the round's deadline."
+            self._ledger.refuse(name, reason, node)
 
     def updates(self, groups: list[tuple[int, int]]) -> Iterator[Update]:
         """Decode the accepted frames, in the order of the clients' names.
@@ -123,12 +124,13 @@ class Replies:
         Args:
             groups: Runs of values of one kind, see `fedpet.plan.groups_by_kind`.
         """
+        homes = self._homes()
         for name in sorted(self._accepted):
             frame = self._accepted.pop(name)
             try:
                 change = self._decode(frame, groups)
             except FrameError as error:
-                self._ledger.refuse(name, str(error))
+                self._ledger.refuse(name, str(error), homes[name])
                 continue
             yield Update(name, change, frame.num_examples, frame.loss)
 
@@ -155,7 +157,7 @@ class Replies:
         try:
             self._check(node, part, name)
         except ReplyError as error:
-            self._ledger.refuse(name, str(error))
+            self._ledger.refuse(name, str(error), node)
             return 0.0
         assert isinstance(part, Frame)
         self._accepted[name] = part
@@ -190,7 +192,11 @@ class Replies:
         """Refuse all of a node's clients whose frames had not been read yet."""
         for name in self._cohorts.get(node, []):
             if name not in self._accepted and not self._was_refused(name):
-                self._ledger.refuse(name, f"node {node}: {reason}")
+                self._ledger.refuse(name, f"node {node}: {reason}", node)
+
+    def _homes(self) -> dict[str, int]:
+        """Client -> the node that was asked to train it."""
+        return {name: node for node, cohort in self._cohorts.items() for name in cohort}
 
     def _was_refused(self, name: str) -> bool:
         return any(refused["who"] == name for refused in self._ledger.current.refused)

@@ -1,0 +1,103 @@
+"""A run that was cut short, taken up where its journal left it.
+
+In:  a run folder without a result.
+Out: its experiment, and the journal, once both are known to belong together.
+
+The experiment is read from the folder, the plan is settled anew from it: where the checkpoint, the
+rows or the settings are no longer those of the run, that is said and nothing is loaded.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedpet.config import Experiment
+from fedpet.errors import ConfigError
+from fedpet.plan import Plan
+
+from .journal import Journal, read_journal
+
+if TYPE_CHECKING:
+    from fedpet.data import FederatedData
+
+    from .federation import Prepared
+
+__all__ = ["check_journal", "client_hash", "deciding_settings", "read_cut_short"]
+
+# Keys that say where a run is done, and what it is called; not what comes out.
+_PLACE_KEYS = ("name", "workers", "cache", "out")
+
+
+def read_cut_short(run: Path) -> Experiment:
+    """The experiment of a run that has no result yet, with the run's folder as its place.
+
+    Raises:
+        ConfigError: The folder holds no run, or one that is finished.
+    """
+    if not (run / "config.toml").is_file():
+        raise ConfigError(
+            f"{str(run)!r} is no run folder: config.toml is absent. A run that was stopped before "
+            "it left one has nothing to resume: start it again."
+        )
+    if (run / "result.json").exists():
+        raise ConfigError(f"the run in {str(run)!r} is finished: there is nothing to resume.")
+    experiment = Experiment.from_file(run / "config.toml")
+    return replace(experiment, run=replace(experiment.run, out=str(run)))
+
+
+def check_journal(run: Path, prepared: Prepared) -> Journal | None:
+    """The journal of a run, if it belongs to what was prepared; None where there is none.
+
+    Raises:
+        ConfigError: The settings, the clients or the plan are others than the journal's.
+    """
+    journal = read_journal(run)
+    if journal is None:
+        return None
+    changed = _changed(journal.settings, deciding_settings(prepared.experiment))
+    if changed:
+        raise ConfigError(
+            f"the journal in {str(run)!r} was written under other settings: {'; '.join(changed)}. "
+            "Put config.toml back as it was, or start a new run."
+        )
+    if journal.clients != client_hash(prepared.data):
+        raise ConfigError(
+            f"the journal in {str(run)!r} was written with other clients: the rows have changed "
+            "since. Put them back, or start a new run."
+        )
+    digest = Plan.digest(prepared.plan.to_bytes()).hex()
+    if journal.plan_digest != digest:
+        raise ConfigError(
+            f"the journal in {str(run)!r} is of plan {journal.plan_digest:.16}, and what is "
+            f"settled here is plan {digest:.16}: resume with the checkpoint and the fedpet that "
+            "the run began with."
+        )
+    return journal
+
+
+def deciding_settings(experiment: Experiment) -> dict[str, Any]:
+    """The tables of an experiment without the keys that only say where it is run."""
+    tables = experiment.to_tables()
+    for key in _PLACE_KEYS:
+        del tables["run"][key]
+    return tables
+
+
+def client_hash(data: FederatedData) -> str:
+    """SHA-256 (hex) over the clients' names and numbers of rows."""
+    text = json.dumps([[client.id, len(client.rows)] for client in data.clients])
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{stage}.{key} was {before.get(stage, {}).get(key)!r}, is {value!r}"
+        for stage, table in after.items()
+        for key, value in table.items()
+        if before.get(stage, {}).get(key) != value
+    ]

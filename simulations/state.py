@@ -1,0 +1,129 @@
+"""A run between its rounds: what is evaluated, written and kept when a round is over.
+
+    ... -> client -> strategy -> [ledger, journal] -> next round
+
+In:  the global values after a round, from Flower's loop.
+Out: the round's metric, its line in `rounds.jsonl`, and after that the journal that vouches for it.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, MetricRecord
+
+from fedpet.ledger import Ledger
+from fedpet.strategies import SparseStrategy, values_of
+from fedpet.training import evaluate
+
+from .journal import Journal, write_journal
+from .resume import client_hash, deciding_settings
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from .federation import Listener, Prepared
+
+
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        values: Global values, float32, (num_values,).
+        rounds_left: To be run from here on.
+        resumed: How often the run has been gone on with.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        strategy: SparseStrategy,
+        ledger: Ledger,
+        out: RunFolder,
+        listener: Listener,
+        journal: Journal | None,
+    ) -> None:
+        """Begin, or take up what a journal holds and hand the strategy its part."""
+        self._prepared = prepared
+        self._strategy = strategy
+        self._ledger = ledger
+        self._out = out
+        self._listener = listener
+        self._last_round = prepared.experiment.strategy.num_rounds
+        self._clients = client_hash(prepared.data)
+        self._merged: PreTrainedModel | None = None
+        self._before_seconds = 0.0
+        self.values = np.zeros(prepared.plan.num_values, dtype=np.float32)
+        self.resumed = 0
+        if journal is not None:
+            self._before_seconds = journal.elapsed_seconds
+            self.values = journal.values
+            self.resumed = journal.resumed + 1
+            strategy.rounds_done = journal.server_round
+            strategy.load_state(journal.optimiser)
+            strategy.requests.holders = set(journal.holders)
+            strategy.requests.told = set(journal.told)
+        self.rounds_left = self._last_round - strategy.rounds_done
+
+    @property
+    def elapsed_seconds(self) -> float:
+        """Since the run's start, the time that nothing ran left out."""
+        return self._before_seconds + time.perf_counter() - self._prepared.started
+
+    def round_over(self, loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """What Flower's loop calls before its first round, as round 0, and after each.
+
+        Args:
+            loop_round: Counted by Flower's loop, from where the run was taken up.
+            arrays: The global values.
+        """
+        if loop_round == 0 and self.resumed:
+            return None  # that round was over before
+        experiment, data = self._prepared.experiment, self._prepared.data
+        server_round = loop_round + self._strategy.rounds_done
+        self.values = values_of(arrays)
+        record = self._ledger.begin(0) if server_round == 0 else self._ledger.current
+        last = server_round == self._last_round
+        if last or server_round % experiment.strategy.evaluate_every == 0:
+            clock = time.perf_counter()
+            self._load_values()
+            model = self.final_model() if last else self._prepared.pet.model
+            record.metric = evaluate(model, data.evaluation, data.task)
+            record.evaluation_seconds = time.perf_counter() - clock
+        self._write_journal(server_round, self._ledger.close())
+        self._listener.round_done(record, self._ledger)
+        return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
+
+    def final_model(self) -> PreTrainedModel:
+        """The plain model with the values folded in; made once, after the last round."""
+        if self._merged is None:
+            self._load_values()
+            self._merged = self._prepared.pet.merged()
+        return self._merged
+
+    def _load_values(self) -> None:
+        values = torch.from_numpy(self.values.copy())
+        self._prepared.pet.load_values(values, seed=self._prepared.plan.seed)
+
+    def _write_journal(self, server_round: int, ledger_bytes: int) -> None:
+        strategy = self._strategy
+        write_journal(
+            self._out.path,
+            Journal(
+                server_round=server_round,
+                plan_digest=strategy.digest.hex(),
+                clients=self._clients,
+                settings=deciding_settings(self._prepared.experiment),
+                ledger_bytes=ledger_bytes,
+                holders=tuple(sorted(strategy.requests.holders)),
+                told=tuple(sorted(strategy.requests.told)),
+                elapsed_seconds=self.elapsed_seconds,
+                resumed=self.resumed,
+                values=self.values,
+                optimiser=strategy.state(),
+            ),
+        )
