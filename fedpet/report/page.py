@@ -28,12 +28,14 @@ from fedpet.report.compare import REFERENCE, Row, compare_rows, group_runs, note
 from fedpet.report.numbers import show_count, show_percent, show_ratio
 from fedpet.report.places import Cell, Grid, Places, find_places
 from fedpet.report.plots import SERIES, Line, bytes_svg, metric_png, metric_svg
+from fedpet.report.refusals import count_refusals
 from fedpet.units import show_bytes, show_seconds
 
 __all__ = ["Report", "page", "read_report", "write_page", "write_png"]
 
 # How much of a cell's colour the fullest cell has: text on it must stay readable.
 FULLEST = 0.6
+SOME = 8  # names that a cell shows
 
 
 @dataclass(frozen=True)
@@ -374,14 +376,29 @@ def _refused(report: Report) -> Iterator[str]:
     if not refused:
         yield _section("Refused replies", '<p class="muted">None.</p>')
         return
+    counts = [
+        f'<tr><th scope="row">{count.times:,}</th><td>{escape(count.node or "-")}</td>'
+        f"<td>{escape(count.reason)}</td><td>{escape(_some(count.clients))}</td>"
+        f"<td>{escape(_some(count.rounds))}</td></tr>"
+        for count in count_refusals(refused)
+    ]
     body = [
         f'<tr><th scope="row">{entry["round"]}</th><td>{escape(str(entry["who"]))}</td>'
         f"<td>{escape(str(entry['reason']))}</td></tr>"
         for entry in refused
     ]
+    each = _table(["round", "who", "reason"], body, "words")
     yield _section(
-        f"Refused replies ({len(refused):,})", _table(["round", "who", "reason"], body, "words")
+        f"Refused replies ({len(refused):,})",
+        _table(["times", "node", "reason", "clients", "rounds"], counts, "words")
+        + f"<details><summary>One by one</summary>{each}</details>",
     )
+
+
+def _some(names: Sequence[object]) -> str:
+    """The first few, and how many more there are."""
+    shown = ", ".join(str(name) for name in names[:SOME])
+    return shown if len(names) <= SOME else f"{shown} and {len(names) - SOME:,} more"
 
 
 def _configuration(report: Report) -> Iterator[str]:
