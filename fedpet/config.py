@@ -21,11 +21,28 @@ from fedpet.rules import RULES, check_parameters, least_replies
 
 Scalar = str | int | float | bool
 
+MAX_TIERS = 16
+
 
 def _choice(name: str, value: str, allowed: Iterable[str]) -> None:
     allowed = list(allowed)
     if value not in allowed:
         raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def _density_and_share(entry: str) -> tuple[float, float]:
+    """Of one of `mask.tiers`: "0.005=0.3" is (0.005, 0.3)."""
+    density, _, share = entry.partition("=")
+    try:
+        numbers = float(density), float(share)
+    except ValueError:
+        numbers = 0.0, 0.0
+    if not (0 < numbers[0] <= 1 and 0 <= numbers[1] <= 1):
+        raise ConfigError(
+            f"mask.tiers must hold entries such as '0.005=0.3', a density in (0, 1] and the share "
+            f"of the clients that train it in [0, 1], got {entry!r}."
+        )
+    return numbers
 
 
 def _at_least(name: str, value: float, least: float) -> None:
@@ -101,7 +118,8 @@ class MaskConfig:
     rule: str = "smallest"  # smallest (PaFi), largest, random
     granularity: str = "global"  # or "per-tensor"
     broadcast: str = "derived"  # the rule and a hash, or "explicit": coded positions
-    seed: int = 0  # of the rule "random"
+    tiers: tuple[str, ...] = ()  # of devices: "density=share of the clients", see fedpet/tiers.py
+    seed: int = 0  # of the rule "random", and of which client is of which tier
     enabled: bool = True  # false leaves the weights alone: structure and head only
 
     def __post_init__(self) -> None:
@@ -114,6 +132,40 @@ class MaskConfig:
         _choice("mask.rule", self.rule, ("smallest", "largest", "random"))
         _choice("mask.granularity", self.granularity, ("global", "per-tensor"))
         _choice("mask.broadcast", self.broadcast, ("derived", "explicit"))
+        if self.tiers:
+            self._check_tiers()
+
+    @property
+    def tier_shares(self) -> tuple[tuple[float, float], ...]:
+        """(density, share of the clients) of each tier, rising; one where none is named."""
+        if not self.tiers:
+            return ((self.density, 1.0),)
+        return tuple(sorted(_density_and_share(entry) for entry in self.tiers))
+
+    @property
+    def tier_densities(self) -> tuple[float, ...]:
+        """Density of each tier, rising; the last is that of the whole mask."""
+        return tuple(density for density, _ in self.tier_shares)
+
+    def _check_tiers(self) -> None:
+        densities = self.tier_densities
+        if len(set(densities)) < len(densities) or len(densities) > MAX_TIERS:
+            raise ConfigError(
+                f"mask.tiers must have distinct densities, at most {MAX_TIERS}, got "
+                f"{list(self.tiers)}."
+            )
+        if densities[-1] != self.density:
+            raise ConfigError(
+                f"the largest of mask.tiers must be mask.density, which is {self.density!r}, got "
+                f"{densities[-1]!r}: the mask is what the strongest devices train, and a tier a "
+                "prefix of it."
+            )
+        total = sum(share for _, share in self.tier_shares)
+        if abs(total - 1) > 1e-6:
+            raise ConfigError(
+                f"the shares of mask.tiers must add up to 1, got {total:g}. They are fractions of "
+                "the clients; a tier that only nodes name for themselves has the share 0."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,6 +18,7 @@ machines cannot disagree. `largest` and `random` are controls, not PaFi.
 from __future__ import annotations
 
 import hashlib
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from decimal import Decimal
@@ -38,10 +39,13 @@ class Mask:
         positions: Parameter name -> flat positions, int64, (k_name,), in the order of rank (for
             PaFi: smallest magnitude first). Names in alphabetical order, none without entries.
         sizes: Parameter name -> number of entries of that tensor, for every name in scope.
+        tiers: For each of `mask.tiers`, weakest first: parameter name -> how many of its positions,
+            counted from the first, are that tier's. Empty where no tiers are named.
     """
 
     positions: Mapping[str, Tensor]
     sizes: Mapping[str, int]
+    tiers: tuple[Mapping[str, int], ...] = ()
 
     @property
     def num_values(self) -> int:
@@ -90,7 +94,8 @@ def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
         owner = torch.searchsorted(ends, first, right=True)
         starts = ends - torch.tensor([sizes[name] for name in names])
         ranked = {name: first[owner == index] - starts[index] for index, name in enumerate(names)}
-    mask = Mask({name: chosen for name, chosen in ranked.items() if len(chosen)}, sizes)
+    positions = {name: chosen for name, chosen in ranked.items() if len(chosen)}
+    mask = Mask(positions, sizes, tier_counts(params, positions, config))
     if not mask.num_values:
         raise ConfigError(
             f"mask.density {config.density!r} leaves nothing to train: it is a fraction of the "
@@ -114,6 +119,49 @@ def rank_positions(
         score = _score(params[name], config, name)[chosen]
         ranked[name] = chosen[torch.sort(score, stable=True).indices]
     return ranked
+
+
+def tier_counts(
+    params: Mapping[str, Tensor], positions: Mapping[str, Tensor], config: MaskConfig
+) -> tuple[dict[str, int], ...]:
+    """How many of each tensor's positions belong to the mask of each tier's density.
+
+    Args:
+        params: Weights in scope by name.
+        positions: Of the whole mask, in the order of rank.
+        config: Names the tiers.
+
+    Returns:
+        For each tier, weakest first: name -> count; () where no tiers are named.
+
+    Raises:
+        ConfigError: A tier holds nothing, or no more than the one below it.
+    """
+    if not config.tiers or not positions:
+        return ()
+    names = sorted(positions)
+    if config.granularity == "per-tensor":
+        tiers = [
+            {name: num_chosen(density, params[name].numel()) for name in names}
+            for density in config.tier_densities
+        ]
+    else:
+        scores = [_score(params[name], config, name)[positions[name]] for name in names]
+        owner = torch.arange(len(names)).repeat_interleave(torch.tensor([*map(len, scores)]))
+        owner = owner[torch.sort(torch.cat(scores), stable=True).indices]  # (k,) over all tensors
+        total = sum(params[name].numel() for name in params)
+        firsts = [owner[: num_chosen(density, total)] for density in config.tier_densities]
+        tiers = [
+            dict(zip(names, torch.bincount(first, minlength=len(names)).tolist(), strict=True))
+            for first in firsts
+        ]
+    totals = [sum(tier.values()) for tier in tiers]
+    if any(more <= less for less, more in itertools.pairwise([0, *totals])):
+        raise ConfigError(
+            f"each of mask.tiers must train more entries than the one below it, got {totals} for "
+            f"{list(config.tiers)}: a density is rounded down to whole entries."
+        )
+    return tuple(tiers)
 
 
 def _score(weight: Tensor, config: MaskConfig, name: str) -> Tensor:

@@ -18,15 +18,16 @@ each step, so nothing drifts and whatever no module names stays bit-identical (l
 from __future__ import annotations
 
 import copy
+import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from fedpet.errors import BackboneError, StructureError
+from fedpet.errors import BackboneError
 from fedpet.modules.base import PetModule
 from fedpet.modules.build import build_masks, build_structure
 from fedpet.modules.head import HeadTensor
@@ -40,7 +41,7 @@ if TYPE_CHECKING:
     from fedpet.backbone import Backbone
     from fedpet.mask import Mask
 
-__all__ = ["PetModel", "Segment", "tier_positions"]
+__all__ = ["PetModel", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -62,8 +63,9 @@ class PetModel:
     """
 
     model: PreTrainedModel
-    segments: tuple[Segment, ...]
-    num_values: int
+    tiers: tuple[tuple[Segment, ...], ...]  # the layout of each tier, weakest first; of all last
+    segments: tuple[Segment, ...]  # the layout in use
+    num_values: int  # in use
 
     def __init__(
         self, backbone: Backbone, mask: Mask | None, structure: Structure, *, seed: int
@@ -85,6 +87,7 @@ class PetModel:
         _check_dtypes(self.model)
         positions = find_positions(self.model, backbone.head)
         self._masks = build_masks(self.model, {} if mask is None else mask.positions)
+        tiers = () if mask is None else mask.tiers
         self._structure = build_structure(self.model, positions, structure, seed)
         heads = [HeadTensor(name, self.model.get_parameter(name)) for name in backbone.head]
         self._modules: list[PetModule] = [*self._masks, *self._structure, *heads]
@@ -94,14 +97,10 @@ class PetModel:
         self._gated = False
         for site in self._sites:
             site.install(gated=False)
-        segments, start = [], 0
-        for module in self._modules:
-            if module.num_values:
-                segments.append(Segment(module.kind, module.target, start, module.num_values))
-                start += module.num_values
-        self.segments = tuple(segments)
-        self.num_values = start
-        self.load_values(torch.zeros(start), seed=seed)
+        self.tiers = tuple(self._layout(tier) for tier in tiers) or (self._layout(None),)
+        self.segments = self.tiers[-1]
+        self.num_values = sum(segment.size for segment in self.segments)
+        self.load_values(torch.zeros(self.num_values), seed=seed)
 
     # What the optimiser and the training loop see.
 
@@ -159,6 +158,29 @@ class PetModel:
         return add
 
     # What is communicated.
+
+    @torch.no_grad()
+    def use_tier(self, tier: int) -> None:
+        """Be the model of one tier from now on: only its prefix of the mask is trained and sent.
+
+        The model stands at the checkpoint afterwards, as it would with a mask of that density
+        alone, until values are loaded. The tensors of each tier are made at its first use.
+
+        Args:
+            tier: Index into `tiers`.
+        """
+        if self.segments is self.tiers[tier]:
+            return
+        self.segments = self.tiers[tier]
+        self.num_values = sum(segment.size for segment in self.segments)
+        counts = {s.name: s.size for s in self.segments if s.kind == "mask"}
+        for mask in self._masks:
+            mask.use(counts.get(mask.target, 0))
+        self._groups["mask"] = self._bind("mask")
+        for site in self._sites:
+            if site.mask is not None:
+                site.install(self._gated)
+        self.load_values(torch.zeros(self.num_values), seed=0)
 
     @torch.no_grad()
     def values(self) -> Tensor:
@@ -254,30 +276,45 @@ class PetModel:
     def _senders(self) -> list[PetModule]:
         return [module for module in self._modules if module.num_values]
 
+    def _layout(self, tier: Mapping[str, int] | None) -> tuple[Segment, ...]:
+        """Segments of the values where each mask is cut to its tier's number of entries."""
+        segments, start = [], 0
+        for module in self._modules:
+            size = module.num_values
+            if tier is not None and module.place == "mask":
+                size = tier[module.target]
+            if size:
+                segments.append(Segment(module.kind, module.target, start, size))
+                start += size
+        return tuple(segments)
+
     def _allocate(self) -> None:
         """One flat storage: a stretch for each kind, those of the held kinds at the end."""
         like = next(self.model.parameters())
         kinds = list(dict.fromkeys(module.kind for module in self._modules))
         held = {module.kind: module.held for module in self._modules}
-        total = sum(math.prod(shape) for module in self._modules for shape in module.shapes)
-        self._flat = torch.zeros(total, dtype=like.dtype, device=like.device)
+        sizes = dict.fromkeys(sorted(kinds, key=lambda kind: held[kind]), 0)
+        for module in self._modules:
+            sizes[module.kind] += sum(math.prod(shape) for shape in module.shapes)
+        self._flat = torch.zeros(sum(sizes.values()), dtype=like.dtype, device=like.device)
         self._gradient = torch.zeros_like(self._flat)
-        groups: dict[str, nn.Parameter] = {}
-        start = 0
-        self._held_from = total
-        for kind in sorted(kinds, key=lambda kind: held[kind]):
-            first = start
-            for module in self._modules:
-                if module.kind == kind:
-                    trainables = []
-                    for shape in module.shapes:
-                        trainables.append(self._view(start, shape))
-                        start += math.prod(shape)
-                    module.bind(trainables)
-            groups[kind] = self._view(first, (start - first,))
-            if held[kind]:
-                self._held_from = min(self._held_from, first)
-        self._groups = {kind: groups[kind] for kind in kinds}
+        self._first = dict(zip(sizes, itertools.accumulate([0, *sizes.values()]), strict=False))
+        self._held_from = min(
+            (first for kind, first in self._first.items() if held[kind]), default=len(self._flat)
+        )
+        self._groups = {kind: self._bind(kind) for kind in kinds}
+
+    def _bind(self, kind: str) -> nn.Parameter:
+        """Give the modules of a kind their views of the storage; the view of them all."""
+        first = start = self._first[kind]
+        for module in self._modules:
+            if module.kind == kind:
+                trainables = []
+                for shape in module.shapes:
+                    trainables.append(self._view(start, shape))
+                    start += math.prod(shape)
+                module.bind(trainables)
+        return self._view(first, (start - first,))
 
     def _view(self, start: int, shape: Sequence[int]) -> nn.Parameter:
         stop = start + math.prod(shape)
@@ -314,38 +351,6 @@ class PetModel:
             return self.model.get_parameter(module.target)
         parameter = getattr(self.model.get_submodule(module.target), module.place, None)
         return parameter if isinstance(parameter, nn.Parameter) else None
-
-
-def tier_positions(full: Sequence[Segment], tier: Sequence[Segment]) -> Tensor:
-    """Where the values of a tier, a mask of lower density, lie among those of the full mask.
-
-    Each weight's entries are in the order of their rank, so a tier's are a prefix of them; the
-    other segments are the same. `values[tier_positions(full, tier)]` are the tier's values.
-
-    Returns:
-        int64, (number of the tier's values,).
-
-    Raises:
-        StructureError: The tier is not nested in the full layout.
-    """
-    by_name = {(segment.kind, segment.name): segment for segment in full}
-    pieces = []
-    for segment in tier:
-        whole = by_name.get((segment.kind, segment.name))
-        if whole is None or segment.size > whole.size:
-            raise StructureError(
-                f"a tier must be nested in the full layout, and its {segment.kind!r} segment "
-                f"{segment.name!r} of {segment.size} values is not. Take the same backbone, rule "
-                "and structure, and a lower density."
-            )
-        if segment.kind != "mask" and segment.size != whole.size:
-            raise StructureError(
-                f"a tier differs in its mask alone, and its {segment.kind!r} segment "
-                f"{segment.name!r} has {segment.size} values instead of {whole.size}. Take the "
-                "same structure."
-            )
-        pieces.append(torch.arange(whole.start, whole.start + segment.size))
-    return torch.cat(pieces) if pieces else torch.empty(0, dtype=torch.int64)
 
 
 def _check_dtypes(model: nn.Module) -> None:

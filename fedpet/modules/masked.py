@@ -21,13 +21,10 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.modules.base import PetModule
+from fedpet.modules.entries import BLOCK_ROWS, Entries
 from fedpet.modules.kept import Kept
 
 __all__ = ["MaskedWeight"]
-
-# Past this density of a weight, products of blocks of rows cost less than the sampled product.
-DENSE_FROM = 0.15
-BLOCK_ROWS = 128
 
 
 class MaskedWeight(PetModule):
@@ -46,56 +43,55 @@ class MaskedWeight(PetModule):
         super().__init__("mask", name)
         self.transposed = transposed
         self.weight = weight
-        positions = positions.to(weight.device)
-        order = torch.argsort(positions)
-        flat = positions[order]
-        rows, columns = weight.shape
-        # Per entry: 4 bytes each for its change, gradient, start, rank, place and column, and 8
-        # for the optimiser.
-        self._order = order.to(torch.int32)  # rank of each entry, by position
-        self._flat = flat.to(torch.int32 if weight.numel() < 2**31 else torch.int64)  # ascending
-        self._start = weight.detach().reshape(-1)[flat]  # w0 there
-        crow = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
-        crow[1:] = torch.cumsum(torch.bincount(flat // columns, minlength=rows), 0)
-        self._crow, self._columns = crow, (flat % columns).to(torch.int32)
-        self._blocks: list[int] | None = None  # entries up to the end of each block of rows
-        if len(flat) > DENSE_FROM * weight.numel():
-            self._blocks = [*crow[BLOCK_ROWS:rows:BLOCK_ROWS].tolist(), len(flat)]
         # Whether backward adds to the gradient's storage itself, or gives autograd a gradient.
         self.in_place = False
+        whole = Entries.of(weight, positions.to(weight.device))
+        self._entries = whole
+        self._tiers = {len(whole.flat): whole}  # by number of entries
+
+    def use(self, count: int) -> None:
+        """Train the `count` entries of the lowest rank from now on; the others hold w0 again.
+
+        `bind` comes next: the trainable has another length.
+        """
+        self.restore()
+        if count not in self._tiers:
+            whole = self._tiers[max(self._tiers)]
+            self._tiers[count] = whole.prefix(count, self.weight)
+        self._entries = self._tiers[count]
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return ((len(self._flat),),)
+        return ((len(self._entries.flat),),)
 
     def bind(self, trainables: Sequence[Tensor]) -> None:
         super().bind(trainables)
         gradient = trainables[0].grad
         if gradient is None:
-            gradient = torch.zeros_like(self._start)
+            gradient = torch.zeros_like(self._entries.start)
         with warnings.catch_warnings():  # "sparse CSR is in beta", once a process
             warnings.simplefilter("ignore")
             self._gradient = torch.sparse_csr_tensor(  # a view: its values are `gradient`
-                self._crow, self._columns, gradient, self.weight.shape
+                self._entries.crow, self._entries.columns, gradient, self.weight.shape
             )
 
     def write(self, values: Tensor, seed: int) -> None:
-        self.trainables[0].detach().copy_(values[self._order])
+        self.trainables[0].detach().copy_(values[self._entries.rank])
 
     def read(self) -> Tensor:
         v = self.trainables[0].detach()
-        return torch.empty_like(v).index_copy_(0, self._order.to(torch.int64), v)
+        return torch.empty_like(v).index_copy_(0, self._entries.rank.to(torch.int64), v)
 
     def write_weight(self) -> None:
         """Write w0 + v into the weight, under no_grad."""
-        self._put(self._start + self.trainables[0])
+        self._put(self._entries.start + self.trainables[0])
 
     def restore(self) -> None:
         """Write w0 back."""
-        self._put(self._start)
+        self._put(self._entries.start)
 
     def _put(self, entries: Tensor) -> None:
-        self.weight.view(-1).index_copy_(0, self._flat.to(torch.int64), entries)
+        self.weight.view(-1).index_copy_(0, self._entries.flat.to(torch.int64), entries)
 
     def gradient(self, kept: Kept, source: Tensor, g: Tensor, live: Tensor | None) -> Tensor | None:
         """The weight's gradient at the positions, ascending: (k,); None where `in_place`.
@@ -109,11 +105,11 @@ class MaskedWeight(PetModule):
         dtype = self.weight.dtype
         if g.dtype != dtype:
             g = g.to(dtype)
-        if self._blocks is not None:
+        if self._entries.blocks is not None:
             x = kept.rows(source, dtype)
             x = x if live is None else x[live]
             left, right = (x, g) if self.transposed else (g, x)
-            return self._gradient_by_blocks(left, right, self._blocks)
+            return self._gradient_by_blocks(left, right, self._entries.blocks)
         if live is None:
             x = kept.columns(source, dtype)
         else:
@@ -131,13 +127,13 @@ class MaskedWeight(PetModule):
         self, left: Tensor, right: Tensor, ends: Sequence[int]
     ) -> Tensor | None:
         """The same for many positions: dense products of a few rows at a time, then a choice."""
-        gradient = torch.empty_like(self._start)
+        gradient = torch.empty_like(self._entries.start)
         columns = self.weight.shape[1]
         start = 0
         for block, stop in enumerate(ends):
             row = block * BLOCK_ROWS
             dense = left[:, row : row + BLOCK_ROWS].t() @ right  # (BLOCK_ROWS, columns)
-            chosen = self._flat[start:stop] - row * columns  # index_select takes int32
+            chosen = self._entries.flat[start:stop] - row * columns  # index_select takes int32
             torch.index_select(dense.view(-1), 0, chosen, out=gradient[start:stop])
             start = stop
         if self.in_place:

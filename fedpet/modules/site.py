@@ -74,15 +74,17 @@ class Site:
                     tensors.setdefault(effect.place, []).append(effect)
         parallel = [effect for effect in self.effects if effect.place == "parallel"]
         sequential = [effect for effect in self.effects if effect.place == "sequential"]
-        if not (self.mask or tensors or parallel or sequential):
+        mask = self.mask if self.mask is not None and self.mask.num_values else None
+        if not (mask or tensors or parallel or sequential):
             return None
         if is_dense(self.module):
-            return self._dense(gated, tensors.get("bias", []), parallel, sequential)
+            return self._dense(gated, mask, tensors.get("bias", []), parallel, sequential)
         return self._other(tensors, sequential)
 
     def _dense(
         self,
         gated: bool,
+        mask: MaskedWeight | None,
         biases: Sequence[PetModule],
         parallel: Sequence[PetModule],
         sequential: Sequence[PetModule],
@@ -93,11 +95,11 @@ class Site:
         branches = [e for e in parallel if isinstance(e, LowRankBranch) and e.fused and not gated]
         others = [e for e in parallel if e not in branches]
         # With gates, gradients may be asked for apart; without, they go where they belong.
-        if self.mask is not None:
-            self.mask.in_place = not gated
+        if mask is not None:
+            mask.in_place = not gated
         for branch in branches:
             branch.in_place = True
-        plan = DensePlan(is_transposed(self.module), self.mask, branches, self.columns)
+        plan = DensePlan(is_transposed(self.module), mask, branches, self.columns)
         trainables = plan.trainables
 
         def forward(x: Tensor) -> Tensor:

@@ -1,0 +1,66 @@
+"""Which entries of one weight are trained, in the order in which the weight holds them.
+
+In:  a weight, and the flat positions that may move, in the order of their rank.
+Out: the same in ascending order: ranks, positions, pretrained numbers, and the rows and columns of
+     a CSR matrix for the sampled product; of all entries, or of those of the lowest ranks.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["BLOCK_ROWS", "DENSE_FROM", "Entries"]
+
+# Past this density of a weight, products of blocks of rows cost less than the sampled product.
+DENSE_FROM = 0.15
+BLOCK_ROWS = 128
+
+
+@dataclass(frozen=True)
+class Entries:
+    """k entries of one weight, ascending by position.
+
+    16 bytes an entry; its change, gradient and the optimiser's two moments are 16 more.
+    """
+
+    rank: Tensor  # int32, (k,): the place of each among the values that are sent
+    flat: Tensor  # (k,): its position; int32 where that is enough
+    start: Tensor  # (k,): w0 there
+    crow: Tensor  # int32, (rows + 1,): entries before each row
+    columns: Tensor  # int32, (k,)
+    blocks: list[int] | None  # entries up to the end of each block of rows, where there are many
+
+    @classmethod
+    def of(cls, weight: Tensor, positions: Tensor) -> Entries:
+        """Entries of `weight` at `positions`, int64, (k,), flat, in the order of rank."""
+        rank = torch.argsort(positions)
+        flat = positions[rank]
+        rows, columns = weight.shape
+        crow = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
+        crow[1:] = torch.cumsum(torch.bincount(flat // columns, minlength=rows), 0)
+        return cls(
+            rank.to(torch.int32),
+            flat.to(torch.int32 if weight.numel() < 2**31 else torch.int64),
+            weight.detach().reshape(-1)[flat],
+            crow,
+            (flat % columns).to(torch.int32),
+            _blocks(crow, weight),
+        )
+
+    def prefix(self, count: int, weight: Tensor) -> Entries:
+        """The `count` entries of the lowest rank. Reads nothing of the weight but its shape."""
+        kept = self.rank < count
+        before = torch.cat([self.crow[:1], kept.cumsum(0, dtype=torch.int32)])  # (k + 1,)
+        crow = before[self.crow.long()]
+        fields = (self.rank[kept], self.flat[kept], self.start[kept], crow, self.columns[kept])
+        return Entries(*fields, _blocks(crow, weight))
+
+
+def _blocks(crow: Tensor, weight: Tensor) -> list[int] | None:
+    count = int(crow[-1])
+    if count <= DENSE_FROM * weight.numel():
+        return None
+    return [*crow[BLOCK_ROWS : len(weight) : BLOCK_ROWS].tolist(), count]
