@@ -15,6 +15,7 @@ from __future__ import annotations
 import functools
 import os
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -25,13 +26,21 @@ from flwr.app import Message
 from fedpet.backbone import load_backbone, locate
 from fedpet.codec import decode_values, encode_values
 from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal, unpack_frames
-from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
+from fedpet.config import MAX_TIERS, BackboneConfig, DataConfig, Experiment, PopulationConfig
 from fedpet.data import FederatedData, load_data
-from fedpet.errors import FedpetError, FrameError, PlanError, ReplyError, TrainingError
-from fedpet.messages import PLAN_MISSING, from_record, read_request, to_record
+from fedpet.errors import (
+    ConfigError,
+    FedpetError,
+    FrameError,
+    PlanError,
+    ReplyError,
+    TrainingError,
+)
+from fedpet.messages import OTHER_TIER, PLAN_MISSING, from_record, read_request, to_record
 from fedpet.model import PetModel
 from fedpet.plan import Plan, groups_by_kind
 from fedpet.seeds import client_number, derive_seed
+from fedpet.tiers import draw_tier, tier_within
 from fedpet.training import train_rows
 
 MAX_REASON_BYTES = 500
@@ -46,21 +55,36 @@ class NodeSettings:
         data: Where its rows are.
         population: How its rows fall into clients.
         cache: Folder for tokenised rows and plans.
+        max_density: The largest tier of the mask that it trains; None leaves it to the plan, which
+            draws a tier for each client.
     """
 
     backbone: BackboneConfig
     data: DataConfig
     population: PopulationConfig
     cache: Path
+    max_density: float | None = None
 
     @classmethod
-    def of(cls, experiment: Experiment) -> NodeSettings:
-        """The settings of a simulated node."""
+    def of(
+        cls, experiment: Experiment, node_config: Mapping[str, object] | None = None
+    ) -> NodeSettings:
+        """The settings of a node that has the experiment's files.
+
+        Args:
+            experiment: Where backbone, data and cache are.
+            node_config: What the node was started with (Flower's `--node-config`). Its key
+                "max-density" is read, others are left alone.
+
+        Raises:
+            ConfigError: "max-density" is no density.
+        """
         return cls(
             backbone=experiment.backbone,
             data=experiment.data,
             population=experiment.population,
             cache=cache_folder(experiment),
+            max_density=_max_density(node_config or {}),
         )
 
 
@@ -85,13 +109,13 @@ class Node:
             FrameError: The request does not parse; there is nobody to answer for.
         """
         request = read_request(payload)
-        frame = _only_frame(request.frame)
-        digest, server_round = frame.plan_digest, frame.server_round
+        frames = _server_frames(request.frame)
+        digest, server_round = frames[0].plan_digest, frames[0].server_round
         try:
             if request.plan:
                 self._store(request.plan, digest)
             plan, pet, data, rows_of = self._prepare(digest)
-            values = _global_values(frame, plan, pet)
+            values = _global_values(frames, plan, pet)
         except FedpetError as error:
             return b"".join(
                 _refusal(digest, server_round, client, str(error)) for client in request.clients
@@ -107,7 +131,7 @@ class Node:
         client: int,
         server_round: int,
         digest: bytes,
-        values: np.ndarray,
+        values: dict[int, np.ndarray],
         plan: Plan,
         pet: PetModel,
         data: FederatedData,
@@ -117,8 +141,13 @@ class Node:
         if client not in rows_of:
             return _refusal(digest, server_round, client, "this client does not live on this node.")
         try:
+            tier = self._tier(plan, client)
+            if tier not in values:
+                known = plan.mask.tier_densities[tier] if plan.mask is not None else 0.0
+                return _refusal(digest, server_round, client, f"{OTHER_TIER}{known!r}")
             seed = derive_seed("client", plan.seed, server_round, client)
-            pet.load_values(torch.from_numpy(values), seed=seed)
+            pet.use_tier(tier)
+            pet.load_values(torch.from_numpy(values[tier]), seed=seed)
             trained = train_rows(
                 pet.model,
                 pet.parameter_groups(),
@@ -131,7 +160,7 @@ class Node:
                 after_step=pet.after_step,
                 proximal=pet.proximal(plan.training.proximal_mu),
             )
-            update = pet.values().numpy() - values  # (num_values,)
+            update = pet.values().numpy() - values[tier]  # (num_values of the tier,)
             if not np.isfinite(update).all():
                 raise TrainingError(
                     "the trained values hold NaN or infinity: lower training.learning-rate."
@@ -145,7 +174,7 @@ class Node:
                 server_round=server_round,
                 client=client,
                 codec=plan.codec.up,
-                count=plan.num_values,
+                count=pet.num_values,
                 num_examples=trained.num_examples,
                 loss=trained.loss,
                 train_seconds=trained.train_seconds,
@@ -154,6 +183,12 @@ class Node:
                 ),
             )
         )
+
+    def _tier(self, plan: Plan, client: int) -> int:
+        """The node's own tier where it names one, else the one drawn for the client."""
+        if self.settings.max_density is None:
+            return draw_tier(plan.mask, client)
+        return tier_within(plan.mask, self.settings.max_density)
 
     def _prepare(
         self, digest: bytes
@@ -221,23 +256,49 @@ def cache_folder(experiment: Experiment) -> Path:
     return Path(named).expanduser()
 
 
-def _only_frame(packed: bytes) -> Frame:
-    """The one frame that a request carries."""
-    frames = list(unpack_frames(packed, max_frames=1, max_payload_bytes=len(packed)))
-    if len(frames) != 1 or not isinstance(frames[0], Frame) or frames[0].client:
-        raise FrameError(f"a request carries one frame of global values, got {len(frames)}.")
-    return frames[0]
-
-
-def _global_values(frame: Frame, plan: Plan, pet: PetModel) -> np.ndarray:
-    """Decode the server's values. float32, (num_values,)."""
-    if frame.count != plan.num_values or frame.codec != plan.codec.down:
-        raise FrameError(
-            f"the plan sends {plan.num_values} values by {plan.codec.down!r}, the frame holds "
-            f"{frame.count} by {frame.codec!r}."
+def _max_density(node_config: Mapping[str, object]) -> float | None:
+    """What a node's own configuration says of its strength."""
+    named = node_config.get("max-density")
+    if named is None:
+        return None
+    if isinstance(named, bool) or not isinstance(named, int | float) or not 0 < named <= 1:
+        raise ConfigError(
+            f"a node's max-density must be in (0, 1], got {named!r}. It is the largest fraction of "
+            "the entries in scope that the device trains."
         )
-    seed = derive_seed("downlink", plan.seed, frame.server_round)
-    return decode_values(frame.payload, frame.codec, groups_by_kind(pet.segments), seed=seed)
+    return float(named)
+
+
+def _server_frames(packed: bytes) -> list[Frame]:
+    """The frames of global values that a request carries, one a tier, all of one plan and round."""
+    frames: list[Frame] = []
+    for part in unpack_frames(packed, max_frames=MAX_TIERS, max_payload_bytes=len(packed)):
+        if not isinstance(part, Frame) or part.client:
+            raise FrameError("a request carries frames of global values, got a client's.")
+        frames.append(part)
+    if len({(frame.plan_digest, frame.server_round) for frame in frames}) != 1:
+        raise FrameError(
+            f"a request carries frames of one plan and one round, got {len(frames)} frames of "
+            f"others."
+        )
+    return frames
+
+
+def _global_values(frames: list[Frame], plan: Plan, pet: PetModel) -> dict[int, np.ndarray]:
+    """Decode the server's values: tier -> float32, (values of the tier,)."""
+    groups = [groups_by_kind(layout) for layout in pet.tiers]
+    counts = [sum(stop - start for start, stop in tier) for tier in groups]
+    values = {}
+    for frame in frames:
+        if frame.count not in counts or frame.codec != plan.codec.down:
+            raise FrameError(
+                f"the plan sends {' or '.join(map(str, counts))} values by {plan.codec.down!r}, "
+                f"the frame holds {frame.count} by {frame.codec!r}."
+            )
+        tier = counts.index(frame.count)
+        seed = derive_seed("downlink", plan.seed, frame.server_round)
+        values[tier] = decode_values(frame.payload, frame.codec, groups[tier], seed=seed)
+    return values
 
 
 def _refusal(digest: bytes, server_round: int, client: int, reason: str) -> bytes:

@@ -1,10 +1,11 @@
 """What a message between server and node holds: one uint8 array, read without trust.
 
-A request (server to node) names a cohort of clients and carries the frame of global values, and
-the plan where the node may lack it. A reply is one frame, or one refusal, a client, joined.
+A request (server to node) names a cohort of clients and carries the global values, a frame for
+each tier among them (mostly one), and the plan where the node may lack it. A reply is one frame, or
+one refusal, a client, joined.
 
     request := magic "FPRQ" | version u8 | 3 reserved | clients u32 | plan bytes u32
-               | frame bytes u32 | client numbers u64 ... | plan | frame    (little-endian)
+               | frame bytes u32 | client numbers u64 ... | plan | frame ...   (little-endian)
     reply   := frame ...                                        (fedpet/codec/frame.py)
 
 One flat array, since Flower's cost follows the number of arrays and not their size.
@@ -25,6 +26,7 @@ from fedpet.errors import FrameError
 MAX_CLIENTS = 1_000_000
 PLAN_MISSING = "this node does not hold the plan"
 STYPE = "fedpet.bytes"  # how Flower names the coding of an array; not one that it reads itself
+OTHER_TIER = "this node's tier is of density "  # and the number
 
 _HEADER = struct.Struct("<4sB3xIII")
 _MAGIC = b"FPRQ"
@@ -39,7 +41,7 @@ class Request:
 
     Attributes:
         clients: Numbers of the clients, see `fedpet.seeds.client_number`.
-        frame: Packed frame with the global values.
+        frame: Packed frame with the global values; several, joined, where clients differ in tier.
         plan: The plan's bytes, or nothing where the node is known to hold it.
     """
 

@@ -32,7 +32,7 @@ from fedpet.codec.positions import decode_positions, encode_positions
 from fedpet.config import CodecConfig, Experiment, MaskConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.errors import FedpetError, PlanError
-from fedpet.mask import Mask, build_mask, rank_positions
+from fedpet.mask import Mask, build_mask, rank_positions, tier_counts
 from fedpet.model import PetModel, Segment
 from fedpet.positions import mask_scope
 from fedpet.structure import Structure
@@ -59,11 +59,11 @@ class Plan:
         task: Kind, label names in order, metric.
         max_length: Tokens a row.
         tokenizer_hash: Of the tokeniser's files.
-        mask: Rule, density and broadcast, or None where no weight is masked.
+        mask: Rule, density, tiers and broadcast, or None where no weight is masked.
         mask_sha256: Of the set of positions; empty without a mask.
         mask_positions: Coded positions where the mask is explicit, else empty.
         structure: Which module acts where.
-        num_values: Length of the vector that is communicated.
+        num_values: Length of the vector that is communicated; of the strongest tier's.
         layout: SHA-256 over its segments.
         codec: Up and down.
         training: Local training's settings.
@@ -94,6 +94,8 @@ class Plan:
         for name in ("task", "mask", "codec", "training"):
             value = fields[name]
             fields[name] = None if value is None else dataclasses.asdict(value)
+        if self.mask is not None and not self.mask.tiers:
+            del fields["mask"]["tiers"]  # most plans have none, and need not say so
         fields["structure"] = self.structure.to_json()
         text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
         header: bytes = zstandard.ZstdCompressor(level=19).compress(text)
@@ -110,8 +112,9 @@ class Plan:
         header, positions = _split(data)
         try:
             fields = json.loads(header)
-            for name, kind in (("mask", MaskConfig), ("codec", CodecConfig)):
-                fields[name] = None if fields[name] is None else kind(**fields[name])
+            if fields["mask"] is not None:
+                fields["mask"] = MaskConfig(**_tuples(fields["mask"]))
+            fields["codec"] = CodecConfig(**fields["codec"])
             fields["training"] = TrainingConfig(**_tuples(fields["training"]))
             fields["task"] = Task(**_tuples(fields["task"]))
             fields["structure"] = Structure.from_json(fields["structure"])
@@ -140,7 +143,7 @@ class Plan:
                 f"{self.fingerprint:.16}: start server and nodes from the same checkpoint."
             )
         pet = PetModel(backbone, self._mask(backbone), self.structure, seed=self.seed)
-        if pet.num_values != self.num_values or layout_hash(pet.segments) != self.layout:
+        if pet.num_values != self.num_values or layout_hash(pet.tiers) != self.layout:
             raise PlanError(
                 f"the layout here has {pet.num_values} values in {len(pet.segments)} segments, "
                 f"the plan's has {self.num_values}: run the same fedpet and transformers on the "
@@ -161,7 +164,8 @@ class Plan:
                 if len(chosen)
             }
             sizes = {name: scope[name].numel() for name in names}
-            mask = Mask(rank_positions(scope, positions, self.mask), sizes)
+            ranked = rank_positions(scope, positions, self.mask)
+            mask = Mask(ranked, sizes, tier_counts(scope, ranked, self.mask))
         else:
             mask = build_mask(scope, self.mask)
         if mask.digest().hex() != self.mask_sha256:
@@ -201,7 +205,7 @@ def make_plan(
             mask_positions=positions,
             structure=structure,
             num_values=pet.num_values,
-            layout=layout_hash(pet.segments),
+            layout=layout_hash(pet.tiers),
             codec=experiment.codec,
             training=experiment.training,
             num_rounds=experiment.strategy.num_rounds,
@@ -235,10 +239,10 @@ def groups_by_kind(segments: Sequence[Segment]) -> list[tuple[int, int]]:
     return groups
 
 
-def layout_hash(segments: Sequence[Segment]) -> str:
-    """SHA-256 (hex) over the order, kinds, names and sizes of the communicated values."""
-    text = "\n".join(f"{s.kind} {s.name} {s.start} {s.size}" for s in segments)
-    return hashlib.sha256(text.encode()).hexdigest()
+def layout_hash(tiers: Sequence[Sequence[Segment]]) -> str:
+    """SHA-256 (hex) over the order, kinds, names and sizes of the values of each tier."""
+    lines = [f"{s.kind} {s.name} {s.start} {s.size}" for segments in tiers for s in segments]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

@@ -12,4 +12,5 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients that the message names."""
-    return reply(message, NodeSettings.of(Experiment.from_run_config(context.run_config)))
+    experiment = Experiment.from_run_config(context.run_config)
+    return reply(message, NodeSettings.of(experiment, context.node_config))

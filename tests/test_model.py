@@ -13,7 +13,7 @@ from fedpet.backbone import Backbone, load_backbone
 from fedpet.config import BackboneConfig, MaskConfig
 from fedpet.errors import BackboneError, StructureError
 from fedpet.mask import build_mask
-from fedpet.model import PetModel, tier_positions
+from fedpet.model import PetModel
 from fedpet.positions import mask_scope
 from fedpet.structure import ModuleSpec, Structure
 
@@ -130,29 +130,6 @@ def test_rank_order_is_what_is_communicated() -> None:
         start = plain[segment.name].flatten()[positions]
         wanted = start + torch.arange(segment.start, segment.start + segment.size)
         assert torch.equal(got, wanted)
-
-
-def test_a_tier_is_a_prefix_of_every_weight_and_the_rest_is_the_same() -> None:
-    full, tier = _pet("lora", density=0.2), _pet("lora", density=0.05)
-    where = tier_positions(full.segments, tier.segments)
-    assert len(where) == tier.num_values == len(set(where.tolist()))
-    values = torch.zeros(full.num_values)
-    values[where] = 0.1 * torch.randn(tier.num_values)
-    full.load_values(values, seed=0)
-    tier.load_values(values[where], seed=0)
-    for key, value in full.model.state_dict().items():
-        assert torch.equal(tier.model.state_dict()[key], value), key
-
-
-def test_layouts_that_are_not_nested_are_refused() -> None:
-    full, tier = _pet("lora", density=0.2), _pet("lora", density=0.05)
-    with pytest.raises(StructureError, match="must be nested in the full layout"):
-        tier_positions(tier.segments, full.segments)
-    with pytest.raises(StructureError, match="differs in its mask alone"):
-        tier_positions(
-            full.segments,
-            [type(s)(s.kind, s.name, s.start, s.size - (s.kind == "lora")) for s in tier.segments],
-        )
 
 
 def test_gates_of_one_change_nothing_and_gates_of_zero_take_the_modules_off() -> None:
