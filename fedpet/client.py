@@ -40,7 +40,7 @@ from fedpet.messages import OTHER_TIER, PLAN_MISSING, from_record, read_request,
 from fedpet.model import PetModel
 from fedpet.plan import Plan, groups_by_kind
 from fedpet.seeds import client_number, derive_seed
-from fedpet.tiers import draw_tier, tier_within
+from fedpet.tiers import tier_within
 from fedpet.training import train_rows
 
 MAX_REASON_BYTES = 500
@@ -55,8 +55,8 @@ class NodeSettings:
         data: Where its rows are.
         population: How its rows fall into clients.
         cache: Folder for tokenised rows and plans.
-        max_density: The largest tier of the mask that it trains; None leaves it to the plan, which
-            draws a tier for each client.
+        max_density: It trains the largest tier of the mask up to this density; None leaves it to
+            the server, which draws a tier for each client.
     """
 
     backbone: BackboneConfig
@@ -88,6 +88,14 @@ class NodeSettings:
         )
 
 
+@dataclass(frozen=True)
+class _Start:
+    """Where a client's training starts: a tier, and the global values of it."""
+
+    tier: int
+    values: np.ndarray
+
+
 class Node:
     """One process's resident state: plans, rows, and the model adapted to the plan in force."""
 
@@ -116,14 +124,20 @@ class Node:
                 self._store(request.plan, digest)
             plan, pet, data, rows_of = self._prepare(digest)
             values = _global_values(frames, plan, pet)
+            if request.which and max(request.which) >= len(values):
+                raise FrameError(
+                    f"the request gives a client frame {max(request.which)}, counted from 0, and "
+                    f"carries {len(values)}."
+                )
         except FedpetError as error:
             return b"".join(
                 _refusal(digest, server_round, client, str(error)) for client in request.clients
             )
         torch.set_num_threads(plan.training.threads)
+        which = request.which or (0,) * len(request.clients)
         return b"".join(
-            self._train(client, server_round, digest, values, plan, pet, data, rows_of)
-            for client in request.clients
+            self._train(client, server_round, digest, values[frame], plan, pet, data, rows_of)
+            for client, frame in zip(request.clients, which, strict=True)
         )
 
     def _train(
@@ -131,7 +145,7 @@ class Node:
         client: int,
         server_round: int,
         digest: bytes,
-        values: dict[int, np.ndarray],
+        start: _Start,
         plan: Plan,
         pet: PetModel,
         data: FederatedData,
@@ -141,13 +155,12 @@ class Node:
         if client not in rows_of:
             return _refusal(digest, server_round, client, "this client does not live on this node.")
         try:
-            tier = self._tier(plan, client)
-            if tier not in values:
-                known = plan.mask.tier_densities[tier] if plan.mask is not None else 0.0
-                return _refusal(digest, server_round, client, f"{OTHER_TIER}{known!r}")
+            if start.tier != (own := self._tier(plan, start.tier)):
+                density = plan.mask.tier_densities[own] if plan.mask is not None else 0.0
+                return _refusal(digest, server_round, client, f"{OTHER_TIER}{density!r}")
             seed = derive_seed("client", plan.seed, server_round, client)
-            pet.use_tier(tier)
-            pet.load_values(torch.from_numpy(values[tier]), seed=seed)
+            pet.use_tier(start.tier)
+            pet.load_values(torch.from_numpy(start.values), seed=seed)
             trained = train_rows(
                 pet.model,
                 pet.parameter_groups(),
@@ -160,7 +173,7 @@ class Node:
                 after_step=pet.after_step,
                 proximal=pet.proximal(plan.training.proximal_mu),
             )
-            update = pet.values().numpy() - values[tier]  # (num_values of the tier,)
+            update = pet.values().numpy() - start.values  # (values of the tier,)
             if not np.isfinite(update).all():
                 raise TrainingError(
                     "the trained values hold NaN or infinity: lower training.learning-rate."
@@ -184,10 +197,10 @@ class Node:
             )
         )
 
-    def _tier(self, plan: Plan, client: int) -> int:
-        """The node's own tier where it names one, else the one drawn for the client."""
+    def _tier(self, plan: Plan, asked: int) -> int:
+        """The tier that this node trains: its own where it names one, else what it is asked for."""
         if self.settings.max_density is None:
-            return draw_tier(plan.mask, client)
+            return asked
         return tier_within(plan.mask, self.settings.max_density)
 
     def _prepare(
@@ -284,11 +297,11 @@ def _server_frames(packed: bytes) -> list[Frame]:
     return frames
 
 
-def _global_values(frames: list[Frame], plan: Plan, pet: PetModel) -> dict[int, np.ndarray]:
-    """Decode the server's values: tier -> float32, (values of the tier,)."""
+def _global_values(frames: list[Frame], plan: Plan, pet: PetModel) -> list[_Start]:
+    """Decode the server's values, each frame those of a tier, known by how many they are."""
     groups = [groups_by_kind(layout) for layout in pet.tiers]
-    counts = [sum(stop - start for start, stop in tier) for tier in groups]
-    values = {}
+    counts = [sum(segment.size for segment in layout) for layout in pet.tiers]
+    starts = []
     for frame in frames:
         if frame.count not in counts or frame.codec != plan.codec.down:
             raise FrameError(
@@ -297,8 +310,9 @@ def _global_values(frames: list[Frame], plan: Plan, pet: PetModel) -> dict[int, 
             )
         tier = counts.index(frame.count)
         seed = derive_seed("downlink", plan.seed, frame.server_round)
-        values[tier] = decode_values(frame.payload, frame.codec, groups[tier], seed=seed)
-    return values
+        values = decode_values(frame.payload, frame.codec, groups[tier], seed=seed)
+        starts.append(_Start(tier, values))
+    return starts
 
 
 def _refusal(digest: bytes, server_round: int, client: int, reason: str) -> bytes:

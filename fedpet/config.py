@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fedpet.errors import ConfigError
-from fedpet.rules import RULES, check_parameters, least_replies
+from fedpet.rules import COMPARING, RULES, check_parameters, least_replies
 
 Scalar = str | int | float | bool
 
@@ -323,6 +323,12 @@ class Experiment:
             raise ConfigError(
                 f"training.proximal-mu is {self.training.proximal_mu!r}, and strategy 'fedavg' "
                 "has no proximal term: name the strategy 'fedprox', or set it to 0."
+            )
+        if len(self.mask.tiers) > 1 and self.strategy.name in COMPARING:
+            means = ", ".join(name for name in RULES if name not in COMPARING)
+            raise ConfigError(
+                f"strategy {self.strategy.name!r} compares whole replies, and clients of several "
+                f"mask.tiers send different entries: take one that averages ({means}), or one tier."
             )
 
     @classmethod

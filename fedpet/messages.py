@@ -4,8 +4,9 @@ A request (server to node) names a cohort of clients and carries the global valu
 each tier among them (mostly one), and the plan where the node may lack it. A reply is one frame, or
 one refusal, a client, joined.
 
-    request := magic "FPRQ" | version u8 | 3 reserved | clients u32 | plan bytes u32
-               | frame bytes u32 | client numbers u64 ... | plan | frame ...   (little-endian)
+    request := magic "FPRQ" | version u8 | mixed u8 | 2 reserved | clients u32 | plan bytes u32
+               | frame bytes u32 | client numbers u64 ... | which frame u8 ... | plan | frame ...
+               (little-endian; "which frame", one a client, is there where mixed is 1)
     reply   := frame ...                                        (fedpet/codec/frame.py)
 
 One flat array, since Flower's cost follows the number of arrays and not their size.
@@ -28,7 +29,7 @@ PLAN_MISSING = "this node does not hold the plan"
 STYPE = "fedpet.bytes"  # how Flower names the coding of an array; not one that it reads itself
 OTHER_TIER = "this node's tier is of density "  # and the number
 
-_HEADER = struct.Struct("<4sB3xIII")
+_HEADER = struct.Struct("<4sBB2xIII")
 _MAGIC = b"FPRQ"
 _VERSION = 1
 _RECORD, _ARRAY = "fedpet", "bytes"
@@ -43,20 +44,22 @@ class Request:
         clients: Numbers of the clients, see `fedpet.seeds.client_number`.
         frame: Packed frame with the global values; several, joined, where clients differ in tier.
         plan: The plan's bytes, or nothing where the node is known to hold it.
+        which: For each client, which of the frames is its own, from 0; () where there is one.
     """
 
     clients: tuple[int, ...]
     frame: bytes
     plan: bytes = b""
+    which: tuple[int, ...] = ()
 
 
 def write_request(request: Request) -> bytes:
     """Join a request's parts."""
     count = len(request.clients)
-    header = _HEADER.pack(_MAGIC, _VERSION, count, len(request.plan), len(request.frame))
-    return b"".join(
-        (header, struct.pack(f"<{count}Q", *request.clients), request.plan, request.frame)
-    )
+    sizes = count, len(request.plan), len(request.frame)
+    header = _HEADER.pack(_MAGIC, _VERSION, bool(request.which), *sizes)
+    numbers = struct.pack(f"<{count}Q", *request.clients)
+    return b"".join((header, numbers, bytes(request.which), request.plan, request.frame))
 
 
 def read_request(payload: bytes) -> Request:
@@ -67,21 +70,23 @@ def read_request(payload: bytes) -> Request:
     """
     if len(payload) < _HEADER.size:
         raise FrameError(f"a request has at least {_HEADER.size} bytes, got {len(payload)}.")
-    magic, version, count, plan_bytes, frame_bytes = _HEADER.unpack_from(payload)
-    if magic != _MAGIC or version != _VERSION:
+    magic, version, mixed, count, plan_bytes, frame_bytes = _HEADER.unpack_from(payload)
+    if magic != _MAGIC or version != _VERSION or mixed > 1:
         raise FrameError(
             f"a request starts with {_MAGIC!r} and version {_VERSION}, got {magic!r} and "
             f"{version}: run the same fedpet on the server and on the nodes."
         )
-    expected = _HEADER.size + 8 * count + plan_bytes + frame_bytes
+    expected = _HEADER.size + (8 + mixed) * count + plan_bytes + frame_bytes
     if count > MAX_CLIENTS or expected != len(payload):
         raise FrameError(
             f"a request for {count} clients with these parts has {expected} bytes, got "
             f"{len(payload)}."
         )
-    start = _HEADER.size + 8 * count
+    numbers = _HEADER.size + 8 * count
+    start = numbers + mixed * count
     return Request(
         clients=struct.unpack_from(f"<{count}Q", payload, _HEADER.size),
+        which=tuple(payload[numbers:start]),
         plan=payload[start : start + plan_bytes],
         frame=payload[start + plan_bytes :],
     )

@@ -23,7 +23,7 @@ from typing import Any
 
 from fedpet.errors import ConfigError
 
-__all__ = ["RULES", "check_parameters", "least_replies"]
+__all__ = ["COMPARING", "RULES", "check_parameters", "least_replies"]
 
 # Strategy -> the parameters that it takes.
 RULES: Mapping[str, tuple[str, ...]] = {
@@ -40,6 +40,8 @@ RULES: Mapping[str, tuple[str, ...]] = {
     "bulyan": ("num_malicious",),
     "qfedavg": ("q", "client_learning_rate"),
 }
+# Those that compare whole replies with each other: all clients must send the same entries.
+COMPARING = ("fedmedian", "fedtrimmedavg", "krum", "multikrum", "bulyan", "qfedavg")
 
 
 @dataclass(frozen=True)

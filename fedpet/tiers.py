@@ -11,9 +11,9 @@ more has to be agreed on than how long each front is, and that both sides comput
 tier receives, trains and sends the tier's values alone; the rest of the mask it leaves at the
 checkpoint. Other modules and the head are trained by all.
 
-A client's tier is drawn from its name, so that server and node know it without a word. A node that
-knows better names the most that it trains (`max-density` in its own configuration), and tells the
-server when it is asked for another tier.
+A client's tier is drawn from its name, so that it is the same in every round and after a restart. A
+node that knows better names the most that it trains (`max-density` in its own configuration), and
+tells the server when it is asked for another tier.
 
 Source: ours; that weak devices train a nested part of the model is HeteroFL's and FjORD's idea
 (arXiv:2010.01264, arXiv:2102.13451), there with slices of dense layers.
@@ -32,7 +32,9 @@ from fedpet.model import PetModel, Segment
 from fedpet.plan import groups_by_kind
 from fedpet.seeds import derive_seed
 
-__all__ = ["Tier", "draw_tier", "tier_positions", "tier_within", "tiers_of"]
+__all__ = ["Tier", "Where", "draw_tier", "tier_positions", "tier_within", "tiers_of"]
+
+Where = np.ndarray | slice  # an index into the values of the whole layout
 
 
 @dataclass(frozen=True)
@@ -42,19 +44,17 @@ class Tier:
     Attributes:
         density: Of its part of the mask; 0 where no weight is masked.
         share: Fraction of the clients that are drawn into it.
-        positions: int64, (count,), ascending: where its values lie among those of the last tier.
+        where: Which of the last tier's values are its own: int64, (count,), ascending; a slice of
+            all for the last tier itself.
+        count: How many these are.
         groups: Runs of its values that are of one kind, see `fedpet.plan.groups_by_kind`.
     """
 
     density: float
     share: float
-    positions: np.ndarray
+    where: Where
+    count: int
     groups: list[tuple[int, int]]
-
-    @property
-    def count(self) -> int:
-        """How many values are sent."""
-        return len(self.positions)
 
 
 def tiers_of(pet: PetModel, config: MaskConfig | None) -> tuple[Tier, ...]:
@@ -67,7 +67,13 @@ def tiers_of(pet: PetModel, config: MaskConfig | None) -> tuple[Tier, ...]:
     shares = ((0.0, 1.0),) if config is None else config.tier_shares
     whole = pet.tiers[-1]
     return tuple(
-        Tier(density, share, tier_positions(whole, layout), groups_by_kind(layout))
+        Tier(
+            density,
+            share,
+            slice(None) if layout is whole else tier_positions(whole, layout),
+            sum(segment.size for segment in layout),
+            groups_by_kind(layout),
+        )
         for (density, share), layout in zip(shares, pet.tiers, strict=True)
     )
 
@@ -94,7 +100,7 @@ def draw_tier(config: MaskConfig | None, client: int) -> int:
 
 
 def tier_within(config: MaskConfig | None, max_density: float) -> int:
-    """The largest tier that a node trains.
+    """The largest tier that a node can train.
 
     Args:
         config: None where no weight is masked.

@@ -27,11 +27,12 @@ from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, RunError, StructureError
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.model import PetModel
-from fedpet.plan import Plan, groups_by_kind, make_plan
+from fedpet.plan import Plan, make_plan
 from fedpet.population import Population
 from fedpet.positions import find_positions
-from fedpet.strategies import STRATEGIES, to_arrays
+from fedpet.strategies import STRATEGIES, TierBook, to_arrays
 from fedpet.structure import Structure, preset
+from fedpet.tiers import tiers_of
 
 from .journal import Journal, remove_journal
 from .run_folder import RunFolder
@@ -128,7 +129,7 @@ def federate(
     ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
     strategy = STRATEGIES[experiment.strategy.name](
         plan=plan,
-        groups=groups_by_kind(pet.segments),
+        tiers=tiers_of(pet, plan.mask),
         population=_population(prepared.data),
         config=experiment.strategy,
         ledger=ledger,
@@ -156,6 +157,7 @@ def federate(
         fingerprint=plan.fingerprint,
         plan_digest=strategy.digest.hex(),
         values_by_kind=count_by_kind(pet.segments),
+        tiers=_tiers(strategy.tiers),
         pretrained_parameters=prepared.pretrained_parameters,
         added_parameters=_num_parameters(model) - prepared.all_parameters,
         inexact_kinds=pet.inexact_kinds,
@@ -192,6 +194,16 @@ def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:
             f"({data.left_out_clients} have too few rows): take another strategy or other "
             "parameters."
         )
+
+
+def _tiers(book: TierBook) -> list[dict[str, Any]]:
+    """What clients of each strength send, and how many there are; [] where all are alike."""
+    if len(book.tiers) == 1:
+        return []
+    return [
+        {"density": tier.density, "values": tier.count, "clients": clients}
+        for tier, clients in zip(book.tiers, book.num_clients(), strict=True)
+    ]
 
 
 def _structure(experiment: Experiment, backbone: Backbone) -> Structure:

@@ -36,6 +36,7 @@ def summarise(
     final: float,
     total_seconds: float,
     resumed: int = 0,
+    tiers: Sequence[dict[str, Any]] = (),
 ) -> dict[str, Any]:
     """Make the content of `result.json`.
 
@@ -54,6 +55,7 @@ def summarise(
         final: The metric of the merged model.
         total_seconds: From the first stage to the last, the time that nothing ran left out.
         resumed: How often the run was cut short and gone on with.
+        tiers: Density, values and clients of each tier, where devices differ in strength.
     """
     rounds = [record for record in ledger.rounds if record.round > 0]
     learned = any(record.aggregated for record in rounds)
@@ -82,6 +84,7 @@ def summarise(
             "values_by_kind": values_by_kind,
             "inexact_kinds": list(inexact_kinds),
             "inference_parameters_added": added_parameters,
+            "tiers": list(tiers),
         },
         "data": {
             "clients": len(data.clients),

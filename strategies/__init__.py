@@ -19,6 +19,7 @@ from .rules import (
     SparseQFedAvg,
     SparseStrategy,
 )
+from .tiers import TierBook
 
 __all__ = [
     "STRATEGIES",
@@ -37,6 +38,7 @@ __all__ = [
     "SparseMultiKrum",
     "SparseQFedAvg",
     "SparseStrategy",
+    "TierBook",
     "VectorRounds",
     "to_arrays",
     "values_of",

@@ -26,6 +26,10 @@ from fedpet.ledger import Ledger
 from fedpet.messages import PLAN_MISSING, STYPE, from_record, solo_bytes
 from fedpet.plan import Plan
 from fedpet.seeds import derive_seed
+from fedpet.tiers import Where
+
+from .requests import Again
+from .tiers import TierBook
 
 MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it must
 
@@ -36,13 +40,15 @@ class Update:
 
     Attributes:
         name: The client.
-        change: Its values less the global ones, float32, (num_values,), all finite.
+        change: Its values less the global ones, float32, (values of its tier,), all finite.
+        where: Which of the global values these are.
         num_examples: Rows it trained on; its weight in a mean.
         loss: Its mean training loss.
     """
 
     name: str
     change: np.ndarray
+    where: Where
     num_examples: int
     loss: float
 
@@ -56,6 +62,7 @@ class Replies:
         digest: The plan's.
         cohorts: Node -> clients it was asked to train.
         names: Number of a client in a frame -> its name.
+        tiers: Which client was asked for which values.
         ledger: Where refusals, bytes and seconds are counted.
     """
 
@@ -67,6 +74,7 @@ class Replies:
         digest: bytes,
         cohorts: Mapping[int, Sequence[str]],
         names: Mapping[int, str],
+        tiers: TierBook,
         ledger: Ledger,
     ) -> None:
         self._round = server_round
@@ -74,16 +82,16 @@ class Replies:
         self._digest = digest
         self._cohorts = cohorts
         self._names = names
+        self._tiers = tiers
         self._ledger = ledger
         self._accepted: dict[str, Frame] = {}
 
-    def read(self, replies: Iterable[Message]) -> list[int]:
-        """Accept or refuse what each message holds.
+    def read(self, replies: Iterable[Message]) -> Again:
+        """Accept or refuse what each message holds, but for those to be asked again.
 
-        Returns:
-            Nodes that lack the plan, and are to be asked again with it.
+        Of a node that says so, and names another tier of the plan, the book of tiers takes it down.
         """
-        lacking: list[int] = []
+        again = Again()
         for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
             node = reply.metadata.src_node_id
             if reply.has_error():
@@ -93,14 +101,18 @@ class Replies:
             try:
                 for part in self._parts(reply):
                     if isinstance(part, Refusal) and part.reason == PLAN_MISSING:
-                        lacking.append(node)
+                        again.lacking.append(node)
                         break
+                    if isinstance(part, Refusal) and self._is_of_other_tier(node, part):
+                        name = self._names[part.client]
+                        again.other_tier.setdefault(node, []).append(name)
+                        continue
                     train_seconds += self._settle(node, part)
             except FrameError as error:
                 self._refuse_cohort(node, str(error))
             record = self._ledger.current
             record.train_seconds = max(record.train_seconds, train_seconds)
-        return lacking
+        return again
 
     def refuse_absent(self, sampled: Iterable[str]) -> None:
         """Refuse the clients of whom nothing was heard."""
@@ -115,24 +127,22 @@ class Replies:
                 reason = f"node {node}: no reply came before the round's deadline."
             self._ledger.refuse(name, reason, node)
 
-    def updates(self, groups: list[tuple[int, int]]) -> Iterator[Update]:
+    def updates(self) -> Iterator[Update]:
         """Decode the accepted frames, in the order of the clients' names.
 
         A frame that does not decode, or not to finite values, is refused and left out. Each frame
         is let go when it has been decoded.
-
-        Args:
-            groups: Runs of values of one kind, see `fedpet.plan.groups_by_kind`.
         """
         homes = self._homes()
         for name in sorted(self._accepted):
             frame = self._accepted.pop(name)
+            tier = self._tiers.of(name)
             try:
-                change = self._decode(frame, groups)
+                change = self._decode(frame, tier.groups)
             except FrameError as error:
                 self._ledger.refuse(name, str(error), homes[name])
                 continue
-            yield Update(name, change, frame.num_examples, frame.loss)
+            yield Update(name, change, tier.where, frame.num_examples, frame.loss)
 
     def _decode(self, frame: Frame, groups: list[tuple[int, int]]) -> np.ndarray:
         seed = derive_seed("client", self._plan.seed, frame.server_round, frame.client)
@@ -140,6 +150,11 @@ class Replies:
         if not np.isfinite(change).all():
             raise FrameError("the update holds NaN or infinity.")
         return change
+
+    def _is_of_other_tier(self, node: int, refusal: Refusal) -> bool:
+        name = self._names.get(refusal.client, "")
+        asked = name in self._cohorts.get(node, []) and name not in self._accepted
+        return asked and self._tiers.told(name, refusal.reason)
 
     def _parts(self, reply: Message) -> Iterator[Frame | Refusal]:
         cohort = self._cohorts.get(reply.metadata.src_node_id, [])
@@ -178,10 +193,11 @@ class Replies:
             )
         if part.server_round != self._round:
             raise FrameError(f"the frame is of round {part.server_round}, this is {self._round}.")
-        if part.codec != self._plan.codec.up or part.count != self._plan.num_values:
+        expected = self._tiers.of(name).count
+        if part.codec != self._plan.codec.up or part.count != expected:
             raise FrameError(
-                f"the plan asks for {self._plan.num_values} values by {self._plan.codec.up!r}, "
-                f"the frame holds {part.count} by {part.codec!r}."
+                f"the plan asks this client for {expected} values by {self._plan.codec.up!r}, the "
+                f"frame holds {part.count} by {part.codec!r}."
             )
         if part.num_examples < 1:
             raise FrameError(f"an update has at least 1 example, got {part.num_examples}.")

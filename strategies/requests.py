@@ -5,6 +5,9 @@
 In:  the global values, the round, the nodes that are there.
 Out: one train message a node.
 
+Where clients differ in tier, a message carries a frame for each tier in its cohort, and each client
+reads its own: what it reads does not depend on whom it shares a node with (law 6).
+
 Who has been sent the plan is remembered here, twice: by node, which decides whether the plan goes
 along, and by client, each counted alone, for the ledger.
 """
@@ -12,7 +15,9 @@ along, and by client, each counted alone, for the ledger.
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Sequence
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 from flwr.app import Message
@@ -27,6 +32,25 @@ from fedpet.messages import Request, solo_bytes, to_record, write_request
 from fedpet.plan import Plan
 from fedpet.population import Population
 from fedpet.seeds import client_number, derive_seed
+from fedpet.tiers import Tier
+
+from .tiers import TierBook
+
+
+@dataclass
+class Again:
+    """Who is to be asked a second time, since the first could not be answered.
+
+    Attributes:
+        lacking: Nodes that lack the plan.
+        other_tier: Node -> its clients that it trains at another tier than it was asked for.
+    """
+
+    lacking: list[int] = field(default_factory=list)
+    other_tier: dict[int, list[str]] = field(default_factory=dict)
+
+    def __bool__(self) -> bool:
+        return bool(self.lacking or self.other_tier)
 
 
 class Requests:
@@ -44,18 +68,18 @@ class Requests:
         self,
         *,
         plan: Plan,
-        groups: list[tuple[int, int]],
+        tiers: TierBook,
         population: Population,
         config: StrategyConfig,
         ledger: Ledger,
     ) -> None:
         self._plan = plan
         self._plan_bytes = plan.to_bytes()
-        self._groups = groups
+        self._tiers = tiers
         self._population = population
         self._config = config
         self._ledger = ledger
-        self._frame = b""
+        self._frames: dict[int, bytes] = {}  # tier -> the round's global values
         self.digest = Plan.digest(self._plan_bytes)
         self.sampled: list[str] = []
         self.cohorts: dict[int, list[str]] = {}
@@ -76,17 +100,25 @@ class Requests:
             server_round, self._config.clients_per_round, self._plan.seed
         )
         self.cohorts = self._population.cohorts(self.sampled, nodes)
-        self._frame = self._encode(server_round, values)
+        self._round, self._values, self._frames = server_round, values, {}
         self._count()
-        return [self._message(node) for node in self.cohorts]
+        return [self._message(node, names) for node, names in self.cohorts.items()]
 
-    def again(self, nodes: Iterable[int]) -> list[Message]:
-        """The same to nodes that turned out to lack the plan, with the plan."""
-        nodes = list(nodes)
-        self.holders.difference_update(nodes)
-        return [self._message(node) for node in nodes]
+    def again(self, asked: Again) -> list[Message]:
+        """The same once more, to those who could not answer as they were asked."""
+        self.holders.difference_update(asked.lacking)
+        others = [name for names in asked.other_tier.values() for name in names]
+        self._ledger.count_client(down=self._solo_all(others))
+        whole = {node: self.cohorts[node] for node in asked.lacking}
+        return [self._message(node, names) for node, names in (whole | asked.other_tier).items()]
 
-    def _encode(self, server_round: int, values: np.ndarray) -> bytes:
+    def _frame(self, tier: int) -> bytes:
+        """The global values of one tier, encoded once a round."""
+        if tier not in self._frames:
+            self._frames[tier] = self._encode(self._round, self._tiers.tiers[tier], self._values)
+        return self._frames[tier]
+
+    def _encode(self, server_round: int, tier: Tier, values: np.ndarray) -> bytes:
         codec = self._plan.codec.down
         seed = derive_seed("downlink", self._plan.seed, server_round)
         return pack_frame(
@@ -95,31 +127,40 @@ class Requests:
                 server_round=server_round,
                 client=0,
                 codec=codec,
-                count=self._plan.num_values,
+                count=tier.count,
                 num_examples=0,
                 loss=0.0,
                 train_seconds=0.0,
-                payload=encode_values(values, codec, self._groups, seed=seed),
+                payload=encode_values(values[tier.where], codec, tier.groups, seed=seed),
             )
         )
 
-    def _message(self, node: int) -> Message:
+    def _message(self, node: int, names: Sequence[str]) -> Message:
         plan = b"" if node in self.holders else self._plan_bytes
-        clients = tuple(client_number(name) for name in self.cohorts[node])
-        payload = write_request(Request(clients, self._frame, plan))
+        clients = tuple(client_number(name) for name in names)
+        tiers = sorted({self._tiers.index(name) for name in names})
+        frames = b"".join(self._frame(tier) for tier in tiers)
+        which = tuple(tiers.index(self._tiers.index(name)) for name in names)
         self.holders.add(node)
+        payload = write_request(Request(clients, frames, plan, which if len(tiers) > 1 else ()))
         return Message(to_record(payload), dst_node_id=node, message_type="train")
 
     def _count(self) -> None:
-        """What each client alone would receive: the frame, and the plan at its first time."""
-        frame = solo_bytes(write_request(Request((1,), self._frame)), reply=False)
-        whole = solo_bytes(write_request(Request((1,), self._frame, self._plan_bytes)), reply=False)
+        """What each client alone would receive: its frame, and the plan at its first time."""
         newcomers = [name for name in self.sampled if name not in self.told]
         self.told.update(newcomers)
         record = self._ledger.current
         record.clients, record.newcomers = len(self.sampled), len(newcomers)
-        self._ledger.count_client(
-            down=frame * len(self.sampled), plan=(whole - frame) * len(newcomers)
+        frames = self._solo_all(newcomers)
+        plans = self._solo_all(newcomers, self._plan_bytes) - frames
+        self._ledger.count_client(down=self._solo_all(self.sampled), plan=plans)
+
+    def _solo_all(self, names: Sequence[str], plan: bytes = b"") -> int:
+        """Bytes of requests to these clients, each alone with the frame of its tier."""
+        per_tier = Counter(self._tiers.index(name) for name in names)
+        return sum(
+            count * solo_bytes(write_request(Request((1,), self._frame(tier), plan)), reply=False)
+            for tier, count in per_tier.items()
         )
 
 

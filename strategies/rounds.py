@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -28,12 +28,14 @@ from fedpet.errors import ConfigError
 from fedpet.ledger import Ledger
 from fedpet.plan import Plan
 from fedpet.population import Population
+from fedpet.tiers import Tier
 
 from .arrays import to_arrays, values_of
 from .metered import Metered
 from .replies import Replies
 from .requests import Requests, wait_for_nodes
 from .resume import Continued, Memory
+from .tiers import TierBook
 from .vectors import Counted, client_messages, mean_message
 
 LOG = logging.getLogger("fedpet")
@@ -44,7 +46,7 @@ class _Rounds(Memory):
 
     Args:
         plan: What all clients agree on.
-        groups: Runs of values of one kind, see `fedpet.plan.groups_by_kind`.
+        tiers: What clients of each strength train, see `fedpet.tiers.tiers_of`; mostly one.
         population: Clients, and where they live.
         config: Clients a round, quorum, deadlines, the rule's parameters.
         ledger: Where bytes, refusals and seconds are counted.
@@ -54,7 +56,7 @@ class _Rounds(Memory):
         self,
         *,
         plan: Plan,
-        groups: list[tuple[int, int]],
+        tiers: Sequence[Tier],
         population: Population,
         config: StrategyConfig,
         ledger: Ledger,
@@ -62,13 +64,13 @@ class _Rounds(Memory):
         super().__init__(**self.flower_arguments(config, plan))
         self.fraction_train = 0.0  # Flower samples nobody and makes no message: that is done here
         self.plan = plan
-        self.groups = groups
         self.config = config
         self.ledger = ledger
-        self.requests = Requests(
-            plan=plan, groups=groups, population=population, config=config, ledger=ledger
-        )
         self._names = population.by_number()
+        self.tiers = TierBook(tiers, plan.mask, self._names.values())
+        self.requests = Requests(
+            plan=plan, tiers=self.tiers, population=population, config=config, ledger=ledger
+        )
         self._starting = False
 
     def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
@@ -103,7 +105,7 @@ class _Rounds(Memory):
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
         """Refuse what does not fit; combine the rest by Flower's rule if they are enough."""
-        updates = Counted(self._read(server_round, replies).updates(self.groups))
+        updates = Counted(self._read(server_round, replies).updates())
         messages = self.to_flower(self._values, updates)
         record = self.ledger.current
         record.replies, record.loss = updates.count, updates.loss
@@ -140,18 +142,19 @@ class _Rounds(Memory):
             )
 
     def _read(self, server_round: int, messages: Iterable[Message]) -> Replies:
-        """Read the replies; nodes that lack the plan are asked again before the deadline."""
+        """Read the replies; who could not answer as asked is asked again before the deadline."""
         replies = Replies(
             server_round=server_round,
             plan=self.plan,
             digest=self.digest,
             cohorts=self.requests.cohorts,
             names=self._names,
+            tiers=self.tiers,
             ledger=self.ledger,
         )
-        lacking = replies.read(messages)
-        if lacking:
-            asked = self.requests.again(lacking)
+        again = replies.read(messages)
+        if again:
+            asked = self.requests.again(again)
             left = max(self._deadline - time.monotonic(), 0.0)
             answers = list(self._grid.send_and_receive(asked, timeout=left))
             for message in (*asked, *answers):

@@ -55,7 +55,7 @@ def mean_message(values: np.ndarray, updates: Counted) -> list[Message]:
     """One message with the mean of all: one vector is held, however many come."""
     mean = RunningMean(len(values))
     for update in updates:
-        mean.fold(update.change, update.num_examples)
+        mean.fold(update.change, update.where, update.num_examples)
     if updates.loss is None:
         return []
     return [_message(mean.moved(values), updates.weight, updates.loss)]

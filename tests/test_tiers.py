@@ -57,11 +57,13 @@ def test_a_tier_is_the_mask_of_its_density_also_where_magnitudes_tie(
 def test_the_positions_of_a_tier_are_nested_and_its_other_values_are_those_of_all() -> None:
     tiers = tiers_of(model("bert", THREE), THREE)
     assert [tier.density for tier in tiers] == [0.01, 0.05, 0.2]
+    every = np.arange(tiers[-1].count)
     for weaker, stronger in itertools.pairwise(tiers):
-        assert set(weaker.positions) < set(stronger.positions)
-    assert np.array_equal(tiers[-1].positions, np.arange(tiers[-1].count))
+        assert set(every[weaker.where]) < set(every[stronger.where])
+    assert np.array_equal(every[tiers[-1].where], every)
     for tier in tiers:
-        assert (np.diff(tier.positions) > 0).all()
+        assert len(every[tier.where]) == tier.count
+        assert (np.diff(every[tier.where]) > 0).all()
         assert tier.groups[-1][1] == tier.count
 
 
@@ -131,7 +133,7 @@ def test_values_of_a_tier_and_the_same_among_zeros_are_one_model() -> None:
     at_tier = {key: value.clone() for key, value in pet.model.state_dict().items()}
     pet.use_tier(2)
     among_zeros = torch.zeros(pet.num_values)
-    among_zeros[torch.from_numpy(tiers[1].positions)] = values
+    among_zeros.numpy()[tiers[1].where] = values
     pet.load_values(among_zeros, seed=0)
     assert all(torch.equal(value, at_tier[key]) for key, value in pet.model.state_dict().items())
 

@@ -86,7 +86,7 @@ def make_experiment(backbone: Path, rows: Path, out: Path, **changes: object) ->
     }
     for key, value in changes.items():
         stage, _, name = key.partition("_")
-        tables[stage][name.replace("_", "-")] = value
+        tables.setdefault(stage, {})[name.replace("_", "-")] = value
     return Experiment.from_tables(tables)
 
 

@@ -83,6 +83,9 @@ def _values(result: dict[str, Any]) -> Iterator[Row]:
         yield "  by kind", ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
     if inexact := model.get("inexact_kinds"):
         yield "  not averaged exactly", f"{', '.join(inexact)}: the mean of factors"
+    for tier in model.get("tiers", ()):
+        name = f"  tier {tier['density']:g}"
+        yield name, f"{tier['values']:,} values, {tier['clients']:,} clients"
 
 
 def _bytes(result: dict[str, Any]) -> Iterator[Row]:

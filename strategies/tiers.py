@@ -1,0 +1,59 @@
+"""Which tier each client is of, as the server knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fedpet.config import MaskConfig
+from fedpet.messages import OTHER_TIER
+from fedpet.seeds import client_number
+from fedpet.tiers import Tier, draw_tier
+
+
+class TierBook:
+    """Drawn from the client's name, unless its node says otherwise.
+
+    What a node said is remembered for the rounds to come, but may be forgotten: the node says it
+    again, within the round, when it is asked for another tier.
+
+    Args:
+        tiers: Of the plan, weakest first; mostly one.
+        config: The plan's mask.
+        names: All clients.
+    """
+
+    def __init__(
+        self, tiers: Sequence[Tier], config: MaskConfig | None, names: Iterable[str]
+    ) -> None:
+        self.tiers = tuple(tiers)
+        self._index = {name: draw_tier(config, client_number(name)) for name in names}
+
+    def index(self, name: str) -> int:
+        """Of a client's tier among `tiers`."""
+        return self._index[name]
+
+    def of(self, name: str) -> Tier:
+        """A client's tier."""
+        return self.tiers[self._index[name]]
+
+    def told(self, name: str, reason: str) -> bool:
+        """Note a node's answer that it trains this client at another tier than it was asked for.
+
+        Returns:
+            Whether it was such an answer, and names another tier of the plan.
+        """
+        if not reason.startswith(OTHER_TIER):
+            return False
+        named = reason.removeprefix(OTHER_TIER)
+        for index, tier in enumerate(self.tiers):
+            if repr(tier.density) == named and index != self._index[name]:
+                self._index[name] = index
+                return True
+        return False
+
+    def num_clients(self) -> list[int]:
+        """Clients of each tier."""
+        counts = [0] * len(self.tiers)
+        for index in self._index.values():
+            counts[index] += 1
+        return counts
