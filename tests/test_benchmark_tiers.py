@@ -1,0 +1,27 @@
+"""The benchmark of tiers compares like with like."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+from fedpet.config import Experiment
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY))  # benchmarks are in no wheel; at the end, so that fedpet stays
+
+from simulations.benchmarks.table import TableFile  # noqa: E402
+
+
+def test_tiers_differ_from_a_federation_of_strong_devices_in_nothing_but_the_tiers() -> None:
+    shipped = TableFile.read(REPOSITORY / "simulations" / "benchmarks" / "tiers.toml")
+    cells = {m.name: shipped.final_cells(m, m.rates[0])[0] for m in shipped.methods}
+    assert list(cells) == ["all-strong", "three-tiers", "all-weak"]
+    tables = {name: cell.settings() for name, cell in cells.items()}
+    assert len(tables["three-tiers"]["mask"].pop("tiers")) == 3
+    assert tables["all-strong"]["mask"].pop("tiers") == []
+    assert tables["three-tiers"] == tables["all-strong"]
+    tables["all-strong"]["mask"]["density"] = cells["three-tiers"].experiment.mask.tier_densities[0]
+    assert Experiment.from_tables(tables["all-weak"]) == Experiment.from_tables(
+        tables["all-strong"]
+    )
