@@ -13,8 +13,9 @@ from fedpet.tiers import Tier, draw_tier
 class TierBook:
     """Drawn from the client's name, unless its node says otherwise.
 
-    What a node said is remembered for the rounds to come, but may be forgotten: the node says it
-    again, within the round, when it is asked for another tier.
+    What a node said is remembered for the rounds to come, but may be forgotten, as by a server that
+    takes up a run where another left it: the node says it again, within the round, when it is asked
+    for another tier. That costs it a message, and changes no result.
 
     Args:
         tiers: Of the plan, weakest first; mostly one.

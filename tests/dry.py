@@ -20,6 +20,7 @@ from fedpet.seeds import client_number, derive_seed
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.strategies import STRATEGIES, SparseStrategy
 from fedpet.structure import Structure
+from fedpet.tiers import Tier
 
 NUM_VALUES = 61
 CLIENTS = tuple(f"client {letter}" for letter in "abcdefghijk")  # 11: Bulyan with 2 liars
@@ -71,7 +72,7 @@ def make_strategy(name: str, plan: Plan | None = None, **changes: Any) -> Sparse
     settings = {"clients_per_round": len(CLIENTS), **PARAMETERS[name], **changes}
     return STRATEGIES[name](
         plan=plan,
-        groups=[(0, plan.num_values)],
+        tiers=[Tier(0.0, 1.0, slice(None), plan.num_values, [(0, plan.num_values)])],
         population=Population(ROWS, homes={}),
         config=StrategyConfig(name=name, **settings),
         ledger=Ledger(),
