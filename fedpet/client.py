@@ -24,9 +24,9 @@ import torch
 from flwr.app import Message
 
 from fedpet.backbone import load_backbone, locate
-from fedpet.codec import decode_values, encode_values
-from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal, unpack_frames
-from fedpet.config import MAX_TIERS, BackboneConfig, DataConfig, Experiment, PopulationConfig
+from fedpet.codec import encode_with_feedback
+from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal
+from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import (
     ConfigError,
@@ -36,10 +36,19 @@ from fedpet.errors import (
     ReplyError,
     TrainingError,
 )
-from fedpet.messages import OTHER_TIER, PLAN_MISSING, from_record, read_request, to_record
+from fedpet.messages import (
+    OTHER_TIER,
+    PLAN_MISSING,
+    RESIDUAL_MISSING,
+    from_record,
+    read_request,
+    to_record,
+)
 from fedpet.model import PetModel
-from fedpet.plan import Plan, groups_by_kind
+from fedpet.node_state import NodeState, state_folder
+from fedpet.plan import Plan, groups_by_kind, head_groups
 from fedpet.seeds import client_number, derive_seed
+from fedpet.starts import Start, frames_of, starts_of
 from fedpet.tiers import tier_within
 from fedpet.training import train_rows
 
@@ -89,11 +98,39 @@ class NodeSettings:
 
 
 @dataclass(frozen=True)
-class _Start:
-    """Where a client's training starts: a tier, and the global values of it."""
+class _Feedback:
+    """What one client carries over from round to round, where the plan has error feedback."""
 
-    tier: int
-    values: np.ndarray
+    state: NodeState | None
+    client: int
+    server_round: int
+    accepted: int
+
+    def residual(self, count: int) -> np.ndarray | None:
+        """What its last accepted payload left; None where none was accepted yet.
+
+        Raises:
+            FrameError: The accepted round is not before this one.
+            PlanError: It is not held here any more.
+        """
+        if not self.accepted or self.state is None:
+            return None
+        if self.accepted >= self.server_round:
+            raise FrameError(
+                f"the last accepted round must be before this one, which is {self.server_round}, "
+                f"got {self.accepted}."
+            )
+        residual = self.state.residual(self.client, self.accepted, count)
+        if residual is None:
+            raise PlanError(RESIDUAL_MISSING)
+        return residual
+
+    def keep(self, residual: np.ndarray) -> None:
+        """Keep what this round's payload left."""
+        if self.state is not None:
+            self.state.keep_residual(
+                self.client, self.server_round, residual, accepted=self.accepted
+            )
 
 
 class Node:
@@ -103,6 +140,7 @@ class Node:
         self.settings = settings
         self._plan_in_force: bytes | None = None
         self._ready: tuple[Plan, PetModel, FederatedData, dict[int, np.ndarray]] | None = None
+        self._state: NodeState | None = None
 
     def answer(self, payload: bytes) -> bytes:
         """Train the cohort that a request names.
@@ -117,17 +155,23 @@ class Node:
             FrameError: The request does not parse; there is nobody to answer for.
         """
         request = read_request(payload)
-        frames = _server_frames(request.frame)
-        digest, server_round = frames[0].plan_digest, frames[0].server_round
+        frames = frames_of(request)
+        digest, server_round = frames[-1][-1].plan_digest, frames[-1][-1].server_round
         try:
             if request.plan:
                 self._store(request.plan, digest)
             plan, pet, data, rows_of = self._prepare(digest)
-            values = _global_values(frames, plan, pet)
-            if request.which and max(request.which) >= len(values):
+            if bool(request.accepted and request.run) != plan.codec.error_feedback:
                 raise FrameError(
-                    f"the request gives a client frame {max(request.which)}, counted from 0, and "
-                    f"carries {len(values)}."
+                    f"the plan's error feedback is {plan.codec.error_feedback!r}, and the request "
+                    f"names {len(request.accepted)} accepted rounds."
+                )
+            state = self._state_of(digest, request.run)
+            starts = starts_of(request, frames, plan, pet, state)
+            if request.which and max(request.which) >= len(starts):
+                raise FrameError(
+                    f"the request gives a client tier {max(request.which)}, counted from 0, and "
+                    f"carries {len(starts)}."
                 )
         except FedpetError as error:
             return b"".join(
@@ -135,9 +179,20 @@ class Node:
             )
         torch.set_num_threads(plan.training.threads)
         which = request.which or (0,) * len(request.clients)
+        accepted = request.accepted or (0,) * len(request.clients)
         return b"".join(
-            self._train(client, server_round, digest, values[frame], plan, pet, data, rows_of)
-            for client, frame in zip(request.clients, which, strict=True)
+            self._train(
+                client,
+                server_round,
+                digest,
+                starts[tier],
+                plan,
+                pet,
+                data,
+                rows_of,
+                _Feedback(state, client, server_round, last),
+            )
+            for client, tier, last in zip(request.clients, which, accepted, strict=True)
         )
 
     def _train(
@@ -145,11 +200,12 @@ class Node:
         client: int,
         server_round: int,
         digest: bytes,
-        start: _Start,
+        start: Start,
         plan: Plan,
         pet: PetModel,
         data: FederatedData,
         rows_of: dict[int, np.ndarray],
+        feedback: _Feedback,
     ) -> bytes:
         """One client: write the values in, train, read them out, pack the difference."""
         if client not in rows_of:
@@ -160,6 +216,7 @@ class Node:
                 return _refusal(digest, server_round, client, f"{OTHER_TIER}{density!r}")
             seed = derive_seed("client", plan.seed, server_round, client)
             pet.use_tier(start.tier)
+            residual = feedback.residual(pet.num_values)
             pet.load_values(torch.from_numpy(start.values), seed=seed)
             trained = train_rows(
                 pet.model,
@@ -178,9 +235,15 @@ class Node:
                 raise TrainingError(
                     "the trained values hold NaN or infinity: lower training.learning-rate."
                 )
+            coding = plan.uplink(groups_by_kind(pet.segments), head_groups(pet.segments))
+            encode_seed = derive_seed("encode", seed)
+            if plan.codec.error_feedback:
+                payload, left = encode_with_feedback(update, residual, coding, seed=encode_seed)
+                feedback.keep(left)
+            else:
+                payload = coding.encode(update, seed=encode_seed)
         except (ReplyError, FloatingPointError) as error:
             return _refusal(digest, server_round, client, str(error))
-        groups = groups_by_kind(pet.segments)
         return pack_frame(
             Frame(
                 plan_digest=digest,
@@ -191,9 +254,7 @@ class Node:
                 num_examples=trained.num_examples,
                 loss=trained.loss,
                 train_seconds=trained.train_seconds,
-                payload=encode_values(
-                    update, plan.codec.up, groups, seed=derive_seed("encode", seed)
-                ),
+                payload=payload,
             )
         )
 
@@ -202,6 +263,15 @@ class Node:
         if self.settings.max_density is None:
             return asked
         return tier_within(plan.mask, self.settings.max_density)
+
+    def _state_of(self, digest: bytes, run: int) -> NodeState | None:
+        """What is kept of a run; None where its messages name none, since nothing need be."""
+        if not run:
+            return None
+        folder = state_folder(self.settings.cache, digest, run)
+        if self._state is None or self._state.folder != folder:
+            self._state = NodeState(folder)
+        return self._state
 
     def _prepare(
         self, digest: bytes
@@ -280,39 +350,6 @@ def _max_density(node_config: Mapping[str, object]) -> float | None:
             "the entries in scope that the device trains."
         )
     return float(named)
-
-
-def _server_frames(packed: bytes) -> list[Frame]:
-    """The frames of global values that a request carries, one a tier, all of one plan and round."""
-    frames: list[Frame] = []
-    for part in unpack_frames(packed, max_frames=MAX_TIERS, max_payload_bytes=len(packed)):
-        if not isinstance(part, Frame) or part.client:
-            raise FrameError("a request carries frames of global values, got a client's.")
-        frames.append(part)
-    if len({(frame.plan_digest, frame.server_round) for frame in frames}) != 1:
-        raise FrameError(
-            f"a request carries frames of one plan and one round, got {len(frames)} frames of "
-            f"others."
-        )
-    return frames
-
-
-def _global_values(frames: list[Frame], plan: Plan, pet: PetModel) -> list[_Start]:
-    """Decode the server's values, each frame those of a tier, known by how many they are."""
-    groups = [groups_by_kind(layout) for layout in pet.tiers]
-    counts = [sum(segment.size for segment in layout) for layout in pet.tiers]
-    starts = []
-    for frame in frames:
-        if frame.count not in counts or frame.codec != plan.codec.down:
-            raise FrameError(
-                f"the plan sends {' or '.join(map(str, counts))} values by {plan.codec.down!r}, "
-                f"the frame holds {frame.count} by {frame.codec!r}."
-            )
-        tier = counts.index(frame.count)
-        seed = derive_seed("downlink", plan.seed, frame.server_round)
-        values = decode_values(frame.payload, frame.codec, groups[tier], seed=seed)
-        starts.append(_Start(tier, values))
-    return starts
 
 
 def _refusal(digest: bytes, server_round: int, client: int, reason: str) -> bytes:

@@ -286,6 +286,15 @@ class StrategyConfig:
 class CodecConfig:
     up: str = "float32"  # clients to server
     down: str = "float32"  # server to clients
+    head_up: str = ""  # of the head's values; "" is as `up`
+    head_down: str = ""  # "" is as `down`
+    # What a lossy `down` codes: "changes" of a public reference, small and fed back, for clients
+    # that come often; the "values" anew each round, for a few of many. See fedpet/reference.py.
+    downlink: str = "changes"
+    error_feedback: bool = False  # clients keep what a lossy `up` loses, for their next round
+
+    def __post_init__(self) -> None:
+        _choice("codec.downlink", self.downlink, ("changes", "values"))
 
 
 @dataclass(frozen=True, kw_only=True)

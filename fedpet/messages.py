@@ -4,16 +4,24 @@ A request (server to node) names a cohort of clients and carries the global valu
 each tier among them (mostly one), and the plan where the node may lack it. A reply is one frame, or
 one refusal, a client, joined.
 
-    request := magic "FPRQ" | version u8 | mixed u8 | 2 reserved | clients u32 | plan bytes u32
-               | frame bytes u32 | client numbers u64 ... | which frame u8 ... | plan | frame ...
-               (little-endian; "which frame", one a client, is there where mixed is 1)
+    request := magic "FPRQ" | version u8 | parts u8 | paths u8 | reserved u8 | clients u32
+               | plan bytes u32 | frame bytes u32 | client numbers u64 ...
+               | MIXED: which tier u8 ...             one a client
+               | PATHS or ACCEPTED: run u64
+               | PATHS: (changes u16 | CRC-32 u32) ...        one a tier, see fedpet/reference.py
+               | ACCEPTED: round u32 ...              one a client, see fedpet/node_state.py
+               | plan | frame ...
     reply   := frame ...                                        (fedpet/codec/frame.py)
+
+All is little-endian; `parts` says which parts are there. Most requests have none of them: clients
+of one tier, to whom nothing of earlier rounds matters.
 
 One flat array, since Flower's cost follows the number of arrays and not their size.
 """
 
 from __future__ import annotations
 
+import itertools
 import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,18 +30,37 @@ from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
 from flwr.app.message import make_message
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
+from fedpet.config import MAX_TIERS
 from fedpet.errors import FrameError
 
 MAX_CLIENTS = 1_000_000
+# What a client says that can be asked again, and then rightly.
 PLAN_MISSING = "this node does not hold the plan"
+REFERENCE_MISSING = "this node does not hold the reference that the changes are of"
+RESIDUAL_MISSING = "this node does not hold what the client's last accepted round left"
 STYPE = "fedpet.bytes"  # how Flower names the coding of an array; not one that it reads itself
 OTHER_TIER = "this node's tier is of density "  # and the number
 
-_HEADER = struct.Struct("<4sBB2xIII")
+_HEADER = struct.Struct("<4sBBBxIII")
+_RUN, _PATH = struct.Struct("<Q"), struct.Struct("<HI")
+_MIXED, _PATHS, _ACCEPTED = 1, 2, 4  # bits of `parts`
 _MAGIC = b"FPRQ"
 _VERSION = 1
 _RECORD, _ARRAY = "fedpet", "bytes"
 _SOME_ID = 1 << 62
+
+
+@dataclass(frozen=True)
+class Path:
+    """How a node comes to one tier's reference of the round.
+
+    Attributes:
+        changes: How many frames, each the change of a round; 0 is one frame, the reference itself.
+        checksum: Of the reference that must come out.
+    """
+
+    changes: int
+    checksum: int
 
 
 @dataclass(frozen=True)
@@ -42,24 +69,43 @@ class Request:
 
     Attributes:
         clients: Numbers of the clients, see `fedpet.seeds.client_number`.
-        frame: Packed frame with the global values; several, joined, where clients differ in tier.
+        frame: Packed frame with the global values; several, joined, where clients differ in tier,
+            or where the values are reached by changes.
         plan: The plan's bytes, or nothing where the node is known to hold it.
-        which: For each client, which of the frames is its own, from 0; () where there is one.
+        which: For each client, which of the tiers here is its own, from 0; () where there is one.
+        run: Names the run among those of one plan; 0 where nothing of earlier rounds matters.
+        paths: For each tier here, how its values are reached; () where each is one frame of values.
+        accepted: For each client, the last round in which its update was accepted, 0 for none; ()
+            without error feedback.
     """
 
     clients: tuple[int, ...]
     frame: bytes
     plan: bytes = b""
     which: tuple[int, ...] = ()
+    run: int = 0
+    paths: tuple[Path, ...] = ()
+    accepted: tuple[int, ...] = ()
 
 
 def write_request(request: Request) -> bytes:
     """Join a request's parts."""
     count = len(request.clients)
+    parts = _MIXED * bool(request.which)
+    parts |= _PATHS * bool(request.paths) | _ACCEPTED * bool(request.accepted)
     sizes = count, len(request.plan), len(request.frame)
-    header = _HEADER.pack(_MAGIC, _VERSION, bool(request.which), *sizes)
-    numbers = struct.pack(f"<{count}Q", *request.clients)
-    return b"".join((header, numbers, bytes(request.which), request.plan, request.frame))
+    return b"".join(
+        (
+            _HEADER.pack(_MAGIC, _VERSION, parts, len(request.paths), *sizes),
+            struct.pack(f"<{count}Q", *request.clients),
+            bytes(request.which),
+            _RUN.pack(request.run) if parts > _MIXED else b"",
+            *(_PATH.pack(path.changes, path.checksum) for path in request.paths),
+            struct.pack(f"<{len(request.accepted)}I", *request.accepted),
+            request.plan,
+            request.frame,
+        )
+    )
 
 
 def read_request(payload: bytes) -> Request:
@@ -70,25 +116,44 @@ def read_request(payload: bytes) -> Request:
     """
     if len(payload) < _HEADER.size:
         raise FrameError(f"a request has at least {_HEADER.size} bytes, got {len(payload)}.")
-    magic, version, mixed, count, plan_bytes, frame_bytes = _HEADER.unpack_from(payload)
-    if magic != _MAGIC or version != _VERSION or mixed > 1:
+    magic, version, parts, num_paths, count, plan_bytes, frame_bytes = _HEADER.unpack_from(payload)
+    if magic != _MAGIC or version != _VERSION or parts > (_MIXED | _PATHS | _ACCEPTED):
         raise FrameError(
             f"a request starts with {_MAGIC!r} and version {_VERSION}, got {magic!r} and "
             f"{version}: run the same fedpet on the server and on the nodes."
         )
-    expected = _HEADER.size + (8 + mixed) * count + plan_bytes + frame_bytes
-    if count > MAX_CLIENTS or expected != len(payload):
+    sizes = (
+        8 * count,
+        count if parts & _MIXED else 0,
+        _RUN.size if parts > _MIXED else 0,
+        _PATH.size * num_paths,
+        4 * count if parts & _ACCEPTED else 0,
+        plan_bytes,
+        frame_bytes,
+    )
+    expected = _HEADER.size + sum(sizes)
+    if (
+        count > MAX_CLIENTS
+        or expected != len(payload)
+        or bool(num_paths) != bool(parts & _PATHS)
+        or num_paths > MAX_TIERS
+    ):
         raise FrameError(
             f"a request for {count} clients with these parts has {expected} bytes, got "
             f"{len(payload)}."
         )
-    numbers = _HEADER.size + 8 * count
-    start = numbers + mixed * count
+    stops = list(itertools.accumulate(sizes, initial=_HEADER.size))
+    numbers, which, run, paths, accepted, plan, frame = (
+        payload[start:stop] for start, stop in itertools.pairwise(stops)
+    )
     return Request(
-        clients=struct.unpack_from(f"<{count}Q", payload, _HEADER.size),
-        which=tuple(payload[numbers:start]),
-        plan=payload[start : start + plan_bytes],
-        frame=payload[start + plan_bytes :],
+        clients=struct.unpack(f"<{count}Q", numbers),
+        which=tuple(which),
+        run=_RUN.unpack(run)[0] if run else 0,
+        paths=tuple(Path(*path) for path in _PATH.iter_unpack(paths)),
+        accepted=struct.unpack(f"<{len(accepted) // 4}I", accepted),
+        plan=plan,
+        frame=frame,
     )
 
 

@@ -28,10 +28,11 @@ import numpy as np
 import torch
 import zstandard
 
+from fedpet.codec import Coding, check_codec, is_lossless
 from fedpet.codec.positions import decode_positions, encode_positions
 from fedpet.config import CodecConfig, Experiment, MaskConfig, TrainingConfig
 from fedpet.data import Task
-from fedpet.errors import FedpetError, PlanError
+from fedpet.errors import ConfigError, FedpetError, PlanError
 from fedpet.mask import Mask, build_mask, rank_positions, tier_counts
 from fedpet.model import PetModel, Segment
 from fedpet.positions import mask_scope
@@ -40,10 +41,18 @@ from fedpet.structure import Structure
 if TYPE_CHECKING:
     from fedpet.backbone import Backbone
 
+Groups = Sequence[tuple[int, int]]
+
 MAX_PLAN_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 24
 DIGEST_BYTES = 16
 
+# Keys of the codec that a plan names where they are not these.
+_RARE_CODEC_KEYS = {
+    field.name: field.default
+    for field in dataclasses.fields(CodecConfig)
+    if field.name not in ("up", "down")
+}
 _HEADER = struct.Struct("<4sB3xII")
 _MAGIC = b"FPLN"
 _VERSION = 1
@@ -65,7 +74,7 @@ class Plan:
         structure: Which module acts where.
         num_values: Length of the vector that is communicated; of the strongest tier's.
         layout: SHA-256 over its segments.
-        codec: Up and down.
+        codec: Up and down, and what is kept from round to round.
         training: Local training's settings.
         num_rounds: For the learning-rate schedule.
         seed: The run's.
@@ -96,6 +105,9 @@ class Plan:
             fields[name] = None if value is None else dataclasses.asdict(value)
         if self.mask is not None and not self.mask.tiers:
             del fields["mask"]["tiers"]  # most plans have none, and need not say so
+        for key, default in _RARE_CODEC_KEYS.items():
+            if fields["codec"][key] == default:
+                del fields["codec"][key]
         fields["structure"] = self.structure.to_json()
         text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
         header: bytes = zstandard.ZstdCompressor(level=19).compress(text)
@@ -130,6 +142,27 @@ class Plan:
     def progress(self, server_round: int) -> float:
         """Fraction of the rounds that is over when a round begins, in [0, 1)."""
         return min(max(server_round - 1, 0) / self.num_rounds, 1.0)
+
+    @property
+    def sends_changes(self) -> bool:
+        """Whether clients follow a public reference, see fedpet/reference.py.
+
+        Values that lose nothing are sent as they are: nobody has to remember any.
+        """
+        lossy = not (
+            is_lossless(self.codec.down) and is_lossless(self.codec.head_down or "float32")
+        )
+        return lossy and self.codec.downlink == "changes"
+
+    def uplink(self, groups: Groups, head_groups: Groups) -> Coding:
+        """How clients write a vector of these groups."""
+        codec = self.codec
+        return Coding.of(groups, head_groups, codec=codec.up, head_codec=codec.head_up)
+
+    def downlink(self, groups: Groups, head_groups: Groups) -> Coding:
+        """How the server writes a vector of these groups."""
+        codec = self.codec
+        return Coding.of(groups, head_groups, codec=codec.down, head_codec=codec.head_down)
 
     def build(self, backbone: Backbone) -> PetModel:
         """Adapt a node's own backbone as the plan says. The backbone is used up.
@@ -223,6 +256,36 @@ def encode_mask(mask: Mask) -> bytes:
         [np.sort(mask.positions[n].numpy()) if n in mask.positions else empty for n in names],
         [mask.sizes[name] for name in names],
     )
+
+
+def check_codecs(config: CodecConfig) -> None:
+    """Refuse codecs that are not known, or do not go together.
+
+    Raises:
+        ConfigError: One sentence on the first that is wrong.
+    """
+    for name in (config.up, config.down, config.head_up, config.head_down):
+        if name:
+            check_codec(name)
+    if (
+        config.error_feedback
+        and is_lossless(config.up)
+        and is_lossless(config.head_up or "float32")
+    ):
+        raise ConfigError(
+            f"codec.error-feedback keeps what codec.up loses, and {config.up!r} loses nothing: "
+            "name a lossy codec, such as 'topk-0.1+eden-4', or set it to false."
+        )
+
+
+def _all_lossless(*codecs: str) -> bool:
+    return all(is_lossless(codec) for codec in codecs if codec)
+
+
+def head_groups(segments: Sequence[Segment]) -> list[tuple[int, int]]:
+    """Those of `groups_by_kind` that are the head's."""
+    heads = {segment.start for segment in segments if segment.kind == "head"}
+    return [group for group in groups_by_kind(segments) if group[0] in heads]
 
 
 def groups_by_kind(segments: Sequence[Segment]) -> list[tuple[int, int]]:

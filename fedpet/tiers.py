@@ -22,14 +22,14 @@ Source: ours; that weak devices train a nested part of the model is HeteroFL's a
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from fedpet.config import MaskConfig
 from fedpet.errors import PlanError, StructureError
 from fedpet.model import PetModel, Segment
-from fedpet.plan import groups_by_kind
+from fedpet.plan import groups_by_kind, head_groups
 from fedpet.seeds import derive_seed
 
 __all__ = ["Tier", "Where", "draw_tier", "tier_positions", "tier_within", "tiers_of"]
@@ -48,6 +48,7 @@ class Tier:
             all for the last tier itself.
         count: How many these are.
         groups: Runs of its values that are of one kind, see `fedpet.plan.groups_by_kind`.
+        head_groups: Those of them that are the head's.
     """
 
     density: float
@@ -55,6 +56,7 @@ class Tier:
     where: Where
     count: int
     groups: list[tuple[int, int]]
+    head_groups: list[tuple[int, int]] = field(default_factory=list)
 
 
 def tiers_of(pet: PetModel, config: MaskConfig | None) -> tuple[Tier, ...]:
@@ -73,6 +75,7 @@ def tiers_of(pet: PetModel, config: MaskConfig | None) -> tuple[Tier, ...]:
             slice(None) if layout is whole else tier_positions(whole, layout),
             sum(segment.size for segment in layout),
             groups_by_kind(layout),
+            head_groups(layout),
         )
         for (density, share), layout in zip(shares, pet.tiers, strict=True)
     )

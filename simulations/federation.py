@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,13 +22,13 @@ from flwr.serverapp import Grid
 
 from fedpet.backbone import Backbone, load_backbone, locate
 from fedpet.client import cache_folder
-from fedpet.codec import check_codec
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, RunError, StructureError
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.model import PetModel
-from fedpet.plan import Plan, make_plan
+from fedpet.node_state import state_folder
+from fedpet.plan import Plan, check_codecs, make_plan
 from fedpet.population import Population
 from fedpet.positions import find_positions
 from fedpet.strategies import STRATEGIES, TierBook, to_arrays
@@ -73,8 +74,7 @@ def prepare(experiment: Experiment, listener: Listener) -> Prepared:
         InputError: The experiment, the checkpoint or the data cannot be used.
     """
     started = time.perf_counter()
-    check_codec(experiment.codec.up)
-    check_codec(experiment.codec.down)
+    check_codecs(experiment.codec)
     listener.say("reading and tokenising the rows")
     data = load_data(
         experiment.data,
@@ -145,6 +145,9 @@ def federate(
             evaluate_fn=state.round_over,
         )
     model = state.final_model()
+    # Where nodes share this machine's cache, what they kept for the rounds to come goes with them.
+    kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
+    shutil.rmtree(kept, ignore_errors=True)
     final = ledger.current.metric
     assert final is not None, "the last round is evaluated"
     listener.say("writing the plain model")

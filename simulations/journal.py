@@ -58,7 +58,8 @@ class Journal:
         elapsed_seconds: Since the run's start, pauses left out.
         resumed: How often the run has been gone on with.
         values: Global values, float32, (num_values,).
-        optimiser: The server optimiser's vectors by Flower's names.
+        optimiser: The server optimiser's vectors by Flower's names; what the wire remembers, by
+            names that begin with "wire/".
     """
 
     server_round: int

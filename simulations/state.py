@@ -65,8 +65,8 @@ class RunState:
             self.resumed = journal.resumed + 1
             strategy.rounds_done = journal.server_round
             strategy.load_state(journal.optimiser)
-            strategy.requests.holders = set(journal.holders)
-            strategy.requests.told = set(journal.told)
+            strategy.requests.holders.plan_nodes = set(journal.holders)
+            strategy.requests.holders.told = set(journal.told)
         self.rounds_left = self._last_round - strategy.rounds_done
 
     @property
@@ -119,8 +119,8 @@ class RunState:
                 clients=self._clients,
                 settings=deciding_settings(self._prepared.experiment),
                 ledger_bytes=ledger_bytes,
-                holders=tuple(sorted(strategy.requests.holders)),
-                told=tuple(sorted(strategy.requests.told)),
+                holders=tuple(sorted(strategy.requests.holders.plan_nodes)),
+                told=tuple(sorted(strategy.requests.holders.told)),
                 elapsed_seconds=self.elapsed_seconds,
                 resumed=self.resumed,
                 values=self.values,

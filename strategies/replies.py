@@ -13,17 +13,24 @@ or from how many nodes (law 6).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from flwr.app import Error, Message
 
-from fedpet.codec import decode_values
+from fedpet.codec import Coding
 from fedpet.codec.frame import Frame, Refusal, pack_frame, unpack_frames
 from fedpet.errors import FrameError, ReplyError
 from fedpet.ledger import Ledger
-from fedpet.messages import PLAN_MISSING, STYPE, from_record, solo_bytes
+from fedpet.messages import (
+    PLAN_MISSING,
+    REFERENCE_MISSING,
+    RESIDUAL_MISSING,
+    STYPE,
+    from_record,
+    solo_bytes,
+)
 from fedpet.plan import Plan
 from fedpet.seeds import derive_seed
 from fedpet.tiers import Where
@@ -64,6 +71,7 @@ class Replies:
         names: Number of a client in a frame -> its name.
         tiers: Which client was asked for which values.
         ledger: Where refusals, bytes and seconds are counted.
+        answered: Is told of each accepted frame: node, client, round.
     """
 
     def __init__(
@@ -76,7 +84,9 @@ class Replies:
         names: Mapping[int, str],
         tiers: TierBook,
         ledger: Ledger,
+        answered: Callable[[int, str, int], None] = lambda node, name, server_round: None,
     ) -> None:
+        self._answered = answered
         self._round = server_round
         self._plan = plan
         self._digest = digest
@@ -85,6 +95,7 @@ class Replies:
         self._tiers = tiers
         self._ledger = ledger
         self._accepted: dict[str, Frame] = {}
+        self._asked_again: dict[str, str] = {}  # client -> why
 
     def read(self, replies: Iterable[Message]) -> Again:
         """Accept or refuse what each message holds, but for those to be asked again.
@@ -101,11 +112,22 @@ class Replies:
             try:
                 for part in self._parts(reply):
                     if isinstance(part, Refusal) and part.reason == PLAN_MISSING:
-                        again.lacking.append(node)
+                        again.no_plan.append(node)
+                        self._note(self._cohorts.get(node, []), part)
+                        break
+                    if isinstance(part, Refusal) and part.reason == REFERENCE_MISSING:
+                        again.no_reference.append(node)
+                        self._note(self._cohorts.get(node, []), part)
                         break
                     if isinstance(part, Refusal) and self._is_of_other_tier(node, part):
                         name = self._names[part.client]
                         again.other_tier.setdefault(node, []).append(name)
+                        self._note([name], part)
+                        continue
+                    if isinstance(part, Refusal) and self._lost_its_residual(node, part):
+                        name = self._names[part.client]
+                        again.no_residual.setdefault(node, []).append(name)
+                        self._note([name], part)
                         continue
                     train_seconds += self._settle(node, part)
             except FrameError as error:
@@ -121,7 +143,9 @@ class Replies:
             if name in self._accepted or self._was_refused(name):
                 continue
             node = homes.get(name)
-            if node is None:
+            if name in self._asked_again:
+                reason = f"{self._asked_again[name]}; nothing usable came when it was asked again."
+            elif node is None:
                 reason = "the node that it lives on is not connected."
             else:
                 reason = f"node {node}: no reply came before the round's deadline."
@@ -138,23 +162,32 @@ class Replies:
             frame = self._accepted.pop(name)
             tier = self._tiers.of(name)
             try:
-                change = self._decode(frame, tier.groups)
+                change = self._decode(frame, self._plan.uplink(tier.groups, tier.head_groups))
             except FrameError as error:
                 self._ledger.refuse(name, str(error), homes[name])
                 continue
             yield Update(name, change, tier.where, frame.num_examples, frame.loss)
 
-    def _decode(self, frame: Frame, groups: list[tuple[int, int]]) -> np.ndarray:
+    def _decode(self, frame: Frame, coding: Coding) -> np.ndarray:
         seed = derive_seed("client", self._plan.seed, frame.server_round, frame.client)
-        change = decode_values(frame.payload, frame.codec, groups, seed=derive_seed("encode", seed))
+        change = coding.decode(frame.payload, seed=derive_seed("encode", seed))
         if not np.isfinite(change).all():
             raise FrameError("the update holds NaN or infinity.")
         return change
 
     def _is_of_other_tier(self, node: int, refusal: Refusal) -> bool:
         name = self._names.get(refusal.client, "")
-        asked = name in self._cohorts.get(node, []) and name not in self._accepted
-        return asked and self._tiers.told(name, refusal.reason)
+        return self._is_due(node, name) and self._tiers.told(name, refusal.reason)
+
+    def _lost_its_residual(self, node: int, refusal: Refusal) -> bool:
+        name = self._names.get(refusal.client, "")
+        return self._is_due(node, name) and refusal.reason == RESIDUAL_MISSING
+
+    def _note(self, names: Iterable[str], refusal: Refusal) -> None:
+        self._asked_again.update(dict.fromkeys(names, refusal.reason))
+
+    def _is_due(self, node: int, name: str) -> bool:
+        return name in self._cohorts.get(node, []) and name not in self._accepted
 
     def _parts(self, reply: Message) -> Iterator[Frame | Refusal]:
         cohort = self._cohorts.get(reply.metadata.src_node_id, [])
@@ -176,6 +209,7 @@ class Replies:
             return 0.0
         assert isinstance(part, Frame)
         self._accepted[name] = part
+        self._answered(node, name, self._round)
         self._ledger.count_client(up=solo_bytes(pack_frame(part), reply=True))
         return part.train_seconds
 

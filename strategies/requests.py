@@ -8,49 +8,52 @@ Out: one train message a node.
 Where clients differ in tier, a message carries a frame for each tier in its cohort, and each client
 reads its own: what it reads does not depend on whom it shares a node with (law 6).
 
-Who has been sent the plan is remembered here, twice: by node, which decides whether the plan goes
-along, and by client, each counted alone, for the ledger.
+What goes along hangs on what a node holds already: the plan, and the reference of an earlier round.
+The ledger counts each client alone, by what that client holds (`holders`).
 """
 
 from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedpet.codec import encode_values
-from fedpet.codec.frame import Frame, pack_frame
 from fedpet.config import StrategyConfig
 from fedpet.errors import RunError
 from fedpet.ledger import Ledger
 from fedpet.messages import Request, solo_bytes, to_record, write_request
 from fedpet.plan import Plan
 from fedpet.population import Population
-from fedpet.seeds import client_number, derive_seed
-from fedpet.tiers import Tier
+from fedpet.seeds import client_number
 
+from .downlink import Sent, downlink_of
+from .holders import Holders
 from .tiers import TierBook
 
 
 @dataclass
 class Again:
-    """Who is to be asked a second time, since the first could not be answered.
+    """Who is to be asked another time, since they could not answer as they were asked.
 
     Attributes:
-        lacking: Nodes that lack the plan.
+        no_plan: Nodes that lack the plan.
+        no_reference: Nodes that lack the reference that they were sent changes of.
         other_tier: Node -> its clients that it trains at another tier than it was asked for.
+        no_residual: Node -> its clients whose last residual is lost.
     """
 
-    lacking: list[int] = field(default_factory=list)
+    no_plan: list[int] = field(default_factory=list)
+    no_reference: list[int] = field(default_factory=list)
     other_tier: dict[int, list[str]] = field(default_factory=dict)
+    no_residual: dict[int, list[str]] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
-        return bool(self.lacking or self.other_tier)
+        return bool(self.no_plan or self.no_reference or self.other_tier or self.no_residual)
 
 
 class Requests:
@@ -60,8 +63,7 @@ class Requests:
         digest: By which messages name the plan.
         sampled: The clients of the round in hand, in alphabetical order.
         cohorts: Node -> its clients in this round.
-        holders: Nodes known to hold the plan.
-        told: Clients that have been sent the plan.
+        holders: Who holds what of earlier rounds.
     """
 
     def __init__(
@@ -79,12 +81,12 @@ class Requests:
         self._population = population
         self._config = config
         self._ledger = ledger
-        self._frames: dict[int, bytes] = {}  # tier -> the round's global values
         self.digest = Plan.digest(self._plan_bytes)
+        self._downlink = downlink_of(plan, self.digest, tiers.tiers)
+        self._remembers = plan.sends_changes or plan.codec.error_feedback
         self.sampled: list[str] = []
         self.cohorts: dict[int, list[str]] = {}
-        self.holders: set[int] = set()
-        self.told: set[str] = set()
+        self.holders = Holders(population.num_rows)
 
     def of_round(
         self, server_round: int, values: np.ndarray, nodes: Sequence[int]
@@ -100,55 +102,90 @@ class Requests:
             server_round, self._config.clients_per_round, self._plan.seed
         )
         self.cohorts = self._population.cohorts(self.sampled, nodes)
-        self._round, self._values, self._frames = server_round, values, {}
+        self._downlink.begin(server_round, values)
         self._count()
         return [self._message(node, names) for node, names in self.cohorts.items()]
 
     def again(self, asked: Again) -> list[Message]:
         """The same once more, to those who could not answer as they were asked."""
-        self.holders.difference_update(asked.lacking)
+        for node in asked.no_plan:
+            self.holders.forget_plan(node)
+        for node in asked.no_reference:
+            self.holders.forget_reference(node)
         others = [name for names in asked.other_tier.values() for name in names]
-        self._ledger.count_client(down=self._solo_all(others))
-        whole = {node: self.cohorts[node] for node in asked.lacking}
-        return [self._message(node, names) for node, names in (whole | asked.other_tier).items()]
+        lost = [name for names in asked.no_residual.values() for name in names]
+        for name in (*others, *lost):  # a residual of another tier is of other values
+            self.holders.accepted.pop(name, None)
+        self._ledger.count_client(down=self._solo_all((*others, *lost)))
+        whole = {node: self.cohorts[node] for node in (*asked.no_plan, *asked.no_reference)}
+        for part in (asked.other_tier, asked.no_residual):
+            for node, names in part.items():
+                if node not in whole:
+                    whole[node] = []
+                whole[node] = sorted({*whole[node], *names})
+        return [self._message(node, names) for node, names in whole.items()]
 
-    def _frame(self, tier: int) -> bytes:
-        """The global values of one tier, encoded once a round."""
-        if tier not in self._frames:
-            self._frames[tier] = self._encode(self._round, self._tiers.tiers[tier], self._values)
-        return self._frames[tier]
+    def answered(self, node: int, name: str, server_round: int) -> None:
+        """Note that a client's update came."""
+        self.holders.answered(node, name, self._tiers.index(name), server_round)
 
-    def _encode(self, server_round: int, tier: Tier, values: np.ndarray) -> bytes:
-        codec = self._plan.codec.down
-        seed = derive_seed("downlink", self._plan.seed, server_round)
-        return pack_frame(
-            Frame(
-                plan_digest=self.digest,
-                server_round=server_round,
-                client=0,
-                codec=codec,
-                count=tier.count,
-                num_examples=0,
-                loss=0.0,
-                train_seconds=0.0,
-                payload=encode_values(values[tier.where], codec, tier.groups, seed=seed),
+    def settle(self, server_round: int, names: Iterable[str]) -> None:
+        """Note whose updates of a round have become part of the values."""
+        self.holders.accepted.update(dict.fromkeys(names, server_round))
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What a run that goes on later must have, to send the same as if it had not stopped."""
+        return self.holders.state() | self._downlink.state() if self._remembers else {}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Take what `state` gave.
+
+        Raises:
+            RunError: It is of another plan, or of other clients.
+        """
+        self.holders.load_state(state)
+        self._downlink.load_state(state)
+
+    def _message(self, node: int, names: Sequence[str]) -> Message:
+        plan = b"" if node in self.holders.plan_nodes else self._plan_bytes
+        tiers = sorted({self._tiers.index(name) for name in names})
+        sent = [self._downlink.to(tier, self.holders.of_node(node, tier)) for tier in tiers]
+        which = tuple(tiers.index(self._tiers.index(name)) for name in names)
+        self.holders.plan_nodes.add(node)
+        payload = self._request(
+            tuple(client_number(name) for name in names),
+            sent,
+            plan,
+            which=which if len(tiers) > 1 else (),
+            accepted=tuple(self.holders.accepted.get(name, 0) for name in names),
+        )
+        return Message(to_record(payload), dst_node_id=node, message_type="train")
+
+    def _request(
+        self,
+        clients: tuple[int, ...],
+        sent: Sequence[Sent],
+        plan: bytes,
+        *,
+        which: tuple[int, ...] = (),
+        accepted: tuple[int, ...],
+    ) -> bytes:
+        return write_request(
+            Request(
+                clients,
+                b"".join(part.frames for part in sent),
+                plan,
+                which,
+                self.holders.run if self._remembers else 0,
+                tuple(part.path for part in sent if part.path is not None),
+                accepted if self._plan.codec.error_feedback else (),
             )
         )
 
-    def _message(self, node: int, names: Sequence[str]) -> Message:
-        plan = b"" if node in self.holders else self._plan_bytes
-        clients = tuple(client_number(name) for name in names)
-        tiers = sorted({self._tiers.index(name) for name in names})
-        frames = b"".join(self._frame(tier) for tier in tiers)
-        which = tuple(tiers.index(self._tiers.index(name)) for name in names)
-        self.holders.add(node)
-        payload = write_request(Request(clients, frames, plan, which if len(tiers) > 1 else ()))
-        return Message(to_record(payload), dst_node_id=node, message_type="train")
-
     def _count(self) -> None:
-        """What each client alone would receive: its frame, and the plan at its first time."""
-        newcomers = [name for name in self.sampled if name not in self.told]
-        self.told.update(newcomers)
+        """What each client alone would receive: its frames, and the plan at its first time."""
+        newcomers = [name for name in self.sampled if name not in self.holders.told]
+        self.holders.told.update(newcomers)
         record = self._ledger.current
         record.clients, record.newcomers = len(self.sampled), len(newcomers)
         frames = self._solo_all(newcomers)
@@ -156,12 +193,16 @@ class Requests:
         self._ledger.count_client(down=self._solo_all(self.sampled), plan=plans)
 
     def _solo_all(self, names: Sequence[str], plan: bytes = b"") -> int:
-        """Bytes of requests to these clients, each alone with the frame of its tier."""
-        per_tier = Counter(self._tiers.index(name) for name in names)
-        return sum(
-            count * solo_bytes(write_request(Request((1,), self._frame(tier), plan)), reply=False)
-            for tier, count in per_tier.items()
-        )
+        """Bytes of requests to these clients, each alone with what it lacks of its tier."""
+        sizes: Counter[tuple[int, int]] = Counter()
+        for name in names:
+            tier = self._tiers.index(name)
+            sizes[tier, self.holders.of_client(name, tier)] += 1
+        return sum(count * self._solo(tier, held, plan) for (tier, held), count in sizes.items())
+
+    def _solo(self, tier: int, held: int, plan: bytes) -> int:
+        request = self._request((1,), [self._downlink.to(tier, held)], plan, accepted=(0,))
+        return solo_bytes(request, reply=False)
 
 
 def wait_for_nodes(grid: Grid, limit_seconds: float) -> list[int]:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,6 +37,9 @@ from .requests import Requests, wait_for_nodes
 from .resume import Continued, Memory
 from .tiers import TierBook
 from .vectors import Counted, client_messages, mean_message
+
+WIRE = "wire/"  # before the names of what the wire remembers, in `state`
+MAX_REPEATS = 3  # of a request that could not be answered as it was made: plan, tier, residual
 
 LOG = logging.getLogger("fedpet")
 
@@ -113,7 +116,9 @@ class _Rounds(Memory):
             LOG.warning("round %s: %s: %s", server_round, refused["who"], refused["reason"])
         try:
             self._check_enough(updates.count)
-            return self._combine(server_round, messages)
+            combined = self._combine(server_round, messages)
+            self.requests.settle(server_round, updates.names)
+            return combined
         except AggregationError as error:
             LOG.warning("round %s: %s The values stay as they were.", server_round, error)
             return None, None
@@ -122,12 +127,12 @@ class _Rounds(Memory):
         self, server_round: int, messages: list[Message]
     ) -> tuple[ArrayRecord, MetricRecord | None]:
         """What Flower's rule makes of the replies, unless it is no number."""
-        before = self.state()
+        before = super().state()
         with np.errstate(all="ignore"):
             arrays, metrics = super().aggregate_train(server_round, messages)
             values = self._values if arrays is None else values_of(arrays).astype(np.float32)
         if arrays is None or not np.isfinite(values).all():
-            self.load_state(before)
+            super().load_state(before)
             raise AggregationError("the rule's result holds NaN or infinity.")
         return to_arrays(values), metrics
 
@@ -151,17 +156,33 @@ class _Rounds(Memory):
             names=self._names,
             tiers=self.tiers,
             ledger=self.ledger,
+            answered=self.requests.answered,
         )
         again = replies.read(messages)
-        if again:
+        for _ in range(MAX_REPEATS):
+            if not again:
+                break
             asked = self.requests.again(again)
             left = max(self._deadline - time.monotonic(), 0.0)
             answers = list(self._grid.send_and_receive(asked, timeout=left))
             for message in (*asked, *answers):
                 self.ledger.count_wire(message)
-            replies.read(answers)
+            again = replies.read(answers)
         replies.refuse_absent(self.requests.sampled)
         return replies
+
+    # -- from run to run --------------------------------------------------------------------
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the rule remembers, and what the wire does: who holds what, and the references."""
+        return super().state() | {f"{WIRE}{k}": v for k, v in self.requests.state().items()}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go back to what `state` gave; the wire stays as it is where that says nothing of it."""
+        super().load_state({k: v for k, v in state.items() if not k.startswith(WIRE)})
+        wire = {k.removeprefix(WIRE): v for k, v in state.items() if k.startswith(WIRE)}
+        if wire:
+            self.requests.load_state(wire)
 
     # -- around the rounds ------------------------------------------------------------------
 

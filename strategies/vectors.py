@@ -30,6 +30,7 @@ class Counted:
     Attributes:
         count: How many went by.
         weight: Their examples together.
+        names: Their clients.
     """
 
     def __init__(self, updates: Iterable[Update]) -> None:
@@ -37,10 +38,12 @@ class Counted:
         self._weighted_loss = 0.0
         self.count = 0
         self.weight = 0
+        self.names: list[str] = []
 
     def __iter__(self) -> Iterator[Update]:
         for update in self._updates:
             self.count += 1
+            self.names.append(update.name)
             self.weight += update.num_examples
             self._weighted_loss += update.num_examples * update.loss
             yield update

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
 from fedpet.codec import (
+    Coding,
     check_codec,
     decode_values,
     encode_values,
@@ -552,11 +553,12 @@ def test_top_k_never_spends_a_position_on_a_zero_and_takes_the_earlier_of_equals
 @pytest.mark.parametrize("codec", ["topk-0.1+eden-4", "eden-1", "int4", "bfloat16"])
 def test_with_error_feedback_all_that_is_lost_is_the_last_residual(codec):
     groups = [(0, 4000), (4000, 4100)]
+    coding = Coding.of(groups, codec=codec)
     wanted, sent, residual = np.zeros(4100), np.zeros(4100), None
     norms = []
     for round_ in range(60):
         values = draw("laplace", 4100, seed=round_)
-        payload, residual = encode_with_feedback(values, residual, codec, groups, seed=round_)
+        payload, residual = encode_with_feedback(values, residual, coding, seed=round_)
         wanted += values
         sent += decode_values(payload, codec, groups, seed=round_)
         norms.append(np.linalg.norm(residual))
@@ -567,7 +569,7 @@ def test_with_error_feedback_all_that_is_lost_is_the_last_residual(codec):
 def test_error_feedback_leaves_its_inputs_as_they_are():
     values, residual = draw("gaussian", 500), draw("gaussian", 500, seed=1)
     before = values.copy(), residual.copy()
-    encode_with_feedback(values, residual, "topk-0.1+eden-4", [(0, 500)], seed=0)
+    encode_with_feedback(values, residual, Coding("topk-0.1+eden-4", ((0, 500),)), seed=0)
     assert (values == before[0]).all()
     assert (residual == before[1]).all()
 
@@ -575,5 +577,5 @@ def test_error_feedback_leaves_its_inputs_as_they_are():
 def test_a_residual_of_another_plan_is_refused():
     with pytest.raises(ValueError, match="another plan"):
         encode_with_feedback(
-            draw("gaussian", 500), np.zeros(400, np.float32), "int4", [(0, 500)], seed=0
+            draw("gaussian", 500), np.zeros(400, np.float32), Coding("int4", ((0, 500),)), seed=0
         )

@@ -22,6 +22,7 @@ same bytes on one type of machine, and the same bytes decode to the same bits on
 
 from __future__ import annotations
 
+from fedpet.codec.coding import Coding, is_lossless
 from fedpet.codec.feedback import encode_with_feedback
 from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal, unpack_frames
 from fedpet.codec.names import check_codec, known_codecs
@@ -29,6 +30,7 @@ from fedpet.codec.pipeline import decode_values, encode_values, max_payload_byte
 from fedpet.codec.positions import decode_positions, encode_positions
 
 __all__ = [
+    "Coding",
     "Frame",
     "Refusal",
     "check_codec",
@@ -37,6 +39,7 @@ __all__ = [
     "encode_positions",
     "encode_values",
     "encode_with_feedback",
+    "is_lossless",
     "known_codecs",
     "max_payload_bytes",
     "pack_frame",

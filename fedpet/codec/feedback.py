@@ -17,22 +17,21 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.pipeline import Groups, decode_values, encode_values
+from fedpet.codec.coding import Coding
 from fedpet.errors import TrainingError
 
 Floats = npt.NDArray[np.float32]
 
 
 def encode_with_feedback(
-    values: Floats, residual: Floats | None, codec: str, groups: Groups, *, seed: int
+    values: Floats, residual: Floats | None, coding: Coding, *, seed: int
 ) -> tuple[bytes, Floats]:
     """Write values and what was left of the ones before.
 
     Args:
         values: float32 (n,), finite.
         residual: float32 (n,), what the last settled round left; None is nothing.
-        codec: A codec's name.
-        groups: As `encode_values`.
+        coding: How the values are written.
         seed: As `encode_values`; a new one each round.
 
     Returns:
@@ -52,6 +51,6 @@ def encode_with_feedback(
         if not np.isfinite(residual).all():
             raise TrainingError("a residual must be finite, this one is not. Drop it.")
         wanted += residual
-    payload = encode_values(wanted, codec, groups, seed=seed)
-    wanted -= decode_values(payload, codec, groups, seed=seed)
+    payload = coding.encode(wanted, seed=seed)
+    wanted -= coding.decode(payload, seed=seed)
     return payload, wanted

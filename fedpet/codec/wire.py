@@ -68,6 +68,10 @@ class Reader:
         self._offset += num_bytes
         return self._view[self._offset - num_bytes : self._offset]
 
+    def rest(self) -> memoryview:
+        """All that is left, not copied."""
+        return self.take(len(self._view) - self._offset)
+
     def varint(self) -> int:
         """The next number, seven bits a byte, the low ones first."""
         value = 0
