@@ -145,7 +145,7 @@ def _read(path: Path, count: int) -> tuple[int, np.ndarray] | None:
         return None
     if zlib.crc32(data, zlib.crc32(content[: _HEAD.size])) != checksum:
         return None
-    values = np.frombuffer(data, dtype="<f4").astype(np.float32, copy=False)
+    values = np.frombuffer(data, dtype="<f4").astype(np.float32)  # a copy, that may be written to
     return (server_round, values) if np.isfinite(values).all() else None
 
 

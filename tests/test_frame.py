@@ -17,12 +17,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fedpet.codec import (
+    Coding,
     Frame,
     Refusal,
-    decode_values,
-    encode_values,
     known_codecs,
-    max_payload_bytes,
     pack_frame,
     pack_refusal,
     unpack_frames,
@@ -193,36 +191,72 @@ def test_a_frame_of_an_unknown_codec_is_not_packed():
         pack_frame(replace(FRAME, codec="int2"))
 
 
+# ---------------------------------------------------------------- a head of its own codec
+
+
+def test_a_head_s_payload_is_cut_and_lengthened_in_vain():
+    coding = Coding.of([(0, 40), (40, 60)], [(40, 60)], codec="float32-raw", head_codec="int8-raw")
+    values = np.random.default_rng(0).standard_normal(60).astype(np.float32)
+    payload = coding.encode(values, seed=1)
+    decoded = coding.decode(payload, seed=1)
+    assert (decoded[:40] == values[:40]).all()
+    assert 0 < np.abs(decoded[40:] - values[40:]).max() < 0.05
+    assert len(payload) == coding.max_payload_bytes
+    for wrong in (*(payload[:end] for end in range(len(payload))), payload + b"\0"):
+        with pytest.raises(FrameError):
+            coding.decode(wrong, seed=1)
+    for length in (b"\0", b"\xff\xff\xff\x0f", b"\xff" * 9, b"\x80\x00"):
+        with pytest.raises(FrameError):
+            coding.decode(length + payload[2:], seed=1)
+
+
+def test_a_head_s_codec_that_is_the_others_changes_no_byte():
+    values = np.random.default_rng(0).standard_normal(180).astype(np.float32)
+    groups = [(0, 150), (150, 180)]
+    alone = Coding.of(groups, codec="eden-4").encode(values, seed=3)
+    for head in ("", "eden-4"):
+        same = Coding.of(groups, groups[1:], codec="eden-4", head_codec=head)
+        assert same.encode(values, seed=3) == alone
+    nothing = Coding.of([(0, 180)], [(0, 180)], codec="eden-4", head_codec="int8")
+    assert nothing.decode(nothing.encode(values, seed=3), seed=3) == pytest.approx(values, abs=0.05)
+
+
 # ---------------------------------------------------------------- adversaries
 
 GROUPS = [(0, 150), (150, 180)]
 COUNT = 180
 ROUND = 4
 CODECS = ("float32", "bfloat16", "int8", "int4", "eden-1", "eden-4", "eden-8", "topk-0.1+eden-4")
+HEADS = (("eden-4", "int8"), ("topk-0.1+eden-2", "float32"), ("float32", "topk-0.5+int4-raw"))
+CODINGS = (
+    *(Coding.of(GROUPS, codec=codec) for codec in CODECS),
+    *(Coding.of(GROUPS, GROUPS[1:], codec=codec, head_codec=head) for codec, head in HEADS),
+)
 
 
-def receive(buffer, codec):
+def receive(buffer, coding):
     """What a server does with a reply: the frames that pass every check, or a `FrameError`."""
     accepted = []
-    most = max_payload_bytes(codec, GROUPS)
+    most = coding.max_payload_bytes
     for frame in unpack_frames(buffer, max_frames=3, max_payload_bytes=most):
         if (frame.plan_digest, frame.server_round) != (DIGEST, ROUND):
             raise FrameError("another plan or round")
         if isinstance(frame, Refusal):
             continue
-        if (frame.codec, frame.count) != (codec, COUNT):
+        if (frame.codec, frame.count) != (coding.codec, COUNT):
             raise FrameError("another codec or length")
-        values = decode_values(frame.payload, codec, GROUPS, seed=ROUND)
+        values = coding.decode(frame.payload, seed=ROUND)
         accepted.append((frame, values))
     return accepted
 
 
-def honest_reply(codec, rng):
+def honest_reply(coding, rng):
     packed = []
     for client in range(rng.randint(1, 3)):
         values = np.random.default_rng(rng.getrandbits(32)).standard_normal(COUNT)
-        payload = encode_values(values, codec, GROUPS, seed=ROUND)
-        frame = Frame(DIGEST, ROUND, client, codec, COUNT, 10, 0.5, 1.0, payload)
+        payload = coding.encode(values, seed=ROUND)
+        assert len(payload) <= coding.max_payload_bytes
+        frame = Frame(DIGEST, ROUND, client, coding.codec, COUNT, 10, 0.5, 1.0, payload)
         packed.append(pack_frame(frame))
     return packed
 
@@ -283,19 +317,19 @@ def besiege(num_replies, seed):
     """Attack that many times; return how many frames were accepted, after checking each."""
     rng = random.Random(seed)
     accepted = refused = 0
-    honest = {codec: [honest_reply(codec, rng) for _ in range(8)] for codec in CODECS}
+    honest = {coding: [honest_reply(coding, rng) for _ in range(8)] for coding in CODINGS}
     for _ in range(num_replies):
-        codec = rng.choice(CODECS)
-        reply = attack(rng.choice(honest[codec]), rng)
+        coding = rng.choice(CODINGS)
+        reply = attack(rng.choice(honest[coding]), rng)
         try:
-            frames = receive(reply, codec)
+            frames = receive(reply, coding)
         except FrameError:
             refused += 1
             continue
         for frame, values in frames:
             accepted += 1
             assert (frame.plan_digest, frame.server_round) == (DIGEST, ROUND)
-            assert (frame.codec, frame.count) == (codec, COUNT)
+            assert (frame.codec, frame.count) == (coding.codec, COUNT)
             assert math.isfinite(frame.loss)
             assert values.shape == (COUNT,)
             assert np.isfinite(values).all()
@@ -313,9 +347,9 @@ def test_no_attack_passes_a_wrong_frame():
 @given(seed=st.integers(0, 2**64))
 def test_no_drawn_attack_passes_a_wrong_frame(seed):
     rng = random.Random(seed)
-    codec = rng.choice(CODECS)
+    coding = rng.choice(CODINGS)
     try:
-        frames = receive(attack(honest_reply(codec, rng), rng), codec)
+        frames = receive(attack(honest_reply(coding, rng), rng), coding)
     except FrameError:
         return
     assert all(np.isfinite(values).all() for _, values in frames)
@@ -335,18 +369,18 @@ def test_100_000_attacks_pass_no_wrong_frame_without_a_crash_or_a_pause():
 def test_a_refused_reply_costs_no_more_memory_than_its_plan_allows():
     # A float takes at most 40 bytes while it is decoded, and a reply at most itself once more.
     rng = random.Random(0)
-    honest = {codec: honest_reply(codec, rng) for codec in CODECS}
-    for codec in CODECS:
-        receive(b"".join(honest[codec]), codec)  # load what is loaded once
-    replies = [(codec, attack(honest[codec], rng)) for codec in CODECS for _ in range(50)]
+    honest = {coding: honest_reply(coding, rng) for coding in CODINGS}
+    for coding in CODINGS:
+        receive(b"".join(honest[coding]), coding)  # load what is loaded once
+    replies = [(coding, attack(honest[coding], rng)) for coding in CODINGS for _ in range(50)]
     tracemalloc.start()
     try:
-        for codec, reply in replies:
+        for coding, reply in replies:
             tracemalloc.reset_peak()
             before = tracemalloc.get_traced_memory()[0]
             with contextlib.suppress(FrameError):
-                receive(reply, codec)
+                receive(reply, coding)
             peak = tracemalloc.get_traced_memory()[1] - before
-            assert peak < 40 * COUNT * 3 + len(reply) + 30_000, codec
+            assert peak < 40 * COUNT * 3 + len(reply) + 30_000, coding
     finally:
         tracemalloc.stop()
