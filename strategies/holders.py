@@ -82,8 +82,8 @@ class Holders:
         accepted, held = state["accepted"].tolist(), state["held"].tolist()
         if not len(accepted) == len(held) == len(self._names):
             raise RunError(
-                f"the journal is of {len(accepted)} clients, there are {len(self._names)}: start the "
-                "run anew."
+                f"the journal is of {len(accepted)} clients, there are {len(self._names)}: start "
+                "the run anew."
             )
         self.run = int(state["run"][0])
         self.accepted = {n: last for n, last in zip(self._names, accepted, strict=True) if last}

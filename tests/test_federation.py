@@ -79,6 +79,23 @@ def test_the_order_of_replies_does_not_change_the_result(experiment: Any) -> Non
     )
 
 
+def test_a_wire_that_remembers_gives_the_same_on_any_nodes_and_leaves_nothing_behind(
+    experiment: Any,
+) -> None:
+    lossy = {
+        "codec_up": "topk-0.1+eden-4",
+        "codec_head_up": "int8",
+        "codec_down": "eden-2",
+        "codec_error_feedback": True,
+    }
+    settings = [experiment(**lossy) for _ in range(2)]
+    first, second = (run(s, nodes=n) for s, n in zip(settings, (1, 3), strict=True))
+    assert first["final_values_sha256"] == second["final_values_sha256"]
+    assert first["refused"] == second["refused"] == []
+    for s in settings:
+        assert not list((Path(s.run.cache) / "state").glob("*/*"))
+
+
 def test_another_seed_gives_another_result(experiment: Any) -> None:
     assert (
         run(experiment(run_seed=1))["final_values_sha256"]

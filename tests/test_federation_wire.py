@@ -29,6 +29,7 @@ from modelless import (
     start,
     training_by_formula,
 )
+from safetensors.numpy import load, save
 
 from fedpet.codec.frame import Frame, pack_frame, unpack_frames
 from fedpet.config import CodecConfig, MaskConfig
@@ -124,7 +125,7 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_stop(
 
     first = make_strategy(make_plan(codec, TWO_TIERS))
     values = start(first, node(), 3)
-    journal = {name: array.copy() for name, array in first.state().items()}
+    journal = load(save(first.state()))  # as the journal keeps them
     first.rounds_done = 3
     start(first, node(), 1, values)  # the crash comes in a round of which the journal knows nothing
     second = make_strategy(make_plan(codec, TWO_TIERS))
