@@ -114,20 +114,28 @@ class Journal:
             raise ConfigError(f"the journal does not read: {error!r}.") from None
 
 
-def write_journal(folder: Path, journal: Journal) -> None:
+def write_journal(folder: Path, journal: Journal, books: Path | None = None) -> None:
     """Put a journal in its place, whole, and on the disk.
+
+    Args:
+        folder: The run's.
+        journal: What to write.
+        books: The file whose length the journal vouches for: it goes to the disk first.
 
     Raises:
         RunError: The disk does not take it. The one before stays.
     """
     temporary = folder / f".{NAME}"
     try:
+        if books is not None:
+            _sync(books, os.O_RDWR)
         with temporary.open("wb") as file:
             file.write(journal.to_bytes())
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, folder / NAME)
-        _sync_folder(folder)
+        if hasattr(os, "O_DIRECTORY"):  # not on Windows, which lets no folder be opened
+            _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError as error:
         raise RunError(
             f"the journal of round {journal.server_round} cannot be written: {error}. Make room; "
@@ -155,11 +163,9 @@ def remove_journal(folder: Path) -> None:
     (folder / NAME).unlink(missing_ok=True)
 
 
-def _sync_folder(folder: Path) -> None:
-    """Bring the folder's list of names to the disk, where the system lets one."""
-    if not hasattr(os, "O_DIRECTORY"):
-        return
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+def _sync(path: Path, how: int) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, how)
     try:
         os.fsync(handle)
     finally:

@@ -126,4 +126,5 @@ class RunState:
                 values=self.values,
                 optimiser=strategy.state(),
             ),
+            self._ledger.path,
         )

@@ -124,3 +124,21 @@ class ShuffledGrid(LocalGrid):
     def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
         replies = list(super().pull_messages(message_ids))
         return [replies[index] for index in self._generator.permutation(len(replies))]
+
+
+def frame_of(number: int, update: np.ndarray, groups: list[tuple[int, int]]) -> bytes:
+    """A frame of round 1, of no plan, with seed 0."""
+    seed = derive_seed("encode", derive_seed("client", 0, 1, number))
+    return pack_frame(
+        Frame(
+            plan_digest=bytes(16),
+            server_round=1,
+            client=number,
+            codec="float32",
+            count=len(update),
+            num_examples=1,
+            loss=0.0,
+            train_seconds=0.0,
+            payload=encode_values(update, "float32", groups, seed=seed),
+        )
+    )
