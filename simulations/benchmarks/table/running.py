@@ -1,0 +1,147 @@
+"""Works a table off: tunes, runs the finals, runs a sample again.
+
+In:  a `TableFile`.
+Out: its cells' files, and `checks.json`.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedpet.errors import ConfigError
+
+from ..cells import Work
+from .cell import fingerprint, read_cell, run_in_process, write_cell
+from .file import Cell, Method, Rate, TableFile
+
+PHASES = ("tune", "final")
+
+Run = Callable[[Cell, Path], dict[str, Any]]  # runs a cell, working in a folder
+
+
+@dataclass
+class TableRun:
+    """Runs what is missing of a table, and says how it goes.
+
+    Args:
+        table: What to run.
+        say: Shows one line.
+        run: Runs one cell; by default in a process of its own.
+    """
+
+    table: TableFile
+    say: Callable[[str], None]
+    run: Run | None = None
+    only: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        names = [method.name for method in self.table.methods]
+        for name in self.only:
+            if name not in names:
+                raise ConfigError(f"unknown method {name!r}. The table's are: {', '.join(names)}.")
+
+    @property
+    def methods(self) -> list[Method]:
+        """The methods that are asked for."""
+        return [m for m in self.table.methods if not self.only or m.name in self.only]
+
+    def tune(self) -> None:
+        """Run every method at every rate of its grid."""
+        self._work.complete([cell for m in self.methods for cell in self.table.tune_cells(m)])
+
+    def final(self) -> None:
+        """Run every method at its best rate, with every seed.
+
+        Raises:
+            ConfigError: A method is not tuned yet.
+        """
+        best = {method.name: self.best_rate(method) for method in self.methods}
+        self._work.complete(
+            [cell for m in self.methods for cell in self.table.final_cells(m, best[m.name])]
+        )
+
+    def tuned(self, method: Method) -> dict[Rate, float]:
+        """Rate -> metric on the tuning split, of the cells that are there, in rising order.
+
+        A run that learned nothing (its loss became infinite, say) is no candidate.
+        """
+        found = {}
+        for cell in self.table.tune_cells(method):
+            result = read_cell(cell)
+            if result is not None and result["run"]["status"] == "ok":
+                found[cell.rate] = float(result["quality"]["final"])
+        return found
+
+    def best_rate(self, method: Method) -> Rate:
+        """The rate of the highest metric; of equals the smaller one.
+
+        Raises:
+            ConfigError: A cell of the grid has not been run.
+        """
+        missing = [c.name for c in self.table.tune_cells(method) if read_cell(c) is None]
+        if missing:
+            raise ConfigError(
+                f"the rate of {method.name!r} is not settled: {', '.join(missing)} have not been "
+                "run. Run the phase 'tune' first."
+            )
+        tuned = self.tuned(method)
+        if not tuned:
+            raise ConfigError(
+                f"{method.name!r} learned nothing at any rate of its grid: lower its rates."
+            )
+        return min(tuned, key=lambda rate: (-tuned[rate], rate))
+
+    def final_results(self) -> list[Path]:
+        """Files of the finished final cells."""
+        return [
+            path
+            for method in self.methods
+            for seed in self.table.final_seeds
+            if (path := self.table.results / "final" / f"{method.name}-seed{seed}.json").exists()
+        ]
+
+    def check(self, count: int, phases: Iterable[str] = PHASES) -> bool:
+        """Run a random sample of the finished cells again and compare.
+
+        What came out is appended to RESULTS/checks.json.
+
+        Returns:
+            Whether all are the same to the bit.
+        """
+        notes = self.table.results / "checks.json"
+        return self._work.check(self._known_cells(phases), count, notes)
+
+    def _known_cells(self, phases: Iterable[str]) -> list[Cell]:
+        cells = [c for m in self.methods for c in self.table.tune_cells(m) if "tune" in phases]
+        if "final" in phases:
+            for method in self.methods:
+                if len(self.tuned(method)) and all(map(read_cell, self.table.tune_cells(method))):
+                    cells += self.table.final_cells(method, self.best_rate(method))
+        return cells
+
+    @property
+    def _work(self) -> Work[Cell]:
+        return Work(
+            read=read_cell,
+            run=self._run,
+            write=write_cell,
+            show=_show,
+            fingerprint=fingerprint,
+            say=self.say,
+        )
+
+    def _run(self, cell: Cell) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="fedpet-cell-") as folder:
+            if self.run is not None:
+                return self.run(cell, Path(folder))
+            return run_in_process(cell, Path(folder), self.table.timeout_seconds)
+
+
+def _show(result: Mapping[str, Any]) -> str:
+    quality, status = result["quality"], result["run"]["status"]
+    shown = f"{quality['metric']} {quality['final']:.4f}"
+    return shown if status == "ok" else f"{shown}, {status}"
