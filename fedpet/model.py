@@ -250,8 +250,10 @@ class PetModel:
                 f"gates must be one a module of the structure, ({len(self._structure)},), got "
                 f"{tuple(gates.shape)}."
             )
-        for index, module in enumerate(self._structure):
-            module.gate = None if gates is None else gates[index]
+        # Unbound in one piece: taken one by one, each gate's gradient is a vector of all gates.
+        each = [None] * len(self._structure) if gates is None else gates.unbind()
+        for module, gate in zip(self._structure, each, strict=True):
+            module.gate = gate
         if self._gated != (gates is not None):
             self._gated = gates is not None
             for site in self._sites:

@@ -119,6 +119,10 @@ class PetModule(ABC):
         change = self.effect(x)
         return change if self.gate is None else self.gate * change
 
+    def added(self, y: Tensor, x: Tensor) -> Tensor:
+        """y plus D times the gate, where D adds to an output."""
+        return y + self.gated(x)
+
     @abstractmethod
     def merge(self, module: nn.Module) -> None:
         """Fold the change into `module`, the target in a plain copy of the model, under no_grad."""

@@ -6,6 +6,8 @@ Out: its output; in backward, the input's gradient, and the trainables' added wh
 Forward is a plain product; a branch adds its own to the output in place. Backward takes the
 weight's gradient at the mask's positions only. Trainables of a `PetModel` hold their gradients in
 one flat tensor, and backward adds to that itself: nothing is allocated, copied or added again.
+In a search each branch has a gate, which meets the r numbers a token between its two factors; then
+gradients are returned, since that of the gates is asked for alone.
 """
 
 from __future__ import annotations
@@ -44,7 +46,7 @@ class DensePlan:
 def dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: DensePlan, trainables: Sequence[Tensor]
 ) -> Tensor:
-    """x W^T + b and the branches, trained as the plan says.
+    """x W^T + b and the branches, times their gates where they have some, trained as planned.
 
     Args:
         x: (..., in).
@@ -55,10 +57,11 @@ def dense(
     """
     if torch.is_grad_enabled():
         kept, source = (None, None) if plan.mask is None else keep(x)
-        return _Dense.apply(x, weight, bias, plan, kept, source, *trainables)  # type: ignore[no-any-return, no-untyped-call]
+        gates = [branch.gate for branch in plan.branches]
+        return _Dense.apply(x, weight, bias, plan, kept, source, *trainables, *gates)  # type: ignore[no-any-return, no-untyped-call]
     y = nn.functional.linear(x, weight.t() if plan.transposed else weight, bias)
     for branch in plan.branches:
-        y = y + branch.effect(x)
+        y = y + branch.gated(x)
     return y
 
 
@@ -72,31 +75,32 @@ class _Dense(torch.autograd.Function):
         plan: DensePlan,
         kept: Kept | None,
         source: Tensor | None,
-        *trainables: Tensor,
+        *trainables_and_gates: Tensor | None,
     ) -> Tensor:
+        gates = trainables_and_gates[len(trainables_and_gates) - len(plan.branches) :]
         matrix = weight.t() if plan.transposed else weight  # (out, in)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
         inner = []  # x A^T of each branch, (tokens, r)
         if torch.is_autocast_enabled(x.device.type):
             y = nn.functional.linear(rows, matrix, bias)
-            for branch in plan.branches:
+            for branch, gate in zip(plan.branches, gates, strict=True):
                 down, up = branch.factors()
                 inner.append(nn.functional.linear(rows, down))
-                y = y + branch.scale * nn.functional.linear(inner[-1], up)
+                y = y + branch.scale * nn.functional.linear(_times(inner[-1], gate), up)
         elif plan.columns:  # in memory (out, tokens)
             y = matrix @ rows.t() if bias is None else torch.addmm(bias[:, None], matrix, rows.t())
-            for branch in plan.branches:
+            for branch, gate in zip(plan.branches, gates, strict=True):
                 down, up = branch.factors()
                 inner.append(rows @ down.t())
-                y.addmm_(up, inner[-1].t(), alpha=branch.scale)
+                y.addmm_(up, _times(inner[-1], gate).t(), alpha=branch.scale)
             y = y.t()
         else:
             y = rows @ matrix.t() if bias is None else torch.addmm(bias, rows, matrix.t())
-            for branch in plan.branches:
+            for branch, gate in zip(plan.branches, gates, strict=True):
                 down, up = branch.factors()
                 inner.append(rows @ down.t())
-                y.addmm_(inner[-1], up.t(), alpha=branch.scale)
-        ctx.save_for_backward(weight, source, *inner)
+                y.addmm_(_times(inner[-1], gate), up.t(), alpha=branch.scale)
+        ctx.save_for_backward(weight, source, *inner, *gates)
         ctx.plan, ctx.kept = plan, kept
         ctx.shape, ctx.dtype, ctx.input_columns = x.shape, x.dtype, in_columns(x)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
@@ -104,8 +108,9 @@ class _Dense(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        weight, source, *inner = ctx.saved_tensors
+        weight, source, *others = ctx.saved_tensors
         plan: DensePlan = ctx.plan
+        inner, gates = others[: len(plan.branches)], others[len(plan.branches) :]
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         if g.dim() != 2:
             g = g.reshape(-1, g.shape[-1])  # (tokens, out)
@@ -114,7 +119,8 @@ class _Dense(torch.autograd.Function):
         live = _live(g)
         if live is not None:
             g = g[live]
-        gradients = []
+        gradients: list[Tensor | None] = []
+        of_gates: list[Tensor | None] = []
         if plan.mask is not None:
             gradients.append(plan.mask.gradient(ctx.kept, source, g, live))
             ctx.kept.release()
@@ -125,15 +131,21 @@ class _Dense(torch.autograd.Function):
                 matrix = matrix.t()  # (out, in)
             # in memory (in, tokens) where the input lies so
             grad_x = (matrix.t() @ g.t()).t() if ctx.input_columns else g @ matrix
-        for branch, u in zip(plan.branches, inner, strict=True):
-            gradients.append(branch.gradient(u if live is None else u[live], g, grad_x))
+        for branch, u, gate in zip(plan.branches, inner, gates, strict=True):
+            of_up, of_gate = branch.gradient(u if live is None else u[live], g, grad_x, gate)
+            gradients.append(of_up)
+            of_gates.append(of_gate)
         if grad_x is not None:
             if live is not None:
                 grad_x = _spread(grad_x, live, tokens, ctx.input_columns)
             if grad_x.dtype != ctx.dtype:
                 grad_x = grad_x.to(ctx.dtype)
             grad_x = grad_x.view(ctx.shape)
-        return grad_x, None, grad_bias, None, None, None, *gradients
+        return grad_x, None, grad_bias, None, None, None, *gradients, *of_gates
+
+
+def _times(inner: Tensor, gate: Tensor | None) -> Tensor:
+    return inner if gate is None else inner * gate
 
 
 def _spread(part: Tensor, live: Tensor, tokens: int, columns: bool) -> Tensor:

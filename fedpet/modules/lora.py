@@ -16,6 +16,7 @@ from __future__ import annotations
 import math
 from typing import ClassVar
 
+import torch
 from torch import Tensor, nn
 
 from fedpet.modules.base import PetModule, dense_sizes, is_transposed, kaiming_uniform, seeded
@@ -50,26 +51,44 @@ class LowRankBranch(PetModule):
         linear = nn.functional.linear
         return linear(linear(x, down) * self.scale, up)
 
-    def gradient(self, inner: Tensor, g: Tensor, grad_x: Tensor | None) -> Tensor | None:
-        """B's gradient, (d_out, r), or None where it was added to what B holds.
+    def added(self, y: Tensor, x: Tensor) -> Tensor:
+        """y + gate * scale * (x A^T) B^T: the gate meets r numbers a token and not d_out."""
+        down, up = self.factors()
+        inner = nn.functional.linear(x, down) * self.scale
+        if self.gate is not None:
+            inner = inner * self.gate
+        rows = inner.reshape(-1, inner.shape[-1])
+        return torch.addmm(y.reshape(-1, y.shape[-1]), rows, up.t()).view(y.shape)
+
+    def gradient(
+        self, inner: Tensor, g: Tensor, grad_x: Tensor | None, gate: Tensor | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of B, (d_out, r), or None where it was added to what B holds; and of the gate.
 
         Args:
             inner: x A^T, (tokens, r).
             g: Gradient of the output, (tokens, d_out).
             grad_x: Of the input, (tokens, d_in); this branch's share is added to it.
+            gate: Scalar, or None without one.
         """
         down, up = self.factors()
         if g.dtype != up.dtype:
             down, up = down.to(g.dtype), up.to(g.dtype)
-        if grad_x is not None:
-            grad_x.addmm_(g @ up, down, alpha=self.scale)
+        of_inner = None if grad_x is None and gate is None else g @ up  # (tokens, r)
+        of_gate = None
+        if gate is not None:
+            assert of_inner is not None
+            of_gate = (self.scale * (inner * of_inner).sum()).to(gate.dtype).view_as(gate)
+            of_inner, inner = of_inner * gate, inner * gate
+        if grad_x is not None and of_inner is not None:
+            grad_x.addmm_(of_inner, down, alpha=self.scale)
         into = self.trainables[0].grad
         if into is None or not self.in_place:
-            return self.scale * (g.t() @ inner).to(self.trainables[0].dtype)
+            return self.scale * (g.t() @ inner).to(self.trainables[0].dtype), of_gate
         if g.dtype != into.dtype:
             g, inner = g.to(into.dtype), inner.to(into.dtype)
         into.addmm_(g.t(), inner, alpha=self.scale)
-        return None
+        return None, of_gate
 
     def merge(self, module: nn.Module) -> None:
         down, up = self.factors()

@@ -92,13 +92,13 @@ class Site:
         own = self.module._parameters
         weight = own["weight"]
         assert weight is not None
-        branches = [e for e in parallel if isinstance(e, LowRankBranch) and e.fused and not gated]
+        branches = [e for e in parallel if isinstance(e, LowRankBranch) and e.fused]
         others = [e for e in parallel if e not in branches]
         # With gates, gradients may be asked for apart; without, they go where they belong.
         if mask is not None:
             mask.in_place = not gated
         for branch in branches:
-            branch.in_place = True
+            branch.in_place = not gated
         plan = DensePlan(is_transposed(self.module), mask, branches, self.columns)
         trainables = plan.trainables
 
@@ -109,9 +109,9 @@ class Site:
             else:
                 y = nn.functional.linear(x, weight.T if plan.transposed else weight, bias)
             for effect in others:
-                y = y + effect.gated(x)
+                y = effect.added(y, x)
             for effect in sequential:
-                y = y + effect.gated(y)
+                y = effect.added(y, y)
             return y
 
         return forward
