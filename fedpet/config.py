@@ -50,6 +50,21 @@ def _at_least(name: str, value: float, least: float) -> None:
         raise ConfigError(f"{name} must be at least {least}, got {value!r}.")
 
 
+def _rate_of(kind: str, rate: float, by_kind: Iterable[str], key: str) -> float:
+    """`rate`, or that of the entry "kind=rate"; all entries are checked."""
+    for entry in by_kind:
+        name, _, text = entry.partition("=")
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not value > 0:
+            raise ConfigError(f"{key} must hold entries such as 'head=0.01', got {entry!r}.")
+        if name.strip() == kind:
+            return value
+    return rate
+
+
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     model: str = "embedded"  # "embedded", a hub name, a folder, or "package:NAME"
@@ -210,19 +225,63 @@ class TrainingConfig:
 
     def rate_of(self, kind: str) -> float:
         """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
-        for entry in self.learning_rates:
-            name, _, rate = entry.partition("=")
-            try:
-                value = float(rate)
-            except ValueError:
-                value = -1.0
-            if not value > 0:
+        return _rate_of(kind, self.learning_rate, self.learning_rates, "training.learning-rates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig:
+    """Everything that decides a search, beside the rows and the backbone."""
+
+    method: str = "s3pet"  # "random", or a manual structure: presets joined by "+"
+    space: str = "mergeable"  # or s3pet-mix, s3pet-lora
+    rank: int = 1  # of LoRA, HiWi and the adapter's factors
+    scale: float = 16.0  # of LoRA; the paper's alpha of 16 at rank 1
+    # Of the chosen structure, the head not counted: values (2000), a fraction of the backbone
+    # (0.001), or a client's upload a round ("8kB").
+    budget: str | int | float = 0.001
+    mask_in_budget: bool = False  # the budget holds the mask's values too
+    epochs: int = 5  # over half of the rows
+    max_steps: int = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
+    batch_size: int = 32
+    rate: float = 0.0  # of the candidates' values; 0 takes the rates of [training]
+    rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
+    alpha_rate: float = 0.1
+    clip_norm: float = 2.0  # of both gradients; 0 leaves them alone
+    beta: float = 1.0  # temperature at the start
+    beta_end: float = 0.0  # falls geometrically to this; 0 keeps beta, as in the paper
+    order: str = "second"  # "first" is a deviation: no unrolled step
+    virtual: str = "adamw"  # the unrolled step; see fedpet/search/bilevel.py
+    hard: bool = False  # gates of 0 and 1 with a straight-through gradient
+    dropout: bool = False  # the paper has it on
+    validation_fraction: float = 0.1  # of the rows; picks the checkpoint
+    evaluate_every: int = 50  # steps; the last is always evaluated
+    checkpoint: str = "best"  # by validation, as in the paper; or "last"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _choice("search.space", self.space, ("mergeable", "s3pet-mix", "s3pet-lora"))
+        _choice("search.order", self.order, ("second", "first"))
+        _choice("search.virtual", self.virtual, ("adamw", "adamw-exact", "sgd"))
+        _choice("search.checkpoint", self.checkpoint, ("best", "last"))
+        for name in ("rank", "epochs", "batch_size", "evaluate_every"):
+            _at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 1)
+        for name in ("rate", "max_steps", "clip_norm", "beta_end"):
+            _at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 0)
+        for name in ("alpha_rate", "beta", "scale"):
+            if not getattr(self, name) > 0:
                 raise ConfigError(
-                    f"training.learning-rates must hold entries such as 'head=0.01', got {entry!r}."
+                    f"search.{name.replace('_', '-')} must be above 0, got {getattr(self, name)!r}."
                 )
-            if name.strip() == kind:
-                return value
-        return self.learning_rate
+        if not 0 < self.validation_fraction < 1:
+            raise ConfigError(
+                f"search.validation-fraction must be in (0, 1), got {self.validation_fraction!r}. "
+                "It is the fraction of the rows that picks the checkpoint."
+            )
+        self.rate_of("")
+
+    def rate_of(self, kind: str) -> float:
+        """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
+        return _rate_of(kind, self.rate, self.rates, "search.rates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -319,6 +378,7 @@ class Experiment:
     population: PopulationConfig = field(default_factory=PopulationConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     structure: StructureConfig = field(default_factory=StructureConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
     strategy: StrategyConfig = field(default_factory=StrategyConfig)
     codec: CodecConfig = field(default_factory=CodecConfig)
@@ -424,8 +484,10 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
         raise ConfigError(f"{name} must be a list of strings, got {value!r}.")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if not isinstance(value, wanted) or (wanted is int and isinstance(value, bool)):
-        raise ConfigError(f"{name} must be of type {wanted.__name__}, got {value!r}.")
+    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+        raise ConfigError(
+            f"{name} must be of type {getattr(wanted, '__name__', wanted)}, got {value!r}."
+        )
     return value
 
 

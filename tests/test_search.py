@@ -21,7 +21,9 @@ from fedpet.search import (
     SearchProgress,
     SearchResult,
     build_space,
+    deviations,
     expected_size,
+    faithful,
     search_structure,
     solve_zeta,
     split_rows,
@@ -209,9 +211,11 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(
     with pytest.raises(ConfigError, match="order must be one of second, first, got 'third'"):
         replace(CONFIG, order="third")
     with pytest.raises(ConfigError, match="rate must be above 0"):
-        replace(CONFIG, rate=0.0)
+        run(folder, data, replace(CONFIG, rate=0.0))
+    with pytest.raises(ConfigError, match="search.alpha-rate must be above 0"):
+        replace(CONFIG, alpha_rate=0.0)
 
 
 def test_the_faithful_preset_names_no_deviation() -> None:
-    assert SearchConfig.faithful(budget=100).deviations == ()
-    assert "first-order gradient of alpha" in SearchConfig(order="first").deviations
+    assert deviations(faithful(budget=100)) == ()
+    assert "first-order gradient of alpha" in deviations(SearchConfig(order="first"))

@@ -6,8 +6,10 @@ In:  a backbone, labelled rows, a budget in values.
 Out: a `SearchResult` with a `Structure`; or a random one under the same budget.
 """
 
+from fedpet.config import SearchConfig
 from fedpet.search.bilevel import BiLevel, StepLosses, hypergradient, virtual_step
 from fedpet.search.gates import concrete, expected_size, probabilities, solve_zeta, uniform
+from fedpet.search.manual import manual_structure
 from fedpet.search.search import (
     SearchProgress,
     SearchResult,
@@ -18,8 +20,15 @@ from fedpet.search.search import (
     split_rows,
 )
 from fedpet.search.select import chosen_size, select, select_at_random
-from fedpet.search.settings import SearchConfig, budget_values
-from fedpet.search.space import SPACES, Candidate, Space, build_space, space_of_config
+from fedpet.search.settings import budget_values, deviations, faithful, settle
+from fedpet.search.space import (
+    SPACES,
+    Candidate,
+    Space,
+    build_space,
+    space_of_config,
+    space_of_structure,
+)
 
 __all__ = [
     "SPACES",
@@ -36,15 +45,20 @@ __all__ = [
     "check_structure",
     "chosen_size",
     "concrete",
+    "deviations",
     "expected_size",
+    "faithful",
     "hypergradient",
+    "manual_structure",
     "probabilities",
     "random_structure",
     "search_structure",
     "select",
     "select_at_random",
+    "settle",
     "solve_zeta",
     "space_of_config",
+    "space_of_structure",
     "split_rows",
     "uniform",
     "virtual_step",

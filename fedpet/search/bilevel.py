@@ -37,11 +37,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpet.errors import TrainingError
+from fedpet.config import SearchConfig
+from fedpet.errors import ConfigError, TrainingError
 from fedpet.model import PetModel
 from fedpet.search.gates import concrete, probabilities, uniform
 from fedpet.search.select import select
-from fedpet.search.settings import SearchConfig
 from fedpet.search.space import Space
 from fedpet.seeds import derive_seed
 
@@ -208,14 +208,18 @@ class BiLevel:
         Args:
             pet: Made with `space.structure()`; its values are where the search starts.
             space: The candidates.
-            config: Budget, rates, seed.
+            config: Settled: its budget in values, its rates above 0.
             total_steps: At which the rates have fallen to 0.
             loss: Of logits and labels.
 
         Raises:
             StructureError: The budget does not fit the space.
+            ConfigError: The rate of the candidates' values is 0.
         """
-        space.check_budget(config.budget)
+        if not config.rate > 0:
+            raise ConfigError(f"a search's rate must be above 0, got {config.rate!r}.")
+        self.budget = float(config.budget)
+        space.check_budget(self.budget)
         self.pet, self.space, self.config = pet, space, config
         self.steps_done = 0
         self._total = max(1, total_steps)
@@ -223,10 +227,8 @@ class BiLevel:
         self._sizes = torch.tensor(space.sizes, dtype=torch.float64)
         self.alpha = nn.Parameter(torch.zeros(len(space.candidates), dtype=torch.float64))
         self._groups = pet.parameter_groups()
-        slow = config.head_rate or config.rate
         tables = [
-            {"params": [group], "lr": slow if kind in ("head", "mask") else config.rate}
-            for kind, group in self._groups.items()
+            {"params": [group], "lr": config.rate_of(kind)} for kind, group in self._groups.items()
         ]
         self._theta = torch.optim.AdamW(tables, betas=(0.9, 0.999), weight_decay=0.0)
         self._alpha = torch.optim.AdamW(
@@ -248,12 +250,12 @@ class BiLevel:
 
     def probabilities(self) -> Tensor:
         """p of every candidate, float64, shape (n,), with a gradient to alpha."""
-        return probabilities(self.alpha, self._sizes, self.config.budget, self.beta)
+        return probabilities(self.alpha, self._sizes, self.budget, self.beta)
 
     def choice(self) -> list[int]:
         """The candidates that selection would take now."""
         p = self.probabilities().tolist()
-        return select(p, self.space.sizes, self.config.budget, self.space.tensors)
+        return select(p, self.space.sizes, self.budget, self.space.tensors)
 
     def open_gates(self) -> None:
         """Set the gates for evaluation: at p, or at the selection with hard gates."""

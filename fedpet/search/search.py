@@ -30,13 +30,14 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from fedpet.config import SearchConfig
 from fedpet.data.rows import Rows
 from fedpet.errors import ConfigError, DataError, StructureError
 from fedpet.metrics import metric_value
 from fedpet.model import PetModel
 from fedpet.search.bilevel import BiLevel
 from fedpet.search.select import chosen_size, select_at_random
-from fedpet.search.settings import SearchConfig
+from fedpet.search.settings import deviations
 from fedpet.search.space import Space, build_space
 from fedpet.seeds import derive_seed
 from fedpet.structure import Structure
@@ -56,6 +57,9 @@ __all__ = [
     "search_structure",
     "split_rows",
 ]
+
+
+SAVE_SECONDS = 15.0  # of work that a kill may cost
 
 
 @dataclass(frozen=True)
@@ -113,10 +117,10 @@ def search_structure(
         rows: All tokenised rows here.
         indices: Those to search on, (n,).
         task: Says which loss and which validation metric.
-        config: Space, budget in values, steps, rates, seed.
+        config: Settled (`fedpet.search.settle`): its budget is in values.
         mask: Trained beside the candidates and not gated; None for none.
-        state_file: Written at every evaluation; a search that finds its own goes on from there,
-            bit for bit.
+        state_file: Written at every evaluation and every few seconds; a search that finds its
+            own goes on from there, bit for bit.
         progress: Told of every step.
         provenance: What else the structure should say about where it came from.
 
@@ -129,7 +133,8 @@ def search_structure(
     space = build_space(
         backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
     )
-    space.check_budget(config.budget)
+    budget = float(config.budget)
+    space.check_budget(budget)
     split = split_rows(indices, config)
     an_epoch = -(-len(split.theta) // config.batch_size)
     total = config.epochs * an_epoch
@@ -140,7 +145,7 @@ def search_structure(
         search = BiLevel(pet, space, config, total_steps=total, loss=task_loss(task))
         saved = _Saved(state_file, _digest(config, backbone.fingerprint, indices))
         best, history = saved.load(search)
-        validation = _taken(rows, split.validation)
+        validation = rows.take(split.validation)
         for theta_batch, alpha_batch in _steps(rows, split, config, search.steps_done, total):
             losses = search.step(theta_batch, alpha_batch)
             step, score = search.steps_done, None
@@ -158,6 +163,8 @@ def search_structure(
                     {"step": step, "score": score, "theta": losses.theta, "alpha": losses.alpha}
                 )
                 saved.save(search, best, history)
+            elif time.monotonic() - saved.at > SAVE_SECONDS:
+                saved.save(search, best, history)
             if progress is not None:
                 known = float(best["score"]) if best else None
                 progress(SearchProgress(step, total, losses.theta, losses.alpha, score, known))
@@ -171,9 +178,9 @@ def search_structure(
         gates=tuple(p[index] for index in sorted(chosen)),
         provenance={
             "method": "s3pet",
-            "deviations": list(search.config.deviations),
-            "settings": asdict(config),
-            "budget": config.budget,
+            "deviations": list(deviations(config)),
+            "settings": {**asdict(config), "rates": list(config.rates)},
+            "budget": int(budget),
             "values": chosen_size(chosen, space.sizes, space.tensors),
             "space": {"name": space.name, "values": space.num_values},
             "rows": {name: len(part) for name, part in vars(split).items()},
@@ -281,19 +288,6 @@ def _score(search: BiLevel, validation: Rows, task: Task) -> float:
     return metric_value(task, logits, np.asarray(validation.labels))
 
 
-def _taken(rows: Rows, indices: np.ndarray) -> Rows:
-    """The rows asked for, copied, in their order."""
-    starts, stops = rows.offsets[indices], rows.offsets[indices + 1]
-    places = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
-    return Rows(
-        tokens=rows.tokens[places],
-        offsets=np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64),
-        labels=np.asarray(rows.labels)[indices],
-        types=None if rows.types is None else rows.types[places],
-        pad_id=rows.pad_id,
-    )
-
-
 def _candidates(space: Space, p: list[float]) -> list[dict[str, Any]]:
     """Every candidate with its place and gate: what a picture of the search is made from."""
     return [
@@ -321,6 +315,7 @@ class _Saved:
 
     def __init__(self, path: Path | None, digest: str) -> None:
         self._path, self._digest = path, digest
+        self.at = time.monotonic()  # of the last saving
 
     def load(self, search: BiLevel) -> tuple[dict[str, Any], list[dict[str, float]]]:
         """Go on from the file where there is one; give the best checkpoint and the history."""
@@ -354,3 +349,4 @@ class _Saved:
         new = self._path.with_name(self._path.name + ".new")
         torch.save(table, new)
         os.replace(new, self._path)
+        self.at = time.monotonic()

@@ -37,7 +37,14 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig
 
-__all__ = ["SPACES", "Candidate", "Space", "build_space", "space_of_config"]
+__all__ = [
+    "SPACES",
+    "Candidate",
+    "Space",
+    "build_space",
+    "space_of_config",
+    "space_of_structure",
+]
 
 
 @dataclass(frozen=True)
@@ -164,7 +171,6 @@ def build_space(
     for position in find_positions(model, head):
         for kind, wanted in SPACES[name]:
             if wanted(position):
-                module = model.get_submodule(position.name)
                 ranked = kind not in ("bitfit", "lnfit", "ln-bias")
                 spec = ModuleSpec(
                     kind,
@@ -172,9 +178,7 @@ def build_space(
                     rank if ranked else 0,
                     scale if kind.startswith("lora") else 1.0,
                 )
-                candidates.append(
-                    Candidate(spec, _size(spec, position, module), _tensor(spec), position)
-                )
+                candidates.append(_candidate(spec, position, model))
     if not candidates:
         raise StructureError(f"the space {name!r} has no candidate in this model.")
     return Space(name, tuple(candidates))
@@ -192,6 +196,23 @@ def space_of_config(
         except ValueError:  # an architecture that has none
             model = AutoModel.from_config(config)
     return build_space(model, name, rank=rank, scale=scale)
+
+
+def space_of_structure(
+    model: nn.Module, structure: Structure, name: str, *, head: Collection[str] = ()
+) -> Space:
+    """The modules of a structure as candidates: what each of them sends, and where it is."""
+    places = {(p.name, p.kind == "block"): p for p in find_positions(model, head)}
+    candidates = []
+    for spec in structure.modules:
+        position = places[spec.target, spec.kind == "lowrank-adapter"]
+        candidates.append(_candidate(spec, position, model))
+    return Space(name, tuple(candidates))
+
+
+def _candidate(spec: ModuleSpec, position: Position, model: nn.Module) -> Candidate:
+    size = _size(spec, position, model.get_submodule(position.name))
+    return Candidate(spec, size, _tensor(spec), position)
 
 
 def _size(spec: ModuleSpec, position: Position, module: nn.Module) -> int:

@@ -21,7 +21,7 @@ from ..cells import ROOT
 
 FEDPET = "fedpet"
 # Stages that a baseline does not read, and keys that decide where a run is done and not what.
-_FEDPET_STAGES = ("mask", "structure", "codec")
+_FEDPET_STAGES = ("mask", "structure", "search", "codec")
 _PLACE_KEYS = ("name", "workers", "cache", "out")
 
 
