@@ -84,6 +84,33 @@ def simulate(
     out_console.print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")
 
 
+@app.command(epilog="Example: fedpet search film-reviews --set search.budget=0.001")
+def search(
+    experiment: Annotated[
+        str, typer.Argument(help="A TOML file, or the name of a built-in one.")
+    ] = "film-reviews",
+    overrides: Overrides = None,
+    out: Annotated[Path, typer.Option(help="The file to make.")] = Path("structure.json"),
+) -> None:
+    """Search which small module goes where, under a budget (S3PET), on all training rows together.
+
+    The file is for structure.file of any experiment with the same backbone. A search that was
+    stopped goes on by the same command. search.method = "random" draws a structure under the same
+    budget, and presets such as "lnfit+lora" are put under it; budgets are values (2000), a
+    fraction of the backbone (0.001), or bytes of a client's upload ("8kB").
+    """
+    settings = read_experiment(experiment, overrides or [])
+
+    from fedpet.report.gates import structure_table
+    from fedpet.simulations.central_search import search_centrally
+    from fedpet.simulations.search_progress import SearchProgress
+
+    with SearchProgress() as progress:
+        structure = search_centrally(settings, out, progress)
+    out_console.print(structure_table(structure))
+    out_console.print(f"Structure: {out}   Train it: --set structure.file={out}")
+
+
 @app.command(epilog="Example: fedpet mask embedded --density 0.005")
 def mask(
     model: Annotated[
@@ -186,7 +213,11 @@ def main() -> None:
     """Run the command line; errors a user can cause are one sentence on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     try:
-        app(standalone_mode=False)
+        code = app(standalone_mode=False)
+        if code == 130:  # how Typer puts an interrupt
+            raise KeyboardInterrupt
+        if code:
+            sys.exit(code)
     except typer.Abort:
         sys.exit(130)
     except KeyboardInterrupt as stopped:

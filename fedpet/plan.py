@@ -236,7 +236,7 @@ def make_plan(
             mask=experiment.mask if mask is not None else None,
             mask_sha256=mask.digest().hex() if mask is not None else "",
             mask_positions=positions,
-            structure=structure,
+            structure=Structure(structure.modules),  # gates and origin stay with the server
             num_values=pet.num_values,
             layout=layout_hash(pet.tiers),
             codec=experiment.codec,

@@ -31,6 +31,7 @@ from fedpet.node_state import state_folder
 from fedpet.plan import Plan, check_codecs, make_plan
 from fedpet.population import Population
 from fedpet.positions import find_positions
+from fedpet.search import check_structure
 from fedpet.strategies import STRATEGIES, TierBook, to_arrays
 from fedpet.structure import Structure, preset
 from fedpet.tiers import tiers_of
@@ -60,6 +61,7 @@ class Prepared:
 
     experiment: Experiment
     data: FederatedData
+    structure: Structure  # with what a search tells of it; the plan has its modules alone
     plan: Plan
     pet: PetModel
     all_parameters: int  # of the backbone and its head
@@ -97,7 +99,9 @@ def prepare(experiment: Experiment, listener: Listener) -> Prepared:
     structure = _structure(experiment, backbone)
     _check_enough_clients(experiment, data)
     plan, pet = make_plan(experiment, backbone, structure, data.task, data.tokenizer_hash)
-    return Prepared(experiment, data, plan, pet, all_parameters, pretrained_parameters, started)
+    return Prepared(
+        experiment, data, structure, plan, pet, all_parameters, pretrained_parameters, started
+    )
 
 
 def federate(
@@ -125,7 +129,7 @@ def federate(
     """
     experiment, plan, pet = prepared.experiment, prepared.plan, prepared.pet
     torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
-    out.write_inputs(experiment, plan)
+    out.write_inputs(experiment, plan, prepared.structure)
     ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
     strategy = STRATEGIES[experiment.strategy.name](
         plan=plan,
@@ -215,10 +219,12 @@ def _structure(experiment: Experiment, backbone: Backbone) -> Structure:
     if config.file:
         try:
             text = Path(config.file).read_text(encoding="utf-8")
-        except OSError as error:
+        except (OSError, UnicodeDecodeError) as error:
             raise StructureError(
                 f"the structure's file {config.file!r} does not read: {error}."
             ) from None
-        return Structure.from_json(text)
+        structure = Structure.from_json(text)
+        check_structure(structure, backbone.fingerprint)
+        return structure
     positions = find_positions(backbone.model, backbone.head)
     return preset(config.preset, positions, rank=config.rank, scale=config.scale)

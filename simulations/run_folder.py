@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fedpet.plan import Plan
+    from fedpet.structure import Structure
 
 TOKENIZER_FILES = (
     "tokenizer.json",
@@ -41,12 +42,12 @@ class RunFolder:
 
     path: Path
 
-    def write_inputs(self, experiment: Experiment, plan: Plan) -> None:
+    def write_inputs(self, experiment: Experiment, plan: Plan, structure: Structure) -> None:
         """Leave what decides the run, before the first round."""
         text = tomli_w.dumps(experiment.to_tables())
         self._write("config.toml", text.encode())
         self._write("plan.bin", plan.to_bytes())
-        self._write("structure.json", plan.structure.to_json().encode())
+        self._write("structure.json", structure.to_json().encode())
 
     def write_outputs(self, values: np.ndarray, model: PreTrainedModel, tokenizer: Path) -> None:
         """Leave the communicated values and the plain model with its tokeniser."""

@@ -174,7 +174,7 @@ def test_an_unknown_option_exits_with_2(
     assert "--nope" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["simulate", "mask", "merge", "compare", "report"])
+@pytest.mark.parametrize("command", ["simulate", "mask", "search", "merge", "compare", "report"])
 def test_every_command_has_help_with_an_example(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
 ) -> None:

@@ -25,10 +25,12 @@ from fedpet.config import Experiment
 from fedpet.errors import FedpetError, InputError
 from fedpet.report.books import KINDS, read_curve, read_rounds
 from fedpet.report.compare import REFERENCE, Row, compare_rows, group_runs, notes, read_results
+from fedpet.report.gates import gate_html, structure_facts
 from fedpet.report.numbers import show_count, show_percent, show_ratio
 from fedpet.report.places import Cell, Grid, Places, find_places
 from fedpet.report.plots import SERIES, Line, bytes_svg, metric_png, metric_svg
 from fedpet.report.refusals import count_refusals
+from fedpet.structure import Structure
 from fedpet.units import show_bytes, show_seconds
 
 __all__ = ["Report", "page", "read_report", "write_page", "write_png"]
@@ -49,6 +51,7 @@ class Report:
     rows: Sequence[Row]
     numbers: Mapping[tuple[str, str], int]  # of a group, by title and name: colour and marker
     places: Places
+    structure: Structure | None  # of structure.json
 
 
 def read_report(run: Path, compared: Sequence[Path] = ()) -> Report:
@@ -97,6 +100,7 @@ def read_report(run: Path, compared: Sequence[Path] = ()) -> Report:
         rows=compare_rows(results),
         numbers=numbers,
         places=_places(run),
+        structure=_structure(run),
     )
 
 
@@ -132,6 +136,7 @@ def page(report: Report) -> str:
             _quality,
             _bytes,
             _places_section,
+            _search_section,
             _refused,
             _configuration,
             _provenance,
@@ -323,6 +328,25 @@ def _places_section(report: Report) -> Iterator[str]:
     yield _section("Where it trains", *parts)
 
 
+def _search_section(report: Report) -> Iterator[str]:
+    """How likely every candidate was, where the run's structure was searched."""
+    if report.structure is None:
+        return
+    heat = gate_html(report.structure, FULLEST)
+    if heat:
+        facts = "".join(
+            f"<li>{escape(name)}: {escape(value)}</li>"
+            for name, value in structure_facts(report.structure)
+        )
+        yield _section(
+            "Gates of the search",
+            f'<ul class="legend">{facts}</ul>',
+            '<p class="small muted">How likely each candidate was when the search chose, in '
+            "percent, by layer. Framed: chosen.</p>",
+            heat,
+        )
+
+
 def _density_map(grid: Grid) -> str:
     top = max((c.chosen / c.entries for c in grid.cells.values() if c.entries), default=0.0)
 
@@ -500,6 +524,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
+
+
+def _structure(run: Path) -> Structure | None:
+    try:
+        return Structure.from_json((run / "structure.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, FedpetError):
+        return None  # a page without it is better than none
 
 
 def _places(run: Path) -> Places:

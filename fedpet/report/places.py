@@ -26,6 +26,7 @@ from fedpet.errors import BackboneError, FedpetError
 from fedpet.mask import Mask
 from fedpet.plan import Plan
 from fedpet.positions import Position, find_positions, mask_scope
+from fedpet.structure import Structure
 
 if TYPE_CHECKING:
     from fedpet.backbone import Backbone
@@ -79,11 +80,12 @@ def find_places(folder: Path) -> Places:
     experiment = Experiment.from_file(folder / "config.toml")
     backbone, why = _checkpoint_at_hand(experiment.backbone, plan)
     model: nn.Module | None = backbone.model if backbone is not None else _shape(folder)
+    whole = _structure(folder, plan)
     if model is None:
-        return Places(None, _structure_grid(plan, []), why)
+        return Places(None, _structure_grid(whole, []), why)
     head = backbone.head if backbone is not None else ()
     positions = find_positions(model, head)
-    structure = _structure_grid(plan, positions)
+    structure = _structure_grid(whole, positions)
     if plan.mask is None:
         return Places(None, structure, "the weights were not masked")
     try:
@@ -183,12 +185,21 @@ def _mask_grid(
     return grid
 
 
-def _structure_grid(plan: Plan, positions: tuple[Position, ...] | list[Position]) -> Grid:
+def _structure(folder: Path, plan: Plan) -> Structure:
+    """The run's structure with its gates; the plan has none of them."""
+    try:
+        whole = Structure.from_json((folder / "structure.json").read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, FedpetError):
+        return plan.structure
+    return whole if whole.modules == plan.structure.modules else plan.structure
+
+
+def _structure_grid(structure: Structure, positions: tuple[Position, ...] | list[Position]) -> Grid:
     """Modules by place; a block's module stands with the block, any other with its own target."""
     grid = Grid()
-    gates = plan.structure.gates or (None,) * len(plan.structure.modules)
+    gates = structure.gates or (None,) * len(structure.modules)
     wanted: dict[str, list[tuple[str, float | None]]] = {}
-    for spec, gate in zip(plan.structure.modules, gates, strict=True):
+    for spec, gate in zip(structure.modules, gates, strict=True):
         wanted.setdefault(spec.target, []).append((spec.kind, gate))
     for position in positions:
         for kind, gate in wanted.get(position.name, ()):

@@ -1,0 +1,189 @@
+"""`fedpet search`: an experiment's training rows in, a structure's file out.
+
+    backbone -> mask -> structure -> [search] -> model -> ...
+
+In:  an experiment; its clients play no part, all training rows are searched on together.
+Out: `structure.json`, which `structure.file` takes in any experiment of the same backbone.
+
+While a search goes on its state lies beside the file, as FILE.state: the same command goes on from
+there and ends with the same bytes. Nothing in the file depends on when or how fast it was made.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fedpet.backbone import Backbone, load_backbone, locate
+from fedpet.client import cache_folder
+from fedpet.codec.names import parse_codec
+from fedpet.config import Experiment, PopulationConfig, SearchConfig
+from fedpet.data import FederatedData, load_data
+from fedpet.errors import ConfigError
+from fedpet.mask import Mask, build_mask
+from fedpet.positions import mask_scope
+from fedpet.search import (
+    SearchProgress,
+    build_space,
+    manual_structure,
+    random_structure,
+    search_structure,
+    settle,
+)
+from fedpet.structure import Structure
+
+from .run_folder import versions
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_EVERYBODY = PopulationConfig(partition="iid", num_clients=1, min_rows=1)
+
+
+class Listener(Protocol):
+    """Whoever wants to see a search go on."""
+
+    def say(self, text: str) -> None:
+        """A stage begins."""
+
+    def step(self, progress: SearchProgress) -> None:
+        """A step of the search is over."""
+
+
+def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+    """Find the structure that `experiment.search` asks for, and leave its file.
+
+    Args:
+        experiment: Its backbone, data, mask, rates and search are read.
+        out: The file to make.
+        listener: Is told of stages and steps.
+
+    Raises:
+        InputError: The experiment, the budget or the data cannot be used, or `out` is there.
+    """
+    if out.exists():
+        raise ConfigError(f"the file {str(out)!r} is there already: name another with --out.")
+    listener.say("reading and tokenising the rows")
+    data = load_data(
+        experiment.data,
+        _EVERYBODY,
+        locate(experiment.backbone),
+        cache=cache_folder(experiment),
+        evaluation=False,
+    )
+    listener.say(f"loading the backbone {experiment.backbone.model!r}")
+    backbone = load_backbone(
+        experiment.backbone,
+        num_outputs=data.task.num_outputs,
+        regression=data.task.kind == "regression",
+    )
+    mask = None
+    if experiment.mask.enabled:
+        mask = build_mask(mask_scope(backbone.model, backbone.head), experiment.mask)
+    config = settle(
+        experiment.search,
+        experiment.training,
+        backbone_parameters=sum(
+            parameter.numel()
+            for name, parameter in backbone.model.named_parameters()
+            if name not in backbone.head
+        ),
+        bytes_per_value=bytes_per_value(experiment.codec.up),
+        mask_values=mask.num_values if mask is not None else 0,
+    )
+    origin = {
+        "experiment": experiment.run.name,
+        "backbone": experiment.backbone.model,
+        "data": {
+            "source": experiment.data.source,
+            "split": experiment.data.train_split,
+            "rows": len(data.train),
+        },
+        "mask": asdict(experiment.mask) if mask is not None else None,
+        "asked_budget": experiment.search.budget,
+        "versions": {name: versions()[name] for name in ("fedpet", "torch", "transformers")},
+    }
+    structure = find_structure(
+        backbone, data, config, mask=mask, state=state_file(out), origin=origin, listener=listener
+    )
+    _write(out, structure.to_json())
+    state_file(out).unlink(missing_ok=True)
+    return structure
+
+
+def find_structure(
+    backbone: Backbone,
+    data: FederatedData,
+    config: SearchConfig,
+    *,
+    mask: Mask | None = None,
+    indices: np.ndarray | None = None,
+    state: Path | None = None,
+    origin: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+) -> Structure:
+    """A structure by the settled `config.method`: searched, random, or manual.
+
+    Args:
+        indices: Of the training rows; None takes all.
+        origin: What else the structure says about where it came from.
+    """
+    model, head, origin = backbone.model, backbone.head, dict(origin or {})
+    if config.method == "s3pet":
+        return search_structure(
+            backbone,
+            data.train,
+            np.arange(len(data.train)) if indices is None else indices,
+            data.task,
+            config,
+            mask=mask,
+            state_file=state,
+            progress=None if listener is None else listener.step,
+            provenance=origin,
+        ).structure
+    budget, rank, scale = float(config.budget), config.rank, config.scale
+    if config.method == "random":
+        space = build_space(model, config.space, head=head, rank=rank, scale=scale)
+        structure = random_structure(
+            space, budget, seed=config.seed, fingerprint=backbone.fingerprint
+        )
+    else:
+        structure = manual_structure(
+            model,
+            config.method,
+            budget,
+            head=head,
+            rank=rank,
+            scale=scale,
+            fingerprint=backbone.fingerprint,
+        )
+    return replace(structure, provenance={**structure.provenance, **origin})
+
+
+def bytes_per_value(codec: str) -> float:
+    """What a codec makes of a value before its entropy stage, scales and framing left out."""
+    parsed = parse_codec(codec)
+    if parsed.top_ppm:
+        raise ConfigError(
+            f"a budget in bytes needs a codec that sends every value, got codec.up = {codec!r}. "
+            "Give search.budget as a number of values, or as a fraction."
+        )
+    return parsed.bits / 8
+
+
+def state_file(out: Path) -> Path:
+    """Where the state of a search that makes `out` lies."""
+    return out.with_name(out.name + ".state")
+
+
+def _write(path: Path, text: str) -> None:
+    new = path.with_name(f".{path.name}.new")
+    try:
+        new.write_text(text, encoding="utf-8")
+        os.replace(new, path)
+    except OSError as error:
+        raise ConfigError(f"the file {str(path)!r} cannot be written: {error}.") from None
