@@ -17,10 +17,13 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from fedpet.client import cache_folder
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, FedpetError, InputError
 
 from .baselines import METHODS, run_baseline
+from .search_table import PHASES as SEARCH_PHASES
+from .search_table import SearchTable, SearchTableRun
 from .table import FEDPET, PHASES, TableFile, TableRun, experiment_file
 
 app = typer.Typer(
@@ -99,6 +102,47 @@ def table(
     if "final" in phases:
         job.final()
         show_finals(job)
+
+
+@app.command(
+    name="search_table",
+    epilog="Example: python -m simulations.benchmarks search_table "
+    "simulations/benchmarks/search.toml --data FOLDER --jobs 2",
+)
+def search_table(
+    file: Annotated[Path, typer.Argument(help="What to run: data sets, budgets, grids, seeds.")],
+    data: Annotated[Path, typer.Option(help="The folder that holds the data sets' folders.")],
+    phase: Annotated[
+        str, typer.Option(help=f"{', '.join(SEARCH_PHASES)}; all where it is left out.")
+    ] = "",
+    jobs: Annotated[int, typer.Option(help="Cells at once, one thread each.", min=1)] = 1,
+    check: Annotated[
+        int, typer.Option(metavar="N", help="Run N finished cells again, and compare.")
+    ] = 0,
+) -> None:
+    """Run what is missing of a table of structures, and show it. Interrupt and resume at will."""
+    if phase not in ("", *SEARCH_PHASES):
+        raise ConfigError(f"--phase must be one of {', '.join(SEARCH_PHASES)}, got {phase!r}.")
+    phases = (phase,) if phase else SEARCH_PHASES
+    progress = Console(stderr=True, highlight=False)
+    job = SearchTableRun(
+        SearchTable.read(file),
+        data,
+        cache_folder(Experiment()),
+        lambda line: progress.print(line, markup=False, soft_wrap=True),
+        jobs=jobs,
+    )
+    if check:
+        if not job.check(check, phases):
+            raise typer.Exit(1)
+        return
+    job.complete(phases)
+    if "tune" in phases:
+        console.print(job.tuning_table())
+    if "final" in phases:
+        console.print(job.final_table())
+        for budget, what, overlap in job.overlaps():
+            console.print(f"budget {budget}, {what}: modules in common {overlap:.2f} (Jaccard)")
 
 
 def tuning_table(job: TableRun) -> Table:

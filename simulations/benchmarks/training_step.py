@@ -72,7 +72,7 @@ def measure(
     steps, memory, trained = {}, {}, {}
     for name in names:
         fresh = copy.deepcopy(base)
-        with _Allocations() as persistent:
+        with Allocations() as persistent:
             adapted, parameters, zero, after = methods()[name](fresh)
             parameters = list(parameters)
             optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
@@ -89,7 +89,7 @@ def measure(
                 after()
 
             step()
-        with _Allocations() as one:
+        with Allocations() as one:
             step()
         steps[name] = step
         trained[name] = sum(p.numel() for p in parameters)
@@ -121,10 +121,10 @@ def measure(
     ]
 
 
-class _Allocations:
+class Allocations:
     """Counts what torch allocates on the CPU: what is left at the end, and the most at once."""
 
-    def __enter__(self) -> _Allocations:
+    def __enter__(self) -> Allocations:
         self._profile = torch.profiler.profile(
             activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True
         )
