@@ -212,7 +212,7 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(
         replace(CONFIG, order="third")
     with pytest.raises(ConfigError, match="rate must be above 0"):
         run(folder, data, replace(CONFIG, rate=0.0))
-    with pytest.raises(ConfigError, match="search.alpha-rate must be above 0"):
+    with pytest.raises(ConfigError, match=r"search\.alpha-rate must be above 0"):
         replace(CONFIG, alpha_rate=0.0)
 
 
