@@ -17,7 +17,7 @@ import typer
 from rich.console import Console
 
 from fedpet.config import Experiment
-from fedpet.errors import FedpetError, InputError
+from fedpet.errors import FedpetError, InputError, Interrupted
 
 app = typer.Typer(
     add_completion=False,
@@ -215,13 +215,13 @@ def main() -> None:
     try:
         code = app(standalone_mode=False)
         if code == 130:  # how Typer puts an interrupt
-            raise KeyboardInterrupt
+            print("Interrupted.", file=sys.stderr)
         if code:
             sys.exit(code)
     except typer.Abort:
         sys.exit(130)
-    except KeyboardInterrupt as stopped:
-        print(str(stopped) or "Interrupted.", file=sys.stderr, flush=True)
+    except Interrupted as stopped:
+        print(stopped, file=sys.stderr, flush=True)
         # Not sys.exit: Flower's server would be waited for, in a thread that is not told.
         sys.stdout.flush()
         os._exit(130)

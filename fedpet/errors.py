@@ -7,6 +7,7 @@
     │   ├── DataError         rows, columns, labels, clients
     │   └── StructureError    a structure for another backbone, or one that does not fit
     ├── RunError              the run failed, or nothing was learned; exits with 1
+    ├── Interrupted           the user stopped it; the command line exits with 130
     └── ReplyError            one client's reply is refused; the round goes on (law 7)
         ├── FrameError        bytes that are no frame of this plan and round
         ├── PlanError         a plan that this node does not hold, or cannot follow
@@ -60,5 +61,5 @@ class TrainingError(ReplyError):
     """Local training gave nothing that may be averaged."""
 
 
-class Interrupted(KeyboardInterrupt):
+class Interrupted(FedpetError):
     """The user stopped a run that can be gone on with; the message says how. Exits with 130."""

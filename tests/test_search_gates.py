@@ -63,7 +63,8 @@ def test_no_selection_exceeds_the_budget_or_leaves_room_for_another(
     alpha, sizes, budget, beta = problem
     tensors = [str(index // 2) for index in range(len(sizes))]
     sizes = [sizes[index // 2 * 2] for index in range(len(sizes))]
-    p = probabilities(doubles(alpha), doubles(sizes), budget * 0.4, beta).tolist()
+    soft = 0.4 * min(budget, sum(sizes))  # the pairs may have less than the problem had
+    p = probabilities(doubles(alpha), doubles(sizes), soft, beta).tolist()
     for chosen in (
         select(p, sizes, budget, tensors),
         select_at_random(sizes, budget, seed=seed, tensors=tensors),
