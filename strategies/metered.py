@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import TYPE_CHECKING
 
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
@@ -31,10 +31,13 @@ class Metered(_Base):
     ) -> Iterable[Message]:
         self.ledger.begin(server_round)
         self._round_started = time.perf_counter()
-        messages = list(super().configure_train(server_round, arrays, config, grid))
+        return self._counted(super().configure_train(server_round, arrays, config, grid))
+
+    def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Count messages as they are taken: a message that is sent need not be held."""
         for message in messages:
             self.ledger.count_wire(message)
-        return messages
+            yield message
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

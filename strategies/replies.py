@@ -132,6 +132,8 @@ class Replies:
                     train_seconds += self._settle(node, part)
             except FrameError as error:
                 self._refuse_cohort(node, str(error))
+            # Flower's loop holds a round's messages until the next round's have come.
+            reply.content.clear()
             record = self._ledger.current
             record.train_seconds = max(record.train_seconds, train_seconds)
         return again
@@ -154,8 +156,8 @@ class Replies:
     def updates(self) -> Iterator[Update]:
         """Decode the accepted frames, in the order of the clients' names.
 
-        A frame that does not decode, or not to finite values, is refused and left out. Each frame
-        is let go when it has been decoded.
+        A frame that does not decode, or not to finite values, is refused and left out. What has
+        been decoded is let go.
         """
         homes = self._homes()
         for name in sorted(self._accepted):
@@ -195,7 +197,10 @@ class Replies:
         limit = 8 * self._plan.num_values + 4096
         return iter(
             unpack_frames(
-                from_record(reply.content), max_frames=2 * len(cohort), max_payload_bytes=limit
+                from_record(reply.content),
+                max_frames=2 * len(cohort),
+                max_payload_bytes=limit,
+                views=True,
             )
         )
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -90,8 +90,10 @@ class Requests:
 
     def of_round(
         self, server_round: int, values: np.ndarray, nodes: Sequence[int]
-    ) -> list[Message]:
+    ) -> Iterator[Message]:
         """Draw the round's clients and ask the nodes to train them.
+
+        Each message is made when it is taken, since each holds the frame of values once more.
 
         Args:
             server_round: Counted from 1.
@@ -104,7 +106,7 @@ class Requests:
         self.cohorts = self._population.cohorts(self.sampled, nodes)
         self._downlink.begin(server_round, values)
         self._count()
-        return [self._message(node, names) for node, names in self.cohorts.items()]
+        return (self._message(node, names) for node, names in self.cohorts.items())
 
     def again(self, asked: Again) -> list[Message]:
         """The same once more, to those who could not answer as they were asked."""

@@ -57,7 +57,7 @@ class Frame:
         num_examples: Rows the client trained on.
         loss: Mean training loss.
         train_seconds: Time the client trained.
-        payload: What `encode_values` wrote.
+        payload: What `encode_values` wrote; a view of the buffer where it was read as one.
     """
 
     plan_digest: bytes
@@ -68,7 +68,7 @@ class Frame:
     num_examples: int
     loss: float
     train_seconds: float
-    payload: bytes
+    payload: bytes | memoryview
 
 
 @dataclass(frozen=True)
@@ -117,7 +117,7 @@ def pack_refusal(refusal: Refusal) -> bytes:
 
 
 def unpack_frames(
-    buffer: Any, *, max_frames: int, max_payload_bytes: int
+    buffer: Any, *, max_frames: int, max_payload_bytes: int, views: bool = False
 ) -> Iterator[Frame | Refusal]:
     """Read frames one after the other, each checked before the next is looked at.
 
@@ -125,6 +125,7 @@ def unpack_frames(
         buffer: Bytes, or anything with their buffer: a uint8 array, a memoryview.
         max_frames: How many there may be.
         max_payload_bytes: How long each payload may be. No more than the buffer's size is copied.
+        views: Leave payloads where they are, as views that keep the buffer alive.
 
     Yields:
         Each frame in order. A wrong one raises after the right ones before it.
@@ -139,7 +140,7 @@ def unpack_frames(
             raise FrameError(
                 f"a reply may hold {max_frames} frames: {len(view) - offset} bytes follow the last."
             )
-        frame, size = _unpack(view[offset:], max_payload_bytes)
+        frame, size = _unpack(view[offset:], max_payload_bytes, views)
         yield frame
         offset += size
         number += 1
@@ -155,7 +156,7 @@ def _pack(
     num_examples: int,
     loss: float,
     train_seconds: float,
-    payload: bytes,
+    payload: bytes | memoryview,
 ) -> bytes:
     if len(digest) != DIGEST_BYTES:
         raise ValueError(f"a plan's digest takes {DIGEST_BYTES} bytes, got {len(digest)}.")
@@ -176,7 +177,7 @@ def _pack(
     return b"".join((head, _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(head))), payload))
 
 
-def _unpack(view: memoryview, max_payload_bytes: int) -> tuple[Frame | Refusal, int]:
+def _unpack(view: memoryview, max_payload_bytes: int, views: bool) -> tuple[Frame | Refusal, int]:
     if len(view) < HEADER_BYTES:
         raise FrameError(f"a frame has {HEADER_BYTES} bytes of header, {len(view)} are left.")
     magic, version, kind, digest, server_round, client, *numbers = _HEAD.unpack_from(view)
@@ -227,7 +228,7 @@ def _unpack(view: memoryview, max_payload_bytes: int) -> tuple[Frame | Refusal, 
         num_examples,
         loss,
         train_seconds,
-        bytes(payload),
+        payload if views else bytes(payload),
     )
     return frame, size
 
