@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import copy
-
 import pytest
 import torch
 from architectures import backbone, batch, mask_of, structure_of, train
 from torch import Tensor
 
-from fedpet.backbone import Backbone, load_backbone
-from fedpet.config import BackboneConfig, MaskConfig
 from fedpet.errors import BackboneError, StructureError
-from fedpet.mask import build_mask
 from fedpet.model import PetModel
-from fedpet.positions import mask_scope
 from fedpet.structure import ModuleSpec, Structure
 
 ALL = "lnfit+bitfit+ln-bias+lora+lora-factors+hiwi-bias+hiwi-weight+lowrank-adapter"
@@ -218,41 +212,6 @@ def test_a_merged_model_shares_no_memory_and_can_be_saved(tmp_path: object) -> N
     with torch.no_grad():
         wanted = pet.model(**batch("bert")).logits
         torch.testing.assert_close(read(**batch("bert")).logits, wanted, rtol=0, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def minilm() -> Backbone:
-    return load_backbone(BackboneConfig(), num_outputs=2)
-
-
-@pytest.mark.parametrize(
-    "names", ["none", "lnfit+bitfit+ln-bias+pooler-bias", "lora", "hiwi-bias+hiwi-weight", ALL]
-)
-def test_the_laws_hold_on_the_real_minilm(minilm: Backbone, names: str) -> None:
-    before = copy.deepcopy(minilm.model.state_dict())
-    mask = build_mask(mask_scope(minilm.model, minilm.head), MaskConfig(density=0.005))
-    pet = PetModel(minilm, mask, structure_of(minilm, names, rank=8), seed=0)
-    try:
-        ids = torch.randint(1000, 20000, (2, 12), generator=torch.Generator().manual_seed(0))
-        inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
-        train(pet, inputs, steps=2, rate=1e-3)
-        merged = pet.merged()
-        with torch.no_grad():
-            served, adapted = merged(**inputs).logits, pet.model(**inputs).logits
-        assert (served - adapted).abs().max() <= 1e-5
-        if "adapter" not in names:
-            assert list(merged.state_dict()) == list(before)
-        values = pet.values()
-        pet.load_values(values, seed=4)
-        assert torch.equal(pet.values(), values)
-        for name, positions in mask.positions.items():
-            same = pet.model.get_parameter(name).flatten() == before[name].flatten()
-            same[positions] = True
-            assert bool(same.all())
-    finally:
-        pet.restore()
-    after = minilm.model.state_dict()
-    assert all(torch.equal(after[key], value) for key, value in before.items())
 
 
 def test_one_module_on_a_target_is_one_segment() -> None:
