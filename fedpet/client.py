@@ -3,7 +3,8 @@
     ... -> codec -> plan -> [client] -> strategy -> ledger -> report
 
 In:  a request (fedpet/messages.py): a cohort, the global values, the plan where it may be lacking.
-Out: a frame a client with its update, or a refusal that says why there is none.
+Out: a frame a client with its update, or a refusal that says why there is none. A request without a
+     cohort asks who lives here, and is answered with a roster (fedpet/roster.py).
 
 What is heavy stays where it is: the backbone, its tokenised rows and the adapted model live as
 long as the process does, plans lie on disk under their digest. A client is a few kilobytes of
@@ -18,6 +19,7 @@ import tempfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -47,6 +49,15 @@ from fedpet.messages import (
 from fedpet.model import PetModel
 from fedpet.node_state import NodeState, state_folder
 from fedpet.plan import Plan, groups_by_kind, head_groups
+from fedpet.profile import (
+    SIMULATED,
+    Profile,
+    own_backbone,
+    own_data,
+    own_population,
+    read_node_config,
+)
+from fedpet.roster import write_roster
 from fedpet.seeds import client_number, derive_seed
 from fedpet.starts import Start, frames_of, starts_of
 from fedpet.tiers import tier_within
@@ -60,6 +71,7 @@ class NodeSettings:
     """What a node knows of itself; everything else comes with the plan.
 
     Attributes:
+        profile: What the node was started with beyond an experiment's files.
         backbone: Where the node's own copy of the checkpoint is.
         data: Where its rows are.
         population: How its rows fall into clients.
@@ -68,6 +80,7 @@ class NodeSettings:
             the server, which draws a tier for each client.
     """
 
+    profile: Profile = SIMULATED
     backbone: BackboneConfig
     data: DataConfig
     population: PopulationConfig
@@ -94,6 +107,26 @@ class NodeSettings:
             population=experiment.population,
             cache=cache_folder(experiment),
             max_density=_max_density(node_config or {}),
+        )
+
+    def on(self, node_config: Mapping[str, Any]) -> NodeSettings:
+        """The settings of a node that was started with a config of its own (fedpet/profile.py).
+
+        Raises:
+            ConfigError: An unknown key, or a value that cannot be.
+        """
+        given = read_node_config(node_config)
+        return replace(
+            self,
+            profile=Profile(
+                has_own_rows="data" in given,
+                client=given.get("client", ""),
+                threads=given.get("threads", 0),
+            ),
+            backbone=own_backbone(self.backbone, given),
+            data=own_data(self.data, given),
+            population=own_population(self.population, given),
+            cache=Path(given["cache"]).expanduser() if "cache" in given else self.cache,
         )
 
 
@@ -149,12 +182,15 @@ class Node:
             payload: A request, see fedpet/messages.py.
 
         Returns:
-            One frame or refusal a client, joined, in the order of the request.
+            One frame or refusal a client, joined, in the order of the request; a roster where the
+            request names no client.
 
         Raises:
             FrameError: The request does not parse; there is nobody to answer for.
         """
         request = read_request(payload)
+        if not request.clients:
+            return self._roster(request.plan)
         frames = frames_of(request)
         digest, server_round = frames[-1][-1].plan_digest, frames[-1][-1].server_round
         try:
@@ -177,7 +213,7 @@ class Node:
             return b"".join(
                 _refusal(digest, server_round, client, str(error)) for client in request.clients
             )
-        torch.set_num_threads(plan.training.threads)
+        torch.set_num_threads(self.settings.profile.threads or plan.training.threads)
         which = request.which or (0,) * len(request.clients)
         accepted = request.accepted or (0,) * len(request.clients)
         return b"".join(
@@ -194,6 +230,16 @@ class Node:
             )
             for client, tier, last in zip(request.clients, which, accepted, strict=True)
         )
+
+    def _roster(self, plan: bytes) -> bytes:
+        """Say who lives here: the rows are read and tokenised as the plan asks, and counted."""
+        digest = Plan.digest(plan)
+        try:
+            self._store(plan, digest)
+            data = self._data(Plan.from_bytes(plan))
+            return write_roster({client.id: len(client.rows) for client in data.clients})
+        except FedpetError as error:
+            return _refusal(digest, 0, 0, str(error))
 
     def _train(
         self,
@@ -283,25 +329,9 @@ class Node:
                 raise PlanError(PLAN_MISSING)
             plan = Plan.from_bytes(path.read_bytes())
             self._ready = None  # the old model goes before the new one comes
-            settings = self.settings
-            data = load_data(
-                replace(
-                    settings.data,
-                    label_names=plan.task.label_names,
-                    max_length=plan.max_length,
-                ),
-                settings.population,
-                locate(settings.backbone),
-                cache=settings.cache,
-                evaluation=False,
-            )
-            if data.tokenizer_hash != plan.tokenizer_hash:
-                raise PlanError(
-                    f"the tokeniser here is {data.tokenizer_hash:.16}, the plan's is "
-                    f"{plan.tokenizer_hash:.16}: start server and nodes from the same checkpoint."
-                )
+            data = self._data(plan)
             backbone = load_backbone(
-                replace(settings.backbone, head_seed=plan.head_seed),
+                replace(self.settings.backbone, head_seed=plan.head_seed),
                 num_outputs=plan.task.num_outputs,
                 regression=plan.task.kind == "regression",
             )
@@ -309,6 +339,24 @@ class Node:
             self._ready = (plan, plan.build(backbone), data, rows_of)
             self._plan_in_force = digest
         return self._ready
+
+    def _data(self, plan: Plan) -> FederatedData:
+        """This node's rows, tokenised as the plan says, and its clients."""
+        settings = self.settings
+        data = load_data(
+            replace(settings.data, label_names=plan.task.label_names, max_length=plan.max_length),
+            settings.population,
+            locate(settings.backbone),
+            cache=settings.cache,
+            evaluation=False,
+            all_rows=settings.profile.has_own_rows,
+        )
+        if data.tokenizer_hash != plan.tokenizer_hash:
+            raise PlanError(
+                f"the tokeniser here is {data.tokenizer_hash:.16}, the plan's is "
+                f"{plan.tokenizer_hash:.16}: start server and nodes from the same checkpoint."
+            )
+        return settings.profile.named(data)
 
     def _store(self, plan: bytes, digest: bytes) -> None:
         """Keep a plan on disk under its digest, whole or not at all."""
@@ -358,6 +406,6 @@ def _refusal(digest: bytes, server_round: int, client: int, reason: str) -> byte
 
 
 def reply(message: Message, settings: NodeSettings) -> Message:
-    """Answer a train message: what a ClientApp's handler calls."""
+    """Answer a message: what a ClientApp's handlers call."""
     answer = resident_node(settings).answer(from_record(message.content))
     return Message(to_record(answer), reply_to=message)

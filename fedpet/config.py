@@ -110,16 +110,17 @@ class DataConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class PopulationConfig:
-    partition: str = "column"  # column, dirichlet, shards, iid
-    client_column: str = "client"  # with partition "column"
-    num_clients: int = 40  # with the others
+    partition: str = "column"  # column, dirichlet, shards, iid; nodes: each brings its own clients
+    client_column: str = "client"  # with partition "column", and for nodes that name no other
+    num_clients: int = 40  # to make; with partition "nodes" to wait for before the first round
     alpha: float = 0.3  # Dirichlet concentration over labels
     shards_per_client: int = 2
     min_rows: int = 8  # a client with fewer takes no part; how many were left out is reported
     seed: int = 0
 
     def __post_init__(self) -> None:
-        _choice("population.partition", self.partition, ("column", "dirichlet", "shards", "iid"))
+        known = ("column", "dirichlet", "shards", "iid", "nodes")
+        _choice("population.partition", self.partition, known)
         _at_least("population.num-clients", self.num_clients, 1)
         _at_least("population.min-rows", self.min_rows, 1)
         _at_least("population.shards-per-client", self.shards_per_client, 1)

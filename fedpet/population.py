@@ -8,7 +8,7 @@ only where a client's work is done, never what comes out (law 6).
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -63,3 +63,59 @@ class Population:
             load[node] += self.num_rows[client]
             cohorts.setdefault(node, []).append(client)
         return {node: sorted(cohort) for node, cohort in sorted(cohorts.items())}
+
+
+@dataclass(frozen=True)
+class Residents(Population):
+    """The clients of a deployment: each lives on the node that has its rows, and comes with it.
+
+    Only clients whose node is there are drawn. With all of them there, those drawn are the ones
+    that a simulation of the same clients draws: sampling knows names and the seed, no nodes.
+
+    Attributes:
+        num_rows: Client -> rows it holds; those whose node has left included.
+        homes: Client -> its node.
+        names: Number in messages -> client.
+        there: Nodes that are there and have said who lives on them.
+    """
+
+    num_rows: dict[str, int] = field(default_factory=dict)
+    homes: dict[str, int] = field(default_factory=dict)
+    names: dict[int, str] = field(default_factory=dict)
+    there: set[int] = field(default_factory=set)
+
+    def by_number(self) -> dict[int, str]:
+        """Client names by number: the one dictionary that grows as nodes come."""
+        return self.names
+
+    def arrive(self, node: int, num_rows: Mapping[str, int]) -> dict[str, str]:
+        """Take a node's clients in. Who lives on another node that is there stays there.
+
+        Returns:
+            Clients that were not taken in, and why.
+        """
+        self.there.add(node)
+        refused: dict[str, str] = {}
+        for client, rows in sorted(num_rows.items()):
+            home, number = self.homes.get(client, node), client_number(client)
+            if home != node and home in self.there:
+                refused[client] = f"node {node} brings this client, which lives on node {home}."
+            elif self.names.setdefault(number, client) != client:
+                refused[client] = f"its 64-bit hash is that of client {self.names[number]!r}."
+            else:
+                self.num_rows[client], self.homes[client] = rows, node
+        return refused
+
+    def leave(self, node: int) -> None:
+        """A node is not there any more; its clients are remembered."""
+        self.there.discard(node)
+
+    @property
+    def present(self) -> dict[str, int]:
+        """Client -> rows, of the clients whose node is there."""
+        there = (name for name, node in self.homes.items() if node in self.there)
+        return {name: self.num_rows[name] for name in there}
+
+    def sample(self, server_round: int, num_clients: int, seed: int) -> list[str]:
+        """Draw a round's clients among those whose node is there, in alphabetical order."""
+        return Population(self.present, {}).sample(server_round, num_clients, seed)

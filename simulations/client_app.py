@@ -1,4 +1,8 @@
-"""The ClientApp of `flwr run`: each message is answered by the node resident in this process."""
+"""The ClientApp of `flwr run`: each message is answered by the node resident in this process.
+
+What a SuperNode was started with (`--node-config`) stands above the run's settings: a device knows
+best where its own rows, checkpoint and cache are.
+"""
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -12,5 +16,15 @@ app = ClientApp()
 @app.train()
 def train(message: Message, context: Context) -> Message:
     """Train the clients that the message names."""
+    return reply(message, _settings(context))
+
+
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say who lives here."""
+    return reply(message, _settings(context))
+
+
+def _settings(context: Context) -> NodeSettings:
     experiment = Experiment.from_run_config(context.run_config)
-    return reply(message, NodeSettings.of(experiment, context.node_config))
+    return NodeSettings.of(experiment, context.node_config).on(context.node_config)

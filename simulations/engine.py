@@ -24,9 +24,9 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpet.client import NodeSettings, reply
 from fedpet.config import Experiment
-from fedpet.errors import Interrupted, RunError
+from fedpet.errors import ConfigError, Interrupted, RunError
 
-from .federation import Listener, Prepared, federate, prepare
+from .federation import Listener, Prepared, federate, is_deployed, prepare
 from .journal import Journal
 from .resume import check_journal, read_cut_short
 from .run_folder import RunFolder, new_run_folder
@@ -43,6 +43,11 @@ def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any]
         RunError: Ray does not start, or nothing was learned.
         Interrupted: The user stopped it; the folder can be resumed.
     """
+    if is_deployed(experiment):
+        raise ConfigError(
+            'population.partition is "nodes": real nodes bring their clients, and a simulation has '
+            "none. Name another partition, or run it on nodes (`fedpet deploy`)."
+        )
     prepared = prepare(experiment, listener)
     out = new_run_folder(experiment)
     return _simulate(prepared, out, listener), out

@@ -13,26 +13,27 @@ import hashlib
 import os
 import shutil
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+import numpy as np
 import torch
 from flwr.serverapp import Grid
 
 from fedpet.backbone import Backbone, load_backbone, locate
 from fedpet.client import cache_folder
 from fedpet.config import Experiment
-from fedpet.data import FederatedData, load_data
+from fedpet.data import Client, FederatedData, load_data, load_evaluation
 from fedpet.errors import ConfigError, RunError, StructureError
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.model import PetModel
 from fedpet.node_state import state_folder
 from fedpet.plan import Plan, check_codecs, make_plan
-from fedpet.population import Population
+from fedpet.population import Population, Residents
 from fedpet.positions import find_positions
 from fedpet.search import check_structure
-from fedpet.strategies import STRATEGIES, TierBook, to_arrays
+from fedpet.strategies import STRATEGIES, RollCall, TierBook, to_arrays
 from fedpet.structure import Structure, preset
 from fedpet.tiers import tiers_of
 
@@ -78,12 +79,11 @@ def prepare(experiment: Experiment, listener: Listener) -> Prepared:
     started = time.perf_counter()
     check_codecs(experiment.codec)
     listener.say("reading and tokenising the rows")
-    data = load_data(
-        experiment.data,
-        experiment.population,
-        locate(experiment.backbone),
-        cache=cache_folder(experiment),
-    )
+    folder, cache = locate(experiment.backbone), cache_folder(experiment)
+    if is_deployed(experiment):
+        data = load_evaluation(experiment.data, folder, cache=cache)
+    else:
+        data = load_data(experiment.data, experiment.population, folder, cache=cache)
     listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
     backbone = load_backbone(
         experiment.backbone,
@@ -102,6 +102,11 @@ def prepare(experiment: Experiment, listener: Listener) -> Prepared:
     return Prepared(
         experiment, data, structure, plan, pet, all_parameters, pretrained_parameters, started
     )
+
+
+def is_deployed(experiment: Experiment) -> bool:
+    """Whether the nodes bring the clients, and the server knows of none beforehand."""
+    return experiment.population.partition == "nodes"
 
 
 def federate(
@@ -131,13 +136,24 @@ def federate(
     torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
     out.write_inputs(experiment, plan, prepared.structure)
     ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
+    residents = Residents() if is_deployed(experiment) else None
     strategy = STRATEGIES[experiment.strategy.name](
         plan=plan,
         tiers=tiers_of(pet, plan.mask),
-        population=_population(prepared.data),
+        population=_population(prepared.data) if residents is None else residents,
         config=experiment.strategy,
         ledger=ledger,
     )
+    if residents is not None:
+        grid = RollCall(
+            grid,
+            plan=plan.to_bytes(),
+            residents=residents,
+            holders=strategy.requests.holders,
+            expected=experiment.population.num_clients,
+            wait_seconds=experiment.strategy.node_wait_seconds,
+            ledger=ledger,
+        )
     state = RunState(prepared, strategy, ledger, out, listener, journal)
     listener.say("starting the rounds" if journal is None else "going on with the rounds")
     if state.rounds_left:
@@ -160,7 +176,7 @@ def federate(
         experiment,
         method="fedpet",
         ledger=ledger,
-        data=prepared.data,
+        data=prepared.data if residents is None else _with_clients(prepared.data, residents),
         fingerprint=plan.fingerprint,
         plan_digest=strategy.digest.hex(),
         values_by_kind=count_by_kind(pet.segments),
@@ -183,6 +199,12 @@ def federate(
     return summary
 
 
+def _with_clients(data: FederatedData, residents: Residents) -> FederatedData:
+    """With all that ever came; their rows are counted from 0, each on its own node."""
+    rows = sorted(residents.num_rows.items())
+    return replace(data, clients=tuple(Client(name, np.arange(count)) for name, count in rows))
+
+
 def _population(data: FederatedData) -> Population:
     return Population({client.id: len(client.rows) for client in data.clients}, homes={})
 
@@ -194,10 +216,11 @@ def _num_parameters(model: PreTrainedModel) -> int:
 def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:
     """Refuse a run none of whose rounds could have the replies that its rule needs."""
     least = experiment.strategy.least_replies
-    if len(data.clients) < least:
+    clients = experiment.population.num_clients if is_deployed(experiment) else len(data.clients)
+    if clients < least:
         raise ConfigError(
             f"strategy {experiment.strategy.name!r} with these parameters, and min-replies, need "
-            f"{least} usable replies a round, and there are {len(data.clients)} clients "
+            f"{least} usable replies a round, and there are {clients} clients "
             f"({data.left_out_clients} have too few rows): take another strategy or other "
             "parameters."
         )

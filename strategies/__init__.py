@@ -2,6 +2,7 @@
 
 from .arrays import to_arrays, values_of
 from .metered import Metered
+from .roll_call import RollCall
 from .rounds import MeanRounds, VectorRounds
 from .rules import (
     STRATEGIES,
@@ -25,6 +26,7 @@ __all__ = [
     "STRATEGIES",
     "MeanRounds",
     "Metered",
+    "RollCall",
     "SparseBulyan",
     "SparseFedAdagrad",
     "SparseFedAdam",

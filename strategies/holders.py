@@ -7,8 +7,9 @@ it: an answer that never came leaves open whether the request did.
 
 from __future__ import annotations
 
+import json
 import secrets
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Mapping
 
 import numpy as np
 
@@ -21,7 +22,7 @@ class Holders:
     """The books of who holds what.
 
     Args:
-        names: All clients.
+        names: All clients; in a deployment those that came so far, and the books follow it.
 
     Attributes:
         run: Names this run in messages, never 0. Not its seed: a second run of one plan must not
@@ -31,12 +32,12 @@ class Holders:
         accepted: Client -> the last round in which its update was taken.
     """
 
-    def __init__(self, names: Iterable[str]) -> None:
+    def __init__(self, names: Collection[str]) -> None:
         self.run = secrets.randbits(64) or 1
         self.plan_nodes: set[int] = set()
         self.told: set[str] = set()
         self.accepted: dict[str, int] = {}
-        self._names = sorted(names)
+        self._names = names
         self._nodes: dict[tuple[int, int], int] = {}  # (node, tier) -> round of its reference
         self._clients: dict[str, tuple[int, int]] = {}  # client -> tier, round
 
@@ -66,10 +67,12 @@ class Holders:
 
     def state(self) -> dict[str, np.ndarray]:
         """What a run that goes on later must have; who was told the plan, the journal knows."""
-        held = [self._clients.get(name, (0, 0)) for name in self._names]
+        names = sorted(self._names)
+        held = [self._clients.get(name, (0, 0)) for name in names]
         return {
+            "names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
             "run": np.array([self.run], dtype=np.uint64),
-            "accepted": np.array([self.accepted.get(n, 0) for n in self._names], dtype=np.int64),
+            "accepted": np.array([self.accepted.get(n, 0) for n in names], dtype=np.int64),
             "held": np.array(held, dtype=np.int64).reshape(-1, 2),
         }
 
@@ -77,18 +80,20 @@ class Holders:
         """Take what `state` gave.
 
         Raises:
-            RunError: It is of other clients.
+            RunError: It is of other clients than those that are known from the start.
         """
         accepted, held = state["accepted"].tolist(), state["held"].tolist()
-        if not len(accepted) == len(held) == len(self._names):
+        names = json.loads(state["names"].tobytes())
+        known = sorted(self._names)
+        if not len(accepted) == len(held) == len(names) or (known and known != names):
             raise RunError(
-                f"the journal is of {len(accepted)} clients, there are {len(self._names)}: start "
-                "the run anew."
+                f"the journal is of {len(accepted)} clients, and those here are {len(known)}, or "
+                "others: start the run anew."
             )
         self.run = int(state["run"][0])
-        self.accepted = {n: last for n, last in zip(self._names, accepted, strict=True) if last}
+        self.accepted = {n: last for n, last in zip(names, accepted, strict=True) if last}
         self._clients = {
             name: (tier, server_round)
-            for name, (tier, server_round) in zip(self._names, held, strict=True)
+            for name, (tier, server_round) in zip(names, held, strict=True)
             if server_round
         }

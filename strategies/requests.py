@@ -189,7 +189,8 @@ class Requests:
         newcomers = [name for name in self.sampled if name not in self.holders.told]
         self.holders.told.update(newcomers)
         record = self._ledger.current
-        record.clients, record.newcomers = len(self.sampled), len(newcomers)
+        record.clients = len(self.sampled)
+        record.newcomers += len(newcomers)  # beside those of a roll call
         frames = self._solo_all(newcomers)
         plans = self._solo_all(newcomers, self._plan_bytes) - frames
         self._ledger.count_client(down=self._solo_all(self.sampled), plan=plans)

@@ -20,22 +20,25 @@ class TierBook:
     Args:
         tiers: Of the plan, weakest first; mostly one.
         config: The plan's mask.
-        names: All clients.
+        names: All clients; in a deployment those that are known from the start, maybe none.
     """
 
     def __init__(
         self, tiers: Sequence[Tier], config: MaskConfig | None, names: Iterable[str]
     ) -> None:
         self.tiers = tuple(tiers)
-        self._index = {name: draw_tier(config, client_number(name)) for name in names}
+        self._config = config
+        self._index = {name: self._draw(name) for name in names}
 
     def index(self, name: str) -> int:
         """Of a client's tier among `tiers`."""
+        if name not in self._index:
+            self._index[name] = self._draw(name)
         return self._index[name]
 
     def of(self, name: str) -> Tier:
         """A client's tier."""
-        return self.tiers[self._index[name]]
+        return self.tiers[self.index(name)]
 
     def told(self, name: str, reason: str) -> bool:
         """Note a node's answer that it trains this client at another tier than it was asked for.
@@ -47,7 +50,7 @@ class TierBook:
             return False
         named = reason.removeprefix(OTHER_TIER)
         for index, tier in enumerate(self.tiers):
-            if repr(tier.density) == named and index != self._index[name]:
+            if repr(tier.density) == named and index != self.index(name):
                 self._index[name] = index
                 return True
         return False
@@ -58,3 +61,6 @@ class TierBook:
         for index in self._index.values():
             counts[index] += 1
         return counts
+
+    def _draw(self, name: str) -> int:
+        return draw_tier(self._config, client_number(name))

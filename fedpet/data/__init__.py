@@ -6,7 +6,7 @@ In:  a `DataConfig` and a `PopulationConfig`, and the folder of a tokeniser.
 Out: a `FederatedData`: the task, the rows to train and evaluate on, the clients and their rows.
 """
 
-from fedpet.data.load import FederatedData, load_data
+from fedpet.data.load import FederatedData, load_data, load_evaluation
 from fedpet.data.partition import Client, partition_with
 from fedpet.data.rows import Rows
 from fedpet.data.task import Task
@@ -19,5 +19,6 @@ __all__ = [
     "Task",
     "hash_tokenizer",
     "load_data",
+    "load_evaluation",
     "partition_with",
 ]

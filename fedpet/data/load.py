@@ -32,7 +32,7 @@ from fedpet.data.rows import Rows, no_rows
 from fedpet.data.sources import Files, Source, Table, open_source
 from fedpet.data.task import Task, check_label_names, encode_labels, read_off_label_names
 from fedpet.data.tokenise import check_texts, hash_tokenizer, hash_tokenizer_files, tokenise
-from fedpet.errors import DataError
+from fedpet.errors import ConfigError, DataError
 
 
 @dataclass(frozen=True, eq=False)
@@ -55,6 +55,7 @@ def load_data(
     *,
     cache: Path,
     evaluation: bool = True,
+    all_rows: bool = False,
     partitioner: Any = None,
 ) -> FederatedData:
     """Load, tokenise and deal out the rows of an experiment.
@@ -68,6 +69,8 @@ def load_data(
         cache: Root of the cache.
         evaluation: False leaves `FederatedData.evaluation` empty and its split unread. The
             training rows are the same either way.
+        all_rows: True trains on every row of the training split, or of the single file: a node's
+            own rows, with the evaluation rows elsewhere.
         partitioner: Any object with flwr-datasets' interface; deals the rows out in place of
             `population.partition`.
 
@@ -78,12 +81,21 @@ def load_data(
         DataError: Rows, columns, labels or clients that cannot be used.
         ConfigError: Settings that contradict each other or the data.
     """
+    if population.partition == "nodes":
+        raise ConfigError(
+            'population.partition is "nodes", which leaves the clients to nodes with rows of their '
+            "own: give each node its rows with --node-config 'data=\"FILE\"', or name another "
+            "partition to simulate."
+        )
     cache, tokenizer_folder = Path(cache), Path(tokenizer_folder)
     tokenizer_hash = hash_tokenizer(tokenizer_folder)
     source = open_source(data.source, cache)
     hold_out = not data.eval_split or (isinstance(source, Files) and "" in source.files)
 
-    if hold_out:
+    if all_rows:
+        assert not evaluation, "rows that are all trained on leave none to evaluate on"
+        train_split = held_split = _Split(source, data.train_split, "all", data.max_train_rows)
+    elif hold_out:
         train_split = _Split(source, data.train_split, "kept", data.max_train_rows)
         held_split = _Split(source, data.train_split, "held out", data.max_eval_rows)
     else:
@@ -120,6 +132,33 @@ def load_data(
         left_out_rows=kept.left_out_rows,
         tokenizer_hash=tokenizer_hash,
     )
+
+
+def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) -> FederatedData:
+    """Load a server's rows, where the training rows are on the nodes: it evaluates on them.
+
+    Args:
+        data: What to read: the whole of a single file, or `eval_split`; where that is "", the rows
+            of `train_split` that a simulation would hold out. Without `label_names`, the classes
+            are read off these rows.
+        tokenizer_folder: The backbone's local folder.
+        cache: Root of the cache.
+
+    Returns:
+        Evaluation rows; no training rows, and no clients.
+
+    Raises:
+        DataError: Rows, columns or labels that cannot be used.
+    """
+    source = open_source(data.source, cache)
+    single = isinstance(source, Files) and "" in source.files
+    part = "all" if single or data.eval_split else "held out"
+    split = _Split(source, data.eval_split or data.train_split, part, data.max_eval_rows)
+    source.check(split.name)
+    task = Task(data.task, _label_names(split, data, cache), data.metric)
+    tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
+    held = _rows(_rows_entry(split, data, task, tokenizer_folder, tokens_key, cache))
+    return FederatedData(task, no_rows(held), held, (), 0, 0, hash_tokenizer(tokenizer_folder))
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,224 @@
+"""The roll call of a deployment: which clients live on which node, asked of each node once.
+
+    ... -> plan -> client -> [strategy] -> ledger -> report
+
+In:  Flower's Grid, whose nodes are random numbers that come and go.
+Out: the same Grid, in which a node counts as soon as it has said who lives on it.
+
+The question carries the plan, so that a node reads and tokenises its rows as the plan says, and
+finds out then whether it can; names and counts of rows come back (fedpet/roster.py). Before the
+first round the call waits for the clients that are expected. Later on nobody is waited for: a
+latecomer is asked when it is seen and drawn from the round after its answer. A node that left is
+asked again when it comes back, since it may bring other clients.
+
+The bytes of the call count as the plan's.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterable
+from typing import Any
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedpet.errors import FedpetError, RunError
+from fedpet.ledger import Ledger
+from fedpet.messages import Request, from_record, solo_bytes, to_record, write_request
+from fedpet.population import Residents
+from fedpet.roster import read_roster, write_roster
+
+from .holders import Holders
+
+MAX_ASKS = 3  # of a node whose answers are errors, before it is left alone
+POLL_SECONDS = 0.5
+
+LOG = logging.getLogger("fedpet")
+
+
+class RollCall(Grid):
+    """A Grid whose nodes are those that answered the roll call.
+
+    Args:
+        grid: Reaches the nodes.
+        plan: The plan's bytes.
+        residents: Where clients and homes are kept; grows as nodes come.
+        holders: Who holds what: nodes that answered hold the plan, and their clients were told it.
+        expected: Clients to wait for before the first round.
+        wait_seconds: For how long at most.
+        ledger: Where bytes and refusals are counted, in the round that is open.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        *,
+        plan: bytes,
+        residents: Residents,
+        holders: Holders,
+        expected: int,
+        wait_seconds: float,
+        ledger: Ledger,
+    ) -> None:
+        self._grid = grid
+        self._question = write_request(Request((), b"", plan))
+        self._residents = residents
+        self._holders = holders
+        self._expected = expected
+        self._wait_seconds = wait_seconds
+        self._ledger = ledger
+        self._begun = False
+        self._pending: dict[str, int] = {}  # id of a question -> the node it went to
+        self._asks: dict[int, int] = {}  # node -> how often it was asked since it came
+        self._failures: dict[int, str] = {}  # node -> why it takes no part
+        self._sent_to: dict[str, int] = {}  # id of any message -> the node it went to
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Nodes that are there and have said who lives on them.
+
+        Raises:
+            RunError: Before the first round: all nodes that came refused.
+        """
+        self._call()
+        if not self._begun:
+            self._wait()
+            self._begun = True
+        return sorted(self._residents.there)
+
+    def _wait(self) -> None:
+        limit = time.monotonic() + self._wait_seconds
+        while (count := len(self._residents.present)) < self._expected:
+            if time.monotonic() > limit:
+                LOG.warning(
+                    "%s of %s clients came within %g seconds: going on with them.",
+                    count,
+                    self._expected,
+                    self._wait_seconds,
+                )
+                break
+            time.sleep(POLL_SECONDS)
+            self._call()
+        if not self._residents.there and self._failures:
+            node, reason = next(iter(self._failures.items()))
+            raise RunError(
+                f"none of {len(self._failures)} nodes that came can take part. Node {node} says: "
+                f"{reason}"
+            )
+
+    def _call(self) -> None:
+        """Ask the nodes that are new, and take in what has been answered."""
+        nodes = set(self._grid.get_node_ids())
+        for node in self._asks.keys() - nodes:
+            del self._asks[node]
+            self._failures.pop(node, None)
+            self._residents.leave(node)
+            self._holders.plan_nodes.discard(node)
+        questions = [self._ask(node) for node in sorted(nodes) if self._is_to_be_asked(node)]
+        if questions:
+            ids = list(self._grid.push_messages(questions))
+            nodes_asked = (message.metadata.dst_node_id for message in questions)
+            self._pending.update(zip(ids, nodes_asked, strict=True))
+        if self._pending:
+            answers = self._grid.pull_messages(list(self._pending))
+            for answer in sorted(answers, key=lambda m: self._pending[_question_of(m)]):
+                self._take_in(self._pending.pop(_question_of(answer)), answer)
+
+    def _is_to_be_asked(self, node: int) -> bool:
+        known = node in self._residents.there or node in self._pending.values()
+        return not known and self._asks.get(node, 0) < MAX_ASKS
+
+    def _ask(self, node: int) -> Message:
+        self._asks[node] = self._asks.get(node, 0) + 1
+        message = Message(to_record(self._question), dst_node_id=node, message_type="query")
+        self._ledger.count_wire(message)
+        return message
+
+    def _take_in(self, node: int, answer: Message) -> None:
+        self._ledger.count_wire(answer)
+        if node not in self._asks:
+            return  # it left before its answer was read, and is asked again when it is back
+        if answer.has_error():
+            self._fail(node, answer.error.reason or "an unnamed error.")
+            return
+        try:
+            num_rows = read_roster(from_record(answer.content))
+        except FedpetError as error:
+            self._asks[node] = MAX_ASKS  # it would say the same again
+            self._fail(node, str(error))
+            return
+        self._failures.pop(node, None)
+        for client, reason in self._residents.arrive(node, num_rows).items():
+            self._refuse(f"node {node}", f"client {client!r}: {reason}")
+            del num_rows[client]
+        self._holders.plan_nodes.add(node)
+        self._count(num_rows)
+
+    def _count(self, num_rows: dict[str, int]) -> None:
+        """What each client alone would have received and sent; once a client."""
+        newcomers = num_rows.keys() - self._holders.told
+        self._holders.told.update(newcomers)
+        self._ledger.current.newcomers += len(newcomers)
+        down = solo_bytes(self._question, reply=False)
+        up = sum(solo_bytes(write_roster({c: num_rows[c]}), reply=True) for c in newcomers)
+        self._ledger.count_client(plan=down * len(newcomers) + up)
+
+    def _fail(self, node: int, reason: str) -> None:
+        self._failures[node] = reason
+        self._refuse(f"node {node}", reason)
+
+    def _refuse(self, who: str, reason: str) -> None:
+        LOG.warning("roll call: %s: %s", who, reason)
+        self._ledger.refuse(who, reason)
+
+    # -- everything else is the grid's ---------------------------------------------------------
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send."""
+        messages = list(messages)
+        ids = list(self._grid.push_messages(messages))
+        nodes = (message.metadata.dst_node_id for message in messages)
+        self._sent_to.update(zip(ids, nodes, strict=True))
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Receive what has come."""
+        return [self._named(reply) for reply in self._grid.pull_messages(message_ids)]
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send, and receive what comes in time."""
+        messages = list(messages)
+        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
+        self._sent_to.update((m.metadata.message_id, m.metadata.dst_node_id) for m in messages)
+        return [self._named(reply) for reply in replies]
+
+    def _named(self, reply: Message) -> Message:
+        """For a node that is gone Flower answers, in its own name: this gives the node's."""
+        node = self._sent_to.pop(_question_of(reply), None)
+        if node is not None and reply.has_error():
+            reply.metadata.__dict__["_src_node_id"] = node
+        return reply
+
+    def get_nodes(self) -> Iterable[Any]:
+        """What Flower knows of its nodes."""
+        return self._grid.get_nodes()
+
+    def set_run(self, run: Any) -> None:
+        """The run is the grid's."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """The grid's run."""
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Deprecated in Flower: use `Message`."""
+        return self._grid.create_message(*args, **kwargs)
+
+
+def _question_of(reply: Message) -> str:
+    return str(reply.metadata.reply_to_message_id)
