@@ -1,0 +1,260 @@
+"""A deployment's folder: what goes to the server, and what goes to each node.
+
+    DIR/
+      README.md           what to do, in order
+      authority/          the authority's key: on neither machine
+      server/             superlink.sh, register.sh, run.sh, the app, certificates, public keys
+      nodes/NAME/         supernode.sh, node.toml, the node's key, the authority's certificate
+      compose.yaml        both on one machine, to try it
+
+In:  a `Deployment`.
+Out: the folder. Nothing in it is ever written over: keys that nodes already hold would be lost.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import tomli_w
+
+from fedpet.config import Experiment
+from fedpet.deploy import scripts, services
+from fedpet.deploy.app import write_app
+from fedpet.deploy.certificates import make_certificates, make_node_key
+from fedpet.errors import ConfigError
+
+LOCAL = ("localhost", "127.0.0.1")  # the server's own processes reach it here
+NODE_PORT = 8100
+_NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
+_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:-]{0,252}")
+
+
+@dataclass(frozen=True)
+class NodePlace:
+    """One node.
+
+    Attributes:
+        name: Of its folder and key; the client's name too, where it holds one client.
+        data: Its rows: a file or folder, as the device sees it from its folder.
+    """
+
+    name: str
+    data: str = "data.jsonl"
+
+    def __post_init__(self) -> None:
+        if not _NODE_NAME.fullmatch(self.name):
+            raise ConfigError(
+                f"a node's name is letters, digits, '.', '_' and '-', 63 at most, got "
+                f"{self.name!r}: it names a folder and a key."
+            )
+
+    @classmethod
+    def parse(cls, text: str) -> NodePlace:
+        """ "NAME", or "NAME=DATA"."""
+        name, equals, data = text.partition("=")
+        return cls(name, data) if equals else cls(name)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Deployment:
+    """What is to be deployed, and where.
+
+    Attributes:
+        experiment: What to run; its clients are those that the nodes bring.
+        host: Name or address under which nodes reach the server.
+        nodes: Those that are let in.
+        port: The server's one port.
+        bind: The server's address to listen on; all of them unless named.
+        client_column: The column that tells a node's clients apart; "" for one client a node,
+            named as the node is.
+        clients: How many to wait for before the first round; 0 for as many as there are nodes.
+        threads: Torch threads a node; 0 leaves it to the experiment.
+        node_port: Of the first node's own processes; the next node's is one higher, so that nodes
+            can share a machine.
+        backbone: The checkpoint's folder on the nodes, where the experiment's name does not do.
+        install: Where the folders will lie on their machines, for the systemd units.
+        days: For how long the certificates are valid.
+    """
+
+    experiment: Experiment
+    host: str
+    nodes: tuple[NodePlace, ...]
+    port: int = 8000
+    bind: str = "0.0.0.0"
+    client_column: str = ""
+    clients: int = 0
+    threads: int = 0
+    node_port: int = NODE_PORT
+    backbone: str = ""
+    install: str = "/opt/fedpet"
+    days: int = 365
+
+    def __post_init__(self) -> None:
+        names = [node.name for node in self.nodes]
+        if not names or len(set(names)) != len(names):
+            raise ConfigError(f"a deployment has one node or more, each name once, got {names}.")
+        if not _HOST.fullmatch(self.host):
+            raise ConfigError(
+                f"the host is the name or address under which nodes reach the server, got "
+                f"{self.host!r}."
+            )
+        last_node_port = self.node_port + len(names) - 1
+        for name, port in (("port", self.port), ("node port", last_node_port)):
+            if not 1 <= port <= 65535:
+                raise ConfigError(f"the {name} must be in 1 ... 65535, got {port}.")
+        if self.days < 1 or self.clients < 0 or self.threads < 0:
+            raise ConfigError("days is at least 1, clients and threads at least 0.")
+
+    @property
+    def address(self) -> str:
+        """The server's, "host:port"."""
+        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+
+    def server_experiment(self) -> Experiment:
+        """The experiment as the server runs it: the clients are the nodes'."""
+        given = self.experiment
+        clients = self.clients or len(self.nodes)
+        return replace(
+            given,
+            run=replace(given.run, out="", cache="cache"),
+            backbone=replace(given.backbone, model=_whole(given.backbone.model)),
+            data=replace(given.data, source=_whole(given.data.source)),
+            population=replace(given.population, partition="nodes", num_clients=clients),
+        )
+
+    def node_config(self, node: NodePlace) -> dict[str, str | int]:
+        """What is in a node's node.toml, see fedpet/profile.py."""
+        config: dict[str, str | int] = {"data": node.data}
+        if self.client_column:
+            config["client-column"] = self.client_column
+        else:
+            config["client"] = node.name
+        if self.backbone:
+            config["backbone"] = self.backbone
+        if self.threads:
+            config["threads"] = self.threads
+        return {**config, "cache": "cache"}
+
+
+def write_deployment(deployment: Deployment, folder: Path) -> None:
+    """Make the folder.
+
+    Raises:
+        ConfigError: It is there already and holds something, or cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ConfigError(
+                f"the folder {str(folder)!r} is not empty, and a deployment holds keys that must "
+                "not be written over: name a new one."
+            )
+        certificates = make_certificates((deployment.host, *LOCAL), days=deployment.days)
+        _write(folder / "authority" / "ca.key", certificates.authority_key, mode=0o600)
+        _write(folder / "authority" / "ca.crt", certificates.authority)
+        _write(folder / "Dockerfile", services.DOCKERFILE.encode())
+        names = [node.name for node in deployment.nodes]
+        composed = services.compose(names, deployment.host, deployment.port)
+        _write(folder / "compose.yaml", composed.encode())
+        _write(folder / "README.md", _readme(deployment).encode())
+        server = folder / "server"
+        _write(server / "ca.crt", certificates.authority)
+        _write(server / "server.pem", certificates.server)
+        _write(server / "server.key", certificates.server_key, mode=0o600)
+        _write_server(deployment, server)
+        for number, node in enumerate(deployment.nodes):
+            private, public = make_node_key()
+            _write(server / "nodes" / f"{node.name}.pub", public)
+            place = folder / "nodes" / node.name
+            _write(place / "ca.crt", certificates.authority)
+            _write(place / "node.key", private, mode=0o600)
+            _write_node(deployment, node, place, deployment.node_port + number)
+    except OSError as error:
+        raise ConfigError(f"the folder {str(folder)!r} cannot be written: {error}.") from None
+
+
+def _write_server(deployment: Deployment, folder: Path) -> None:
+    connection = {"address": deployment.address, "root-certificates": "ca.crt"}
+    flower = {"superlink": {"default": scripts.CONNECTION, scripts.CONNECTION: connection}}
+    _write(folder / "flwr" / "config.toml", tomli_w.dumps(flower).encode())
+    _write(
+        folder / "superlink.sh",
+        scripts.superlink(deployment.bind, deployment.port).encode(),
+        mode=0o755,
+    )
+    _write(folder / "register.sh", scripts.register().encode(), mode=0o755)
+    _write(folder / "run.sh", scripts.run().encode(), mode=0o755)
+    name = "fedpet-superlink.service"
+    unit = services.unit(
+        file=name,
+        folder=f"{deployment.install}/server",
+        venv=f"{deployment.install}/venv",
+        script="superlink.sh",
+        description="fedpet: the server (Flower SuperLink)",
+    )
+    _write(folder / name, unit.encode())
+    write_app(folder / "app", deployment.server_experiment())
+
+
+def _write_node(deployment: Deployment, node: NodePlace, folder: Path, port: int) -> None:
+    _write(folder / "node.toml", tomli_w.dumps(deployment.node_config(node)).encode())
+    script = scripts.supernode(deployment.address, port)
+    _write(folder / "supernode.sh", script.encode(), mode=0o755)
+    name = "fedpet-supernode.service"
+    unit = services.unit(
+        file=name,
+        folder=f"{deployment.install}/nodes/{node.name}",
+        venv=f"{deployment.install}/venv",
+        script="supernode.sh",
+        description=f"fedpet: the node {node.name} (Flower SuperNode)",
+    )
+    _write(folder / name, unit.encode())
+
+
+def _write(path: Path, content: bytes, mode: int = 0o644) -> None:
+    """Write a new file; one that others must not read is never theirs to read, not for a moment."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(handle, "wb") as file:
+        file.write(content)
+
+
+def _whole(name: str) -> str:
+    """A path that is there, in full: scripts start in folders of their own."""
+    path = Path(name).expanduser()
+    return str(path.resolve()) if path.exists() else name
+
+
+def _readme(deployment: Deployment) -> str:
+    clients = (
+        f"the column `{deployment.client_column}` tells whose each row is"
+        if deployment.client_column
+        else "all of it is one client's, of the node's name"
+    )
+    data = deployment.server_experiment().data
+    return f"""\
+# A federation of {len(deployment.nodes)} nodes at {deployment.address}
+
+Every machine needs Python 3.11 or newer and an environment with `server/app` installed
+(`pip install server/app`, which brings Flower and torch); `$FEDPET_VENV` names it to the scripts.
+
+1. **The server.** Copy `server/` to it and start `superlink.sh`
+   (or install `fedpet-superlink.service`). It listens on {deployment.bind}:{deployment.port}.
+   It evaluates on the rows of `{data.source}`, as the key `data-source` in `app/pyproject.toml`
+   says: they must be there.
+2. **Let the nodes in**, once: `register.sh`, with the server running.
+3. **Each node.** Copy `nodes/NAME/` to the device and put its rows where `node.toml` says:
+   {clients}. Every row is trained on.
+   Start `supernode.sh` (or install `fedpet-supernode.service`). The device dials out to the
+   server: no port of it need be open.
+4. **Run**: `run.sh` on the server. It waits for {deployment.clients or len(deployment.nodes)} client(s) before the first round, shows the
+   log, and exits with 0 only if something was learned. The run's folder is below `server/runs/`.
+
+Keep `authority/` on neither machine: its key makes further server certificates. `node.key` is one
+device's alone. Whoever reaches the server's port can submit a run, and a run is code that the nodes
+execute: let the port through a firewall to the nodes' networks only, or put a proxy in front that
+passes on `/v1/fleet/` alone.
+"""

@@ -1,0 +1,225 @@
+"""A deployment's processes on this machine: started from its scripts, watched, and all ended.
+
+In:  a folder made by `fedpet deploy`.
+Out: a running server and nodes on the loopback; the exit code and the result of runs on them.
+
+Every process is ended by its id, with what it has started, when the block is left.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import signal
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+START_SECONDS = 180.0  # of a server, on a machine that is busy
+STOP_SECONDS = 15.0
+
+
+class RealNodes:
+    """Server and nodes of one deployment folder.
+
+    Args:
+        folder: Made by `fedpet.deploy.write_deployment`, with the address 127.0.0.1.
+        port: The server's.
+        environment: Set beside this process's own.
+    """
+
+    def __init__(self, folder: Path, port: int, environment: dict[str, str] | None = None) -> None:
+        self.folder = folder
+        self.port = port
+        binaries = str(Path(sys.executable).parent)
+        self._environment = {
+            **os.environ,
+            "PATH": os.pathsep.join([binaries, os.environ["PATH"]]),
+            "PYTHONUNBUFFERED": "1",
+            "HF_HUB_OFFLINE": "1",
+            **(environment or {}),
+        }
+        self._environment.pop("PYTHONPATH", None)  # the app brings its own fedpet
+        self._processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def __enter__(self) -> RealNodes:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        for name in reversed(list(self._processes)):
+            self.stop(name)
+
+    def start_server(self) -> None:
+        """Start the SuperLink and wait until it answers."""
+        process = self._start("server", self.folder / "server" / "superlink.sh")
+        context = ssl.create_default_context(cafile=str(self.folder / "server" / "ca.crt"))
+        limit = time.monotonic() + START_SECONDS
+        while True:
+            with contextlib.suppress(OSError):
+                url = f"https://127.0.0.1:{self.port}/health"
+                urllib.request.urlopen(url, timeout=2, context=context).close()
+                return
+            if process.poll() is not None or time.monotonic() > limit:
+                raise RuntimeError(f"the server did not start:\n{self.log('server')[-3000:]}")
+            time.sleep(0.3)
+
+    def register(self) -> None:
+        """Let the nodes in."""
+        done = self.call(self.folder / "server" / "register.sh")
+        if done.returncode:
+            raise RuntimeError(f"the nodes were not registered:\n{done.stdout}{done.stderr}")
+
+    def start_node(self, name: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a SuperNode; it may take seconds until it is there."""
+        return self._start(name, self.folder / "nodes" / name / "supernode.sh", **environment)
+
+    def run(self, *overrides: str, limit_seconds: float) -> subprocess.CompletedProcess[str]:
+        """Run the app to its end; `overrides` are of the run config, "key=value"."""
+        settings = [part for text in overrides for part in ("--run-config", text)]
+        return self.call(self.folder / "server" / "run.sh", *settings, limit_seconds=limit_seconds)
+
+    def call(
+        self, *command: str | Path, limit_seconds: float = START_SECONDS
+    ) -> subprocess.CompletedProcess[str]:
+        """Call a command and wait for its end."""
+        return subprocess.run(
+            [str(part) for part in command],
+            env=self._environment,
+            capture_output=True,
+            text=True,
+            timeout=limit_seconds,
+            check=False,
+        )
+
+    def result(self, run: str) -> dict[str, Any]:
+        """The `result.json` of a run below the server's folder."""
+        path = self.folder / "server" / "runs" / run / "result.json"
+        result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return result
+
+    def rounds(self, run: str) -> list[dict[str, Any]]:
+        """The lines that a run has written so far."""
+        path = self.folder / "server" / "runs" / run / "rounds.jsonl"
+        if not path.exists():
+            return []
+        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+    def log(self, name: str) -> str:
+        """What the server or a node has said so far."""
+        return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
+
+    def wait_for(self, name: str, words: str, limit_seconds: float = START_SECONDS) -> bool:
+        """Wait until a process has said something. False if it ended, or time did, without."""
+        limit = time.monotonic() + limit_seconds
+        while words not in self.log(name):
+            if self._processes[name].poll() is not None:
+                return words in self.log(name)
+            if time.monotonic() > limit:
+                return False
+            time.sleep(0.2)
+        return True
+
+    def kill(self, name: str) -> None:
+        """End a process at once, with what it has started, as a power cut does."""
+        process = self._processes.pop(name)
+        for pid in [process.pid, *_descendants(process.pid)]:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        process.wait()
+
+    def stop(self, name: str) -> None:
+        """End a process, at first by asking."""
+        process = self._processes.pop(name)
+        started = _descendants(process.pid)
+        process.terminate()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(STOP_SECONDS)
+        for pid, born in started.items():
+            if _born(pid) == born:  # still the same process
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+        process.kill()
+        process.wait()
+
+    def _start(self, name: str, script: Path, **environment: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("wb") as log:
+            self._processes[name] = subprocess.Popen(
+                [str(script)],
+                env=self._environment | environment,
+                stdin=subprocess.DEVNULL,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+        return self._processes[name]
+
+
+def free_ports(count: int) -> list[int]:
+    """Neighbouring ports of the loopback that nobody listens on now."""
+    for first in range(20000 + os.getpid() % 20000, 60000, count):
+        with contextlib.ExitStack() as stack:
+            try:
+                for port in range(first, first + count):
+                    stack.enter_context(socket.socket()).bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return list(range(first, first + count))
+    raise RuntimeError(f"no {count} neighbouring ports are free")
+
+
+def _descendants(pid: int) -> dict[int, str]:
+    """A process's children and theirs, each with when it was born."""
+    children: dict[int, list[int]] = {}
+    for entry in _all_processes():
+        parent = _field(entry, 1)
+        if parent:
+            children.setdefault(int(parent), []).append(entry)
+    found: dict[int, str] = {}
+    waiting = list(children.get(pid, []))
+    while waiting:
+        one = waiting.pop()
+        found[one] = _born(one)
+        waiting += children.get(one, [])
+    return found
+
+
+def _all_processes() -> Iterator[int]:
+    return (int(path.name) for path in Path("/proc").iterdir() if path.name.isdigit())
+
+
+def _born(pid: int) -> str:
+    return _field(pid, 19)
+
+
+def _field(pid: int, index: int) -> str:
+    """A field of /proc/PID/stat after the command's name, or "" where the process is gone."""
+    try:
+        text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
+    except OSError:
+        return ""
+    return text.rpartition(")")[2].split()[index]
+
+
+def plain_http_is_refused(port: int) -> bool:
+    """Whether the server gives nothing out over plain HTTP."""
+    try:
+        urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).close()
+    except urllib.error.HTTPError:
+        return False  # it spoke HTTP
+    except OSError:
+        return True
+    return False
