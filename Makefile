@@ -15,7 +15,7 @@ PINS := constraints.txt
 
 include scripts/settings
 
-.PHONY: run test test-slow bench check clean distclean help
+.PHONY: run test test-slow bench deploy-demo check clean distclean help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -30,6 +30,9 @@ test-slow: $(STAMP) ## tests that train for minutes
 
 bench: $(STAMP) ## what is missing of the README's table of methods; an hour from nothing
 	@$(VENV)/bin/python -m simulations.benchmarks table simulations/benchmarks/default.toml $(ARGS)
+
+deploy-demo: $(STAMP) ## real nodes over TLS on this machine end with the simulation's values
+	@timeout --kill-after=60 3600 $(VENV)/bin/python -m simulations.benchmarks.deploy_demo $(ARGS)
 
 check: $(STAMP) ## format, lint, types
 	@scripts/check

@@ -235,6 +235,8 @@ def _readme(deployment: Deployment) -> str:
         else "all of it is one client's, of the node's name"
     )
     data = deployment.server_experiment().data
+    count = deployment.clients or len(deployment.nodes)
+    waits_for = f"{count} clients" if count > 1 else "1 client"
     return f"""\
 # A federation of {len(deployment.nodes)} nodes at {deployment.address}
 
@@ -250,8 +252,9 @@ Every machine needs Python 3.11 or newer and an environment with `server/app` in
    {clients}. Every row is trained on.
    Start `supernode.sh` (or install `fedpet-supernode.service`). The device dials out to the
    server: no port of it need be open.
-4. **Run**: `run.sh` on the server. It waits for {deployment.clients or len(deployment.nodes)} client(s) before the first round, shows the
-   log, and exits with 0 only if something was learned. The run's folder is below `server/runs/`.
+4. **Run**: `run.sh` on the server. Before the first round it waits for {waits_for}, then
+   it shows the log, and exits with 0 only if something was learned. The run's folder is below
+   `server/runs/`.
 
 Keep `authority/` on neither machine: its key makes further server certificates. `node.key` is one
 device's alone. Whoever reaches the server's port can submit a run, and a run is code that the nodes

@@ -16,10 +16,11 @@ import socket
 import ssl
 import subprocess
 import sys
+import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -87,10 +88,22 @@ class RealNodes:
         """Start a SuperNode; it may take seconds until it is there."""
         return self._start(name, self.folder / "nodes" / name / "supernode.sh", **environment)
 
-    def run(self, *overrides: str, limit_seconds: float) -> subprocess.CompletedProcess[str]:
-        """Run the app to its end; `overrides` are of the run config, "key=value"."""
-        settings = [part for text in overrides for part in ("--run-config", text)]
-        return self.call(self.folder / "server" / "run.sh", *settings, limit_seconds=limit_seconds)
+    def run(
+        self, *, limit_seconds: float, meanwhile: Callable[[], None] | None = None
+    ) -> subprocess.CompletedProcess[str]:
+        """Run the app to its end.
+
+        Args:
+            limit_seconds: After which it counts as hung: `subprocess.TimeoutExpired`.
+            meanwhile: Called once the run has been submitted.
+        """
+        if meanwhile is not None:
+            thread = threading.Thread(target=meanwhile, daemon=True)
+            thread.start()
+        done = self.call(self.folder / "server" / "run.sh", limit_seconds=limit_seconds)
+        if meanwhile is not None:
+            thread.join(STOP_SECONDS)
+        return done
 
     def call(
         self, *command: str | Path, limit_seconds: float = START_SECONDS
@@ -136,7 +149,7 @@ class RealNodes:
     def kill(self, name: str) -> None:
         """End a process at once, with what it has started, as a power cut does."""
         process = self._processes.pop(name)
-        for pid in [process.pid, *_descendants(process.pid)]:
+        for pid in [process.pid, *descendants(process.pid)]:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
         process.wait()
@@ -144,7 +157,7 @@ class RealNodes:
     def stop(self, name: str) -> None:
         """End a process, at first by asking."""
         process = self._processes.pop(name)
-        started = _descendants(process.pid)
+        started = descendants(process.pid)
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
@@ -181,7 +194,7 @@ def free_ports(count: int) -> list[int]:
     raise RuntimeError(f"no {count} neighbouring ports are free")
 
 
-def _descendants(pid: int) -> dict[int, str]:
+def descendants(pid: int) -> dict[int, str]:
     """A process's children and theirs, each with when it was born."""
     children: dict[int, list[int]] = {}
     for entry in _all_processes():
