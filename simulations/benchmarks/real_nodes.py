@@ -25,7 +25,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Any
 
-START_SECONDS = 180.0  # of a server, on a machine that is busy
+START_SECONDS = 300.0  # of a server, on a machine that is busy
 STOP_SECONDS = 15.0
 
 
