@@ -19,12 +19,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
 from typing import Any
 
+from fedpet.config import StructureConfig
 from fedpet.errors import StructureError
 from fedpet.positions import Position
 
-__all__ = ["KINDS", "PRESETS", "ModuleSpec", "Structure", "preset"]
+__all__ = ["KINDS", "PRESETS", "ModuleSpec", "Structure", "preset", "settled_structure"]
 
 SCHEMA = 1
 
@@ -176,6 +178,27 @@ PRESETS: Mapping[str, tuple[str, Callable[[Position], bool]]] = {
     # A bias where the layer has none: merging leaves it there (T5, Llama). Not in a default.
     "added-bias": ("bitfit", lambda p: _linear()(p) and not p.has_bias and p.role != "key"),
 }
+
+
+def settled_structure(config: StructureConfig, positions: Sequence[Position]) -> Structure:
+    """The structure that an experiment names: by its file, else as a preset.
+
+    Args:
+        config: What is named.
+        positions: Of the backbone, from `find_positions`.
+
+    Raises:
+        StructureError: The file does not read, or the preset does not fit.
+    """
+    if not config.file:
+        return preset(config.preset, positions, rank=config.rank, scale=config.scale)
+    try:
+        text = Path(config.file).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise StructureError(
+            f"the structure's file {config.file!r} does not read: {error}."
+        ) from None
+    return Structure.from_json(text)
 
 
 def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float) -> Structure:

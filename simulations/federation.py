@@ -14,7 +14,6 @@ import os
 import shutil
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -25,7 +24,7 @@ from fedpet.backbone import Backbone, load_backbone, locate
 from fedpet.client import cache_folder
 from fedpet.config import Experiment
 from fedpet.data import Client, FederatedData, load_data, load_evaluation
-from fedpet.errors import ConfigError, RunError, StructureError
+from fedpet.errors import ConfigError, RunError
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.model import PetModel
 from fedpet.node_state import state_folder
@@ -34,7 +33,7 @@ from fedpet.population import Population, Residents
 from fedpet.positions import find_positions
 from fedpet.search import check_structure
 from fedpet.strategies import STRATEGIES, RollCall, TierBook, to_arrays
-from fedpet.structure import Structure, preset
+from fedpet.structure import Structure, settled_structure
 from fedpet.tiers import tiers_of
 
 from .journal import Journal, remove_journal
@@ -237,17 +236,8 @@ def _tiers(book: TierBook) -> list[dict[str, Any]]:
 
 
 def _structure(experiment: Experiment, backbone: Backbone) -> Structure:
-    """The structure that the experiment names, by file or as a preset."""
-    config = experiment.structure
-    if config.file:
-        try:
-            text = Path(config.file).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise StructureError(
-                f"the structure's file {config.file!r} does not read: {error}."
-            ) from None
-        structure = Structure.from_json(text)
-        check_structure(structure, backbone.fingerprint)
-        return structure
+    """The structure that the experiment names, of this backbone."""
     positions = find_positions(backbone.model, backbone.head)
-    return preset(config.preset, positions, rank=config.rank, scale=config.scale)
+    structure = settled_structure(experiment.structure, positions)
+    check_structure(structure, backbone.fingerprint)
+    return structure
