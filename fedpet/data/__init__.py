@@ -6,13 +6,14 @@ In:  a `DataConfig` and a `PopulationConfig`, and the folder of a tokeniser.
 Out: a `FederatedData`: the task, the rows to train and evaluate on, the clients and their rows.
 """
 
-from fedpet.data.load import FederatedData, load_data, load_evaluation
+from fedpet.data.load import Census, FederatedData, load_data, load_evaluation, take_census
 from fedpet.data.partition import Client, partition_with
 from fedpet.data.rows import Rows
 from fedpet.data.task import Task
 from fedpet.data.tokenise import hash_tokenizer
 
 __all__ = [
+    "Census",
     "Client",
     "FederatedData",
     "Rows",
@@ -21,4 +22,5 @@ __all__ = [
     "load_data",
     "load_evaluation",
     "partition_with",
+    "take_census",
 ]

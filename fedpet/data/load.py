@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,17 +90,11 @@ def load_data(
     cache, tokenizer_folder = Path(cache), Path(tokenizer_folder)
     tokenizer_hash = hash_tokenizer(tokenizer_folder)
     source = open_source(data.source, cache)
-    hold_out = not data.eval_split or (isinstance(source, Files) and "" in source.files)
-
     if all_rows:
         assert not evaluation, "rows that are all trained on leave none to evaluate on"
         train_split = held_split = _Split(source, data.train_split, "all", data.max_train_rows)
-    elif hold_out:
-        train_split = _Split(source, data.train_split, "kept", data.max_train_rows)
-        held_split = _Split(source, data.train_split, "held out", data.max_eval_rows)
     else:
-        train_split = _Split(source, data.train_split, "all", data.max_train_rows)
-        held_split = _Split(source, data.eval_split, "all", data.max_eval_rows)
+        train_split, held_split = _splits(source, data)
     source.check(train_split.name)
     if evaluation:
         source.check(held_split.name)
@@ -162,6 +156,49 @@ def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) ->
 
 
 @dataclass(frozen=True)
+class Census:
+    """Who would take part in a run: clients and classes, and no text."""
+
+    task: Task
+    num_rows: Mapping[str, int]  # client -> rows it holds, clients in alphabetical order
+
+
+def take_census(data: DataConfig, population: PopulationConfig, *, cache: Path) -> Census:
+    """Count the clients that `load_data` would find, without a tokeniser.
+
+    Args:
+        data: What to read, as in `load_data`.
+        population: How rows become clients.
+        cache: Root of the cache.
+
+    Raises:
+        DataError: Rows, columns, labels or clients that cannot be used.
+        ConfigError: Settings that contradict each other or the data.
+    """
+    cache = Path(cache)
+    source = open_source(data.source, cache)
+    train, _ = _splits(source, data)
+    source.check(train.name)
+    task = Task(data.task, _label_names(train, data, cache), data.metric)
+
+    def compute() -> Entry:
+        table = train.read()
+        texts = [table.column(name, "data.text-columns", train.where) for name in data.text_columns]
+        labels, _ = train.labels(data.label_column)
+        encoded = encode_labels(labels, task.kind, task.label_names, train.where)
+        numbers = _choose(texts, train.part, data.eval_fraction, train.max_rows)
+        return Entry({"labels": encoded[numbers], "numbers": numbers}, {})
+
+    entry = remembered(cache, "census", _rows_key(train, data, task), compute)
+    if population.partition == "column":
+        parts = _natural_clients(train, entry, population.client_column, cache)
+    else:
+        parts = partition(entry.arrays["labels"], population)
+    kept = keep_large_enough(parts, len(entry.arrays["labels"]), population)
+    return Census(task, {client.id: len(client.rows) for client in kept.clients})
+
+
+@dataclass(frozen=True)
 class _Split:
     """Some rows of a source."""
 
@@ -198,6 +235,19 @@ class _Split:
         return labels, known
 
 
+def _splits(source: Source, data: DataConfig) -> tuple[_Split, _Split]:
+    """The rows to train on, and those to evaluate on."""
+    if not data.eval_split or (isinstance(source, Files) and "" in source.files):
+        return (
+            _Split(source, data.train_split, "kept", data.max_train_rows),
+            _Split(source, data.train_split, "held out", data.max_eval_rows),
+        )
+    return (
+        _Split(source, data.train_split, "all", data.max_train_rows),
+        _Split(source, data.eval_split, "all", data.max_eval_rows),
+    )
+
+
 def _label_names(train: _Split, data: DataConfig, cache: Path) -> tuple[str, ...]:
     """As configured, as the source says, or read off the training split; () for regression."""
     check_label_names(data)
@@ -217,16 +267,9 @@ def _versions() -> list[str]:
     return [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
 
 
-def _rows_entry(
-    split: _Split,
-    data: DataConfig,
-    task: Task,
-    tokenizer_folder: Path,
-    tokens_key: dict[str, Any],
-    cache: Path,
-) -> Entry:
-    key = {
-        **tokens_key,
+def _rows_key(split: _Split, data: DataConfig, task: Task) -> dict[str, Any]:
+    """What decides which rows a split has, and their labels."""
+    return {
         **split.source.identity(split.name),
         "part": split.part,
         "max_rows": split.max_rows,
@@ -235,8 +278,18 @@ def _rows_entry(
         "label_column": data.label_column,
         "label_names": task.label_names,
         "task": task.kind,
-        "max_length": data.max_length,
     }
+
+
+def _rows_entry(
+    split: _Split,
+    data: DataConfig,
+    task: Task,
+    tokenizer_folder: Path,
+    tokens_key: dict[str, Any],
+    cache: Path,
+) -> Entry:
+    key = {**tokens_key, **_rows_key(split, data, task), "max_length": data.max_length}
 
     def compute() -> Entry:
         table, where = split.read(), split.where
