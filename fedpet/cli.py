@@ -6,6 +6,7 @@ Exit codes: 0 done; 1 the run failed or nothing was learned; 2 bad input, one cl
 
 from __future__ import annotations
 
+import json
 import logging
 import os
 import sys
@@ -247,6 +248,61 @@ def report(
     if png:
         write_png(read, Path(png))
         out_console.print(f"Plot: {png}")
+
+
+@app.command(
+    epilog="Example: fedpet estimate --model config.json --clients 1000 --set codec.up=eden-4"
+)
+def estimate(
+    experiment: Annotated[
+        str,
+        typer.Argument(
+            metavar="[EXPERIMENT]",
+            help="A TOML file, or the name of a built-in one.",
+        ),
+    ] = "film-reviews",
+    overrides: Overrides = None,
+    model: Annotated[
+        str,
+        typer.Option(help="Of another backbone: a name, a folder, or a config.json alone."),
+    ] = "",
+    clients: Annotated[
+        int | None, typer.Option(help="How many there are; else they are counted in the data.")
+    ] = None,
+    rows: Annotated[
+        int | None, typer.Option(help="Rows a client holds, with --clients. 32 if not told.")
+    ] = None,
+    link: Annotated[
+        list[str] | None,
+        typer.Option(help="lorawan, nb-iot, lte-m, 4g or wifi; all by default. Repeatable."),
+    ] = None,
+    json_file: Annotated[
+        str, typer.Option("--json", metavar="FILE", help="Write the same numbers to this file.")
+    ] = "",
+) -> None:
+    """Say what a run would cost in bytes, and in time on named links, before any training."""
+    settings = read_experiment(experiment, overrides or [])
+    if model:
+        settings = replace(settings, backbone=replace(settings.backbone, model=model))
+
+    from fedpet.estimate import estimate as reckon
+    from fedpet.estimate import find_links
+    from fedpet.report.estimate import estimate_table
+
+    links = find_links(link or [])
+    result = reckon(settings, num_clients=clients, rows_per_client=rows, links=links)
+    out_console.print(estimate_table(result))
+    if json_file:
+        write_json(Path(json_file), result.to_json())
+        out_console.print(f"Numbers: {json_file}")
+
+
+def write_json(path: Path, content: object) -> None:
+    """Write a JSON file for the user."""
+    try:
+        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    except OSError as error:
+        raise InputError(f"{str(path)!r} cannot be written: {error.strerror or error}.") from None
 
 
 def read_experiment(name: str, overrides: list[str]) -> Experiment:

@@ -31,3 +31,18 @@ def show_seconds(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def show_duration(seconds: float) -> str:
+    """A duration of any size, milliseconds to years, in one unit with three significant digits.
+
+    Example:
+        >>> show_duration(0.0421), show_duration(73.8), show_duration(55_829)
+        ('42.1 ms', '1.23 min', '15.5 h')
+    """
+    value = 1000 * seconds
+    for unit, size in (("ms", 1000.0), ("s", 60.0), ("min", 60.0), ("h", 48.0), ("days", 730.5)):
+        if value < size * 0.9995:
+            return f"{value:.3g} {unit}"
+        value /= 24 if unit == "h" else 365.25 if unit == "days" else size
+    return f"{value:,.3g} years" if value < 999.5 else f"{value:,.0f} years"

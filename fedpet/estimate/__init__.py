@@ -1,0 +1,28 @@
+"""What a run costs in bytes and in time, before any training.
+
+    outline -> layout -> updates -> messages -> cost, and links beside it
+
+In:  an experiment; of its backbone the configuration alone, of its data the clients alone.
+Out: an `Estimate`: values, bytes of every message, the run's total, seconds on named links.
+
+Nothing is loaded and nothing is trained. The backbone is built on torch's meta device, modules are
+placed by the code that places them in a run, and messages are Flower's own, around made-up bytes.
+What a codec's entropy stage makes of real updates is not known beforehand: `updates` draws
+updates as the optimiser would make them of random gradients, and has the codec encode those.
+"""
+
+from fedpet.estimate.cost import Estimate, estimate
+from fedpet.estimate.layout import Layout, lay_out
+from fedpet.estimate.links import LINKS, Link, find_links
+from fedpet.estimate.outline import outline
+
+__all__ = [
+    "LINKS",
+    "Estimate",
+    "Layout",
+    "Link",
+    "estimate",
+    "find_links",
+    "lay_out",
+    "outline",
+]

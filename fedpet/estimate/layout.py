@@ -1,0 +1,132 @@
+"""What would be communicated: how many values of which kind, from an outline.
+
+    outline -> [layout] -> updates -> messages -> cost
+
+In:  a backbone's outline and an experiment.
+Out: a `Layout`: values by kind, the groups a codec scales apart, and what LoRA would send.
+
+The structure's modules are the run's own, built on the meta device. The mask's entries are not
+known without weights, but their number is, and nothing else of them counts here.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from fedpet.backbone import Backbone
+from fedpet.config import Experiment, MaskConfig
+from fedpet.errors import ConfigError
+from fedpet.mask import num_chosen
+from fedpet.model import Segment
+from fedpet.modules.build import build_structure
+from fedpet.positions import Position, find_positions, mask_scope
+from fedpet.structure import Structure, settled_structure
+
+__all__ = ["LORA_RANK", "Layout", "lay_out"]
+
+LORA_RANK = 8
+# Where peft puts LoRA by default: query and value, or the one product that makes both.
+_LORA_ROLES = ("query", "value", "query-key-value", "cross-query", "cross-value")
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Counts of one experiment on one architecture.
+
+    Attributes:
+        segments: The communicated values, one segment a kind and stretch: as in a run, but for
+            the mask's, which are one.
+        structure: Which module acts where.
+        scope: Entries of each weight the mask chooses from, in the order of the names.
+        pretrained_parameters: Of the backbone, its head not counted.
+        head_parameters: Of the head, all communicated.
+        lora_values: Both factors of LoRA with rank 8 on query and value, the head not counted.
+    """
+
+    segments: tuple[Segment, ...]
+    structure: Structure
+    scope: tuple[int, ...]
+    pretrained_parameters: int
+    head_parameters: int
+    lora_values: int
+
+    @property
+    def num_values(self) -> int:
+        """How many values are communicated."""
+        return sum(segment.size for segment in self.segments)
+
+    @property
+    def values_by_kind(self) -> dict[str, int]:
+        """Communicated values by kind, in the order of the layout."""
+        counts: dict[str, int] = {}
+        for segment in self.segments:
+            counts[segment.kind] = counts.get(segment.kind, 0) + segment.size
+        return counts
+
+
+def lay_out(backbone: Backbone, experiment: Experiment) -> Layout:
+    """Count what a run of this experiment would communicate.
+
+    Args:
+        backbone: From `outline`, or a loaded one. Left as it is.
+        experiment: Its mask, structure and seed count.
+
+    Raises:
+        ConfigError: The mask's density leaves nothing to train, or nothing is trained at all.
+        StructureError: The structure does not fit this backbone.
+    """
+    model = backbone.model
+    positions = find_positions(model, backbone.head)
+    structure = settled_structure(experiment.structure, positions)
+    weights = mask_scope(model, backbone.head)
+    scope = tuple(weights[name].numel() for name in sorted(weights))
+    parts: list[tuple[str, str, int]] = []
+    if experiment.mask.enabled:
+        parts.append(("mask", "", _num_masked(scope, experiment.mask)))
+    for module in build_structure(model, positions, structure, experiment.run.seed):
+        parts.append((module.kind, module.target, module.num_values))
+    head = set(backbone.head)
+    pretrained = 0
+    for name, parameter in model.named_parameters():
+        if name not in head:
+            pretrained += parameter.numel()
+    for name in backbone.head:
+        parts.append(("head", name, model.get_parameter(name).numel()))
+    segments, start = [], 0
+    for kind, name, size in parts:
+        if size:
+            segments.append(Segment(kind, name, start, size))
+            start += size
+    if not segments:
+        raise ConfigError(
+            "nothing is trained: the backbone has no head, mask.enabled is false and the "
+            "structure is empty. Enable one of them."
+        )
+    return Layout(
+        segments=tuple(segments),
+        structure=structure,
+        scope=scope,
+        pretrained_parameters=pretrained,
+        head_parameters=sum(size for kind, _, size in parts if kind == "head"),
+        lora_values=sum(_lora_values(position) for position in positions),
+    )
+
+
+def _num_masked(scope: tuple[int, ...], config: MaskConfig) -> int:
+    """How many entries `fedpet.mask.build_mask` chooses, whatever the weights."""
+    if config.granularity == "per-tensor":
+        chosen = sum(num_chosen(config.density, size) for size in scope)
+    else:
+        chosen = num_chosen(config.density, sum(scope))
+    if not chosen:
+        raise ConfigError(
+            f"mask.density {config.density!r} leaves nothing to train: it is a fraction of the "
+            f"{sum(scope):,} entries in scope, rounded down."
+        )
+    return chosen
+
+
+def _lora_values(position: Position) -> int:
+    if position.kind not in ("linear", "conv1d") or position.role not in _LORA_ROLES:
+        return 0
+    return LORA_RANK * (position.in_features + position.out_features)

@@ -1,0 +1,98 @@
+"""What a payload weighs as a message: frame, request and Flower's own framing around it.
+
+    outline -> layout -> updates -> [messages] -> cost
+
+In:  lengths of payloads, and the run's plan, its hashes made up.
+Out: bytes, as the ledger counts them.
+
+Messages are Flower's, serialised around random bytes. Flower cuts an array into chunks of a few
+MiB, each with a header of its own; long ones are reckoned from the headers of short ones.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+
+import numpy as np
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
+
+from fedpet.codec import encode_positions
+from fedpet.codec.frame import HEADER_BYTES
+from fedpet.config import Experiment
+from fedpet.data import Task
+from fedpet.estimate.layout import Layout
+from fedpet.messages import Request, solo_bytes, write_request
+from fedpet.plan import Plan
+
+__all__ = ["message_bytes", "plan_bytes", "reply_bytes", "request_bytes"]
+
+_SAMPLE = 1 << 22  # entries of a tensor whose positions are coded; of a larger one as many
+
+
+def reply_bytes(payload: int) -> int:
+    """One client's reply, from the length of its payload."""
+    return message_bytes(HEADER_BYTES + payload, reply=True)
+
+
+def request_bytes(payload: int, plan: int = 0) -> int:
+    """The request for one client, from the length of the values' payload and of a plan in it."""
+    empty = len(write_request(Request((1,), b"")))
+    return message_bytes(empty + plan + HEADER_BYTES + payload, reply=False)
+
+
+def message_bytes(count: int, *, reply: bool) -> int:
+    """What a message with one array of `count` bytes weighs to or from one device alone."""
+    if count <= 2 * CHUNK_BYTES:
+        return solo_bytes(_noise(count), reply=reply)
+    one, two = (solo_bytes(_noise(n * CHUNK_BYTES), reply=reply) for n in (1, 2))
+    framing = two - 2 * CHUNK_BYTES
+    each = framing - (one - CHUNK_BYTES)
+    return count + framing + each * (-(-count // CHUNK_BYTES) - 2)
+
+
+def plan_bytes(experiment: Experiment, layout: Layout, task: Task) -> int:
+    """Length of the plan. Its hashes are made up: they compress like others, to a byte or two."""
+    mask = experiment.mask if experiment.mask.enabled else None
+    explicit = mask is not None and mask.broadcast == "explicit"
+    plan = Plan(
+        fingerprint=_hash("fingerprint"),
+        head_seed=experiment.backbone.head_seed,
+        task=task,
+        max_length=experiment.data.max_length,
+        tokenizer_hash=_hash("tokenizer"),
+        mask=mask,
+        mask_sha256=_hash("mask") if mask is not None else "",
+        mask_positions=b"",
+        structure=layout.structure,
+        num_values=layout.num_values,
+        layout=_hash("layout"),
+        codec=experiment.codec,
+        training=experiment.training,
+        num_rounds=experiment.strategy.num_rounds,
+        seed=experiment.run.seed,
+    )
+    positions = _positions_bytes(layout.scope, experiment.mask.density) if explicit else 0
+    return len(plan.to_bytes()) + positions
+
+
+def _positions_bytes(scope: tuple[int, ...], density: float) -> int:
+    """What coded positions take where every tensor has the mask's density.
+
+    That is the dearest mask of a density: where tensors differ, their entropies add up to less.
+    """
+    random = np.random.default_rng(0)
+    total = 0.0
+    for size, times in Counter(scope).items():
+        sample = min(size, _SAMPLE)
+        chosen = np.flatnonzero(random.random(sample, dtype=np.float32) < density)
+        total += times * len(encode_positions([chosen], [sample])) * size / sample
+    return round(total)
+
+
+def _noise(count: int) -> bytes:
+    return np.random.default_rng(0).bytes(count)
+
+
+def _hash(of: str) -> str:
+    return hashlib.sha256(of.encode()).hexdigest()
