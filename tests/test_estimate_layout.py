@@ -83,10 +83,9 @@ def test_every_preset_has_as_many_values_in_an_outline_as_in_a_model(
         drawn = outline(experiment.backbone, num_outputs=2)
         try:
             expected = values_of_a_run(architectures.backbone(name), experiment)
-        except StructureError as error:
+        except StructureError:  # this architecture has no place for it
             with pytest.raises(StructureError, match="finds nothing to act on"):
                 lay_out(drawn, experiment)
-            assert "finds nothing to act on" in str(error)
             continue
         assert lay_out(drawn, experiment).values_by_kind == expected, preset
         compared += 1
@@ -224,7 +223,7 @@ def test_a_checkpoint_that_does_not_read_is_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("source", ["./absent", "absent.json", "/absent/config.json"])
 def test_an_absent_configuration_is_refused(source: str) -> None:
-    with pytest.raises(BackboneError, match="there is no .*absent"):
+    with pytest.raises(BackboneError, match=r"there is no .*absent"):
         outline(BackboneConfig(model=source), num_outputs=2)
 
 

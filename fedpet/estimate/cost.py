@@ -23,6 +23,8 @@ import numpy as np
 from fedpet.client import cache_folder
 from fedpet.codec import check_codec
 from fedpet.codec.frame import HEADER_BYTES
+from fedpet.codec.integers import GRIDS
+from fedpet.codec.names import parse_codec
 from fedpet.config import Experiment
 from fedpet.data import Census, Task, take_census
 from fedpet.data.task import check_label_names
@@ -43,6 +45,7 @@ ROWS_PER_CLIENT = 32  # where neither the data nor the user say
 # How far a payload may be from a run's, as a fraction. Measured on real runs, see the tests.
 _TOLERANCE = 0.01
 _TOLERANCE_OF_ROWS = 0.03  # where clients are assumed to hold the same number of rows
+_TOLERANCE_OF_TAILS = 0.05  # top-k, and scales of blocks under SGD: the largest values decide
 _TOLERANCE_OF_ONE_STEP = 0.2  # of the updates of clients that take a single step
 
 
@@ -315,7 +318,12 @@ def _tolerance(experiment: Experiment, draws: Draws) -> float:
     steps = [local_steps(rows, experiment.training) for each in draws.rows for rows in each]
     single = sum(count == 1 for count in steps) / len(steps)
     least = _TOLERANCE if draws.known else _TOLERANCE_OF_ROWS
-    return max(least, _TOLERANCE_OF_ONE_STEP * single)
+    codecs = [parse_codec(name) for name in (experiment.codec.up, experiment.codec.down)]
+    by_tails = any(
+        codec.top_ppm or (codec.base in GRIDS and experiment.training.optimizer == "sgd")
+        for codec in codecs
+    )
+    return max(least, _TOLERANCE_OF_TAILS * by_tails, _TOLERANCE_OF_ONE_STEP * single)
 
 
 def _explain(experiment: Experiment, draws: Draws, tolerance: float, notes: list[str]) -> None:
@@ -332,7 +340,8 @@ def _explain(experiment: Experiment, draws: Draws, tolerance: float, notes: list
     if tolerance:
         notes.append(
             "Lengths behind an entropy stage are those of made-up updates: this optimiser, these "
-            f"learning rates and steps, random gradients. Within about {tolerance:.0%} of a run's."
+            f"learning rates and steps, random gradients. In total within about {tolerance:.0%} "
+            "of a run's."
         )
     if experiment.mask.enabled and experiment.mask.broadcast == "explicit":
         notes.append(

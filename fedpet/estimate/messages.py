@@ -22,6 +22,7 @@ from fedpet.codec.frame import HEADER_BYTES
 from fedpet.config import Experiment
 from fedpet.data import Task
 from fedpet.estimate.layout import Layout
+from fedpet.mask import num_chosen
 from fedpet.messages import Request, solo_bytes, write_request
 from fedpet.plan import Plan
 
@@ -85,7 +86,8 @@ def _positions_bytes(scope: tuple[int, ...], density: float) -> int:
     total = 0.0
     for size, times in Counter(scope).items():
         sample = min(size, _SAMPLE)
-        chosen = np.flatnonzero(random.random(sample, dtype=np.float32) < density)
+        count = num_chosen(density, sample)
+        chosen = np.sort(random.choice(sample, count, replace=False, shuffle=False))
         total += times * len(encode_positions([chosen], [sample])) * size / sample
     return round(total)
 

@@ -11,14 +11,15 @@ arithmetic says how many. With one, the length hangs on the values' distribution
 spread of their exponents and on trailing zeros, quantised symbols on the tail. Neither a Gaussian
 nor a Laplace vector has those of a trained one. A client's first step of AdamW moves every value
 by the learning rate, nearly to the bit, which compresses to 60 % of what ten steps give; and a
-change added to a value a hundred times its size keeps seven bits less. So the whole federation is
-played through: the optimiser's arithmetic in float32, the schedule, the clients' steps and the
-average, with random gradients in the place of a model's.
+change added to a value a hundred times its size keeps seven bits less. So the whole federation
+is played through: the optimiser's arithmetic in float32, the schedule, the clients' steps, what
+the codecs lose, and the average, with random gradients in the place of a model's.
 
-Of a gradient three things count here, and are taken from a measured run of the default job
+Of a gradient three things count here, and are taken from measured runs of the default job
 (MiniLM, film reviews, 20 rounds): its size against AdamW's epsilon, which decides only what a
 single step looks like; how little its direction is shared by steps and clients (updates of one
-round correlate by 0.1, of two rounds by 0.02); how sizes differ from step to step.
+round correlate by 0.1, of two rounds by 0.02); how sizes differ from entry to entry, which SGD
+passes on to the update, and from step to step.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec import encode_values, max_payload_bytes
+from fedpet.codec import decode_values, encode_values, max_payload_bytes
 from fedpet.codec.names import parse_codec
 from fedpet.config import CodecConfig, TrainingConfig
 
@@ -48,7 +49,12 @@ LEAST_VALUES = 4096  # of a kind, where it has as many: a window of a rotation
 # Standard deviation of a gradient's entries, by kind.
 _GRADIENTS = {"lnfit": 1e-3, "ln-bias": 1e-3, "bitfit": 1e-3, "hiwi-bias": 1e-3, "head": 7e-3}
 _OTHER_GRADIENTS = 2e-4
-_SPREAD = 0.4  # decades, of that deviation over the entries of a kind
+# How that deviation differs, in decades: from entry to entry, most where entries are of many rows
+# or of one tensor's outputs, and from stretch to stretch of a kind.
+_SPREADS = {"mask": 0.35, "lnfit": 0.35, "ln-bias": 0.35, "bitfit": 0.35, "hiwi-bias": 0.35}
+_OTHER_SPREADS = 0.1
+_STRETCH = 256  # entries
+_STRETCH_SPREAD = 0.3
 _STEP_SPREAD = 0.15  # decades, of a whole gradient's size from step to step
 _SIGNAL = 0.15  # what steps and clients of a round share, against what they do not
 _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch's AdamW, as fedpet.training asks for it
@@ -105,14 +111,15 @@ def payloads(
     if is_fixed(codec.up) and is_fixed(codec.down):
         return Payloads(up, down)
     played = _played_rounds(num_rounds)
-    federation = _Federation(kinds, training, num_rounds, seed)
+    federation = _Federation(kinds, training, codec, num_rounds, seed)
     sent, received = [], []
     for index, server_round in enumerate(played):
-        received.append(federation.encoded_bytes(federation.values, codec.down))
-        updates = federation.train(server_round, rows[server_round - 1])
-        sent.append(np.mean([federation.encoded_bytes(u, codec.up) for u in updates]))
         following = played[index + 1] if index + 1 < len(played) else server_round + 1
-        federation.average(updates, len(rows[server_round - 1]), following - server_round)
+        of_each, of_all = federation.play(
+            server_round, rows[server_round - 1], following - server_round
+        )
+        sent.append(of_each)
+        received.append(of_all)
     every = np.arange(1, num_rounds + 1)
     if not is_fixed(codec.up):
         up = np.interp(every, played, sent)
@@ -127,8 +134,14 @@ class _Federation:
     """A few thousand values, moved as a run's are."""
 
     def __init__(
-        self, kinds: Sequence[tuple[str, int]], training: TrainingConfig, num_rounds: int, seed: int
+        self,
+        kinds: Sequence[tuple[str, int]],
+        training: TrainingConfig,
+        codec: CodecConfig,
+        num_rounds: int,
+        seed: int,
     ) -> None:
+        self._codec = codec
         self._training = training
         self._num_rounds = num_rounds
         self._random = np.random.default_rng(seed)
@@ -142,35 +155,43 @@ class _Federation:
                 for (kind, _), size in zip(kinds, sizes, strict=True)
             ]
         )
-        deviations = np.concatenate(
-            [
-                np.full(size, _GRADIENTS.get(kind, _OTHER_GRADIENTS))
-                for (kind, _), size in zip(kinds, sizes, strict=True)
-            ]
+        self._deviations = np.concatenate(
+            [self._spread(kind, size) for (kind, _), size in zip(kinds, sizes, strict=True)]
         )
-        spread = self._random.standard_normal(count)
-        self._deviations = (deviations * 10 ** (_SPREAD * spread)).astype(np.float32)
-        self.values = np.zeros(count, dtype=np.float32)  # (n',), the server's
+        self._values = np.zeros(count, dtype=np.float32)  # (n',), the server's
 
-    def encoded_bytes(self, values: Floats, codec: str) -> float:
-        """Length of a payload, as of all values."""
-        return self._scale * len(encode_values(values, codec, self._groups, seed=1))
+    def play(self, server_round: int, rows: Sequence[int], num_rounds: int) -> tuple[float, float]:
+        """One round, of some of its clients, the others being like them.
 
-    def train(self, server_round: int, rows: Sequence[int]) -> list[Floats]:
-        """Updates of some of a round's clients, the others being like them."""
-        training = self._training
-        decay = 1.0
-        if training.schedule == "linear":
-            decay = 1.0 - (server_round - 1) / self._num_rounds
-        rates = self._rates * np.float32(decay)
+        Args:
+            server_round: From 1.
+            rows: That each of the round's clients holds.
+            num_rounds: How many rounds it stands for.
+
+        Returns:
+            Length of a payload up, on average, and down; as of all values.
+        """
+        down, start = self._sent(self._values, self._codec.down, server_round)
+        rates = self._rates
+        if self._training.schedule == "linear":
+            rates = rates * np.float32(1.0 - (server_round - 1) / self._num_rounds)
         signal = np.float32(_SIGNAL) * self._normal()
-        updates = []
-        for num_rows in _representatives(rows, server_round):
-            steps = min(local_steps(num_rows, training), MAX_STEPS)
-            updates.append(self._client(rates, signal, steps))
-        return updates
+        lengths, updates = [], []
+        for client, num_rows in enumerate(_representatives(rows, server_round)):
+            steps = min(local_steps(num_rows, self._training), MAX_STEPS)
+            update = self._client(start, rates, signal, steps)
+            length, received = self._sent(update, self._codec.up, 1000 * server_round + client)
+            lengths.append(length)
+            updates.append(received)
+        self._average(updates, len(rows), num_rounds)
+        return float(np.mean(lengths)), down
 
-    def average(self, updates: list[Floats], num_clients: int, num_rounds: int) -> None:
+    def _sent(self, values: Floats, codec: str, seed: int) -> tuple[float, Floats]:
+        """Length of a payload, as of all values, and what is decoded from it."""
+        payload = encode_values(values, codec, self._groups, seed=seed)
+        return self._scale * len(payload), decode_values(payload, codec, self._groups, seed=seed)
+
+    def _average(self, updates: list[Floats], num_clients: int, num_rounds: int) -> None:
         """Move the server's values by the mean, as `num_rounds` rounds of `num_clients` would."""
         mean = np.mean(updates, axis=0, dtype=np.float64)
         played = len(updates)
@@ -182,12 +203,11 @@ class _Federation:
             wanted = shared + (single - shared) / num_clients
             mean *= math.sqrt(wanted / squared) if squared else 1.0
         mean *= math.sqrt(num_rounds)  # rounds hardly correlate: their moves add up as a walk
-        self.values = (self.values + mean).astype(np.float32)
+        self._values = (self._values + mean).astype(np.float32)
 
-    def _client(self, rates: Floats, signal: Floats, steps: int) -> Floats:
-        """One client's update: `steps` of the optimiser from the server's values. float32 (n',)."""
+    def _client(self, start: Floats, rates: Floats, signal: Floats, steps: int) -> Floats:
+        """One client's update: `steps` of the optimiser from `start`. float32 (n',)."""
         training = self._training
-        start = self.values
         values = start.copy()
         first = np.zeros_like(values)
         second = np.zeros_like(values)
@@ -209,8 +229,16 @@ class _Federation:
             values -= rates / np.float32(1 - _BETAS[0] ** step) * first / root
         return values - start
 
+    def _spread(self, kind: str, size: int) -> Floats:
+        """Standard deviations of one kind's gradient, float32 (size,)."""
+        entry = _SPREADS.get(kind, _OTHER_SPREADS) * self._random.standard_normal(size)
+        stretches = self._random.standard_normal(-(-size // _STRETCH))
+        stretch = _STRETCH_SPREAD * np.repeat(stretches, _STRETCH)[:size]
+        deviation = _GRADIENTS.get(kind, _OTHER_GRADIENTS) * 10 ** (entry + stretch)
+        return deviation.astype(np.float32)
+
     def _normal(self) -> Floats:
-        return self._random.standard_normal(len(self.values), dtype=np.float32)
+        return self._random.standard_normal(len(self._values), dtype=np.float32)
 
 
 def _representatives(rows: Sequence[int], server_round: int) -> list[int]:
