@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,8 +18,12 @@ from fedpet.errors import FrameError
 from fedpet.plan import groups_by_kind
 from fedpet.seeds import derive_seed
 from fedpet.simulations.federation import prepare
-from simulations.benchmarks import attacks
-from simulations.benchmarks.attacks import ATTACKS, Liars, cells, run_missing, summary
+
+# As in test_benchmarks.py: benchmarks are in no wheel.
+sys.path.append(str(Path(__file__).resolve().parents[1]))
+
+from simulations.benchmarks import attacks  # noqa: E402
+from simulations.benchmarks.attacks import ATTACKS, Liars, cells, run_missing, summary  # noqa: E402
 
 
 @pytest.fixture(scope="module")

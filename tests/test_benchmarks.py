@@ -301,6 +301,12 @@ def test_only_due_rounds_are_evaluated(experiment: Any) -> None:
     assert [entry["round"] for entry in result["quality"]["by_round"]] == [0, 3]
 
 
+def test_a_baseline_under_another_strategy_than_fedavg_is_refused() -> None:
+    settings = Experiment.from_tables({"strategy": {"name": "krum"}})
+    with pytest.raises(ConfigError, match=r"Flower's FedAvg, and strategy\.name is 'krum'"):
+        baselines.prepare_baseline("head", settings, Silent())
+
+
 def test_a_client_that_fails_is_refused_by_name_and_the_round_goes_on(
     experiment: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:

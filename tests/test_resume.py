@@ -247,13 +247,14 @@ def test_a_journal_that_cannot_be_written_leaves_the_one_before(
 def test_resume_beside_other_settings_is_refused_in_one_sentence(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "fedpet.cli", "simulate", "--resume", str(tmp_path)]
     for more, word in ((["--set", "run.seed=1"], "--set"), ([], "config.toml is absent")):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=100)
+        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=600)
         assert done.returncode == 2, done.stderr
         assert word in done.stderr
         assert "Traceback" not in done.stderr
 
 
 @pytest.mark.simulation
+@pytest.mark.timeout(2400)
 def test_an_interrupted_run_exits_130_says_how_to_resume_and_does(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -262,7 +263,7 @@ def test_an_interrupted_run_exits_130_says_how_to_resume_and_does(
     whole = tiny.make_experiment(*files, tmp_path / "whole", strategy_num_rounds=6)
     (tmp_path / "job.toml").write_text(tomli_w.dumps(whole.to_tables()), encoding="utf-8")
     command = [sys.executable, "-m", "fedpet.cli", "simulate"]
-    subprocess.run([*command, str(tmp_path / "job.toml")], check=True, timeout=100)
+    subprocess.run([*command, str(tmp_path / "job.toml")], check=True, timeout=600)
     cut = tmp_path / "cut"
     process = subprocess.Popen(
         [*command, str(tmp_path / "job.toml"), "--out", str(cut)],
@@ -273,11 +274,11 @@ def test_an_interrupted_run_exits_130_says_how_to_resume_and_does(
     while process.poll() is None and not _rounds(cut):
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=60)
+    _, said = process.communicate(timeout=300)
     assert process.returncode == 130
     assert f"fedpet simulate --resume {cut}" in said
     assert "Traceback" not in said
-    subprocess.run([*command, "--resume", str(cut)], check=True, timeout=100)
+    subprocess.run([*command, "--resume", str(cut)], check=True, timeout=600)
     results = [
         json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "whole", cut)
     ]

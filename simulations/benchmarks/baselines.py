@@ -424,6 +424,11 @@ def prepare_baseline(method: str, experiment: Experiment, listener: Listener) ->
         InputError: The method, the experiment, the checkpoint or the data cannot be used.
     """
     started = time.perf_counter()
+    if experiment.strategy.name != "fedavg":
+        raise ConfigError(
+            f"a baseline is averaged by Flower's FedAvg, and strategy.name is "
+            f"{experiment.strategy.name!r}: leave it at 'fedavg'."
+        )
     listener.say("reading and tokenising the rows")
     data = load_data(
         experiment.data,
