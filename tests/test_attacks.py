@@ -22,8 +22,8 @@ from fedpet.simulations.federation import prepare
 # As in test_benchmarks.py: benchmarks are in no wheel.
 sys.path.append(str(Path(__file__).resolve().parents[1]))
 
-from simulations.benchmarks import attacks  # noqa: E402
-from simulations.benchmarks.attacks import ATTACKS, Liars, cells, run_missing, summary  # noqa: E402
+from simulations.benchmarks import attacks
+from simulations.benchmarks.attacks import ATTACKS, Liars, cells, run_missing, summary
 
 
 @pytest.fixture(scope="module")
