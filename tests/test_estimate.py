@@ -91,7 +91,12 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
     experiment: Any, up: str, down: str
 ) -> None:
     settings = experiment(
-        codec_up=up, codec_down=down, mask_density=0.5, strategy_num_rounds=4, structure_rank=8
+        codec_up=up,
+        codec_down=down,
+        codec_downlink="values",
+        mask_density=0.5,
+        strategy_num_rounds=4,
+        structure_rank=8,
     )
     told, counted = estimate(settings), run(settings)
     books = counted["communication"]
@@ -108,6 +113,17 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
     assert told.model["mask_values"] == counted["model"]["mask_values"]
     assert told.model["structure_values"] == counted["model"]["structure_values"]
     assert told.run["clients"] == counted["data"]["clients"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "word"),
+    [({"codec_down": "int8"}, "downlink"), ({"codec_head_up": "int8"}, "head-up")],
+)
+def test_what_cannot_be_foreseen_is_refused(
+    experiment: Any, settings: dict[str, str], word: str
+) -> None:
+    with pytest.raises(ConfigError, match=word):
+        estimate(experiment(**settings))
 
 
 def test_without_an_entropy_stage_an_estimate_is_exact(experiment: Any) -> None:

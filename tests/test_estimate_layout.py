@@ -182,7 +182,7 @@ def test_lora_beside_it_is_what_peft_trains(tmp_path: Path) -> None:
     """peft's own defaults for an architecture, rank 8, both factors."""
     from peft import LoraConfig, TaskType, get_peft_model
 
-    for name in ("bert", "roberta", "distilbert", "t5", "gpt2", "llama"):
+    for name in ("bert", "roberta", "t5", "gpt2", "llama"):
         model = architectures.backbone(name).model
         config = LoraConfig(task_type=TaskType.SEQ_CLS, r=8)
         with warnings.catch_warnings():  # of names in transformers, and of how Conv1D lies

@@ -25,7 +25,7 @@ from fedpet.codec import check_codec
 from fedpet.codec.frame import HEADER_BYTES
 from fedpet.codec.integers import GRIDS
 from fedpet.codec.names import parse_codec
-from fedpet.config import Experiment
+from fedpet.config import CodecConfig, Experiment
 from fedpet.data import Census, Task, take_census
 from fedpet.data.task import check_label_names
 from fedpet.errors import ConfigError, DataError
@@ -117,6 +117,7 @@ def estimate(
     check_codec(experiment.codec.up)
     check_codec(experiment.codec.down)
     check_label_names(experiment.data)
+    _check_downlink(experiment.codec)
     notes: list[str] = []
     census = _census(experiment, num_clients, rows_per_client, notes)
     task = census.task if census else _assumed_task(experiment, notes)
@@ -196,6 +197,21 @@ def estimate(
         tolerance=tolerance,
         notes=notes,
     )
+
+
+def _check_downlink(codec: CodecConfig) -> None:
+    """Refuse what cannot be foreseen yet: changes of a reference, the head's own codec."""
+    if not codec.down.startswith("float32") and codec.downlink != "values":
+        raise ConfigError(
+            f"an estimate foresees a lossy codec.down, here {codec.down!r}, where each round codes "
+            'the values anew: set codec.downlink = "values". What changes of a reference cost '
+            "depends on who comes again."
+        )
+    if codec.head_up or codec.head_down:
+        raise ConfigError(
+            "an estimate foresees one codec for all values: leave codec.head-up and "
+            "codec.head-down empty."
+        )
 
 
 def _census(
