@@ -34,7 +34,7 @@ from fedpet.search import (
     search_structure,
     settle,
 )
-from fedpet.structure import Structure
+from fedpet.structure import PRESETS, Structure
 
 from .run_folder import versions
 
@@ -131,6 +131,9 @@ def find_structure(
     Args:
         indices: Of the training rows; None takes all.
         origin: What else the structure says about where it came from.
+
+    Raises:
+        ConfigError: There is no such method.
     """
     model, head, origin = backbone.model, backbone.head, dict(origin or {})
     if config.method == "s3pet":
@@ -152,6 +155,11 @@ def find_structure(
             space, budget, seed=config.seed, fingerprint=backbone.fingerprint
         )
     else:
+        if not set(map(str.strip, config.method.split("+"))) <= set(PRESETS):
+            raise ConfigError(
+                f"search.method must be s3pet, random, or presets joined by '+' (of "
+                f"{', '.join(PRESETS)}), got {config.method!r}."
+            )
         structure = manual_structure(
             model,
             config.method,

@@ -378,7 +378,8 @@ def test_a_search_is_refused_where_its_file_stands_or_its_settings_mean_nothing(
 ) -> None:
     out = tmp_path / "s.json"
     assert "is there already: name another with --out" in refused(*arguments(experiment, found))
-    assert "lnfit" in refused(*arguments(experiment, out, "search.method=magic"))
+    said = refused(*arguments(experiment, out, "search.method=magic"))
+    assert "search.method must be s3pet, random, or presets" in said
     assert "mergeable, s3pet-mix" in refused(*arguments(experiment, out, "search.space=all"))
     assert "unknown key in [search]" in refused(*arguments(experiment, out, "search.buget=1"))
     state = central_search.state_file(out)
