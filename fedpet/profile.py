@@ -14,6 +14,7 @@ Out: a `Profile`, and where the node's rows, checkpoint and cache are.
     text-columns, label-column     of this file, where the experiment's are others
     backbone        the checkpoint's folder here, where it is not as the experiment names it
     cache           folder for tokenised rows and plans
+    max-density     the largest tier of the mask that the device trains, see fedpet/tiers.py
     threads         torch threads; results are the same to the bit at the same number only
 
 A simulated node has none of these keys: its rows are the experiment's.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import ipaddress
+import os
 import re
 import socket
 import ssl
@@ -187,10 +188,24 @@ def test_a_device_is_asked_for_neither_ray_nor_plots(folder: Path) -> None:
     assert not {"flwr[simulation]", "ray", "matplotlib", "pytest", "peft"} & wanted
 
 
-def test_flower_finds_the_server_by_the_name_the_scripts_use(folder: Path) -> None:
-    config = tomllib.loads((folder / "server" / "flwr" / "config.toml").read_text())
-    assert config["superlink"]["fedpet"]["address"] == "fed.example.org:8000"
-    assert "insecure" not in config["superlink"]["fedpet"]
+def test_flower_finds_the_server_wherever_the_folder_lies(folder: Path, tmp_path: Path) -> None:
+    for name in ("register.sh", "run.sh"):
+        place = tmp_path / name / "with a blank"
+        place.mkdir(parents=True)
+        script = (folder / "server" / name).read_text(encoding="utf-8")
+        head, _, _ = script.partition("\nCONFIG\n")
+        (place / name).write_text(head + "\nCONFIG\n", encoding="utf-8")
+        subprocess.run(["bash", str(place / name)], check=True, env=os.environ, cwd="/")
+        written = tomllib.loads((place / "flwr" / "config.toml").read_text(encoding="utf-8"))
+        assert written["superlink"][written["superlink"]["default"]] == {
+            "address": "127.0.0.1:8000",
+            "root-certificates": str(place / "ca.crt"),
+        }
+
+
+def test_a_server_bound_to_one_address_is_reached_there_on_its_own_machine_too() -> None:
+    assert make(bind="10.0.0.7").own_address == "fed.example.org:8000"
+    assert make(host="::1", bind="::1").own_address == "[::1]:8000"
 
 
 # -- what is refused ------------------------------------------------------------------------------

@@ -28,6 +28,7 @@ from fedpet.errors import ConfigError
 
 LOCAL = ("localhost", "127.0.0.1")  # the server's own processes reach it here
 NODE_PORT = 8100
+_EVERYWHERE = ("0.0.0.0", "127.0.0.1", "localhost")
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:-]{0,252}")
 
@@ -111,7 +112,12 @@ class Deployment:
     @property
     def address(self) -> str:
         """The server's, "host:port"."""
-        return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
+        return _address(self.host, self.port)
+
+    @property
+    def own_address(self) -> str:
+        """Where the server's machine reaches it: not by a name that may be another's there."""
+        return _address("127.0.0.1" if self.bind in _EVERYWHERE else self.host, self.port)
 
     def server_experiment(self) -> Experiment:
         """The experiment as the server runs it: the clients are the nodes'."""
@@ -177,16 +183,13 @@ def write_deployment(deployment: Deployment, folder: Path) -> None:
 
 
 def _write_server(deployment: Deployment, folder: Path) -> None:
-    connection = {"address": deployment.address, "root-certificates": "ca.crt"}
-    flower = {"superlink": {"default": scripts.CONNECTION, scripts.CONNECTION: connection}}
-    _write(folder / "flwr" / "config.toml", tomli_w.dumps(flower).encode())
     _write(
         folder / "superlink.sh",
         scripts.superlink(deployment.bind, deployment.port).encode(),
         mode=0o755,
     )
-    _write(folder / "register.sh", scripts.register().encode(), mode=0o755)
-    _write(folder / "run.sh", scripts.run().encode(), mode=0o755)
+    _write(folder / "register.sh", scripts.register(deployment.own_address).encode(), mode=0o755)
+    _write(folder / "run.sh", scripts.run(deployment.own_address).encode(), mode=0o755)
     name = "fedpet-superlink.service"
     unit = services.unit(
         file=name,
@@ -220,6 +223,10 @@ def _write(path: Path, content: bytes, mode: int = 0o644) -> None:
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(content)
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
 def _whole(name: str) -> str:

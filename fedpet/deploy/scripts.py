@@ -24,6 +24,18 @@ export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 TOKENIZERS_PARALLELISM=false
 """
 
+# Flower wants the certificate's path in full, and this folder may have been moved.
+_CONNECT = """
+mkdir -p flwr
+cat >flwr/config.toml <<CONFIG
+[superlink]
+default = "{name}"
+[superlink.{name}]
+address = "{address}"
+root-certificates = "$PWD/ca.crt"
+CONFIG
+"""
+
 
 def superlink(bind: str, port: int) -> str:
     """Starts the server; returns when it is stopped."""
@@ -39,10 +51,17 @@ exec flower-superlink \\
     )
 
 
-def register() -> str:
-    """Registers the nodes' public keys with a running server."""
-    return _START.format(title="Once, with the server running: let the nodes in.") + (
-        f"""
+def register(address: str) -> str:
+    """Registers the nodes' public keys with a running server.
+
+    Args:
+        address: Where this machine reaches it, "host:port".
+    """
+    start = _START.format(title="Once, with the server running: let the nodes in.")
+    return (
+        start
+        + _CONNECT.format(name=CONNECTION, address=address)
+        + f"""
 status=0
 for key in nodes/*.pub; do
     name=$(basename "$key" .pub)
@@ -54,10 +73,17 @@ exit "$status"
     )
 
 
-def run() -> str:
-    """Submits the run, shows its log, and exits as the run did."""
-    return _START.format(title="Run the experiment; exits 0 only if something was learned.") + (
-        f"""
+def run(address: str) -> str:
+    """Submits the run, shows its log, and exits as the run did.
+
+    Args:
+        address: Where this machine reaches the server, "host:port".
+    """
+    start = _START.format(title="Run the experiment; exits 0 only if something was learned.")
+    return (
+        start
+        + _CONNECT.format(name=CONNECTION, address=address)
+        + f"""
 field() {{ python3 -c "import json, sys; print($1)" 2>/dev/null; }}
 
 submitted=$(flwr run app {CONNECTION} --format json "$@") || true
