@@ -27,10 +27,15 @@ if TYPE_CHECKING:
 
     from .federation import Prepared
 
-__all__ = ["check_journal", "client_hash", "deciding_settings", "read_cut_short"]
+__all__ = ["check_journal", "client_hash", "deciding_settings", "is_cut_short", "read_cut_short"]
 
 # Keys that say where a run is done, and what it is called; not what comes out.
 _PLACE_KEYS = ("name", "workers", "cache", "out")
+
+
+def is_cut_short(run: Path) -> bool:
+    """Whether a folder holds a run without a result."""
+    return (run / "config.toml").is_file() and not (run / "result.json").exists()
 
 
 def read_cut_short(run: Path) -> Experiment:

@@ -1,4 +1,9 @@
-"""The ServerApp of `flwr run`: the experiment is the app's run config."""
+"""The ServerApp of `flwr run`: the experiment is the app's run config.
+
+Where `run.out` names the folder of a run that was cut short, that run is gone on with.
+"""
+
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -6,7 +11,8 @@ from flwr.serverapp import Grid, ServerApp
 from fedpet.config import Experiment
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.progress import Progress
-from fedpet.simulations.run_folder import new_run_folder
+from fedpet.simulations.resume import check_journal, is_cut_short, read_cut_short
+from fedpet.simulations.run_folder import RunFolder, new_run_folder
 
 app = ServerApp()
 
@@ -15,6 +21,12 @@ app = ServerApp()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation and leave a run folder."""
     experiment = Experiment.from_run_config(context.run_config)
+    folder = Path(experiment.run.out).expanduser()
+    goes_on = bool(experiment.run.out) and is_cut_short(folder)
+    if goes_on:
+        experiment = read_cut_short(folder)
     with Progress(experiment.strategy.num_rounds, experiment.data.metric) as progress:
         prepared = prepare(experiment, progress)
-        federate(grid, prepared, new_run_folder(experiment), progress)
+        out = RunFolder(folder) if goes_on else new_run_folder(experiment)
+        journal = check_journal(folder, prepared) if goes_on else None
+        federate(grid, prepared, out, progress, journal)

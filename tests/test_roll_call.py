@@ -23,7 +23,8 @@ from fedpet.roster import write_roster
 from fedpet.simulations.engine import simulate
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
-from fedpet.simulations.run_folder import new_run_folder
+from fedpet.simulations.resume import check_journal, is_cut_short, read_cut_short
+from fedpet.simulations.run_folder import RunFolder, new_run_folder
 
 Handler = Callable[[bytes], bytes]
 
@@ -142,6 +143,41 @@ def test_the_roll_call_is_counted_as_the_plan_s_and_goes_to_each_node_once(
     plain = simulated(experiment(strategy_clients_per_round=6))["communication"]
     assert result["uplink_bytes"] == plain["uplink_bytes"]
     assert result["downlink_bytes"] == plain["downlink_bytes"]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"codec_up": "topk-0.3+eden-4", "codec_error_feedback": True, "codec_down": "int8"}],
+    ids=["plain", "with memory"],
+)
+def test_a_deployed_run_that_was_cut_short_goes_on_with_nodes_that_come_anew(
+    deployed: Any, files: tuple[Path, Path], changes: dict[str, Any]
+) -> None:
+    class StopsInRound2(LocalGrid):
+        rounds = 0
+
+        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+            replies = list(super().send_and_receive(messages, timeout=timeout))
+            self.rounds += bool(replies)
+            if self.rounds == 2:
+                raise KeyboardInterrupt
+            return replies
+
+    whole = deployed(**changes)
+    expected = run(whole, LocalGrid(three_nodes(whole, files[1])))
+    settings = deployed(**changes)
+    nodes = three_nodes(settings, files[1])
+    with pytest.raises(KeyboardInterrupt):
+        run(settings, StopsInRound2(nodes))
+    folder = Path(settings.run.out)
+    assert is_cut_short(folder)
+    prepared = prepare(read_cut_short(folder), Silent())
+    journal = check_journal(folder, prepared)
+    result = federate(LocalGrid(nodes), prepared, RunFolder(folder), Silent(), journal)
+    assert not is_cut_short(folder)
+    assert result["final_values_sha256"] == expected["final_values_sha256"]
+    assert result["communication"]["plan_bytes"] == expected["communication"]["plan_bytes"]
+    assert result["data"] == expected["data"]
 
 
 # -- nodes come and go ------------------------------------------------------------------------

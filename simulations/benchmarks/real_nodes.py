@@ -20,7 +20,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -94,7 +94,7 @@ class RealNodes:
         """Run the app to its end.
 
         Args:
-            limit_seconds: After which it counts as hung: `subprocess.TimeoutExpired`.
+            limit_seconds: After which it counts as hung: `RuntimeError`.
             meanwhile: Called once the run has been submitted.
         """
         if meanwhile is not None:
@@ -108,15 +108,28 @@ class RealNodes:
     def call(
         self, *command: str | Path, limit_seconds: float = START_SECONDS
     ) -> subprocess.CompletedProcess[str]:
-        """Call a command and wait for its end."""
-        return subprocess.run(
-            [str(part) for part in command],
-            env=self._environment,
-            capture_output=True,
-            text=True,
-            timeout=limit_seconds,
-            check=False,
-        )
+        """Call a command and wait for its end.
+
+        Raises:
+            RuntimeError: It did not end in time, and was ended with what it had started.
+        """
+        arguments = [str(part) for part in command]
+        pipe = subprocess.PIPE
+        with subprocess.Popen(
+            arguments, env=self._environment, stdout=pipe, stderr=pipe, text=True
+        ) as process:
+            try:
+                said, complained = process.communicate(timeout=limit_seconds)
+            except BaseException as error:
+                _kill([process.pid, *descendants(process.pid)])
+                said, complained = process.communicate()
+                if not isinstance(error, subprocess.TimeoutExpired):
+                    raise
+                raise RuntimeError(
+                    f"{Path(arguments[0]).name} did not end within {limit_seconds:g} seconds:\n"
+                    f"{said[-3000:]}{complained[-3000:]}"
+                ) from None
+        return subprocess.CompletedProcess(arguments, process.returncode, said, complained)
 
     def result(self, run: str) -> dict[str, Any]:
         """The `result.json` of a run below the server's folder."""
@@ -149,9 +162,7 @@ class RealNodes:
     def kill(self, name: str) -> None:
         """End a process at once, with what it has started, as a power cut does."""
         process = self._processes.pop(name)
-        for pid in [process.pid, *descendants(process.pid)]:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        _kill([process.pid, *descendants(process.pid)])
         process.wait()
 
     def stop(self, name: str) -> None:
@@ -161,10 +172,7 @@ class RealNodes:
         process.terminate()
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(STOP_SECONDS)
-        for pid, born in started.items():
-            if _born(pid) == born:  # still the same process
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
+        _kill(pid for pid, born in started.items() if _born(pid) == born)  # still the same
         process.kill()
         process.wait()
 
@@ -192,6 +200,12 @@ def free_ports(count: int) -> list[int]:
                 continue
             return list(range(first, first + count))
     raise RuntimeError(f"no {count} neighbouring ports are free")
+
+
+def _kill(pids: Iterable[int]) -> None:
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def descendants(pid: int) -> dict[int, str]:
