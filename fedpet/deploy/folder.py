@@ -30,7 +30,7 @@ LOCAL = ("localhost", "127.0.0.1")  # the server's own processes reach it here
 NODE_PORT = 8100
 _EVERYWHERE = ("0.0.0.0", "127.0.0.1", "localhost")
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
-_HOST = re.compile(r"[A-Za-z0-9][A-Za-z0-9.:-]{0,252}")
+_HOST = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}")
 
 
 @dataclass(frozen=True)
