@@ -21,7 +21,7 @@ from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder
 
-pytestmark = [pytest.mark.simulation, pytest.mark.timeout(580)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
 
 FAULTY = Path(__file__).parent / "faulty_node"
 RUN_SECONDS = 400.0
