@@ -21,7 +21,7 @@ from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder
 
-pytestmark = [pytest.mark.slow, pytest.mark.timeout(580)]
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
 FAULTY = Path(__file__).parent / "faulty_node"
 RUN_SECONDS = 400.0
@@ -209,6 +209,41 @@ def test_a_run_in_which_all_nodes_fail_exits_with_1_and_says_why(
         ["one", "two"],
     ]
     assert "out of order" in rounds[1]["refused"][0]["reason"]
+
+
+def test_a_server_killed_again_and_again_goes_on_to_the_same_values(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    place = Place(files, tmp_path, ["one", "two"])
+    changes = {"strategy_num_rounds": 4}
+    with place.deploy(2, **changes) as real:
+
+        def killed_after(lines: int) -> Callable[[], None]:
+            def meanwhile() -> None:
+                limit = time.monotonic() + RUN_SECONDS
+                while len(real.rounds("tiny-1")) < lines and time.monotonic() < limit:
+                    time.sleep(0.1)
+                real.kill("server")
+
+            return meanwhile
+
+        real.start_server()
+        real.register()
+        for name in place.names:
+            real.start_node(name)
+        done = real.run(limit_seconds=RUN_SECONDS, meanwhile=killed_after(1))
+        assert done.returncode == 1
+        for lines in (2, 4):
+            real.start_server()
+            same = "run-out='runs/tiny-1'"
+            done = real.run(same, limit_seconds=RUN_SECONDS, meanwhile=killed_after(lines))
+            assert done.returncode == 1
+        real.start_server()
+        done = real.run(same, limit_seconds=RUN_SECONDS)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        result, rounds = real.result("tiny-1"), real.rounds("tiny-1")
+    assert [line["round"] for line in rounds] == [0, 1, 2, 3, 4]
+    assert result["final_values_sha256"] == place.expected(place.names, **changes)
 
 
 def test_no_process_outlives_its_block(files: tuple[Path, Path], tmp_path: Path) -> None:

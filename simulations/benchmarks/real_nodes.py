@@ -89,18 +89,24 @@ class RealNodes:
         return self._start(name, self.folder / "nodes" / name / "supernode.sh", **environment)
 
     def run(
-        self, *, limit_seconds: float, meanwhile: Callable[[], None] | None = None
+        self,
+        *overrides: str,
+        limit_seconds: float,
+        meanwhile: Callable[[], None] | None = None,
     ) -> subprocess.CompletedProcess[str]:
         """Run the app to its end.
 
         Args:
+            overrides: Of the run config, "key=value".
             limit_seconds: After which it counts as hung: `RuntimeError`.
             meanwhile: Called once the run has been submitted.
         """
         if meanwhile is not None:
             thread = threading.Thread(target=meanwhile, daemon=True)
             thread.start()
-        done = self.call(self.folder / "server" / "run.sh", limit_seconds=limit_seconds)
+        settings = [part for text in overrides for part in ("--run-config", text)]
+        script = self.folder / "server" / "run.sh"
+        done = self.call(script, *settings, limit_seconds=limit_seconds)
         if meanwhile is not None:
             thread.join(STOP_SECONDS)
         return done
