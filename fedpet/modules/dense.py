@@ -160,12 +160,13 @@ def _live(g: Tensor) -> Tensor | None:
     """The tokens whose output gradient is not zero, (n,), where leaving out the rest pays.
 
     In the last layer of a classifier only the first token has a gradient, and a padding token
-    has none in any layer. A look at eight columns tells whether it is worth looking at all.
+    has none in any layer. A look at eight numbers of some sixty tokens tells whether it is worth
+    looking at all; an odd distance between them does not fall in step with padded rows.
     """
     tokens, width = g.shape
     if tokens < 64 or g.device.type != "cpu":  # on a GPU the look would wait for it
         return None
-    sample = g[:, :: max(1, width // 8)]
+    sample = g[:: tokens // 64 | 1, :: max(1, width // 8)]
     if int(torch.count_nonzero(sample)) > 0.45 * sample.numel():
         return None
     live = g.any(1).nonzero().flatten()

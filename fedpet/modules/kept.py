@@ -42,8 +42,10 @@ class Kept:
         self._make = make
         self._columns: Tensor | None = None
 
-    def rows(self, source: Tensor, dtype: torch.dtype) -> Tensor:
-        """(tokens, in), of any strides."""
+    def rows(self, source: Tensor, dtype: torch.dtype, live: Tensor | None = None) -> Tensor:
+        """(tokens, in), of any strides; of the tokens `live` alone where they are given."""
+        if live is not None:
+            source = source.reshape(-1, source.shape[-1])[live]
         x = source if self._make is None else self._make(source)
         x = x.reshape(-1, x.shape[-1])
         return x if x.dtype == dtype else x.to(dtype)

@@ -106,14 +106,13 @@ class MaskedWeight(PetModule):
         if g.dtype != dtype:
             g = g.to(dtype)
         if self._entries.blocks is not None:
-            x = kept.rows(source, dtype)
-            x = x if live is None else x[live]
+            x = kept.rows(source, dtype, live)
             left, right = (x, g) if self.transposed else (g, x)
             return self._gradient_by_blocks(left, right, self._entries.blocks)
         if live is None:
             x = kept.columns(source, dtype)
         else:
-            x = kept.rows(source, dtype)[live].t().contiguous()
+            x = kept.rows(source, dtype, live).t().contiguous()
         g = g.t().contiguous()
         left, right = (x, g) if self.transposed else (g, x)  # (rows, tokens), (columns, tokens)
         if self.in_place:

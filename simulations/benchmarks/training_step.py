@@ -2,9 +2,10 @@
 
     python -m simulations.benchmarks.training_step [--threads 1 2] [--rounds 9] [--out FILE]
 
-For each setting (model, rows x tokens) all methods are set up, then take turns, one step each, so
-that what else the machine does falls on all alike. A step is forward, backward, optimiser and
-whatever the method writes afterwards. Told are the medians of wall and of CPU time, and
+For each setting (model, rows x tokens) all methods are set up, then take turns, one step each, in a
+new order each round, so that what else the machine does falls on all alike. A step is forward,
+backward, optimiser and whatever the method writes afterwards. Told are the medians of wall and of
+processor time, the median over rounds of a step's time over that of `bitfit` in the same round, and
 
     persistent bytes   what the method holds between steps above the loaded model
     peak bytes         the most that is allocated at once during a step, on top of that
@@ -21,6 +22,8 @@ from __future__ import annotations
 import argparse
 import copy
 import json
+import math
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
@@ -40,6 +43,7 @@ from fedpet.structure import preset
 
 SETTINGS = (("minilm", 32, 32), ("minilm", 16, 128), ("mpnet-base", 8, 128))
 DENSITIES = (0.001, 0.005, 0.02, 0.05)
+FLOOR = "bitfit"
 Step = Callable[[], None]
 
 
@@ -53,8 +57,7 @@ def methods() -> dict[str, Callable[[Backbone], tuple[Any, Iterable[nn.Parameter
     }
     for density in DENSITIES:
         table[f"fedpet-mask-{100 * density:g}%"] = lambda base, d=density: _fedpet(base, d, "none")
-    table["fedpet-lora"] = lambda base: _fedpet(base, 0.0, "lora")
-    table["fedpet-default"] = lambda base: _fedpet(base, 0.005, "lora+lnfit")
+    table["fedpet-default"] = lambda base: _fedpet(base, 0.001, "lora-factors+lnfit")
     return table
 
 
@@ -96,9 +99,10 @@ def measure(
         memory[name] = (persistent.left, one.peak)
     wall: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
+    order = random.Random(0)
     for _ in range(rounds):
-        for name, step in steps.items():
-            step()  # not timed: the step before it was another method's
+        for name in order.sample(names, len(names)):
+            step = steps[name]
             started, started_cpu = time.perf_counter(), time.process_time()
             step()
             wall[name].append(time.perf_counter() - started)
@@ -113,12 +117,20 @@ def measure(
             "trained_values": trained[name],
             "step_seconds": round(statistics.median(wall[name]), 5),
             "step_cpu_seconds": round(statistics.median(cpu[name]), 5),
-            "fastest_cpu_seconds": round(min(cpu[name]), 5),
+            "of_floor": _ratio(wall[name], wall.get(FLOOR)),
+            "of_floor_cpu": _ratio(cpu[name], cpu.get(FLOOR)),
             "persistent_bytes": memory[name][0],
             "peak_bytes": memory[name][1],
         }
         for name in names
     ]
+
+
+def _ratio(seconds: list[float], floor: list[float] | None) -> float | None:
+    """The median over rounds of one method's time over the floor's in the same round."""
+    if floor is None:
+        return None
+    return round(statistics.median(a / b for a, b in zip(seconds, floor, strict=True)), 4)
 
 
 class Allocations:
@@ -215,12 +227,12 @@ def _table(rows: list[dict[str, Any]]) -> str:
         key = (row["model"], row["rows"], row["tokens"], row["threads"])
         groups.setdefault(key, []).append(row)
     for (model, batch, tokens, threads), group in groups.items():
-        floor = next((row for row in group if row["method"] == "bitfit"), group[0])
         lines += [f"{model}, {batch} rows x {tokens} tokens, {threads} thread(s)"]
         for row in group:
             lines.append(
                 f"  {row['method']:<18} {1e3 * row['step_seconds']:9.1f} ms"
-                f" {row['step_cpu_seconds'] / floor['step_cpu_seconds']:6.2f} x bitfit (CPU)"
+                f" {row['of_floor'] or math.nan:6.2f} x {FLOOR}"
+                f" ({row['of_floor_cpu'] or math.nan:.2f} of processor time)"
                 f" {row['persistent_bytes'] / 1e6:9.2f} MB held"
                 f" {row['peak_bytes'] / 1e6:9.2f} MB at once"
                 f" {row['trained_values']:>11,} values"
@@ -232,7 +244,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print; `--out` keeps the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=9, help="steps of each method")
+    parser.add_argument("--rounds", type=int, default=11, help="steps of each method")
     parser.add_argument("--settings", nargs="+", default=[f"{m}:{r}x{t}" for m, r, t in SETTINGS])
     parser.add_argument("--methods", nargs="+", default=list(methods()))
     parser.add_argument("--out", type=Path)
