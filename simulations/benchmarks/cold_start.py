@@ -24,6 +24,7 @@ import resource
 import statistics
 import subprocess
 import sys
+import sysconfig
 import tempfile
 import time
 from collections.abc import Callable
@@ -74,10 +75,17 @@ def measure(repeats: int) -> dict[str, Any]:
         "medians": medians,
         "cold_to_bare_wall": cold["wall_seconds"] / bare["wall_seconds"],
         "cold_to_bare_processor": cold["processor_seconds"] / bare["processor_seconds"],
+        "environment_mb": _environment_mb(),
         "runs": runs,
         "versions": versions(),
         "machine": machine(),
     }
+
+
+def _environment_mb() -> float:
+    """All that is installed where this runs, Ray and the developers' tools among it."""
+    folder = Path(sysconfig.get_paths()["purelib"])
+    return sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) / 1e6
 
 
 def show(found: dict[str, Any]) -> None:

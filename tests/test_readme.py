@@ -1,0 +1,23 @@
+"""README.md against what it speaks of."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+
+def test_every_measured_block_says_what_its_result_file_says(repository: Path) -> None:
+    program = [sys.executable, str(repository / "scripts" / "readme"), "--check"]
+    done = subprocess.run(program, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr[-2000:]
+
+
+def test_every_target_it_names_is_in_the_makefile(repository: Path) -> None:
+    text = (repository / "README.md").read_text(encoding="utf-8")
+    makefile = (repository / "Makefile").read_text(encoding="utf-8")
+    named = set(re.findall(r"\bmake ([a-z]+(?:-[a-z]+)*)", text)) - {"it"}
+    assert {"run", "test", "check"} <= named
+    missing = {name for name in named if not re.search(rf"^{name}:", makefile, re.MULTILINE)}
+    assert not missing
