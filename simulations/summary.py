@@ -159,7 +159,7 @@ def _communication(ledger: Ledger, dense_parameters: int) -> dict[str, Any]:
     total = sums["uplink_bytes"] + sums["downlink_bytes"] + sums["plan_bytes"]
     dense = BYTES_PER_FLOAT * dense_parameters * (asked + answered)
     up, down, plan = (ledger.total(name, TRAINING) for name in _SUMS[:3])
-    books = {
+    books: dict[str, Any] = {
         "plan_bytes_per_client": plan / max(int(ledger.total("newcomers", TRAINING)), 1),
         "uplink_bytes": sums["uplink_bytes"],
         "downlink_bytes": sums["downlink_bytes"],

@@ -166,7 +166,7 @@ class StructureSearch(SparseFedAvg):
             self.values = values_of(arrays)
             self.averaged += 1
             self._choices = [*self._choices, self.choice()][-self.search.settled_rounds - 1 :]
-            self.ledger.current.overlap = (self.overlaps or [None])[-1]
+            self.ledger.current.overlap = self.overlaps[-1] if self.overlaps else None
         return arrays, metrics
 
     # -- the end -----------------------------------------------------------------------------

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import shutil
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
@@ -230,6 +231,43 @@ def test_the_order_of_replies_and_the_spread_over_nodes_change_no_bit(experiment
     assert len(found) == 1
 
 
+def test_nodes_that_bring_their_own_files_search_what_the_simulation_does(
+    experiment: Any, files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    (server := tmp_path / "server").mkdir()
+    shutil.copy(files[1] / "test.jsonl", server)
+    settings = experiment(
+        population_partition="nodes", population_num_clients=6, strategy_node_wait_seconds=5.0
+    )
+    settings = replace(settings, data=replace(settings.data, source=str(server)))
+    lines = (files[1] / "train.jsonl").read_text(encoding="utf-8").splitlines()
+    nodes: dict[int, Callable[[bytes], bytes]] = {}
+    for node, clients in {7: ("client 0", "client 4", "client 2"), 5: ("client 1",)}.items():
+        nodes[node] = node_with(tmp_path / f"node{node}", settings, lines, clients)
+    nodes[9] = node_with(tmp_path / "node9", settings, lines, ("client 3", "client 5"))
+    deployed = run(settings, LocalGrid(nodes))
+    simulated = experiment()
+    expected = run(simulated)
+    assert deployed["refused"] == []
+    assert deployed["final_values_sha256"] == expected["final_values_sha256"]
+    found = [structure_of(Path(s.run.out)) for s in (settings, simulated)]
+    assert found[0].modules == found[1].modules
+    assert found[0].gates == found[1].gates
+    assert found[0].provenance["search"]["clients"] == 6
+    assert deployed["data"] == expected["data"]
+
+
+def node_with(
+    folder: Path, settings: Experiment, lines: list[str], clients: tuple[str, ...]
+) -> Callable[[bytes], bytes]:
+    """A node whose own file holds the rows of some clients."""
+    folder.mkdir()
+    own = [line for line in lines if json.loads(line)["client"] in clients]
+    (folder / "rows.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
+    config = {"data": str(folder / "rows.jsonl"), "cache": str(folder / "cache")}
+    return Node(NodeSettings.of(settings).on(config)).answer
+
+
 def test_training_after_a_search_is_training_with_the_structure_s_file(experiment: Any) -> None:
     together = experiment()
     found = run(together)
@@ -269,7 +307,10 @@ def test_one_and_two_ray_workers_search_the_same_structure(experiment: Any) -> N
 @pytest.mark.simulation
 @pytest.mark.timeout(300)
 def test_a_search_alone_leaves_the_structure_that_a_run_trains(
-    experiment: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    experiment: Any,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     import tomli_w
 
@@ -281,6 +322,10 @@ def test_a_search_alone_leaves_the_structure_that_a_run_trains(
     arguments = ["fedpet", "search", str(file), "--federated", "--out", str(out)]
     monkeypatch.setattr(sys, "argv", arguments)
     cli.main()
+    printed = capsys.readouterr()
+    assert "search round 3/3: " in printed.err
+    assert "of the choice as before" in printed.err
+    assert "ended: all rounds" in " ".join(printed.out.split())
     assert out.read_bytes() == (Path(settings.run.out) / "structure.json").read_bytes()
     assert not state_file(out).exists()
     lines = out.with_name("alone.json.rounds.jsonl").read_text(encoding="utf-8").splitlines()
