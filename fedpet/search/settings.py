@@ -34,7 +34,7 @@ def deviations(config: SearchConfig) -> tuple[str, ...]:
         "temperature falls": bool(config.beta_end) and config.beta_end != config.beta,
         "gates of 0 and 1 in the search": config.hard,
         "no dropout": not config.dropout,
-        "last checkpoint": config.checkpoint == "last",
+        "last checkpoint": config.checkpoint == "last" or config.federated,
         f"space {config.space}": not config.space.startswith("s3pet"),
     }
     return tuple(text for text, holds in found.items() if holds)
