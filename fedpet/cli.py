@@ -76,7 +76,8 @@ def simulate(
     from fedpet.simulations import engine
     from fedpet.simulations.progress import Progress
 
-    with Progress(settings.strategy.num_rounds, settings.data.metric) as progress:
+    searches = settings.search.rounds if settings.search.federated else 0
+    with Progress(settings.strategy.num_rounds, settings.data.metric, searches) as progress:
         if resume is not None:
             result, folder = engine.resume(resume, progress)
         else:
@@ -92,22 +93,37 @@ def search(
     ] = "film-reviews",
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The file to make.")] = Path("structure.json"),
+    federated: Annotated[
+        bool,
+        typer.Option("--federated", help="On the experiment's clients, each with its own rows."),
+    ] = False,
 ) -> None:
     """Search which small module goes where, under a budget (S3PET), on all training rows together.
 
-    The file is for structure.file of any experiment with the same backbone. A search that was
-    stopped goes on by the same command. search.method = "random" draws a structure under the same
+    With --federated the clients search, in rounds, and the server averages and settles. The file is
+    for structure.file of any experiment with the same backbone; `fedpet simulate` with
+    search.federated = true searches and trains in one run. A search that was stopped goes on by the
+    same command. search.method = "random" draws a structure under the same
     budget, and presets such as "lnfit+lora" are put under it; budgets are values (2000), a
     fraction of the backbone (0.001), or bytes of a client's upload ("8kB").
     """
     settings = read_experiment(experiment, overrides or [])
 
     from fedpet.report.gates import structure_table
-    from fedpet.simulations.central_search import search_centrally
-    from fedpet.simulations.search_progress import SearchProgress
 
-    with SearchProgress() as progress:
-        structure = search_centrally(settings, out, progress)
+    if federated or settings.search.federated:
+        from fedpet.simulations.engine import search as search_together
+        from fedpet.simulations.progress import Progress
+
+        rounds = settings.search.rounds
+        with Progress(rounds, settings.data.metric, rounds) as bar:
+            structure = search_together(settings, out, bar)
+    else:
+        from fedpet.simulations.central_search import search_centrally
+        from fedpet.simulations.search_progress import SearchProgress
+
+        with SearchProgress() as progress:
+            structure = search_centrally(settings, out, progress)
     out_console.print(structure_table(structure))
     out_console.print(f"Structure: {out}   Train it: --set structure.file={out}")
 

@@ -3,6 +3,7 @@
     ... -> codec -> plan -> [client] -> strategy -> ledger -> report
 
 In:  a request (fedpet/messages.py): a cohort, the global values, the plan where it may be lacking.
+     A plan that searches is followed by the steps of fedpet/search/local.py instead of training.
 Out: a frame a client with its update, or a refusal that says why there is none. A request without a
      cohort asks who lives here, and is answered with a roster (fedpet/roster.py).
 
@@ -58,12 +59,15 @@ from fedpet.profile import (
     read_node_config,
 )
 from fedpet.roster import write_roster
+from fedpet.search import SearchModel, client_config
 from fedpet.seeds import client_number, derive_seed
 from fedpet.starts import Start, frames_of, starts_of
 from fedpet.tiers import tier_within
-from fedpet.training import train_rows
+from fedpet.training import Trained, train_rows
 
 MAX_REASON_BYTES = 500
+
+Model = PetModel | SearchModel  # of a plan that trains, and of one that searches
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -172,7 +176,7 @@ class Node:
     def __init__(self, settings: NodeSettings) -> None:
         self.settings = settings
         self._plan_in_force: bytes | None = None
-        self._ready: tuple[Plan, PetModel, FederatedData, dict[int, np.ndarray]] | None = None
+        self._ready: tuple[Plan, Model, FederatedData, dict[int, np.ndarray]] | None = None
         self._state: NodeState | None = None
 
     def answer(self, payload: bytes) -> bytes:
@@ -248,7 +252,7 @@ class Node:
         digest: bytes,
         start: Start,
         plan: Plan,
-        pet: PetModel,
+        pet: Model,
         data: FederatedData,
         rows_of: dict[int, np.ndarray],
         feedback: _Feedback,
@@ -264,18 +268,7 @@ class Node:
             pet.use_tier(start.tier)
             residual = feedback.residual(pet.num_values)
             pet.load_values(torch.from_numpy(start.values), seed=seed)
-            trained = train_rows(
-                pet.model,
-                pet.parameter_groups(),
-                data.train,
-                rows_of[client],
-                plan.task,
-                plan.training,
-                seed=seed,
-                progress=plan.progress(server_round),
-                after_step=pet.after_step,
-                proximal=pet.proximal(plan.training.proximal_mu),
-            )
+            trained = _moved(plan, pet, data, client, rows_of[client], server_round, seed)
             update = pet.values().numpy() - start.values  # (values of the tier,)
             if not np.isfinite(update).all():
                 raise TrainingError(
@@ -319,9 +312,7 @@ class Node:
             self._state = NodeState(folder)
         return self._state
 
-    def _prepare(
-        self, digest: bytes
-    ) -> tuple[Plan, PetModel, FederatedData, dict[int, np.ndarray]]:
+    def _prepare(self, digest: bytes) -> tuple[Plan, Model, FederatedData, dict[int, np.ndarray]]:
         """Make the plan of a request the one in force, unless it is already."""
         if self._ready is None or self._plan_in_force != digest:
             path = self._plan_path(digest)
@@ -336,7 +327,8 @@ class Node:
                 regression=plan.task.kind == "regression",
             )
             rows_of = {client_number(client.id): client.rows for client in data.clients}
-            self._ready = (plan, plan.build(backbone), data, rows_of)
+            pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
+            self._ready = (plan, pet, data, rows_of)
             self._plan_in_force = digest
         return self._ready
 
@@ -373,6 +365,34 @@ class Node:
 
     def _plan_path(self, digest: bytes) -> Path:
         return self.settings.cache / "plans" / f"{digest.hex()}.plan"
+
+
+def _moved(
+    plan: Plan,
+    pet: Model,
+    data: FederatedData,
+    client: int,
+    indices: np.ndarray,
+    server_round: int,
+    seed: int,
+) -> Trained:
+    """Move the model as the plan's rounds do: train, or search."""
+    if isinstance(pet, SearchModel):
+        assert plan.search is not None
+        config = client_config(plan.search, client)
+        return pet.search_rows(data.train, indices, plan.task, config, server_round=server_round)
+    return train_rows(
+        pet.model,
+        pet.parameter_groups(),
+        data.train,
+        indices,
+        plan.task,
+        plan.training,
+        seed=seed,
+        progress=plan.progress(server_round),
+        after_step=pet.after_step,
+        proximal=pet.proximal(plan.training.proximal_mu),
+    )
 
 
 @functools.lru_cache(maxsize=1)

@@ -258,13 +258,25 @@ class SearchConfig:
     evaluate_every: int = 50  # steps; the last is always evaluated
     checkpoint: str = "best"  # by validation, as in the paper; or "last"
     seed: int = 0
+    # Together on the clients' own rows, before the first training round; see
+    # strategies/structure_search.py. Epochs, validation and checkpoint have no meaning then.
+    federated: bool = False
+    rounds: int = 20  # of the search, at most; the rates fall to 0 over them
+    local_steps: int = 5  # of each client, a round
+    settled_overlap: float = (
+        0.9  # Jaccard index of the choices of two rounds that counts as settled
+    )
+    settled_rounds: int = 3  # as often in a row, and the search is over
 
     def __post_init__(self) -> None:
         _choice("search.space", self.space, ("mergeable", "s3pet-mix", "s3pet-lora"))
         _choice("search.order", self.order, ("second", "first"))
         _choice("search.virtual", self.virtual, ("adamw", "adamw-exact", "sgd"))
         _choice("search.checkpoint", self.checkpoint, ("best", "last"))
-        for name in ("rank", "epochs", "batch_size", "evaluate_every"):
+        for name in (
+            *("rank", "epochs", "batch_size", "evaluate_every"),
+            *("rounds", "local_steps", "settled_rounds"),
+        ):
             _at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 1)
         for name in ("rate", "max_steps", "clip_norm", "beta_end"):
             _at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 0)
@@ -277,6 +289,16 @@ class SearchConfig:
             raise ConfigError(
                 f"search.validation-fraction must be in (0, 1), got {self.validation_fraction!r}. "
                 "It is the fraction of the rows that picks the checkpoint."
+            )
+        if not 0 < self.settled_overlap <= 1:
+            raise ConfigError(
+                f"search.settled-overlap must be in (0, 1], got {self.settled_overlap!r}. It is "
+                "the fraction of the modules chosen in either of two rounds that both chose."
+            )
+        if self.federated and self.method != "s3pet":
+            raise ConfigError(
+                f"search.federated searches by 's3pet', got search.method = {self.method!r}: make "
+                "that structure with `fedpet search` and name its file as structure.file."
             )
         self.rate_of("")
 
@@ -394,11 +416,27 @@ class Experiment:
                 f"training.proximal-mu is {self.training.proximal_mu!r}, and strategy 'fedavg' "
                 "has no proximal term: name the strategy 'fedprox', or set it to 0."
             )
+        self._check_search()
         if len(self.mask.tiers) > 1 and self.strategy.name in COMPARING:
             means = ", ".join(name for name in RULES if name not in COMPARING)
             raise ConfigError(
                 f"strategy {self.strategy.name!r} compares whole replies, and clients of several "
                 f"mask.tiers send different entries: take one that averages ({means}), or one tier."
+            )
+
+    def _check_search(self) -> None:
+        if not self.search.federated:
+            return
+        if self.structure.file:
+            raise ConfigError(
+                f"search.federated finds the structure in the run, and structure.file names "
+                f"{self.structure.file!r}: leave one of them out."
+            )
+        if self.strategy.name in COMPARING:
+            raise ConfigError(
+                f"search.federated averages what clients send, and strategy {self.strategy.name!r} "
+                "is there since a mean can be led astray by one of them: search beforehand with "
+                "`fedpet search --federated` and another strategy, or name a structure.file."
             )
 
     @classmethod

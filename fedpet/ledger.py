@@ -8,6 +8,9 @@ Out: `rounds.jsonl`, a line a round as it happens, and the sums for `result.json
 Two counts, never mixed. `wire_bytes` is what this run's messages weigh as Flower serialises them,
 a message a node. All others are what the devices would have sent and received, each client alone
 with its own message and framing; where every node is one client the two agree.
+
+Rounds are of two kinds, "training" and "search", each counted from 1; lines of training do not name
+theirs.
 """
 
 from __future__ import annotations
@@ -16,11 +19,14 @@ import json
 import os
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from flwr.app import Message
 
 from fedpet.errors import ConfigError
 from fedpet.messages import wire_bytes
+
+TRAINING, SEARCH = "training", "search"
 
 
 @dataclass
@@ -28,7 +34,8 @@ class RoundRecord:
     """What one round cost and gave; a line of `rounds.jsonl`. Bytes and seconds.
 
     `newcomers` are the clients that are sent the plan. `train_seconds` is the longest node's local
-    training: what the round would take if nothing but training took time.
+    training: what the round would take if nothing but training took time. `overlap`, of a round of
+    a search, is how much of its choice was that of the round before (Jaccard index).
     """
 
     round: int
@@ -47,6 +54,15 @@ class RoundRecord:
     train_seconds: float = 0.0
     round_seconds: float = 0.0
     evaluation_seconds: float = 0.0
+    kind: str = TRAINING
+    overlap: float | None = None
+
+    def to_line(self) -> dict[str, Any]:
+        """What is written of it."""
+        line = asdict(self)
+        if self.kind == TRAINING:
+            del line["kind"], line["overlap"]
+        return line
 
 
 @dataclass
@@ -55,15 +71,18 @@ class Ledger:
 
     Attributes:
         path: Where each round's line is appended, or None to keep them in memory only.
-        rounds: The lines so far, round 0 (the evaluation before training) first.
+        rounds: The lines so far: those of a search first, then training's with round 0, the
+            evaluation before it.
+        kind: Of the rounds that are begun from now on.
     """
 
     path: Path | None = None
     rounds: list[RoundRecord] = field(default_factory=list)
+    kind: str = TRAINING
 
     def begin(self, server_round: int) -> RoundRecord:
         """Open a round's record."""
-        self.rounds.append(RoundRecord(round=server_round))
+        self.rounds.append(RoundRecord(round=server_round, kind=self.kind))
         return self.current
 
     @property
@@ -104,7 +123,7 @@ class Ledger:
         if self.path is None:
             return 0
         with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(asdict(self.current)) + "\n")
+            file.write(json.dumps(self.current.to_line()) + "\n")
             return file.tell()
 
     def refuse(self, who: str, reason: str, node: int | None = None) -> None:
@@ -126,6 +145,11 @@ class Ledger:
         self.current.uplink_bytes += up
         self.current.plan_bytes += plan
 
-    def total(self, name: str) -> float:
-        """Sum of a numeric field over all rounds."""
-        return float(sum(getattr(record, name) for record in self.rounds))
+    def of_kind(self, kind: str) -> list[RoundRecord]:
+        """The rounds of one kind, in their order."""
+        return [record for record in self.rounds if record.kind == kind]
+
+    def total(self, name: str, kind: str = "") -> float:
+        """Sum of a numeric field over all rounds, or those of one kind."""
+        rounds = self.of_kind(kind) if kind else self.rounds
+        return float(sum(getattr(record, name) for record in rounds))

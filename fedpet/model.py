@@ -22,7 +22,7 @@ import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +41,7 @@ if TYPE_CHECKING:
     from fedpet.backbone import Backbone
     from fedpet.mask import Mask
 
-__all__ = ["PetModel", "Segment"]
+__all__ = ["HasLayout", "PetModel", "Segment"]
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,14 @@ class Segment:
     name: str  # of the parameter (mask, head) or of the module's target
     start: int
     size: int
+
+
+class HasLayout(Protocol):
+    """What knows of its communicated values, for each tier of devices."""
+
+    @property
+    def tiers(self) -> tuple[tuple[Segment, ...], ...]:
+        """The layout of each tier, weakest first; of all last."""
 
 
 class PetModel:

@@ -3,7 +3,8 @@
     ... -> model -> codec -> [plan] -> client -> strategy -> ledger -> report
 
 In:  the backbone's fingerprint, the mask, the structure, the layout of the values, the codec, the
-     task's labels, the tokeniser's hash, lengths and training settings.
+     task's labels, the tokeniser's hash, lengths and training settings; of the rounds of a search,
+     its settings instead of a structure.
 Out: bytes, and their digest, by which server and nodes name the plan afterwards.
 
     plan := magic "FPLN" | version u8 | 3 reserved | header bytes u32 | mask bytes u32
@@ -30,12 +31,14 @@ import zstandard
 
 from fedpet.codec import Coding, check_codec, is_lossless
 from fedpet.codec.positions import decode_positions, encode_positions
-from fedpet.config import CodecConfig, Experiment, MaskConfig, TrainingConfig
+from fedpet.config import CodecConfig, Experiment, MaskConfig, SearchConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.errors import ConfigError, FedpetError, PlanError
 from fedpet.mask import Mask, build_mask, rank_positions, tier_counts
 from fedpet.model import PetModel, Segment
 from fedpet.positions import mask_scope
+from fedpet.search import SearchModel, build_space
+from fedpet.seeds import derive_seed
 from fedpet.structure import Structure
 
 if TYPE_CHECKING:
@@ -77,7 +80,9 @@ class Plan:
         codec: Up and down, and what is kept from round to round.
         training: Local training's settings.
         num_rounds: For the learning-rate schedule.
-        seed: The run's.
+        seed: The run's; of a search one of its own.
+        search: Of a plan whose rounds search a structure: its settled settings, from which each
+            node builds the space that takes the structure's place. None: they train.
     """
 
     fingerprint: str
@@ -95,14 +100,17 @@ class Plan:
     training: TrainingConfig
     num_rounds: int
     seed: int
+    search: SearchConfig | None = None
 
     def to_bytes(self) -> bytes:
         """Serialise; equal plans give equal bytes."""
         fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
         positions = fields.pop("mask_positions")
-        for name in ("task", "mask", "codec", "training"):
+        for name in ("task", "mask", "codec", "training", "search"):
             value = fields[name]
             fields[name] = None if value is None else dataclasses.asdict(value)
+        if self.search is None:
+            del fields["search"]  # most plans are of training, and need not say so
         if self.mask is not None and not self.mask.tiers:
             del fields["mask"]["tiers"]  # most plans have none, and need not say so
         for key, default in _RARE_CODEC_KEYS.items():
@@ -129,6 +137,8 @@ class Plan:
             fields["codec"] = CodecConfig(**fields["codec"])
             fields["training"] = TrainingConfig(**_tuples(fields["training"]))
             fields["task"] = Task(**_tuples(fields["task"]))
+            if "search" in fields:
+                fields["search"] = SearchConfig(**_tuples(fields["search"]))
             fields["structure"] = Structure.from_json(fields["structure"])
             return cls(mask_positions=positions, **fields)
         except (KeyError, TypeError, ValueError, AttributeError, FedpetError) as error:
@@ -170,19 +180,38 @@ class Plan:
         Raises:
             PlanError: The checkpoint, the mask computed from it, or the layout is another.
         """
+        self._check_fingerprint(backbone)
+        pet = PetModel(backbone, self._mask(backbone), self.structure, seed=self.seed)
+        self._check_layout(pet)
+        return pet
+
+    def build_search(self, backbone: Backbone) -> SearchModel:
+        """The same for a plan whose rounds search: the whole space, and alpha.
+
+        Raises:
+            InputError: The backbone has no such space.
+            PlanError: As `build`.
+        """
+        assert self.search is not None
+        self._check_fingerprint(backbone)
+        model = search_model(backbone, self._mask(backbone), self.search, seed=self.seed)
+        self._check_layout(model)
+        return model
+
+    def _check_fingerprint(self, backbone: Backbone) -> None:
         if backbone.fingerprint != self.fingerprint:
             raise PlanError(
                 f"the backbone here is {backbone.fingerprint:.16}, the plan's is "
                 f"{self.fingerprint:.16}: start server and nodes from the same checkpoint."
             )
-        pet = PetModel(backbone, self._mask(backbone), self.structure, seed=self.seed)
+
+    def _check_layout(self, pet: PetModel | SearchModel) -> None:
         if pet.num_values != self.num_values or layout_hash(pet.tiers) != self.layout:
             raise PlanError(
                 f"the layout here has {pet.num_values} values in {len(pet.segments)} segments, "
                 f"the plan's has {self.num_values}: run the same fedpet and transformers on the "
                 "server and on the nodes."
             )
-        return pet
 
     def _mask(self, backbone: Backbone) -> Mask | None:
         if self.mask is None:
@@ -218,33 +247,109 @@ def make_plan(
     tokenizer_hash: str,
 ) -> tuple[Plan, PetModel]:
     """Settle a run's plan, and build the server's own model from it. The backbone is used up."""
-    mask = None
-    positions = b""
-    if experiment.mask.enabled:
-        scope = mask_scope(backbone.model, backbone.head)
-        mask = build_mask(scope, experiment.mask)
-        if experiment.mask.broadcast == "explicit":
-            positions = encode_mask(mask)
+    mask = _mask_of(experiment, backbone)
     pet = PetModel(backbone, mask, structure, seed=experiment.run.seed)
-    return (
-        Plan(
-            fingerprint=backbone.fingerprint,
-            head_seed=experiment.backbone.head_seed,
-            task=task,
-            max_length=experiment.data.max_length,
-            tokenizer_hash=tokenizer_hash,
-            mask=experiment.mask if mask is not None else None,
-            mask_sha256=mask.digest().hex() if mask is not None else "",
-            mask_positions=positions,
-            structure=Structure(structure.modules),  # gates and origin stay with the server
-            num_values=pet.num_values,
-            layout=layout_hash(pet.tiers),
-            codec=experiment.codec,
-            training=experiment.training,
-            num_rounds=experiment.strategy.num_rounds,
-            seed=experiment.run.seed,
-        ),
+    plan = _plan(
+        experiment,
+        backbone.fingerprint,
+        mask,
         pet,
+        task,
+        tokenizer_hash,
+        structure=Structure(structure.modules),  # gates and origin stay with the server
+        num_rounds=experiment.strategy.num_rounds,
+        seed=experiment.run.seed,
+    )
+    return plan, pet
+
+
+def make_search_plan(
+    experiment: Experiment,
+    search: SearchConfig,
+    backbone: Backbone,
+    task: Task,
+    tokenizer_hash: str,
+) -> tuple[Plan, SearchModel]:
+    """Settle the plan of a federated search, and the model that it is of.
+
+    Its seed is another than the training's, so that no round of the one draws as the other does.
+
+    Args:
+        experiment: The run's.
+        search: Settled, see `fedpet.search.settle`.
+        backbone: In use until `SearchModel.pet.restore` is called, and the checkpoint again then.
+        task: Kind, labels, metric.
+        tokenizer_hash: Of the tokeniser's files.
+
+    Raises:
+        InputError: The backbone has no such space, or the budget does not fit it.
+    """
+    mask = _mask_of(experiment, backbone)
+    seed = derive_seed("structure search", experiment.run.seed, search.seed)
+    model = search_model(backbone, mask, search, seed=seed)
+    plan = _plan(
+        experiment,
+        backbone.fingerprint,
+        mask,
+        model,
+        task,
+        tokenizer_hash,
+        structure=Structure(),
+        num_rounds=search.rounds,
+        seed=seed,
+        search=search,
+    )
+    return plan, model
+
+
+def search_model(
+    backbone: Backbone, mask: Mask | None, config: SearchConfig, *, seed: int
+) -> SearchModel:
+    """Put the whole space of a search on a backbone, in place."""
+    space = build_space(
+        backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
+    )
+    space.check_budget(float(config.budget))
+    return SearchModel(PetModel(backbone, mask, space.structure(), seed=seed), space)
+
+
+def _mask_of(experiment: Experiment, backbone: Backbone) -> Mask | None:
+    if not experiment.mask.enabled:
+        return None
+    return build_mask(mask_scope(backbone.model, backbone.head), experiment.mask)
+
+
+def _plan(
+    experiment: Experiment,
+    fingerprint: str,
+    mask: Mask | None,
+    model: PetModel | SearchModel,
+    task: Task,
+    tokenizer_hash: str,
+    *,
+    structure: Structure,
+    num_rounds: int,
+    seed: int,
+    search: SearchConfig | None = None,
+) -> Plan:
+    explicit = mask is not None and experiment.mask.broadcast == "explicit"
+    return Plan(
+        fingerprint=fingerprint,
+        head_seed=experiment.backbone.head_seed,
+        task=task,
+        max_length=experiment.data.max_length,
+        tokenizer_hash=tokenizer_hash,
+        mask=experiment.mask if mask is not None else None,
+        mask_sha256=mask.digest().hex() if mask is not None else "",
+        mask_positions=encode_mask(mask) if mask is not None and explicit else b"",
+        structure=structure,
+        num_values=model.num_values,
+        layout=layout_hash(model.tiers),
+        codec=experiment.codec,
+        training=experiment.training,
+        num_rounds=num_rounds,
+        seed=seed,
+        search=search,
     )
 
 

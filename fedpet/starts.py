@@ -21,7 +21,7 @@ from fedpet.codec.frame import Frame, unpack_frames
 from fedpet.config import MAX_TIERS
 from fedpet.errors import FrameError, PlanError
 from fedpet.messages import REFERENCE_MISSING, Path, Request
-from fedpet.model import PetModel
+from fedpet.model import HasLayout
 from fedpet.node_state import NodeState
 from fedpet.plan import Plan, groups_by_kind, head_groups
 from fedpet.reference import Reference, decode_whole, follow, seed_of_round
@@ -73,7 +73,7 @@ def starts_of(
     request: Request,
     frames: Sequence[Sequence[Frame]],
     plan: Plan,
-    pet: PetModel,
+    pet: HasLayout,
     state: NodeState | None,
 ) -> list[Start]:
     """Decode the global values of each tier, known by how many they are.

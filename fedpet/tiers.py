@@ -28,7 +28,7 @@ import numpy as np
 
 from fedpet.config import MaskConfig
 from fedpet.errors import PlanError, StructureError
-from fedpet.model import PetModel, Segment
+from fedpet.model import HasLayout, Segment
 from fedpet.plan import groups_by_kind, head_groups
 from fedpet.seeds import derive_seed
 
@@ -59,7 +59,7 @@ class Tier:
     head_groups: list[tuple[int, int]] = field(default_factory=list)
 
 
-def tiers_of(pet: PetModel, config: MaskConfig | None) -> tuple[Tier, ...]:
+def tiers_of(pet: HasLayout, config: MaskConfig | None) -> tuple[Tier, ...]:
     """The tiers of a model, weakest first; the last holds all values, and mostly is the only one.
 
     Args:

@@ -65,8 +65,7 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
     Raises:
         InputError: The experiment, the budget or the data cannot be used, or `out` is there.
     """
-    if out.exists():
-        raise ConfigError(f"the file {str(out)!r} is there already: name another with --out.")
+    refuse_existing(out)
     listener.say("reading and tokenising the rows")
     data = load_data(
         experiment.data,
@@ -84,7 +83,25 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
     mask = None
     if experiment.mask.enabled:
         mask = build_mask(mask_scope(backbone.model, backbone.head), experiment.mask)
-    config = settle(
+    config = settled_search(experiment, backbone, mask)
+    origin = origin_of(experiment, rows=len(data.train), masked=mask is not None)
+    structure = find_structure(
+        backbone, data, config, mask=mask, state=state_file(out), origin=origin, listener=listener
+    )
+    write_file(out, structure.to_json())
+    state_file(out).unlink(missing_ok=True)
+    return structure
+
+
+def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None) -> SearchConfig:
+    """The experiment's search with its rates, and its budget in values.
+
+    Raises:
+        InputError: The budget does not read, or the mask fills it.
+    """
+    budget = str(experiment.search.budget).strip()
+    in_bytes = budget[-1:].isalpha()
+    return settle(
         experiment.search,
         experiment.training,
         backbone_parameters=sum(
@@ -92,27 +109,25 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
             for name, parameter in backbone.model.named_parameters()
             if name not in backbone.head
         ),
-        bytes_per_value=bytes_per_value(experiment.codec.up),
+        bytes_per_value=bytes_per_value(experiment.codec.up) if in_bytes else 4.0,
         mask_values=mask.num_values if mask is not None else 0,
     )
-    origin = {
+
+
+def origin_of(experiment: Experiment, *, rows: int, masked: bool) -> dict[str, Any]:
+    """What a structure tells of where it was found."""
+    return {
         "experiment": experiment.run.name,
         "backbone": experiment.backbone.model,
         "data": {
             "source": experiment.data.source,
             "split": experiment.data.train_split,
-            "rows": len(data.train),
+            "rows": rows,
         },
-        "mask": asdict(experiment.mask) if mask is not None else None,
+        "mask": asdict(experiment.mask) if masked else None,
         "asked_budget": experiment.search.budget,
         "versions": {name: versions()[name] for name in ("fedpet", "torch", "transformers")},
     }
-    structure = find_structure(
-        backbone, data, config, mask=mask, state=state_file(out), origin=origin, listener=listener
-    )
-    _write(out, structure.to_json())
-    state_file(out).unlink(missing_ok=True)
-    return structure
 
 
 def find_structure(
@@ -188,7 +203,22 @@ def state_file(out: Path) -> Path:
     return out.with_name(out.name + ".state")
 
 
-def _write(path: Path, text: str) -> None:
+def refuse_existing(out: Path) -> None:
+    """Refuse to write over a file.
+
+    Raises:
+        ConfigError: It is there.
+    """
+    if out.exists():
+        raise ConfigError(f"the file {str(out)!r} is there already: name another with --out.")
+
+
+def write_file(path: Path, text: str) -> None:
+    """Leave a file, whole or not at all.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
     new = path.with_name(f".{path.name}.new")
     try:
         new.write_text(text, encoding="utf-8")

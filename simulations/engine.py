@@ -15,8 +15,9 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
@@ -25,11 +26,17 @@ from flwr.serverapp import Grid, ServerApp
 from fedpet.client import NodeSettings, reply
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, Interrupted, RunError
+from fedpet.ledger import SEARCH, Ledger
+from fedpet.structure import Structure
 
-from .federation import Listener, Prepared, federate, is_deployed, prepare
+from .central_search import refuse_existing, state_file, write_file
+from .federated_search import clients_of, search_in_rounds
+from .federation import Listener, Prepared, ToSearch, federate, is_deployed, prepare
 from .journal import Journal
-from .resume import check_journal, read_cut_short
+from .resume import check_journal, found_before, read_cut_short
 from .run_folder import RunFolder, new_run_folder
+
+Result = TypeVar("Result")
 
 
 def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
@@ -43,11 +50,7 @@ def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any]
         RunError: Ray does not start, or nothing was learned.
         Interrupted: The user stopped it; the folder can be resumed.
     """
-    if is_deployed(experiment):
-        raise ConfigError(
-            'population.partition is "nodes": real nodes bring their clients, and a simulation has '
-            "none. Name another partition, or run it on nodes (`fedpet deploy`)."
-        )
+    _refuse_nodes(experiment)
     prepared = prepare(experiment, listener)
     out = new_run_folder(experiment)
     return _simulate(prepared, out, listener), out
@@ -65,29 +68,93 @@ def resume(run: Path, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
         RunError: Ray does not start, or nothing was learned.
         Interrupted: The user stopped it once more.
     """
-    prepared = prepare(read_cut_short(run), listener)
+    experiment = read_cut_short(run)
+    prepared = prepare(experiment, listener, found=found_before(run))
     journal = check_journal(run, prepared)
-    done = 0 if journal is None else journal.server_round
-    listener.say(f"resuming {run} after round {done} of {prepared.experiment.strategy.num_rounds}")
+    done, kind = (0, "") if journal is None else (journal.server_round, journal.kind)
+    if kind == SEARCH:
+        listener.say(f"resuming {run} after round {done} of its search")
+    else:
+        listener.say(f"resuming {run} after round {done} of {experiment.strategy.num_rounds}")
     out = RunFolder(run)
     return _simulate(prepared, out, listener, journal), out
 
 
-def _simulate(
-    prepared: Prepared, out: RunFolder, listener: Listener, journal: Journal | None = None
-) -> dict[str, Any]:
-    experiment = prepared.experiment
-    settings = NodeSettings.of(experiment)
-    client_app = ClientApp()
+def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+    """Search a structure on the clients of an experiment on Ray, and train nothing.
 
-    @client_app.train()
-    def train(message: Message, context: Context) -> Message:
-        return reply(message, settings)
+    While it goes on its state lies beside the file, in the folder FILE.state: the same command goes
+    on from there. In the end its rounds stay as FILE.rounds.jsonl.
+
+    Args:
+        experiment: As of a run; `search.federated` is taken as set.
+        out: The structure's file to make.
+        listener: Is told of stages and rounds.
+
+    Raises:
+        InputError: The experiment, the checkpoint, the budget or the data cannot be used, or `out`
+            is there.
+        RunError: Ray does not start, or no round came to an average.
+        Interrupted: The user stopped it.
+    """
+    refuse_existing(out)
+    experiment = replace(experiment, search=replace(experiment.search, federated=True))
+    _refuse_nodes(experiment)
+    folder = RunFolder(state_file(out))
+    if folder.path.is_file():
+        raise ConfigError(
+            f"{str(folder.path)!r} is the state of a central search: remove it, or name another "
+            "file with --out."
+        )
+    prepared = prepare(experiment, listener)
+    assert isinstance(prepared, ToSearch)
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ConfigError(f"the folder {str(folder.path)!r} cannot be made: {error}.") from None
+    journal = check_journal(folder.path, prepared)
+    if journal is not None:
+        listener.say(f"going on after round {journal.server_round}")
+
+    def serve(grid: Grid) -> Structure:
+        ledger = Ledger.reopen(
+            folder.path / "rounds.jsonl", 0 if journal is None else journal.ledger_bytes
+        )
+        clients = clients_of(prepared)
+        return search_in_rounds(grid, prepared, clients, ledger, folder, listener, journal)
 
     listener.say(f"starting Ray with {experiment.run.workers} workers")
     try:
+        structure = run_on_ray(experiment, _client_app(experiment), serve)
+    except KeyboardInterrupt:
+        raise Interrupted("Interrupted. The same command goes on from the last round.") from None
+    write_file(out, structure.to_json())
+    os.replace(folder.path / "rounds.jsonl", out.with_name(out.name + ".rounds.jsonl"))
+    shutil.rmtree(folder.path, ignore_errors=True)
+    return structure
+
+
+def _refuse_nodes(experiment: Experiment) -> None:
+    if is_deployed(experiment):
+        raise ConfigError(
+            'population.partition is "nodes": real nodes bring their clients, and a simulation has '
+            "none. Name another partition, or run it on nodes (`fedpet deploy`)."
+        )
+
+
+def _simulate(
+    prepared: Prepared | ToSearch,
+    out: RunFolder,
+    listener: Listener,
+    journal: Journal | None = None,
+) -> dict[str, Any]:
+    experiment = prepared.experiment
+    listener.say(f"starting Ray with {experiment.run.workers} workers")
+    try:
         return run_on_ray(
-            experiment, client_app, lambda grid: federate(grid, prepared, out, listener, journal)
+            experiment,
+            _client_app(experiment),
+            lambda grid: federate(grid, prepared, out, listener, journal),
         )
     except KeyboardInterrupt:
         raise Interrupted(
@@ -95,16 +162,27 @@ def _simulate(
         ) from None
 
 
+def _client_app(experiment: Experiment) -> ClientApp:
+    settings = NodeSettings.of(experiment)
+    client_app = ClientApp()
+
+    @client_app.train()
+    def train(message: Message, context: Context) -> Message:
+        return reply(message, settings)
+
+    return client_app
+
+
 def run_on_ray(
     experiment: Experiment,
     client_app: ClientApp,
-    serve: Callable[[Grid], dict[str, Any]],
-) -> dict[str, Any]:
+    serve: Callable[[Grid], Result],
+) -> Result:
     """Run a server function against as many nodes as there are workers."""
     from flwr.simulation import run_simulation
 
     server_app = ServerApp()
-    results: list[dict[str, Any]] = []
+    results: list[Result] = []
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:

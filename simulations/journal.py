@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedpet.errors import ConfigError, RunError
+from fedpet.ledger import TRAINING
 
 __all__ = ["Journal", "read_journal", "remove_journal", "write_journal"]
 
@@ -57,6 +58,7 @@ class Journal:
         told: Clients that have been sent the plan.
         elapsed_seconds: Since the run's start, pauses left out.
         resumed: How often the run has been gone on with.
+        kind: Of the rounds: "training", or "search" before them.
         values: Global values, float32, (num_values,).
         optimiser: The server optimiser's vectors by Flower's names; what the wire remembers, by
             names that begin with "wire/".
@@ -73,6 +75,7 @@ class Journal:
     resumed: int
     values: np.ndarray
     optimiser: Mapping[str, np.ndarray] = field(default_factory=dict)
+    kind: str = TRAINING
 
     def to_bytes(self) -> bytes:
         """Serialise."""

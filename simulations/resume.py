@@ -1,7 +1,8 @@
 """A run that was cut short, taken up where its journal left it.
 
 In:  a run folder without a result.
-Out: its experiment, and the journal, once both are known to belong together.
+Out: its experiment, what was settled of it, and the journal, once they are known to belong
+     together; and the journal of a round itself, which is what a run is taken up from.
 
 The experiment is read from the folder, the plan is settled anew from it: where the checkpoint, the
 rows or the settings are no longer those of the run, that is said and nothing is loaded.
@@ -11,23 +12,38 @@ from __future__ import annotations
 
 import hashlib
 import json
+import time
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
+from fedpet.ledger import SEARCH
 from fedpet.plan import Plan
+from fedpet.structure import Structure
 
 from .journal import Journal, read_journal
 
 if TYPE_CHECKING:
     from fedpet.data import FederatedData
+    from fedpet.strategies import SparseStrategy
 
-    from .federation import Prepared
+    from .prepared import Prepared, ToSearch
 
-__all__ = ["check_journal", "client_hash", "deciding_settings", "is_cut_short", "read_cut_short"]
+__all__ = [
+    "check_journal",
+    "client_hash",
+    "deciding_settings",
+    "found_before",
+    "is_cut_short",
+    "journal_after",
+    "read_cut_short",
+    "take_up",
+]
 
 # Keys that say where a run is done, and what it is called; not what comes out.
 _PLACE_KEYS = ("name", "workers", "cache", "out")
@@ -55,8 +71,25 @@ def read_cut_short(run: Path) -> Experiment:
     return replace(experiment, run=replace(experiment.run, out=str(run)))
 
 
-def check_journal(run: Path, prepared: Prepared) -> Journal | None:
+def found_before(run: Path) -> Structure | None:
+    """What the search of a cut-short run found; None where it has not ended, or there is none.
+
+    Raises:
+        InputError: The journal or the structure cannot be read.
+    """
+    journal, path = read_journal(run), run / "structure.json"
+    if journal is None or not path.exists():
+        return None
+    structure = Structure.from_json(path.read_text(encoding="utf-8"))
+    if journal.kind == SEARCH and _searched_by(structure) != journal.plan_digest:
+        return None  # left there by something else
+    return structure
+
+
+def check_journal(run: Path, prepared: Prepared | ToSearch) -> Journal | None:
     """The journal of a run, if it belongs to what was prepared; None where there is none.
+
+    Where a search has ended and training has not begun, it is the search's last.
 
     Raises:
         ConfigError: The settings, the clients or the plan are others than the journal's.
@@ -76,6 +109,8 @@ def check_journal(run: Path, prepared: Prepared) -> Journal | None:
             "since. Put them back, or start a new run."
         )
     digest = Plan.digest(prepared.plan.to_bytes()).hex()
+    if journal.kind == SEARCH and prepared.plan.search is None:
+        digest = _searched_by(getattr(prepared, "structure", Structure()))
     if journal.plan_digest != digest:
         raise ConfigError(
             f"the journal in {str(run)!r} is of plan {journal.plan_digest:.16}, and what is "
@@ -83,6 +118,51 @@ def check_journal(run: Path, prepared: Prepared) -> Journal | None:
             "the run began with."
         )
     return journal
+
+
+def journal_after(
+    prepared: Prepared | ToSearch,
+    strategy: SparseStrategy,
+    *,
+    server_round: int,
+    values: np.ndarray,
+    ledger_bytes: int,
+    resumed: int,
+) -> Journal:
+    """Where a run stands when a round is over.
+
+    Args:
+        prepared: What is run.
+        strategy: Whose round it was.
+        server_round: That round.
+        values: Global values, float32, (num_values,).
+        ledger_bytes: Length of `rounds.jsonl`, this round's line included.
+        resumed: How often the run has been gone on with.
+    """
+    holders = strategy.requests.holders
+    return Journal(
+        server_round=server_round,
+        plan_digest=strategy.digest.hex(),
+        clients=client_hash(prepared.data),
+        settings=deciding_settings(prepared.experiment),
+        ledger_bytes=ledger_bytes,
+        holders=tuple(sorted(holders.plan_nodes)),
+        told=tuple(sorted(holders.told)),
+        elapsed_seconds=time.perf_counter() - prepared.started,
+        resumed=resumed,
+        values=values,
+        optimiser=strategy.state(),
+        kind=strategy.ledger.current.kind,
+    )
+
+
+def take_up(journal: Journal, strategy: SparseStrategy) -> np.ndarray:
+    """Hand a strategy its part of a journal; gives the global values, float32, (num_values,)."""
+    strategy.rounds_done = journal.server_round
+    strategy.load_state(journal.optimiser)
+    strategy.requests.holders.plan_nodes = set(journal.holders)
+    strategy.requests.holders.told = set(journal.told)
+    return journal.values
 
 
 def deciding_settings(experiment: Experiment) -> dict[str, Any]:
@@ -97,6 +177,12 @@ def client_hash(data: FederatedData) -> str:
     """SHA-256 (hex) over the clients' names and numbers of rows."""
     text = json.dumps([[client.id, len(client.rows)] for client in data.clients])
     return hashlib.sha256(text.encode()).hexdigest()
+
+
+def _searched_by(structure: Structure) -> str:
+    """The digest of the plan that a structure was searched by, hex; "" where it was not."""
+    search = structure.provenance.get("search")
+    return str(search.get("plan_digest", "")) if isinstance(search, dict) else ""
 
 
 def _changed(before: Mapping[str, Any], after: Mapping[str, Any]) -> list[str]:

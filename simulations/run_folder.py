@@ -42,11 +42,14 @@ class RunFolder:
 
     path: Path
 
-    def write_inputs(self, experiment: Experiment, plan: Plan, structure: Structure) -> None:
+    def write_inputs(self, experiment: Experiment, plan: Plan) -> None:
         """Leave what decides the run, before the first round."""
         text = tomli_w.dumps(experiment.to_tables())
         self._write("config.toml", text.encode())
         self._write("plan.bin", plan.to_bytes())
+
+    def write_structure(self, structure: Structure) -> None:
+        """Leave the structure that is trained."""
         self._write("structure.json", structure.to_json().encode())
 
     def write_outputs(self, values: np.ndarray, model: PreTrainedModel, tokenizer: Path) -> None:

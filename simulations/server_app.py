@@ -11,7 +11,12 @@ from flwr.serverapp import Grid, ServerApp
 from fedpet.config import Experiment
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.progress import Progress
-from fedpet.simulations.resume import check_journal, is_cut_short, read_cut_short
+from fedpet.simulations.resume import (
+    check_journal,
+    found_before,
+    is_cut_short,
+    read_cut_short,
+)
 from fedpet.simulations.run_folder import RunFolder, new_run_folder
 
 app = ServerApp()
@@ -25,8 +30,9 @@ def main(grid: Grid, context: Context) -> None:
     goes_on = bool(experiment.run.out) and is_cut_short(folder)
     if goes_on:
         experiment = read_cut_short(folder)
-    with Progress(experiment.strategy.num_rounds, experiment.data.metric) as progress:
-        prepared = prepare(experiment, progress)
+    searches = experiment.search.rounds if experiment.search.federated else 0
+    with Progress(experiment.strategy.num_rounds, experiment.data.metric, searches) as progress:
+        prepared = prepare(experiment, progress, found=found_before(folder) if goes_on else None)
         out = RunFolder(folder) if goes_on else new_run_folder(experiment)
         journal = check_journal(folder, prepared) if goes_on else None
         federate(grid, prepared, out, progress, journal)

@@ -20,13 +20,13 @@ from fedpet.strategies import SparseStrategy, values_of
 from fedpet.training import evaluate
 
 from .journal import Journal, write_journal
-from .resume import client_hash, deciding_settings
+from .resume import journal_after, take_up
 from .run_folder import RunFolder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from .federation import Listener, Prepared
+    from .prepared import Listener, Prepared
 
 
 class RunState:
@@ -35,7 +35,6 @@ class RunState:
     Attributes:
         values: Global values, float32, (num_values,).
         rounds_left: To be run from here on.
-        resumed: How often the run has been gone on with.
     """
 
     def __init__(
@@ -46,33 +45,32 @@ class RunState:
         out: RunFolder,
         listener: Listener,
         journal: Journal | None,
+        *,
+        resumed: int = 0,
     ) -> None:
-        """Begin, or take up what a journal holds and hand the strategy its part."""
+        """Begin, or take up what a journal holds and hand the strategy its part.
+
+        Args:
+            prepared: What to run.
+            strategy: Runs the rounds.
+            ledger: Takes their lines.
+            out: Takes the journal.
+            listener: Is told of each round.
+            journal: Of training rounds; None begins at the beginning.
+            resumed: How often the run has been gone on with.
+        """
         self._prepared = prepared
         self._strategy = strategy
         self._ledger = ledger
         self._out = out
         self._listener = listener
         self._last_round = prepared.experiment.strategy.num_rounds
-        self._clients = client_hash(prepared.data)
         self._merged: PreTrainedModel | None = None
-        self._before_seconds = 0.0
+        self._goes_on, self._resumed = journal is not None, resumed
         self.values = np.zeros(prepared.plan.num_values, dtype=np.float32)
-        self.resumed = 0
         if journal is not None:
-            self._before_seconds = journal.elapsed_seconds
-            self.values = journal.values
-            self.resumed = journal.resumed + 1
-            strategy.rounds_done = journal.server_round
-            strategy.load_state(journal.optimiser)
-            strategy.requests.holders.plan_nodes = set(journal.holders)
-            strategy.requests.holders.told = set(journal.told)
+            self.values = take_up(journal, strategy)
         self.rounds_left = self._last_round - strategy.rounds_done
-
-    @property
-    def elapsed_seconds(self) -> float:
-        """Since the run's start, the time that nothing ran left out."""
-        return self._before_seconds + time.perf_counter() - self._prepared.started
 
     def round_over(self, loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         """What Flower's loop calls before its first round, as round 0, and after each.
@@ -81,7 +79,7 @@ class RunState:
             loop_round: Counted by Flower's loop, from where the run was taken up.
             arrays: The global values.
         """
-        if loop_round == 0 and self.resumed:
+        if loop_round == 0 and self._goes_on:
             return None  # that round was over before
         experiment, data = self._prepared.experiment, self._prepared.data
         server_round = loop_round + self._strategy.rounds_done
@@ -110,21 +108,12 @@ class RunState:
         self._prepared.pet.load_values(values, seed=self._prepared.plan.seed)
 
     def _write_journal(self, server_round: int, ledger_bytes: int) -> None:
-        strategy = self._strategy
-        write_journal(
-            self._out.path,
-            Journal(
-                server_round=server_round,
-                plan_digest=strategy.digest.hex(),
-                clients=self._clients,
-                settings=deciding_settings(self._prepared.experiment),
-                ledger_bytes=ledger_bytes,
-                holders=tuple(sorted(strategy.requests.holders.plan_nodes)),
-                told=tuple(sorted(strategy.requests.holders.told)),
-                elapsed_seconds=self.elapsed_seconds,
-                resumed=self.resumed,
-                values=self.values,
-                optimiser=strategy.state(),
-            ),
-            self._ledger.path,
+        journal = journal_after(
+            self._prepared,
+            self._strategy,
+            server_round=server_round,
+            values=self.values,
+            ledger_bytes=ledger_bytes,
+            resumed=self._resumed,
         )
+        write_journal(self._out.path, journal, self._ledger.path)

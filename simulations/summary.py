@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from fedpet.config import Experiment
-from fedpet.ledger import Ledger, RoundRecord
+from fedpet.ledger import SEARCH, TRAINING, Ledger, RoundRecord
 from fedpet.simulations.run_folder import machine, versions
 
 if TYPE_CHECKING:
@@ -57,7 +57,7 @@ def summarise(
         resumed: How often the run was cut short and gone on with.
         tiers: Density, values and clients of each tier, where devices differ in strength.
     """
-    rounds = [record for record in ledger.rounds if record.round > 0]
+    rounds = [record for record in ledger.of_kind(TRAINING) if record.round > 0]
     learned = any(record.aggregated for record in rounds)
     num_values = sum(values_by_kind.values())
     head, mask = values_by_kind.get("head", 0), values_by_kind.get("mask", 0)
@@ -97,14 +97,17 @@ def summarise(
         "communication": _communication(ledger, pretrained_parameters + head),
         "time": {
             "total_seconds": total_seconds,
-            "rounds_seconds": ledger.total("round_seconds"),
-            "local_training_seconds": ledger.total("train_seconds"),
+            "rounds_seconds": ledger.total("round_seconds", TRAINING),
+            "local_training_seconds": ledger.total("train_seconds", TRAINING),
             "evaluation_seconds": ledger.total("evaluation_seconds"),
             "first_round_seconds": rounds[0].round_seconds,
             "outside_training_fraction": _outside_training(rounds[1:]),
+            **_search_seconds(ledger),
         },
         "refused": [
-            {"round": record.round, **refused} for record in rounds for refused in record.refused
+            {**_when(record), **refused}
+            for record in (*ledger.of_kind(SEARCH), *rounds)
+            for refused in record.refused
         ],
         "final_values_sha256": values_sha256,
     }
@@ -118,15 +121,21 @@ def count_by_kind(segments: Sequence[Segment]) -> dict[str, int]:
     return counts
 
 
+def _when(record: RoundRecord) -> dict[str, Any]:
+    when: dict[str, Any] = {"round": record.round}
+    return when if record.kind == TRAINING else {"kind": record.kind, **when}
+
+
 def _quality(
     rounds: Sequence[RoundRecord], ledger: Ledger, metric: str, final: float
 ) -> dict[str, Any]:
+    training = ledger.of_kind(TRAINING)
     measured = [
         {"round": record.round, "value": record.metric}
-        for record in ledger.rounds
+        for record in training
         if record.metric is not None
     ]
-    before = ledger.rounds[0].metric if ledger.rounds and ledger.rounds[0].round == 0 else None
+    before = training[0].metric if training and training[0].round == 0 else None
     return {
         "metric": metric,
         "before": before,
@@ -136,25 +145,51 @@ def _quality(
     }
 
 
+_SUMS = ("uplink_bytes", "downlink_bytes", "plan_bytes", "wire_bytes", "messages")
+
+
 def _communication(ledger: Ledger, dense_parameters: int) -> dict[str, Any]:
-    """Bytes of the run, and of dense FedAvg on the same rounds: 4 bytes a parameter, no framing."""
-    uplink, downlink = int(ledger.total("uplink_bytes")), int(ledger.total("downlink_bytes"))
-    plan = int(ledger.total("plan_bytes"))
-    asked, answered = int(ledger.total("clients")), int(ledger.total("replies"))
+    """Bytes of the run, a search of the structure included.
+
+    Means are over the training rounds. Dense FedAvg, which searches nothing, is of those rounds: 4
+    bytes a parameter, no framing.
+    """
+    sums = {name: int(ledger.total(name)) for name in _SUMS}
+    asked, answered = (int(ledger.total(name, TRAINING)) for name in ("clients", "replies"))
+    total = sums["uplink_bytes"] + sums["downlink_bytes"] + sums["plan_bytes"]
     dense = BYTES_PER_FLOAT * dense_parameters * (asked + answered)
-    return {
-        "plan_bytes_per_client": plan / max(int(ledger.total("newcomers")), 1),
-        "uplink_bytes": uplink,
-        "downlink_bytes": downlink,
-        "plan_bytes": plan,
-        "total_bytes": uplink + downlink + plan,
-        "messages": int(ledger.total("messages")),
-        "uplink_bytes_per_client_round": uplink / max(answered, 1),
-        "downlink_bytes_per_client_round": downlink / max(asked, 1),
+    up, down, plan = (ledger.total(name, TRAINING) for name in _SUMS[:3])
+    books: dict[str, Any] = {
+        "plan_bytes_per_client": plan / max(int(ledger.total("newcomers", TRAINING)), 1),
+        "uplink_bytes": sums["uplink_bytes"],
+        "downlink_bytes": sums["downlink_bytes"],
+        "plan_bytes": sums["plan_bytes"],
+        "total_bytes": total,
+        "messages": sums["messages"],
+        "uplink_bytes_per_client_round": up / max(answered, 1),
+        "downlink_bytes_per_client_round": down / max(asked, 1),
         "dense_fedavg_total_bytes": dense,
-        "ratio_to_dense": (uplink + downlink + plan) / dense,
-        "wire_bytes": int(ledger.total("wire_bytes")),
+        "ratio_to_dense": total / dense,
+        "wire_bytes": sums["wire_bytes"],
     }
+    if ledger.of_kind(SEARCH):
+        books["by_kind"] = {kind: _of_kind(ledger, kind) for kind in (SEARCH, TRAINING)}
+    return books
+
+
+def _of_kind(ledger: Ledger, kind: str) -> dict[str, int]:
+    """The bytes of one kind of rounds, and how many there were."""
+    sums = {name: int(ledger.total(name, kind)) for name in _SUMS}
+    total = sums["uplink_bytes"] + sums["downlink_bytes"] + sums["plan_bytes"]
+    rounds = sum(record.round > 0 for record in ledger.of_kind(kind))
+    return {"rounds": rounds, "total_bytes": total, **sums}
+
+
+def _search_seconds(ledger: Ledger) -> dict[str, float]:
+    """Of the rounds of a search, where there was one."""
+    if not ledger.of_kind(SEARCH):
+        return {}
+    return {"search_rounds_seconds": ledger.total("round_seconds", SEARCH)}
 
 
 def _outside_training(rounds: Sequence[RoundRecord]) -> float | None:

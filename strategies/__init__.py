@@ -20,6 +20,7 @@ from .rules import (
     SparseQFedAvg,
     SparseStrategy,
 )
+from .structure_search import StructureSearch
 from .tiers import TierBook
 
 __all__ = [
@@ -40,6 +41,7 @@ __all__ = [
     "SparseMultiKrum",
     "SparseQFedAvg",
     "SparseStrategy",
+    "StructureSearch",
     "TierBook",
     "VectorRounds",
     "to_arrays",

@@ -71,7 +71,8 @@ class RollCall(Grid):
         self._ledger = ledger
         self._begun = False
         self._pending: dict[str, int] = {}  # id of a question -> the node it went to
-        self._asks: dict[int, int] = {}  # node -> how often it was asked since it came
+        # node -> how often it was asked since it came, or told the call before this one
+        self._asks: dict[int, int] = dict.fromkeys(residents.there, 1)
         self._failures: dict[int, str] = {}  # node -> why it takes no part
         self._sent_to: dict[str, int] = {}  # id of any message -> the node it went to
 

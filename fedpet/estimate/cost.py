@@ -114,6 +114,12 @@ def estimate(
     Raises:
         InputError: The configuration, the codecs, the structure or the data cannot be used.
     """
+    if experiment.search.federated:
+        raise ConfigError(
+            "an estimate foresees the rounds of a structure that is known, and search.federated "
+            "finds it in the run: estimate with search.federated = false and a preset or file of "
+            "the same size."
+        )
     check_codec(experiment.codec.up)
     check_codec(experiment.codec.down)
     check_label_names(experiment.data)

@@ -21,6 +21,7 @@ from rich.text import Text
 
 from fedpet.report.numbers import show_percent
 from fedpet.structure import Structure
+from fedpet.units import show_bytes
 
 __all__ = ["Gate", "GateMap", "gate_html", "gate_map", "structure_table"]
 
@@ -137,6 +138,15 @@ def structure_facts(structure: Structure) -> Iterator[tuple[str, str]]:
             "checkpoint",
             f"step {checkpoint.get('step')} of {checkpoint.get('of')}, validation "
             + ", ".join(scores),
+        )
+    search = told.get("search")
+    if isinstance(search, dict):
+        sent = sum(search.get(name, 0) for name in ("uplink_bytes", "downlink_bytes", "plan_bytes"))
+        yield (
+            "searched in",
+            f"{search.get('rounds')} rounds of at most {search.get('of')} on "
+            f"{search.get('clients'):,} clients, ended: {search.get('ended')}; {show_bytes(sent)} "
+            "up and down",
         )
     data = told.get("data")
     if isinstance(data, dict):

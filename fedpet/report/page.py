@@ -185,7 +185,7 @@ def _key_figures(report: Report) -> Iterator[str]:
         (
             "sent in total",
             show_bytes(sent["total_bytes"]),
-            f"in {rounds} rounds, plan included",
+            f"in {rounds} rounds, plan included{_of_search(sent)}",
         ),
         (
             "values communicated",
@@ -207,6 +207,13 @@ def _key_figures(report: Report) -> Iterator[str]:
         for name, value, more in figures
     )
     yield f'<section><dl class="key">{cells}</dl></section>'
+
+
+def _of_search(sent: Mapping[str, Any]) -> str:
+    search = sent.get("by_kind", {}).get("search")
+    if search is None:
+        return ""
+    return f"; {show_bytes(search['total_bytes'])} of it in {search['rounds']} rounds of a search"
 
 
 def _quality(report: Report) -> Iterator[str]:
@@ -300,12 +307,17 @@ def _rounds_table(report: Report) -> str:
             f"{record.get('round_seconds', 0.0):.1f}",
         ]
         body.append(
-            f'<tr><th scope="row">{record["round"]}</th>'
+            f'<tr><th scope="row">{_round_name(record)}</th>'
             + "".join(f"<td>{cell}</td>" for cell in cells)
             + "</tr>"
         )
     heads = ["round", "clients", "replies", "loss", metric, "up B", "down B", "plan B", "seconds"]
     return f"<details><summary>All rounds</summary>{_table(heads, body)}</details>"
+
+
+def _round_name(record: Mapping[str, Any]) -> str:
+    kind = record.get("kind", "")
+    return escape(f"{kind} {record['round']}".strip())
 
 
 def _places_section(report: Report) -> Iterator[str]:

@@ -221,9 +221,20 @@ def _logarithmic(
         )
 
 
+def _numbered(rounds: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[int, str]]:
+    """Where each round stands, training's by their numbers and a search's before 1; their names."""
+    before = sum(record.get("kind") == "search" for record in rounds)
+    names: dict[int, str] = {}
+    for record in rounds:
+        is_search = record.get("kind") == "search"
+        number = record["round"] - (before if is_search else 0)
+        names[number] = f"{'search ' if is_search else ''}round {record['round']}"
+    return list(names), names
+
+
 def _draw_bytes(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> dict[str, list[str]]:
     _style(axes, _STAND_INS)
-    numbers = [record["round"] for record in rounds]
+    numbers, names = _numbered(rounds)
     below = [0.0] * len(rounds)
     titles: dict[str, list[str]] = {}
     for kind, name in zip(KINDS, ("up", "down", "plan"), strict=True):
@@ -239,7 +250,8 @@ def _draw_bytes(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> dict[str, li
         )
         for number, bar, height in zip(numbers, bars, heights, strict=True):
             bar.set_gid(f"bar-{name}-{number}")
-            titles[f"bar-{name}-{number}"] = [f"round {number}, {name}: {show_bytes(height)}"]
+            told = f"{names[number]}, {name}: {show_bytes(height)}"
+            titles[f"bar-{name}-{number}"] = [told]
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show_bytes(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))

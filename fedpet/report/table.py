@@ -98,6 +98,8 @@ def _bytes(result: dict[str, Any]) -> Iterator[Row]:
         f"{show_bytes(sent['total_bytes'])}   (up {show_bytes(sent['uplink_bytes'])}, "
         f"down {show_bytes(sent['downlink_bytes'])}, plan {show_bytes(sent['plan_bytes'])})",
     )
+    for kind, books in sent.get("by_kind", {}).items():
+        yield f"  of {kind}", f"{show_bytes(books['total_bytes'])} in {books['rounds']} rounds"
     yield "dense FedAvg would send", show_bytes(sent["dense_fedavg_total_bytes"])
     yield "ratio", f"{show_ratio(sent['ratio_to_dense'])} of dense FedAvg"
 
@@ -124,6 +126,7 @@ def _trouble(result: dict[str, Any]) -> Iterator[Row]:
     if refused:
         yield "replies refused", f"{len(refused):,}"
     for entry in refused[:MAX_REFUSALS]:
-        yield f"  round {entry['round']}", f"{entry['who']}: {entry['reason']}"
+        kind = f"{entry['kind']} " if "kind" in entry else ""
+        yield f"  {kind}round {entry['round']}", f"{entry['who']}: {entry['reason']}"
     if len(refused) > MAX_REFUSALS:
         yield "", f"and {len(refused) - MAX_REFUSALS:,} more in result.json"

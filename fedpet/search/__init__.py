@@ -1,14 +1,16 @@
 """S3PET: a structure is searched, not guessed.
 
-    space -> gates -> bilevel -> select, and `search` around them
+    space -> gates -> bilevel -> select, and `search` around them; or `local`, on many clients
 
 In:  a backbone, labelled rows, a budget in values.
-Out: a `SearchResult` with a `Structure`; or a random one under the same budget.
+Out: a `SearchResult` with a `Structure`; or a random one under the same budget. Of a federated
+     search what one client does; the rest is strategies/structure_search.py.
 """
 
 from fedpet.config import SearchConfig
 from fedpet.search.bilevel import BiLevel, StepLosses, hypergradient, virtual_step
 from fedpet.search.gates import concrete, expected_size, probabilities, solve_zeta, uniform
+from fedpet.search.local import SearchModel, client_config, split_in_two
 from fedpet.search.manual import manual_structure
 from fedpet.search.search import (
     SearchProgress,
@@ -18,9 +20,19 @@ from fedpet.search.search import (
     random_structure,
     search_structure,
     split_rows,
+    step_batches,
+    task_loss,
+    told_candidates,
 )
 from fedpet.search.select import chosen_size, select, select_at_random
-from fedpet.search.settings import budget_values, deviations, faithful, settle
+from fedpet.search.settings import (
+    budget_values,
+    deciding,
+    deviations,
+    faithful,
+    settle,
+    temperature,
+)
 from fedpet.search.space import (
     SPACES,
     Candidate,
@@ -35,6 +47,7 @@ __all__ = [
     "BiLevel",
     "Candidate",
     "SearchConfig",
+    "SearchModel",
     "SearchProgress",
     "SearchResult",
     "Space",
@@ -44,7 +57,9 @@ __all__ = [
     "build_space",
     "check_structure",
     "chosen_size",
+    "client_config",
     "concrete",
+    "deciding",
     "deviations",
     "expected_size",
     "faithful",
@@ -59,7 +74,12 @@ __all__ = [
     "solve_zeta",
     "space_of_config",
     "space_of_structure",
+    "split_in_two",
     "split_rows",
+    "step_batches",
+    "task_loss",
+    "temperature",
+    "told_candidates",
     "uniform",
     "virtual_step",
 ]

@@ -42,6 +42,7 @@ from fedpet.errors import ConfigError, TrainingError
 from fedpet.model import PetModel
 from fedpet.search.gates import concrete, probabilities, uniform
 from fedpet.search.select import select
+from fedpet.search.settings import temperature
 from fedpet.search.space import Space
 from fedpet.seeds import derive_seed
 
@@ -243,10 +244,7 @@ class BiLevel:
     @property
     def beta(self) -> float:
         """The temperature at this step."""
-        first, last = self.config.beta, self.config.beta_end
-        if not last:
-            return first
-        return float(first * (last / first) ** min(1.0, self.steps_done / self._total))
+        return temperature(self.config, self.steps_done / self._total)
 
     def probabilities(self) -> Tensor:
         """p of every candidate, float64, shape (n,), with a gradient to alpha."""
@@ -320,6 +318,15 @@ class BiLevel:
                 "search: lower its rate, or look at the rows."
             )
         return StepLosses(theta_loss, alpha_loss)
+
+    @torch.no_grad()
+    def begin_at(self, steps_done: int, alpha: Tensor) -> None:
+        """Take up a search at a step, with an alpha of others; the model has their values.
+
+        The optimisers begin anew: their moments are of steps that were taken elsewhere.
+        """
+        self.steps_done = steps_done
+        self.alpha.copy_(alpha)
 
     def state(self) -> dict[str, Any]:
         """All that a search needs to go on, as tensors, numbers and names."""

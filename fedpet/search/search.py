@@ -21,8 +21,8 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +37,7 @@ from fedpet.metrics import metric_value
 from fedpet.model import PetModel
 from fedpet.search.bilevel import BiLevel
 from fedpet.search.select import chosen_size, select_at_random
-from fedpet.search.settings import deviations
+from fedpet.search.settings import deciding, deviations
 from fedpet.search.space import Space, build_space
 from fedpet.seeds import derive_seed
 from fedpet.structure import Structure
@@ -56,6 +56,9 @@ __all__ = [
     "random_structure",
     "search_structure",
     "split_rows",
+    "step_batches",
+    "task_loss",
+    "told_candidates",
 ]
 
 
@@ -146,7 +149,7 @@ def search_structure(
         saved = _Saved(state_file, _digest(config, backbone.fingerprint, indices))
         best, history = saved.load(search)
         validation = rows.take(split.validation)
-        for theta_batch, alpha_batch in _steps(rows, split, config, search.steps_done, total):
+        for theta_batch, alpha_batch in step_batches(rows, split, config, search.steps_done, total):
             losses = search.step(theta_batch, alpha_batch)
             step, score = search.steps_done, None
             if step % config.evaluate_every == 0 or step == total:
@@ -179,13 +182,13 @@ def search_structure(
         provenance={
             "method": "s3pet",
             "deviations": list(deviations(config)),
-            "settings": {**asdict(config), "rates": list(config.rates)},
+            "settings": deciding(config),
             "budget": int(budget),
             "values": chosen_size(chosen, space.sizes, space.tensors),
             "space": {"name": space.name, "values": space.num_values},
             "rows": {name: len(part) for name, part in vars(split).items()},
             "checkpoint": {"step": best["step"], "of": total, task.metric: best["score"]},
-            "candidates": _candidates(space, p),
+            "candidates": told_candidates(space, p),
             **(provenance or {}),
         },
     )
@@ -266,15 +269,20 @@ def task_loss(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
     return nn.functional.cross_entropy
 
 
-def _steps(
+def step_batches(
     rows: Rows, split: Split, config: SearchConfig, done: int, total: int
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Pairs of batches, theta's and alpha's, from step `done` on: each epoch has its own order."""
-    step = 0
-    for epoch in range(config.epochs):
+    """Pairs of batches, theta's and alpha's, of the steps from `done` to before `total`.
+
+    Each epoch over the two halves has its own order.
+    """
+    per_epoch = -(-len(split.theta) // config.batch_size)
+    step = done // per_epoch * per_epoch
+    while step < total:
         parts = []
         for name, part in (("theta", split.theta), ("alpha", split.alpha)):
-            generator = np.random.default_rng(derive_seed("order", config.seed, epoch, name))
+            seed = derive_seed("order", config.seed, step // per_epoch, name)
+            generator = np.random.default_rng(seed)
             parts.append(list(batches(part, rows.lengths, config.batch_size, generator)))
         for theta, alpha in zip(*parts, strict=True):
             if done <= step < total:
@@ -288,7 +296,7 @@ def _score(search: BiLevel, validation: Rows, task: Task) -> float:
     return metric_value(task, logits, np.asarray(validation.labels))
 
 
-def _candidates(space: Space, p: list[float]) -> list[dict[str, Any]]:
+def told_candidates(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:
     """Every candidate with its place and gate: what a picture of the search is made from."""
     return [
         {
@@ -305,7 +313,7 @@ def _candidates(space: Space, p: list[float]) -> list[dict[str, Any]]:
 
 
 def _digest(config: SearchConfig, fingerprint: str, indices: np.ndarray) -> str:
-    digest = hashlib.sha256(repr((sorted(asdict(config).items()), fingerprint)).encode())
+    digest = hashlib.sha256(repr((sorted(deciding(config).items()), fingerprint)).encode())
     digest.update(np.ascontiguousarray(indices, dtype=np.int64).tobytes())
     return digest.hexdigest()
 

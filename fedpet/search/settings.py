@@ -9,13 +9,15 @@ Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), released code: `faith
 from __future__ import annotations
 
 import re
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from fedpet.config import SearchConfig, TrainingConfig
 from fedpet.errors import ConfigError, StructureError
 
-__all__ = ["budget_values", "deviations", "faithful", "settle"]
+__all__ = ["budget_values", "deciding", "deviations", "faithful", "settle", "temperature"]
+
+_FEDERATED = ("federated", "rounds", "local_steps", "settled_overlap", "settled_rounds")
 
 
 def faithful(**changes: Any) -> SearchConfig:
@@ -32,10 +34,25 @@ def deviations(config: SearchConfig) -> tuple[str, ...]:
         "temperature falls": bool(config.beta_end) and config.beta_end != config.beta,
         "gates of 0 and 1 in the search": config.hard,
         "no dropout": not config.dropout,
-        "last checkpoint": config.checkpoint == "last",
+        "last checkpoint": config.checkpoint == "last" or config.federated,
         f"space {config.space}": not config.space.startswith("s3pet"),
     }
     return tuple(text for text, holds in found.items() if holds)
+
+
+def deciding(config: SearchConfig) -> dict[str, Any]:
+    """The settings that a structure tells: those of a federated search where it was one."""
+    table = {**asdict(config), "rates": list(config.rates)}
+    if not config.federated:
+        for name in _FEDERATED:
+            del table[name]
+    return table
+
+
+def temperature(config: SearchConfig, progress: float) -> float:
+    """beta when a fraction of a search, in [0, 1], is over."""
+    first, last = config.beta, config.beta_end
+    return float(first * (last / first) ** min(1.0, progress)) if last else first
 
 
 def settle(

@@ -22,6 +22,8 @@ from fedpet.config import Experiment
 from fedpet.errors import ConfigError, FedpetError, InputError
 
 from .baselines import METHODS, run_baseline
+from .federated_search import PHASES as FEDERATED_PHASES
+from .federated_search import FederatedSearchRun, FederatedSearchTable
 from .search_table import PHASES as SEARCH_PHASES
 from .search_table import SearchTable, SearchTableRun
 from .table import FEDPET, PHASES, TableFile, TableRun, experiment_file
@@ -143,6 +145,40 @@ def search_table(
         console.print(job.final_table())
         for budget, what, overlap in job.overlaps():
             console.print(f"budget {budget}, {what}: modules in common {overlap:.2f} (Jaccard)")
+
+
+@app.command(
+    name="federated_search",
+    epilog="Example: python -m simulations.benchmarks federated_search "
+    "simulations/benchmarks/federated_search.toml",
+)
+def federated_search(
+    file: Annotated[Path, typer.Argument(help="What to run: an experiment, rates, splits, seeds.")],
+    phase: Annotated[
+        str, typer.Option(help=f"{', '.join(FEDERATED_PHASES)}; all where it is left out.")
+    ] = "",
+    check: Annotated[
+        int, typer.Option(metavar="N", help="Run N finished cells again, and compare.")
+    ] = 0,
+) -> None:
+    """Run what is missing of the table of federated search, and show it. Resume at will."""
+    if phase not in ("", *FEDERATED_PHASES):
+        raise ConfigError(f"--phase must be one of {', '.join(FEDERATED_PHASES)}, got {phase!r}.")
+    phases = (phase,) if phase else FEDERATED_PHASES
+    progress = Console(stderr=True, highlight=False)
+    job = FederatedSearchRun(
+        FederatedSearchTable.read(file),
+        lambda line: progress.print(line, markup=False, soft_wrap=True),
+    )
+    if check:
+        if not job.check(check, phases):
+            raise typer.Exit(1)
+        return
+    job.complete(phases)
+    if "final" in phases:
+        console.print(job.final_table())
+        for what, overlap in job.overlaps():
+            console.print(f"{what}: modules in common {overlap:.2f} (Jaccard)")
 
 
 def tuning_table(job: TableRun) -> Table:

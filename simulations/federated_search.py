@@ -1,0 +1,128 @@
+"""The rounds of a search before those of training.
+
+    backbone -> mask -> structure -> [search, in rounds] -> model -> ... -> report
+
+In:  a Grid, the search's plan, the run's folder.
+Out: the structure, with how it was found; the search's lines in `rounds.jsonl`, and a journal after
+     each round, from which a search that was cut short goes on.
+
+The journal of the last round stays until training writes its own: whoever finds it beside a
+`structure.json` of the same plan knows that the search is over, and how long its lines are.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from flwr.serverapp import Grid
+
+from fedpet.client import cache_folder
+from fedpet.config import Experiment
+from fedpet.ledger import SEARCH, TRAINING, Ledger
+from fedpet.node_state import state_folder
+from fedpet.population import Population, Residents
+from fedpet.strategies import RollCall, SparseStrategy, StructureSearch
+from fedpet.structure import Structure
+
+from .central_search import origin_of
+from .journal import Journal, write_journal
+from .resume import journal_after, take_up
+from .run_folder import RunFolder
+
+if TYPE_CHECKING:
+    from .prepared import Ground, Listener, ToSearch
+
+__all__ = ["call_nodes", "clients_of", "search_in_rounds"]
+
+
+def search_in_rounds(
+    grid: Grid,
+    to_search: ToSearch,
+    population: Population,
+    ledger: Ledger,
+    out: RunFolder,
+    listener: Listener,
+    journal: Journal | None = None,
+    *,
+    resumed: int = 0,
+) -> Structure:
+    """Search until the structure has settled, and leave `structure.json`.
+
+    Args:
+        grid: Reaches the nodes.
+        to_search: What to search.
+        population: The clients; in a deployment it grows as nodes come.
+        ledger: Its next rounds are the search's; what follows is training's again.
+        out: Where `structure.json` and the journal go.
+        listener: Is told of each round.
+        journal: Of this search, where it goes on from; None begins at the beginning.
+        resumed: How often the run has been gone on with.
+
+    Raises:
+        RunError: No round came to an average.
+    """
+    experiment = to_search.experiment
+    strategy = StructureSearch(
+        plan=to_search.plan,
+        tiers=to_search.tiers,
+        population=population,
+        config=experiment.strategy,
+        ledger=ledger,
+        space=to_search.space,
+    )
+    grid = call_nodes(grid, strategy, population, experiment)
+    if journal is not None:
+        strategy.values = take_up(journal, strategy)
+    listener.say("searching the structure on the clients")
+    ledger.kind = SEARCH
+    while not strategy.is_over:
+        strategy.run_round(grid)
+        after = journal_after(
+            to_search,
+            strategy,
+            server_round=strategy.rounds_done,
+            values=strategy.values,
+            ledger_bytes=ledger.close(),
+            resumed=resumed,
+        )
+        write_journal(out.path, after, ledger.path)
+        listener.round_done(ledger.current, ledger)
+    ledger.kind = TRAINING
+    # Where nodes share this machine's cache, what they kept for the search goes with it.
+    kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
+    shutil.rmtree(kept, ignore_errors=True)
+    rows, masked = sum(population.num_rows.values()), to_search.plan.mask is not None
+    structure = strategy.structure(
+        {
+            "inexact_kinds": list(to_search.inexact_kinds),
+            **origin_of(experiment, rows=rows, masked=masked),
+        }
+    )
+    out.write_structure(structure)
+    return structure
+
+
+def clients_of(prepared: Ground) -> Population:
+    """The clients of the data; in a deployment none as yet."""
+    if prepared.experiment.population.partition == "nodes":
+        return Residents()
+    clients = prepared.data.clients
+    return Population({client.id: len(client.rows) for client in clients}, homes={})
+
+
+def call_nodes(
+    grid: Grid, strategy: SparseStrategy, population: Population, experiment: Experiment
+) -> Grid:
+    """The Grid of a strategy's rounds: in a deployment a roll call stands before it."""
+    if not isinstance(population, Residents):
+        return grid
+    return RollCall(
+        grid,
+        plan=strategy.plan.to_bytes(),
+        residents=population,
+        holders=strategy.requests.holders,
+        expected=experiment.population.num_clients,
+        wait_seconds=experiment.strategy.node_wait_seconds,
+        ledger=strategy.ledger,
+    )

@@ -1,0 +1,189 @@
+"""What is settled before the first message: rows, clients, the backbone, a plan.
+
+    backbone -> mask -> structure -> model -> codec -> [plan] -> client -> ...
+
+In:  an experiment.
+Out: `Prepared` for the training rounds; or `ToSearch`, where clients search the structure first.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+from fedpet.backbone import Backbone, load_backbone, locate
+from fedpet.client import cache_folder
+from fedpet.config import Experiment
+from fedpet.data import FederatedData, load_data, load_evaluation
+from fedpet.errors import ConfigError
+from fedpet.ledger import Ledger, RoundRecord
+from fedpet.mask import build_mask
+from fedpet.model import PetModel
+from fedpet.plan import Plan, check_codecs, make_plan, make_search_plan
+from fedpet.positions import find_positions, mask_scope
+from fedpet.search import Space, check_structure
+from fedpet.structure import Structure, settled_structure
+from fedpet.tiers import Tier, tiers_of
+
+from .central_search import settled_search
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Listener", "Prepared", "ToSearch", "is_deployed", "prepare"]
+
+
+class Listener(Protocol):
+    """Whoever wants to see a run go on."""
+
+    def say(self, text: str) -> None:
+        """A stage begins."""
+
+    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+        """A round, or the evaluation before the first, is over."""
+
+
+@dataclass(frozen=True)
+class Ground:
+    """What any run stands on."""
+
+    experiment: Experiment
+    data: FederatedData
+    all_parameters: int  # of the backbone and its head
+    pretrained_parameters: int
+    started: float  # on `time.perf_counter`'s clock
+
+
+@dataclass(frozen=True)
+class Prepared(Ground):
+    """Of the training rounds."""
+
+    structure: Structure  # with what a search tells of it; the plan has its modules alone
+    plan: Plan
+    pet: PetModel  # the server's own
+
+
+@dataclass(frozen=True)
+class ToSearch(Ground):
+    """Of the rounds of a search, after which the training's plan can be settled."""
+
+    backbone: Backbone  # the checkpoint, for the training's plan
+    plan: Plan
+    space: Space
+    tiers: tuple[Tier, ...]
+    inexact_kinds: tuple[str, ...]  # of the space's modules
+
+    def found(self, structure: Structure) -> Prepared:
+        """Settle the training's plan. The backbone is used up."""
+        return _settle(self, self.backbone, structure)
+
+
+def prepare(
+    experiment: Experiment, listener: Listener, *, found: Structure | None = None
+) -> Prepared | ToSearch:
+    """Read the rows, load the backbone, find the structure or the space, settle the plan.
+
+    Args:
+        experiment: What to run.
+        listener: Is told of stages.
+        found: What a search of this run has found already.
+
+    Raises:
+        InputError: The experiment, the checkpoint or the data cannot be used.
+    """
+    started = time.perf_counter()
+    check_codecs(experiment.codec)
+    listener.say("reading and tokenising the rows")
+    folder, cache = locate(experiment.backbone), cache_folder(experiment)
+    if is_deployed(experiment):
+        data = load_evaluation(experiment.data, folder, cache=cache)
+    else:
+        data = load_data(experiment.data, experiment.population, folder, cache=cache)
+    listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
+    backbone = load_backbone(
+        experiment.backbone,
+        num_outputs=data.task.num_outputs,
+        regression=data.task.kind == "regression",
+    )
+    ground = Ground(
+        experiment, data, _num_parameters(backbone.model), _num_pretrained(backbone), started
+    )
+    _check_enough_clients(experiment, data)
+    if experiment.search.federated and found is None:
+        return _to_search(ground, backbone)
+    if found is None:
+        positions = find_positions(backbone.model, backbone.head)
+        found = settled_structure(experiment.structure, positions)
+    return _settle(ground, backbone, found)
+
+
+def is_deployed(experiment: Experiment) -> bool:
+    """Whether the nodes bring the clients, and the server knows of none beforehand."""
+    return experiment.population.partition == "nodes"
+
+
+def _settle(ground: Ground, backbone: Backbone, structure: Structure) -> Prepared:
+    """With the training's plan, of a structure of this backbone."""
+    check_structure(structure, backbone.fingerprint)
+    data = ground.data
+    plan, pet = make_plan(ground.experiment, backbone, structure, data.task, data.tokenizer_hash)
+    return Prepared(
+        ground.experiment,
+        data,
+        ground.all_parameters,
+        ground.pretrained_parameters,
+        ground.started,
+        structure,
+        plan,
+        pet,
+    )
+
+
+def _to_search(ground: Ground, backbone: Backbone) -> ToSearch:
+    """With the search's plan; the backbone is the checkpoint again."""
+    experiment, data = ground.experiment, ground.data
+    mask = None
+    if experiment.mask.enabled:
+        mask = build_mask(mask_scope(backbone.model, backbone.head), experiment.mask)
+    search = settled_search(experiment, backbone, mask)
+    plan, model = make_search_plan(experiment, search, backbone, data.task, data.tokenizer_hash)
+    tiers, inexact = tiers_of(model, plan.mask), model.inexact_kinds
+    model.pet.restore()
+    return ToSearch(
+        experiment,
+        data,
+        ground.all_parameters,
+        ground.pretrained_parameters,
+        ground.started,
+        backbone,
+        plan,
+        model.space,
+        tiers,
+        inexact,
+    )
+
+
+def _num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _num_pretrained(backbone: Backbone) -> int:
+    return sum(
+        parameter.numel()
+        for name, parameter in backbone.model.named_parameters()
+        if name not in backbone.head
+    )
+
+
+def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:
+    """Refuse a run none of whose rounds could have the replies that its rule needs."""
+    least = experiment.strategy.least_replies
+    clients = experiment.population.num_clients if is_deployed(experiment) else len(data.clients)
+    if clients < least:
+        raise ConfigError(
+            f"strategy {experiment.strategy.name!r} with these parameters, and min-replies, need "
+            f"{least} usable replies a round, and there are {clients} clients "
+            f"({data.left_out_clients} have too few rows): take another strategy or other "
+            "parameters."
+        )

@@ -1,0 +1,255 @@
+"""Federated structure search: clients search on their own rows, the server settles one structure.
+
+    ... -> structure -> [search, in rounds] -> model -> codec -> plan -> client -> ...
+
+In:  a plan that searches: the space, the budget, how long at most.
+Out: a `Structure` under the budget, with its gates and how it was found.
+
+A round is one of `SparseFedAvg`: the same requests, frames, checks, refusals, quorum and books.
+What is averaged, weighted by rows over those who answered, is alpha and the candidates' values
+(fedpet/search/local.py says what a client does). After it the server solves zeta anew, so that the
+expected size is the budget, and makes the choice that selection would make now.
+
+    over when   the choices of settled_rounds rounds in a row each had a Jaccard index of at least
+                settled_overlap with the one before, or `rounds` rounds are over
+
+A round that came to no average counts as a round, and says nothing about settling. The rates fall
+to 0 over `rounds`, so a search that does not settle of itself does so at its end.
+
+Laws: the order of replies and the spread over nodes change no bit (law 6); the expected size is the
+budget after every round, and the chosen structure is never larger (law 8).
+
+Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382) for steps, gates and selection; FedAvg
+(McMahan et al., AISTATS 2017, arXiv:1602.05629) for the average. Ours: all that joins them.
+Deviations: the search averages by rows whatever rule training has; the last round's alpha is taken,
+since no rows are held out for a checkpoint; those of local.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, Message, MetricRecord
+from flwr.serverapp import Grid
+
+from fedpet.config import SearchConfig, StrategyConfig
+from fedpet.errors import RunError
+from fedpet.ledger import Ledger
+from fedpet.plan import Plan
+from fedpet.population import Population
+from fedpet.search import (
+    Space,
+    chosen_size,
+    deciding,
+    deviations,
+    probabilities,
+    select,
+    temperature,
+    told_candidates,
+)
+from fedpet.structure import Structure
+from fedpet.tiers import Tier
+
+from .arrays import to_arrays, values_of
+from .rules import SparseFedAvg
+
+__all__ = ["StructureSearch", "overlap"]
+
+SETTLED, ALL_ROUNDS = "settled", "all rounds"
+DEVIATIONS = (
+    "mean of the clients' alpha, zeta solved anew",
+    "mean of the candidates' values under gates: not exact",
+    "AdamW's moments begin anew in every round",
+    "a client's rows in two halves, no validation rows",
+)
+_CHOICES, _AVERAGED = "search/choices", "search/averaged"
+
+
+class StructureSearch(SparseFedAvg):
+    """Rounds of a search, until the choice has settled.
+
+    Args:
+        plan: Of a search.
+        tiers: What clients of each strength train; alpha is everyone's.
+        population: Clients, and where they live.
+        config: Clients a round, quorum, deadlines. Its rule is training's.
+        ledger: Where the search's bytes are counted, as of kind "search".
+        space: The candidates.
+
+    Attributes:
+        values: The average so far: the model's values, then alpha; float32, (num_values,).
+        averaged: Rounds that came to an average.
+    """
+
+    def __init__(
+        self,
+        *,
+        plan: Plan,
+        tiers: Sequence[Tier],
+        population: Population,
+        config: StrategyConfig,
+        ledger: Ledger,
+        space: Space,
+    ) -> None:
+        assert plan.search is not None, "a plan of a search"
+        super().__init__(
+            plan=plan,
+            tiers=tiers,
+            population=population,
+            config=_averaging(config, plan.search),
+            ledger=ledger,
+        )
+        self.search: SearchConfig = plan.search
+        self.space = space
+        self.averaged = 0
+        self.values = np.zeros(plan.num_values, dtype=np.float32)
+        self._sizes = torch.tensor(space.sizes, dtype=torch.float64)
+        self._choices: list[list[int]] = []  # of the last rounds, as many as settling looks at
+
+    # -- what stands after a round -----------------------------------------------------------
+
+    @property
+    def alpha(self) -> torch.Tensor:
+        """The mean alpha, float64, (candidates,)."""
+        return torch.from_numpy(self.values[-len(self._sizes) :].astype(np.float64))
+
+    @property
+    def probabilities(self) -> torch.Tensor:
+        """p of every candidate under the mean alpha, zeta solved for it, float64."""
+        beta = temperature(self.search, self.rounds_done / self.search.rounds)
+        return probabilities(self.alpha, self._sizes, float(self.search.budget), beta)
+
+    def choice(self) -> list[int]:
+        """The candidates that selection takes now, likeliest first."""
+        budget = float(self.search.budget)
+        return select(self.probabilities.tolist(), self.space.sizes, budget, self.space.tensors)
+
+    @property
+    def overlaps(self) -> list[float]:
+        """Of each remembered choice with the one before, oldest first."""
+        return [overlap(a, b) for a, b in zip(self._choices, self._choices[1:], strict=False)]
+
+    @property
+    def has_settled(self) -> bool:
+        """Whether the last choices were alike often enough in a row."""
+        last = self.overlaps[-self.search.settled_rounds :]
+        enough = len(last) == self.search.settled_rounds
+        return enough and all(found >= self.search.settled_overlap for found in last)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether no more rounds are run."""
+        return self.has_settled or self.rounds_done >= self.search.rounds
+
+    # -- the rounds --------------------------------------------------------------------------
+
+    def run_round(self, grid: Grid) -> None:
+        """Run one round of Flower's loop, which has no early end of its own."""
+        self.start(
+            grid,
+            to_arrays(self.values),
+            num_rounds=1,
+            timeout=self.config.round_deadline_seconds,
+        )
+        self.rounds_done += 1
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Average alpha and values; then choose."""
+        arrays, metrics = super().aggregate_train(server_round, replies)
+        if arrays is not None:
+            self.values = values_of(arrays)
+            self.averaged += 1
+            self._choices = [*self._choices, self.choice()][-self.search.settled_rounds - 1 :]
+            self.ledger.current.overlap = self.overlaps[-1] if self.overlaps else None
+        return arrays, metrics
+
+    # -- the end -----------------------------------------------------------------------------
+
+    def structure(self, provenance: Mapping[str, Any]) -> Structure:
+        """The structure that was settled.
+
+        Args:
+            provenance: What else it should say about where it came from.
+
+        Raises:
+            RunError: No round came to an average: there is nothing to choose by.
+        """
+        if not self.averaged:
+            raise RunError(
+                "no round of the search met its quorum of usable replies, so there is no "
+                "structure; the search's rounds in rounds.jsonl say who was refused, and why."
+            )
+        config, space, p = self.search, self.space, self.probabilities.tolist()
+        chosen = self.choice()
+        told = {
+            "method": "s3pet",
+            "federated": True,
+            "deviations": [*deviations(config), *DEVIATIONS],
+            "settings": deciding(config),
+            "budget": int(config.budget),
+            "values": chosen_size(chosen, space.sizes, space.tensors),
+            "space": {"name": space.name, "values": space.num_values},
+            "search": {
+                "rounds": self.rounds_done,
+                "averaged": self.averaged,
+                "of": config.rounds,
+                "ended": SETTLED if self.has_settled else ALL_ROUNDS,
+                "overlaps": self.overlaps,
+                "clients": len(self._names),
+                "clients_per_round": self.config.clients_per_round,
+                "seed": self.plan.seed,
+                "plan_digest": self.digest.hex(),
+                "uplink_bytes": int(self.ledger.total("uplink_bytes", "search")),
+                "downlink_bytes": int(self.ledger.total("downlink_bytes", "search")),
+                "plan_bytes": int(self.ledger.total("plan_bytes", "search")),
+            },
+            "candidates": told_candidates(space, p),
+            **provenance,
+        }
+        return replace(
+            space.structure(chosen),
+            fingerprint=self.plan.fingerprint,
+            gates=tuple(p[index] for index in sorted(chosen)),
+            provenance=told,
+        )
+
+    # -- from run to run ---------------------------------------------------------------------
+
+    def state(self) -> dict[str, np.ndarray]:
+        """What the wire remembers, and the last choices."""
+        chosen = np.zeros((len(self._choices), len(self._sizes)), dtype=np.uint8)
+        for row, choice in zip(chosen, self._choices, strict=True):
+            row[choice] = 1
+        averaged = np.array([self.averaged], dtype=np.int64)
+        return super().state() | {_CHOICES: chosen, _AVERAGED: averaged}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go back to what `state` gave."""
+        super().load_state(state)
+        if _CHOICES in state:
+            self._choices = [np.flatnonzero(row).tolist() for row in state[_CHOICES]]
+            self.averaged = int(state[_AVERAGED][0])
+
+
+def overlap(one: Iterable[int], other: Iterable[int]) -> float:
+    """Jaccard index of two choices: of what either holds, the fraction that both hold."""
+    first, second = set(one), set(other)
+    return len(first & second) / max(1, len(first | second))
+
+
+def _averaging(config: StrategyConfig, search: SearchConfig) -> StrategyConfig:
+    """The rounds of training's strategy, with a plain average as their rule."""
+    return StrategyConfig(
+        num_rounds=search.rounds,
+        clients_per_round=config.clients_per_round,
+        quorum=config.quorum,
+        min_replies=config.min_replies,
+        round_deadline_seconds=config.round_deadline_seconds,
+        node_wait_seconds=config.node_wait_seconds,
+    )
