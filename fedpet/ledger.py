@@ -110,8 +110,10 @@ class Ledger:
     def refuse(self, who: str, reason: str, node: int | None = None) -> None:
         """Note a client whose reply is not averaged, why, and from which node, where one is known.
 
-        Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation.
+        Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation. A reason may
+        be a stranger's words, and stands in logs and on terminals: it becomes one printable line.
         """
+        reason = "".join(c if c.isprintable() else " " for c in reason)
         known = {} if node is None else {"node": str(node)}
         self.current.refused.append({"who": who, **known, "reason": reason})
 
