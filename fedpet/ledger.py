@@ -28,7 +28,8 @@ class RoundRecord:
     """What one round cost and gave; a line of `rounds.jsonl`. Bytes and seconds.
 
     `newcomers` are the clients that are sent the plan. `train_seconds` is the longest node's local
-    training: what the round would take if nothing but training took time.
+    training: what the round would take if nothing but training took time. `wire_by_node` has
+    `wire_bytes` by node, and for each by kind of message and direction: "train down", "query up".
     """
 
     round: int
@@ -43,6 +44,7 @@ class RoundRecord:
     downlink_bytes: int = 0
     plan_bytes: int = 0
     wire_bytes: int = 0
+    wire_by_node: dict[str, dict[str, int]] = field(default_factory=dict)
     messages: int = 0
     train_seconds: float = 0.0
     round_seconds: float = 0.0
@@ -119,7 +121,13 @@ class Ledger:
 
     def count_wire(self, message: Message) -> None:
         """Count a message as it is sent or received."""
-        self.current.wire_bytes += wire_bytes(message)
+        count, metadata = wire_bytes(message), message.metadata
+        is_reply = bool(metadata.reply_to_message_id)
+        node = str(metadata.src_node_id if is_reply else metadata.dst_node_id)
+        kind = f"{metadata.message_type.partition('.')[0]} {'up' if is_reply else 'down'}"
+        counts = self.current.wire_by_node.setdefault(node, {})
+        counts[kind] = counts.get(kind, 0) + count
+        self.current.wire_bytes += count
         self.current.messages += 1
 
     def count_client(self, *, down: int = 0, up: int = 0, plan: int = 0) -> None:

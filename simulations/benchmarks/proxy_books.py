@@ -33,7 +33,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from flwr.proto.fleet_pb2 import PullMessagesResponse
+from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest
 
 from fedpet.config import Experiment
@@ -75,6 +75,7 @@ class NodeBooks:
     """What one node's proxy saw, by purpose.
 
     Attributes:
+        node_id: Flower's.
         up_bytes: On the socket, from the node.
         down_bytes: On the socket, to the node.
         messages_up_bytes: Of these the messages themselves, as Flower serialises them.
@@ -87,6 +88,7 @@ class NodeBooks:
         sockets: Connections made.
     """
 
+    node_id: str
     up_bytes: int
     down_bytes: int
     messages_up_bytes: int
@@ -130,16 +132,20 @@ def books_of(tapped: Tapped) -> NodeBooks:
     beside: Counter[str] = Counter()
     requests: Counter[str] = Counter()
     up = down = messages_up = messages_down = 0
+    node_id = ""
     for exchange in tapped.exchanges():
         purpose, content = _read(exchange)
         requests[purpose] += 1
         beside[purpose] += exchange.up_bytes + exchange.down_bytes - content
         up += content if purpose == "up" else 0
         down += content if purpose == "down" else 0
+        if exchange.path == f"{_FLEET}activate-node":
+            node_id = str(ActivateNodeResponse.FromString(exchange.answer).node_id)
         messages_up += exchange.path == f"{_FLEET}push-messages"
         messages_down += exchange.path == f"{_FLEET}confirm-message-received"
     opened = sum(len(one.asked) + len(one.answered) for one in tapped.connections)
     return NodeBooks(
+        node_id=node_id,
         up_bytes=tapped.up_bytes,
         down_bytes=tapped.down_bytes,
         messages_up_bytes=up,
