@@ -46,8 +46,6 @@ _TOLERANCE = 0.01
 _TOLERANCE_OF_ROWS = 0.03  # where clients are assumed to hold the same number of rows
 _TOLERANCE_OF_SCALES = 0.02  # of blocks: the largest of 64 or 1024 values decides
 _TOLERANCE_OF_TAILS = 0.05  # top-k, and scales of blocks under SGD, whose updates differ most
-_TOLERANCE_OF_RULES = 0.03  # a server that does not move by the mean
-_PLAIN_MEANS = ("fedavg", "fedprox", "fedmedian", "fedtrimmedavg", "qfedavg")
 _TOLERANCE_OF_ONE_STEP = 0.2  # of the updates of clients that take a single step
 
 
@@ -111,7 +109,7 @@ def estimate(
     plan = made_up_plan(experiment, layout, task)
     tiers = [layout.kinds(tier) for tier in range(len(layout.tier_masks))]
     counts = [sum(size for _, size in kinds) for kinds in tiers]
-    lengths = payloads(tiers, plan, draws.rounds)
+    lengths = payloads(tiers, plan, experiment.strategy, draws.rounds)
     up = _mean(
         lengths.up[r, taker.tier] for r, takers in enumerate(draws.rounds) for taker in takers
     )
@@ -125,7 +123,7 @@ def estimate(
     dense = BYTES_PER_FLOAT * (layout.pretrained_parameters + layout.head_parameters)
     lora = BYTES_PER_FLOAT * (layout.lora_values + layout.head_parameters)
     total = taking_part * (uplink + downlink) + draws.newcomers * plan_sent
-    tolerance = _tolerance(plan, draws, experiment.strategy.name)
+    tolerance = _tolerance(plan, draws)
     _explain(experiment, draws, tolerance, notes)
     values = _mean(counts[taker.tier] for takers in draws.rounds for taker in takers)
     return Estimate(
@@ -287,7 +285,7 @@ def _seconds(
     }
 
 
-def _tolerance(plan: Plan, draws: Draws, strategy: str) -> float:
+def _tolerance(plan: Plan, draws: Draws) -> float:
     codec, training = plan.codec, plan.training
     names = [name for name in (codec.up, codec.down, codec.head_up, codec.head_down) if name]
     if is_fixed(*names) and not plan.sends_changes:
@@ -301,7 +299,6 @@ def _tolerance(plan: Plan, draws: Draws, strategy: str) -> float:
         _TOLERANCE_OF_SCALES * scaled,
         _TOLERANCE_OF_TAILS * any(codec.top_ppm for codec in parsed),
         _TOLERANCE_OF_TAILS * (scaled and training.optimizer == "sgd"),
-        _TOLERANCE_OF_RULES * (strategy not in _PLAIN_MEANS),
         _TOLERANCE_OF_ONE_STEP * single,
     )
 
@@ -320,18 +317,13 @@ def _explain(experiment: Experiment, draws: Draws, tolerance: float, notes: list
         )
     if tolerance:
         notes.append(
-            "Lengths behind an entropy stage are those of made-up updates: this optimiser, these "
-            f"learning rates and steps, random gradients. In total within about {tolerance:.0%} "
-            "of a run's."
+            "Lengths behind an entropy stage are those of made-up updates: this optimiser and "
+            "strategy, these learning rates and steps, random gradients. In total within about "
+            f"{tolerance:.0%} of a run's."
         )
     if experiment.mask.enabled and experiment.mask.broadcast == "explicit":
         notes.append(
             "The explicit mask is reckoned as equally dense everywhere, which is the dearest; a "
             "real one is coded in a few percent less."
-        )
-    if tolerance and experiment.strategy.name not in _PLAIN_MEANS:
-        notes.append(
-            "The server is taken to move by the plain mean of the updates; "
-            f"{experiment.strategy.name!r} moves otherwise, which lengths hardly show."
         )
     notes.append("Dense FedAvg and LoRA: 4 bytes a parameter, same rounds, no framing.")

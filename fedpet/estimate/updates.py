@@ -32,8 +32,9 @@ import numpy.typing as npt
 
 from fedpet.codec import Coding, encode_with_feedback
 from fedpet.codec.names import parse_codec
-from fedpet.config import TrainingConfig
+from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.estimate.draws import Taker
+from fedpet.estimate.rules import ServerRule
 from fedpet.plan import Plan
 from fedpet.reference import Reference, encode_whole
 
@@ -90,13 +91,19 @@ def local_steps(num_rows: int, training: TrainingConfig) -> int:
 
 
 def payloads(
-    tiers: Sequence[Kinds], plan: Plan, rounds: Sequence[Sequence[Taker]], *, seed: int = 0
+    tiers: Sequence[Kinds],
+    plan: Plan,
+    strategy: StrategyConfig,
+    rounds: Sequence[Sequence[Taker]],
+    *,
+    seed: int = 0,
 ) -> Payloads:
     """Play a federation through on random gradients, and measure its payloads.
 
     Args:
         tiers: The values of each, weakest first: they differ in the size of the group "mask".
         plan: Codecs, what is kept from round to round, training settings.
+        strategy: How the server moves.
         rounds: The clients of each.
         seed: Of the gradients.
     """
@@ -111,7 +118,7 @@ def payloads(
     whole = np.zeros(shape)
     if up_is_fixed and down_is_fixed and not plan.sends_changes:
         return Payloads(up, down, whole)
-    federation = _Federation(tiers, plan, seed)
+    federation = _Federation(tiers, plan, ServerRule(strategy), seed)
     played = _played_rounds(len(rounds))
     for index, server_round in enumerate(played):
         following = played[index + 1] if index + 1 < len(played) else server_round + 1
@@ -159,8 +166,9 @@ class _Line:
 class _Federation:
     """A few thousand values, moved as a run's are."""
 
-    def __init__(self, tiers: Sequence[Kinds], plan: Plan, seed: int) -> None:
+    def __init__(self, tiers: Sequence[Kinds], plan: Plan, rule: ServerRule, seed: int) -> None:
         self._plan = plan
+        self._rule = rule
         self._random = np.random.default_rng(seed)
         largest = tiers[-1]
         kinds = [(kind, size) for (kind, _), size in zip(largest, _shrunk(largest), strict=True)]
@@ -216,7 +224,7 @@ class _Federation:
             updates.append((line, update))
         for tier, each in lengths.items():
             self.lines[tier].sent[server_round] = float(np.mean(each))
-        self._average(updates, len(takers), num_rounds)
+        self._average(updates, len(takers), server_round, num_rounds)
 
     def _send_down(self, line: _Line, server_round: int) -> None:
         """Bring a tier's clients the values, or its reference nearer to them."""
@@ -246,9 +254,13 @@ class _Federation:
         return line.scale * len(payload), coding.decode(payload, seed=seed)
 
     def _average(
-        self, updates: list[tuple[_Line, Floats]], num_clients: int, num_rounds: int
+        self,
+        updates: list[tuple[_Line, Floats]],
+        num_replies: int,
+        server_round: int,
+        num_rounds: int,
     ) -> None:
-        """Move the server's values by the mean, as `num_rounds` rounds of `num_clients` would."""
+        """Move the server's values, as `num_rounds` rounds of `num_replies` would."""
         total = np.zeros(len(self._values), dtype=np.float64)
         squares, weight = total.copy(), total.copy()
         for line, update in updates:
@@ -257,14 +269,19 @@ class _Federation:
             weight[line.where] += 1
         np.maximum(weight, 1, out=weight)
         mean, played = total / weight, len(updates)
-        if num_clients > played > 1:
-            # What clients share stays, what they do not averages out further.
+        averaged = self._rule.num_averaged(num_replies)
+        if averaged != played > 1:
+            # What clients share stays; what they do not averages out, further the more there are.
             single, squared = float(np.mean(squares / weight)), float(np.mean(np.square(mean)))
             shared = max((played * squared - single) / (played - 1), 0.0)
-            wanted = shared + (single - shared) / num_clients
+            wanted = shared + (single - shared) / averaged
             mean *= math.sqrt(wanted / squared) if squared else 1.0
-        mean *= math.sqrt(num_rounds)  # rounds hardly correlate: their moves add up as a walk
-        self._values = (self._values + mean).astype(np.float32)
+        move = mean.astype(np.float32)
+        if self._rule.is_mean:  # rounds hardly correlate: their moves add up as a walk
+            move, num_rounds = move * np.float32(math.sqrt(num_rounds)), 1
+        for passed in range(num_rounds):
+            signs = self._random.choice(np.float32([-1, 1]), len(move)) if passed else np.float32(1)
+            self._values = self._rule.move(self._values, move * signs, server_round + passed)
 
     def _client(
         self, start: Floats, rates: Floats, signal: Floats, deviations: Floats, steps: int
