@@ -16,6 +16,7 @@ beside the message is the same for every message, whatever is in it:
     SOCKET_BYTES            a connection is opened anew after 5 s without a request
     JOIN_BYTES              a node comes and goes
     the app bundle          once a node and run: what `fedpet deploy` packs, fedpet included
+    again                   what was cut off with a connection, or sent again after that
 
 A message of more than 5 MiB is cut, and costs a request more for each part.
 """
@@ -37,6 +38,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest
 
 from fedpet.config import Experiment
+from fedpet.data.sources import open_source
 from fedpet.deploy import Deployment, NodePlace, write_deployment
 from fedpet.simulations.run_folder import machine, versions
 
@@ -119,6 +121,7 @@ class NodeBooks:
             "sockets": self.sockets * SOCKET_BYTES,
             "join": JOIN_BYTES,
             "app": self.beside.get("app", 0),
+            "again": self.beside["again"],
         }
 
     def deviation(self) -> float:
@@ -133,17 +136,26 @@ def books_of(tapped: Tapped) -> NodeBooks:
     requests: Counter[str] = Counter()
     up = down = messages_up = messages_down = 0
     node_id = ""
+    seen: set[tuple[str, bytes]] = set()
     for exchange in tapped.exchanges():
         purpose, content = _read(exchange)
+        if purpose in ("up", "down") and exchange.path != f"{_FLEET}pull-messages":
+            asked = (exchange.path, exchange.body)
+            if asked in seen:
+                purpose, content = "again", b""
+            seen.add(asked)
         requests[purpose] += 1
-        beside[purpose] += exchange.up_bytes + exchange.down_bytes - content
-        up += content if purpose == "up" else 0
-        down += content if purpose == "down" else 0
+        beside[purpose] += exchange.up_bytes + exchange.down_bytes - len(content)
+        up += len(content) if purpose == "up" else 0
+        down += len(content) if purpose == "down" else 0
         if exchange.path == f"{_FLEET}activate-node":
             node_id = str(ActivateNodeResponse.FromString(exchange.answer).node_id)
-        messages_up += exchange.path == f"{_FLEET}push-messages"
-        messages_down += exchange.path == f"{_FLEET}confirm-message-received"
+        if content.startswith(b"Message "):  # the root of its tree of objects
+            messages_up += purpose == "up"
+            messages_down += purpose == "down"
+    exchanged = sum(one.up_bytes + one.down_bytes for one in tapped.exchanges())
     opened = sum(len(one.asked) + len(one.answered) for one in tapped.connections)
+    beside["again"] += opened - exchanged
     return NodeBooks(
         node_id=node_id,
         up_bytes=tapped.up_bytes,
@@ -159,18 +171,18 @@ def books_of(tapped: Tapped) -> NodeBooks:
     )
 
 
-def _read(exchange: Exchange) -> tuple[str, int]:
-    """A request's purpose, and the bytes of a message that went with it."""
+def _read(exchange: Exchange) -> tuple[str, bytes]:
+    """A request's purpose, and the part of a message that went with it."""
     name = exchange.path.removeprefix(_FLEET)
     if name == "pull-messages":
         listed = PullMessagesResponse.FromString(exchange.answer).messages_list
-        return ("down" if listed else "poll"), 0
+        return ("down" if listed else "poll"), b""
     if name == "pull-object":
         content = PullObjectResponse.FromString(exchange.answer).object_content
-        return ("down" if content else "poll"), len(content)
+        return ("down" if content else "poll"), content
     if name == "push-object":
-        return "up", len(PushObjectRequest.FromString(exchange.body).object_content)
-    return _PURPOSES[name], 0
+        return "up", PushObjectRequest.FromString(exchange.body).object_content
+    return _PURPOSES[name], b""
 
 
 def compare(nodes: Mapping[str, NodeBooks], communication: Mapping[str, Any]) -> dict[str, Any]:
@@ -242,6 +254,8 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
         port=port,
         node_port=first_node_port,
         nodes=tuple(NodePlace(name) for name in NODES),
+        client_column="film",
+        clients=count_films(experiment, folder),
     )
     write_deployment(deployment, folder / "deployment")
     write_thirds(folder / "deployment" / "nodes", experiment)
@@ -255,6 +269,13 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
     }
+
+
+def count_films(experiment: Experiment, cache: Path) -> int:
+    """How many clients the nodes have together."""
+    data, column = experiment.data, experiment.population.client_column
+    table = open_source(data.source, cache).read(data.train_split)
+    return len(set(table.column(column, "", "the embedded data set")))
 
 
 def main() -> None:
