@@ -34,8 +34,10 @@ class RoundRecord:
     """What one round cost and gave; a line of `rounds.jsonl`. Bytes and seconds.
 
     `newcomers` are the clients that are sent the plan. `train_seconds` is the longest node's local
-    training: what the round would take if nothing but training took time. `overlap`, of a round of
-    a search, is how much of its choice was that of the round before (Jaccard index).
+    training: what the round would take if nothing but training took time. `wire_by_node` has
+    `wire_bytes` by node, and for each by kind of message and direction: "train down", "query up".
+    `overlap`, of a round of a search, is how much of its choice was that of the round before
+    (Jaccard index).
     """
 
     round: int
@@ -50,6 +52,7 @@ class RoundRecord:
     downlink_bytes: int = 0
     plan_bytes: int = 0
     wire_bytes: int = 0
+    wire_by_node: dict[str, dict[str, int]] = field(default_factory=dict)
     messages: int = 0
     train_seconds: float = 0.0
     round_seconds: float = 0.0
@@ -129,14 +132,22 @@ class Ledger:
     def refuse(self, who: str, reason: str, node: int | None = None) -> None:
         """Note a client whose reply is not averaged, why, and from which node, where one is known.
 
-        Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation.
+        Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation. A reason may
+        be a stranger's words, and stands in logs and on terminals: it becomes one printable line.
         """
+        reason = "".join(c if c.isprintable() else " " for c in reason)
         known = {} if node is None else {"node": str(node)}
         self.current.refused.append({"who": who, **known, "reason": reason})
 
     def count_wire(self, message: Message) -> None:
         """Count a message as it is sent or received."""
-        self.current.wire_bytes += wire_bytes(message)
+        count, metadata = wire_bytes(message), message.metadata
+        is_reply = bool(metadata.reply_to_message_id)
+        node = str(metadata.src_node_id if is_reply else metadata.dst_node_id)
+        kind = f"{metadata.message_type.partition('.')[0]} {'up' if is_reply else 'down'}"
+        counts = self.current.wire_by_node.setdefault(node, {})
+        counts[kind] = counts.get(kind, 0) + count
+        self.current.wire_bytes += count
         self.current.messages += 1
 
     def count_client(self, *, down: int = 0, up: int = 0, plan: int = 0) -> None:

@@ -131,7 +131,7 @@ class Plan:
         """
         header, positions = _split(data)
         try:
-            fields = json.loads(header)
+            fields = json.loads(header, parse_constant=_no_number)
             if fields["mask"] is not None:
                 fields["mask"] = MaskConfig(**_tuples(fields["mask"]))
             fields["codec"] = CodecConfig(**fields["codec"])
@@ -141,7 +141,9 @@ class Plan:
                 fields["search"] = SearchConfig(**_tuples(fields["search"]))
             fields["structure"] = Structure.from_json(fields["structure"])
             return cls(mask_positions=positions, **fields)
-        except (KeyError, TypeError, ValueError, AttributeError, FedpetError) as error:
+        except (LookupError, TypeError, ValueError, AttributeError, FedpetError) as error:
+            raise PlanError(f"the plan's header does not read: {error}") from None
+        except RecursionError as error:
             raise PlanError(f"the plan's header does not read: {error}") from None
 
     @staticmethod
@@ -415,6 +417,10 @@ def layout_hash(tiers: Sequence[Sequence[Segment]]) -> str:
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+
+
+def _no_number(name: str) -> float:
+    raise ValueError(f"its numbers are finite, got {name}.")
 
 
 def _split(data: bytes) -> tuple[bytes, bytes]:

@@ -38,6 +38,9 @@ from fedpet.tiers import Where
 from .requests import Again
 from .tiers import TierBook
 
+# Of an update, and of what a rule makes of them, in magnitude: squares are still a float32's, and
+# what comes of a few rounds is still one that every codec can send down.
+LARGEST_VALUE = 1e18
 MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it must
 
 
@@ -173,8 +176,11 @@ class Replies:
     def _decode(self, frame: Frame, coding: Coding) -> np.ndarray:
         seed = derive_seed("client", self._plan.seed, frame.server_round, frame.client)
         change = coding.decode(frame.payload, seed=derive_seed("encode", seed))
-        if not np.isfinite(change).all():
-            raise FrameError("the update holds NaN or infinity.")
+        if not (np.abs(change) <= LARGEST_VALUE).all():
+            raise FrameError(
+                f"an update's values are at most {LARGEST_VALUE:g} in magnitude, and no NaN: the "
+                f"largest here is {np.abs(change).max():g}."
+            )
         return change
 
     def _is_of_other_tier(self, node: int, refusal: Refusal) -> bool:
@@ -206,7 +212,12 @@ class Replies:
 
     def _settle(self, node: int, part: Frame | Refusal) -> float:
         """Accept one frame or note why not; gives the seconds its training took."""
-        name = self._names.get(part.client, f"node {node}, client {part.client:016x}")
+        name = self._names.get(part.client, "")
+        if name not in self._cohorts.get(node, []):  # nobody speaks in another's name
+            stranger = f"node {node}, client {part.client:016x}"
+            reason = f"node {node} was not asked to train this client."
+            self._ledger.refuse(stranger, reason, node)
+            return 0.0
         try:
             self._check(node, part, name)
         except ReplyError as error:
@@ -219,12 +230,10 @@ class Replies:
         return part.train_seconds
 
     def _check(self, node: int, part: Frame | Refusal, name: str) -> None:
-        if isinstance(part, Refusal):
-            raise ReplyError(part.reason)
-        if name not in self._cohorts.get(node, []):
-            raise FrameError(f"node {node} was not asked to train this client.")
         if name in self._accepted:
             raise FrameError(f"node {node} sent a second frame for this client.")
+        if isinstance(part, Refusal):
+            raise ReplyError(part.reason)
         if part.plan_digest != self._digest:
             raise FrameError(
                 f"the frame is of plan {part.plan_digest.hex()}, this run's is "

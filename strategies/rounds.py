@@ -32,7 +32,7 @@ from fedpet.tiers import Tier
 
 from .arrays import to_arrays, values_of
 from .metered import Metered
-from .replies import Replies
+from .replies import LARGEST_VALUE, Replies
 from .requests import Requests, wait_for_nodes
 from .resume import Continued, Memory
 from .tiers import TierBook
@@ -131,9 +131,13 @@ class _Rounds(Memory):
         with np.errstate(all="ignore"):
             arrays, metrics = super().aggregate_train(server_round, messages)
             values = self._values if arrays is None else values_of(arrays).astype(np.float32)
-        if arrays is None or not np.isfinite(values).all():
+        remembered = all(np.isfinite(vector).all() for vector in super().state().values())
+        if arrays is None or not (remembered and (np.abs(values) <= LARGEST_VALUE).all()):
             super().load_state(before)
-            raise AggregationError("the rule's result holds NaN or infinity.")
+            raise AggregationError(
+                f"the rule's result holds NaN or infinity, or values beyond {LARGEST_VALUE:g}, or "
+                "what it remembers does."
+            )
         return to_arrays(values), metrics
 
     def _check_enough(self, count: int) -> None:

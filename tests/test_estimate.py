@@ -9,9 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
 import tiny
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
@@ -19,11 +21,14 @@ from rich.console import Console
 from fedpet import cli
 from fedpet.client import NodeSettings
 from fedpet.codec import encode_positions, max_payload_bytes
-from fedpet.config import CodecConfig, Experiment, TrainingConfig
+from fedpet.config import CodecConfig, Experiment, StrategyConfig, TrainingConfig
+from fedpet.data import Task
 from fedpet.errors import ConfigError, DataError
 from fedpet.estimate import LINKS, Estimate, estimate, find_links, outline
-from fedpet.estimate.messages import CHUNK_BYTES, message_bytes, plan_bytes
-from fedpet.estimate.updates import payloads
+from fedpet.estimate.draws import Taker
+from fedpet.estimate.messages import CHUNK_BYTES, made_up_plan, message_bytes
+from fedpet.estimate.rules import ServerRule
+from fedpet.estimate.updates import Payloads, payloads
 from fedpet.messages import solo_bytes
 from fedpet.plan import Plan
 from fedpet.population import Population
@@ -31,6 +36,7 @@ from fedpet.report.estimate import estimate_table
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder
+from fedpet.structure import Structure
 from fedpet.units import show_duration
 
 
@@ -91,16 +97,11 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
     experiment: Any, up: str, down: str
 ) -> None:
     settings = experiment(
-        codec_up=up,
-        codec_down=down,
-        codec_downlink="values",
-        mask_density=0.5,
-        strategy_num_rounds=4,
-        structure_rank=8,
+        codec_up=up, codec_down=down, mask_density=0.5, strategy_num_rounds=4, structure_rank=8
     )
     told, counted = estimate(settings), run(settings)
     books = counted["communication"]
-    assert told.tolerance == (0.05 if "topk" in up else 0.01)
+    assert told.tolerance == (0.05 if "topk" in up else 0.02 if "int" in up + down else 0.01)
     for name in ("total_bytes", "plan_bytes", "ratio_to_dense", "dense_fedavg_total_bytes"):
         assert told.communication[name] == pytest.approx(books[name], rel=told.tolerance), name
     for name in ("uplink_bytes", "downlink_bytes"):
@@ -116,14 +117,29 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
 
 
 @pytest.mark.parametrize(
-    ("settings", "word"),
-    [({"codec_down": "int8"}, "downlink"), ({"codec_head_up": "int8"}, "head-up")],
+    "changes",
+    [
+        {"codec_down": "eden-4", "strategy_clients_per_round": 2, "strategy_num_rounds": 8},
+        {"codec_down": "eden-1", "strategy_clients_per_round": 1, "strategy_num_rounds": 9},
+        {"codec_up": "eden-2", "codec_error_feedback": True},
+        {"codec_up": "topk-0.1+eden-4", "codec_error_feedback": True, "codec_down": "int8"},
+        {"codec_up": "eden-2", "codec_head_up": "float32", "codec_head_down": "bfloat16"},
+        {"codec_down": "bfloat16", "codec_downlink": "values"},
+        {"mask_tiers": ["0.1=0.5", "0.5=0.5"], "codec_down": "eden-3"},
+        {"strategy_name": "fedadam"},
+        {"strategy_name": "fedmedian", "training_weight_decay": 0.1},
+    ],
 )
-def test_what_cannot_be_foreseen_is_refused(
-    experiment: Any, settings: dict[str, str], word: str
+def test_what_nodes_remember_and_how_strong_they_are_is_reckoned_with(
+    experiment: Any, changes: dict[str, Any]
 ) -> None:
-    with pytest.raises(ConfigError, match=word):
-        estimate(experiment(**settings))
+    # Slowly: a toy's loss soon falls to 0.0, and the steps of its last rounds with it.
+    slowly = {"training_learning_rate": 0.001, "mask_density": 0.5, "structure_rank": 8}
+    settings = experiment(**slowly, **changes)
+    told, books = estimate(settings), run(settings)["communication"]
+    for name in ("uplink_bytes", "downlink_bytes", "total_bytes"):
+        rel = max(told.tolerance, 0.02 if name != "total_bytes" else 0)
+        assert told.communication[name] == pytest.approx(books[name], rel=rel), name
 
 
 def test_without_an_entropy_stage_an_estimate_is_exact(experiment: Any) -> None:
@@ -241,23 +257,78 @@ def test_an_estimate_is_the_same_each_time(experiment: Any) -> None:
 KINDS = [("mask", 5000), ("lnfit", 400), ("head", 66)]
 
 
+def lengths_of(
+    kinds: list[tuple[str, int]],
+    rows: list[list[int]],
+    codec: str = "float32",
+    training: TrainingConfig | None = None,
+) -> Payloads:
+    """Payloads of clients with these rows, by round."""
+    plan = Plan(
+        fingerprint="",
+        head_seed=0,
+        task=Task("classification", ("0", "1"), "accuracy"),
+        max_length=8,
+        tokenizer_hash="",
+        mask=None,
+        mask_sha256="",
+        mask_positions=b"",
+        structure=Structure(),
+        num_values=sum(size for _, size in kinds),
+        layout="",
+        codec=CodecConfig(up=codec, down=codec, downlink="values"),
+        training=training or TrainingConfig(),
+        num_rounds=len(rows),
+        seed=0,
+    )
+    rounds = [[Taker(client, n, 0) for client, n in enumerate(each)] for each in rows]
+    return payloads([kinds], plan, StrategyConfig(), rounds)
+
+
+FLOWERS: dict[str, tuple[type[flower.FedAvg], dict[str, float]]] = {
+    "fedavg": (flower.FedAvg, {}),
+    "fedavgm": (flower.FedAvgM, {"server_learning_rate": 0.7, "server_momentum": 0.6}),
+    "fedadam": (flower.FedAdam, {"beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2}),
+    "fedyogi": (flower.FedYogi, {"beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2}),
+    "fedadagrad": (flower.FedAdagrad, {"tau": 1e-2}),
+}
+
+
+@pytest.mark.parametrize("name", FLOWERS)
+def test_the_server_is_taken_to_move_as_flower_s_does(name: str) -> None:
+    kind, parameters = FLOWERS[name]
+    theirs, ours = kind(**parameters), ServerRule(StrategyConfig(name=name, **parameters))
+    theirs.fraction_train = 0.0
+    random = np.random.default_rng(0)
+    start = random.standard_normal(50, dtype=np.float32)
+    values, arrays = start, ArrayRecord({"values": Array(start)})
+    for server_round in range(1, 5):
+        theirs.configure_train(server_round, arrays, ConfigRecord(), None)
+        mean = 0.01 * random.standard_normal(50, dtype=np.float32)
+        told = ArrayRecord({"values": Array(arrays["values"].numpy() + mean)})
+        content = RecordDict({"arrays": told, "metrics": MetricRecord({"num-examples": 3})})
+        asked = Message(RecordDict(), dst_node_id=1, message_type="train")
+        arrays, _ = theirs.aggregate_train(server_round, [Message(content, reply_to=asked)])
+        values = ours.move(values, mean, server_round)
+    assert not np.allclose(values, start, atol=1e-3)
+    np.testing.assert_allclose(values, arrays["values"].numpy(), rtol=0, atol=1e-5)
+
+
 def test_the_payload_of_many_values_is_that_of_few_scaled_up() -> None:
     """Beyond 65,536 values a share of them is played through."""
     rows = [[32] * 3] * 3
-    few = payloads(KINDS, TrainingConfig(), CodecConfig(), rows)
-    large = [(kind, 40 * size) for kind, size in KINDS]
-    many = payloads(large, TrainingConfig(), CodecConfig(), rows)
+    few = lengths_of(KINDS, rows)
+    many = lengths_of([(kind, 40 * size) for kind, size in KINDS], rows)
     assert many.up == pytest.approx(40 * few.up, rel=0.02)
     assert many.down[1:] == pytest.approx(40 * few.down[1:], rel=0.02)
 
 
 def test_the_payloads_of_a_long_run_join_those_that_were_played_through() -> None:
-    training = TrainingConfig(schedule="constant")
-    short = payloads(KINDS, training, CodecConfig(), [[32] * 4] * 20)
-    long = payloads(KINDS, training, CodecConfig(), [[32] * 4] * 200)
-    assert len(long.up) == len(long.down) == 200
+    short = lengths_of(KINDS, [[32] * 4] * 20)
+    long = lengths_of(KINDS, [[32] * 4] * 200)
+    assert long.up.shape == long.down.shape == (200, 1)
     assert long.down[0] == short.down[0] < 0.05 * short.down[1]
-    assert np.all(np.diff(long.up) <= 0.02 * long.up[0])  # ever smaller against the values
+    assert np.all(np.diff(long.up[:, 0]) <= 0.02 * long.up[0])  # ever smaller against the values
     assert long.up[:20].mean() == pytest.approx(short.up.mean(), rel=0.02)
 
 
@@ -270,11 +341,10 @@ def test_the_payloads_of_a_long_run_join_those_that_were_played_through() -> Non
 def test_no_payload_is_longer_than_its_codec_can_write(
     codec: str, sizes: list[int], rows: list[list[int]]
 ) -> None:
-    kinds = [("lora", size) for size in sizes]
     stops = np.cumsum(sizes).tolist()
     most = max_payload_bytes(codec, list(zip([0, *stops[:-1]], stops, strict=True)))
-    lengths = payloads(kinds, TrainingConfig(), CodecConfig(up=codec, down=codec), rows)
-    assert len(lengths.up) == len(lengths.down) == len(rows)
+    lengths = lengths_of([("lora", size) for size in sizes], rows, codec)
+    assert lengths.up.shape == lengths.down.shape == (len(rows), 1)
     assert np.all(lengths.up <= most)
     assert np.all(lengths.down <= most)
 
@@ -291,12 +361,12 @@ def test_a_message_weighs_what_flower_makes_of_it(chunks: float, reply: bool) ->
 def test_a_made_up_plan_is_as_long_as_a_real_one(experiment: Any) -> None:
     from fedpet.estimate import lay_out
 
-    settings = experiment()
+    settings = experiment(mask_tiers=["0.01=0.5", "0.05=0.5"])
     prepared = prepare(settings, Silent())
     layout = lay_out(outline(settings.backbone, num_outputs=2), settings)
-    made_up = plan_bytes(settings, layout, prepared.plan.task)
-    assert abs(made_up - len(prepared.plan.to_bytes())) <= 8
-    assert Plan.from_bytes(prepared.plan.to_bytes()).num_values == layout.num_values
+    made_up = made_up_plan(settings, layout, prepared.plan.task)
+    assert abs(len(made_up.to_bytes()) - len(prepared.plan.to_bytes())) <= 8
+    assert made_up.num_values == prepared.plan.num_values
 
 
 def test_coded_positions_are_near_the_entropy_that_the_mask_is_reckoned_by() -> None:

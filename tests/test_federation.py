@@ -241,6 +241,21 @@ def _frame(asked: Frame, client: int, update: np.ndarray, examples: int = 4) -> 
     )
 
 
+def test_the_books_have_every_message_by_node_kind_and_direction(experiment: Any) -> None:
+    settings = experiment(strategy_num_rounds=2)
+    result = run(settings, nodes=3)
+    lines = [
+        json.loads(line)
+        for line in (Path(settings.run.out) / "rounds.jsonl").read_text().splitlines()
+    ]
+    for line in lines:
+        counted = line["wire_by_node"]
+        assert sum(sum(each.values()) for each in counted.values()) == line["wire_bytes"]
+        assert all(set(each) == {"train down", "train up"} for each in counted.values())
+    assert sum(line["wire_bytes"] for line in lines) == result["communication"]["wire_bytes"]
+    assert {node for line in lines for node in line["wire_by_node"]} == {"1", "2", "3"}
+
+
 # -- law 7: a wrong reply never becomes part of the average ----------------------------------
 
 

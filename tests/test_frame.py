@@ -5,14 +5,17 @@ from __future__ import annotations
 import contextlib
 import math
 import random
-import struct
 import time
 import tracemalloc
-import zlib
+from collections.abc import Callable
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
+import dry
 import numpy as np
 import pytest
+from forgery import attack, forge
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -25,40 +28,21 @@ from fedpet.codec import (
     pack_refusal,
     unpack_frames,
 )
-from fedpet.codec.frame import HEADER_BYTES
-from fedpet.errors import ConfigError, FrameError
+from fedpet.codec.frame import HEADER_BYTES, MAX_LOSS, MAX_SECONDS
+from fedpet.config import CodecConfig
+from fedpet.errors import ConfigError, FrameError, PlanError
+from fedpet.messages import Path, Request, read_request, write_request
+from fedpet.model import Segment
+from fedpet.plan import Plan
+from fedpet.reference import Reference, encode_whole, seed_of_round
+from fedpet.starts import Start, frames_of, starts_of
 
 DIGEST = bytes(range(16))
 FRAME = Frame(DIGEST, 3, 0xFEEDFACE, "eden-4", 54_321, 120, 0.6931, 12.5, b"payload")
 
-# Where the header's fields stand; see fedpet/codec/frame.py.
-FIELDS = {
-    "version": (2, "<B"),
-    "kind": (3, "<B"),
-    "digest": (4, "<16s"),
-    "round": (20, "<I"),
-    "client": (24, "<Q"),
-    "codec": (32, "<I"),
-    "count": (36, "<I"),
-    "examples": (40, "<I"),
-    "loss": (44, "<d"),
-    "seconds": (52, "<d"),
-    "length": (60, "<I"),
-}
-
 
 def unpack(buffer, max_frames=8, max_payload_bytes=10_000):
     return list(unpack_frames(buffer, max_frames=max_frames, max_payload_bytes=max_payload_bytes))
-
-
-def forge(packed, **fields):
-    """Change fields of a frame, and make its checksum right again: an adversary can do that too."""
-    forged = bytearray(packed)
-    for name, value in fields.items():
-        offset, form = FIELDS[name]
-        struct.pack_into(form, forged, offset, value)
-    struct.pack_into("<I", forged, 64, zlib.crc32(forged[68:], zlib.crc32(forged[:64])))
-    return bytes(forged)
 
 
 # ---------------------------------------------------------------- what is read
@@ -74,8 +58,8 @@ def forge(packed, **fields):
         codec=st.sampled_from((*known_codecs(), "topk-0.1+eden-4", "topk-0.000001+int8-raw")),
         count=st.integers(0, 2**32 - 1),
         num_examples=st.integers(0, 2**32 - 1),
-        loss=st.floats(allow_nan=False, allow_infinity=False),
-        train_seconds=st.floats(0, allow_nan=False, allow_infinity=False),
+        loss=st.floats(-MAX_LOSS, MAX_LOSS),
+        train_seconds=st.floats(0, MAX_SECONDS),
         payload=st.binary(max_size=300),
     )
 )
@@ -127,6 +111,8 @@ def test_a_header_takes_68_bytes():
         ({"loss": math.inf}, "finite loss"),
         ({"seconds": math.nan}, "finite loss and time"),
         ({"seconds": -1.0}, "finite loss and time"),
+        ({"loss": 1e39}, "finite loss and time"),
+        ({"seconds": 1.1e9}, "finite loss and time, up to"),
     ],
 )
 def test_a_forged_header_is_refused_for_what_is_wrong_with_it(fields, says):
@@ -179,6 +165,8 @@ def test_a_refusal_that_carries_numbers_or_no_text_is_refused():
         ("loss", math.nan),
         ("train_seconds", math.inf),
         ("train_seconds", -1.0),
+        ("train_seconds", 1e308),
+        ("loss", -1e39),
     ],
 )
 def test_a_frame_that_would_be_refused_is_not_packed(field, value):
@@ -261,59 +249,7 @@ def honest_reply(coding, rng):
     return packed
 
 
-def attack(frames, rng):
-    """Damage or forge a reply: flips, cuts, extensions, reorderings, forged fields and payloads."""
-    forged = list(frames)
-    for _ in range(rng.randint(1, 3)):
-        which = rng.randrange(len(forged))
-        frame = bytearray(forged[which])
-        kind = rng.randrange(10) if frame else 9
-        if kind == 0:  # flipped bits
-            for _ in range(rng.randint(1, 8)):
-                frame[rng.randrange(len(frame))] ^= 1 << rng.randrange(8)
-        elif kind == 1:  # cut
-            del frame[rng.randrange(len(frame)) :]
-        elif kind == 2:  # extended
-            frame += rng.randbytes(rng.randint(1, 100))
-        elif kind == 3:  # parts of it reordered
-            a, b = sorted((rng.randrange(len(frame)), rng.randrange(len(frame))))
-            frame = frame[b:] + frame[a:b] + frame[:a]
-        elif kind == 4 and len(frame) >= 68:  # a forged field under a right checksum
-            name = rng.choice(list(FIELDS))
-            form = FIELDS[name][1]
-            wild = [0, 1, 2**31, 2**32 - 1, 2**60, 2**64 - 1, rng.getrandbits(64)]
-            if form == "<d":
-                value = rng.choice([math.nan, math.inf, -math.inf, -1.0, 1e308])
-            elif form == "<16s":
-                value = rng.randbytes(16)
-            else:
-                value = rng.choice(wild) % (1 << 8 * struct.calcsize(form))
-            frame = bytearray(forge(frame, **{name: value}))
-        elif kind == 5 and len(frame) > 68:  # a forged payload under a right checksum
-            for _ in range(rng.randint(1, 6)):
-                frame[rng.randrange(68, len(frame))] = rng.choice([0, 1, 2, 0x7F, 0x80, 0xFF])
-            frame = bytearray(forge(frame))
-        elif kind == 6 and len(frame) >= 68:  # a payload of another length, announced rightly
-            payload = rng.randbytes(rng.randint(0, 300))
-            frame = bytearray(forge(bytes(frame[:68]) + payload, length=len(payload)))
-        elif kind == 7 and len(frame) > 68:  # NaN and infinity all over
-            at = rng.randrange(68, len(frame))
-            frame[at : at + 64] = rng.choice([b"\xff", b"\x7f\xc0", b"\x00\x00\x80\x7f"]) * 16
-            frame = bytearray(forge(frame, length=len(frame) - 68))
-        elif kind == 8:  # numbers of any length
-            at = rng.randrange(len(frame) + 1)
-            frame[at:at] = b"\xff" * rng.randint(1, 12)
-        else:  # noise
-            frame = bytearray(rng.randbytes(rng.randint(0, 200)))
-        forged[which] = bytes(frame)
-        if rng.random() < 0.3:
-            rng.shuffle(forged)
-        if rng.random() < 0.1:
-            forged.append(rng.choice(forged))
-    return b"".join(forged)
-
-
-def besiege(num_replies, seed):
+def besiege_server(num_replies, seed):
     """Attack that many times; return how many frames were accepted, after checking each."""
     rng = random.Random(seed)
     accepted = refused = 0
@@ -340,7 +276,7 @@ def besiege(num_replies, seed):
 
 
 def test_no_attack_passes_a_wrong_frame():
-    besiege(1500, seed=0)
+    besiege_server(1500, seed=0)
 
 
 @settings(max_examples=100, deadline=None)
@@ -353,17 +289,6 @@ def test_no_drawn_attack_passes_a_wrong_frame(seed):
     except FrameError:
         return
     assert all(np.isfinite(values).all() for _, values in frames)
-
-
-@pytest.mark.slow
-def test_100_000_attacks_pass_no_wrong_frame_without_a_crash_or_a_pause():
-    # .venv/bin/python -m pytest -m slow tests/test_frame.py
-    slowest = 0.0
-    for seed in range(100):
-        start = time.process_time()
-        besiege(1000, seed=seed)
-        slowest = max(slowest, time.process_time() - start)
-    assert slowest < 60  # for a thousand
 
 
 def test_a_refused_reply_costs_no_more_memory_than_its_plan_allows():
@@ -384,3 +309,154 @@ def test_a_refused_reply_costs_no_more_memory_than_its_plan_allows():
             assert peak < 40 * COUNT * 3 + len(reply) + 30_000, coding
     finally:
         tracemalloc.stop()
+
+
+# ---------------------------------------------------------------- adversaries of a node
+
+LAYOUT = [Segment("mask", "w", 0, 150), Segment("head", "h", 150, 30)]
+FIRST = 2  # the round whose reference the node holds
+NODE_CODECS = (
+    CodecConfig(down="eden-4"),
+    CodecConfig(down="int8", head_down="bfloat16"),
+    CodecConfig(down="topk-0.1+eden-2", head_down="float32"),
+    CodecConfig(down="bfloat16", downlink="values"),
+    CodecConfig(down="eden-1", head_down="int4-raw", downlink="values"),
+    CodecConfig(down="float32"),
+)
+
+
+class Held:
+    """What a node holds of a run: one reference in memory, and none on disk."""
+
+    def __init__(self, reference: Reference) -> None:
+        self._reference = reference
+
+    def reference_in_memory(self, tier: int) -> Reference:
+        return self._reference
+
+    def reference_on_disk(self, tier: int, count: int) -> None: ...
+    def keep_reference(self, tier: int, reference: Reference) -> None: ...
+
+
+class Siege:
+    """A node under one plan, honest requests to it, and what they lead to."""
+
+    def __init__(self, codec: CodecConfig, rng: random.Random) -> None:
+        self.plan: Plan = dry.make_plan(codec=codec, num_values=COUNT)
+        self.pet: Any = SimpleNamespace(tiers=[LAYOUT])
+        random_values = np.random.default_rng(rng.getrandbits(32))
+        held = random_values.standard_normal(COUNT).astype(np.float32)
+        self.held: Any = Held(Reference(FIRST, held))
+        self.values = held
+        self.frames: list[list[bytes]] = []  # ways to the reference of the round, or its values
+        coding = self.plan.downlink(GROUPS, GROUPS[1:])
+        if not self.plan.sends_changes:
+            seed = seed_of_round(self.plan.seed, ROUND)
+            payload = coding.encode(random_values.standard_normal(COUNT), seed=seed)
+            self.values = coding.decode(payload, seed=seed)
+            self.frames.append([self._pack(ROUND, coding.codec, payload)])
+            return
+        changes = []
+        reference = Reference(FIRST, held)
+        for server_round in range(FIRST + 1, ROUND + 1):
+            seed = seed_of_round(self.plan.seed, server_round)
+            payload = coding.encode(0.1 * random_values.standard_normal(COUNT), seed=seed)
+            changes.append(self._pack(server_round, coding.codec, payload))
+            reference = reference.moved(coding.decode(payload, seed=seed))
+        self.values = reference.values
+        self.frames.append(changes)
+        self.frames.append([self._pack(ROUND, "float32", encode_whole(reference))])
+
+    def _pack(self, server_round: int, codec: str, payload: bytes) -> bytes:
+        return pack_frame(Frame(DIGEST, server_round, 0, codec, COUNT, 0, 0.0, 0.0, payload))
+
+    def request(self, way: int, forge: Callable[[list[bytes]], bytes] = b"".join) -> Request:
+        """An honest request but for what `forge` makes of its frames."""
+        frames = self.frames[way]
+        if not self.plan.sends_changes:
+            return Request((5, 6), forge(frames))
+        path = Path(0 if way else len(frames), Reference(ROUND, self.values).checksum)
+        return Request((5, 6), forge(frames), run=7, paths=(path,))
+
+    def receive(self, payload: bytes) -> list[Start]:
+        """What a node does with a request before it trains."""
+        request = read_request(payload)
+        frames = frames_of(request)
+        if frames[-1][-1].plan_digest != DIGEST:
+            raise PlanError("another plan")
+        if request.accepted:
+            raise FrameError("no error feedback here")
+        state = self.held if request.run else None
+        return starts_of(request, frames, self.plan, self.pet, state)
+
+
+def forge_request(siege: Siege, rng: random.Random) -> bytes:
+    """Attack a request: its frames, its header, or the way it names to the reference."""
+    way = rng.randrange(len(siege.frames))
+    kind = rng.randrange(4)
+    if kind < 2:
+        return write_request(siege.request(way, lambda frames: attack(frames, rng)))
+    packed = bytearray(write_request(siege.request(way)))
+    if kind == 2:  # lengths, counts and parts of any size
+        for _ in range(rng.randint(1, 3)):
+            at = rng.randrange(44)
+            wild = rng.choice([b"\0", b"\1", b"\x7f", b"\xff", b"\xff" * 4, rng.randbytes(8)])
+            packed[at : at + len(wild)] = wild
+        return bytes(packed)
+    request = siege.request(way)
+    path = Path(rng.choice([0, 1, 2, 3, 65535]), rng.getrandbits(32))
+    return write_request(
+        replace(request, run=rng.choice([0, 7]), paths=(path,) * rng.randint(1, 3))
+    )
+
+
+def besiege_node(num_requests: int, seed: int) -> int:
+    """Attack that many times; return how many requests were obeyed, after checking each."""
+    rng = random.Random(seed)
+    sieges = [Siege(codec, rng) for codec in NODE_CODECS]
+    obeyed = refused = 0
+    for _ in range(num_requests):
+        siege = rng.choice(sieges)
+        try:
+            starts = siege.receive(forge_request(siege, rng))
+        except (FrameError, PlanError):
+            refused += 1
+            continue
+        obeyed += 1
+        for start in starts:
+            assert start.tier == 0
+            assert start.values.shape == (COUNT,)
+            assert np.isfinite(start.values).all()
+            # A reference is the one that the request's checksum names, or it is none.
+            assert not siege.plan.sends_changes or (start.values == siege.values).all()
+    assert refused > num_requests // 2
+    return obeyed
+
+
+@pytest.mark.parametrize("codec", NODE_CODECS)
+def test_an_honest_request_leads_to_the_round_s_values(codec: CodecConfig) -> None:
+    siege = Siege(codec, random.Random(0))
+    for way in range(len(siege.frames)):
+        [start] = siege.receive(write_request(siege.request(way)))
+        assert start.values.tobytes() == siege.values.tobytes()
+
+
+def test_no_attack_leads_a_node_to_other_values() -> None:
+    besiege_node(1500, seed=0)
+
+
+# ---------------------------------------------------------------- for long
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("besiege", [besiege_server, besiege_node])
+def test_100_000_attacks_pass_no_wrong_frame_without_a_crash_or_a_pause(
+    besiege: Callable[[int, int], int],
+) -> None:
+    # .venv/bin/python -m pytest -m slow tests/test_frame.py
+    slowest = 0.0
+    for seed in range(100):
+        start = time.process_time()
+        besiege(1000, seed)
+        slowest = max(slowest, time.process_time() - start)
+    assert slowest < 60  # for a thousand

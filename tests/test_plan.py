@@ -167,3 +167,20 @@ def test_damaged_plans_are_refused_and_never_crash(some_bytes: bytes, data: st.D
     # What still parses is another plan, and has another digest: nobody takes it for this one.
     assert Plan.digest(bytes(damaged)) != Plan.digest(some_bytes) or bytes(damaged) == some_bytes
     assert isinstance(parsed, Plan)
+
+
+@pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity", "[" * 100_000])
+def test_a_header_with_a_number_that_is_none_is_refused(some_bytes: bytes, value: str) -> None:
+    import struct
+
+    import zstandard
+
+    header_bytes, mask_bytes = struct.unpack_from("<II", some_bytes, 8)
+    text = zstandard.ZstdDecompressor().decompress(some_bytes[16 : 16 + header_bytes]).decode()
+    start = text.index('"learning_rate":') + len('"learning_rate":')
+    text = text[:start] + value + text[text.index(",", start) :]
+    header = zstandard.ZstdCompressor().compress(text.encode())
+    sizes = struct.pack("<II", len(header), mask_bytes)
+    forged = some_bytes[:8] + sizes + header + some_bytes[16 + header_bytes :]
+    with pytest.raises(PlanError, match="header does not read"):
+        Plan.from_bytes(forged)

@@ -16,6 +16,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from fedpet.codec import encode_values
 from fedpet.codec.frame import Frame, pack_frame, pack_refusal
 from fedpet.codec.frame import Refusal as RefusalFrame
 from fedpet.config import Experiment, StrategyConfig
@@ -170,6 +171,67 @@ def test_a_client_that_is_refused_leaves_no_trace_in_the_result(name: str) -> No
         assert record.replies == 10
         assert record.aggregated
     assert without.ledger.rounds[0].refused[0]["reason"] == "too hot."
+
+
+def beyond_reason(victim: str) -> dry.Change:
+    """Values that are finite, and of a size that no training comes to."""
+    number = client_number(victim)
+
+    def change(frame: Frame) -> bytes:
+        if frame.client != number:
+            return pack_frame(frame)
+        values = np.full(frame.count, 3e38, dtype=np.float32)
+        groups = [(0, frame.count)]
+        return pack_frame(
+            replace(frame, payload=encode_values(values, frame.codec, groups, seed=0))
+        )
+
+    return change
+
+
+@pytest.mark.parametrize("name", ["fedavg", "fedavgm", "fedadam", "fedyogi"])
+def test_a_finite_value_that_would_overflow_later_is_refused_by_name(name: str) -> None:
+    # A server that sends its values by EDEN could not send 3e38, and squares of it are infinite.
+    without, liar = make_strategy(name), make_strategy(name)
+    silent = run(without, ShuffledGrid(2, change=spoiled(CLIENTS[3], "too hot.")))
+    grid = ShuffledGrid(2, change=beyond_reason(CLIENTS[3]))
+    assert run(liar, grid).tobytes() == silent.tobytes()
+    [refused] = liar.ledger.current.refused
+    assert refused["who"] == CLIENTS[3]
+    assert "at most 1e+18 in magnitude" in refused["reason"]
+
+
+@pytest.mark.parametrize("kind", ["refusal", "frame"])
+def test_nobody_is_refused_by_what_another_node_says_in_its_name(kind: str) -> None:
+    victim = client_number(CLIENTS[3])
+
+    def change(frame: Frame) -> bytes:
+        if frame.client == victim:
+            return pack_frame(frame)
+        forged = (
+            pack_refusal(RefusalFrame(frame.plan_digest, frame.server_round, victim, "I give up."))
+            if kind == "refusal"
+            else pack_frame(replace(frame, client=victim))
+        )
+        return forged if frame.client == client_number(CLIENTS[4]) else pack_frame(frame)
+
+    strategy = make_strategy("fedavg")
+    run(strategy, ShuffledGrid(len(CLIENTS), change=change), rounds=1)
+    refused = {r["who"]: r["reason"] for r in strategy.ledger.current.refused}
+    assert CLIENTS[3] not in refused
+    assert "no reply came" in refused[CLIENTS[4]]
+    [stranger] = refused.keys() - {CLIENTS[4]}
+    assert f"{victim:016x}" in stranger
+    assert "was not asked to train this client" in refused[stranger]
+    assert strategy.ledger.current.replies == len(CLIENTS) - 1
+
+
+def test_a_reason_in_the_books_is_one_printable_line() -> None:
+    strategy = make_strategy("fedavg")
+    said = "too hot\x1b[2J\nround 1: all is well\u202e"
+    run(strategy, ShuffledGrid(2, change=spoiled(CLIENTS[3], said)), rounds=1)
+    [refused] = strategy.ledger.current.refused
+    assert refused["reason"] == "too hot [2J round 1: all is well "
 
 
 @pytest.mark.parametrize("name", ["krum", "multikrum", "bulyan", "fedmedian", "fedtrimmedavg"])

@@ -23,7 +23,6 @@ are decoded, and the digest, round and client by whoever knows which ones are du
 
 from __future__ import annotations
 
-import math
 import struct
 import zlib
 from collections.abc import Iterator
@@ -37,6 +36,9 @@ VERSION = 1
 HEADER_BYTES = 68
 MAX_REASON_BYTES = 500
 DIGEST_BYTES = 16
+# Sums and means of what clients tell stay finite: no more than a float32 of loss, 30 years.
+MAX_LOSS = 3.4028234663852886e38
+MAX_SECONDS = 1e9
 
 _MAGIC = b"FP"
 _VALUES, _REFUSAL = 1, 2
@@ -55,8 +57,8 @@ class Frame:
         codec: Name of the payload's codec.
         count: How many values the payload decodes to.
         num_examples: Rows the client trained on.
-        loss: Mean training loss.
-        train_seconds: Time the client trained.
+        loss: Mean training loss, at most a float32's largest in magnitude.
+        train_seconds: Time the client trained, at most 1e9.
         payload: What `encode_values` wrote; a view of the buffer where it was read as one.
     """
 
@@ -160,10 +162,11 @@ def _pack(
 ) -> bytes:
     if len(digest) != DIGEST_BYTES:
         raise ValueError(f"a plan's digest takes {DIGEST_BYTES} bytes, got {len(digest)}.")
-    if not (math.isfinite(loss) and math.isfinite(train_seconds) and train_seconds >= 0):
+    if not _can_be_told(loss, train_seconds):
         raise ValueError(
-            f"a frame's loss and time must be finite, got {loss!r} and {train_seconds!r} seconds. "
-            "Where training went wrong, send a refusal."
+            f"a frame's loss and time must be finite, up to {MAX_LOSS:g} and {MAX_SECONDS:g} "
+            f"seconds, got {loss!r} and {train_seconds!r}. Where training went wrong, send a "
+            "refusal."
         )
     numbers = (server_round, client, codec, count, num_examples, loss, train_seconds, len(payload))
     try:
@@ -210,10 +213,10 @@ def _unpack(view: memoryview, max_payload_bytes: int, views: bool) -> tuple[Fram
             f"the checksum of the frame of client {client:016x} must be {checksum:08x}, it is "
             f"{expected:08x}: it was damaged on the way."
         )
-    if not (math.isfinite(loss) and math.isfinite(train_seconds) and train_seconds >= 0):
+    if not _can_be_told(loss, train_seconds):
         raise FrameError(
-            f"the frame of client {client:016x} must have a finite loss and time, got {loss!r} and "
-            f"{train_seconds!r} seconds."
+            f"the frame of client {client:016x} must have a finite loss and time, up to "
+            f"{MAX_LOSS:g} and {MAX_SECONDS:g} seconds, got {loss!r} and {train_seconds!r}."
         )
     size = HEADER_BYTES + payload_bytes
     if kind == _REFUSAL:
@@ -231,6 +234,10 @@ def _unpack(view: memoryview, max_payload_bytes: int, views: bool) -> tuple[Fram
         payload if views else bytes(payload),
     )
     return frame, size
+
+
+def _can_be_told(loss: float, train_seconds: float) -> bool:
+    return abs(loss) <= MAX_LOSS and 0 <= train_seconds <= MAX_SECONDS  # no NaN passes
 
 
 def _refusal(

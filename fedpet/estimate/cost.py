@@ -1,70 +1,52 @@
 """What a run costs: every message's bytes, their sum, and the seconds they take.
 
-    outline -> layout -> updates -> messages -> [cost]
+    outline -> layout -> draws -> updates -> messages -> [cost]
 
 In:  an experiment, and where its data are not at hand the number of its clients.
 Out: an `Estimate`, in the terms of a run's `result.json`.
 
-Every sampled client is taken to answer. Where the data can be read, the clients of each round are
-the very ones that the run's seed draws; else all hold the same number of rows, and the number of
-those that need the plan is an expectation.
+Every sampled client is taken to answer, alone on its node, as the ledger counts it.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 from typing import Any
 
 import numpy as np
 
+from fedpet.backbone import Backbone
 from fedpet.client import cache_folder
-from fedpet.codec import check_codec
 from fedpet.codec.frame import HEADER_BYTES
 from fedpet.codec.integers import GRIDS
 from fedpet.codec.names import parse_codec
-from fedpet.config import CodecConfig, Experiment
+from fedpet.config import Experiment
 from fedpet.data import Census, Task, take_census
 from fedpet.data.task import check_label_names
 from fedpet.errors import ConfigError, DataError
+from fedpet.estimate.downlink import frames_down
+from fedpet.estimate.draws import Draws, draw
 from fedpet.estimate.layout import LORA_RANK, Layout, lay_out
 from fedpet.estimate.links import LINKS, Link
-from fedpet.estimate.messages import plan_bytes, reply_bytes, request_bytes
+from fedpet.estimate.messages import made_up_plan, reply_bytes, request_bytes
 from fedpet.estimate.outline import outline
 from fedpet.estimate.updates import is_fixed, local_steps, payloads
-from fedpet.population import Population
+from fedpet.plan import Plan, check_codecs
 
-__all__ = ["Draws", "Estimate", "estimate"]
+__all__ = ["Estimate", "estimate"]
 
 SCHEMA = 1
 BYTES_PER_FLOAT = 4
-ROWS_PER_CLIENT = 32  # where neither the data nor the user say
 
 # How far a payload may be from a run's, as a fraction. Measured on real runs, see the tests.
 _TOLERANCE = 0.01
 _TOLERANCE_OF_ROWS = 0.03  # where clients are assumed to hold the same number of rows
-_TOLERANCE_OF_TAILS = 0.05  # top-k, and scales of blocks under SGD: the largest values decide
+_TOLERANCE_OF_SCALES = 0.02  # of blocks: the largest of 64 or 1024 values decides
+_TOLERANCE_OF_TAILS = 0.05  # top-k, and scales of blocks under SGD, whose updates differ most
 _TOLERANCE_OF_ONE_STEP = 0.2  # of the updates of clients that take a single step
-
-
-@dataclass(frozen=True)
-class Draws:
-    """Who takes part.
-
-    Attributes:
-        num_clients: There are.
-        rows: For each round the rows that each of its clients holds.
-        newcomers: Clients that take part at least once: each is sent the plan. An expectation
-            where the clients are not known.
-        known: Whether the clients are the data's, drawn by the run's seed.
-    """
-
-    num_clients: int
-    rows: Sequence[Sequence[int]]
-    newcomers: float
-    known: bool
 
 
 @dataclass(frozen=True)
@@ -120,68 +102,47 @@ def estimate(
             "finds it in the run: estimate with search.federated = false and a preset or file of "
             "the same size."
         )
-    check_codec(experiment.codec.up)
-    check_codec(experiment.codec.down)
+    check_codecs(experiment.codec)
     check_label_names(experiment.data)
-    _check_downlink(experiment.codec)
     notes: list[str] = []
     census = _census(experiment, num_clients, rows_per_client, notes)
     task = census.task if census else _assumed_task(experiment, notes)
-    draws = _draw(experiment, census, num_clients, rows_per_client)
+    draws = draw(experiment, census, num_clients, rows_per_client)
     backbone = outline(
         experiment.backbone, num_outputs=task.num_outputs, regression=task.kind == "regression"
     )
     layout = lay_out(backbone, experiment)
-    kinds = _groups(layout)
-    lengths = payloads(kinds, experiment.training, experiment.codec, draws.rows)
-    per_round = np.array([len(rows) for rows in draws.rows])  # clients, (rounds,)
-    taking_part = int(per_round.sum())
-    up = float(lengths.up @ per_round / taking_part)
-    down = float(lengths.down @ per_round / taking_part)
-    plan = plan_bytes(experiment, layout, task)
-    uplink, downlink = up + _framing_up(up), down + _framing_down(down)
-    plan_sent = request_bytes(round(down), plan) - request_bytes(round(down))
+    plan = made_up_plan(experiment, layout, task)
+    tiers = [layout.kinds(tier) for tier in range(len(layout.tier_masks))]
+    counts = [sum(size for _, size in kinds) for kinds in tiers]
+    lengths = payloads(tiers, plan, experiment.strategy, draws.rounds)
+    up = _mean(
+        lengths.up[r, taker.tier] for r, takers in enumerate(draws.rounds) for taker in takers
+    )
+    frames = frames_down(lengths, counts, draws.rounds, plan.sends_changes)
+    down = _mean(length for each in frames for length in each)
+    uplink = up + reply_bytes(round(up)) - round(up)
+    downlink = down + request_bytes(round(down), plan) - round(down)
+    plan_length = len(plan.to_bytes())
+    plan_sent = request_bytes(round(down), plan, plan_length) - request_bytes(round(down), plan)
+    taking_part = draws.num_parts
     dense = BYTES_PER_FLOAT * (layout.pretrained_parameters + layout.head_parameters)
     lora = BYTES_PER_FLOAT * (layout.lora_values + layout.head_parameters)
     total = taking_part * (uplink + downlink) + draws.newcomers * plan_sent
-    tolerance = _tolerance(experiment, draws)
+    tolerance = _tolerance(plan, draws)
     _explain(experiment, draws, tolerance, notes)
+    values = _mean(counts[taker.tier] for takers in draws.rounds for taker in takers)
     return Estimate(
-        run={
-            "experiment": experiment.run.name,
-            "seed": experiment.run.seed,
-            "backbone": experiment.backbone.model,
-            "architecture": type(backbone.model).__name__,
-            "codec_up": experiment.codec.up,
-            "codec_down": experiment.codec.down,
-            "rounds": len(draws.rows),
-            "clients": draws.num_clients,
-            "clients_per_round": int(per_round.max()),
-            "newcomers": draws.newcomers,
-            "clients_are_the_data_s": draws.known,
-        },
-        model={
-            "backbone_parameters": layout.pretrained_parameters,
-            "communicated_values": layout.num_values,
-            "mask_values": layout.values_by_kind.get("mask", 0),
-            "structure_values": layout.num_values
-            - layout.values_by_kind.get("mask", 0)
-            - layout.head_parameters,
-            "head_values": layout.head_parameters,
-            "values_by_kind": layout.values_by_kind,
-            "mask_scope_entries": sum(layout.scope),
-            "lora_values": layout.lora_values,
-            "lora_rank": LORA_RANK,
-        },
+        run=_run(experiment, backbone, plan, draws),
+        model=_model(experiment, layout, counts, draws),
         message={
             "up_payload_bytes": up,
             "up_frame_bytes": up + HEADER_BYTES,
-            "up_bits_per_value": 8 * up / layout.num_values,
-            "down_payload_bytes": down,
-            "down_frame_bytes": down + HEADER_BYTES,
-            "down_bits_per_value": 8 * down / layout.num_values,
-            "down_first_round_payload_bytes": float(lengths.down[0]),
-            "plan_bytes": plan,
+            "up_bits_per_value": 8 * up / values,
+            "down_frame_bytes": down,
+            "down_bits_per_value": 8 * (down - HEADER_BYTES) / values,
+            "down_first_round_frame_bytes": _mean(frames[0]),
+            "plan_bytes": plan_length,
         },
         communication={
             "plan_bytes_per_client": plan_sent,
@@ -197,7 +158,7 @@ def estimate(
             "ratio_to_lora": total / (2 * lora * taking_part),
         },
         links=[
-            _seconds(link, uplink, downlink, plan_sent, len(draws.rows), dense, lora)
+            _seconds(link, uplink, downlink, plan_sent, len(draws.rounds), dense, lora)
             for link in links
         ],
         tolerance=tolerance,
@@ -205,19 +166,42 @@ def estimate(
     )
 
 
-def _check_downlink(codec: CodecConfig) -> None:
-    """Refuse what cannot be foreseen yet: changes of a reference, the head's own codec."""
-    if not codec.down.startswith("float32") and codec.downlink != "values":
-        raise ConfigError(
-            f"an estimate foresees a lossy codec.down, here {codec.down!r}, where each round codes "
-            'the values anew: set codec.downlink = "values". What changes of a reference cost '
-            "depends on who comes again."
-        )
-    if codec.head_up or codec.head_down:
-        raise ConfigError(
-            "an estimate foresees one codec for all values: leave codec.head-up and "
-            "codec.head-down empty."
-        )
+def _run(experiment: Experiment, backbone: Backbone, plan: Plan, draws: Draws) -> dict[str, Any]:
+    codec = experiment.codec
+    return {
+        "experiment": experiment.run.name,
+        "seed": experiment.run.seed,
+        "backbone": experiment.backbone.model,
+        "architecture": type(backbone.model).__name__,
+        "strategy": experiment.strategy.name,
+        "codec_up": _named(codec.up, codec.head_up),
+        "codec_down": _named(codec.down, codec.head_down),
+        "downlink": "changes" if plan.sends_changes else "values",
+        "error_feedback": codec.error_feedback,
+        "rounds": len(draws.rounds),
+        "clients": draws.num_clients,
+        "clients_per_round": max(map(len, draws.rounds)),
+        "newcomers": draws.newcomers,
+        "clients_are_the_data_s": draws.known,
+    }
+
+
+def _model(
+    experiment: Experiment, layout: Layout, counts: Sequence[int], draws: Draws
+) -> dict[str, Any]:
+    mask = layout.values_by_kind.get("mask", 0)
+    return {
+        "backbone_parameters": layout.pretrained_parameters,
+        "communicated_values": layout.num_values,
+        "mask_values": mask,
+        "structure_values": layout.num_values - mask - layout.head_parameters,
+        "head_values": layout.head_parameters,
+        "values_by_kind": layout.values_by_kind,
+        "mask_scope_entries": sum(layout.scope),
+        "lora_values": layout.lora_values,
+        "lora_rank": LORA_RANK,
+        "tiers": _tiers(experiment, counts, draws),
+    }
 
 
 def _census(
@@ -256,52 +240,25 @@ def _assumed_task(experiment: Experiment, notes: list[str]) -> Task:
     return Task(data.task, labels, data.metric)
 
 
-def _draw(
-    experiment: Experiment,
-    census: Census | None,
-    num_clients: int | None,
-    rows_per_client: int | None,
-) -> Draws:
-    """Draw every round's clients as the run would, or as many of one size."""
-    strategy = experiment.strategy
-    if census is not None:
-        population = Population(census.num_rows, homes={})
-        drawn = [
-            population.sample(server_round, strategy.clients_per_round, experiment.run.seed)
-            for server_round in range(1, strategy.num_rounds + 1)
-        ]
-        return Draws(
-            num_clients=len(census.num_rows),
-            rows=[[census.num_rows[name] for name in names] for names in drawn],
-            newcomers=len({name for names in drawn for name in names}),
-            known=True,
-        )
-    num_clients = num_clients or experiment.population.num_clients
-    taking_part = min(strategy.clients_per_round, num_clients)
-    rows = [rows_per_client or ROWS_PER_CLIENT] * taking_part
-    never = (1 - taking_part / num_clients) ** strategy.num_rounds  # the odds of one client
-    return Draws(
-        num_clients=num_clients,
-        rows=[rows] * strategy.num_rounds,
-        newcomers=num_clients * (1 - never),
-        known=False,
-    )
+def _named(codec: str, of_head: str) -> str:
+    return codec if of_head in ("", codec) else f"{codec}, head {of_head}"
 
 
-def _groups(layout: Layout) -> list[tuple[str, int]]:
-    """Kind and size of what a codec scales apart: neighbouring segments of one kind."""
+def _mean(numbers: Iterable[float]) -> float:
+    return float(np.mean(list(numbers)))
+
+
+def _tiers(experiment: Experiment, counts: Sequence[int], draws: Draws) -> list[dict[str, Any]]:
+    """What clients of each strength send, and how often one takes part; [] where all are alike."""
+    if len(counts) == 1:
+        return []
+    parts = Counter(taker.tier for takers in draws.rounds for taker in takers)
     return [
-        (kind, sum(segment.size for segment in segments))
-        for kind, segments in groupby(layout.segments, key=lambda segment: segment.kind)
+        {"density": density, "values": count, "parts": parts[tier]}
+        for tier, (density, count) in enumerate(
+            zip(experiment.mask.tier_densities, counts, strict=True)
+        )
     ]
-
-
-def _framing_up(payload: float) -> int:
-    return reply_bytes(round(payload)) - round(payload)
-
-
-def _framing_down(payload: float) -> int:
-    return request_bytes(round(payload)) - round(payload)
 
 
 def _seconds(
@@ -334,18 +291,22 @@ def _seconds(
     }
 
 
-def _tolerance(experiment: Experiment, draws: Draws) -> float:
-    if is_fixed(experiment.codec.up) and is_fixed(experiment.codec.down):
+def _tolerance(plan: Plan, draws: Draws) -> float:
+    codec, training = plan.codec, plan.training
+    names = [name for name in (codec.up, codec.down, codec.head_up, codec.head_down) if name]
+    if is_fixed(*names) and not plan.sends_changes:
         return 0.0
-    steps = [local_steps(rows, experiment.training) for each in draws.rows for rows in each]
+    steps = [local_steps(taker.num_rows, training) for takers in draws.rounds for taker in takers]
     single = sum(count == 1 for count in steps) / len(steps)
-    least = _TOLERANCE if draws.known else _TOLERANCE_OF_ROWS
-    codecs = [parse_codec(name) for name in (experiment.codec.up, experiment.codec.down)]
-    by_tails = any(
-        codec.top_ppm or (codec.base in GRIDS and experiment.training.optimizer == "sgd")
-        for codec in codecs
+    parsed = [parse_codec(name) for name in names]
+    scaled = any(codec.base in GRIDS for codec in parsed)
+    return max(
+        _TOLERANCE if draws.known else _TOLERANCE_OF_ROWS,
+        _TOLERANCE_OF_SCALES * scaled,
+        _TOLERANCE_OF_TAILS * any(codec.top_ppm for codec in parsed),
+        _TOLERANCE_OF_TAILS * (scaled and training.optimizer == "sgd"),
+        _TOLERANCE_OF_ONE_STEP * single,
     )
-    return max(least, _TOLERANCE_OF_TAILS * by_tails, _TOLERANCE_OF_ONE_STEP * single)
 
 
 def _explain(experiment: Experiment, draws: Draws, tolerance: float, notes: list[str]) -> None:
@@ -356,14 +317,15 @@ def _explain(experiment: Experiment, draws: Draws, tolerance: float, notes: list
         )
     else:
         notes.append(
-            f"Clients are taken to hold {draws.rows[0][0]:,} rows each, and all to answer. How "
-            "many need the plan is an expectation, over draws without replacement in each round."
+            f"Clients are taken to hold {draws.rounds[0][0].num_rows:,} rows each, and all to "
+            "answer. How many need the plan is an expectation, over draws without replacement in "
+            "each round."
         )
     if tolerance:
         notes.append(
-            "Lengths behind an entropy stage are those of made-up updates: this optimiser, these "
-            f"learning rates and steps, random gradients. In total within about {tolerance:.0%} "
-            "of a run's."
+            "Lengths behind an entropy stage are those of made-up updates: this optimiser and "
+            "strategy, these learning rates and steps, random gradients. In total within about "
+            f"{tolerance:.0%} of a run's."
         )
     if experiment.mask.enabled and experiment.mask.broadcast == "explicit":
         notes.append(

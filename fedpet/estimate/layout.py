@@ -1,6 +1,6 @@
 """What would be communicated: how many values of which kind, from an outline.
 
-    outline -> [layout] -> updates -> messages -> cost
+    outline -> [layout] -> draws -> updates -> messages -> cost
 
 In:  a backbone's outline and an experiment.
 Out: a `Layout`: values by kind, the groups a codec scales apart, and what LoRA would send.
@@ -12,6 +12,7 @@ known without weights, but their number is, and nothing else of them counts here
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby, pairwise
 
 from fedpet.backbone import Backbone
 from fedpet.config import Experiment, MaskConfig
@@ -36,6 +37,8 @@ class Layout:
     Attributes:
         segments: The communicated values, one segment a kind and stretch: as in a run, but for
             the mask's, which are one.
+        tier_masks: Of each tier, weakest first, how many of the mask's entries it trains; the last
+            trains all. (0,) without a mask.
         structure: Which module acts where.
         scope: Entries of each weight the mask chooses from, in the order of the names.
         pretrained_parameters: Of the backbone, its head not counted.
@@ -44,6 +47,7 @@ class Layout:
     """
 
     segments: tuple[Segment, ...]
+    tier_masks: tuple[int, ...]
     structure: Structure
     scope: tuple[int, ...]
     pretrained_parameters: int
@@ -63,6 +67,15 @@ class Layout:
             counts[segment.kind] = counts.get(segment.kind, 0) + segment.size
         return counts
 
+    def kinds(self, tier: int = -1) -> list[tuple[str, int]]:
+        """Kind and number of the values of each group that a codec scales apart, in a tier."""
+        sizes = [
+            (segment.kind, self.tier_masks[tier] if segment.kind == "mask" else segment.size)
+            for segment in self.segments
+        ]
+        groups = groupby(sizes, key=lambda kind_and_size: kind_and_size[0])
+        return [(kind, sum(size for _, size in group)) for kind, group in groups]
+
 
 def lay_out(backbone: Backbone, experiment: Experiment) -> Layout:
     """Count what a run of this experiment would communicate.
@@ -81,8 +94,10 @@ def lay_out(backbone: Backbone, experiment: Experiment) -> Layout:
     weights = mask_scope(model, backbone.head)
     scope = tuple(weights[name].numel() for name in sorted(weights))
     parts: list[tuple[str, str, int]] = []
+    tier_masks: tuple[int, ...] = (0,)
     if experiment.mask.enabled:
-        parts.append(("mask", "", _num_masked(scope, experiment.mask)))
+        tier_masks = _tier_masks(scope, experiment.mask)
+        parts.append(("mask", "", tier_masks[-1]))
     for module in build_structure(model, positions, structure, experiment.run.seed):
         parts.append((module.kind, module.target, module.num_values))
     head = set(backbone.head)
@@ -104,6 +119,7 @@ def lay_out(backbone: Backbone, experiment: Experiment) -> Layout:
         )
     return Layout(
         segments=tuple(segments),
+        tier_masks=tier_masks,
         structure=structure,
         scope=scope,
         pretrained_parameters=pretrained,
@@ -112,18 +128,26 @@ def lay_out(backbone: Backbone, experiment: Experiment) -> Layout:
     )
 
 
-def _num_masked(scope: tuple[int, ...], config: MaskConfig) -> int:
-    """How many entries `fedpet.mask.build_mask` chooses, whatever the weights."""
-    if config.granularity == "per-tensor":
-        chosen = sum(num_chosen(config.density, size) for size in scope)
-    else:
-        chosen = num_chosen(config.density, sum(scope))
-    if not chosen:
+def _tier_masks(scope: tuple[int, ...], config: MaskConfig) -> tuple[int, ...]:
+    """How many entries `fedpet.mask.build_mask` chooses for each tier, whatever the weights."""
+    tiers = tuple(_num_masked(scope, config, density) for density in config.tier_densities)
+    if not tiers[-1]:
         raise ConfigError(
             f"mask.density {config.density!r} leaves nothing to train: it is a fraction of the "
             f"{sum(scope):,} entries in scope, rounded down."
         )
-    return chosen
+    if any(more <= less for less, more in pairwise((0, *tiers))):
+        raise ConfigError(
+            f"each of mask.tiers must train more entries than the one below it, got {list(tiers)} "
+            f"for {list(config.tiers)}: a density is rounded down to whole entries."
+        )
+    return tiers
+
+
+def _num_masked(scope: tuple[int, ...], config: MaskConfig, density: float) -> int:
+    if config.granularity == "per-tensor":
+        return sum(num_chosen(density, size) for size in scope)
+    return num_chosen(density, sum(scope))
 
 
 def _lora_values(position: Position) -> int:

@@ -1,6 +1,6 @@
 """What a payload weighs as a message: frame, request and Flower's own framing around it.
 
-    outline -> layout -> updates -> [messages] -> cost
+    outline -> layout -> draws -> updates -> [messages] -> cost
 
 In:  lengths of payloads, and the run's plan, its hashes made up.
 Out: bytes, as the ledger counts them.
@@ -23,10 +23,11 @@ from fedpet.config import Experiment
 from fedpet.data import Task
 from fedpet.estimate.layout import Layout
 from fedpet.mask import num_chosen
-from fedpet.messages import Request, solo_bytes, write_request
+from fedpet.messages import Path, Request, solo_bytes, write_request
 from fedpet.plan import Plan
+from fedpet.structure import Structure
 
-__all__ = ["message_bytes", "plan_bytes", "reply_bytes", "request_bytes"]
+__all__ = ["made_up_plan", "message_bytes", "reply_bytes", "request_bytes"]
 
 _SAMPLE = 1 << 22  # entries of a tensor whose positions are coded; of a larger one as many
 
@@ -36,10 +37,18 @@ def reply_bytes(payload: int) -> int:
     return message_bytes(HEADER_BYTES + payload, reply=True)
 
 
-def request_bytes(payload: int, plan: int = 0) -> int:
-    """The request for one client, from the length of the values' payload and of a plan in it."""
-    empty = len(write_request(Request((1,), b"")))
-    return message_bytes(empty + plan + HEADER_BYTES + payload, reply=False)
+def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
+    """The request for one client.
+
+    Args:
+        frames: Length of the frames with the values, or with changes of their reference.
+        plan: Says what else a request names.
+        with_plan: Length of the plan, where the client is sent it.
+    """
+    paths = (Path(1, 0),) if plan.sends_changes else ()
+    accepted = (0,) if plan.codec.error_feedback else ()
+    empty = len(write_request(Request((1,), b"", run=1, paths=paths, accepted=accepted)))
+    return message_bytes(empty + with_plan + frames, reply=False)
 
 
 def message_bytes(count: int, *, reply: bool) -> int:
@@ -52,11 +61,18 @@ def message_bytes(count: int, *, reply: bool) -> int:
     return count + framing + each * (-(-count // CHUNK_BYTES) - 2)
 
 
-def plan_bytes(experiment: Experiment, layout: Layout, task: Task) -> int:
-    """Length of the plan. Its hashes are made up: they compress like others, to a byte or two."""
+def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
+    """The run's plan, but for what hangs on weights and tokeniser.
+
+    Its hashes are made up: they compress like others, to a few bytes. Its positions are a random
+    set as dense everywhere, which is the dearest of a density: where tensors differ, their
+    entropies add up to less.
+    """
     mask = experiment.mask if experiment.mask.enabled else None
-    explicit = mask is not None and mask.broadcast == "explicit"
-    plan = Plan(
+    positions = b""
+    if mask is not None and mask.broadcast == "explicit":
+        positions = bytes(_positions_bytes(layout.scope, mask.density))
+    return Plan(
         fingerprint=_hash("fingerprint"),
         head_seed=experiment.backbone.head_seed,
         task=task,
@@ -64,8 +80,8 @@ def plan_bytes(experiment: Experiment, layout: Layout, task: Task) -> int:
         tokenizer_hash=_hash("tokenizer"),
         mask=mask,
         mask_sha256=_hash("mask") if mask is not None else "",
-        mask_positions=b"",
-        structure=layout.structure,
+        mask_positions=positions,
+        structure=Structure(layout.structure.modules),
         num_values=layout.num_values,
         layout=_hash("layout"),
         codec=experiment.codec,
@@ -73,15 +89,10 @@ def plan_bytes(experiment: Experiment, layout: Layout, task: Task) -> int:
         num_rounds=experiment.strategy.num_rounds,
         seed=experiment.run.seed,
     )
-    positions = _positions_bytes(layout.scope, experiment.mask.density) if explicit else 0
-    return len(plan.to_bytes()) + positions
 
 
 def _positions_bytes(scope: tuple[int, ...], density: float) -> int:
-    """What coded positions take where every tensor has the mask's density.
-
-    That is the dearest mask of a density: where tensors differ, their entropies add up to less.
-    """
+    """What coded positions take where every tensor has the mask's density."""
     random = np.random.default_rng(0)
     total = 0.0
     for size, times in Counter(scope).items():

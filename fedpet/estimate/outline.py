@@ -1,6 +1,6 @@
 """A backbone without its weights: the architecture, built on torch's meta device.
 
-    [outline] -> layout -> updates -> messages -> cost
+    [outline] -> layout -> draws -> updates -> messages -> cost
 
 In:  a configuration: its file, a folder with it, a hub name, or `package:NAME`.
 Out: a `Backbone` whose parameters have shapes and no numbers, and whose head is known.

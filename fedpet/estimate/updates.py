@@ -1,10 +1,9 @@
 """How long payloads are: made-up updates, encoded by the run's own codec.
 
-    outline -> layout -> [updates] -> messages -> cost
+    outline -> layout -> draws -> [updates] -> messages -> cost
 
-In:  kinds and sizes of the values, the training settings, the codecs, and how many rows each of
-     a round's clients holds.
-Out: the mean payload of every round, up and down.
+In:  kinds and sizes of each tier's values, the run's plan, and the clients of each round.
+Out: the mean payload of every round and tier: up, down, and of a whole reference.
 
 A codec without an entropy stage writes as many bytes whatever the values are, and its own
 arithmetic says how many. With one, the length hangs on the values' distribution: floats on the
@@ -25,18 +24,23 @@ passes on to the update, and from step to step.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec import decode_values, encode_values, max_payload_bytes
+from fedpet.codec import Coding, encode_with_feedback
 from fedpet.codec.names import parse_codec
-from fedpet.config import CodecConfig, TrainingConfig
+from fedpet.config import StrategyConfig, TrainingConfig
+from fedpet.estimate.draws import Taker
+from fedpet.estimate.rules import ServerRule
+from fedpet.plan import Plan
+from fedpet.reference import Reference, encode_whole
 
-__all__ = ["Payloads", "is_fixed", "local_steps", "payloads"]
+__all__ = ["Kinds", "Payloads", "is_fixed", "local_steps", "payloads"]
 
+Kinds = Sequence[tuple[str, int]]  # kind and number of the values of each group, in order
 Floats = npt.NDArray[np.float32]
 
 # What is played through; beyond it, lengths are scaled (values) or interpolated (rounds).
@@ -62,21 +66,23 @@ _BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch's AdamW, as fedpet.training asks 
 
 @dataclass(frozen=True)
 class Payloads:
-    """Mean length of a payload, in bytes, by round from 1.
+    """Mean lengths of payloads in bytes, float64 (rounds, tiers).
 
     Attributes:
-        up: Of a client's update, float64 (rounds,).
-        down: Of the server's values, float64 (rounds,).
+        up: Of a client's update.
+        down: Of the server's values, or of their reference's change.
+        whole: Of a reference itself; zeros where nobody is sent one.
     """
 
     up: npt.NDArray[np.float64]
     down: npt.NDArray[np.float64]
+    whole: npt.NDArray[np.float64]
 
 
-def is_fixed(codec: str) -> bool:
-    """Whether a codec's payload has one length, whatever the values are."""
-    parsed = parse_codec(codec)
-    return not parsed.entropy and not parsed.top_ppm
+def is_fixed(*codecs: str) -> bool:
+    """Whether these codecs' payloads have one length, whatever the values are."""
+    parsed = [parse_codec(codec) for codec in codecs if codec]
+    return not any(codec.entropy or codec.top_ppm for codec in parsed)
 
 
 def local_steps(num_rows: int, training: TrainingConfig) -> int:
@@ -85,138 +91,212 @@ def local_steps(num_rows: int, training: TrainingConfig) -> int:
 
 
 def payloads(
-    kinds: Sequence[tuple[str, int]],
-    training: TrainingConfig,
-    codec: CodecConfig,
-    rows: Sequence[Sequence[int]],
+    tiers: Sequence[Kinds],
+    plan: Plan,
+    strategy: StrategyConfig,
+    rounds: Sequence[Sequence[Taker]],
     *,
     seed: int = 0,
 ) -> Payloads:
     """Play a federation through on random gradients, and measure its payloads.
 
     Args:
-        kinds: Kind and number of the values of each group that a codec scales apart, in order.
-        training: Optimiser, learning rates, schedule, batch size, epochs.
-        codec: Up and down.
-        rows: For each round the rows that each of its clients holds.
+        tiers: The values of each, weakest first: they differ in the size of the group "mask".
+        plan: Codecs, what is kept from round to round, training settings.
+        strategy: How the server moves.
+        rounds: The clients of each.
         seed: Of the gradients.
-
-    Raises:
-        ConfigError: There is no such codec.
     """
-    num_rounds = len(rows)
-    whole = _groups([size for _, size in kinds])
-    up = np.full(num_rounds, float(max_payload_bytes(codec.up, whole)))
-    down = np.full(num_rounds, float(max_payload_bytes(codec.down, whole)))
-    if is_fixed(codec.up) and is_fixed(codec.down):
-        return Payloads(up, down)
-    played = _played_rounds(num_rounds)
-    federation = _Federation(kinds, training, codec, num_rounds, seed)
-    sent, received = [], []
+    codec = plan.codec
+    up_is_fixed, down_is_fixed = (
+        is_fixed(*names) for names in ((codec.up, codec.head_up), (codec.down, codec.head_down))
+    )
+    fixed = [_codings(plan, kinds) for kinds in tiers]
+    shape = (len(rounds), len(tiers))
+    up = np.full(shape, [pair.up.max_payload_bytes for pair in fixed], dtype=np.float64)
+    down = np.full(shape, [pair.down.max_payload_bytes for pair in fixed], dtype=np.float64)
+    whole = np.zeros(shape)
+    if up_is_fixed and down_is_fixed and not plan.sends_changes:
+        return Payloads(up, down, whole)
+    federation = _Federation(tiers, plan, ServerRule(strategy), seed)
+    played = _played_rounds(len(rounds))
     for index, server_round in enumerate(played):
         following = played[index + 1] if index + 1 < len(played) else server_round + 1
-        of_each, of_all = federation.play(
-            server_round, rows[server_round - 1], following - server_round
-        )
-        sent.append(of_each)
-        received.append(of_all)
-    every = np.arange(1, num_rounds + 1)
-    if not is_fixed(codec.up):
-        up = np.interp(every, played, sent)
-    if not is_fixed(codec.down):  # round 1 sends zeros, and is like no other
-        down[0] = received[0]
-        if num_rounds > 1:
-            down[1:] = np.interp(every[1:], played[1:], received[1:])
-    return Payloads(up, down)
+        federation.play(server_round, rounds[server_round - 1], following - server_round)
+    every = np.arange(1, len(rounds) + 1)
+    for tier, line in enumerate(federation.lines):
+        if not up_is_fixed and line.sent:
+            up[:, tier] = np.interp(every, list(line.sent), list(line.sent.values()))
+        if not down_is_fixed:
+            down[:, tier] = _from_round_2(line.received, every)
+        if plan.sends_changes:
+            whole[:, tier] = _from_round_2(line.whole, every)
+    return Payloads(up, down, whole)
+
+
+@dataclass(frozen=True)
+class _Codings:
+    """How a tier's values are written, up and down."""
+
+    up: Coding
+    down: Coding
+
+
+@dataclass
+class _Line:
+    """What one tier sends and receives.
+
+    Attributes:
+        where: Which of all values are the tier's, bool (n',).
+        codings: Of those.
+        scale: How many values stand for one of them.
+        reference: From which the tier's clients train.
+        sent, received, whole: Lengths by round, as of all values.
+    """
+
+    where: npt.NDArray[np.bool_]
+    codings: _Codings
+    scale: float
+    reference: Reference
+    sent: dict[int, float] = field(default_factory=dict)
+    received: dict[int, float] = field(default_factory=dict)
+    whole: dict[int, float] = field(default_factory=dict)
 
 
 class _Federation:
     """A few thousand values, moved as a run's are."""
 
-    def __init__(
-        self,
-        kinds: Sequence[tuple[str, int]],
-        training: TrainingConfig,
-        codec: CodecConfig,
-        num_rounds: int,
-        seed: int,
-    ) -> None:
-        self._codec = codec
-        self._training = training
-        self._num_rounds = num_rounds
+    def __init__(self, tiers: Sequence[Kinds], plan: Plan, rule: ServerRule, seed: int) -> None:
+        self._plan = plan
+        self._rule = rule
         self._random = np.random.default_rng(seed)
-        sizes = _shrunk([size for _, size in kinds])
-        self._groups = _groups(sizes)
-        count = sum(sizes)
-        self._scale = sum(size for _, size in kinds) / count
+        largest = tiers[-1]
+        kinds = [(kind, size) for (kind, _), size in zip(largest, _shrunk(largest), strict=True)]
         self._rates = np.concatenate(
+            [np.full(size, plan.training.rate_of(kind), dtype=np.float32) for kind, size in kinds]
+        )
+        self._deviations = np.concatenate([self._spread(kind, size) for kind, size in kinds])
+        self._values = np.zeros(len(self._rates), dtype=np.float32)  # (n',), the server's
+        self._residuals: dict[int, Floats] = {}  # client -> what its last payload left
+        self.lines = [self._line(tier, kinds, largest) for tier in tiers]
+
+    def _line(self, tier: Kinds, kinds: Kinds, largest: Kinds) -> _Line:
+        own = [
+            (kind, max(1, round(size * of_tier / of_all)) if of_tier < of_all else size)
+            for (kind, size), (_, of_tier), (_, of_all) in zip(kinds, tier, largest, strict=True)
+        ]
+        where = np.concatenate(
             [
-                np.full(size, training.rate_of(kind), dtype=np.float32)
-                for (kind, _), size in zip(kinds, sizes, strict=True)
+                np.arange(size) < its  # as in a run, the front of a mask's ranking
+                for (_, size), (_, its) in zip(kinds, own, strict=True)
             ]
         )
-        self._deviations = np.concatenate(
-            [self._spread(kind, size) for (kind, _), size in zip(kinds, sizes, strict=True)]
-        )
-        self._values = np.zeros(count, dtype=np.float32)  # (n',), the server's
+        count = int(where.sum())
+        scale = sum(size for _, size in tier) / count
+        return _Line(where, _codings(self._plan, own), scale, Reference.start(count))
 
-    def play(self, server_round: int, rows: Sequence[int], num_rounds: int) -> tuple[float, float]:
+    def play(self, server_round: int, takers: Sequence[Taker], num_rounds: int) -> None:
         """One round, of some of its clients, the others being like them.
 
         Args:
             server_round: From 1.
-            rows: That each of the round's clients holds.
+            takers: The round's clients.
             num_rounds: How many rounds it stands for.
-
-        Returns:
-            Length of a payload up, on average, and down; as of all values.
         """
-        down, start = self._sent(self._values, self._codec.down, server_round)
+        for line in self.lines:
+            self._send_down(line, server_round)
+        training = self._plan.training
         rates = self._rates
-        if self._training.schedule == "linear":
-            rates = rates * np.float32(1.0 - (server_round - 1) / self._num_rounds)
+        if training.schedule == "linear":
+            rates = rates * np.float32(1.0 - self._plan.progress(server_round))
         signal = np.float32(_SIGNAL) * self._normal()
-        lengths, updates = [], []
-        for client, num_rows in enumerate(_representatives(rows, server_round)):
-            steps = min(local_steps(num_rows, self._training), MAX_STEPS)
-            update = self._client(start, rates, signal, steps)
-            length, received = self._sent(update, self._codec.up, 1000 * server_round + client)
-            lengths.append(length)
-            updates.append(received)
-        self._average(updates, len(rows), num_rounds)
-        return float(np.mean(lengths)), down
+        updates: list[tuple[_Line, Floats]] = []
+        lengths: dict[int, list[float]] = {}
+        for taker in _representatives(takers, server_round):
+            line = self.lines[taker.tier]
+            steps = min(local_steps(taker.num_rows, training), MAX_STEPS)
+            where, start = line.where, line.reference.values
+            update = self._client(
+                start, rates[where], signal[where], self._deviations[where], steps
+            )
+            length, update = self._send_up(line, taker.client, update, server_round)
+            lengths.setdefault(taker.tier, []).append(length)
+            updates.append((line, update))
+        for tier, each in lengths.items():
+            self.lines[tier].sent[server_round] = float(np.mean(each))
+        self._average(updates, len(takers), server_round, num_rounds)
 
-    def _sent(self, values: Floats, codec: str, seed: int) -> tuple[float, Floats]:
-        """Length of a payload, as of all values, and what is decoded from it."""
-        payload = encode_values(values, codec, self._groups, seed=seed)
-        return self._scale * len(payload), decode_values(payload, codec, self._groups, seed=seed)
+    def _send_down(self, line: _Line, server_round: int) -> None:
+        """Bring a tier's clients the values, or its reference nearer to them."""
+        coding, values = line.codings.down, self._values[line.where]
+        changes = self._plan.sends_changes
+        start = line.reference.values if changes else np.zeros_like(values)
+        payload = coding.encode(values - start, seed=server_round)
+        decoded = coding.decode(payload, seed=server_round)
+        line.reference = Reference(server_round, start + decoded if changes else decoded)
+        line.received[server_round] = line.scale * len(payload)
+        if changes:
+            line.whole[server_round] = line.scale * len(encode_whole(line.reference))
 
-    def _average(self, updates: list[Floats], num_clients: int, num_rounds: int) -> None:
-        """Move the server's values by the mean, as `num_rounds` rounds of `num_clients` would."""
-        mean = np.mean(updates, axis=0, dtype=np.float64)
-        played = len(updates)
-        if num_clients > played > 1:
-            # What clients share stays, what they do not averages out further.
-            single = float(np.mean(np.square(updates, dtype=np.float64)))
-            squared = float(np.mean(np.square(mean)))
+    def _send_up(
+        self, line: _Line, client: int, update: Floats, server_round: int
+    ) -> tuple[float, Floats]:
+        """Length of a client's payload, and what the server decodes from it."""
+        seed = self._plan.seed + client + server_round
+        coding = line.codings.up
+        if self._plan.codec.error_feedback:
+            residual = self._residuals.get(client)
+            payload, self._residuals[client] = encode_with_feedback(
+                update, residual, coding, seed=seed
+            )
+        else:
+            payload = coding.encode(update, seed=seed)
+        return line.scale * len(payload), coding.decode(payload, seed=seed)
+
+    def _average(
+        self,
+        updates: list[tuple[_Line, Floats]],
+        num_replies: int,
+        server_round: int,
+        num_rounds: int,
+    ) -> None:
+        """Move the server's values, as `num_rounds` rounds of `num_replies` would."""
+        total = np.zeros(len(self._values), dtype=np.float64)
+        squares, weight = total.copy(), total.copy()
+        for line, update in updates:
+            total[line.where] += update
+            squares[line.where] += np.square(update, dtype=np.float64)
+            weight[line.where] += 1
+        np.maximum(weight, 1, out=weight)
+        mean, played = total / weight, len(updates)
+        averaged = self._rule.num_averaged(num_replies)
+        if averaged != played > 1:
+            # What clients share stays; what they do not averages out, further the more there are.
+            single, squared = float(np.mean(squares / weight)), float(np.mean(np.square(mean)))
             shared = max((played * squared - single) / (played - 1), 0.0)
-            wanted = shared + (single - shared) / num_clients
+            wanted = shared + (single - shared) / averaged
             mean *= math.sqrt(wanted / squared) if squared else 1.0
-        mean *= math.sqrt(num_rounds)  # rounds hardly correlate: their moves add up as a walk
-        self._values = (self._values + mean).astype(np.float32)
+        move = mean.astype(np.float32)
+        if self._rule.is_mean:  # rounds hardly correlate: their moves add up as a walk
+            move, num_rounds = move * np.float32(math.sqrt(num_rounds)), 1
+        for passed in range(num_rounds):
+            signs = self._random.choice(np.float32([-1, 1]), len(move)) if passed else np.float32(1)
+            self._values = self._rule.move(self._values, move * signs, server_round + passed)
 
-    def _client(self, start: Floats, rates: Floats, signal: Floats, steps: int) -> Floats:
-        """One client's update: `steps` of the optimiser from `start`. float32 (n',)."""
-        training = self._training
+    def _client(
+        self, start: Floats, rates: Floats, signal: Floats, deviations: Floats, steps: int
+    ) -> Floats:
+        """One client's update: `steps` of the optimiser from `start`. float32, as `start`."""
+        training = self._plan.training
         values = start.copy()
         first = np.zeros_like(values)
         second = np.zeros_like(values)
         decay = np.float32(training.weight_decay)
         for step in range(1, steps + 1):
             loud = np.float32(10 ** (_STEP_SPREAD * self._random.standard_normal()))
-            gradient = self._normal()
+            gradient = self._normal(len(start))
             gradient += signal
-            gradient *= self._deviations * loud
+            gradient *= deviations * loud
             if training.optimizer == "sgd":
                 values -= rates * (gradient + decay * values)
                 continue
@@ -237,17 +317,36 @@ class _Federation:
         deviation = _GRADIENTS.get(kind, _OTHER_GRADIENTS) * 10 ** (entry + stretch)
         return deviation.astype(np.float32)
 
-    def _normal(self) -> Floats:
-        return self._random.standard_normal(len(self._values), dtype=np.float32)
+    def _normal(self, count: int | None = None) -> Floats:
+        count = len(self._values) if count is None else count
+        return self._random.standard_normal(count, dtype=np.float32)
 
 
-def _representatives(rows: Sequence[int], server_round: int) -> list[int]:
-    """At most `MAX_CLIENTS` of a round's clients, evenly over those sorted by their rows."""
-    if len(rows) <= MAX_CLIENTS:
-        return list(rows)
+def _codings(plan: Plan, kinds: Kinds) -> _Codings:
+    stops = np.cumsum([size for _, size in kinds]).tolist()
+    groups = list(zip([0, *stops[:-1]], stops, strict=True))
+    heads = [group for (kind, _), group in zip(kinds, groups, strict=True) if kind == "head"]
+    return _Codings(plan.uplink(groups, heads), plan.downlink(groups, heads))
+
+
+def _from_round_2(
+    lengths: Mapping[int, float], every: npt.NDArray[np.int64]
+) -> npt.NDArray[np.float64]:
+    """Lengths of every round; the first sends zeros, and is like no other."""
+    rounds, measured = list(lengths), list(lengths.values())
+    if len(every) == 1:
+        return np.array(measured)
+    return np.append(measured[0], np.interp(every[1:], rounds[1:], measured[1:]))
+
+
+def _representatives(takers: Sequence[Taker], server_round: int) -> list[Taker]:
+    """At most `MAX_CLIENTS` of a round's clients, evenly over those sorted by tier and rows."""
+    if len(takers) <= MAX_CLIENTS:
+        return list(takers)
     offset = server_round * 0.6180339887 % 1  # another place in each round
-    chosen = (np.arange(MAX_CLIENTS) + offset) * len(rows) / MAX_CLIENTS
-    return [sorted(rows)[int(index)] for index in chosen]
+    chosen = (np.arange(MAX_CLIENTS) + offset) * len(takers) / MAX_CLIENTS
+    by_size = sorted(takers, key=lambda taker: (taker.tier, taker.num_rows, taker.client))
+    return [by_size[int(index)] for index in chosen]
 
 
 def _played_rounds(num_rounds: int) -> list[int]:
@@ -258,13 +357,10 @@ def _played_rounds(num_rounds: int) -> list[int]:
     return [1, *(int(server_round) for server_round in later)]
 
 
-def _shrunk(sizes: Sequence[int]) -> list[int]:
-    share = min(1.0, MAX_VALUES / sum(sizes))
-    return [
-        max(min(size, LEAST_VALUES), round(share * size)) if share < 1 else size for size in sizes
-    ]
-
-
-def _groups(sizes: Sequence[int]) -> list[tuple[int, int]]:
-    stops = np.cumsum(sizes).tolist()
-    return list(zip([0, *stops[:-1]], stops, strict=True))
+def _shrunk(kinds: Kinds) -> list[int]:
+    """How many values of each group are played through."""
+    sizes = [size for _, size in kinds]
+    share = MAX_VALUES / sum(sizes)
+    if share >= 1:
+        return sizes
+    return [max(min(size, LEAST_VALUES), round(share * size)) for size in sizes]

@@ -65,16 +65,24 @@ def _values(estimate: Estimate) -> Iterator[Row]:
     yield "values communicated", f"{count:,}   ({show_percent(count / everything)})"
     kinds = model["values_by_kind"]
     yield "  by kind", ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
+    if model["tiers"]:
+        tiers = (f"{tier['values']:,} ({tier['parts']:,} times)" for tier in model["tiers"])
+        yield "  by tier", ", ".join(tiers)
 
 
 def _messages(estimate: Estimate) -> Iterator[Row]:
     run, message, sent = estimate.run, estimate.message, estimate.communication
+    codecs = {"up": run["codec_up"], "down": run["codec_down"]}
+    if run["error_feedback"]:
+        codecs["up"] += ", errors fed back"
+    if run["downlink"] == "changes":
+        codecs["down"] += ", changes"
     for way, name in (("up", "uplink"), ("down", "downlink")):
         whole = sent[f"{name}_bytes_per_client_round"]
         frame = message[f"{way}_frame_bytes"]
         yield (
             f"{way}, a client and round",
-            f"{show_bytes(whole)}   ({run[f'codec_{way}']}, "
+            f"{show_bytes(whole)}   ({codecs[way]}, "
             f"{message[f'{way}_bits_per_value']:.2f} bits a value; frame {show_bytes(frame)}, "
             f"framing {show_bytes(whole - frame)})",
         )

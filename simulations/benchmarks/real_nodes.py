@@ -84,9 +84,16 @@ class RealNodes:
         if done.returncode:
             raise RuntimeError(f"the nodes were not registered:\n{done.stdout}{done.stderr}")
 
-    def start_node(self, name: str, **environment: str) -> subprocess.Popen[bytes]:
-        """Start a SuperNode; it may take seconds until it is there."""
-        return self._start(name, self.folder / "nodes" / name / "supernode.sh", **environment)
+    def start_node(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+        """Start a SuperNode; it may take seconds until it is there.
+
+        Args:
+            name: Of its folder.
+            arguments: To `flower-supernode`, after its own.
+            environment: Set for it alone.
+        """
+        script = self.folder / "nodes" / name / "supernode.sh"
+        return self._start(name, script, *arguments, **environment)
 
     def run(
         self,
@@ -182,10 +189,12 @@ class RealNodes:
         process.kill()
         process.wait()
 
-    def _start(self, name: str, script: Path, **environment: str) -> subprocess.Popen[bytes]:
+    def _start(
+        self, name: str, script: Path, *arguments: str, **environment: str
+    ) -> subprocess.Popen[bytes]:
         with (self.folder / f"{name}.log").open("wb") as log:
             self._processes[name] = subprocess.Popen(
-                [str(script)],
+                [str(script), *arguments],
                 env=self._environment | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -1,0 +1,76 @@
+"""Is an estimate right? What `fedpet estimate` tells, against the ledgers of recorded runs.
+
+    python -m simulations.benchmarks.estimates [FOLDER] [--within 0.01]
+
+Every cell of a table (`python -m simulations.benchmarks table`) holds the settings of its run and
+what its ledger came to. Here each is estimated from its settings alone, by configuration and data,
+and held against the ledger: bytes up, down, of plans, in total. Exits with 1 if a total is farther
+off than asked. Nothing is trained: a few seconds a cell.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from fedpet.config import Experiment
+from fedpet.estimate import estimate
+
+from .table import FEDPET
+
+RESULTS = Path(__file__).parent / "results"
+NAMES = ("uplink_bytes", "downlink_bytes", "plan_bytes", "total_bytes")
+
+
+def recorded(folder: Path) -> Iterator[tuple[str, Experiment, dict[str, Any]]]:
+    """The cells of runs of fedpet below a folder: name, settings, the result's communication."""
+    for path in sorted(folder.rglob("*.json")):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if content.get("runs") == FEDPET and content["result"]["run"]["status"] == "ok":
+            experiment = Experiment.from_tables(content["settings"])
+            name = str(path.relative_to(folder).with_suffix(""))
+            yield name, experiment, content["result"]["communication"]
+
+
+def deviations(experiment: Experiment, communication: dict[str, Any]) -> dict[str, float]:
+    """How far an estimate is from a ledger, as fractions of the ledger's bytes."""
+    told = estimate(experiment).communication
+    return {name: told[name] / communication[name] - 1 for name in NAMES}
+
+
+def main() -> None:
+    """Compare, print, exit with 1 if an estimate is off."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
+    parser.add_argument("--within", type=float, default=0.01, help="of a total, as a fraction")
+    parser.add_argument("--cache", default="", help="where tokenised data are kept")
+    arguments = parser.parse_args()
+    table = Table("cell", "up", "down", "downlink", *NAMES)
+    worst = 0.0
+    for name, experiment, communication in recorded(arguments.folder):
+        settings = replace(experiment, run=replace(experiment.run, cache=arguments.cache))
+        found = deviations(settings, communication)
+        worst = max(worst, abs(found["total_bytes"]))
+        codec = experiment.codec
+        table.add_row(
+            name,
+            codec.up + (f", head {codec.head_up}" if codec.head_up else ""),
+            codec.down + (f", head {codec.head_down}" if codec.head_down else ""),
+            codec.downlink + (", feedback" if codec.error_feedback else ""),
+            *(f"{found[key]:+.2%}" for key in NAMES),
+        )
+    Console().print(table)
+    print(f"the total farthest off: {worst:.2%}, asked: {arguments.within:.2%}")
+    sys.exit(0 if worst <= arguments.within else 1)
+
+
+if __name__ == "__main__":
+    main()

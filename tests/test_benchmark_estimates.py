@@ -1,0 +1,30 @@
+"""What `fedpet estimate` tells of recorded runs of the real model is what their ledgers say."""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parents[1]
+sys.path.append(str(REPOSITORY))  # benchmarks are in no wheel; at the end, so that fedpet stays
+
+from simulations.benchmarks.estimates import RESULTS, deviations, recorded  # noqa: E402
+
+CELLS = {name: (experiment, books) for name, experiment, books in recorded(RESULTS)}
+
+
+def test_there_are_recorded_runs_to_be_held_against() -> None:
+    assert {"default/final/fedpet-seed0", "default/tune/fedpet-lr0.01-mask0.002"} <= CELLS.keys()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", CELLS)
+def test_an_estimate_of_a_recorded_run_is_within_1_percent_of_its_ledger(
+    name: str, tmp_path: Path
+) -> None:
+    experiment, books = CELLS[name]
+    settings = replace(experiment, run=replace(experiment.run, cache=str(tmp_path)))
+    assert abs(deviations(settings, books)["total_bytes"]) <= 0.01
