@@ -63,14 +63,16 @@ class ServerRule:
         second = np.zeros_like(mean) if self._second is None else self._second
         beta_1, beta_2 = (0.0, 0.0) if name == "fedadagrad" else (config.beta_1, config.beta_2)
         self._first = np.float32(beta_1) * first + np.float32(1 - beta_1) * mean
-        square, rate = np.square(mean), self._rate
+        square: Floats = np.square(mean)
+        rate = self._rate
         if name == "fedadam":
-            self._second = np.float32(beta_2) * second + np.float32(1 - beta_2) * square
+            second = np.float32(beta_2) * second + np.float32(1 - beta_2) * square
             rate *= math.sqrt(1 - beta_2 ** (server_round + 1)) / (1 - beta_1 ** (server_round + 1))
         elif name == "fedyogi":
             toward = np.sign(second - square)
-            self._second = second - np.float32(1 - beta_2) * square * toward
+            second = second - np.float32(1 - beta_2) * square * toward
         else:
-            self._second = second + square
-        root = np.sqrt(self._second) + np.float32(config.tau)
+            second = second + square
+        self._second = second
+        root = np.sqrt(second) + np.float32(config.tau)
         return values + np.float32(rate) * self._first / root
