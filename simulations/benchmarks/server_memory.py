@@ -127,7 +127,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--strategies", nargs="+", default=["fedavg", "fedadam", "fedmedian"])
     parser.add_argument("--codecs", nargs="+", default=["float32", "int8"])
-    parser.add_argument("--values", type=int, default=53_006)  # of the default job
+    parser.add_argument("--values", type=int, default=89_870)  # of the default job
     parser.add_argument("--clients", type=int, nargs="+", default=[20, 200])
     parser.add_argument("--rounds", type=int, default=2)
     given = parser.parse_args()
