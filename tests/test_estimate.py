@@ -120,7 +120,12 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
     "changes",
     [
         {"codec_down": "eden-4", "strategy_clients_per_round": 2, "strategy_num_rounds": 8},
-        {"codec_down": "eden-1", "strategy_clients_per_round": 1, "strategy_num_rounds": 9},
+        {
+            "codec_down": "eden-1",
+            "codec_up": "eden-4",  # of floats a toy's one client a round sends 1.5 % less
+            "strategy_clients_per_round": 1,
+            "strategy_num_rounds": 9,
+        },
         {"codec_up": "eden-2", "codec_error_feedback": True},
         {"codec_up": "topk-0.1+eden-4", "codec_error_feedback": True, "codec_down": "int8"},
         {"codec_up": "eden-2", "codec_head_up": "float32", "codec_head_down": "bfloat16"},
@@ -133,7 +138,10 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
 def test_what_nodes_remember_and_how_strong_they_are_is_reckoned_with(
     experiment: Any, changes: dict[str, Any]
 ) -> None:
-    # Slowly: a toy's loss soon falls to 0.0, and the steps of its last rounds with it.
+    # Slowly: a toy's loss soon falls to 0.0, and the steps of its last rounds with it. And its
+    # gradients, of 18 words, are more alike from step to step than a real model's, by which
+    # random ones were measured: updates as floats compress to 0.5 to 1.5 % less. What is told of
+    # the real model is held against its ledgers in test_benchmark_estimates.py.
     slowly = {"training_learning_rate": 0.001, "mask_density": 0.5, "structure_rank": 8}
     settings = experiment(**slowly, **changes)
     told, books = estimate(settings), run(settings)["communication"]
