@@ -280,7 +280,11 @@ class _Federation:
         if self._rule.is_mean:  # rounds hardly correlate: their moves add up as a walk
             move, num_rounds = move * np.float32(math.sqrt(num_rounds)), 1
         for passed in range(num_rounds):
-            signs = self._random.choice(np.array([-1, 1], dtype=np.float32), len(move)) if passed else np.float32(1)
+            signs = (
+                self._random.choice(np.array([-1, 1], dtype=np.float32), len(move))
+                if passed
+                else np.float32(1)
+            )
             self._values = self._rule.move(self._values, move * signs, server_round + passed)
 
     def _client(
