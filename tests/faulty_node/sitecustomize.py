@@ -40,12 +40,14 @@ def spoil(client: Any, fault: str) -> None:
     """Change what a node answers to a train message; the roll call it answers as it should."""
     import numpy as np
 
-    from fedpet.codec.frame import pack_frame, unpack_frames
+    from fedpet.codec.frame import Refusal, pack_frame, pack_refusal, unpack_frames
     from fedpet.messages import read_request
 
     honest = client.Node.answer
 
     def changed(frame: Any) -> bytes:
+        if isinstance(frame, Refusal):  # of another checkpoint, say: it stays as it is
+            return pack_refusal(frame)
         if fault == "nan":
             payload = np.full(frame.count, np.nan, dtype="<f4").tobytes()
             return pack_frame(replace(frame, payload=payload))
