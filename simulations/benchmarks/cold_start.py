@@ -31,6 +31,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .peak_memory import peak_bytes
+
 EXPERIMENT = Path(__file__).parents[1] / "experiments" / "film-reviews.toml"
 KINDS = ("bare", "cold", "fedpet", "full", "peft-lora")
 CHILD_SECONDS = 900.0
@@ -121,10 +123,9 @@ def _child(kind: str, folder: Path) -> dict[str, float]:
 
 def _used() -> dict[str, float]:
     usage = resource.getrusage(resource.RUSAGE_SELF)
-    scale = 2**10 if sys.platform != "darwin" else 2**20
     return {
         "processor_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_mib": usage.ru_maxrss / scale,
+        "peak_mib": peak_bytes() / 2**20,
     }
 
 

@@ -39,6 +39,8 @@ from fedpet.strategies import STRATEGIES, to_arrays
 from fedpet.structure import Structure
 from fedpet.tiers import Tier
 
+from .peak_memory import peak_bytes
+
 SEED = 0
 
 
@@ -105,20 +107,13 @@ def peak_mb(strategy: str, codec: str, num_values: int, num_clients: int, rounds
     with quiet_flower():
         made.start(grid, to_arrays(np.zeros(num_values)), num_rounds=rounds)
     assert all(record.aggregated for record in made.ledger.rounds)
-    return _peak_mb()
+    return peak_bytes() / 1e6
 
 
 def _in_a_process(*arguments: Any) -> float:
     """`peak_mb` in a process of its own, which has held nothing before."""
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         return pool.apply(peak_mb, arguments)
-
-
-def _peak_mb() -> float:
-    for line in Path("/proc/self/status").read_text().splitlines():
-        if line.startswith("VmHWM"):
-            return int(line.split()[1]) * 1024 / 1e6
-    raise RuntimeError("the kernel does not tell this process's peak of memory.")
 
 
 def main() -> None:
