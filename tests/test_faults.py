@@ -110,8 +110,11 @@ def test_a_node_killed_mid_round_is_named_and_a_latecomer_takes_part(
     assert hangs.exists()
     assert {refused["who"] for refused in result["refused"]} == {"victim"}
     assert "Node" in result["refused"][0]["reason"]
-    # It is drawn from for as long as Flower takes it to be there; the latecomer from then on.
-    assert [line["replies"] for line in rounds[1:]] == [1, *[2] * 3]
+    # It is drawn from for as long as Flower takes it to be there; the latecomer from its answer on,
+    # one round sooner or later, as fast as its process starts.
+    replies = [line["replies"] for line in rounds[1:]]
+    assert (replies[0], replies[-1]) == (1, 2)
+    assert replies == sorted(replies)
     assert result["run"]["status"] == "ok"
     assert result["data"]["clients"] == 3
 
