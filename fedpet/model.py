@@ -106,8 +106,7 @@ class PetModel:
         for site in self._sites:
             site.install(gated=False)
         self.tiers = tuple(self._layout(tier) for tier in tiers) or (self._layout(None),)
-        self.segments = self.tiers[-1]
-        self.num_values = sum(segment.size for segment in self.segments)
+        self._take_layout(self.tiers[-1])
         self.load_values(torch.zeros(self.num_values), seed=seed)
 
     # What the optimiser and the training loop see.
@@ -179,11 +178,10 @@ class PetModel:
         """
         if self.segments is self.tiers[tier]:
             return
-        self.segments = self.tiers[tier]
-        self.num_values = sum(segment.size for segment in self.segments)
-        counts = {s.name: s.size for s in self.segments if s.kind == "mask"}
+        counts = {s.name: s.size for s in self.tiers[tier] if s.kind == "mask"}
         for mask in self._masks:
             mask.use(counts.get(mask.target, 0))
+        self._take_layout(self.tiers[tier])
         self._groups["mask"] = self._bind("mask")
         for site in self._sites:
             if site.mask is not None:
@@ -282,9 +280,10 @@ class PetModel:
 
     # Set-up.
 
-    @property
-    def _senders(self) -> list[PetModule]:
-        return [module for module in self._modules if module.num_values]
+    def _take_layout(self, segments: tuple[Segment, ...]) -> None:
+        self.segments = segments
+        self.num_values = sum(segment.size for segment in segments)
+        self._senders = [module for module in self._modules if module.num_values]
 
     def _layout(self, tier: Mapping[str, int] | None) -> tuple[Segment, ...]:
         """Segments of the values where each mask is cut to its tier's number of entries."""

@@ -11,12 +11,14 @@ import pytest
 
 
 @pytest.mark.timeout(600)
-def test_memory_at_20_and_at_200_clients_a_round_differs_by_less_than_50_mb(
+def test_more_clients_a_round_add_their_encoded_replies_and_nothing_else(
     tmp_path: Path, repository: Path
 ) -> None:
     out = tmp_path / "memory.json"
     command = [sys.executable, "-m", "simulations.benchmarks.server_memory", "--out", str(out)]
     command += ["--strategies", "fedadam", "--codecs", "float32"]  # the longest frames there are
     subprocess.run(command, check=True, capture_output=True, timeout=580, cwd=repository)
-    [row] = json.loads(out.read_text())["rows"]
-    assert 0 < row["added_mb"]["200"] < 50
+    found = json.loads(out.read_text())
+    [row] = found["rows"]
+    replies = (200 - 20) * 4 * found["values"] / 1e6  # MB, if noise could not be coded shorter
+    assert 0 < row["added_mb"]["200"] < replies
