@@ -21,7 +21,6 @@ One flat array, since Flower's cost follows the number of arrays and not their s
 
 from __future__ import annotations
 
-import functools
 import itertools
 import struct
 from collections.abc import Sequence
@@ -190,14 +189,8 @@ def wire_bytes(message: Message) -> int:
 def solo_bytes(payload: bytes, *, reply: bool) -> int:
     """What a message with this payload weighs to or from one device alone, framing included.
 
-    The ids in its metadata are fixed, so that payloads of one length always weigh the same.
+    The ids in its metadata are fixed, so that the same payload always weighs the same.
     """
-    return solo_bytes_of_length(len(payload), reply=reply)
-
-
-@functools.lru_cache(maxsize=4096)
-def solo_bytes_of_length(length: int, *, reply: bool) -> int:
-    """`solo_bytes` of any payload of that length."""
     metadata = Metadata(
         run_id=_SOME_ID,
         message_id="",
@@ -211,7 +204,7 @@ def solo_bytes_of_length(length: int, *, reply: bool) -> int:
         src_task_id=_SOME_ID,
         dst_task_id=_SOME_ID,
     )
-    return wire_bytes(make_message(metadata, content=to_record(bytes(length))))
+    return wire_bytes(make_message(metadata, content=to_record(payload)))
 
 
 def _parts(node: InflatableObject) -> Sequence[InflatableObject]:

@@ -20,7 +20,7 @@ import numpy as np
 from flwr.app import Error, Message
 
 from fedpet.codec import Coding
-from fedpet.codec.frame import HEADER_BYTES, Frame, Refusal, unpack_frames
+from fedpet.codec.frame import Frame, Refusal, pack_frame, unpack_frames
 from fedpet.errors import FrameError, ReplyError
 from fedpet.ledger import Ledger
 from fedpet.messages import (
@@ -29,7 +29,7 @@ from fedpet.messages import (
     RESIDUAL_MISSING,
     STYPE,
     from_record,
-    solo_bytes_of_length,
+    solo_bytes,
 )
 from fedpet.plan import Plan
 from fedpet.seeds import derive_seed
@@ -226,8 +226,7 @@ class Replies:
         assert isinstance(part, Frame)
         self._accepted[name] = part
         self._answered(node, name, self._round)
-        length = HEADER_BYTES + len(part.payload)
-        self._ledger.count_client(up=solo_bytes_of_length(length, reply=True))
+        self._ledger.count_client(up=solo_bytes(pack_frame(part), reply=True))
         return part.train_seconds
 
     def _check(self, node: int, part: Frame | Refusal, name: str) -> None:
