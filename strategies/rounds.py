@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import math
 import time
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -80,9 +81,9 @@ class _Rounds(Memory):
         """With what Flower's strategy behind this is made."""
         return {}
 
+    @abstractmethod
     def to_flower(self, values: np.ndarray, updates: Counted) -> list[Message]:
         """What Flower's strategy is given to aggregate."""
-        raise NotImplementedError
 
     @property
     def digest(self) -> bytes:

@@ -22,14 +22,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpet.modules.base import PetModule, extend, seeded
+from fedpet.modules.base import GatedModule, extend, seeded
 
 __all__ = ["LowRankAdapter"]
 
 _NAMES = ("down_in", "down_out", "down_bias", "up_in", "up_out", "up_bias")
 
 
-class LowRankAdapter(PetModule):
+class LowRankAdapter(GatedModule):
     """scale * up(gelu(down(h))) added to a block's output. NOT exact, and adds latency."""
 
     place = "sequential"

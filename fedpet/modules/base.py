@@ -33,6 +33,7 @@ from fedpet.positions import is_dense
 from fedpet.seeds import derive_seed
 
 __all__ = [
+    "GatedModule",
     "PetModule",
     "dense_sizes",
     "extend",
@@ -60,7 +61,6 @@ class PetModule(ABC):
     def __init__(self, kind: str, target: str) -> None:
         self.kind = kind
         self.target = target
-        self.gate: Tensor | None = None  # scalar that multiplies the effect; None is 1
         self.trainables: tuple[Tensor, ...] = ()
         self.pretrained: Tensor | None = None  # of a held module: the tensor in the checkpoint
 
@@ -110,9 +110,21 @@ class PetModule(ABC):
         """The communicated values, (num_values,)."""
         return self.sent().detach()
 
+    @abstractmethod
+    def merge(self, module: nn.Module) -> None:
+        """Fold the change into `module`, the target in a plain copy of the model, under no_grad."""
+
+
+class GatedModule(PetModule):
+    """A PET module that a structure names: it has an effect in the forward pass, and a gate."""
+
+    def __init__(self, kind: str, target: str) -> None:
+        super().__init__(kind, target)
+        self.gate: Tensor | None = None  # scalar that multiplies the effect; None is 1
+
+    @abstractmethod
     def effect(self, x: Tensor | None) -> Tensor:
         """D of this module's place; `x` is the input or the output, None for "weight", "bias"."""
-        raise NotImplementedError
 
     def gated(self, x: Tensor | None) -> Tensor:
         """D times the gate."""
@@ -122,10 +134,6 @@ class PetModule(ABC):
     def added(self, y: Tensor, x: Tensor) -> Tensor:
         """y plus D times the gate, where D adds to an output."""
         return y + self.gated(x)
-
-    @abstractmethod
-    def merge(self, module: nn.Module) -> None:
-        """Fold the change into `module`, the target in a plain copy of the model, under no_grad."""
 
 
 def is_transposed(module: nn.Module) -> bool:

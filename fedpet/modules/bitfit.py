@@ -14,13 +14,13 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fedpet.modules.base import PetModule, dense_sizes, extend, is_dense
+from fedpet.modules.base import GatedModule, dense_sizes, extend, is_dense
 from fedpet.modules.hiwi import HiwiBias
 
 __all__ = ["BitFit", "NormBias"]
 
 
-class BitFit(PetModule):
+class BitFit(GatedModule):
     """A change of a bias, or a bias where there is none. Exact."""
 
     place = "bias"

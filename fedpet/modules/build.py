@@ -1,7 +1,7 @@
 """From names to modules: a mask and a structure, put on a backbone.
 
 In:  the model, a `Mask`'s positions by parameter name, a `Structure`.
-Out: the `PetModule`s, in the order in which their values are communicated.
+Out: the `GatedModule`s, in the order in which their values are communicated.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedpet.errors import StructureError
 from fedpet.modules.adapter import LowRankAdapter
-from fedpet.modules.base import PetModule, dense_sizes, is_dense, is_transposed
+from fedpet.modules.base import GatedModule, dense_sizes, is_dense, is_transposed
 from fedpet.modules.bitfit import BitFit, NormBias
 from fedpet.modules.hiwi import HiwiBias, HiwiWeight
 from fedpet.modules.lnfit import LNFit
@@ -66,8 +66,8 @@ def build_masks(model: nn.Module, positions: Mapping[str, Tensor]) -> list[Maske
 
 def build_structure(
     model: nn.Module, positions: Sequence[Position], structure: Structure, seed: int
-) -> list[PetModule]:
-    """One `PetModule` for each spec, in the order of the structure.
+) -> list[GatedModule]:
+    """One `GatedModule` for each spec, in the order of the structure.
 
     Raises:
         StructureError: A target that is absent, or cannot carry the kind of module.
@@ -93,7 +93,7 @@ def build_structure(
     return modules
 
 
-def _build(spec: ModuleSpec, module: nn.Module, seed: int) -> PetModule:
+def _build(spec: ModuleSpec, module: nn.Module, seed: int) -> GatedModule:
     target, rank, scale = spec.target, spec.rank, spec.scale
     if spec.kind == "bitfit":
         return BitFit(target, module)
@@ -115,7 +115,7 @@ def _build(spec: ModuleSpec, module: nn.Module, seed: int) -> PetModule:
     return LowRankAdapter(target, like, dense_sizes(last)[1], rank, scale, seed)
 
 
-def _join_on_one_bias(modules: Sequence[PetModule]) -> None:
+def _join_on_one_bias(modules: Sequence[GatedModule]) -> None:
     """One bias is sent once: a BitFit holds and sends what a HiWi adapter beside it does.
 
     Raises:

@@ -28,13 +28,13 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.errors import StructureError
-from fedpet.modules.base import PetModule, dense_sizes, is_transposed, kaiming_uniform, seeded
+from fedpet.modules.base import GatedModule, dense_sizes, is_transposed, kaiming_uniform, seeded
 from fedpet.modules.lora import LowRankBranch
 
 __all__ = ["HiwiBias", "HiwiWeight"]
 
 
-class HiwiBias(PetModule):
+class HiwiBias(GatedModule):
     """An adapter on a bias. Exact: it sends the merged change and starts anew each time."""
 
     place = "bias"

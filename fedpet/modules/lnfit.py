@@ -11,12 +11,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from fedpet.modules.base import PetModule
+from fedpet.modules.base import GatedModule
 
 __all__ = ["LNFit"]
 
 
-class LNFit(PetModule):
+class LNFit(GatedModule):
     """A change of a norm's gain. Exact."""
 
     place = "weight"

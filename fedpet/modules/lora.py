@@ -19,12 +19,12 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from fedpet.modules.base import PetModule, dense_sizes, is_transposed, kaiming_uniform, seeded
+from fedpet.modules.base import GatedModule, dense_sizes, is_transposed, kaiming_uniform, seeded
 
 __all__ = ["LoRA", "LoRAFactors", "LowRankBranch"]
 
 
-class LowRankBranch(PetModule):
+class LowRankBranch(GatedModule):
     """scale * (x A^T) B^T with a frozen A (r, d_in); the trainable is B (d_out, r). Exact."""
 
     place = "parallel"

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from fedpet.modules.base import PetModule, is_dense, is_transposed
+from fedpet.modules.base import GatedModule, is_dense, is_transposed
 from fedpet.modules.dense import DensePlan, dense
 from fedpet.modules.kept import activation_forward, norm_forward
 from fedpet.modules.lora import LowRankBranch
@@ -34,7 +34,7 @@ class Site:
     name: str
     module: nn.Module
     mask: MaskedWeight | None = None
-    effects: list[PetModule] = field(default_factory=list)
+    effects: list[GatedModule] = field(default_factory=list)
     marks: Callable[[Forward], Forward] | None = None  # the output can be made again: `kept`
     columns: bool = False  # lays its output in columns, for an activation that takes them
 
@@ -66,7 +66,7 @@ class Site:
         return forward
 
     def _forward(self, gated: bool) -> Forward | None:
-        tensors: dict[str, list[PetModule]] = {}
+        tensors: dict[str, list[GatedModule]] = {}
         for effect in self.effects:
             if effect.place in ("weight", "bias"):
                 in_the_model = effect.held and effect.pretrained is not None
@@ -85,9 +85,9 @@ class Site:
         self,
         gated: bool,
         mask: MaskedWeight | None,
-        biases: Sequence[PetModule],
-        parallel: Sequence[PetModule],
-        sequential: Sequence[PetModule],
+        biases: Sequence[GatedModule],
+        parallel: Sequence[GatedModule],
+        sequential: Sequence[GatedModule],
     ) -> Forward:
         own = self.module._parameters
         weight = own["weight"]
@@ -117,7 +117,7 @@ class Site:
         return forward
 
     def _other(
-        self, tensors: dict[str, list[PetModule]], sequential: Sequence[PetModule]
+        self, tensors: dict[str, list[GatedModule]], sequential: Sequence[GatedModule]
     ) -> Forward:
         """Of a norm, or of a block: its own forward, with other tensors and more after it."""
         own: dict[str, Any] = self.module._parameters
@@ -149,11 +149,11 @@ def build_sites(
     model: nn.Module,
     positions: Sequence[Position],
     masks: Sequence[MaskedWeight],
-    structure: Sequence[PetModule],
+    structure: Sequence[GatedModule],
 ) -> list[Site]:
     """Modules that something acts on, and those whose output a masked layer need not keep."""
     by_weight = {id(mask.weight): mask for mask in masks}
-    by_target: dict[str, list[PetModule]] = {}
+    by_target: dict[str, list[GatedModule]] = {}
     for module in structure:
         by_target.setdefault(module.target, []).append(module)
     marked = positions if masks else ()
@@ -175,7 +175,7 @@ def build_sites(
     return sites
 
 
-def _changed(tensor: Tensor | None, effects: Sequence[PetModule]) -> Tensor | None:
+def _changed(tensor: Tensor | None, effects: Sequence[GatedModule]) -> Tensor | None:
     """A tensor with changes: of the pretrained one where a held module is gated."""
     for effect in effects:
         if effect.held and effect.pretrained is not None:
