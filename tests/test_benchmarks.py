@@ -687,6 +687,17 @@ def test_compare_reads_the_final_cells_a_row_a_method(table_file: Any) -> None:
     assert "narrow" in to_text(compare_table(results), 120)
 
 
+def test_where_there_is_one_rate_nothing_is_tuned(table_file: Any) -> None:
+    path = table_file(methods={"full": {"learning-rates": [0.01]}})
+    fake = Fake()
+    running = job(path, fake)
+    running.tune()
+    assert not fake.ran
+    running.final()
+    assert fake.ran == ["final/full-seed0", "final/full-seed1"]
+    assert {cell.rate for cell in fake.cells} == {Rate(0.01)}
+
+
 def test_the_tuning_table_says_when_the_best_rate_lies_at_the_edge(table_file: Any) -> None:
     rates = {"full": {"learning-rates": [0.001, 0.01, 0.1]}}
     middle = job(table_file(methods=rates), Fake(lambda c: 0.9 if c.rate == Rate(0.01) else 0.1))

@@ -100,7 +100,8 @@ def table(
         return
     if "tune" in phases:
         job.tune()
-        console.print(tuning_table(job))
+        if any(len(method.rates) > 1 for method in job.methods):
+            console.print(tuning_table(job))
     if "final" in phases:
         job.final()
         show_finals(job)
@@ -196,7 +197,7 @@ def tuning_table(job: TableRun) -> Table:
         for rate in sorted(method.rates):
             text = f"{rate}: {tuned[rate]:.4f}" if rate in tuned else f"{rate}: nothing learned"
             cells.append(f"[bold]{text}[/bold]" if rate == best else text)
-        at_edge = len(method.rates) > 1 and best in (min(method.rates), max(method.rates))
+        at_edge = best in (min(method.rates), max(method.rates))
         shown.add_row(method.name, *cells, "at the edge of its grid" if at_edge else "")
     return shown
 

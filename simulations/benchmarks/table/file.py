@@ -176,7 +176,12 @@ class TableFile:
             raise ConfigError(f"final.seeds must be whole numbers, got {list(self.final_seeds)}.")
 
     def tune_cells(self, method: Method) -> list[Cell]:
-        """A cell a rate, in rising order. Evaluated before the first round and after the last."""
+        """A cell a rate, in rising order; none where there is one rate and so nothing to choose.
+
+        Evaluated before the first round and after the last.
+        """
+        if len(method.rates) == 1:
+            return []
         rounds = self._experiment(method, method.rates[0]).strategy.num_rounds
         more = (
             f"data.eval-split={json.dumps(self.tune_split)}",

@@ -77,11 +77,13 @@ class TableRun:
         return found
 
     def best_rate(self, method: Method) -> Rate:
-        """The rate of the highest metric; of equals the smaller one.
+        """The rate of the highest metric, of equals the smaller one; or the only one.
 
         Raises:
             ConfigError: A cell of the grid has not been run.
         """
+        if len(method.rates) == 1:
+            return method.rates[0]
         missing = [c.name for c in self.table.tune_cells(method) if read_cell(c) is None]
         if missing:
             raise ConfigError(
@@ -119,7 +121,7 @@ class TableRun:
         cells = [c for m in self.methods for c in self.table.tune_cells(m) if "tune" in phases]
         if "final" in phases:
             for method in self.methods:
-                if len(self.tuned(method)) and all(map(read_cell, self.table.tune_cells(method))):
+                if all(map(read_cell, self.table.tune_cells(method))):
                     cells += self.table.final_cells(method, self.best_rate(method))
         return cells
 
