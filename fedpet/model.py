@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from fedpet.errors import BackboneError
 from fedpet.modules.base import PetModule
-from fedpet.modules.build import build_masks, build_structure
+from fedpet.modules.build import build_mask, build_structure
 from fedpet.modules.head import HeadTensor
 from fedpet.modules.site import build_sites
 from fedpet.positions import find_positions
@@ -94,12 +94,13 @@ class PetModel:
         self.model = backbone.model
         _check_dtypes(self.model)
         positions = find_positions(self.model, backbone.head)
-        self._masks = build_masks(self.model, {} if mask is None else mask.positions)
+        self._mask = build_mask(self.model, {} if mask is None else mask.positions)
         tiers = () if mask is None else mask.tiers
         self._structure = build_structure(self.model, positions, structure, seed)
         heads = [HeadTensor(name, self.model.get_parameter(name)) for name in backbone.head]
-        self._modules: list[PetModule] = [*self._masks, *self._structure, *heads]
-        self._sites = build_sites(self.model, positions, self._masks, self._structure)
+        masks, weights = ((), ()) if self._mask is None else ((self._mask,), self._mask.weights)
+        self._modules: list[PetModule] = [*masks, *self._structure, *heads]
+        self._sites = build_sites(self.model, positions, weights, self._structure)
         self._allocate()
         self._hold()
         self._gated = False
@@ -132,8 +133,8 @@ class PetModel:
                 "None. Call pet.zero_grad(), or optimizer.zero_grad(set_to_none=False)."
             )
         torch.add(self._held_start, self._flat[self._held_from :], out=self._held)
-        for mask in self._masks:
-            mask.write_weight()
+        if self._mask is not None:
+            self._mask.write_weights()
 
     def proximal(self, mu: float) -> Callable[[], None] | None:
         """What adds the gradient of mu / 2 |values - values now|^2 to the gradients in place.
@@ -152,7 +153,8 @@ class PetModel:
             for kind, group in self._groups.items()
             if kind not in indirect
         ]
-        through = [(m, m.read().clone()) for m in self._senders if m.kind in indirect]
+        senders = (m for m in self._modules if m.kind in indirect and m.num_values)
+        through = [(module, module.read().clone()) for module in senders]
 
         def add() -> None:
             for group, start in direct:
@@ -178,11 +180,10 @@ class PetModel:
         """
         if self.segments is self.tiers[tier]:
             return
-        counts = {s.name: s.size for s in self.tiers[tier] if s.kind == "mask"}
-        for mask in self._masks:
-            mask.use(counts.get(mask.target, 0))
-        self._take_layout(self.tiers[tier])
+        assert self._mask is not None  # without a mask there is one tier
+        self._mask.use({s.name: s.size for s in self.tiers[tier] if s.kind == "mask"})
         self._groups["mask"] = self._bind("mask")
+        self._take_layout(self.tiers[tier])
         for site in self._sites:
             if site.mask is not None:
                 site.install(self._gated)
@@ -191,9 +192,12 @@ class PetModel:
     @torch.no_grad()
     def values(self) -> Tensor:
         """What is sent: float32, (num_values,), on the CPU, a copy; zeros are the checkpoint."""
-        pieces = [module.read() for module in self._senders]
-        flat = torch.cat(pieces) if pieces else torch.empty(0)
-        return flat.to(device="cpu", dtype=torch.float32)
+        values = self._flat.new_empty(self.num_values)
+        for place, stretch in self._as_they_lie:
+            values[place] = self._flat[stretch]
+        for module, place in self._own_way:
+            values[place] = module.read()
+        return values.to(device="cpu", dtype=torch.float32)
 
     @torch.no_grad()
     def load_values(self, values: Tensor, *, seed: int) -> None:
@@ -209,8 +213,10 @@ class PetModel:
                 f"{tuple(values.shape)}. They belong to another mask or structure."
             )
         values = values.to(self._flat)
-        for module, segment in zip(self._senders, self.segments, strict=True):
-            module.write(values[segment.start : segment.start + segment.size], seed)
+        for place, stretch in self._as_they_lie:
+            self._flat[stretch] = values[place]
+        for module, place in self._own_way:
+            module.write(values[place], seed)
         self._gradient.zero_()
         self.after_step()
 
@@ -270,8 +276,8 @@ class PetModel:
         """Take everything off: the backbone is the checkpoint again, and this object is done."""
         for site in self._sites:
             site.remove()
-        for mask in self._masks:
-            mask.restore()
+        if self._mask is not None:
+            self._mask.restore()
         self._held.copy_(self._held_start)
         for parameter in self._held_parameters:
             parameter.data = parameter.data.clone()
@@ -281,20 +287,38 @@ class PetModel:
     # Set-up.
 
     def _take_layout(self, segments: tuple[Segment, ...]) -> None:
+        """Find where the values of each module lie, and which may be copied in one piece."""
         self.segments = segments
         self.num_values = sum(segment.size for segment in segments)
-        self._senders = [module for module in self._modules if module.num_values]
+        self._as_they_lie: list[tuple[slice, slice]] = []  # of the values, of the flat storage
+        self._own_way: list[tuple[PetModule, slice]] = []  # what reads and writes by itself
+        stop = 0
+        for module in self._modules:
+            start, stop = stop, stop + module.num_values
+            if stop == start:
+                continue
+            if module.place == "mask" or not module.sends_trainables:
+                self._own_way.append((module, slice(start, stop)))
+                continue
+            first = module.trainables[0].storage_offset()
+            place, stretch = slice(start, stop), slice(first, first + stop - start)
+            if self._as_they_lie:
+                before, there = self._as_they_lie[-1]
+                if (before.stop, there.stop) == (start, first):
+                    self._as_they_lie.pop()
+                    place, stretch = slice(before.start, stop), slice(there.start, stretch.stop)
+            self._as_they_lie.append((place, stretch))
 
     def _layout(self, tier: Mapping[str, int] | None) -> tuple[Segment, ...]:
-        """Segments of the values where each mask is cut to its tier's number of entries."""
+        """Segments of the values where the mask is cut to the tier's number of entries."""
         segments, start = [], 0
         for module in self._modules:
-            size = module.num_values
-            if tier is not None and module.place == "mask":
-                size = tier[module.target]
-            if size:
-                segments.append(Segment(module.kind, module.target, start, size))
-                start += size
+            for name, size in module.parts:
+                if tier is not None and module.place == "mask":
+                    size = tier[name]
+                if size:
+                    segments.append(Segment(module.kind, name, start, size))
+                    start += size
         return tuple(segments)
 
     def _allocate(self) -> None:

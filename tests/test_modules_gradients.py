@@ -20,18 +20,18 @@ from torch import Tensor, nn
 
 import fedpet.modules.dense as dense_module
 from fedpet.model import PetModel
-from fedpet.modules import MaskedWeight
+from fedpet.modules import MaskedWeight, MaskedWeights
 from fedpet.modules.dense import DensePlan, dense
 from fedpet.structure import PRESETS, Structure
 
 
 def _masked(
     weight: Tensor, positions: Tensor, transposed: bool = False
-) -> tuple[MaskedWeight, nn.Parameter]:
-    mask = MaskedWeight("w", weight, positions, transposed)
+) -> tuple[MaskedWeights, nn.Parameter]:
+    masked = MaskedWeights([MaskedWeight("w", weight, positions, transposed)])
     v = nn.Parameter(torch.zeros(len(positions), dtype=weight.dtype))
-    mask.bind([v])
-    return mask, v
+    masked.bind([v])
+    return masked, v
 
 
 def _case(
@@ -50,13 +50,14 @@ def _case(
 @pytest.mark.parametrize("transposed", [False, True])
 def test_the_masked_layer_passes_gradcheck(transposed: bool, density: float, columns: bool) -> None:
     x, weight, bias, positions = _case(transposed, density, torch.float64)
-    mask, v = _masked(weight, positions, transposed)
+    masked, v = _masked(weight, positions, transposed)
+    plan = DensePlan(transposed, masked.weights[0], (), columns)
 
     def layer(x: Tensor, bias: Tensor, v: Tensor) -> Tensor:
         with torch.no_grad():
-            mask.trainables[0].copy_(v)
-            mask.write_weight()
-        return dense(x, weight.clone(), bias, DensePlan(transposed, mask, (), columns), [v])
+            masked.trainables[0].copy_(v)
+            masked.write_weights()
+        return dense(x, weight.clone(), bias, plan, [v])
 
     inputs = (
         x.requires_grad_(),
@@ -147,9 +148,9 @@ def test_masked_gradients_are_the_dense_ones_at_the_masked_entries(
     pet = PetModel(base, mask, Structure(), seed=0)
     pet.zero_grad()
     loss_of(pet.model, inputs).backward()
-    for module in pet._masks:
-        wanted = gradients[module.target].flatten()[mask.positions[module.target].sort().values]
-        got = module.trainables[0].grad
+    for masked in pet._mask.weights:
+        wanted = gradients[masked.name].flatten()[mask.positions[masked.name].sort().values]
+        got = masked.trainable.grad
         assert (got - wanted).abs().max() <= 1e-5 * wanted.abs().max().clamp(min=1.0)
 
 
@@ -157,7 +158,7 @@ def test_a_gradient_of_the_shape_of_a_masked_weight_never_exists() -> None:
     base = backbone("bert")
     pet = PetModel(base, mask_of(base, 0.05), Structure(), seed=0)
     inputs = batch("bert", tokens=11)
-    shapes = {tuple(m.weight.shape) for m in pet._masks} | {(32, 64)}
+    shapes = {tuple(m.weight.shape) for m in pet._mask.weights} | {(32, 64)}
     shapes -= {(32, 32)}  # a shape of activations too
 
     class Watch(torch.utils._python_dispatch.TorchDispatchMode):
@@ -183,9 +184,9 @@ def test_a_gradient_of_the_shape_of_a_masked_weight_never_exists() -> None:
         loss.backward()
     assert watch.made, "nothing was watched"
     assert not shapes & set(watch.made)
-    for module in pet._masks:
-        assert module.weight.grad is None
-        assert not module.weight.requires_grad
+    for masked in pet._mask.weights:
+        assert masked.weight.grad is None
+        assert not masked.weight.requires_grad
 
 
 def test_backward_leaves_out_tokens_without_a_gradient_and_changes_nothing(

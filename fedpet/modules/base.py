@@ -49,7 +49,7 @@ class PetModule(ABC):
 
     Attributes:
         kind: As in a structure, or "mask", "head".
-        target: Path of the module it acts on; of the parameter for "mask" and "head".
+        target: Path of the module it acts on; of the parameter for "head"; the mask acts on many.
     """
 
     place: ClassVar[Literal["weight", "bias", "parallel", "sequential", "mask", "tensor"]]
@@ -72,6 +72,11 @@ class PetModule(ABC):
     @property
     def num_values(self) -> int:
         return sum(math.prod(shape) for shape in self.shapes)
+
+    @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        """What the values belong to, in their order: a name, and how many are its."""
+        return ((self.target, self.num_values),)
 
     @property
     def added_parameters(self) -> tuple[str, ...]:

@@ -17,11 +17,11 @@ from fedpet.modules.bitfit import BitFit, NormBias
 from fedpet.modules.hiwi import HiwiBias, HiwiWeight
 from fedpet.modules.lnfit import LNFit
 from fedpet.modules.lora import LoRA, LoRAFactors
-from fedpet.modules.masked import MaskedWeight
+from fedpet.modules.masked import MaskedWeight, MaskedWeights
 from fedpet.positions import Position
 from fedpet.structure import ModuleSpec, Structure
 
-__all__ = ["build_masks", "build_structure"]
+__all__ = ["build_mask", "build_structure"]
 
 _DENSE = frozenset({"linear", "conv1d"})
 _CARRIERS = {
@@ -36,8 +36,8 @@ _CARRIERS = {
 }
 
 
-def build_masks(model: nn.Module, positions: Mapping[str, Tensor]) -> list[MaskedWeight]:
-    """One `MaskedWeight` for each weight with positions, in the order of the model.
+def build_mask(model: nn.Module, positions: Mapping[str, Tensor]) -> MaskedWeights | None:
+    """The weights with positions, in the order of the model; None where there are none.
 
     Raises:
         StructureError: A name that is no weight of a dense module here, or a position outside it.
@@ -57,11 +57,12 @@ def build_masks(model: nn.Module, positions: Mapping[str, Tensor]) -> list[Maske
                 f"{int(chosen.max())}, and it has {parameter.numel()} entries. Build the mask "
                 "from this backbone."
             )
-    return [
+    weights = [
         MaskedWeight(name, parameter, positions[name], is_transposed(owners[id(parameter)]))
         for name, parameter in parameters.items()
         if name in positions and len(positions[name])
     ]
+    return MaskedWeights(weights) if weights else None
 
 
 def build_structure(

@@ -39,8 +39,8 @@ class DensePlan:
     @property
     def trainables(self) -> list[Tensor]:
         """v of the mask, then B of each branch."""
-        masks = () if self.mask is None else (self.mask,)
-        return [module.trainables[0] for module in (*masks, *self.branches)]
+        of_mask = () if self.mask is None else (self.mask.trainable,)
+        return [*of_mask, *(branch.trainables[0] for branch in self.branches)]
 
 
 def dense(

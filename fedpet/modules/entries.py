@@ -7,12 +7,14 @@ Out: the same in ascending order: ranks, positions, pretrained numbers, and the 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["BLOCK_ROWS", "DENSE_FROM", "Entries"]
+__all__ = ["BLOCK_ROWS", "DENSE_FROM", "Entries", "JoinedEntries"]
 
 # Past this density of a weight, products of blocks of rows cost less than the sampled product.
 DENSE_FROM = 0.15
@@ -26,7 +28,8 @@ class Entries:
     16 bytes an entry; its change, gradient and the optimiser's two moments are 16 more.
     """
 
-    rank: Tensor  # int32, (k,): the place of each among the values that are sent
+    rank: Tensor  # int32, (k,): the place of each among the values that are sent,
+    first: int  # of which this weight's are those from `first` on
     flat: Tensor  # (k,): its position; int32 where that is enough
     start: Tensor  # (k,): w0 there
     crow: Tensor  # int32, (rows + 1,): entries before each row
@@ -43,6 +46,7 @@ class Entries:
         crow[1:] = torch.cumsum(torch.bincount(flat // columns, minlength=rows), 0)
         return cls(
             rank.to(torch.int32),
+            0,
             flat.to(torch.int32 if weight.numel() < 2**31 else torch.int64),
             weight.detach().reshape(-1)[flat],
             crow,
@@ -52,11 +56,45 @@ class Entries:
 
     def prefix(self, count: int, weight: Tensor) -> Entries:
         """The `count` entries of the lowest rank. Reads nothing of the weight but its shape."""
-        kept = self.rank < count
+        kept = self.rank < self.first + count
         before = torch.cat([self.crow[:1], kept.cumsum(0, dtype=torch.int32)])  # (k + 1,)
         crow = before[self.crow.long()]
-        fields = (self.rank[kept], self.flat[kept], self.start[kept], crow, self.columns[kept])
-        return Entries(*fields, _blocks(crow, weight))
+        return Entries(
+            self.rank[kept] - self.first,
+            0,
+            self.flat[kept],
+            self.start[kept],
+            crow,
+            self.columns[kept],
+            _blocks(crow, weight),
+        )
+
+
+@dataclass(frozen=True)
+class JoinedEntries:
+    """The entries of several weights, one behind the other, in one tensor each."""
+
+    rank: Tensor  # int32, (n,): the place of each among all values that are sent
+    flat: Tensor  # (n,): its position in its own weight
+    start: Tensor  # (n,)
+    parts: tuple[Entries, ...]  # views
+
+    @classmethod
+    def of(cls, parts: Sequence[Entries]) -> JoinedEntries:
+        """Join `parts`; the values of each come behind those of the one before."""
+        sizes = [len(part.rank) for part in parts]
+        firsts = [0, *itertools.accumulate(sizes)]
+        rank = torch.cat(
+            [part.rank + (first - part.first) for part, first in zip(parts, firsts, strict=False)]
+        )
+        flat = torch.cat([part.flat for part in parts])
+        start = torch.cat([part.start for part in parts])
+        views = zip(*(torch.split(whole, sizes) for whole in (rank, flat, start)), strict=True)
+        joined = tuple(
+            replace(part, rank=r, first=first, flat=f, start=s)
+            for part, first, (r, f, s) in zip(parts, firsts, views, strict=False)
+        )
+        return cls(rank, flat, start, joined)
 
 
 def _blocks(crow: Tensor, weight: Tensor) -> list[int] | None:

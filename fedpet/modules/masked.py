@@ -1,7 +1,7 @@
-"""The masked weight: a few entries of a dense weight, trained without a dense gradient.
+"""The mask: a few entries of the dense weights, trained without a dense gradient.
 
-In:  a dense weight, and the flat positions that may move, in the order of their rank.
-Out: the change at each position, as values in that order.
+In:  the dense weights, and for each the flat positions that may move, in the order of their rank.
+Out: the change at each position, as values in that order, weight by weight.
 
 The weight holds w0 + v in place, so the forward pass is that of a plain layer. Backward computes
 the weight's gradient at the positions only, a sampled product of the output gradient and the
@@ -15,22 +15,100 @@ and the sampled product are ours.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
 from fedpet.modules.base import PetModule
-from fedpet.modules.entries import BLOCK_ROWS, Entries
+from fedpet.modules.entries import BLOCK_ROWS, Entries, JoinedEntries
 from fedpet.modules.kept import Kept
 
-__all__ = ["MaskedWeight"]
+__all__ = ["MaskedWeight", "MaskedWeights"]
 
 
-class MaskedWeight(PetModule):
-    """Changes of a few entries of one dense weight. Exact."""
+class MaskedWeights(PetModule):
+    """Changes of a few entries of many dense weights. Exact.
+
+    A trainable a weight, in the order in which it holds the entries, all one behind the other;
+    values, in the order of rank, go in and out by one choice of places for all.
+    """
 
     place = "mask"
+
+    def __init__(self, weights: Sequence[MaskedWeight]) -> None:
+        super().__init__("mask", "")
+        self.weights = tuple(weights)
+        self._flat_weights = [part.weight.detach().view(-1) for part in weights]
+        self._tiers: dict[tuple[int, ...], JoinedEntries] = {}
+        self._whole = self._take(JoinedEntries.of([part.entries for part in weights]))
+
+    @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        return tuple((part.name, part.num_values) for part in self.weights)
+
+    def use(self, counts: Mapping[str, int]) -> None:
+        """Train of each weight only so many entries, those of the lowest rank; none if not named.
+
+        All other entries hold w0 again. `bind` comes next: the trainable has another length.
+        """
+        self.restore()
+        wanted = tuple(counts.get(part.name, 0) for part in self.weights)
+        entries = self._tiers.get(wanted)
+        if entries is None:
+            pairs = zip(self.weights, self._whole.parts, wanted, strict=True)
+            entries = JoinedEntries.of(
+                [whole.prefix(count, part.weight) for part, whole, count in pairs]
+            )
+        self._take(entries)
+
+    def _take(self, entries: JoinedEntries) -> JoinedEntries:
+        self._entries = entries
+        self._tiers[tuple(len(part.flat) for part in entries.parts)] = entries
+        self._sizes = [len(part.flat) for part in entries.parts]
+        for part, own in zip(self.weights, entries.parts, strict=True):
+            part.entries = own
+        return entries
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((size,) for size in self._sizes)
+
+    def bind(self, trainables: Sequence[Tensor]) -> None:
+        super().bind(trainables)
+        for part, trainable in zip(self.weights, trainables, strict=True):
+            part.bind(trainable)
+        # They lie one behind the other: one tensor for what is done to all.
+        first, size = trainables[0].detach(), (sum(self._sizes),)
+        self._changes = first.as_strided(size, (1,), first.storage_offset())
+
+    def write(self, values: Tensor, seed: int) -> None:
+        torch.index_select(values, 0, self._entries.rank, out=self._changes)
+
+    def read(self) -> Tensor:
+        places = self._entries.rank.to(torch.int64)
+        return torch.empty_like(self._changes).index_copy_(0, places, self._changes)
+
+    def write_weights(self) -> None:
+        """Write w0 + v into the weights, under no_grad."""
+        self._put(self._entries.start + self._changes)
+
+    def restore(self) -> None:
+        """Write w0 back."""
+        self._put(self._entries.start)
+
+    def _put(self, entries: Tensor) -> None:
+        places = torch.split(self._entries.flat.to(torch.int64), self._sizes)
+        changed = torch.split(entries, self._sizes)
+        for weight, place, numbers in zip(self._flat_weights, places, changed, strict=True):
+            weight.index_copy_(0, place, numbers)
+
+    def merge(self, module: nn.Module) -> None:
+        """Nothing to do: the weights hold the changes already."""
+
+
+class MaskedWeight:
+    """One weight of the mask: its entries, and their gradient."""
 
     def __init__(self, name: str, weight: Tensor, positions: Tensor, transposed: bool) -> None:
         """Prepare one weight.
@@ -40,58 +118,28 @@ class MaskedWeight(PetModule):
             weight: (out, in), or (in, out) where `transposed`. Written in place from now on.
             positions: int64, (k,), flat, in the order of rank.
         """
-        super().__init__("mask", name)
+        self.name = name
         self.transposed = transposed
         self.weight = weight
+        self.entries = Entries.of(weight, positions.to(weight.device))
         # Whether backward adds to the gradient's storage itself, or gives autograd a gradient.
         self.in_place = False
-        whole = Entries.of(weight, positions.to(weight.device))
-        self._entries = whole
-        self._tiers = {len(whole.flat): whole}  # by number of entries
-
-    def use(self, count: int) -> None:
-        """Train the `count` entries of the lowest rank from now on; the others hold w0 again.
-
-        `bind` comes next: the trainable has another length.
-        """
-        self.restore()
-        if count not in self._tiers:
-            whole = self._tiers[max(self._tiers)]
-            self._tiers[count] = whole.prefix(count, self.weight)
-        self._entries = self._tiers[count]
 
     @property
-    def shapes(self) -> tuple[tuple[int, ...], ...]:
-        return ((len(self._entries.flat),),)
+    def num_values(self) -> int:
+        return len(self.entries.flat)
 
-    def bind(self, trainables: Sequence[Tensor]) -> None:
-        super().bind(trainables)
-        gradient = trainables[0].grad
+    def bind(self, trainable: Tensor) -> None:
+        """Take this weight's changes, (k,), ascending by position."""
+        self.trainable = trainable
+        gradient = trainable.grad
         if gradient is None:
-            gradient = torch.zeros_like(self._entries.start)
+            gradient = torch.zeros_like(self.entries.start)
         with warnings.catch_warnings():  # "sparse CSR is in beta", once a process
             warnings.simplefilter("ignore")
             self._gradient = torch.sparse_csr_tensor(  # a view: its values are `gradient`
-                self._entries.crow, self._entries.columns, gradient, self.weight.shape
+                self.entries.crow, self.entries.columns, gradient, self.weight.shape
             )
-
-    def write(self, values: Tensor, seed: int) -> None:
-        self.trainables[0].detach().copy_(values[self._entries.rank])
-
-    def read(self) -> Tensor:
-        v = self.trainables[0].detach()
-        return torch.empty_like(v).index_copy_(0, self._entries.rank.to(torch.int64), v)
-
-    def write_weight(self) -> None:
-        """Write w0 + v into the weight, under no_grad."""
-        self._put(self._entries.start + self.trainables[0])
-
-    def restore(self) -> None:
-        """Write w0 back."""
-        self._put(self._entries.start)
-
-    def _put(self, entries: Tensor) -> None:
-        self.weight.view(-1).index_copy_(0, self._entries.flat.to(torch.int64), entries)
 
     def gradient(self, kept: Kept, source: Tensor, g: Tensor, live: Tensor | None) -> Tensor | None:
         """The weight's gradient at the positions, ascending: (k,); None where `in_place`.
@@ -105,10 +153,10 @@ class MaskedWeight(PetModule):
         dtype = self.weight.dtype
         if g.dtype != dtype:
             g = g.to(dtype)
-        if self._entries.blocks is not None:
+        if self.entries.blocks is not None:
             x = kept.rows(source, dtype, live)
             left, right = (x, g) if self.transposed else (g, x)
-            return self._gradient_by_blocks(left, right, self._entries.blocks)
+            return self._gradient_by_blocks(left, right, self.entries.blocks)
         if live is None:
             x = kept.columns(source, dtype)
         else:
@@ -126,19 +174,16 @@ class MaskedWeight(PetModule):
         self, left: Tensor, right: Tensor, ends: Sequence[int]
     ) -> Tensor | None:
         """The same for many positions: dense products of a few rows at a time, then a choice."""
-        gradient = torch.empty_like(self._entries.start)
+        gradient = torch.empty_like(self.entries.start)
         columns = self.weight.shape[1]
         start = 0
         for block, stop in enumerate(ends):
             row = block * BLOCK_ROWS
             dense = left[:, row : row + BLOCK_ROWS].t() @ right  # (BLOCK_ROWS, columns)
-            chosen = self._entries.flat[start:stop] - row * columns  # index_select takes int32
+            chosen = self.entries.flat[start:stop] - row * columns  # index_select takes int32
             torch.index_select(dense.view(-1), 0, chosen, out=gradient[start:stop])
             start = stop
         if self.in_place:
             self._gradient.values().add_(gradient)
             return None
         return gradient
-
-    def merge(self, module: nn.Module) -> None:
-        """Nothing to do: the weight holds the change already."""
