@@ -20,6 +20,8 @@ from simulations.benchmarks.federated_search import (  # noqa: E402
     METHODS,
     FederatedSearchRun,
     FederatedSearchTable,
+    overlaps,
+    summary,
 )
 from simulations.benchmarks.table.file import Cell  # noqa: E402
 
@@ -108,15 +110,15 @@ def test_a_table_is_worked_off_cell_by_cell_and_says_what_was_sent_and_shared(fi
     ran.clear()
     job.complete()
     assert not ran
-    rows = {row["method"]: row for row in job.summary()}
+    rows = {row["method"]: row for row in summary(job)}
     assert rows["federated"]["search_bytes"] == 1000
     assert rows["central"]["search_bytes"] == 0
     assert {row["training_bytes"] for row in rows.values()} == {500}
     assert {row["rate"] for row in rows.values()} == {"0.03"}
-    overlaps = dict(job.overlaps())
-    assert overlaps["federated, seeds"] == pytest.approx(1 / 3)
-    assert overlaps["central, seeds"] == 1.0
-    assert overlaps["federated and central"] == pytest.approx(1 / 3)
+    alike = dict(overlaps(job))
+    assert alike["federated, seeds"] == pytest.approx(1 / 3)
+    assert alike["central, seeds"] == 1.0
+    assert alike["federated and central"] == pytest.approx(1 / 3)
     assert job.check(2, ("final",))
     job.find("central", 0, 0)
     other = replace(job.table, overrides=(*job.table.overrides, "search.batch-size=4"))

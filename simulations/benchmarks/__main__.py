@@ -23,7 +23,8 @@ from fedpet.errors import ConfigError, FedpetError, InputError
 
 from .baselines import METHODS, run_baseline
 from .federated_search import PHASES as FEDERATED_PHASES
-from .federated_search import FederatedSearchRun, FederatedSearchTable
+from .federated_search import FederatedSearchRun, FederatedSearchTable, overlaps
+from .federated_search import final_table as structures_table
 from .search_table import PHASES as SEARCH_PHASES
 from .search_table import SearchTable, SearchTableRun
 from .table import FEDPET, PHASES, TableFile, TableRun, experiment_file
@@ -177,8 +178,8 @@ def federated_search(
         return
     job.complete(phases)
     if "final" in phases:
-        console.print(job.final_table())
-        for what, overlap in job.overlaps():
+        console.print(structures_table(job))
+        for what, overlap in overlaps(job):
             console.print(f"{what}: modules in common {overlap:.2f} (Jaccard)")
 
 

@@ -6,7 +6,6 @@ Out: a `SearchTable`.
 
 from __future__ import annotations
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,7 +14,8 @@ from typing import Any
 from fedpet.config import BackboneConfig, Experiment, SearchConfig, TrainingConfig
 from fedpet.errors import ConfigError
 
-from ..table.file import Keys, Rate
+from ..table.file import Rate
+from ..table.keys import Keys, read_keys
 
 
 @dataclass(frozen=True)
@@ -71,17 +71,7 @@ class SearchTable:
         Raises:
             ConfigError: Unknown or missing keys, or a table that would compare unlike with unlike.
         """
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no table file {str(path)!r}.") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
-        top = Keys("the table file", tables)
-        tune, final = (
-            Keys("[tune]", top.take("tune", dict)),
-            Keys("[final]", top.take("final", dict)),
-        )
+        top, (tune, final) = read_keys(path, "tune", "final")
         stages = {name: top.take(name, dict, {}) for name in ("search", "training", "backbone")}
         experiment = Experiment.from_tables(stages)
         read = cls(

@@ -7,7 +7,6 @@ Out: a `TableFile`, and the cells that it asks for.
 from __future__ import annotations
 
 import json
-import tomllib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +17,7 @@ from fedpet.errors import ConfigError
 
 from ..baselines import METHODS
 from ..cells import ROOT
+from .keys import Keys, read_keys, strings
 
 FEDPET = "fedpet"
 # Stages that a baseline does not read, and keys that decide where a run is done and not what.
@@ -129,21 +129,11 @@ class TableFile:
         Raises:
             ConfigError: Unknown or missing keys, grids of different sizes, one split for both.
         """
-        try:
-            tables = tomllib.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no table file {str(path)!r}.") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
-        top = Keys("the table file", tables)
-        tune, final = (
-            Keys("[tune]", top.take("tune", dict)),
-            Keys("[final]", top.take("final", dict)),
-        )
+        top, (tune, final) = read_keys(path, "tune", "final")
         methods = tuple(_method(name, table) for name, table in top.take("methods", dict).items())
         read = cls(
-            experiment=_experiment_path(top.take("experiment", str), path.parent),
-            overrides=_strings(top.take("set", list, []), "set"),
+            experiment=experiment_file(top.take("experiment", str), path.parent),
+            overrides=strings(top.take("set", list, []), "set"),
             methods=methods,
             results=path.parent / top.take("results", str, f"results/{path.stem}"),
             tune_split=tune.take("split", str),
@@ -216,32 +206,6 @@ class TableFile:
         )
 
 
-class Keys:
-    """A table whose keys are taken one by one; what is left at the end is unknown."""
-
-    def __init__(self, where: str, table: Mapping[str, Any]) -> None:
-        self._where = where
-        self._left = dict(table)
-        self._known: list[str] = []
-
-    def take(self, key: str, kind: type, default: Any = None) -> Any:
-        self._known.append(key)
-        value = self._left.pop(key, default)
-        if value is None:
-            raise ConfigError(f"{self._where} lacks the key {key!r}.")
-        if not isinstance(value, kind) or isinstance(value, bool):
-            raise ConfigError(
-                f"{self._where}: {key} must be of type {kind.__name__}, got {value!r}."
-            )
-        return value
-
-    def refuse_others(self) -> None:
-        for key in self._left:
-            raise ConfigError(
-                f"{self._where}: unknown key {key!r}. Known are: {', '.join(self._known)}."
-            )
-
-
 def _method(name: str, table: Any) -> Method:
     where = f"[methods.{name}]"
     if not isinstance(table, Mapping):
@@ -256,7 +220,7 @@ def _method(name: str, table: Any) -> Method:
     rates = tuple(
         Rate.parse(value, f"{where} learning-rates") for value in keys.take("learning-rates", list)
     )
-    overrides = _strings(keys.take("set", list, []), f"{where} set")
+    overrides = strings(keys.take("set", list, []), f"{where} set")
     keys.refuse_others()
     if not rates or len(set(rates)) < len(rates):
         raise ConfigError(f"{where} learning-rates must be distinct, and one at least.")
@@ -265,21 +229,10 @@ def _method(name: str, table: Any) -> Method:
     return Method(name, runs, overrides, rates)
 
 
-def _strings(values: list[Any], where: str) -> tuple[str, ...]:
-    if not all(isinstance(value, str) for value in values):
-        raise ConfigError(f"{where} must be a list of 'stage.key=value', got {values!r}.")
-    return tuple(values)
-
-
-def _experiment_path(name: str, folder: Path) -> Path:
-    """A file beside the table file, or a built-in experiment by its name."""
-    return folder / name if name.endswith(".toml") else experiment_file(name)
-
-
-def experiment_file(name: str) -> Path:
-    """A TOML file by its path, or a built-in experiment by its name."""
+def experiment_file(name: str, beside: Path = Path()) -> Path:
+    """A TOML file by its path, which starts at the folder `beside`, or a built-in by its name."""
     if name.endswith(".toml"):
-        return Path(name)
+        return beside / name
     folder = ROOT / "simulations" / "experiments"
     path = folder / f"{name}.toml"
     if not path.exists():

@@ -7,7 +7,7 @@ Out: its cells' files, and `checks.json`.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -65,37 +65,18 @@ class TableRun:
         )
 
     def tuned(self, method: Method) -> dict[Rate, float]:
-        """Rate -> metric on the tuning split, of the cells that are there, in rising order.
-
-        A run that learned nothing (its loss became infinite, say) is no candidate.
-        """
-        found = {}
-        for cell in self.table.tune_cells(method):
-            result = read_cell(cell)
-            if result is not None and result["run"]["status"] == "ok":
-                found[cell.rate] = float(result["quality"]["final"])
-        return found
+        """Rate -> metric on the tuning split, of the cells that are there, in rising order."""
+        return scores(self.table.tune_cells(method))
 
     def best_rate(self, method: Method) -> Rate:
         """The rate of the highest metric, of equals the smaller one; or the only one.
 
         Raises:
-            ConfigError: A cell of the grid has not been run.
+            ConfigError: A cell of the grid has not been run, or learned nothing at any rate.
         """
         if len(method.rates) == 1:
             return method.rates[0]
-        missing = [c.name for c in self.table.tune_cells(method) if read_cell(c) is None]
-        if missing:
-            raise ConfigError(
-                f"the rate of {method.name!r} is not settled: {', '.join(missing)} have not been "
-                "run. Run the phase 'tune' first."
-            )
-        tuned = self.tuned(method)
-        if not tuned:
-            raise ConfigError(
-                f"{method.name!r} learned nothing at any rate of its grid: lower its rates."
-            )
-        return min(tuned, key=lambda rate: (-tuned[rate], rate))
+        return best_rate(method.name, self.table.tune_cells(method))
 
     def final_results(self) -> list[Path]:
         """Files of the finished final cells."""
@@ -141,6 +122,37 @@ class TableRun:
             if self.run is not None:
                 return self.run(cell, Path(folder))
             return run_in_process(cell, Path(folder), self.table.timeout_seconds)
+
+
+def scores(cells: Iterable[Cell]) -> dict[Rate, float]:
+    """Rate -> metric, of the cells that are there.
+
+    A run that learned nothing (its loss became infinite, say) is no candidate.
+    """
+    found = {}
+    for cell in cells:
+        result = read_cell(cell)
+        if result is not None and result["run"]["status"] == "ok":
+            found[cell.rate] = float(result["quality"]["final"])
+    return found
+
+
+def best_rate(method: str, cells: Sequence[Cell]) -> Rate:
+    """The rate of the highest metric; of equals the smaller one.
+
+    Raises:
+        ConfigError: A cell of the grid has not been run, or learned nothing at any rate.
+    """
+    missing = [cell.name for cell in cells if read_cell(cell) is None]
+    if missing:
+        raise ConfigError(
+            f"the rate of {method!r} is not settled: {', '.join(missing)} have not been run. Run "
+            "the phase 'tune' first."
+        )
+    tuned = scores(cells)
+    if not tuned:
+        raise ConfigError(f"{method!r} learned nothing at any rate of its grid: lower its rates.")
+    return min(tuned, key=lambda rate: (-tuned[rate], rate))
 
 
 def _show(result: Mapping[str, Any]) -> str:
