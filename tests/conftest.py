@@ -7,9 +7,14 @@ import os
 import shutil
 import socket
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import pytest
+
+if TYPE_CHECKING:
+    from fedpet.config import Experiment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -53,6 +58,28 @@ os.environ.pop("RAY_ADDRESS", None)
 def repository() -> Path:
     """The checkout's root: the tests come from it even where the package does not."""
     return REPOSITORY
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """A tiny backbone, and the folder of a few rows with clients."""
+    import tiny  # here, after the settings above
+
+    folder = tmp_path_factory.mktemp("tiny")
+    return tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
+
+
+@pytest.fixture
+def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experiment]:
+    """Makes experiments over those files, each with a run folder of its own."""
+    import tiny
+
+    counter = iter(range(100))
+
+    def make(**changes: Any) -> Experiment:
+        return tiny.make_experiment(*files, tmp_path / f"run{next(counter)}", **changes)
+
+    return make
 
 
 def pytest_unconfigure() -> None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+from tiny import Silent
 
 from fedpet.client import Node, NodeSettings
 from fedpet.config import Experiment
@@ -17,11 +18,6 @@ from fedpet.deploy import Deployment, NodePlace, write_deployment
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
 
 
 class Place:

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import tiny
+from tiny import Silent
 
 from fedpet.client import NodeSettings
 from fedpet.simulations.federation import Prepared, federate, prepare
@@ -29,11 +30,6 @@ from fedpet.simulations.resume import check_journal
 from fedpet.simulations.run_folder import RunFolder
 
 STEPS = ("fsync", "replace", "truncate")  # of the module os
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
 
 
 def attempt(prepared: Prepared, out: Path, *, step: int = 0, seconds: float = 0.0) -> bool:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import tomli_w
+from tiny import Silent
 
 from fedpet.codec import decode_values
 from fedpet.codec.frame import Frame, unpack_frames
@@ -33,11 +34,6 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
         tiny.make_backbone(folder / "backbone"),
         tiny.make_rows(folder / "rows", clients=10, rows_per_client=4),
     )
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
 
 
 @pytest.mark.parametrize("attack", ATTACKS)

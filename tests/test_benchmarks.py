@@ -22,6 +22,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.app.message import make_message
 from flwr.serverapp.strategy import FedAvg
 from report_runs import make_result, to_text
+from tiny import Silent
 
 from fedpet.backbone import load_backbone, locate
 from fedpet.client import NodeSettings, cache_folder
@@ -47,27 +48,12 @@ from simulations.benchmarks.table import Cell, Rate, TableFile, TableRun, read_c
 HIDDEN, LAYERS, OUTPUTS = 32, 2, 2
 
 
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     folder = tmp_path_factory.mktemp("tiny")
     rows = tiny.make_rows(folder / "rows")
     shutil.copy(rows / "test.jsonl", rows / "validation.jsonl")
     return tiny.make_backbone(folder / "backbone"), rows
-
-
-@pytest.fixture
-def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experiment]:
-    counter = iter(range(100))
-
-    def make(**changes: Any) -> Experiment:
-        return tiny.make_experiment(*files, tmp_path / f"run{next(counter)}", **changes)
-
-    return make
 
 
 @pytest.fixture

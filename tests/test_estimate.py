@@ -17,6 +17,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
+from tiny import Silent
 
 from fedpet import cli
 from fedpet.client import NodeSettings
@@ -38,17 +39,6 @@ from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder
 from fedpet.structure import Structure
 from fedpet.units import show_duration
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
 
 
 @pytest.fixture

@@ -15,6 +15,7 @@ import tiny
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
+from tiny import Silent
 
 from fedpet.backbone import load_backbone
 from fedpet.client import Node, NodeSettings
@@ -30,27 +31,6 @@ from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder
 
 Handler = Callable[[bytes], bytes]
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
-
-
-@pytest.fixture
-def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experiment]:
-    counter = iter(range(100))
-
-    def make(**changes: Any) -> Experiment:
-        return tiny.make_experiment(*files, tmp_path / f"run{next(counter)}", **changes)
-
-    return make
 
 
 def run(experiment: Experiment, grid: LocalGrid | None = None, nodes: int = 1) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import Silent
 
 from fedpet.backbone import load_backbone
 from fedpet.client import Node, NodeSettings
@@ -29,17 +30,6 @@ from fedpet.tiers import draw_tier, tiers_of
 THREE = ["0.005=0.3", "0.02=0.4", "0.05=0.3"]
 CLIENTS = [f"client {index}" for index in range(6)]
 NUMBERS = [client_number(client) for client in CLIENTS]
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
 
 
 @pytest.fixture

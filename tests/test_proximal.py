@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
+from tiny import Silent
 
 from fedpet.backbone import load_backbone
 from fedpet.config import BackboneConfig, Experiment, MaskConfig
@@ -91,10 +92,6 @@ def test_a_strong_term_keeps_a_client_near_the_global_values(tmp_path: Path) -> 
     from fedpet.simulations.federation import federate, prepare
     from fedpet.simulations.local_grid import LocalGrid
     from fedpet.simulations.run_folder import new_run_folder
-
-    class Silent:
-        def say(self, text: str) -> None: ...
-        def round_done(self, record: object, ledger: object) -> None: ...
 
     backbone, rows = tiny.make_backbone(tmp_path / "b"), tiny.make_rows(tmp_path / "r")
     moved = {}

@@ -18,6 +18,7 @@ import pytest
 import tiny
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Silent
 
 from fedpet.client import NodeSettings
 from fedpet.config import Experiment
@@ -29,17 +30,6 @@ from fedpet.simulations.journal import Journal, read_journal, write_journal
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.resume import check_journal, read_cut_short
 from fedpet.simulations.run_folder import RunFolder, new_run_folder
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
 
 
 @pytest.fixture

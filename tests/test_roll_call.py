@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 import torch
+from tiny import Silent
 
 from fedpet.client import Node, NodeSettings
 from fedpet.codec.frame import Refusal, pack_refusal
@@ -27,27 +27,6 @@ from fedpet.simulations.resume import check_journal, is_cut_short, read_cut_shor
 from fedpet.simulations.run_folder import RunFolder, new_run_folder
 
 Handler = Callable[[bytes], bytes]
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
-
-
-@pytest.fixture
-def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experiment]:
-    counter = iter(range(100))
-
-    def make(**changes: Any) -> Experiment:
-        return tiny.make_experiment(*files, tmp_path / f"run{next(counter)}", **changes)
-
-    return make
 
 
 @pytest.fixture

@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 import tiny
 from rich.console import Console
+from tiny import Silent
 
 from fedpet import cli
 from fedpet.backbone import load_backbone
@@ -32,11 +33,6 @@ from fedpet.structure import Structure
 
 BUDGET = 600
 SEARCH = ("search.epochs=2", "search.batch-size=8", "search.evaluate-every=3", "search.rate=0.01")
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
 
 
 @pytest.fixture(scope="module")

@@ -6,21 +6,11 @@ from pathlib import Path
 
 import pytest
 import tiny
+from tiny import Silent
 
 from fedpet.simulations.engine import simulate
 
 pytestmark = [pytest.mark.simulation, pytest.mark.timeout(300)]
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
 
 
 def test_one_and_two_ray_workers_give_the_same_bytes(

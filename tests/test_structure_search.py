@@ -18,6 +18,7 @@ import tiny
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny import Silent
 
 from fedpet import cli
 from fedpet.backbone import load_backbone
@@ -67,17 +68,6 @@ SEARCH = {
     "strategy_num_rounds": 1,
     "strategy_clients_per_round": 6,
 }
-
-
-class Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("tiny")
-    return tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
 
 
 @pytest.fixture

@@ -11,6 +11,14 @@ import torch
 
 from fedpet.config import Experiment
 
+
+class Silent:
+    """Progress that nobody sees."""
+
+    def say(self, text: str) -> None: ...
+    def round_done(self, record: object, ledger: object) -> None: ...
+
+
 WORDS = ["good", "bad", "fine", "dull", "bright", "grim", "film", "plot", "cast", "score", "the"]
 WORDS += ["a", "of", "and", "is", "was", "not", "very"]
 
