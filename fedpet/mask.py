@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import hashlib
 import itertools
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -29,6 +30,12 @@ from torch import Tensor
 
 from fedpet.config import MaskConfig
 from fedpet.errors import ConfigError
+
+# A sample bounds the scores that have to be sorted: every 61st entry (a prime, since rows of
+# weights are multiples of 64 long), and somewhat more of them than asked for.
+_EVERY = 61
+_LOOK_AT = 1.1
+_SPARE = 32
 
 
 @dataclass(frozen=True)
@@ -83,17 +90,11 @@ def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
     names = sorted(params)
     sizes = {name: params[name].numel() for name in names}
     if config.granularity == "per-tensor":
-        ranked = {
-            name: _rank(_score(params[name], config, name), num_chosen(config.density, sizes[name]))
-            for name in names
-        }
+        ranked = {}
+        for name in names:
+            ranked |= _ranked(params, [name], config, num_chosen(config.density, sizes[name]))
     else:
-        score = torch.cat([_score(params[name], config, name) for name in names])  # (N,)
-        first = _rank(score, num_chosen(config.density, len(score)))  # (k,) over all tensors
-        ends = torch.tensor([sizes[name] for name in names]).cumsum(0)
-        owner = torch.searchsorted(ends, first, right=True)
-        starts = ends - torch.tensor([sizes[name] for name in names])
-        ranked = {name: first[owner == index] - starts[index] for index, name in enumerate(names)}
+        ranked = _ranked(params, names, config, num_chosen(config.density, sum(sizes.values())))
     positions = {name: chosen for name, chosen in ranked.items() if len(chosen)}
     mask = Mask(positions, sizes, tier_counts(params, positions, config))
     if not mask.num_values:
@@ -164,28 +165,50 @@ def tier_counts(
     return tuple(tiers)
 
 
-def _score(weight: Tensor, config: MaskConfig, name: str) -> Tensor:
-    """What the rule ranks by, lowest first, in float32."""
+def _score(weight: Tensor, config: MaskConfig, name: str, every: int = 1) -> Tensor:
+    """What the rule ranks by, lowest first, in float32, of one entry in `every`."""
     if config.rule == "random":
         from fedpet.seeds import derive_seed
 
         generator = np.random.default_rng(derive_seed("mask", config.seed, name))
-        return torch.from_numpy(generator.random(weight.numel(), dtype=np.float32))
-    magnitude = weight.detach().to("cpu", torch.float32).abs().flatten()
+        return torch.from_numpy(generator.random(weight.numel(), dtype=np.float32))[::every]
+    magnitude = weight.detach().flatten()[::every].to("cpu", torch.float32).abs()
     if not bool(torch.isfinite(magnitude).all()):
         raise ConfigError(f"the weight {name!r} holds NaN or infinity: no mask can rank it.")
     return magnitude if config.rule == "smallest" else -magnitude
 
 
-def _rank(score: Tensor, num: int) -> Tensor:
-    """Positions of the `num` lowest scores, lowest first, ties to the earlier. int64, (num,)."""
-    if num == 0:
-        return torch.empty(0, dtype=torch.int64)
-    if num < len(score):  # a selection is linear in N, the sort then small
-        threshold = torch.kthvalue(score, num).values
-        below = torch.nonzero(score < threshold).flatten()
-        level = torch.nonzero(score == threshold).flatten()[: num - len(below)]
-        candidates = torch.cat([below, level]).sort().values
-    else:
-        candidates = torch.arange(num)
-    return candidates[torch.sort(score[candidates], stable=True).indices]
+def _ranked(
+    params: Mapping[str, Tensor], names: Sequence[str], config: MaskConfig, num: int
+) -> dict[str, Tensor]:
+    """Of the tensors' entries the `num` of the lowest scores, lowest first, ties to the earlier.
+
+    The tensors are gone through one by one: only entries that may be among the lowest are kept, so
+    that an edge device never holds the scores of all.
+    """
+    if not num:
+        return {name: torch.empty(0, dtype=torch.int64) for name in names}
+    looked_at = _LOOK_AT * num
+    while True:
+        bound = _bound(params, names, config, looked_at)
+        places, scores = [], []
+        for name in names:
+            score = _score(params[name], config, name)
+            places.append(torch.nonzero(score <= bound).flatten())
+            scores.append(score[places[-1]])
+        if sum(map(len, places)) >= num:
+            break
+        looked_at *= 2  # the sample misled
+    order = torch.sort(torch.cat(scores), stable=True).indices[:num]
+    owner = torch.arange(len(names)).repeat_interleave(torch.tensor([*map(len, places)]))[order]
+    chosen = torch.cat(places)[order]
+    return {name: chosen[owner == index] for index, name in enumerate(names)}
+
+
+def _bound(
+    params: Mapping[str, Tensor], names: Sequence[str], config: MaskConfig, wanted: float
+) -> float:
+    """A score that about `wanted` entries do not exceed, by a sample of them."""
+    sample = torch.cat([_score(params[name], config, name, _EVERY) for name in names])
+    rank = math.ceil(wanted / _EVERY) + _SPARE
+    return math.inf if rank > len(sample) else float(torch.kthvalue(sample, rank).values)
