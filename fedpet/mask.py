@@ -90,7 +90,7 @@ def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
     names = sorted(params)
     sizes = {name: params[name].numel() for name in names}
     if config.granularity == "per-tensor":
-        ranked = {}
+        ranked: dict[str, Tensor] = {}
         for name in names:
             ranked |= _ranked(params, [name], config, num_chosen(config.density, sizes[name]))
     else:

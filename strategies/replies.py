@@ -5,16 +5,16 @@
 In:  the messages that came back, each a frame or a refusal for each client of a node's cohort.
 Out: a frame a client, checked, still encoded; every other client in the ledger with the reason.
 
-Frames stay encoded until they are averaged: `updates` decodes them one at a time, in the order of
-the clients' names, so that neither memory nor the result depends on how many came, in which order,
-or from how many nodes (law 6).
+Messages are taken one by one as they come. Frames stay encoded on a shelf until they are averaged:
+`updates` decodes them one at a time, in the order of the clients' names, so that neither memory nor
+the result depends on how many came, in which order, or from how many nodes (law 6).
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import Error, Message
@@ -35,6 +35,7 @@ from fedpet.plan import Plan
 from fedpet.seeds import derive_seed
 from fedpet.tiers import Where
 
+from .intake import Shelf
 from .requests import Again
 from .tiers import TierBook
 
@@ -97,52 +98,57 @@ class Replies:
         self._names = names
         self._tiers = tiers
         self._ledger = ledger
-        self._accepted: dict[str, Frame] = {}
+        self._accepted: dict[str, tuple[Frame, tuple[int, int]]] = {}  # without payload; where
+        self._shelf = Shelf()
+        self._again = Again()
         self._asked_again: dict[str, str] = {}  # client -> why
 
-    def read(self, replies: Iterable[Message]) -> Again:
-        """Accept or refuse what each message holds, but for those to be asked again.
+    def take(self, reply: Message) -> None:
+        """Accept or refuse what a message holds, but for those to be asked again.
 
         Of a node that says so, and names another tier of the plan, the book of tiers takes it down.
         """
-        again = Again()
-        for reply in sorted(replies, key=lambda message: message.metadata.src_node_id):
-            node = reply.metadata.src_node_id
-            if reply.has_error():
-                self._refuse_cohort(node, _reason(reply.error))
-                continue
-            train_seconds = 0.0
-            try:
-                for part in self._parts(reply):
-                    if isinstance(part, Refusal) and part.reason == PLAN_MISSING:
-                        again.no_plan.append(node)
-                        self._note(self._cohorts.get(node, []), part)
-                        break
-                    if isinstance(part, Refusal) and part.reason == REFERENCE_MISSING:
-                        again.no_reference.append(node)
-                        self._note(self._cohorts.get(node, []), part)
-                        break
-                    if isinstance(part, Refusal) and self._is_of_other_tier(node, part):
-                        name = self._names[part.client]
-                        again.other_tier.setdefault(node, []).append(name)
-                        self._note([name], part)
-                        continue
-                    if isinstance(part, Refusal) and self._lost_its_residual(node, part):
-                        name = self._names[part.client]
-                        again.no_residual.setdefault(node, []).append(name)
-                        self._note([name], part)
-                        continue
-                    train_seconds += self._settle(node, part)
-            except FrameError as error:
-                self._refuse_cohort(node, str(error))
-            # Flower's loop holds a round's messages until the next round's have come.
-            reply.content.clear()
-            record = self._ledger.current
-            record.train_seconds = max(record.train_seconds, train_seconds)
-        return again
+        node, again = reply.metadata.src_node_id, self._again
+        if reply.has_error():
+            self._refuse_cohort(node, _reason(reply.error))
+            return
+        train_seconds = 0.0
+        try:
+            for part in self._parts(reply):
+                if isinstance(part, Refusal) and part.reason == PLAN_MISSING:
+                    again.no_plan.append(node)
+                    self._note(self._cohorts.get(node, []), part)
+                    break
+                if isinstance(part, Refusal) and part.reason == REFERENCE_MISSING:
+                    again.no_reference.append(node)
+                    self._note(self._cohorts.get(node, []), part)
+                    break
+                if isinstance(part, Refusal) and self._is_of_other_tier(node, part):
+                    name = self._names[part.client]
+                    again.other_tier.setdefault(node, []).append(name)
+                    self._note([name], part)
+                    continue
+                if isinstance(part, Refusal) and self._lost_its_residual(node, part):
+                    name = self._names[part.client]
+                    again.no_residual.setdefault(node, []).append(name)
+                    self._note([name], part)
+                    continue
+                train_seconds += self._settle(node, part)
+        except FrameError as error:
+            self._refuse_cohort(node, str(error))
+        # Flower's loop holds a round's messages until the next round's have come.
+        reply.content.clear()
+        record = self._ledger.current
+        record.train_seconds = max(record.train_seconds, train_seconds)
+
+    def to_ask_again(self) -> Again:
+        """Who could not answer as asked since this was called last, in the order of the nodes."""
+        again, self._again = self._again, Again()
+        return again.in_order()
 
     def refuse_absent(self, sampled: Iterable[str]) -> None:
-        """Refuse the clients of whom nothing was heard."""
+        """Refuse the clients of whom nothing was heard; refusals are then in order."""
+        self._ledger.current.refused.sort(key=lambda refused: int(refused.get("node", -1)))
         homes = self._homes()
         for name in sampled:
             if name in self._accepted or self._was_refused(name):
@@ -159,12 +165,13 @@ class Replies:
     def updates(self) -> Iterator[Update]:
         """Decode the accepted frames, in the order of the clients' names.
 
-        A frame that does not decode, or not to finite values, is refused and left out. What has
-        been decoded is let go.
+        A frame that does not decode, or not to finite values, is refused and left out. To be gone
+        through once.
         """
         homes = self._homes()
         for name in sorted(self._accepted):
-            frame = self._accepted.pop(name)
+            frame, place = self._accepted[name]
+            frame = replace(frame, payload=self._shelf.get(place))
             tier = self._tiers.of(name)
             try:
                 change = self._decode(frame, self._plan.uplink(tier.groups, tier.head_groups))
@@ -172,6 +179,7 @@ class Replies:
                 self._ledger.refuse(name, str(error), homes[name])
                 continue
             yield Update(name, change, tier.where, frame.num_examples, frame.loss)
+        self._shelf.close()
 
     def _decode(self, frame: Frame, coding: Coding) -> np.ndarray:
         seed = derive_seed("client", self._plan.seed, frame.server_round, frame.client)
@@ -224,7 +232,7 @@ class Replies:
             self._ledger.refuse(name, str(error), node)
             return 0.0
         assert isinstance(part, Frame)
-        self._accepted[name] = part
+        self._accepted[name] = replace(part, payload=b""), self._shelf.put(part.payload)
         self._answered(node, name, self._round)
         self._ledger.count_client(up=solo_bytes(pack_frame(part), reply=True))
         return part.train_seconds

@@ -19,7 +19,6 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Iterable
-from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
@@ -31,6 +30,7 @@ from fedpet.population import Residents
 from fedpet.roster import read_roster, write_roster
 
 from .holders import Holders
+from .in_front import InFront
 
 MAX_ASKS = 3  # of a node whose answers are errors, before it is left alone
 POLL_SECONDS = 0.5
@@ -38,7 +38,7 @@ POLL_SECONDS = 0.5
 LOG = logging.getLogger("fedpet")
 
 
-class RollCall(Grid):
+class RollCall(InFront):
     """A Grid whose nodes are those that answered the roll call.
 
     Args:
@@ -62,7 +62,7 @@ class RollCall(Grid):
         wait_seconds: float,
         ledger: Ledger,
     ) -> None:
-        self._grid = grid
+        super().__init__(grid)
         self._question = write_request(Request((), b"", plan))
         self._residents = residents
         self._holders = holders
@@ -173,7 +173,7 @@ class RollCall(Grid):
         LOG.warning("roll call: %s: %s", who, reason)
         self._ledger.refuse(who, reason)
 
-    # -- everything else is the grid's ---------------------------------------------------------
+    # -- messages ------------------------------------------------------------------------------
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Send."""
@@ -187,38 +187,12 @@ class RollCall(Grid):
         """Receive what has come."""
         return [self._named(reply) for reply in self._grid.pull_messages(message_ids)]
 
-    def send_and_receive(
-        self, messages: Iterable[Message], *, timeout: float | None = None
-    ) -> Iterable[Message]:
-        """Send, and receive what comes in time."""
-        messages = list(messages)
-        replies = list(self._grid.send_and_receive(messages, timeout=timeout))
-        self._sent_to.update((m.metadata.message_id, m.metadata.dst_node_id) for m in messages)
-        return [self._named(reply) for reply in replies]
-
     def _named(self, reply: Message) -> Message:
         """For a node that is gone Flower answers, in its own name: this gives the node's."""
         node = self._sent_to.pop(_question_of(reply), None)
         if node is not None and reply.has_error():
             reply.metadata.__dict__["_src_node_id"] = node
         return reply
-
-    def get_nodes(self) -> Iterable[Any]:
-        """What Flower knows of its nodes."""
-        return self._grid.get_nodes()
-
-    def set_run(self, run: Any) -> None:
-        """The run is the grid's."""
-        self._grid.set_run(run)
-
-    @property
-    def run(self) -> Any:
-        """The grid's run."""
-        return self._grid.run
-
-    def create_message(self, *args: Any, **kwargs: Any) -> Message:
-        """Deprecated in Flower: use `Message`."""
-        return self._grid.create_message(*args, **kwargs)
 
 
 def _question_of(reply: Message) -> str:

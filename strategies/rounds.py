@@ -32,6 +32,7 @@ from fedpet.population import Population
 from fedpet.tiers import Tier
 
 from .arrays import to_arrays, values_of
+from .intake import Intake
 from .metered import Metered
 from .replies import LARGEST_VALUE, Replies
 from .requests import Requests, wait_for_nodes
@@ -101,15 +102,35 @@ class _Rounds(Memory):
         self._deadline = time.monotonic() + self.config.round_deadline_seconds
         self._values = values_of(arrays)
         super().configure_train(server_round, arrays, config, grid)  # the rule notes the values
-        return self.requests.of_round(server_round, self._values, nodes)
+        messages = self.requests.of_round(server_round, self._values, nodes)
+        self._replies = Replies(
+            server_round=server_round,
+            plan=self.plan,
+            digest=self.digest,
+            cohorts=self.requests.cohorts,
+            names=self._names,
+            tiers=self.tiers,
+            ledger=self.ledger,
+            answered=self.requests.answered,
+        )
+        return messages
 
     # -- up ---------------------------------------------------------------------------------
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
     ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Refuse what does not fit; combine the rest by Flower's rule if they are enough."""
-        updates = Counted(self._read(server_round, replies).updates())
+        """Refuse what does not fit; combine the rest by Flower's rule if they are enough.
+
+        Args:
+            server_round: The round.
+            replies: Those that were not taken as they came: none where `start` runs the loop.
+        """
+        for reply in replies:
+            self._replies.take(reply)
+        self._ask_again()
+        self._replies.refuse_absent(self.requests.sampled)
+        updates = Counted(self._replies.updates())
         messages = self.to_flower(self._values, updates)
         record = self.ledger.current
         record.replies, record.loss = updates.count, updates.loss
@@ -151,30 +172,23 @@ class _Rounds(Memory):
                 + (f" by {self.config.name!r} and its parameters." if needed == rule else ".")
             )
 
-    def _read(self, server_round: int, messages: Iterable[Message]) -> Replies:
-        """Read the replies; who could not answer as asked is asked again before the deadline."""
-        replies = Replies(
-            server_round=server_round,
-            plan=self.plan,
-            digest=self.digest,
-            cohorts=self.requests.cohorts,
-            names=self._names,
-            tiers=self.tiers,
-            ledger=self.ledger,
-            answered=self.requests.answered,
-        )
-        again = replies.read(messages)
+    def _take(self, reply: Message) -> None:
+        """Count and read a reply as it comes."""
+        self.ledger.count_wire(reply)
+        self._replies.take(reply)
+
+    def _ask_again(self) -> None:
+        """Ask those who could not answer as they were asked once more, before the deadline."""
         for _ in range(MAX_REPEATS):
+            again = self._replies.to_ask_again()
             if not again:
                 break
             asked = self.requests.again(again)
-            left = max(self._deadline - time.monotonic(), 0.0)
-            answers = list(self._grid.send_and_receive(asked, timeout=left))
-            for message in (*asked, *answers):
+            for message in asked:
                 self.ledger.count_wire(message)
-            again = replies.read(answers)
-        replies.refuse_absent(self.requests.sampled)
-        return replies
+            left = max(self._deadline - time.monotonic(), 0.0)
+            for answer in self._grid.send_and_receive(asked, timeout=left):
+                self._take(answer)
 
     # -- from run to run --------------------------------------------------------------------
 
@@ -191,10 +205,10 @@ class _Rounds(Memory):
 
     # -- around the rounds ------------------------------------------------------------------
 
-    def start(self, *args: Any, **kwargs: Any) -> Result:
-        """Flower's loop, see `flwr.serverapp.strategy.Strategy.start`."""
+    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
+        """Flower's loop, see `flwr.serverapp.strategy.Strategy.start`; replies are taken early."""
         self._starting = True
-        return super().start(*args, **kwargs)
+        return super().start(Intake(grid, self._take), *args, **kwargs)
 
     def summary(self) -> None:
         """Say nothing: the run's own progress does.

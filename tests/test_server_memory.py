@@ -1,4 +1,4 @@
-"""What the server holds does not grow with the number of clients, but for their encoded frames."""
+"""What the server holds does not grow with the number of clients."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 
 
 @pytest.mark.timeout(600)
-def test_more_clients_a_round_add_their_encoded_replies_and_nothing_else(
+def test_a_round_of_200_clients_takes_hardly_more_memory_than_one_of_20(
     tmp_path: Path, repository: Path
 ) -> None:
     out = tmp_path / "memory.json"
@@ -20,5 +20,5 @@ def test_more_clients_a_round_add_their_encoded_replies_and_nothing_else(
     subprocess.run(command, check=True, capture_output=True, timeout=580, cwd=repository)
     found = json.loads(out.read_text())
     [row] = found["rows"]
-    replies = (200 - 20) * 4 * found["values"] / 1e6  # MB, if noise could not be coded shorter
-    assert 0 < row["added_mb"]["200"] < replies
+    replies = (200 - 20) * 3 * found["values"] / 1e6  # MB, noise coded as short as it can be
+    assert row["added_mb"]["200"] < 20 < replies

@@ -655,8 +655,8 @@ def test_a_run_cut_short_in_or_after_its_search_goes_on_to_the_same_bytes(
     out, expected = whole(changes)
 
     class Stops(LocalGrid):
-        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
-            replies = super().send_and_receive(messages, timeout=timeout)
+        def pull_messages(self, message_ids: Any) -> Any:
+            replies = super().pull_messages(message_ids)
             self.rounds = getattr(self, "rounds", 0) + bool(replies)
             if self.rounds == stop:
                 raise KeyboardInterrupt
@@ -708,11 +708,11 @@ def test_a_structure_s_file_that_the_search_did_not_leave_does_not_end_it(experi
     cut = experiment()
 
     class Stops(LocalGrid):
-        def send_and_receive(self, messages: Any, *, timeout: float | None = None) -> Any:
+        def push_messages(self, messages: Any) -> Any:
             self.rounds = getattr(self, "rounds", 0) + 1
             if self.rounds == 2:
                 raise KeyboardInterrupt
-            return super().send_and_receive(messages, timeout=timeout)
+            return super().push_messages(messages)
 
     with pytest.raises(KeyboardInterrupt):
         run(cut, Stops.of(NodeSettings.of(cut), 1))

@@ -7,8 +7,8 @@ Out: the peak of a process's resident memory over rounds with so many clients, i
      what each number of clients adds to the first.
 
 There is no model and no training: each client's frame holds Gaussian noise, which no codec can
-shorten. The frames are made in the same process, a node at a time, and travel through Flower's
-loop as they do from a network. Linux only: the peak is the kernel's.
+shorten. The frames are made in the same process, a node at a time, and lie on disk until the server
+asks for them, as those of real nodes lie with the SuperLink. Linux only: the peak is the kernel's.
 """
 
 from __future__ import annotations
@@ -18,17 +18,19 @@ import json
 import multiprocessing
 import sys
 import time
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from flwr.app import Message
 
 from fedpet.codec import check_codec, encode_values
 from fedpet.codec.frame import Frame, pack_frame, unpack_frames
 from fedpet.config import CodecConfig, StrategyConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.ledger import Ledger
-from fedpet.messages import read_request
+from fedpet.messages import from_record, read_request, to_record
 from fedpet.plan import Plan
 from fedpet.population import Population
 from fedpet.seeds import derive_seed
@@ -36,6 +38,7 @@ from fedpet.simulations.engine import quiet_flower
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import machine, versions
 from fedpet.strategies import STRATEGIES, to_arrays
+from fedpet.strategies.intake import Shelf
 from fedpet.structure import Structure
 from fedpet.tiers import Tier
 
@@ -92,6 +95,32 @@ def answer(payload: bytes, plan: Plan) -> bytes:
     return bytes(frames)
 
 
+class PostOffice(LocalGrid):
+    """A grid whose replies lie outside the server's memory until they are pulled."""
+
+    def __init__(self, handlers: dict[int, Callable[[bytes], bytes]]) -> None:
+        super().__init__(handlers)
+        self._shelf = Shelf()
+        self._asked: dict[str, tuple[Message, tuple[int, int]]] = {}
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Answer at once, and put the answer away."""
+        numbers = []
+        for message in messages:
+            number = f"message-{len(self._asked)}"
+            message.metadata.__dict__["_message_id"] = number
+            reply = self._handlers[message.metadata.dst_node_id](from_record(message.content))
+            message.content.clear()
+            self._asked[number] = message, self._shelf.put(reply)
+            numbers.append(number)
+        return numbers
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Make the replies to these messages."""
+        asked = [self._asked.pop(number) for number in message_ids]
+        return [Message(to_record(self._shelf.get(place)), reply_to=m) for m, place in asked]
+
+
 def peak_mb(strategy: str, codec: str, num_values: int, num_clients: int, rounds: int) -> float:
     """Run rounds of so many clients; the peak of this process's memory, since it began."""
     plan = make_plan(num_values, codec)
@@ -103,7 +132,7 @@ def peak_mb(strategy: str, codec: str, num_values: int, num_clients: int, rounds
         ledger=Ledger(),
     )
     nodes = range(1, num_clients + 1)  # one client each, as devices are
-    grid = LocalGrid({node: lambda payload: answer(payload, plan) for node in nodes})
+    grid = PostOffice({node: lambda payload: answer(payload, plan) for node in nodes})
     with quiet_flower():
         made.start(grid, to_arrays(np.zeros(num_values)), num_rounds=rounds)
     assert all(record.aggregated for record in made.ledger.rounds)
