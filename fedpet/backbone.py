@@ -25,6 +25,7 @@ from torch import Tensor
 
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
+from fedpet.loading import without_collection
 from fedpet.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -64,10 +65,15 @@ def load_backbone(
         BackboneError: The checkpoint is absent, out of reach, or not of a kind that classifies
             sequences.
     """
+    folder = locate(config)
+    with without_collection():
+        return _load(config, folder, num_outputs, regression)
+
+
+def _load(config: BackboneConfig, folder: Path, num_outputs: int, regression: bool) -> Backbone:
     from transformers import AutoConfig, AutoModelForSequenceClassification
     from transformers.utils import logging as transformers_logging
 
-    folder = locate(config)
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:

@@ -15,6 +15,7 @@ values written into the resident model, and read out again.
 from __future__ import annotations
 
 import functools
+import gc
 import os
 import tempfile
 from collections.abc import Mapping
@@ -320,6 +321,7 @@ class Node:
                 raise PlanError(PLAN_MISSING)
             plan = Plan.from_bytes(path.read_bytes())
             self._ready = None  # the old model goes before the new one comes
+            gc.unfreeze()
             data = self._data(plan)
             backbone = load_backbone(
                 replace(self.settings.backbone, head_seed=plan.head_seed),
@@ -330,6 +332,7 @@ class Node:
             pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
             self._ready = (plan, pet, data, rows_of)
             self._plan_in_force = digest
+            gc.freeze()  # it all stays: neither training nor the process's end looks through it
         return self._ready
 
     def _data(self, plan: Plan) -> FederatedData:

@@ -7,8 +7,11 @@ best where its own rows, checkpoint and cache are.
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedpet.client import NodeSettings, reply
-from fedpet.config import Experiment
+from fedpet.loading import without_collection
+
+with without_collection():  # torch is imported here
+    from fedpet.client import NodeSettings, reply
+    from fedpet.config import Experiment
 
 app = ClientApp()
 

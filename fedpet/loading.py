@@ -1,0 +1,24 @@
+"""Loading without looking for garbage.
+
+Importing torch and transformers makes objects by the hundred thousand, all of which stay; Python's
+cyclic collector goes through them again and again, for a sixth of the time. A device pays that for
+every message, since Flower starts a process for each.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def without_collection() -> Iterator[None]:
+    """Leave the cyclic collector off inside; on again afterwards if it was on."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
