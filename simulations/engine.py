@@ -10,13 +10,16 @@ from __future__ import annotations
 import logging
 import os
 import shutil
+import signal
 import sys
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from types import FrameType
 from typing import Any, TypeVar
 
 from flwr.app import Context, Message
@@ -240,9 +243,23 @@ def ray_runtime(num_cpus: int) -> Iterator[None]:
 
 @contextmanager
 def quiet_flower() -> Iterator[None]:
-    """Keep Flower's log to errors: progress and refusals are told by fedpet."""
+    """Keep Flower's log to errors: progress and refusals are told by fedpet.
+
+    An interrupt ends the log: what is under way then fails, and Flower would print where.
+    """
     logger = logging.getLogger("flwr")
     level = logger.level
+
+    def interrupted(number: int, frame: FrameType | None) -> None:
+        logger.setLevel(logging.CRITICAL + 1)
+        signal.default_int_handler(number, frame)
+
+    handled = (
+        threading.current_thread() is threading.main_thread()
+        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    )
+    if handled:
+        signal.signal(signal.SIGINT, interrupted)
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
@@ -250,3 +267,5 @@ def quiet_flower() -> Iterator[None]:
             yield
     finally:
         logger.setLevel(level)
+        if handled:
+            signal.signal(signal.SIGINT, signal.default_int_handler)

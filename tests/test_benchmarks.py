@@ -778,20 +778,21 @@ def test_a_table_of_one_cell_runs_on_ray_and_is_not_run_again(table_file: Any) -
     path = table_file(
         methods={"head": {"learning-rates": [0.1]}},
         set=["strategy.num-rounds=1"],
+        final={"split": "test", "seeds": [0]},
     )
-    done = _command(["table", str(path), "--phase", "tune"], 300)
+    done = _command(["table", str(path), "--phase", "final"], 300)
     assert done.returncode == 0, done.stderr
-    file = path.parent / "results" / "small" / "tune" / "head-lr0.1.json"
+    file = path.parent / "results" / "small" / "final" / "head-seed0.json"
     cell = json.loads(file.read_text())
     assert cell["result"]["run"]["status"] == "ok"
     assert cell["result"]["communication"]["messages"] == 8
     assert "head" in done.stdout
-    again = _command(["table", str(path), "--phase", "tune"])
+    again = _command(["table", str(path), "--phase", "final"])
     assert again.returncode == 0, again.stderr
     assert "1 of 1 cells are there already" in again.stderr
 
     # The same settings on a grid in this process: the same bytes.
     read = TableFile.read(path)
-    settings = read.tune_cells(read.methods[0])[0].experiment
+    settings = read.final_cells(read.methods[0], Rate(0.1))[0].experiment
     settings = replace(settings, run=replace(settings.run, out=str(path.parent / "here")))
     assert run("head", settings)["final_values_sha256"] == cell["result"]["final_values_sha256"]
