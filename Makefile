@@ -22,7 +22,7 @@ include scripts/settings
 run: $(STAMP) ## federated fine-tuning of a real model on film reviews, on Ray
 	@$(VENV)/bin/fedpet simulate $(ARGS)
 
-test: $(STAMP) ## the plain tests, then those that start Ray and Flower
+test: $(STAMP) ## the plain tests, and those that start Ray and Flower
 	@scripts/test $(ARGS)
 
 test-slow: $(STAMP) ## tests that train for minutes
