@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 import socket
@@ -80,6 +81,11 @@ def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experi
         return tiny.make_experiment(*files, tmp_path / f"run{next(counter)}", **changes)
 
     return make
+
+
+def pytest_collection_finish() -> None:
+    """Flower collects garbage in every round, and would go through all that was imported."""
+    gc.freeze()
 
 
 def pytest_unconfigure() -> None:
