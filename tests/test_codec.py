@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import zstandard
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -75,6 +75,8 @@ def test_float32_gives_back_the_same_bits(codec, values):
     codec=st.sampled_from([c for c in CODECS if "eden" not in c]),
     seed=st.integers(0, 2**128),
 )
+@example(values=np.full(3, np.finfo(np.float32).max), codec="int8", seed=0)
+@example(values=np.array([3.3961777e38], dtype=np.float32), codec="int4", seed=0)
 def test_every_finite_vector_decodes_to_a_finite_one_of_its_length(values, codec, seed):
     decoded = roundtrip(values, codec, seed=seed)
     assert decoded.shape == values.shape

@@ -7,9 +7,10 @@ In:  values, float32 (n,), finite, in groups that share no block.
 Out: a scale a block (bfloat16), and a symbol a value: 255 levels in blocks of 1024, or 15 in
      blocks of 64.
 
-A scale is the block's largest magnitude over 127 (or 7), rounded up, so that nothing is clipped. A
-value is rounded up or down at random, by how near each is: its expected value is the value itself,
-and its error is below one scale.
+A scale is the block's largest magnitude over 127 (or 7), rounded up, so that nothing is clipped but
+what lies within a hundredth of float32's largest, where a scale rounded up would overflow. A value
+is rounded up or down at random, by how near each is: its expected value is the value itself, and
+its error is below one scale.
 """
 
 from __future__ import annotations
@@ -39,6 +40,12 @@ class Grid:
     def alphabet(self) -> int:
         return 2 * self.limit + 1
 
+    @property
+    def largest_scale(self) -> np.uint16:
+        """The upper half of the largest scale whose every multiple is a float32."""
+        largest = np.finfo(np.float32).max / np.float32(self.limit)
+        return np.uint16(largest.view(np.uint32) >> np.uint32(16))
+
 
 GRIDS = {"int8": Grid(127, 1024), "int4": Grid(7, 64)}
 
@@ -51,6 +58,7 @@ def encode_integers(
     largest = np.maximum.reduceat(np.abs(values), starts)
     needed = largest / np.float32(grid.limit)
     upper = (needed.view(np.uint32) + np.uint32(0xFFFF) >> np.uint32(16)).astype(np.uint16)
+    np.minimum(upper, grid.largest_scale, out=upper)
     scales = widen(upper)
     scales[scales == 0] = 1  # of zeros
     multiples = values / np.repeat(scales, lengths)
