@@ -18,10 +18,8 @@ import functools
 import gc
 import os
 import tempfile
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -30,35 +28,15 @@ from flwr.app import Message
 from fedpet.backbone import load_backbone, locate
 from fedpet.codec import encode_with_feedback
 from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal
-from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
 from fedpet.data import FederatedData, load_data
-from fedpet.errors import (
-    ConfigError,
-    FedpetError,
-    FrameError,
-    PlanError,
-    ReplyError,
-    TrainingError,
-)
-from fedpet.messages import (
-    OTHER_TIER,
-    PLAN_MISSING,
-    RESIDUAL_MISSING,
-    from_record,
-    read_request,
-    to_record,
-)
+from fedpet.errors import FedpetError, FrameError, PlanError, ReplyError, TrainingError
+from fedpet.layout import groups_by_kind, head_groups
+from fedpet.messages import OTHER_TIER, PLAN_MISSING, from_record, read_request, to_record
 from fedpet.model import PetModel
+from fedpet.node_settings import NodeSettings
 from fedpet.node_state import NodeState, state_folder
-from fedpet.plan import Plan, groups_by_kind, head_groups
-from fedpet.profile import (
-    SIMULATED,
-    Profile,
-    own_backbone,
-    own_data,
-    own_population,
-    read_node_config,
-)
+from fedpet.plan import Plan
+from fedpet.residuals import Residuals
 from fedpet.roster import write_roster
 from fedpet.search import SearchModel, client_config
 from fedpet.seeds import client_number, derive_seed
@@ -71,104 +49,15 @@ MAX_REASON_BYTES = 500
 Model = PetModel | SearchModel  # of a plan that trains, and of one that searches
 
 
-@dataclass(frozen=True, kw_only=True)
-class NodeSettings:
-    """What a node knows of itself; everything else comes with the plan.
-
-    Attributes:
-        profile: What the node was started with beyond an experiment's files.
-        backbone: Where the node's own copy of the checkpoint is.
-        data: Where its rows are.
-        population: How its rows fall into clients.
-        cache: Folder for tokenised rows and plans.
-        max_density: It trains the largest tier of the mask up to this density; None leaves it to
-            the server, which draws a tier for each client.
-    """
-
-    profile: Profile = SIMULATED
-    backbone: BackboneConfig
-    data: DataConfig
-    population: PopulationConfig
-    cache: Path
-    max_density: float | None = None
-
-    @classmethod
-    def of(
-        cls, experiment: Experiment, node_config: Mapping[str, object] | None = None
-    ) -> NodeSettings:
-        """The settings of a node that has the experiment's files.
-
-        Args:
-            experiment: Where backbone, data and cache are.
-            node_config: What the node was started with (Flower's `--node-config`). Its key
-                "max-density" is read, others are left alone.
-
-        Raises:
-            ConfigError: "max-density" is no density.
-        """
-        return cls(
-            backbone=experiment.backbone,
-            data=experiment.data,
-            population=experiment.population,
-            cache=cache_folder(experiment),
-            max_density=_max_density(node_config or {}),
-        )
-
-    def on(self, node_config: Mapping[str, Any]) -> NodeSettings:
-        """The settings of a node that was started with a config of its own (fedpet/profile.py).
-
-        Raises:
-            ConfigError: An unknown key, or a value that cannot be.
-        """
-        given = read_node_config(node_config)
-        return replace(
-            self,
-            profile=Profile(
-                has_own_rows="data" in given,
-                client=given.get("client", ""),
-                threads=given.get("threads", 0),
-            ),
-            backbone=own_backbone(self.backbone, given),
-            data=own_data(self.data, given),
-            population=own_population(self.population, given),
-            cache=Path(given["cache"]).expanduser() if "cache" in given else self.cache,
-        )
-
-
 @dataclass(frozen=True)
-class _Feedback:
-    """What one client carries over from round to round, where the plan has error feedback."""
+class Resident:
+    """What stays in memory from message to message: all that the plan in force needs."""
 
-    state: NodeState | None
-    client: int
-    server_round: int
-    accepted: int
-
-    def residual(self, count: int) -> np.ndarray | None:
-        """What its last accepted payload left; None where none was accepted yet.
-
-        Raises:
-            FrameError: The accepted round is not before this one.
-            PlanError: It is not held here any more.
-        """
-        if not self.accepted or self.state is None:
-            return None
-        if self.accepted >= self.server_round:
-            raise FrameError(
-                f"the last accepted round must be before this one, which is {self.server_round}, "
-                f"got {self.accepted}."
-            )
-        residual = self.state.residual(self.client, self.accepted, count)
-        if residual is None:
-            raise PlanError(RESIDUAL_MISSING)
-        return residual
-
-    def keep(self, residual: np.ndarray) -> None:
-        """Keep what this round's payload left."""
-        if self.state is not None:
-            self.state.keep_residual(
-                self.client, self.server_round, residual, accepted=self.accepted
-            )
+    digest: bytes
+    plan: Plan
+    pet: Model
+    data: FederatedData
+    rows_of: dict[int, np.ndarray]
 
 
 class Node:
@@ -176,8 +65,7 @@ class Node:
 
     def __init__(self, settings: NodeSettings) -> None:
         self.settings = settings
-        self._plan_in_force: bytes | None = None
-        self._ready: tuple[Plan, Model, FederatedData, dict[int, np.ndarray]] | None = None
+        self._resident: Resident | None = None
         self._state: NodeState | None = None
 
     def answer(self, payload: bytes) -> bytes:
@@ -201,14 +89,15 @@ class Node:
         try:
             if request.plan:
                 self._store(request.plan, digest)
-            plan, pet, data, rows_of = self._prepare(digest)
+            resident = self._prepare(digest)
+            plan = resident.plan
             if bool(request.accepted and request.run) != plan.codec.error_feedback:
                 raise FrameError(
                     f"the plan's error feedback is {plan.codec.error_feedback!r}, and the request "
                     f"names {len(request.accepted)} accepted rounds."
                 )
             state = self._state_of(digest, request.run)
-            starts = starts_of(request, frames, plan, pet, state)
+            starts = starts_of(request, frames, plan, resident.pet, state)
             if request.which and max(request.which) >= len(starts):
                 raise FrameError(
                     f"the request gives a client tier {max(request.which)}, counted from 0, and "
@@ -222,17 +111,7 @@ class Node:
         which = request.which or (0,) * len(request.clients)
         accepted = request.accepted or (0,) * len(request.clients)
         return b"".join(
-            self._train(
-                client,
-                server_round,
-                digest,
-                starts[tier],
-                plan,
-                pet,
-                data,
-                rows_of,
-                _Feedback(state, client, server_round, last),
-            )
+            self._train(resident, starts[tier], Residuals(state, client, server_round, last))
             for client, tier, last in zip(request.clients, which, accepted, strict=True)
         )
 
@@ -246,20 +125,11 @@ class Node:
         except FedpetError as error:
             return _refusal(digest, 0, 0, str(error))
 
-    def _train(
-        self,
-        client: int,
-        server_round: int,
-        digest: bytes,
-        start: Start,
-        plan: Plan,
-        pet: Model,
-        data: FederatedData,
-        rows_of: dict[int, np.ndarray],
-        feedback: _Feedback,
-    ) -> bytes:
+    def _train(self, resident: Resident, start: Start, residuals: Residuals) -> bytes:
         """One client: write the values in, train, read them out, pack the difference."""
-        if client not in rows_of:
+        digest, plan, pet = resident.digest, resident.plan, resident.pet
+        client, server_round = residuals.client, residuals.server_round
+        if client not in resident.rows_of:
             return _refusal(digest, server_round, client, "this client does not live on this node.")
         try:
             if start.tier != (own := self._tier(plan, start.tier)):
@@ -267,9 +137,9 @@ class Node:
                 return _refusal(digest, server_round, client, f"{OTHER_TIER}{density!r}")
             seed = derive_seed("client", plan.seed, server_round, client)
             pet.use_tier(start.tier)
-            residual = feedback.residual(pet.num_values)
+            residual = residuals.last(pet.num_values)
             pet.load_values(torch.from_numpy(start.values), seed=seed)
-            trained = _moved(plan, pet, data, client, rows_of[client], server_round, seed)
+            trained = _moved(resident, client, server_round, seed)
             update = pet.values().numpy() - start.values  # (values of the tier,)
             if not np.isfinite(update).all():
                 raise TrainingError(
@@ -279,7 +149,7 @@ class Node:
             encode_seed = derive_seed("encode", seed)
             if plan.codec.error_feedback:
                 payload, left = encode_with_feedback(update, residual, coding, seed=encode_seed)
-                feedback.keep(left)
+                residuals.keep(left)
             else:
                 payload = coding.encode(update, seed=encode_seed)
         except (ReplyError, FloatingPointError) as error:
@@ -313,14 +183,14 @@ class Node:
             self._state = NodeState(folder)
         return self._state
 
-    def _prepare(self, digest: bytes) -> tuple[Plan, Model, FederatedData, dict[int, np.ndarray]]:
+    def _prepare(self, digest: bytes) -> Resident:
         """Make the plan of a request the one in force, unless it is already."""
-        if self._ready is None or self._plan_in_force != digest:
+        if self._resident is None or self._resident.digest != digest:
             path = self._plan_path(digest)
             if not path.exists():
                 raise PlanError(PLAN_MISSING)
             plan = Plan.from_bytes(path.read_bytes())
-            self._ready = None  # the old model goes before the new one comes
+            self._resident = None  # the old model goes before the new one comes
             gc.unfreeze()
             data = self._data(plan)
             backbone = load_backbone(
@@ -330,10 +200,9 @@ class Node:
             )
             rows_of = {client_number(client.id): client.rows for client in data.clients}
             pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
-            self._ready = (plan, pet, data, rows_of)
-            self._plan_in_force = digest
+            self._resident = Resident(digest, plan, pet, data, rows_of)
             gc.freeze()  # it all stays: neither training nor the process's end looks through it
-        return self._ready
+        return self._resident
 
     def _data(self, plan: Plan) -> FederatedData:
         """This node's rows, tokenised as the plan says, and its clients."""
@@ -370,25 +239,19 @@ class Node:
         return self.settings.cache / "plans" / f"{digest.hex()}.plan"
 
 
-def _moved(
-    plan: Plan,
-    pet: Model,
-    data: FederatedData,
-    client: int,
-    indices: np.ndarray,
-    server_round: int,
-    seed: int,
-) -> Trained:
+def _moved(resident: Resident, client: int, server_round: int, seed: int) -> Trained:
     """Move the model as the plan's rounds do: train, or search."""
+    plan, pet, data = resident.plan, resident.pet, resident.data
+    rows = resident.rows_of[client]
     if isinstance(pet, SearchModel):
         assert plan.search is not None
         config = client_config(plan.search, client)
-        return pet.search_rows(data.train, indices, plan.task, config, server_round=server_round)
+        return pet.search_rows(data.train, rows, plan.task, config, server_round=server_round)
     return train_rows(
         pet.model,
         pet.parameter_groups(),
         data.train,
-        indices,
+        rows,
         plan.task,
         plan.training,
         seed=seed,
@@ -402,25 +265,6 @@ def _moved(
 def resident_node(settings: NodeSettings) -> Node:
     """This process's node, made at the first message and kept."""
     return Node(settings)
-
-
-def cache_folder(experiment: Experiment) -> Path:
-    """Where tokenised rows and plans are kept between runs."""
-    named = experiment.run.cache or os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet"
-    return Path(named).expanduser()
-
-
-def _max_density(node_config: Mapping[str, object]) -> float | None:
-    """What a node's own configuration says of its strength."""
-    named = node_config.get("max-density")
-    if named is None:
-        return None
-    if isinstance(named, bool) or not isinstance(named, int | float) or not 0 < named <= 1:
-        raise ConfigError(
-            f"a node's max-density must be in (0, 1], got {named!r}. It is the largest fraction of "
-            "the entries in scope that the device trains."
-        )
-    return float(named)
 
 
 def _refusal(digest: bytes, server_round: int, client: int, reason: str) -> bytes:

@@ -29,16 +29,16 @@ import numpy as np
 import torch
 import zstandard
 
-from fedpet.codec import Coding, check_codec, is_lossless
+from fedpet.codec import Coding, is_lossless
 from fedpet.codec.positions import decode_positions, encode_positions
-from fedpet.config import CodecConfig, Experiment, MaskConfig, SearchConfig, TrainingConfig
+from fedpet.config import CodecConfig, MaskConfig, SearchConfig, TrainingConfig
 from fedpet.data import Task
-from fedpet.errors import ConfigError, FedpetError, PlanError
+from fedpet.errors import FedpetError, PlanError
+from fedpet.layout import layout_hash
 from fedpet.mask import Mask, build_mask, rank_positions, tier_counts
-from fedpet.model import PetModel, Segment
+from fedpet.model import PetModel
 from fedpet.positions import mask_scope
-from fedpet.search import SearchModel, build_space
-from fedpet.seeds import derive_seed
+from fedpet.search import SearchModel
 from fedpet.structure import Structure
 
 if TYPE_CHECKING:
@@ -196,7 +196,7 @@ class Plan:
         """
         assert self.search is not None
         self._check_fingerprint(backbone)
-        model = search_model(backbone, self._mask(backbone), self.search, seed=self.seed)
+        model = SearchModel.of(backbone, self._mask(backbone), self.search, seed=self.seed)
         self._check_layout(model)
         return model
 
@@ -241,120 +241,6 @@ class Plan:
         return mask
 
 
-def make_plan(
-    experiment: Experiment,
-    backbone: Backbone,
-    structure: Structure,
-    task: Task,
-    tokenizer_hash: str,
-) -> tuple[Plan, PetModel]:
-    """Settle a run's plan, and build the server's own model from it. The backbone is used up."""
-    mask = _mask_of(experiment, backbone)
-    pet = PetModel(backbone, mask, structure, seed=experiment.run.seed)
-    plan = _plan(
-        experiment,
-        backbone.fingerprint,
-        mask,
-        pet,
-        task,
-        tokenizer_hash,
-        structure=Structure(structure.modules),  # gates and origin stay with the server
-        num_rounds=experiment.strategy.num_rounds,
-        seed=experiment.run.seed,
-    )
-    return plan, pet
-
-
-def make_search_plan(
-    experiment: Experiment,
-    search: SearchConfig,
-    backbone: Backbone,
-    task: Task,
-    tokenizer_hash: str,
-) -> tuple[Plan, SearchModel]:
-    """Settle the plan of a federated search, and the model that it is of.
-
-    Its seed is another than the training's, so that no round of the one draws as the other does.
-
-    Args:
-        experiment: The run's.
-        search: Settled, see `fedpet.search.settle`.
-        backbone: In use until `SearchModel.pet.restore` is called, and the checkpoint again then.
-        task: Kind, labels, metric.
-        tokenizer_hash: Of the tokeniser's files.
-
-    Raises:
-        InputError: The backbone has no such space, or the budget does not fit it.
-    """
-    mask = _mask_of(experiment, backbone)
-    seed = derive_seed("structure search", experiment.run.seed, search.seed)
-    model = search_model(backbone, mask, search, seed=seed)
-    plan = _plan(
-        experiment,
-        backbone.fingerprint,
-        mask,
-        model,
-        task,
-        tokenizer_hash,
-        structure=Structure(),
-        num_rounds=search.rounds,
-        seed=seed,
-        search=search,
-    )
-    return plan, model
-
-
-def search_model(
-    backbone: Backbone, mask: Mask | None, config: SearchConfig, *, seed: int
-) -> SearchModel:
-    """Put the whole space of a search on a backbone, in place."""
-    space = build_space(
-        backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
-    )
-    space.check_budget(float(config.budget))
-    return SearchModel(PetModel(backbone, mask, space.structure(), seed=seed), space)
-
-
-def _mask_of(experiment: Experiment, backbone: Backbone) -> Mask | None:
-    if not experiment.mask.enabled:
-        return None
-    return build_mask(mask_scope(backbone.model, backbone.head), experiment.mask)
-
-
-def _plan(
-    experiment: Experiment,
-    fingerprint: str,
-    mask: Mask | None,
-    model: PetModel | SearchModel,
-    task: Task,
-    tokenizer_hash: str,
-    *,
-    structure: Structure,
-    num_rounds: int,
-    seed: int,
-    search: SearchConfig | None = None,
-) -> Plan:
-    explicit = mask is not None and experiment.mask.broadcast == "explicit"
-    return Plan(
-        fingerprint=fingerprint,
-        head_seed=experiment.backbone.head_seed,
-        task=task,
-        max_length=experiment.data.max_length,
-        tokenizer_hash=tokenizer_hash,
-        mask=experiment.mask if mask is not None else None,
-        mask_sha256=mask.digest().hex() if mask is not None else "",
-        mask_positions=encode_mask(mask) if mask is not None and explicit else b"",
-        structure=structure,
-        num_values=model.num_values,
-        layout=layout_hash(model.tiers),
-        codec=experiment.codec,
-        training=experiment.training,
-        num_rounds=num_rounds,
-        seed=seed,
-        search=search,
-    )
-
-
 def encode_mask(mask: Mask) -> bytes:
     """A mask as the coded sets of positions of all tensors in scope, in the order of the names."""
     empty = np.empty(0, dtype=np.int64)
@@ -363,56 +249,6 @@ def encode_mask(mask: Mask) -> bytes:
         [np.sort(mask.positions[n].numpy()) if n in mask.positions else empty for n in names],
         [mask.sizes[name] for name in names],
     )
-
-
-def check_codecs(config: CodecConfig) -> None:
-    """Refuse codecs that are not known, or do not go together.
-
-    Raises:
-        ConfigError: One sentence on the first that is wrong.
-    """
-    for name in (config.up, config.down, config.head_up, config.head_down):
-        if name:
-            check_codec(name)
-    if (
-        config.error_feedback
-        and is_lossless(config.up)
-        and is_lossless(config.head_up or "float32")
-    ):
-        raise ConfigError(
-            f"codec.error-feedback keeps what codec.up loses, and {config.up!r} loses nothing: "
-            "name a lossy codec, such as 'topk-0.1+eden-4', or set it to false."
-        )
-
-
-def _all_lossless(*codecs: str) -> bool:
-    return all(is_lossless(codec) for codec in codecs if codec)
-
-
-def head_groups(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """Those of `groups_by_kind` that are the head's."""
-    heads = {segment.start for segment in segments if segment.kind == "head"}
-    return [group for group in groups_by_kind(segments) if group[0] in heads]
-
-
-def groups_by_kind(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """Runs of segments of one kind, as (start, stop): what a codec scales and rotates apart."""
-    groups: list[tuple[int, int]] = []
-    kind = None
-    for segment in segments:
-        stop = segment.start + segment.size
-        if segment.kind == kind:
-            groups[-1] = (groups[-1][0], stop)
-        else:
-            groups.append((segment.start, stop))
-        kind = segment.kind
-    return groups
-
-
-def layout_hash(tiers: Sequence[Sequence[Segment]]) -> str:
-    """SHA-256 (hex) over the order, kinds, names and sizes of the values of each tier."""
-    lines = [f"{s.kind} {s.name} {s.start} {s.size}" for segments in tiers for s in segments]
-    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def _tuples(fields: dict[str, Any]) -> dict[str, Any]:

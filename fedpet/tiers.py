@@ -28,8 +28,8 @@ import numpy as np
 
 from fedpet.config import MaskConfig
 from fedpet.errors import PlanError, StructureError
+from fedpet.layout import groups_by_kind, head_groups
 from fedpet.model import HasLayout, Segment
-from fedpet.plan import groups_by_kind, head_groups
 from fedpet.seeds import derive_seed
 
 __all__ = ["Tier", "Where", "draw_tier", "tier_positions", "tier_within", "tiers_of"]
@@ -47,7 +47,7 @@ class Tier:
         where: Which of the last tier's values are its own: int64, (count,), ascending; a slice of
             all for the last tier itself.
         count: How many these are.
-        groups: Runs of its values that are of one kind, see `fedpet.plan.groups_by_kind`.
+        groups: Runs of its values that are of one kind, see `fedpet.layout.groups_by_kind`.
         head_groups: Those of them that are the head's.
     """
 

@@ -19,12 +19,12 @@ from typing import TYPE_CHECKING, Any, Protocol
 import numpy as np
 
 from fedpet.backbone import Backbone, load_backbone, locate
-from fedpet.client import cache_folder
 from fedpet.codec.names import parse_codec
 from fedpet.config import Experiment, PopulationConfig, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError
 from fedpet.mask import Mask, build_mask
+from fedpet.node_settings import cache_folder
 from fedpet.positions import mask_scope
 from fedpet.search import (
     SearchProgress,

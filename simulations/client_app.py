@@ -10,8 +10,9 @@ from flwr.clientapp import ClientApp
 from fedpet.loading import without_collection
 
 with without_collection():  # torch is imported here
-    from fedpet.client import NodeSettings, reply
+    from fedpet.client import reply
     from fedpet.config import Experiment
+    from fedpet.node_settings import NodeSettings
 
 app = ClientApp()
 

@@ -26,10 +26,11 @@ from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
-from fedpet.client import NodeSettings, reply
+from fedpet.client import reply
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, Interrupted, RunError
 from fedpet.ledger import SEARCH, Ledger
+from fedpet.node_settings import NodeSettings
 from fedpet.structure import Structure
 
 from .central_search import refuse_existing, state_file, write_file

@@ -17,9 +17,9 @@ from typing import TYPE_CHECKING
 
 from flwr.serverapp import Grid
 
-from fedpet.client import cache_folder
 from fedpet.config import Experiment
 from fedpet.ledger import SEARCH, TRAINING, Ledger
+from fedpet.node_settings import cache_folder
 from fedpet.node_state import state_folder
 from fedpet.population import Population, Residents
 from fedpet.strategies import RollCall, SparseStrategy, StructureSearch

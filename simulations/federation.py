@@ -23,10 +23,10 @@ import torch
 from flwr.serverapp import Grid
 
 from fedpet.backbone import locate
-from fedpet.client import cache_folder
 from fedpet.data import Client, FederatedData
 from fedpet.errors import RunError
 from fedpet.ledger import SEARCH, TRAINING, Ledger
+from fedpet.node_settings import cache_folder
 from fedpet.node_state import state_folder
 from fedpet.population import Population, Residents
 from fedpet.strategies import STRATEGIES, TierBook, to_arrays

@@ -13,8 +13,9 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
-from fedpet.client import Node, NodeSettings
+from fedpet.client import Node
 from fedpet.messages import from_record, to_record
+from fedpet.node_settings import NodeSettings
 
 CLIENT_RAISED = 2  # Flower's code for a ClientApp that raised
 

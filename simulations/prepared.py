@@ -13,14 +13,16 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 from fedpet.backbone import Backbone, load_backbone, locate
-from fedpet.client import cache_folder
+from fedpet.codec import check_codecs
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data, load_evaluation
 from fedpet.errors import ConfigError
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.mask import build_mask
 from fedpet.model import PetModel
-from fedpet.plan import Plan, check_codecs, make_plan, make_search_plan
+from fedpet.node_settings import cache_folder
+from fedpet.plan import Plan
+from fedpet.planning import make_plan, make_search_plan
 from fedpet.positions import find_positions, mask_scope
 from fedpet.search import Space, check_structure
 from fedpet.structure import Structure, settled_structure

@@ -12,9 +12,10 @@ from typing import Any
 import tiny
 from tiny import Silent
 
-from fedpet.client import Node, NodeSettings
+from fedpet.client import Node
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodePlace, write_deployment
+from fedpet.node_settings import NodeSettings
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder

@@ -22,7 +22,7 @@ from typing import Any
 import tiny
 from tiny import Silent
 
-from fedpet.client import NodeSettings
+from fedpet.node_settings import NodeSettings
 from fedpet.simulations.federation import Prepared, federate, prepare
 from fedpet.simulations.journal import read_journal
 from fedpet.simulations.local_grid import LocalGrid

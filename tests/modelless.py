@@ -13,7 +13,7 @@ import torch
 from flwr.app import Message
 
 from fedpet import client as client_module
-from fedpet.client import Node, NodeSettings
+from fedpet.client import Node, Resident
 from fedpet.config import (
     BackboneConfig,
     CodecConfig,
@@ -28,6 +28,7 @@ from fedpet.errors import PlanError
 from fedpet.ledger import Ledger
 from fedpet.messages import PLAN_MISSING
 from fedpet.model import Segment
+from fedpet.node_settings import NodeSettings
 from fedpet.plan import Plan
 from fedpet.population import Population
 from fedpet.seeds import client_number, derive_seed
@@ -115,13 +116,13 @@ class FakePet:
 class FakeNode(Node):
     """A node whose model is a `FakePet`; use it under `training_by_formula`."""
 
-    def _prepare(self, digest: bytes) -> Any:
+    def _prepare(self, digest: bytes) -> Resident:
         path = self._plan_path(digest)
         if not path.exists():
             raise PlanError(PLAN_MISSING)
         plan = Plan.from_bytes(path.read_bytes())
         rows = {number: np.array([number], dtype=np.uint64) for number in NUMBERS}
-        return plan, FakePet(plan), SimpleNamespace(train=None), rows
+        return Resident(digest, plan, FakePet(plan), SimpleNamespace(train=None), rows)
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ from tiny import Silent
 from fedpet.codec import decode_values
 from fedpet.codec.frame import Frame, unpack_frames
 from fedpet.errors import FrameError
-from fedpet.plan import groups_by_kind
+from fedpet.layout import groups_by_kind
 from fedpet.seeds import derive_seed
 from fedpet.simulations.federation import prepare
 

@@ -10,8 +10,8 @@ import pytest
 REPOSITORY = Path(__file__).resolve().parents[1]
 sys.path.append(str(REPOSITORY))  # benchmarks are in no wheel; at the end, so that fedpet stays
 
+from fedpet.codec import check_codecs  # noqa: E402
 from fedpet.config import CodecConfig  # noqa: E402
-from fedpet.plan import check_codecs  # noqa: E402
 from simulations.benchmarks.table import TableFile  # noqa: E402
 
 

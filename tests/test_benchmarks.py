@@ -25,11 +25,11 @@ from report_runs import make_result, to_text
 from tiny import Silent
 
 from fedpet.backbone import load_backbone, locate
-from fedpet.client import NodeSettings, cache_folder
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, RunError, TrainingError
 from fedpet.messages import solo_bytes, to_record, wire_bytes
+from fedpet.node_settings import NodeSettings, cache_folder
 from fedpet.population import Population
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid

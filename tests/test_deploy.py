@@ -27,11 +27,11 @@ from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
-from fedpet.client import NodeSettings
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodePlace, write_deployment
 from fedpet.deploy.certificates import make_certificates
 from fedpet.errors import ConfigError
+from fedpet.node_settings import NodeSettings
 
 
 def make(**changes: Any) -> Deployment:

@@ -20,7 +20,6 @@ from rich.console import Console
 from tiny import Silent
 
 from fedpet import cli
-from fedpet.client import NodeSettings
 from fedpet.codec import encode_positions, max_payload_bytes
 from fedpet.config import CodecConfig, Experiment, StrategyConfig, TrainingConfig
 from fedpet.data import Task
@@ -31,6 +30,7 @@ from fedpet.estimate.messages import CHUNK_BYTES, made_up_plan, message_bytes
 from fedpet.estimate.rules import ServerRule
 from fedpet.estimate.updates import Payloads, payloads
 from fedpet.messages import solo_bytes
+from fedpet.node_settings import NodeSettings
 from fedpet.plan import Plan
 from fedpet.population import Population
 from fedpet.report.estimate import estimate_table

@@ -18,17 +18,20 @@ from flwr.serverapp.strategy import FedAvg
 from tiny import Silent
 
 from fedpet.backbone import load_backbone
-from fedpet.client import Node, NodeSettings
+from fedpet.client import Node, Resident
 from fedpet.codec import decode_values
 from fedpet.codec.frame import Frame, pack_frame, unpack_frames
 from fedpet.config import Experiment
 from fedpet.errors import RunError
+from fedpet.layout import groups_by_kind
 from fedpet.messages import from_record, read_request, to_record
-from fedpet.plan import Plan, groups_by_kind
+from fedpet.node_settings import NodeSettings
+from fedpet.plan import Plan
 from fedpet.seeds import client_number, derive_seed
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder
+from fedpet.training import Trained
 
 Handler = Callable[[bytes], bytes]
 
@@ -318,20 +321,16 @@ def _poison(monkeypatch: pytest.MonkeyPatch, whom: Callable[[int], bool]) -> Non
     """Make the values of some clients NaN after their training, as a diverged step does."""
     from fedpet import client as client_module
 
-    honest = client_module.Node._train
+    honest = client_module._moved
 
-    def train(self: Node, client: int, *args: Any) -> bytes:
-        read = args[4].values if whom(client) else None
-        if read is not None:
-            pet = args[4]
-            monkeypatch.setattr(pet, "values", lambda: torch.full_like(read(), math.nan))
-        try:
-            return honest(self, client, *args)
-        finally:
-            if read is not None:
-                monkeypatch.delattr(pet, "values")
+    def diverged(resident: Resident, client: int, *args: Any) -> Trained:
+        trained = honest(resident, client, *args)
+        if whom(client):
+            nan = torch.full((resident.pet.num_values,), math.nan)
+            resident.pet.load_values(nan, seed=0)
+        return trained
 
-    monkeypatch.setattr(client_module.Node, "_train", train)
+    monkeypatch.setattr(client_module, "_moved", diverged)
 
 
 def test_a_node_that_raises_or_talks_nonsense_does_not_end_the_run(experiment: Any) -> None:

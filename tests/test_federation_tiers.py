@@ -14,12 +14,13 @@ import torch
 from tiny import Silent
 
 from fedpet.backbone import load_backbone
-from fedpet.client import Node, NodeSettings
+from fedpet.client import Node
 from fedpet.codec import decode_values
 from fedpet.codec.frame import Frame, pack_frame, unpack_frames
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
 from fedpet.messages import read_request
+from fedpet.node_settings import NodeSettings
 from fedpet.plan import Plan
 from fedpet.seeds import client_number, derive_seed
 from fedpet.simulations.federation import federate, prepare

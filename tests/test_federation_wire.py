@@ -31,12 +31,13 @@ from modelless import (
 )
 from safetensors.numpy import load, save
 
+from fedpet.codec import check_codecs
 from fedpet.codec.frame import Frame, pack_frame, unpack_frames
 from fedpet.config import CodecConfig, MaskConfig
 from fedpet.errors import ConfigError, FrameError
 from fedpet.messages import Path as WirePath
 from fedpet.messages import Request, read_request, solo_bytes, write_request
-from fedpet.plan import Plan, check_codecs
+from fedpet.plan import Plan
 from fedpet.seeds import client_number, derive_seed
 from fedpet.starts import frames_of
 

@@ -15,7 +15,8 @@ from fedpet.config import BackboneConfig, Experiment, MaskConfig
 from fedpet.data import Task
 from fedpet.errors import PlanError
 from fedpet.mask import Mask, build_mask
-from fedpet.plan import Plan, encode_mask, make_plan
+from fedpet.plan import Plan, encode_mask
+from fedpet.planning import make_plan
 from fedpet.positions import find_positions, mask_scope
 from fedpet.structure import preset
 

@@ -88,7 +88,8 @@ def test_the_gradient_vanishes_at_the_global_values(folder: Path) -> None:
 
 
 def test_a_strong_term_keeps_a_client_near_the_global_values(tmp_path: Path) -> None:
-    from fedpet.client import Node, NodeSettings
+    from fedpet.client import Node
+    from fedpet.node_settings import NodeSettings
     from fedpet.simulations.federation import federate, prepare
     from fedpet.simulations.local_grid import LocalGrid
     from fedpet.simulations.run_folder import new_run_folder

@@ -307,7 +307,7 @@ def leave_plan(run: Path, checkpoint: Path, *, broadcast: str) -> None:
 
     from fedpet.backbone import load_backbone
     from fedpet.data import Task
-    from fedpet.plan import make_plan
+    from fedpet.planning import make_plan
     from fedpet.positions import find_positions
     from fedpet.structure import preset
 

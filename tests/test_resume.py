@@ -20,10 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Silent
 
-from fedpet.client import NodeSettings
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
 from fedpet.ledger import Ledger
+from fedpet.node_settings import NodeSettings
 from fedpet.simulations import journal as journal_module
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.journal import Journal, read_journal, write_journal

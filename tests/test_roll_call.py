@@ -13,11 +13,12 @@ import pytest
 import torch
 from tiny import Silent
 
-from fedpet.client import Node, NodeSettings
+from fedpet.client import Node
 from fedpet.codec.frame import Refusal, pack_refusal
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
 from fedpet.messages import read_request
+from fedpet.node_settings import NodeSettings
 from fedpet.population import Population, Residents
 from fedpet.roster import write_roster
 from fedpet.simulations.engine import simulate

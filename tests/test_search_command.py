@@ -173,7 +173,7 @@ def test_a_searched_structure_trains_in_an_experiment_and_its_gates_stay_with_th
 
 
 def node_settings(settings: Experiment) -> Any:
-    from fedpet.client import NodeSettings
+    from fedpet.node_settings import NodeSettings
 
     return NodeSettings.of(settings)
 

@@ -22,12 +22,13 @@ from tiny import Silent
 
 from fedpet import cli
 from fedpet.backbone import load_backbone
-from fedpet.client import Node, NodeSettings
+from fedpet.client import Node
 from fedpet.codec.frame import Frame, pack_frame, unpack_frames
 from fedpet.config import Experiment, SearchConfig, StrategyConfig
 from fedpet.errors import ConfigError, RunError, StructureError, TrainingError
 from fedpet.ledger import Ledger
 from fedpet.messages import read_request
+from fedpet.node_settings import NodeSettings
 from fedpet.plan import Plan
 from fedpet.population import Population
 from fedpet.report.gates import gate_map, structure_facts

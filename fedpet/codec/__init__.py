@@ -22,10 +22,10 @@ same bytes on one type of machine, and the same bytes decode to the same bits on
 
 from __future__ import annotations
 
-from fedpet.codec.coding import Coding, is_lossless
+from fedpet.codec.coding import Coding
 from fedpet.codec.feedback import encode_with_feedback
 from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal, unpack_frames
-from fedpet.codec.names import check_codec, known_codecs
+from fedpet.codec.names import check_codec, check_codecs, is_lossless, known_codecs
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
 from fedpet.codec.positions import decode_positions, encode_positions
 
@@ -34,6 +34,7 @@ __all__ = [
     "Frame",
     "Refusal",
     "check_codec",
+    "check_codecs",
     "decode_positions",
     "decode_values",
     "encode_positions",

@@ -24,25 +24,15 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.names import parse_codec
+from fedpet.codec.names import is_lossless
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
 from fedpet.codec.wire import Reader, varint
 from fedpet.seeds import derive_seed
 
-__all__ = ["Coding", "is_lossless"]
+__all__ = ["Coding"]
 
 Floats = npt.NDArray[np.float32]
 Groups = Sequence[tuple[int, int]]
-
-
-def is_lossless(codec: str) -> bool:
-    """Whether a codec gives back the same bits.
-
-    Raises:
-        ConfigError: There is no such codec.
-    """
-    parsed = parse_codec(codec)
-    return parsed.base == "float32" and not parsed.top_ppm
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from decimal import Decimal, InvalidOperation
 
+from fedpet.config import CodecConfig
 from fedpet.errors import ConfigError, FrameError
 
 _IDS = {"float32": 1, "bfloat16": 2, "int8": 3, "int4": 4} | {
@@ -101,6 +102,16 @@ def parse_codec(name: str) -> Codec:
     return codec
 
 
+def is_lossless(codec: str) -> bool:
+    """Whether a codec gives back the same bits.
+
+    Raises:
+        ConfigError: There is no such codec.
+    """
+    parsed = parse_codec(codec)
+    return parsed.base == "float32" and not parsed.top_ppm
+
+
 def check_codec(name: str) -> None:
     """Refuse a name that no codec has.
 
@@ -108,6 +119,26 @@ def check_codec(name: str) -> None:
         ConfigError: There is no such codec, or it is spelt another way.
     """
     parse_codec(name)
+
+
+def check_codecs(config: CodecConfig) -> None:
+    """Refuse codecs that are not known, or do not go together.
+
+    Raises:
+        ConfigError: One sentence on the first that is wrong.
+    """
+    for name in (config.up, config.down, config.head_up, config.head_down):
+        if name:
+            check_codec(name)
+    if (
+        config.error_feedback
+        and is_lossless(config.up)
+        and is_lossless(config.head_up or "float32")
+    ):
+        raise ConfigError(
+            f"codec.error-feedback keeps what codec.up loses, and {config.up!r} loses nothing: "
+            "name a lossy codec, such as 'topk-0.1+eden-4', or set it to false."
+        )
 
 
 def codec_from_number(number: int) -> Codec:

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedpet.backbone import Backbone
-from fedpet.client import cache_folder
+from fedpet.codec import check_codecs
 from fedpet.codec.frame import HEADER_BYTES
 from fedpet.codec.integers import GRIDS
 from fedpet.codec.names import parse_codec
@@ -34,7 +34,8 @@ from fedpet.estimate.links import LINKS, Link
 from fedpet.estimate.messages import made_up_plan, reply_bytes, request_bytes
 from fedpet.estimate.outline import outline
 from fedpet.estimate.updates import is_fixed, local_steps, payloads
-from fedpet.plan import Plan, check_codecs
+from fedpet.node_settings import cache_folder
+from fedpet.plan import Plan
 
 __all__ = ["Estimate", "estimate"]
 

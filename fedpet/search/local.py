@@ -36,13 +36,15 @@ from fedpet.errors import TrainingError
 from fedpet.model import PetModel, Segment
 from fedpet.search.bilevel import BiLevel
 from fedpet.search.search import Split, step_batches, task_loss
-from fedpet.search.space import Space
+from fedpet.search.space import Space, build_space
 from fedpet.seeds import derive_seed
 from fedpet.training import Trained
 
 if TYPE_CHECKING:
+    from fedpet.backbone import Backbone
     from fedpet.data import Task
     from fedpet.data.rows import Rows
+    from fedpet.mask import Mask
 
 __all__ = ["ALPHA", "SearchModel", "client_config", "split_in_two"]
 
@@ -68,6 +70,21 @@ class SearchModel:
         self.alpha = torch.zeros(len(space.candidates), dtype=torch.float64)
         self.tiers = tuple(self._layout(segments) for segments in pet.tiers)
         self.segments = self.tiers[-1]
+
+    @classmethod
+    def of(
+        cls, backbone: Backbone, mask: Mask | None, config: SearchConfig, *, seed: int
+    ) -> SearchModel:
+        """Put the whole space of a search on a backbone, in place.
+
+        Raises:
+            InputError: The backbone has no such space, or the budget does not fit it.
+        """
+        space = build_space(
+            backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
+        )
+        space.check_budget(float(config.budget))
+        return cls(PetModel(backbone, mask, space.structure(), seed=seed), space)
 
     @property
     def num_values(self) -> int:

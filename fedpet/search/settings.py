@@ -1,6 +1,6 @@
 """How a search goes: the preset that follows the paper's code, what leaves it, and budgets.
 
-In:  a `SearchConfig` (fedpet/config.py).
+In:  a `SearchConfig` (fedpet/config/stages.py).
 Out: its deviations from the paper in words, and its budget in values.
 
 Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), released code: `faithful`.

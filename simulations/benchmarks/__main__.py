@@ -17,9 +17,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from fedpet.client import cache_folder
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, FedpetError, InputError
+from fedpet.node_settings import cache_folder
 
 from .baselines import METHODS, run_baseline
 from .federated_search import PHASES as FEDERATED_PHASES

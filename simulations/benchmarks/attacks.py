@@ -30,14 +30,15 @@ from typing import Any
 
 import numpy as np
 
-from fedpet.client import Node, NodeSettings
+from fedpet.client import Node
 from fedpet.codec import decode_values, encode_values
 from fedpet.codec.floats import encode_float32
 from fedpet.codec.frame import Frame, pack_frame, pack_refusal, unpack_frames
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, FedpetError, InputError, RunError
+from fedpet.layout import groups_by_kind
 from fedpet.messages import read_request
-from fedpet.plan import groups_by_kind
+from fedpet.node_settings import NodeSettings
 from fedpet.seeds import derive_seed
 from fedpet.simulations.engine import quiet_flower
 from fedpet.simulations.federation import Prepared, federate, prepare

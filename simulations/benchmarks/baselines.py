@@ -45,12 +45,12 @@ from flwr.serverapp.strategy import FedAvg
 from torch import Tensor, nn
 
 from fedpet.backbone import Backbone, load_backbone, locate
-from fedpet.client import cache_folder
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import BackboneError, ConfigError, FedpetError, RunError, TrainingError
 from fedpet.ledger import Ledger
 from fedpet.messages import solo_bytes, to_record, wire_bytes
+from fedpet.node_settings import cache_folder
 from fedpet.population import Population
 from fedpet.seeds import client_number, derive_seed
 from fedpet.simulations.engine import run_on_ray

@@ -142,7 +142,8 @@ def _experiment(folder: Path, epochs: int = 1) -> Any:
 def _prepare(folder: Path) -> None:
     """Tokenise the rows, settle the plans, write requests to one client, of the median size."""
     from fedpet.backbone import locate
-    from fedpet.plan import Plan, groups_by_kind
+    from fedpet.layout import groups_by_kind
+    from fedpet.plan import Plan
     from fedpet.simulations.federation import prepare
 
     for epochs in (0, 1):
@@ -219,8 +220,9 @@ def _client(folder: Path) -> Callable[[bytes], bytes]:
     import flwr.supernode.cli.flwr_clientapp
 
     import fedpet.simulations.client_app
-    from fedpet.client import Node, NodeSettings
+    from fedpet.client import Node
     from fedpet.codec.frame import Frame, unpack_frames
+    from fedpet.node_settings import NodeSettings
 
     assert flwr.supernode.cli.flwr_clientapp
     assert fedpet.simulations.client_app.app
@@ -251,8 +253,8 @@ def _train_whole(folder: Path, *, lora: bool) -> dict[str, float]:
     import torch
 
     from fedpet.backbone import load_backbone, locate
-    from fedpet.client import cache_folder
     from fedpet.data import load_data
+    from fedpet.node_settings import cache_folder
     from fedpet.training import train_rows
 
     experiment = _experiment(folder)

@@ -1,8 +1,7 @@
-"""An experiment: one frozen dataclass a stage, read once.
+"""The stages of an experiment: a frozen dataclass each, its keys, their defaults, what they may be.
 
-In:  a TOML file with a table a stage, `--set stage.key=value`, or Flower's flat run config
-     (`stage-key`).
-Out: an `Experiment`. Deeper code takes the stage's dataclass and never sees a string key.
+In:  values of the right types (fedpet/config/tables.py).
+Out: a stage that can be used, or one sentence on what is wrong.
 
 Every key is a field below with its default, and every field is a key: there is no second list.
 """
@@ -10,16 +9,11 @@ Every key is a field below with its default, and every field is a key: there is 
 from __future__ import annotations
 
 import dataclasses
-import tomllib
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from pathlib import Path
-from typing import Any, get_args, get_origin, get_type_hints
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 from fedpet.errors import ConfigError
-from fedpet.rules import COMPARING, RULES, check_parameters, least_replies
-
-Scalar = str | int | float | bool
+from fedpet.rules import RULES, check_parameters, least_replies
 
 MAX_TIERS = 16
 
@@ -389,157 +383,3 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least("run.workers", self.workers, 1)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Experiment:
-    """Everything that decides a run, a field a stage."""
-
-    run: RunConfig = field(default_factory=RunConfig)
-    backbone: BackboneConfig = field(default_factory=BackboneConfig)
-    data: DataConfig = field(default_factory=DataConfig)
-    population: PopulationConfig = field(default_factory=PopulationConfig)
-    mask: MaskConfig = field(default_factory=MaskConfig)
-    structure: StructureConfig = field(default_factory=StructureConfig)
-    search: SearchConfig = field(default_factory=SearchConfig)
-    training: TrainingConfig = field(default_factory=TrainingConfig)
-    strategy: StrategyConfig = field(default_factory=StrategyConfig)
-    codec: CodecConfig = field(default_factory=CodecConfig)
-
-    def __post_init__(self) -> None:
-        if self.strategy.name == "fedprox" and not self.training.proximal_mu:
-            raise ConfigError(
-                "strategy 'fedprox' needs training.proximal-mu above 0: at 0 it is 'fedavg'."
-            )
-        if self.strategy.name == "fedavg" and self.training.proximal_mu:
-            raise ConfigError(
-                f"training.proximal-mu is {self.training.proximal_mu!r}, and strategy 'fedavg' "
-                "has no proximal term: name the strategy 'fedprox', or set it to 0."
-            )
-        self._check_search()
-        if len(self.mask.tiers) > 1 and self.strategy.name in COMPARING:
-            means = ", ".join(name for name in RULES if name not in COMPARING)
-            raise ConfigError(
-                f"strategy {self.strategy.name!r} compares whole replies, and clients of several "
-                f"mask.tiers send different entries: take one that averages ({means}), or one tier."
-            )
-
-    def _check_search(self) -> None:
-        if not self.search.federated:
-            return
-        if self.structure.file:
-            raise ConfigError(
-                f"search.federated finds the structure in the run, and structure.file names "
-                f"{self.structure.file!r}: leave one of them out."
-            )
-        if self.strategy.name in COMPARING:
-            raise ConfigError(
-                f"search.federated averages what clients send, and strategy {self.strategy.name!r} "
-                "is there since a mean can be led astray by one of them: search beforehand with "
-                "`fedpet search --federated` and another strategy, or name a structure.file."
-            )
-
-    @classmethod
-    def from_tables(cls, tables: Mapping[str, Any]) -> Experiment:
-        """Build from nested tables with kebab-case or snake_case keys.
-
-        Raises:
-            ConfigError: An unknown table or key (the known ones are named), or a bad value.
-        """
-        stages = get_type_hints(cls)
-        _refuse_unknown("table", tables, stages)
-        built = {}
-        for name, table in tables.items():
-            if not isinstance(table, Mapping):
-                raise ConfigError(f"{name!r} must be a table of keys, got {table!r}.")
-            built[name] = _stage(stages[name], name, table)
-        return cls(**built)
-
-    @classmethod
-    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
-        """Read a TOML file; `overrides` are `stage.key=value` strings, the last one wins."""
-        try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
-        return cls.from_tables(_with_overrides(tables, overrides))
-
-    @classmethod
-    def from_run_config(cls, run_config: Mapping[str, Scalar]) -> Experiment:
-        """Build from Flower's flat, kebab-case run config: `mask-density` is `mask.density`."""
-        tables: dict[str, dict[str, Any]] = {}
-        for key, value in run_config.items():
-            stage, _, name = key.partition("-")
-            tables.setdefault(stage, {})[name] = value
-        return cls.from_tables(tables)
-
-    def to_tables(self) -> dict[str, dict[str, Any]]:
-        """Nested tables with kebab-case keys: what `from_tables` takes."""
-        return {
-            stage: {
-                key.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-                for key, value in dataclasses.asdict(config).items()
-            }
-            for stage, config in vars(self).items()
-        }
-
-    def to_run_config(self) -> dict[str, Scalar]:
-        """Flower's flat form: a list becomes one string, its entries joined by commas."""
-        return {
-            f"{stage}-{key}": ",".join(value) if isinstance(value, list) else value
-            for stage, table in self.to_tables().items()
-            for key, value in table.items()
-        }
-
-
-def _refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
-    names = sorted(name.replace("_", "-") for name in known)
-    for name in given:
-        if name.replace("_", "-") not in names:
-            raise ConfigError(f"unknown {what} {name!r}. Known are: {', '.join(names)}.")
-
-
-def _stage(config: type, stage: str, table: Mapping[str, Any]) -> Any:
-    types = get_type_hints(config)
-    _refuse_unknown(f"key in [{stage}]:", table, types)
-    return config(
-        **{
-            key.replace("-", "_"): _typed(f"{stage}.{key}", value, types[key.replace("-", "_")])
-            for key, value in table.items()
-        }
-    )
-
-
-def _typed(name: str, value: Any, wanted: Any) -> Any:
-    """Check one value against its field's type; ints pass as floats, strings as lists."""
-    if get_origin(wanted) is tuple:
-        assert get_args(wanted) == (str, ...)
-        if isinstance(value, str):
-            value = [part.strip() for part in value.split(",") if part.strip()]
-        if isinstance(value, list) and all(isinstance(part, str) for part in value):
-            return tuple(value)
-        raise ConfigError(f"{name} must be a list of strings, got {value!r}.")
-    if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
-        raise ConfigError(
-            f"{name} must be of type {getattr(wanted, '__name__', wanted)}, got {value!r}."
-        )
-    return value
-
-
-def _with_overrides(tables: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    for override in overrides:
-        key, equals, text = override.partition("=")
-        stage, dot, name = key.strip().partition(".")
-        if not (equals and dot and name):
-            raise ConfigError(f"--set takes stage.key=value, got {override!r}.")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text.strip()  # a bare word is a string
-        table = {k.replace("_", "-"): v for k, v in tables.get(stage, {}).items()}
-        tables = {**tables, stage: {**table, name.replace("_", "-"): value}}
-    return tables

@@ -1,0 +1,136 @@
+"""An experiment: a field a stage, read once, and checked where stages depend on each other.
+
+In:  a TOML file with a table a stage, `--set stage.key=value`, or Flower's flat run config
+     (`stage-key`).
+Out: an `Experiment`. Deeper code takes the stage's dataclass and never sees a string key.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from fedpet.config.stages import (
+    BackboneConfig,
+    CodecConfig,
+    DataConfig,
+    MaskConfig,
+    PopulationConfig,
+    RunConfig,
+    SearchConfig,
+    StrategyConfig,
+    StructureConfig,
+    TrainingConfig,
+)
+from fedpet.config.tables import read_stage, refuse_unknown, with_overrides
+from fedpet.errors import ConfigError
+from fedpet.rules import COMPARING, RULES
+
+Scalar = str | int | float | bool
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experiment:
+    """Everything that decides a run, a field a stage."""
+
+    run: RunConfig = field(default_factory=RunConfig)
+    backbone: BackboneConfig = field(default_factory=BackboneConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    population: PopulationConfig = field(default_factory=PopulationConfig)
+    mask: MaskConfig = field(default_factory=MaskConfig)
+    structure: StructureConfig = field(default_factory=StructureConfig)
+    search: SearchConfig = field(default_factory=SearchConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    strategy: StrategyConfig = field(default_factory=StrategyConfig)
+    codec: CodecConfig = field(default_factory=CodecConfig)
+
+    def __post_init__(self) -> None:
+        if self.strategy.name == "fedprox" and not self.training.proximal_mu:
+            raise ConfigError(
+                "strategy 'fedprox' needs training.proximal-mu above 0: at 0 it is 'fedavg'."
+            )
+        if self.strategy.name == "fedavg" and self.training.proximal_mu:
+            raise ConfigError(
+                f"training.proximal-mu is {self.training.proximal_mu!r}, and strategy 'fedavg' "
+                "has no proximal term: name the strategy 'fedprox', or set it to 0."
+            )
+        self._check_search()
+        if len(self.mask.tiers) > 1 and self.strategy.name in COMPARING:
+            means = ", ".join(name for name in RULES if name not in COMPARING)
+            raise ConfigError(
+                f"strategy {self.strategy.name!r} compares whole replies, and clients of several "
+                f"mask.tiers send different entries: take one that averages ({means}), or one tier."
+            )
+
+    def _check_search(self) -> None:
+        if not self.search.federated:
+            return
+        if self.structure.file:
+            raise ConfigError(
+                f"search.federated finds the structure in the run, and structure.file names "
+                f"{self.structure.file!r}: leave one of them out."
+            )
+        if self.strategy.name in COMPARING:
+            raise ConfigError(
+                f"search.federated averages what clients send, and strategy {self.strategy.name!r} "
+                "is there since a mean can be led astray by one of them: search beforehand with "
+                "`fedpet search --federated` and another strategy, or name a structure.file."
+            )
+
+    @classmethod
+    def from_tables(cls, tables: Mapping[str, Any]) -> Experiment:
+        """Build from nested tables with kebab-case or snake_case keys.
+
+        Raises:
+            ConfigError: An unknown table or key (the known ones are named), or a bad value.
+        """
+        stages = get_type_hints(cls)
+        refuse_unknown("table", tables, stages)
+        built = {}
+        for name, table in tables.items():
+            if not isinstance(table, Mapping):
+                raise ConfigError(f"{name!r} must be a table of keys, got {table!r}.")
+            built[name] = read_stage(stages[name], name, table)
+        return cls(**built)
+
+    @classmethod
+    def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
+        """Read a TOML file; `overrides` are `stage.key=value` strings, the last one wins."""
+        try:
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
+        return cls.from_tables(with_overrides(tables, overrides))
+
+    @classmethod
+    def from_run_config(cls, run_config: Mapping[str, Scalar]) -> Experiment:
+        """Build from Flower's flat, kebab-case run config: `mask-density` is `mask.density`."""
+        tables: dict[str, dict[str, Any]] = {}
+        for key, value in run_config.items():
+            stage, _, name = key.partition("-")
+            tables.setdefault(stage, {})[name] = value
+        return cls.from_tables(tables)
+
+    def to_tables(self) -> dict[str, dict[str, Any]]:
+        """Nested tables with kebab-case keys: what `from_tables` takes."""
+        return {
+            stage: {
+                key.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+                for key, value in dataclasses.asdict(config).items()
+            }
+            for stage, config in vars(self).items()
+        }
+
+    def to_run_config(self) -> dict[str, Scalar]:
+        """Flower's flat form: a list becomes one string, its entries joined by commas."""
+        return {
+            f"{stage}-{key}": ",".join(value) if isinstance(value, list) else value
+            for stage, table in self.to_tables().items()
+            for key, value in table.items()
+        }
