@@ -6,7 +6,6 @@ Out: its structures and cells, each a file, and `checks.json`.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from fedpet.structure import Structure
 from fedpet.units import show_bytes
 
 from ..cells import ROOT, Work
-from ..table.cell import fingerprint, read_cell, run_in_process, write_cell
+from ..table.cell import Run, fingerprint, run_in_process, work_of
 from ..table.file import Cell, Rate
 from ..table.running import best_rate
 from .file import FederatedSearchTable
@@ -28,7 +27,6 @@ from .file import FederatedSearchTable
 PHASES = ("structures", "tune", "final")
 METHODS = ("federated", "central", "random")
 _SETTLED = ("budget", "rate", "rates", "mask_in_budget")  # of a search, filled in when it begins
-Run = Callable[[Cell, Path], dict[str, Any]]
 
 
 @dataclass
@@ -147,25 +145,17 @@ class FederatedSearchRun:
 
     @property
     def _work(self) -> Work[Cell]:
-        return Work(
-            read=read_cell,
-            run=self._run,
-            write=write_cell,
-            show=_show,
-            fingerprint=_fingerprint,
-            say=self.say,
-        )
+        return work_of(self._run, self.say, _show, _fingerprint)
 
-    def _run(self, cell: Cell) -> dict[str, Any]:
+    def _run(self, cell: Cell, folder: Path) -> dict[str, Any]:
         if cell.experiment.structure.file and not (ROOT / cell.experiment.structure.file).exists():
             raise ConfigError(
                 f"{cell.name} trains the structure {cell.experiment.structure.file!r}, which has "
                 "not been made. Run the phase 'structures' first."
             )
-        with tempfile.TemporaryDirectory(prefix="fedpet-cell-") as folder:
-            if self.run is not None:
-                return self.run(cell, Path(folder))
-            return run_cell(cell, Path(folder), self.table.timeout_seconds)
+        if self.run is not None:
+            return self.run(cell, folder)
+        return run_cell(cell, folder, self.table.timeout_seconds)
 
 
 def run_cell(cell: Cell, folder: Path, timeout_seconds: float) -> dict[str, Any]:

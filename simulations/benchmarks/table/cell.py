@@ -10,7 +10,8 @@ import json
 import os
 import subprocess
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,11 +21,29 @@ import tomli_w
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, FedpetError, RunError
 
-from ..cells import ROOT, commit, write_json
+from ..cells import ROOT, Work, commit, write_json
 from .file import Cell, Rate
 
 SCHEMA = 1
 _CHECKED = ("final_values_sha256", "metric", "total_bytes")
+
+
+Run = Callable[[Cell, Path], dict[str, Any]]  # runs a cell, working in a folder
+
+
+def work_of(
+    run: Run,
+    say: Callable[[str], None],
+    show: Callable[[dict[str, Any]], str],
+    fingerprint: Callable[[dict[str, Any]], dict[str, Any]],
+) -> Work[Cell]:
+    """How cells of runs are worked off: each in a folder of its own, that goes with it."""
+
+    def in_folder(cell: Cell) -> dict[str, Any]:
+        with tempfile.TemporaryDirectory(prefix="fedpet-cell-") as folder:
+            return run(cell, Path(folder))
+
+    return Work(read_cell, in_folder, write_cell, show, fingerprint, say)
 
 
 def read_cell(cell: Cell) -> dict[str, Any] | None:

@@ -6,7 +6,6 @@ Out: its cells' files, and `checks.json`.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,10 @@ from typing import Any
 from fedpet.errors import ConfigError
 
 from ..cells import Work
-from .cell import fingerprint, read_cell, run_in_process, write_cell
+from .cell import Run, fingerprint, read_cell, run_in_process, work_of
 from .file import Cell, Method, Rate, TableFile
 
 PHASES = ("tune", "final")
-
-Run = Callable[[Cell, Path], dict[str, Any]]  # runs a cell, working in a folder
 
 
 @dataclass
@@ -108,20 +105,9 @@ class TableRun:
 
     @property
     def _work(self) -> Work[Cell]:
-        return Work(
-            read=read_cell,
-            run=self._run,
-            write=write_cell,
-            show=_show,
-            fingerprint=fingerprint,
-            say=self.say,
-        )
-
-    def _run(self, cell: Cell) -> dict[str, Any]:
-        with tempfile.TemporaryDirectory(prefix="fedpet-cell-") as folder:
-            if self.run is not None:
-                return self.run(cell, Path(folder))
-            return run_in_process(cell, Path(folder), self.table.timeout_seconds)
+        limit = self.table.timeout_seconds
+        run = self.run or (lambda cell, folder: run_in_process(cell, folder, limit))
+        return work_of(run, self.say, _show, fingerprint)
 
 
 def scores(cells: Iterable[Cell]) -> dict[Rate, float]:
