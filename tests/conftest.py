@@ -7,6 +7,7 @@ import gc
 import os
 import shutil
 import socket
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +19,9 @@ if TYPE_CHECKING:
     from fedpet.config import Experiment
 
 REPOSITORY = Path(__file__).resolve().parents[1]
+# Benchmarks are in no wheel: they are taken from the checkout. At the end of the path, so that a
+# wheel's fedpet stays the one that is tested.
+sys.path.append(str(REPOSITORY))
 
 # Short on purpose: Ray puts sockets below it, and the path of a socket holds 107 bytes.
 HOME = Path(tempfile.mkdtemp(prefix="fp-"))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,6 @@ from fedpet.errors import FrameError
 from fedpet.layout import groups_by_kind
 from fedpet.seeds import derive_seed
 from fedpet.simulations.federation import prepare
-
-# As in test_benchmarks.py: benchmarks are in no wheel.
-sys.path.append(str(Path(__file__).resolve().parents[1]))
-
 from simulations.benchmarks import attacks
 from simulations.benchmarks.attacks import ATTACKS, Liars, cells, run_missing, summary
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.append(str(REPOSITORY))  # benchmarks are in no wheel; at the end, so that fedpet stays
+from fedpet.codec import check_codecs
+from fedpet.config import CodecConfig
+from simulations.benchmarks.table import TableFile
 
-from fedpet.codec import check_codecs  # noqa: E402
-from fedpet.config import CodecConfig  # noqa: E402
-from simulations.benchmarks.table import TableFile  # noqa: E402
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.mark.parametrize("name", ["codecs", "codecs_dirichlet"])

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.append(str(REPOSITORY))  # benchmarks are in no wheel; at the end, so that fedpet stays
-
-from simulations.benchmarks.estimates import RESULTS, deviations, recorded  # noqa: E402
+from simulations.benchmarks.estimates import RESULTS, deviations, recorded
 
 CELLS = {name: (experiment, books) for name, experiment, books in recorded(RESULTS)}
 

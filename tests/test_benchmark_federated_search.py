@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -12,18 +11,16 @@ import tiny
 
 from fedpet.errors import ConfigError
 from fedpet.structure import Structure
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.append(str(REPOSITORY))  # benchmarks are in no wheel; at the end, so that fedpet stays
-
-from simulations.benchmarks.federated_search import (  # noqa: E402
+from simulations.benchmarks.federated_search import (
     METHODS,
     FederatedSearchRun,
     FederatedSearchTable,
     overlaps,
     summary,
 )
-from simulations.benchmarks.table.file import Cell  # noqa: E402
+from simulations.benchmarks.table.file import Cell
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 SHIPPED = REPOSITORY / "simulations" / "benchmarks" / "federated_search.toml"
 

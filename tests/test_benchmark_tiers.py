@@ -2,15 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 from fedpet.config import Experiment
+from simulations.benchmarks.table import TableFile
 
 REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.append(str(REPOSITORY))  # benchmarks are in no wheel; at the end, so that fedpet stays
-
-from simulations.benchmarks.table import TableFile  # noqa: E402
 
 
 def test_tiers_differ_from_a_federation_of_strong_devices_in_nothing_but_the_tiers() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,20 +15,18 @@ import tomli_w
 from report_runs import to_text
 
 from fedpet.errors import ConfigError
-
-REPOSITORY = Path(__file__).resolve().parents[1]
-sys.path.append(str(REPOSITORY))  # benchmarks are in no wheel
-
-from simulations.benchmarks import search_step  # noqa: E402
-from simulations.benchmarks.search_table import (  # noqa: E402
+from simulations.benchmarks import search_step
+from simulations.benchmarks.search_table import (
     PHASES,
     Cell,
     SearchTable,
     SearchTableRun,
     read_cell,
 )
-from simulations.benchmarks.search_table.training import run_cell, sample  # noqa: E402
-from simulations.benchmarks.table import Rate  # noqa: E402
+from simulations.benchmarks.search_table.training import run_cell, sample
+from simulations.benchmarks.table import Rate
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 
 @pytest.fixture(scope="module")
