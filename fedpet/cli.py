@@ -234,7 +234,8 @@ def compare(
     ],
 ) -> None:
     """Put runs side by side, runs of one method and experiment averaged over their seeds."""
-    from fedpet.report.compare import compare_table, read_results
+    from fedpet.report.compare import compare_table
+    from fedpet.report.results import read_results
 
     out_console.print(compare_table(read_results(runs)))
 
@@ -255,7 +256,8 @@ def report(
     png: Annotated[str, typer.Option(help="Write the main plot to this file too.")] = "",
 ) -> None:
     """Write one HTML page about a run: quality against bytes, bytes by round, where it trained."""
-    from fedpet.report.page import read_report, write_page, write_png
+    from fedpet.report.page import write_page, write_png
+    from fedpet.report.reading import read_report
 
     read = read_report(run, compare or [])
     path = Path(out) if out else run / "report.html"

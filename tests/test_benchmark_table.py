@@ -280,7 +280,9 @@ def test_one_method_alone_can_be_run(table_file: Any) -> None:
 
 
 def test_compare_reads_the_final_cells_a_row_a_method(table_file: Any) -> None:
-    from fedpet.report.compare import compare_rows, compare_table, read_results
+    from fedpet.report.compare import compare_table
+    from fedpet.report.results import read_results
+    from fedpet.report.rows import compare_rows
 
     whole = job(table_file(), Fake(lambda cell: 0.8 if cell.method.name == "full" else 0.6))
     whole.tune()
@@ -339,7 +341,7 @@ def test_a_check_runs_finished_cells_again_and_notes_what_came_out(table_file: A
 
 
 def test_the_checks_are_no_result_to_compare(table_file: Any) -> None:
-    from fedpet.report.compare import read_results
+    from fedpet.report.results import read_results
 
     whole = job(table_file(), Fake())
     whole.tune()

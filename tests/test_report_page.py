@@ -19,10 +19,11 @@ from fedpet.config import BackboneConfig, Experiment, MaskConfig, StructureConfi
 from fedpet.errors import InputError
 from fedpet.ledger import Ledger
 from fedpet.report.books import read_curve, read_rounds
-from fedpet.report.compare import read_results
 from fedpet.report.numbers import show_percent
-from fedpet.report.page import page, read_report, write_page, write_png
+from fedpet.report.page import page, write_page, write_png
 from fedpet.report.places import find_places
+from fedpet.report.reading import read_report
+from fedpet.report.results import read_results
 
 FULL = {"backbone": FULL_PARAMETERS, "head": HEAD_VALUES}
 VOID = {"meta", "br", "hr", "img", "input", "link"}

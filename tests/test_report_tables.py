@@ -12,8 +12,10 @@ from hypothesis import strategies as st
 from report_runs import FULL_PARAMETERS, HEAD_VALUES, make_result, to_text
 
 from fedpet.errors import InputError
-from fedpet.report.compare import compare_rows, compare_table, read_results
+from fedpet.report.compare import compare_table
 from fedpet.report.numbers import show_count, show_percent, show_ratio
+from fedpet.report.results import read_results
+from fedpet.report.rows import compare_rows
 from fedpet.report.table import run_table
 from fedpet.units import show_bytes
 

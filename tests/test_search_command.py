@@ -165,7 +165,8 @@ def test_a_searched_structure_trains_in_an_experiment_and_its_gates_stay_with_th
     cells = find_places(folder.path).structure.cells.values()
     assert sorted(g for cell in cells for g in cell.gates) == sorted(structure.gates)
 
-    from fedpet.report.page import page, read_report
+    from fedpet.report.page import page
+    from fedpet.report.reading import read_report
 
     text = page(read_report(folder.path))
     assert "Gates of the search" in text

@@ -32,7 +32,8 @@ from fedpet.node_settings import NodeSettings
 from fedpet.plan import Plan
 from fedpet.population import Population
 from fedpet.report.gates import gate_map, structure_facts
-from fedpet.report.page import page, read_report
+from fedpet.report.page import page
+from fedpet.report.reading import read_report
 from fedpet.search import (
     BiLevel,
     SearchModel,

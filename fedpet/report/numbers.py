@@ -1,4 +1,4 @@
-"""Counts, shares and ratios as a report writes them. Bytes and seconds are in `fedpet.units`."""
+"""How a report writes counts, shares, ratios and settings. Bytes and seconds: `fedpet.units`."""
 
 from __future__ import annotations
 
@@ -43,6 +43,11 @@ def show_percent(fraction: float) -> str:
     if percent == 0:
         return "0 %"
     return f"{percent:.1f} %" if abs(percent) >= 9.995 else f"{percent:#.3g} %"
+
+
+def show_value(value: object) -> str:
+    """A setting as a TOML file has it, without the quotes."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _short(value: float) -> str:

@@ -205,7 +205,8 @@ def tuning_table(job: TableRun) -> Table:
 
 def show_finals(job: TableRun) -> None:
     """The table of `fedpet compare` over the final cells."""
-    from fedpet.report.compare import compare_table, read_results
+    from fedpet.report.compare import compare_table
+    from fedpet.report.results import read_results
 
     console.print(compare_table(read_results(job.final_results())))
 
