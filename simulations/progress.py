@@ -2,19 +2,14 @@
 
 from __future__ import annotations
 
-import sys
 import time
-from types import TracebackType
-
-from rich.console import Console
-from rich.progress import BarColumn, TextColumn
-from rich.progress import Progress as Bar
 
 from fedpet.ledger import SEARCH, Ledger, RoundRecord
+from fedpet.simulations.live_line import LiveLine
 from fedpet.units import show_bytes, show_seconds
 
 
-class Progress:
+class Progress(LiveLine):
     """Rounds, the metric, bytes so far and the time left.
 
     In a terminal one line is redrawn; elsewhere a line is printed for each stage and each
@@ -27,41 +22,11 @@ class Progress:
     """
 
     def __init__(self, num_rounds: int, metric: str, search_rounds: int = 0) -> None:
+        super().__init__("rounds", num_rounds)
         self._num_rounds = num_rounds
         self._metric = metric
         self._search_rounds = search_rounds
-        self._console = Console(stderr=True)
-        self._live = self._console.is_terminal
-        self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            TextColumn("{task.completed}/{task.total} rounds"),
-            TextColumn("{task.fields[state]}"),
-            console=self._console,
-            disable=not self._live,
-            transient=True,
-        )
-        self._task = self._bar.add_task("starting", total=num_rounds, state="")
         self._first_round_ended = 0.0
-
-    def __enter__(self) -> Progress:
-        self._bar.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        self._bar.stop()
-
-    def say(self, text: str) -> None:
-        """Show the stage that begins."""
-        if self._live:
-            self._bar.update(self._task, description=text)
-        else:
-            print(text, file=sys.stderr, flush=True)
 
     def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show where the run stands after a round."""
@@ -82,16 +47,9 @@ class Progress:
             left = spent / (record.round - 1) * (self._num_rounds - record.round)
             parts.append(f"{show_seconds(left)} left")
         state = ", ".join(parts)
-        if self._live:
-            self._bar.update(
-                self._task,
-                description="training",
-                total=self._num_rounds,
-                completed=record.round,
-                state=state,
-            )
-        elif record.metric is not None:
-            print(f"round {record.round}/{self._num_rounds}: {state}", file=sys.stderr, flush=True)
+        self._show("training", record.round, self._num_rounds, state)
+        if record.metric is not None:
+            self._print(f"round {record.round}/{self._num_rounds}: {state}")
 
     def _search_round_done(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show how much of the choice stayed as it was."""
@@ -99,17 +57,9 @@ class Progress:
         if record.overlap is not None:
             parts.append(f"{100 * record.overlap:.0f} % of the choice as before")
         state = ", ".join((*parts, *_sent_and_refused(record, ledger)))
-        if self._live:
-            self._bar.update(
-                self._task,
-                description="searching",
-                total=self._search_rounds or None,
-                completed=record.round,
-                state=state,
-            )
-        else:
-            of = f"/{self._search_rounds}" if self._search_rounds else ""
-            print(f"search round {record.round}{of}: {state}", file=sys.stderr, flush=True)
+        self._show("searching", record.round, self._search_rounds or None, state)
+        of = f"/{self._search_rounds}" if self._search_rounds else ""
+        self._print(f"search round {record.round}{of}: {state}")
 
 
 def _sent_and_refused(record: RoundRecord, ledger: Ledger) -> list[str]:
