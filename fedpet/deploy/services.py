@@ -34,17 +34,27 @@ ReadWritePaths={folder}
 WantedBy=multi-user.target
 """
 
-DOCKERFILE = """\
+
+def unit(*, file: str, folder: str, venv: str, script: str, description: str) -> str:
+    """A systemd unit that starts one of the scripts."""
+    return _UNIT.format(file=file, folder=folder, venv=venv, script=script, description=description)
+
+
+def dockerfile(packages_file: str = "") -> str:
+    """The image of server and nodes alike.
+
+    Args:
+        packages_file: Of the app; what it names is installed too, without what that asks for.
+    """
+    text = """\
 # For server and nodes alike; the folder of each is mounted where it starts.
 FROM python:3.12-slim
 COPY server/app /app
 RUN pip install --no-cache-dir /app
 """
-
-
-def unit(*, file: str, folder: str, venv: str, script: str, description: str) -> str:
-    """A systemd unit that starts one of the scripts."""
-    return _UNIT.format(file=file, folder=folder, venv=venv, script=script, description=description)
+    if packages_file:
+        text += f"RUN pip install --no-cache-dir --no-deps -r /app/{packages_file}\n"
+    return text
 
 
 def compose(names: Iterable[str], host: str, port: int) -> str:
