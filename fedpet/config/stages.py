@@ -69,17 +69,17 @@ class BackboneConfig:
 @dataclass(frozen=True, kw_only=True)
 class DataConfig:
     source: str = "embedded"  # "embedded", a hub name, a folder with split files, or a file
-    train_split: str = "train"
-    eval_split: str = "test"  # "" takes eval_fraction of the training rows, by a hash of the text
-    eval_fraction: float = 0.2
+    train_split: str = "train"  # a file or folder of this name in the source
+    eval_split: str = "test"  # "" takes eval-fraction of the training rows, by a hash of the text
+    eval_fraction: float = 0.2  # of the training rows, where eval-split is ""
     text_columns: tuple[str, ...] = ("text",)  # one, or two for pairs
-    label_column: str = "label"
-    label_names: tuple[str, ...] = ()  # () reads them off the training rows, sorted
+    label_column: str = "label"  # classes by name or number; a number for regression
+    label_names: tuple[str, ...] = ()  # [] reads them off the training rows, sorted
     task: str = "classification"  # or "regression"
     metric: str = "accuracy"  # accuracy, f1, matthews, pearson
     max_length: int = 64  # tokens a row, special ones counted
     max_train_rows: int = 0  # 0 takes all
-    max_eval_rows: int = 0
+    max_eval_rows: int = 0  # 0 takes all
 
     def __post_init__(self) -> None:
         _choice("data.task", self.task, ("classification", "regression"))
@@ -108,9 +108,9 @@ class PopulationConfig:
     client_column: str = "client"  # with partition "column", and for nodes that name no other
     num_clients: int = 40  # to make; with partition "nodes" to wait for before the first round
     alpha: float = 0.3  # Dirichlet concentration over labels
-    shards_per_client: int = 2
+    shards_per_client: int = 2  # of the rows sorted by label; with partition "shards"
     min_rows: int = 8  # a client with fewer takes no part; how many were left out is reported
-    seed: int = 0
+    seed: int = 0  # of the partition
 
     def __post_init__(self) -> None:
         known = ("column", "dirichlet", "shards", "iid", "nodes")
@@ -191,17 +191,17 @@ class StructureConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig:
-    learning_rate: float = 1e-3
+    learning_rate: float = 1e-3  # of every kind that learning-rates does not name
     learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
     optimizer: str = "adamw"  # or "sgd"; fresh in every round
     schedule: str = "constant"  # over the rounds; "linear" falls to 0 after the last
-    local_epochs: int = 1
-    batch_size: int = 8
+    local_epochs: int = 1  # passes over a client's rows a round; 0 trains nothing
+    batch_size: int = 8  # rows
     weight_decay: float = 0.0  # of the communicated deltas: towards the checkpoint
     clip_norm: float = 1.0  # L2 norm of the whole gradient; 0 leaves it alone
     logit_adjustment: float = 0.0  # times the log of the client's label shares; 1 counters skew
     proximal_mu: float = 0.0  # FedProx: pulls a client towards the global values
-    dropout: bool = False
+    dropout: bool = False  # the checkpoint's own, in training
     threads: int = 1  # torch threads a client
 
     def __post_init__(self) -> None:
@@ -237,29 +237,27 @@ class SearchConfig:
     mask_in_budget: bool = False  # the budget holds the mask's values too
     epochs: int = 5  # over half of the rows
     max_steps: int = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
-    batch_size: int = 32
+    batch_size: int = 32  # rows of either half
     rate: float = 0.0  # of the candidates' values; 0 takes the rates of [training]
     rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
-    alpha_rate: float = 0.1
+    alpha_rate: float = 0.1  # of the gates' logits
     clip_norm: float = 2.0  # of both gradients; 0 leaves them alone
     beta: float = 1.0  # temperature at the start
     beta_end: float = 0.0  # falls geometrically to this; 0 keeps beta, as in the paper
     order: str = "second"  # "first" is a deviation: no unrolled step
     virtual: str = "adamw"  # the unrolled step; see fedpet/search/bilevel.py
     hard: bool = False  # gates of 0 and 1 with a straight-through gradient
-    dropout: bool = False  # the paper has it on
+    dropout: bool = False  # the checkpoint's own; the paper has it on
     validation_fraction: float = 0.1  # of the rows; picks the checkpoint
     evaluate_every: int = 50  # steps; the last is always evaluated
     checkpoint: str = "best"  # by validation, as in the paper; or "last"
-    seed: int = 0
+    seed: int = 0  # of gates' noise, batches, and the halves of the rows
     # Together on the clients' own rows, before the first training round; see
     # strategies/structure_search.py. Epochs, validation and checkpoint have no meaning then.
     federated: bool = False
     rounds: int = 20  # of the search, at most; the rates fall to 0 over them
     local_steps: int = 5  # of each client, a round
-    settled_overlap: float = (
-        0.9  # Jaccard index of the choices of two rounds that counts as settled
-    )
+    settled_overlap: float = 0.9  # Jaccard index of two rounds' choices that counts as settled
     settled_rounds: int = 3  # as often in a row, and the search is over
 
     def __post_init__(self) -> None:
@@ -304,12 +302,12 @@ class SearchConfig:
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig:
     name: str = "fedavg"  # one of fedpet/rules.py
-    num_rounds: int = 10
-    clients_per_round: int = 20
+    num_rounds: int = 10  # of training
+    clients_per_round: int = 20  # drawn anew for each; all there are, where they are fewer
     quorum: float = 0.5  # fraction of the round's clients that must give a usable reply
-    min_replies: int = 1
-    round_deadline_seconds: float = 3600.0
-    node_wait_seconds: float = 300.0
+    min_replies: int = 1  # usable ones, below which a round changes nothing
+    round_deadline_seconds: float = 3600.0  # replies that come later are refused
+    node_wait_seconds: float = 300.0  # for the first node, and for a deployment's clients
     evaluate_every: int = 1  # rounds; the last is always evaluated
     # Parameters of single rules; one that the chosen rule does not take stays as it is here.
     server_learning_rate: float = 0.0  # fedavgm, fedadam, fedyogi, fedadagrad; 0 is Flower's own
@@ -360,14 +358,16 @@ class StrategyConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig:
+    # float32, bfloat16, int8, int4, eden-1 ... eden-8; "topk-0.1+" in front sends the tenth that is
+    # largest, "-raw" behind leaves the entropy coding out.
     up: str = "float32"  # clients to server
     down: str = "float32"  # server to clients
-    head_up: str = ""  # of the head's values; "" is as `up`
+    head_up: str = ""  # of the head's values; "" is as up
     head_down: str = ""  # "" is as `down`
-    # What a lossy `down` codes: "changes" of a public reference, small and fed back, for clients
+    # What a lossy down codes: "changes" of a public reference, small and fed back, for clients
     # that come often; the "values" anew each round, for a few of many. See fedpet/reference.py.
     downlink: str = "changes"
-    error_feedback: bool = False  # clients keep what a lossy `up` loses, for their next round
+    error_feedback: bool = False  # clients keep what a lossy up loses, for their next round
 
     def __post_init__(self) -> None:
         _choice("codec.downlink", self.downlink, ("changes", "values"))
@@ -375,7 +375,7 @@ class CodecConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
-    name: str = "film-reviews"
+    name: str = "film-reviews"  # of the run folder, and of the table a run is compared in
     seed: int = 0  # sampling of clients, batches, adapters, stochastic rounding
     workers: int = 2  # Ray actors, each with training.threads
     cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
