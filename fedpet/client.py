@@ -17,7 +17,6 @@ from __future__ import annotations
 import functools
 import gc
 import os
-import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -30,6 +29,7 @@ from fedpet.codec import encode_with_feedback
 from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import FedpetError, FrameError, PlanError, ReplyError, TrainingError
+from fedpet.files import untouched, write_whole
 from fedpet.layout import groups_by_kind, head_groups
 from fedpet.messages import OTHER_TIER, PLAN_MISSING, from_record, read_request, to_record
 from fedpet.model import PetModel
@@ -45,6 +45,7 @@ from fedpet.tiers import tier_within
 from fedpet.training import Trained, train_rows
 
 MAX_REASON_BYTES = 500
+KEPT_SECONDS = 90 * 24 * 3600.0  # of a plan that no message asked for
 
 Model = PetModel | SearchModel  # of a plan that trains, and of one that searches
 
@@ -103,7 +104,7 @@ class Node:
                     f"the request gives a client tier {max(request.which)}, counted from 0, and "
                     f"carries {len(starts)}."
                 )
-        except FedpetError as error:
+        except (FedpetError, OSError) as error:  # its disk's too: by name, and the round goes on
             return b"".join(
                 _refusal(digest, server_round, client, str(error)) for client in request.clients
             )
@@ -122,7 +123,7 @@ class Node:
             self._store(plan, digest)
             data = self._data(Plan.from_bytes(plan))
             return write_roster({client.id: len(client.rows) for client in data.clients})
-        except FedpetError as error:
+        except (FedpetError, OSError) as error:
             return _refusal(digest, 0, 0, str(error))
 
     def _train(self, resident: Resident, start: Start, residuals: Residuals) -> bytes:
@@ -152,7 +153,7 @@ class Node:
                 residuals.keep(left)
             else:
                 payload = coding.encode(update, seed=encode_seed)
-        except (ReplyError, FloatingPointError) as error:
+        except (ReplyError, FloatingPointError, OSError) as error:
             return _refusal(digest, server_round, client, str(error))
         return pack_frame(
             Frame(
@@ -186,10 +187,10 @@ class Node:
     def _prepare(self, digest: bytes) -> Resident:
         """Make the plan of a request the one in force, unless it is already."""
         if self._resident is None or self._resident.digest != digest:
-            path = self._plan_path(digest)
-            if not path.exists():
+            stored = self._stored(digest)
+            if stored is None:
                 raise PlanError(PLAN_MISSING)
-            plan = Plan.from_bytes(path.read_bytes())
+            plan = Plan.from_bytes(stored)
             self._resident = None  # the old model goes before the new one comes
             gc.unfreeze()
             data = self._data(plan)
@@ -226,14 +227,22 @@ class Node:
         """Keep a plan on disk under its digest, whole or not at all."""
         if Plan.digest(plan) != digest:
             raise PlanError("the plan's bytes do not have the digest that the frame names.")
+        if self._stored(digest) is None:
+            path = self._plan_path(digest)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            for old in untouched(path.parent.iterdir(), KEPT_SECONDS):
+                old.unlink(missing_ok=True)
+            write_whole(path, plan, durable=True, shared=True)
+
+    def _stored(self, digest: bytes) -> bytes | None:
+        """The plan of a digest, if it lies here undamaged."""
         path = self._plan_path(digest)
-        if path.exists():
-            return
-        path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent)
-        with os.fdopen(handle, "wb") as file:
-            file.write(plan)
-        os.replace(name, path)
+        try:
+            plan = path.read_bytes()
+            os.utime(path)
+        except OSError:
+            return None
+        return plan if Plan.digest(plan) == digest else None
 
     def _plan_path(self, digest: bytes) -> Path:
         return self.settings.cache / "plans" / f"{digest.hex()}.plan"

@@ -23,10 +23,17 @@ from typing import Any
 
 from flwr.app import Message
 
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, RunError
 from fedpet.messages import wire_bytes
 
 TRAINING, SEARCH = "training", "search"
+MAX_REASON = 600  # characters of why a reply was refused
+
+
+def one_line(words: str) -> str:
+    """A stranger's words as one printable line of bounded length: for logs and terminals."""
+    line = "".join(c if c.isprintable() else " " for c in words[:MAX_REASON])
+    return line if len(words) <= MAX_REASON else f"{line} ..."
 
 
 @dataclass
@@ -125,19 +132,24 @@ class Ledger:
         """
         if self.path is None:
             return 0
-        with self.path.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(self.current.to_line()) + "\n")
-            return file.tell()
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.current.to_line()) + "\n")
+                file.flush()
+                return file.tell()
+        except OSError as error:
+            raise RunError(
+                f"{str(self.path)!r} cannot be written: {error.strerror or error}. Make room; the "
+                "run goes on from its last round with `fedpet simulate --resume`."
+            ) from None
 
     def refuse(self, who: str, reason: str, node: int | None = None) -> None:
         """Note a client whose reply is not averaged, why, and from which node, where one is known.
 
-        Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation. A reason may
-        be a stranger's words, and stands in logs and on terminals: it becomes one printable line.
+        Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation.
         """
-        reason = "".join(c if c.isprintable() else " " for c in reason)
         known = {} if node is None else {"node": str(node)}
-        self.current.refused.append({"who": who, **known, "reason": reason})
+        self.current.refused.append({"who": who, **known, "reason": one_line(reason)})
 
     def count_wire(self, message: Message) -> None:
         """Count a message as it is sent or received."""

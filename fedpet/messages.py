@@ -171,7 +171,7 @@ def from_record(record: RecordDict) -> bytes:
     """
     try:
         array = record.array_records[_RECORD][_ARRAY]
-    except KeyError:
+    except (KeyError, AttributeError, TypeError):
         raise FrameError(f"a message holds one array {_RECORD}/{_ARRAY}, got others.") from None
     if array.dtype != "uint8" or array.stype != STYPE or array.shape != (len(array.data),):
         raise FrameError(

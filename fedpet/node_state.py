@@ -27,13 +27,12 @@ import contextlib
 import os
 import shutil
 import struct
-import tempfile
-import time
 import zlib
 from pathlib import Path
 
 import numpy as np
 
+from fedpet.files import untouched, write_whole
 from fedpet.reference import Reference
 
 __all__ = ["NodeState", "state_folder"]
@@ -116,16 +115,9 @@ def _write(path: Path, server_round: int, values: np.ndarray) -> None:
     head = _HEAD.pack(_MAGIC, _VERSION, server_round, len(values))
     data = values.astype("<f4", copy=False).tobytes()
     checksum = _CHECKSUM.pack(zlib.crc32(data, zlib.crc32(head)))
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent)
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(head + checksum + data)
-        os.replace(name, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(name)
-        raise
+    # Where the folder is gone the run is over: a straggler has nothing to keep for it.
+    with contextlib.suppress(FileNotFoundError):
+        write_whole(path, head + checksum + data, shared=True)
 
 
 def _read(path: Path, count: int) -> tuple[int, np.ndarray] | None:
@@ -161,8 +153,5 @@ def _round_of(path: Path) -> int:
 
 def _forget_old(states: Path) -> None:
     """Remove what is left of runs that no process has touched for a week."""
-    oldest = time.time() - _KEPT_SECONDS
-    for run in states.glob("*/*"):
-        with contextlib.suppress(OSError):
-            if run.stat().st_mtime < oldest:
-                shutil.rmtree(run, ignore_errors=True)
+    for run in untouched(states.glob("*/*"), _KEPT_SECONDS):
+        shutil.rmtree(run, ignore_errors=True)

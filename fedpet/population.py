@@ -77,38 +77,55 @@ class Residents(Population):
         homes: Client -> its node.
         names: Number in messages -> client.
         there: Nodes that are there and have said who lives on them.
+        rivals: Node -> nodes that brought a client of its while it was there.
     """
 
     num_rows: dict[str, int] = field(default_factory=dict)
     homes: dict[str, int] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
     there: set[int] = field(default_factory=set)
+    rivals: dict[int, set[int]] = field(default_factory=dict)
 
     def by_number(self) -> dict[int, str]:
         """Client names by number: the one dictionary that grows as nodes come."""
         return self.names
 
     def arrive(self, node: int, num_rows: Mapping[str, int]) -> dict[str, str]:
-        """Take a node's clients in. Who lives on another node that is there stays there.
+        """Take a node's clients in: those that it says, and no others that it once had.
+
+        Who lives on another node that is there stays there.
 
         Returns:
             Clients that were not taken in, and why.
         """
         self.there.add(node)
+        for client in [c for c, home in self.homes.items() if home == node and c not in num_rows]:
+            del self.homes[client]
         refused: dict[str, str] = {}
         for client, rows in sorted(num_rows.items()):
             home, number = self.homes.get(client, node), client_number(client)
             if home != node and home in self.there:
                 refused[client] = f"node {node} brings this client, which lives on node {home}."
+                self.rivals.setdefault(home, set()).add(node)
             elif self.names.setdefault(number, client) != client:
                 refused[client] = f"its 64-bit hash is that of client {self.names[number]!r}."
             else:
                 self.num_rows[client], self.homes[client] = rows, node
         return refused
 
-    def leave(self, node: int) -> None:
-        """A node is not there any more; its clients are remembered."""
+    def leave(self, node: int) -> set[int]:
+        """A node is not there any more; its clients are remembered.
+
+        Returns:
+            Nodes that are there and brought a client of its, which may be theirs now.
+        """
         self.there.discard(node)
+        return self.rivals.pop(node, set()) & self.there
+
+    @property
+    def inhabited(self) -> set[int]:
+        """Nodes that are there and have a client."""
+        return self.there & set(self.homes.values())
 
     @property
     def present(self) -> dict[str, int]:

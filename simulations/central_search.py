@@ -11,7 +11,6 @@ there and ends with the same bytes. Nothing in the file depends on when or how f
 
 from __future__ import annotations
 
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -23,6 +22,7 @@ from fedpet.codec.names import parse_codec
 from fedpet.config import Experiment, PopulationConfig, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError
+from fedpet.files import write_whole
 from fedpet.mask import Mask, build_mask
 from fedpet.node_settings import cache_folder
 from fedpet.positions import mask_scope
@@ -219,9 +219,7 @@ def write_file(path: Path, text: str) -> None:
     Raises:
         ConfigError: It cannot be written.
     """
-    new = path.with_name(f".{path.name}.new")
     try:
-        new.write_text(text, encoding="utf-8")
-        os.replace(new, path)
+        write_whole(path, text.encode())
     except OSError as error:
         raise ConfigError(f"the file {str(path)!r} cannot be written: {error}.") from None

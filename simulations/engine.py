@@ -132,8 +132,9 @@ def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         structure = run_on_ray(experiment, _client_app(experiment), serve)
     except KeyboardInterrupt:
         raise Interrupted("Interrupted. The same command goes on from the last round.") from None
-    write_file(out, structure.to_json())
-    os.replace(folder.path / "rounds.jsonl", out.with_name(out.name + ".rounds.jsonl"))
+    rounds = folder.path / "rounds.jsonl"
+    shutil.copyfile(rounds, out.with_name(out.name + ".rounds.jsonl"))
+    write_file(out, structure.to_json())  # the last: with it the search is over
     shutil.rmtree(folder.path, ignore_errors=True)
     return structure
 

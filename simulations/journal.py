@@ -30,6 +30,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedpet.errors import ConfigError, RunError
+from fedpet.files import sync, write_whole
 from fedpet.ledger import TRAINING
 
 __all__ = ["Journal", "read_journal", "remove_journal", "write_journal"]
@@ -128,17 +129,10 @@ def write_journal(folder: Path, journal: Journal, books: Path | None = None) -> 
     Raises:
         RunError: The disk does not take it. The one before stays.
     """
-    temporary = folder / f".{NAME}"
     try:
         if books is not None:
-            _sync(books, os.O_RDWR)
-        with temporary.open("wb") as file:
-            file.write(journal.to_bytes())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / NAME)
-        if hasattr(os, "O_DIRECTORY"):  # not on Windows, which lets no folder be opened
-            _sync(folder, os.O_RDONLY | os.O_DIRECTORY)
+            sync(books, os.O_RDWR)
+        write_whole(folder / NAME, journal.to_bytes(), durable=True)
     except OSError as error:
         raise RunError(
             f"the journal of round {journal.server_round} cannot be written: {error}. Make room; "
@@ -164,12 +158,3 @@ def read_journal(folder: Path) -> Journal | None:
 def remove_journal(folder: Path) -> None:
     """Take away the journal of a run that has its result."""
     (folder / NAME).unlink(missing_ok=True)
-
-
-def _sync(path: Path, how: int) -> None:
-    """Bring a file, or a folder's list of names, to the disk."""
-    handle = os.open(path, how)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

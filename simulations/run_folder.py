@@ -16,7 +16,8 @@ import numpy as np
 import tomli_w
 
 from fedpet.config import Experiment
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, RunError
+from fedpet.files import write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -55,18 +56,29 @@ class RunFolder:
     def write_outputs(self, values: np.ndarray, model: PreTrainedModel, tokenizer: Path) -> None:
         """Leave the communicated values and the plain model with its tokeniser."""
         folder = self.path / "checkpoint"
-        folder.mkdir(exist_ok=True)
-        np.save(folder / "values.npy", values.astype("<f4"))
-        write_model(model, tokenizer, self.path / "model")
+        try:
+            folder.mkdir(exist_ok=True)
+            np.save(folder / "values.npy", values.astype("<f4"))
+            write_model(model, tokenizer, self.path / "model")
+        except OSError as error:
+            raise _no_room(folder.parent, error) from None
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Leave `result.json`: the last file of a run."""
         self._write("result.json", (json.dumps(result, indent=2) + "\n").encode())
 
     def _write(self, name: str, content: bytes) -> None:
-        temporary = self.path / f".{name}"
-        temporary.write_bytes(content)
-        os.replace(temporary, self.path / name)
+        try:
+            write_whole(self.path / name, content, durable=True)
+        except OSError as error:
+            raise _no_room(self.path / name, error) from None
+
+
+def _no_room(path: Path, error: OSError) -> RunError:
+    return RunError(
+        f"{str(path)!r} cannot be written: {error.strerror or error}. Make room; a run that was "
+        "cut short goes on with `fedpet simulate --resume RUN`."
+    )
 
 
 def write_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:

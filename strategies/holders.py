@@ -55,10 +55,20 @@ class Holders:
         self._nodes[node, tier] = server_round
         self._clients[name] = tier, server_round
 
+    def keep_tier(self, name: str, tier: int) -> None:
+        """A client trains this tier: what was accepted of another one is nothing to it."""
+        if self._clients.get(name, (tier, 0))[0] != tier:
+            self.accepted.pop(name, None)
+
     def forget_reference(self, node: int) -> None:
         """A node says that it does not hold the reference that it was taken to hold."""
         for key in [key for key in self._nodes if key[0] == node]:
             del self._nodes[key]
+
+    def forget_clients(self, names: Collection[str]) -> None:
+        """The same of clients, each alone on its node."""
+        for name in names:
+            self._clients.pop(name, None)
 
     def forget_plan(self, node: int) -> None:
         """A node says that it does not hold the plan: it holds nothing else either."""
@@ -67,7 +77,8 @@ class Holders:
 
     def state(self) -> dict[str, np.ndarray]:
         """What a run that goes on later must have; who was told the plan, the journal knows."""
-        names = sorted(self._names)
+        # Of a deployment those too who were there before a crash, and have not come back yet.
+        names = sorted({*self._names, *self.accepted, *self._clients})
         held = [self._clients.get(name, (0, 0)) for name in names]
         return {
             "names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),

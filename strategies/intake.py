@@ -16,18 +16,21 @@ from collections.abc import Callable, Iterable
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from .in_front import InFront
+from fedpet.errors import RunError
 
-AT_ONCE = 16  # replies pulled at most before they are taken
+from .in_front import InFront
+from .mailbox import Mailbox
+
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds
 IN_MEMORY_BYTES = 8 << 20
 
 
 class Intake(InFront):
-    """A Grid that hands each reply to `take` when it comes."""
+    """A Grid that hands each reply to `take` when it comes, and sends what that gives in return."""
 
-    def __init__(self, grid: Grid, take: Callable[[Message], None]) -> None:
+    def __init__(self, grid: Grid, take: Callable[[Message], Iterable[Message]]) -> None:
         super().__init__(grid)
+        self._mailbox = Mailbox(grid)
         self._take = take
 
     def send_and_receive(
@@ -35,21 +38,18 @@ class Intake(InFront):
     ) -> Iterable[Message]:
         """Send one by one; take what comes in time. Nothing is left to return."""
         limit = math.inf if timeout is None else time.monotonic() + timeout
-        waiting: list[str] = []
-        for message in messages:
-            # Flower gives None for a message that it could not send: nobody will answer it.
-            waiting += [number for number in self._grid.push_messages([message]) if number]
-        while waiting:
-            answered, asked_at = set(), time.monotonic()
-            for start in range(0, len(waiting), AT_ONCE):
-                for reply in self._grid.pull_messages(waiting[start : start + AT_ONCE]):
-                    answered.add(reply.metadata.reply_to_message_id)
-                    self._take(reply)
-            waiting = [number for number in waiting if number not in answered]
-            if not waiting or time.monotonic() > limit:
+        mailbox = self._mailbox
+        mailbox.forget()  # what comes too late is not waited for
+        mailbox.send(messages)
+        while mailbox:
+            taken, asked_at = 0, time.monotonic()
+            for reply in mailbox.collect():
+                taken += 1
+                mailbox.send(self._take(reply))
+            if not mailbox or time.monotonic() > limit:
                 break
             # Where asking in vain costs time, as over a network, it is not done all the time.
-            spent = 0.0 if answered else time.monotonic() - asked_at
+            spent = 0.0 if taken else time.monotonic() - asked_at
             time.sleep(min(max(SHORTEST_PAUSE, 4 * spent), LONGEST_PAUSE))
         return []
 
@@ -64,8 +64,14 @@ class Shelf:
 
     def put(self, data: bytes | memoryview) -> tuple[int, int]:
         """Keep `data`; gives where, for `get`."""
-        self._file.seek(self._end)
-        self._file.write(data)
+        try:
+            self._file.seek(self._end)
+            self._file.write(data)
+        except OSError as error:
+            raise RunError(
+                f"a round's replies wait in {tempfile.gettempdir()!r}, which takes no more: "
+                f"{error.strerror or error}. Make room, or set TMPDIR to another folder."
+            ) from None
         place = (self._end, len(data))
         self._end += len(data)
         return place

@@ -20,7 +20,7 @@ import numpy as np
 from flwr.app import Error, Message
 
 from fedpet.codec import Coding
-from fedpet.codec.frame import Frame, Refusal, pack_frame, unpack_frames
+from fedpet.codec.frame import Frame, Refusal, unpack_frames
 from fedpet.errors import FrameError, ReplyError
 from fedpet.ledger import Ledger
 from fedpet.messages import (
@@ -73,6 +73,7 @@ class Replies:
         digest: The plan's.
         cohorts: Node -> clients it was asked to train.
         names: Number of a client in a frame -> its name.
+        num_rows: Client -> rows it holds, as far as it said so.
         tiers: Which client was asked for which values.
         ledger: Where refusals, bytes and seconds are counted.
         answered: Is told of each accepted frame: node, client, round.
@@ -86,6 +87,7 @@ class Replies:
         digest: bytes,
         cohorts: Mapping[int, Sequence[str]],
         names: Mapping[int, str],
+        num_rows: Mapping[str, int],
         tiers: TierBook,
         ledger: Ledger,
         answered: Callable[[int, str, int], None] = lambda node, name, server_round: None,
@@ -96,6 +98,7 @@ class Replies:
         self._digest = digest
         self._cohorts = cohorts
         self._names = names
+        self._num_rows = num_rows
         self._tiers = tiers
         self._ledger = ledger
         self._accepted: dict[str, tuple[Frame, tuple[int, int]]] = {}  # without payload; where
@@ -115,14 +118,13 @@ class Replies:
         train_seconds = 0.0
         try:
             for part in self._parts(reply):
-                if isinstance(part, Refusal) and part.reason == PLAN_MISSING:
-                    again.no_plan.append(node)
+                self._weigh(node, part)
+                if isinstance(part, Refusal) and part.reason in (PLAN_MISSING, REFERENCE_MISSING):
+                    whole = again.no_plan if part.reason == PLAN_MISSING else again.no_reference
+                    if node not in whole:
+                        whole.append(node)
                     self._note(self._cohorts.get(node, []), part)
-                    break
-                if isinstance(part, Refusal) and part.reason == REFERENCE_MISSING:
-                    again.no_reference.append(node)
-                    self._note(self._cohorts.get(node, []), part)
-                    break
+                    continue
                 if isinstance(part, Refusal) and self._is_of_other_tier(node, part):
                     name = self._names[part.client]
                     again.other_tier.setdefault(node, []).append(name)
@@ -234,8 +236,12 @@ class Replies:
         assert isinstance(part, Frame)
         self._accepted[name] = replace(part, payload=b""), self._shelf.put(part.payload)
         self._answered(node, name, self._round)
-        self._ledger.count_client(up=solo_bytes(pack_frame(part), reply=True))
         return part.train_seconds
+
+    def _weigh(self, node: int, part: Frame | Refusal) -> None:
+        """Count what a client sent, whether it is used or not."""
+        if self._names.get(part.client, "") in self._cohorts.get(node, []):
+            self._ledger.count_client(up=solo_bytes(bytes(part.num_bytes), reply=True))
 
     def _check(self, node: int, part: Frame | Refusal, name: str) -> None:
         if name in self._accepted:
@@ -255,8 +261,12 @@ class Replies:
                 f"the plan asks this client for {expected} values by {self._plan.codec.up!r}, the "
                 f"frame holds {part.count} by {part.codec!r}."
             )
-        if part.num_examples < 1:
-            raise FrameError(f"an update has at least 1 example, got {part.num_examples}.")
+        rows = self._num_rows[name]
+        if not 1 <= part.num_examples <= rows:
+            raise FrameError(
+                f"an update has at least 1 example and at most the client's {rows} rows, got "
+                f"{part.num_examples}."
+            )
         if not 0 <= part.loss < math.inf:
             raise FrameError(f"a training loss is finite and not negative, got {part.loss}.")
 

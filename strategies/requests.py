@@ -125,9 +125,11 @@ class Requests:
             self.holders.forget_reference(node)
         others = [name for names in asked.other_tier.values() for name in names]
         lost = [name for names in asked.no_residual.values() for name in names]
-        for name in (*others, *lost):  # a residual of another tier is of other values
+        for name in lost:
             self.holders.accepted.pop(name, None)
-        self._ledger.count_client(down=self._solo_all((*others, *lost)))
+        for name in others:  # a residual of another tier is of other values
+            self.holders.keep_tier(name, self._tiers.index(name))
+        self._count_again(asked, (*others, *lost))
         whole = {node: self.cohorts[node] for node in (*asked.no_plan, *asked.no_reference)}
         for part in (asked.other_tier, asked.no_residual):
             for node, names in part.items():
@@ -203,6 +205,22 @@ class Requests:
         frames = self._solo_all(newcomers)
         plans = self._solo_all(newcomers, self._plan_bytes) - frames
         self._ledger.count_client(down=self._solo_all(self.sampled), plan=plans)
+
+    def _count_again(self, asked: Again, clients: Sequence[str]) -> None:
+        """What is sent a second time to clients that are asked again.
+
+        A node that lost plan or reference is a device where clients live on their nodes; elsewhere
+        it is a worker that speaks for clients of many devices, and none of those lost anything.
+        """
+        self._ledger.count_client(down=self._solo_all(clients))
+        if not self._population.homes:
+            return
+        for node in (*asked.no_plan, *asked.no_reference):
+            names = self.cohorts[node]
+            self.holders.forget_clients(names)
+            frames = self._solo_all(names)
+            with_plan = self._solo_all(names, self._plan_bytes) if node in asked.no_plan else frames
+            self._ledger.count_client(down=frames, plan=with_plan - frames)
 
     def _solo_all(self, names: Sequence[str], plan: bytes = b"") -> int:
         """Bytes of requests to these clients, each alone with what it lacks of its tier."""

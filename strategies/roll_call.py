@@ -9,7 +9,8 @@ The question carries the plan, so that a node reads and tokenises its rows as th
 finds out then whether it can; names and counts of rows come back (fedpet/roster.py). Before the
 first round the call waits for the clients that are expected. Later on nobody is waited for: a
 latecomer is asked when it is seen and drawn from the round after its answer. A node that left is
-asked again when it comes back, since it may bring other clients.
+asked again when it comes back, since it may bring other clients; and when it leaves, so is every
+node that brought a client of its: a device that was started anew is another node to Flower.
 
 The bytes of the call count as the plan's.
 """
@@ -24,13 +25,14 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpet.errors import FedpetError, RunError
-from fedpet.ledger import Ledger
+from fedpet.ledger import Ledger, one_line
 from fedpet.messages import Request, from_record, solo_bytes, to_record, write_request
 from fedpet.population import Residents
 from fedpet.roster import read_roster, write_roster
 
 from .holders import Holders
 from .in_front import InFront
+from .mailbox import Mailbox
 
 MAX_ASKS = 3  # of a node whose answers are errors, before it is left alone
 POLL_SECONDS = 0.5
@@ -70,11 +72,11 @@ class RollCall(InFront):
         self._wait_seconds = wait_seconds
         self._ledger = ledger
         self._begun = False
-        self._pending: dict[str, int] = {}  # id of a question -> the node it went to
+        self._mailbox = Mailbox(grid)
         # node -> how often it was asked since it came, or told the call before this one
         self._asks: dict[int, int] = dict.fromkeys(residents.there, 1)
         self._failures: dict[int, str] = {}  # node -> why it takes no part
-        self._sent_to: dict[str, int] = {}  # id of any message -> the node it went to
+        self._anew: set[int] = set()  # nodes that are there and are to be asked once more
 
     def get_node_ids(self) -> Iterable[int]:
         """Nodes that are there and have said who lives on them.
@@ -86,7 +88,7 @@ class RollCall(InFront):
         if not self._begun:
             self._wait()
             self._begun = True
-        return sorted(self._residents.there)
+        return sorted(self._residents.inhabited)
 
     def _wait(self) -> None:
         limit = time.monotonic() + self._wait_seconds
@@ -114,23 +116,23 @@ class RollCall(InFront):
         for node in self._asks.keys() - nodes:
             del self._asks[node]
             self._failures.pop(node, None)
-            self._residents.leave(node)
+            self._anew |= self._residents.leave(node)
             self._holders.plan_nodes.discard(node)
-        questions = [self._ask(node) for node in sorted(nodes) if self._is_to_be_asked(node)]
-        if questions:
-            ids = list(self._grid.push_messages(questions))
-            nodes_asked = (message.metadata.dst_node_id for message in questions)
-            self._pending.update(zip(ids, nodes_asked, strict=True))
-        if self._pending:
-            answers = self._grid.pull_messages(list(self._pending))
-            for answer in sorted(answers, key=lambda m: self._pending[_question_of(m)]):
-                self._take_in(self._pending.pop(_question_of(answer)), answer)
+        self._mailbox.send(
+            [self._ask(node) for node in sorted(nodes) if self._is_to_be_asked(node)]
+        )
+        for answer in sorted(self._mailbox.collect(), key=lambda m: m.metadata.src_node_id):
+            self._take_in(answer.metadata.src_node_id, answer)
 
     def _is_to_be_asked(self, node: int) -> bool:
-        known = node in self._residents.there or node in self._pending.values()
-        return not known and self._asks.get(node, 0) < MAX_ASKS
+        if node in self._mailbox.nodes:
+            return False
+        if node in self._anew:
+            return True
+        return node not in self._residents.there and self._asks.get(node, 0) < MAX_ASKS
 
     def _ask(self, node: int) -> Message:
+        self._anew.discard(node)
         self._asks[node] = self._asks.get(node, 0) + 1
         message = Message(to_record(self._question), dst_node_id=node, message_type="query")
         self._ledger.count_wire(message)
@@ -166,34 +168,9 @@ class RollCall(InFront):
         self._ledger.count_client(plan=down * len(newcomers) + up)
 
     def _fail(self, node: int, reason: str) -> None:
-        self._failures[node] = reason
+        self._failures[node] = one_line(reason)
         self._refuse(f"node {node}", reason)
 
     def _refuse(self, who: str, reason: str) -> None:
-        LOG.warning("roll call: %s: %s", who, reason)
+        LOG.warning("roll call: %s: %s", who, one_line(reason))
         self._ledger.refuse(who, reason)
-
-    # -- messages ------------------------------------------------------------------------------
-
-    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Send."""
-        messages = list(messages)
-        ids = list(self._grid.push_messages(messages))
-        nodes = (message.metadata.dst_node_id for message in messages)
-        self._sent_to.update(zip(ids, nodes, strict=True))
-        return ids
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Receive what has come."""
-        return [self._named(reply) for reply in self._grid.pull_messages(message_ids)]
-
-    def _named(self, reply: Message) -> Message:
-        """For a node that is gone Flower answers, in its own name: this gives the node's."""
-        node = self._sent_to.pop(_question_of(reply), None)
-        if node is not None and reply.has_error():
-            reply.metadata.__dict__["_src_node_id"] = node
-        return reply
-
-
-def _question_of(reply: Message) -> str:
-    return str(reply.metadata.reply_to_message_id)

@@ -5,16 +5,16 @@
 In:  the global values, held by Flower's round loop as one float32 array.
 Out: the same after a round: each client's update decoded, checked, and combined with the others.
 
-A train message names the cohort that its node is to train (`requests`). Replies are frames of a
-few kilobytes (`replies`), decoded one at a time into what Flower's rule is given (`vectors`).
+A train message names the cohort that its node is to train (`requests`). Replies are frames
+(`replies`), decoded one at a time into what Flower's rule is given (`vectors`).
 """
 
 from __future__ import annotations
 
 import logging
 import math
-import time
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -41,7 +41,9 @@ from .tiers import TierBook
 from .vectors import Counted, client_messages, mean_message
 
 WIRE = "wire/"  # before the names of what the wire remembers, in `state`
-MAX_REPEATS = 3  # of a request that could not be answered as it was made: plan, tier, residual
+MAX_REPEATS = (
+    3  # for each node, of a request that could not be answered as it was made: plan, tier, residual
+)
 
 LOG = logging.getLogger("fedpet")
 
@@ -72,6 +74,7 @@ class _Rounds(Memory):
         self.config = config
         self.ledger = ledger
         self._names = population.by_number()
+        self._num_rows = population.num_rows
         self.tiers = TierBook(tiers, plan.mask, self._names.values())
         self.requests = Requests(
             plan=plan, tiers=self.tiers, population=population, config=config, ledger=ledger
@@ -98,8 +101,7 @@ class _Rounds(Memory):
     ) -> Iterable[Message]:
         """One message a node: its cohort, the global values, the plan if it may lack it."""
         nodes = wait_for_nodes(grid, self.config.node_wait_seconds)
-        self._grid = grid
-        self._deadline = time.monotonic() + self.config.round_deadline_seconds
+        self._repeats: Counter[int] = Counter()
         self._values = values_of(arrays)
         super().configure_train(server_round, arrays, config, grid)  # the rule notes the values
         messages = self.requests.of_round(server_round, self._values, nodes)
@@ -109,6 +111,7 @@ class _Rounds(Memory):
             digest=self.digest,
             cohorts=self.requests.cohorts,
             names=self._names,
+            num_rows=self._num_rows,
             tiers=self.tiers,
             ledger=self.ledger,
             answered=self.requests.answered,
@@ -128,7 +131,6 @@ class _Rounds(Memory):
         """
         for reply in replies:
             self._replies.take(reply)
-        self._ask_again()
         self._replies.refuse_absent(self.requests.sampled)
         updates = Counted(self._replies.updates())
         messages = self.to_flower(self._values, updates)
@@ -172,23 +174,18 @@ class _Rounds(Memory):
                 + (f" by {self.config.name!r} and its parameters." if needed == rule else ".")
             )
 
-    def _take(self, reply: Message) -> None:
-        """Count and read a reply as it comes."""
+    def _take(self, reply: Message) -> list[Message]:
+        """Count and read a reply as it comes; give what to ask once more in another way."""
         self.ledger.count_wire(reply)
         self._replies.take(reply)
-
-    def _ask_again(self) -> None:
-        """Ask those who could not answer as they were asked once more, before the deadline."""
-        for _ in range(MAX_REPEATS):
-            again = self._replies.to_ask_again()
-            if not again:
-                break
-            asked = self.requests.again(again)
-            for message in asked:
-                self.ledger.count_wire(message)
-            left = max(self._deadline - time.monotonic(), 0.0)
-            for answer in self._grid.send_and_receive(asked, timeout=left):
-                self._take(answer)
+        again, node = self._replies.to_ask_again(), reply.metadata.src_node_id
+        if not again or self._repeats[node] == MAX_REPEATS:
+            return []
+        self._repeats[node] += 1
+        asked = self.requests.again(again)
+        for message in asked:
+            self.ledger.count_wire(message)
+        return asked
 
     # -- from run to run --------------------------------------------------------------------
 

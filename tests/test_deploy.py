@@ -251,7 +251,7 @@ def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
         ({"host": "a;rm"}, "name or address"),
         ({"port": 0}, "port must be in"),
         ({"node_port": 65535}, "node port must be in"),
-        ({"days": 0}, "days is at least 1"),
+        ({"days": 0}, "days is in 1"),
     ],
 )
 def test_a_deployment_that_cannot_be_is_refused(changes: dict[str, Any], words: str) -> None:

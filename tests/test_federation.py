@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -24,13 +26,14 @@ from fedpet.codec.frame import Frame, pack_frame, unpack_frames
 from fedpet.config import Experiment
 from fedpet.errors import RunError
 from fedpet.layout import groups_by_kind
+from fedpet.ledger import Ledger
 from fedpet.messages import from_record, read_request, to_record
 from fedpet.node_settings import NodeSettings
 from fedpet.plan import Plan
 from fedpet.seeds import client_number, derive_seed
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
-from fedpet.simulations.run_folder import new_run_folder
+from fedpet.simulations.run_folder import RunFolder, new_run_folder
 from fedpet.training import Trained
 
 Handler = Callable[[bytes], bytes]
@@ -181,9 +184,9 @@ def test_with_every_linear_in_scope_and_density_1_the_result_is_flower_s_fedavg(
 
 
 def test_the_mean_of_three_updates_is_weighted_by_their_rows(experiment: Any) -> None:
-    """The federation's case of the shared mask: weights 10, 30, 60, computed by hand."""
+    """The federation's case of the shared mask: weights as 10, 30, 60, computed by hand."""
     deltas = [[0.1, -0.2, 0.05, 0.0], [0.0, 0.1, -0.05, 0.2], [-0.1, 0.0, 0.1, 0.1]]
-    rows = [10, 30, 60]
+    rows = [1, 3, 6]
     settings = experiment(
         strategy_num_rounds=1,
         strategy_clients_per_round=3,
@@ -256,23 +259,12 @@ def spoil(node: Handler, change: Callable[[Frame], bytes], victim: int) -> Handl
     return answer
 
 
-def _with_values(frame: Frame, value: float) -> bytes:
-    update = np.full(frame.count, value, dtype=np.float32)
-    raw = update.tobytes()
-    from fedpet.codec import encode_values
-
-    try:
-        payload = encode_values(update, frame.codec, [(0, frame.count)], seed=0)
-    except ValueError:
-        payload = raw
-    return pack_frame(replace(frame, payload=payload))
-
-
 WRONG = {
     "plan": lambda f: pack_frame(replace(f, plan_digest=b"\1" * 16)),
     "round": lambda f: pack_frame(replace(f, server_round=f.server_round + 1)),
     "values by": lambda f: pack_frame(replace(f, count=f.count - 1)),
     "at least 1 example": lambda f: pack_frame(replace(f, num_examples=0)),
+    "at most the client's": lambda f: pack_frame(replace(f, num_examples=10**9)),
     "second frame": lambda f: pack_frame(f) * 2,
 }
 
@@ -383,6 +375,45 @@ def test_the_plan_travels_once_to_a_node_and_again_when_the_node_has_lost_it(
     assert [bool(size) for size in seen] == [True, False, True, False]
     assert result["refused"] == []
     assert result["final_values_sha256"] == run(experiment())["final_values_sha256"]
+
+
+@pytest.mark.parametrize("damage", [lambda whole: b"", lambda whole: whole[:-3], lambda w: w * 2])
+def test_a_plan_that_was_damaged_on_the_device_s_disk_is_sent_again(
+    experiment: Any, damage: Callable[[bytes], bytes]
+) -> None:
+    settings = experiment(strategy_num_rounds=2)
+    seen: list[int] = []
+
+    def device(payload: bytes) -> bytes:
+        seen.append(len(read_request(payload).plan))
+        if len(seen) == 2:  # it lost power while the plan was written
+            [plan] = (Path(settings.run.cache) / "plans").iterdir()
+            plan.write_bytes(damage(plan.read_bytes()))
+        return Node(NodeSettings.of(settings)).answer(payload)
+
+    assert run(settings, LocalGrid({1: device}))["refused"] == []
+    assert [bool(size) for size in seen] == [True, False, True]
+
+
+def test_plans_that_nothing_asked_for_in_months_are_removed(experiment: Any) -> None:
+    settings = experiment(strategy_num_rounds=1)
+    plans = Path(settings.run.cache) / "plans"
+    plans.mkdir(parents=True, exist_ok=True)
+    for name, age in (("old.plan", 100), ("recent.plan", 10)):
+        (plans / name).write_bytes(b"")
+        os.utime(plans / name, (time.time() - age * 86400,) * 2)
+    run(settings)
+    assert {path.name for path in plans.iterdir()} >= {"recent.plan"}
+    assert not (plans / "old.plan").exists()
+
+
+def test_books_that_the_disk_does_not_take_end_the_run_with_one_sentence(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path)  # a folder, where a file should be
+    ledger.begin(0)
+    with pytest.raises(RunError, match=r"cannot be written: .* Make room"):
+        ledger.close()
+    with pytest.raises(RunError, match=r"result\.json' cannot be written: .* Make room"):
+        RunFolder(tmp_path / "gone").write_result({})
 
 
 def test_a_client_with_another_checkpoint_is_refused_with_both_fingerprints(

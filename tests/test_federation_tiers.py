@@ -247,7 +247,8 @@ def test_a_node_that_names_its_tier_is_asked_again_once_and_then_rightly(experim
     expected = run(experiment(strategy_num_rounds=3, mask_tiers=["0.005=1", "0.02=0", "0.05=0"]))
     assert result["final_values_sha256"] == expected["final_values_sha256"]
     assert result["communication"]["downlink_bytes"] > expected["communication"]["downlink_bytes"]
-    assert result["communication"]["uplink_bytes"] == expected["communication"]["uplink_bytes"]
+    # The refusals that say the tier are sent too.
+    assert result["communication"]["uplink_bytes"] > expected["communication"]["uplink_bytes"]
 
 
 def test_a_node_too_weak_for_every_tier_is_refused_with_what_to_do(experiment: Any) -> None:

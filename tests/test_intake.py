@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from flwr.app import Message
@@ -15,6 +16,7 @@ from fedpet.messages import from_record, to_record
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.strategies import intake
 from fedpet.strategies.intake import Intake, Shelf
+from fedpet.strategies.mailbox import AT_ONCE
 
 
 class Slow(LocalGrid):
@@ -39,16 +41,26 @@ def questions(count: int) -> Iterable[Message]:
     )
 
 
+def taking(into: list[Any], what: Callable[[Message], Any] = lambda reply: reply) -> Any:
+    """Notes something of each reply, and has nothing to send in return."""
+
+    def take(reply: Message) -> list[Message]:
+        into.append(what(reply))
+        return []
+
+    return take
+
+
 @pytest.mark.parametrize("at_once", [1, 3, 100])
 def test_every_reply_is_taken_once_however_they_come(
     at_once: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(intake, "SHORTEST_PAUSE", 0.0)
     grid, taken = Slow(40, at_once), []
-    front = Intake(grid, lambda reply: taken.append(from_record(reply.content)))
+    front = Intake(grid, taking(taken, lambda reply: from_record(reply.content)))
     assert not list(front.send_and_receive(questions(40)))
     assert sorted(taken) == sorted(f"to {n}".encode()[::-1] for n in range(40))
-    assert grid.pulled <= intake.AT_ONCE
+    assert grid.pulled <= AT_ONCE
 
 
 def test_a_reply_is_taken_while_others_are_awaited() -> None:
@@ -61,8 +73,27 @@ def test_a_reply_is_taken_while_others_are_awaited() -> None:
 
     grid = Late(2, 1)
     at = []
-    Intake(grid, lambda reply: at.append(grid.pulls)).send_and_receive(questions(2))
+    Intake(grid, taking(at, lambda reply: grid.pulls)).send_and_receive(questions(2))
     assert at == [1, 2]
+
+
+def test_what_is_given_in_return_is_sent_before_the_others_have_answered() -> None:
+    class Slower(Slow):
+        """The first question is answered after everything else."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            there = list(message_ids)
+            return super().pull_messages([n for n in there if n != "message-0"] or there)
+
+    taken: list[bytes] = []
+
+    def take(reply: Message) -> list[Message]:
+        taken.append(from_record(reply.content))
+        again = Message(to_record(b"once more"), dst_node_id=1, message_type="train")
+        return [again] if taken == [b"1 ot"] else []
+
+    Intake(Slower(2, 1), take).send_and_receive(questions(2))
+    assert taken == [b"1 ot", b"erom ecno", b"0 ot"]
 
 
 def test_who_does_not_answer_in_time_is_left() -> None:
@@ -72,7 +103,7 @@ def test_who_does_not_answer_in_time_is_left() -> None:
 
     taken: list[Message] = []
     started = time.monotonic()
-    Intake(Deaf(3, 9), taken.append).send_and_receive(questions(3), timeout=0.3)
+    Intake(Deaf(3, 9), taking(taken)).send_and_receive(questions(3), timeout=0.3)
     assert len(taken) == 2
     assert 0.3 <= time.monotonic() - started < 5
 
@@ -84,7 +115,7 @@ def test_a_message_that_flower_could_not_send_is_not_awaited() -> None:
             return [None if n == "message-0" else n for n in numbers]  # type: ignore[misc]
 
     taken: list[Message] = []
-    Intake(Refusing(3, 9), taken.append).send_and_receive(questions(3))
+    Intake(Refusing(3, 9), taking(taken)).send_and_receive(questions(3))
     assert len(taken) == 2
 
 

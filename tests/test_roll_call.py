@@ -364,8 +364,9 @@ def test_a_node_s_own_places_stand_above_the_experiment_s(experiment: Any) -> No
 def test_residents_are_drawn_as_a_simulation_draws_them_whatever_nodes_they_live_on() -> None:
     rows = {f"client {n}": n + 1 for n in range(9)}
     residents = Residents()
-    for node, name in enumerate(reversed(rows)):
-        assert residents.arrive(100 + node % 4, {name: rows[name]}) == {}
+    names = list(reversed(rows))
+    for node in range(4):
+        assert residents.arrive(100 + node, {name: rows[name] for name in names[node::4]}) == {}
     for server_round in range(1, 20):
         drawn = residents.sample(server_round, 4, seed=3)
         assert drawn == Population(rows, {}).sample(server_round, 4, seed=3)
@@ -381,6 +382,51 @@ def test_a_client_moves_only_when_its_node_has_left() -> None:
     assert residents.present == {}
     assert residents.arrive(2, {"a": 7}) == {}
     assert (residents.homes, residents.present) == ({"a": 2}, {"a": 7})
+
+
+def test_a_node_that_comes_back_has_the_clients_that_it_brings_then() -> None:
+    residents = Residents()
+    residents.arrive(1, {"a": 5, "b": 6})
+    residents.leave(1)
+    assert residents.arrive(1, {"a": 5}) == {}
+    assert residents.present == {"a": 5}
+    assert residents.arrive(2, {"b": 6}) == {}
+
+
+def test_a_device_that_was_started_anew_has_its_clients_again_once_the_old_node_is_gone(
+    deployed: Any, files: tuple[Path, Path]
+) -> None:
+    """To a server that lets every node in, a device is another node after each start."""
+    settings = deployed(
+        strategy_clients_per_round=6, strategy_num_rounds=4, population_num_clients=6
+    )
+    nodes = three_nodes(settings, files[1])
+    nodes[12] = nodes[9]
+
+    def there(trained: int) -> set[int]:
+        if trained < 3:
+            return {5, 7, 9}
+        return {5, 7, 9, 12} if trained < 6 else {5, 7, 12}
+
+    result = run(settings, Changing(nodes, there))
+    assert [refused["who"] for refused in result["refused"]] == ["node 12", "node 12"]
+    assert [line["replies"] for line in lines_of(settings)] == [0, 6, 6, 6, 6]
+
+
+def test_a_node_s_words_are_one_printable_line_of_bounded_length(
+    deployed: Any, files: tuple[Path, Path], caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = deployed(population_num_clients=4, strategy_num_rounds=1)
+
+    def loud() -> bytes:
+        raise MemoryError("\x1b[2J\nround 1: all is well" + "x" * 10**6)
+
+    nodes = three_nodes(settings, files[1])
+    nodes[9] = lying(nodes[9], loud)
+    result = run(settings, LocalGrid(nodes))
+    told = [refused["reason"] for refused in result["refused"]] + caplog.messages
+    assert any("all is well" in line for line in told)
+    assert all("\x1b" not in line and "\n" not in line and len(line) < 1000 for line in told)
 
 
 @pytest.fixture(autouse=True)

@@ -72,6 +72,11 @@ class Frame:
     train_seconds: float
     payload: bytes | memoryview
 
+    @property
+    def num_bytes(self) -> int:
+        """What `pack_frame` makes of it weighs."""
+        return HEADER_BYTES + len(self.payload)
+
 
 @dataclass(frozen=True)
 class Refusal:
@@ -81,6 +86,11 @@ class Refusal:
     server_round: int
     client: int
     reason: str
+
+    @property
+    def num_bytes(self) -> int:
+        """What `pack_refusal` makes of it weighs, where the reason is not too long."""
+        return HEADER_BYTES + len(self.reason.encode())
 
 
 def pack_frame(frame: Frame) -> bytes:

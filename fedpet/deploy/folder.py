@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import os
 import re
+import tempfile
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from fedpet.errors import ConfigError
 
 LOCAL = ("localhost", "127.0.0.1")  # the server's own processes reach it here
 NODE_PORT = 8100
+MAX_DAYS = 36_500
 _EVERYWHERE = ("0.0.0.0", "127.0.0.1", "localhost")
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _HOST = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}")
@@ -106,8 +108,11 @@ class Deployment:
         for name, port in (("port", self.port), ("node port", last_node_port)):
             if not 1 <= port <= 65535:
                 raise ConfigError(f"the {name} must be in 1 ... 65535, got {port}.")
-        if self.days < 1 or self.clients < 0 or self.threads < 0:
-            raise ConfigError("days is at least 1, clients and threads at least 0.")
+        if not 1 <= self.days <= MAX_DAYS or self.clients < 0 or self.threads < 0:
+            raise ConfigError(
+                f"days is in 1 ... {MAX_DAYS}, clients and threads are at least 0, got "
+                f"{self.days}, {self.clients} and {self.threads}."
+            )
 
     @property
     def address(self) -> str:
@@ -146,41 +151,48 @@ class Deployment:
 
 
 def write_deployment(deployment: Deployment, folder: Path) -> None:
-    """Make the folder.
+    """Make the folder, whole or not at all.
 
     Raises:
         ConfigError: It is there already and holds something, or cannot be made.
     """
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise ConfigError(
+            f"the folder {str(folder)!r} is not empty, and a deployment holds keys that must "
+            "not be written over: name a new one."
+        )
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
-            raise ConfigError(
-                f"the folder {str(folder)!r} is not empty, and a deployment holds keys that must "
-                "not be written over: name a new one."
-            )
-        certificates = make_certificates((deployment.host, *LOCAL), days=deployment.days)
-        _write(folder / "authority" / "ca.key", certificates.authority_key, mode=0o600)
-        _write(folder / "authority" / "ca.crt", certificates.authority)
-        packages_file = PACKAGES_FILE if packages(deployment.experiment) else ""
-        _write(folder / "Dockerfile", services.dockerfile(packages_file).encode())
-        names = [node.name for node in deployment.nodes]
-        composed = services.compose(names, deployment.host, deployment.port)
-        _write(folder / "compose.yaml", composed.encode())
-        _write(folder / "README.md", _readme(deployment).encode())
-        server = folder / "server"
-        _write(server / "ca.crt", certificates.authority)
-        _write(server / "server.pem", certificates.server)
-        _write(server / "server.key", certificates.server_key, mode=0o600)
-        _write_server(deployment, server)
-        for number, node in enumerate(deployment.nodes):
-            private, public = make_node_key()
-            _write(server / "nodes" / f"{node.name}.pub", public)
-            place = folder / "nodes" / node.name
-            _write(place / "ca.crt", certificates.authority)
-            _write(place / "node.key", private, mode=0o600)
-            _write_node(deployment, node, place, deployment.node_port + number)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
+            made = Path(beside) / folder.name
+            _write_all(deployment, made)
+            os.replace(made, folder)
     except OSError as error:
         raise ConfigError(f"the folder {str(folder)!r} cannot be written: {error}.") from None
+
+
+def _write_all(deployment: Deployment, folder: Path) -> None:
+    certificates = make_certificates((deployment.host, *LOCAL), days=deployment.days)
+    _write(folder / "authority" / "ca.key", certificates.authority_key, mode=0o600)
+    _write(folder / "authority" / "ca.crt", certificates.authority)
+    packages_file = PACKAGES_FILE if packages(deployment.experiment) else ""
+    _write(folder / "Dockerfile", services.dockerfile(packages_file).encode())
+    names = [node.name for node in deployment.nodes]
+    composed = services.compose(names, deployment.host, deployment.port)
+    _write(folder / "compose.yaml", composed.encode())
+    _write(folder / "README.md", _readme(deployment).encode())
+    server = folder / "server"
+    _write(server / "ca.crt", certificates.authority)
+    _write(server / "server.pem", certificates.server)
+    _write(server / "server.key", certificates.server_key, mode=0o600)
+    _write_server(deployment, server)
+    for number, node in enumerate(deployment.nodes):
+        private, public = make_node_key()
+        _write(server / "nodes" / f"{node.name}.pub", public)
+        place = folder / "nodes" / node.name
+        _write(place / "ca.crt", certificates.authority)
+        _write(place / "node.key", private, mode=0o600)
+        _write_node(deployment, node, place, deployment.node_port + number)
 
 
 def _write_server(deployment: Deployment, folder: Path) -> None:

@@ -9,10 +9,8 @@ What a cell is, is up to the table that it belongs to: this module looks at its 
 from __future__ import annotations
 
 import json
-import os
 import random
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,6 +19,7 @@ from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
 from fedpet.errors import ConfigError
+from fedpet.files import write_whole
 from fedpet.simulations.run_folder import machine, versions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -137,12 +136,7 @@ def _note(path: Path, check: dict[str, Any]) -> None:
 def write_json(path: Path, content: Any) -> None:
     """Leave a file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, name = tempfile.mkstemp(dir=path.parent, prefix=".")
-    with os.fdopen(handle, "w", encoding="utf-8") as file:
-        json.dump(content, file, indent=2)
-        file.write("\n")
-    os.chmod(name, 0o644)
-    os.replace(name, path)
+    write_whole(path, (json.dumps(content, indent=2) + "\n").encode())
 
 
 def commit() -> str:

@@ -1,0 +1,64 @@
+"""Files that are whole or absent, whatever ends the process that writes them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import tempfile
+import time
+from collections.abc import Iterable
+from pathlib import Path
+
+__all__ = ["sync", "untouched", "write_whole"]
+
+
+def write_whole(path: Path, content: bytes, *, durable: bool = False, shared: bool = False) -> None:
+    """Put a file in its place, whole; one that was there before is replaced.
+
+    Args:
+        path: In a folder that exists.
+        content: All of it.
+        durable: Come back only when it would outlast a loss of power.
+        shared: Several processes may write this file at once; whose user alone may read it then.
+
+    Raises:
+        OSError: The disk does not take it. What was there before stays.
+    """
+    if shared:
+        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    else:  # what a process that was killed left goes with the next one
+        name = str(path.with_name(f".{path.name}"))
+        handle = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    try:
+        with os.fdopen(handle, "wb") as file:
+            file.write(content)
+            file.flush()
+            if durable:
+                os.fsync(file.fileno())
+        os.replace(name, path)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+    if durable and hasattr(os, "O_DIRECTORY"):  # not on Windows, which lets no folder be opened
+        sync(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+
+
+def sync(path: Path, how: int) -> None:
+    """Bring a file, or a folder's list of names, to the disk."""
+    handle = os.open(path, how)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def untouched(paths: Iterable[Path], seconds: float) -> list[Path]:
+    """Those of `paths` that nobody has written or touched for so long."""
+    oldest = time.time() - seconds
+    old = []
+    for path in paths:
+        with contextlib.suppress(OSError):
+            if path.stat().st_mtime < oldest:
+                old.append(path)
+    return old
