@@ -28,7 +28,7 @@ test: $(STAMP) ## the plain tests, and those that start Ray and Flower
 test-slow: $(STAMP) ## tests that train for minutes
 	@scripts/test --slow $(ARGS)
 
-bench: $(STAMP) ## what is missing of the README's table of methods; an hour from nothing
+bench: $(STAMP) ## what is missing of the README's table of methods; two hours from nothing
 	@$(VENV)/bin/python -m simulations.benchmarks table simulations/benchmarks/default.toml $(ARGS)
 
 deploy-demo: $(STAMP) ## real nodes over TLS on this machine end with the simulation's values

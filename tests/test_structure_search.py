@@ -457,7 +457,6 @@ def spoil(
 
 
 VICTIM = client_number("client 2")
-NAN = np.full(4, np.nan, dtype=np.float32).tobytes()
 WRONG: dict[str, Callable[[Frame], bytes]] = {
     "values by": lambda f: pack_frame(replace(f, count=f.count - 1)),
     "is of plan": lambda f: pack_frame(replace(f, plan_digest=b"\1" * 16)),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -96,8 +95,3 @@ def make_experiment(backbone: Path, rows: Path, out: Path, **changes: object) ->
         stage, _, name = key.partition("_")
         tables.setdefault(stage, {})[name.replace("_", "-")] = value
     return Experiment.from_tables(tables)
-
-
-def with_seed(experiment: Experiment, seed: int) -> Experiment:
-    """The same experiment at another seed."""
-    return replace(experiment, run=replace(experiment.run, seed=seed))

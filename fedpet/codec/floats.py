@@ -4,7 +4,7 @@
              -> plan -> client -> strategy -> ledger -> report
 
 In:  values, float32 (n,), finite.
-Out: byte planes, compressed where that pays. A trained vector takes about 26.6 of 32 bits, or 10.6
+Out: byte planes, compressed where that pays. A trained vector takes about 26.5 of 32 bits, or 10.5
      of 16, which is within 0.5 % of what its exponents allow; zeros take next to nothing.
 
 Only exponents repeat, the rest of a float is noise. So a word is turned until one plane holds five

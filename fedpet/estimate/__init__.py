@@ -1,6 +1,8 @@
 """What a run costs in bytes and in time, before any training.
 
-    outline -> layout -> draws -> updates -> downlink -> messages -> cost, and links beside it
+    outline -> layout -> draws -> rules -> updates -> downlink -> messages -> cost
+
+and links beside it
 
 In:  an experiment; of its backbone the configuration alone, of its data the clients alone.
 Out: an `Estimate`: values, bytes of every message, the run's total, seconds on named links.

@@ -1,6 +1,6 @@
 """What a run costs: every message's bytes, their sum, and the seconds they take.
 
-    outline -> layout -> draws -> updates -> messages -> [cost]
+    outline -> layout -> draws -> rules -> updates -> downlink -> messages -> [cost]
 
 In:  an experiment, and where its data are not at hand the number of its clients.
 Out: an `Estimate`, in the terms of a run's `result.json`.

@@ -1,6 +1,6 @@
 """What each client is sent: the values, or what leads to their reference from the one it holds.
 
-    outline -> layout -> draws -> updates -> [downlink] -> messages -> cost
+    outline -> layout -> draws -> rules -> updates -> [downlink] -> messages -> cost
 
 In:  the clients of each round, and the lengths of that round's change and whole reference.
 Out: bytes of frames for each client of each round.

@@ -1,6 +1,6 @@
 """Who takes part: the clients of every round, their rows, and the tier each is of.
 
-    outline -> layout -> [draws] -> updates -> messages -> cost
+    outline -> layout -> [draws] -> rules -> updates -> downlink -> messages -> cost
 
 In:  the data's clients, or how many there are.
 Out: `Draws`.

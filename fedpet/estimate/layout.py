@@ -1,6 +1,6 @@
 """What would be communicated: how many values of which kind, from an outline.
 
-    outline -> [layout] -> draws -> updates -> messages -> cost
+    outline -> [layout] -> draws -> rules -> updates -> downlink -> messages -> cost
 
 In:  a backbone's outline and an experiment.
 Out: a `Layout`: values by kind, the groups a codec scales apart, and what LoRA would send.

@@ -1,6 +1,6 @@
 """What a payload weighs as a message: frame, request and Flower's own framing around it.
 
-    outline -> layout -> draws -> updates -> [messages] -> cost
+    outline -> layout -> draws -> rules -> updates -> downlink -> [messages] -> cost
 
 In:  lengths of payloads, and the run's plan, its hashes made up.
 Out: bytes, as the ledger counts them.

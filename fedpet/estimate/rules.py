@@ -1,6 +1,6 @@
 """How the server's values move: by the mean update, or as the run's rule makes of it.
 
-    outline -> layout -> draws -> [rules] -> updates -> messages -> cost
+    outline -> layout -> draws -> [rules] -> updates -> downlink -> messages -> cost
 
 In:  the strategy's parameters, and the mean update of a round.
 Out: the values after it.

@@ -1,6 +1,6 @@
 """How long payloads are: made-up updates, encoded by the run's own codec.
 
-    outline -> layout -> draws -> [updates] -> messages -> cost
+    outline -> layout -> draws -> rules -> [updates] -> downlink -> messages -> cost
 
 In:  kinds and sizes of each tier's values, the run's plan, and the clients of each round.
 Out: the mean payload of every round and tier: up, down, and of a whole reference.

@@ -53,10 +53,6 @@ class LowRankAdapter(GatedModule):
     def added_parameters(self) -> tuple[str, ...]:
         return tuple(f"{self.target}.lowrank_adapter.{name}" for name in _NAMES)
 
-    @property
-    def adds_latency(self) -> bool:
-        return True
-
     def effect(self, x: Tensor | None) -> Tensor:
         assert x is not None
         return _apply(x, self._tensors(), self._scale)

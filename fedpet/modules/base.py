@@ -80,13 +80,11 @@ class PetModule(ABC):
 
     @property
     def added_parameters(self) -> tuple[str, ...]:
-        """Names that the merged model has and the pretrained one has not; () for most."""
-        return ()
+        """Names that the merged model has and the pretrained one has not; () for most.
 
-    @property
-    def adds_latency(self) -> bool:
-        """Whether the merged model computes more than the pretrained one."""
-        return bool(self.added_parameters)
+        A model that has some computes more than the pretrained one.
+        """
+        return ()
 
     def bind(self, trainables: Sequence[Tensor]) -> None:
         """Take the views of the flat storage that are this module's trainables from now on."""

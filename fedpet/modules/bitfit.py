@@ -42,10 +42,6 @@ class BitFit(GatedModule):
     def added_parameters(self) -> tuple[str, ...]:
         return (f"{self.target}.bias",) if self._adds else ()
 
-    @property
-    def adds_latency(self) -> bool:
-        return self._adds
-
     def effect(self, x: Tensor | None) -> Tensor:
         return self.trainables[0]
 

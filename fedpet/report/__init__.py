@@ -3,7 +3,7 @@
     ... -> plan -> client -> strategy -> ledger -> [report]
 
 In:  `result.json`, `rounds.jsonl` and `plan.bin` of run folders; a mask.
-Out: Rich tables (`table`, `compare`, `mask`) and a page with plots (`page`).
+Out: Rich tables (`table`, `compare`, `mask`, `gates`, `estimate`) and a page with plots (`page`).
 
 Nothing here is measured: every number was written down by the run.
 """

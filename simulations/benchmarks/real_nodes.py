@@ -161,17 +161,6 @@ class RealNodes:
         """What the server or a node has said so far."""
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
-    def wait_for(self, name: str, words: str, limit_seconds: float = START_SECONDS) -> bool:
-        """Wait until a process has said something. False if it ended, or time did, without."""
-        limit = time.monotonic() + limit_seconds
-        while words not in self.log(name):
-            if self._processes[name].poll() is not None:
-                return words in self.log(name)
-            if time.monotonic() > limit:
-                return False
-            time.sleep(0.2)
-        return True
-
     def kill(self, name: str) -> None:
         """End a process at once, with what it has started, as a power cut does."""
         process = self._processes.pop(name)
