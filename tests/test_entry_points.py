@@ -22,7 +22,7 @@ from installed_wheel import build_wheel, install_wheel
 
 from fedpet.config import Experiment
 
-pytestmark = pytest.mark.simulation
+pytestmark = [pytest.mark.simulation, pytest.mark.timeout(300)]
 
 LIMIT_SECONDS = 200
 BINARIES = Path(sys.executable).parent
