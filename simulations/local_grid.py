@@ -6,6 +6,7 @@ hold is a `Node` each, so plans and refusals behave as they do between machines.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -30,6 +31,7 @@ class LocalGrid(Grid):
     def __init__(self, handlers: dict[int, Callable[[bytes], bytes]]) -> None:
         self._handlers = handlers
         self._replies: dict[str, Message] = {}
+        self._numbers = itertools.count()
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 
     @classmethod
@@ -45,7 +47,7 @@ class LocalGrid(Grid):
         """Answer at once; the reply waits to be pulled."""
         ids = []
         for message in messages:
-            number = f"message-{len(self._replies)}"
+            number = f"message-{next(self._numbers)}"
             message.metadata.__dict__["_message_id"] = number
             self._replies[number] = self._answer(message)
             ids.append(number)

@@ -30,7 +30,8 @@ class Hostile(LocalGrid):
             if number not in self._replies:
                 continue  # lost with another one: as Flower's server, it has nothing more
             reply = self._replies.pop(number)
-            taken.append(self._spoil(reply) if number == "message-1" else reply)
+            is_hostile = reply.metadata.src_node_id == 1
+            taken.append(self._spoil(reply) if is_hostile else reply)
         return taken
 
 
