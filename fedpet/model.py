@@ -162,7 +162,7 @@ class PetModel:
                 group.grad.add_(group.detach() - start, alpha=mu)
             for module, start in through:
                 term = mu / 2 * (module.sent() - start).square().sum()
-                term.backward()  # type: ignore[no-untyped-call]
+                term.backward()
 
         return add
 

@@ -116,7 +116,7 @@ def train_rows(
             labels = batch.pop("labels")
             optimiser.zero_grad(set_to_none=False)
             loss = _loss(model(**batch).logits, labels, adjustment)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward()
             if proximal is not None:
                 proximal()
             if config.clip_norm:

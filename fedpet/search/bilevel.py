@@ -141,7 +141,7 @@ def hypergradient(
     try:
         zero(parameters)
         loss = theta_loss(fixed)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         moved, jacobian = virtual_step(optimiser, rule)
         write(moved)
         del moved
@@ -149,7 +149,7 @@ def hypergradient(
         zero(parameters)
         leaf = fixed.clone().requires_grad_()
         after = alpha_loss(leaf)
-        after.backward()  # type: ignore[no-untyped-call]
+        after.backward()
         result = leaf.grad if leaf.grad is not None else torch.zeros_like(fixed)
         # Divided by one rate, so that with a single rate the direction is v itself.
         unit = max(float(group["lr"]) for group in optimiser.param_groups) or 1.0
@@ -300,13 +300,13 @@ class BiLevel:
             (gradient,) = torch.autograd.grad(loss, leaf)
             theta_loss = alpha_loss = float(loss.detach())
         self.alpha.grad = None
-        drawn.backward(gradient.to(drawn))  # type: ignore[no-untyped-call]
+        drawn.backward(gradient.to(drawn))
         self._update(self._alpha, [self.alpha])
 
         parameters = list(self._groups.values())
         self.pet.zero_grad()
         loss = self._batch_loss(theta_batch, self._draw("theta").detach().float())
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         self._update(self._theta, parameters)
         self.pet.after_step()
         if config.order == "first":

@@ -171,6 +171,7 @@ def run_cell(settings: Experiment, attack: str, folder: Path) -> dict[str, Any]:
     """Run one cell in this process; a run that learned nothing is a result too."""
     settings = replace(settings, run=replace(settings.run, out=str(folder)))
     prepared = prepare(settings, _Silent())
+    assert isinstance(prepared, Prepared), "no search comes before it"
     liars = Liars(Node(NodeSettings.of(settings)).answer, prepared, ATTACKS[attack])
     try:
         with quiet_flower():

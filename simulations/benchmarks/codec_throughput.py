@@ -30,7 +30,7 @@ from fedpet.simulations.run_folder import machine, versions
 
 PLAIN = ("float32", "bfloat16", "float32-raw", "bfloat16-raw", "int8-raw")
 EXTRA = ("topk-0.1+int8", "topk-0.1+eden-4")
-DISTRIBUTIONS = {
+DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
     "gaussian": lambda rng, count: rng.standard_normal(count),
     "laplace": lambda rng, count: rng.laplace(size=count),
     "student-t3": lambda rng, count: rng.standard_t(3, size=count),

@@ -144,11 +144,12 @@ def _prepare(folder: Path) -> None:
     from fedpet.backbone import locate
     from fedpet.layout import groups_by_kind
     from fedpet.plan import Plan
-    from fedpet.simulations.federation import prepare
+    from fedpet.simulations.federation import Prepared, prepare
 
     for epochs in (0, 1):
         experiment = _experiment(folder, epochs)
         prepared = prepare(experiment, _Silent())
+        assert isinstance(prepared, Prepared), "no search comes before it"
         plan = prepared.plan
         by_size = sorted(prepared.data.clients, key=lambda client: len(client.rows))
         client = by_size[len(by_size) // 2]
@@ -224,7 +225,7 @@ def _client(folder: Path) -> Callable[[bytes], bytes]:
     from fedpet.codec.frame import Frame, unpack_frames
     from fedpet.node_settings import NodeSettings
 
-    assert flwr.supernode.cli.flwr_clientapp
+    assert callable(flwr.supernode.cli.flwr_clientapp)
     assert fedpet.simulations.client_app.app
     node = Node(NodeSettings.of(_experiment(folder)))
 

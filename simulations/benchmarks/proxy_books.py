@@ -208,7 +208,7 @@ def compare(nodes: Mapping[str, NodeBooks], communication: Mapping[str, Any]) ->
 
 def holds(found: Mapping[str, Any]) -> bool:
     """Whether the ledger is true: the messages to the byte, all that travels as law 9 says."""
-    return (
+    return bool(
         found["messages_bytes"] == found["ledger_wire_bytes"]
         and found["messages"] == found["ledger_messages"]
         and abs(found["deviation"]) <= TOLERANCE

@@ -27,6 +27,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,16 +48,19 @@ FLOOR = "bitfit"
 Step = Callable[[], None]
 
 
-def methods() -> dict[str, Callable[[Backbone], tuple[Any, Iterable[nn.Parameter], Step, Step]]]:
+Method = Callable[[Backbone], tuple[Any, Iterable[nn.Parameter], Step, Step]]
+
+
+def methods() -> dict[str, Method]:
     """By name: backbone -> (model, what to optimise, set gradients to zero, after a step)."""
-    table = {
+    table: dict[str, Method] = {
         "full": lambda base: _plain(base, lambda name: True),
         "bitfit": lambda base: _plain(base, _is_bias),
         "peft-lora": _peft_lora,
         "peft-shira": _peft_shira,
     }
     for density in DENSITIES:
-        table[f"fedpet-mask-{100 * density:g}%"] = lambda base, d=density: _fedpet(base, d, "none")
+        table[f"fedpet-mask-{100 * density:g}%"] = partial(_fedpet, density=density, names="none")
     table["fedpet-default"] = lambda base: _fedpet(base, 0.001, "lora-factors+lnfit")
     return table
 
@@ -145,7 +149,7 @@ class Allocations:
 
     def __exit__(self, *failure: Any) -> None:
         self._profile.__exit__(*failure)
-        results = self._profile.profiler.kineto_results  # type: ignore[union-attr]
+        results: Any = self._profile.profiler.kineto_results  # type: ignore[union-attr]
         events = [event for event in results.events() if event.name() == "[memory]"]
         self.left = self.peak = 0
         for event in sorted(events, key=lambda event: event.start_ns()):
@@ -204,7 +208,7 @@ def _peft_shira(base: Backbone) -> Any:
     from peft import ShiraConfig, get_peft_model
 
     names = _names(base)
-    sizes = [tuple(base.model.get_submodule(name).weight.shape) for name in names]
+    sizes = [tuple(base.model.get_parameter(f"{name}.weight").shape) for name in names]
     wanted = 0.005 * sum(first * second for first, second in sizes)
     rank = max(1, round(wanted / sum(first + second for first, second in sizes)))
     config = ShiraConfig(r=rank, target_modules=names, modules_to_save=["classifier"])

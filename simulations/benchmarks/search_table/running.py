@@ -56,8 +56,10 @@ class SearchTableRun:
         """Run what is missing of the phases, in their order."""
         for phase in PHASES:
             if phase in phases:
-                cells = list(self.cells(phase))
-                self._work_off(lambda work, cells=cells: work.complete(cells, jobs=self.jobs))
+                self._complete(list(self.cells(phase)))
+
+    def _complete(self, cells: list[Cell]) -> None:
+        self._work_off(lambda work: work.complete(cells, jobs=self.jobs))
 
     def check(self, count: int, phases: Iterable[str] = PHASES) -> bool:
         """Run a random sample of the finished cells again; True where all are the same."""
@@ -179,11 +181,8 @@ class SearchTableRun:
     def final_table(self) -> Table:
         """Mean and deviation over the seeds; what each method was set to."""
         shown = Table(title="mean over seeds, deviation over seeds", title_justify="left", box=None)
-        for head, justify in (
-            ("data", "left"), ("budget", "left"), ("structure", "left"), ("metric", "right"),
-            ("", "left"), ("values", "right"), ("set to", "left"),
-        ):  # fmt: skip
-            shown.add_column(head, justify=justify)
+        for head in ("data", "budget", "structure", "metric", "", "values", "set to"):
+            shown.add_column(head, justify="right" if head in ("metric", "values") else "left")
         for row in self.summary():
             shown.add_row(
                 row["dataset"],
