@@ -16,6 +16,12 @@ def test_there_are_recorded_runs_to_be_held_against() -> None:
     assert {"default/final/fedpet-seed0", "default/tune/fedpet-lr0.01-mask0.002"} <= CELLS.keys()
 
 
+def test_files_beside_the_cells_are_none(tmp_path: Path) -> None:
+    (tmp_path / "checks.json").write_text("[]", encoding="utf-8")
+    (tmp_path / "other.json").write_text('{"runs": "full"}', encoding="utf-8")
+    assert list(recorded(tmp_path)) == []
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
 def test_an_estimate_of_a_recorded_run_is_within_1_percent_of_its_ledger(

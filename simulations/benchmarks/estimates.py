@@ -34,6 +34,8 @@ def recorded(folder: Path) -> Iterator[tuple[str, Experiment, dict[str, Any]]]:
     """The cells of runs of fedpet below a folder: name, settings, the result's communication."""
     for path in sorted(folder.rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(content, dict):
+            continue  # checks.json: cells that were run again
         if content.get("runs") == FEDPET and content["result"]["run"]["status"] == "ok":
             experiment = Experiment.from_tables(content["settings"])
             name = str(path.relative_to(folder).with_suffix(""))
