@@ -144,9 +144,9 @@ class Replies:
         record.train_seconds = max(record.train_seconds, train_seconds)
 
     def to_ask_again(self) -> Again:
-        """Who could not answer as asked since this was called last, in the order of the nodes."""
+        """Who could not answer as asked since this was called last."""
         again, self._again = self._again, Again()
-        return again.in_order()
+        return again
 
     def refuse_absent(self, sampled: Iterable[str]) -> None:
         """Refuse the clients of whom nothing was heard; refusals are then in order."""

@@ -55,15 +55,6 @@ class Again:
     def __bool__(self) -> bool:
         return bool(self.no_plan or self.no_reference or self.other_tier or self.no_residual)
 
-    def in_order(self) -> Again:
-        """The same in the order of the nodes, whatever the order in which they answered."""
-        return Again(
-            sorted(self.no_plan),
-            sorted(self.no_reference),
-            dict(sorted(self.other_tier.items())),
-            dict(sorted(self.no_residual.items())),
-        )
-
 
 class Requests:
     """Makes the train messages of one round after another.
