@@ -61,6 +61,9 @@ SMALLER = (
     "data.max-length=32",
     "population.min-rows=4",
     "run.workers=1",
+    "codec.up=float32",  # what is told apart is the rules
+    "codec.down=float32",
+    "codec.downlink=changes",
 )
 RULES = {
     "fedavg": (),
