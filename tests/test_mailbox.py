@@ -100,6 +100,8 @@ def test_a_reply_that_flower_cannot_read_is_an_error_of_its_node(error: Exceptio
         )
         answers = {answer.metadata.src_node_id: answer for answer in mailbox.collect()}
     assert sorted(answers) == [0, 1, 2, 3]
+    assert answers[1].has_error()
+    assert not any(answers[node].has_error() for node in (0, 2, 3))
 
 
 def test_a_server_that_is_not_reached_is_no_node_s_fault() -> None:
