@@ -22,9 +22,9 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-__all__ = ["Kept", "activation_forward", "in_columns", "keep", "norm_forward"]
+__all__ = ["Kept", "activation_forward", "in_columns", "keep", "norm_forward", "to_columns"]
 
 
 _Make = Callable[[Tensor], Tensor]
@@ -54,7 +54,7 @@ class Kept:
         """(in, tokens), contiguous."""
         if self._columns is not None:
             return self._columns
-        columns = self.rows(source, dtype).t().contiguous()
+        columns = to_columns(self.rows(source, dtype))
         if self.readers > 1:
             self._columns = columns
         return columns
@@ -108,3 +108,19 @@ def activation_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
 def in_columns(x: Tensor) -> bool:
     """Whether (..., features) lies in memory as (features, tokens)."""
     return x.dim() > 1 and x.stride(-2) == 1 and x.stride(-1) == x.numel() // x.shape[-1] > 1
+
+
+def to_columns(rows: Tensor) -> Tensor:
+    """(features, tokens), contiguous, of (tokens, features).
+
+    torch copies a transposed matrix number by number. As an image of one pixel, whose channels lie
+    one behind the other, its channels are shuffled by the same permutation in blocks of registers:
+    the same numbers in a half to a third of the time.
+    """
+    tokens, features = rows.shape
+    size = tokens * features
+    plain = rows.dtype == torch.float32 and rows.device.type == "cpu" and rows.is_contiguous()
+    if not plain or not size:
+        return rows.t().contiguous()
+    pixel = rows.as_strided((1, size, 1, 1), (size, 1, size, size))
+    return nn.functional.channel_shuffle(pixel, tokens).view(features, tokens)

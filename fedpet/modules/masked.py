@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedpet.modules.base import PetModule
 from fedpet.modules.entries import BLOCK_ROWS, Entries, JoinedEntries
-from fedpet.modules.kept import Kept
+from fedpet.modules.kept import Kept, to_columns
 
 __all__ = ["MaskedWeight", "MaskedWeights"]
 
@@ -160,8 +160,8 @@ class MaskedWeight:
         if live is None:
             x = kept.columns(source, dtype)
         else:
-            x = kept.rows(source, dtype, live).t().contiguous()
-        g = g.t().contiguous()
+            x = to_columns(kept.rows(source, dtype, live))
+        g = to_columns(g)
         left, right = (x, g) if self.transposed else (g, x)  # (rows, tokens), (columns, tokens)
         if self.in_place:
             into = self._gradient
