@@ -69,11 +69,12 @@ def test_no_selection_exceeds_the_budget_or_leaves_room_for_another(
         select(p, sizes, budget, tensors),
         select_at_random(sizes, budget, seed=seed, tensors=tensors),
     ):
-        used = chosen_size(chosen, sizes, tensors)
-        assert len(set(chosen)) == len(chosen)
-        assert used <= budget
-        for index in set(range(len(sizes))) - set(chosen):
-            assert chosen_size([*chosen, index], sizes, tensors) > budget
+        used = sum(sizes[index] for index in chosen)
+        taken = {tensors[index] for index in chosen}
+        assert len(taken) == len(chosen)  # no candidate twice, and no two on one tensor
+        assert used == chosen_size(chosen, sizes, tensors) <= budget
+        for index in range(len(sizes)):
+            assert tensors[index] in taken or used + sizes[index] > budget
 
 
 @pytest.mark.parametrize("offset", [-300.0, -100.0, -30.0, 0.0, 10.0, 60.0, 100.0, 300.0])

@@ -6,8 +6,8 @@ Out: the chosen candidates' indices, likeliest first; or a random set under the 
 The whole list is walked from the likeliest down: what still fits is taken, what does not is
 skipped and the walk goes on. So less is left of the budget than the smallest one not chosen.
 
-Candidates may share a tensor: BitFit and HiWi on one bias send one vector. Each is counted in full
-until the other is chosen, and then costs nothing.
+Candidates may share a tensor: BitFit and HiWi on one bias send one vector. One of them is taken at
+most, the likelier: a second would move what is moved already.
 
 Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), released code. Ours: shared tensors,
 and a random set that ends where the released one can draw for ever.
@@ -34,7 +34,7 @@ def select(
         p: Probability of each candidate.
         sizes: Values of each candidate.
         budget: In values; law 8: the chosen ones' size never exceeds it.
-        tensors: Names of what the candidates send; one that is chosen twice is counted once.
+        tensors: Names of what the candidates send; none is chosen twice.
 
     Returns:
         Indices in the order of choice.
@@ -68,7 +68,7 @@ def chosen_size(
 
 
 class _Bill:
-    """What is left of a budget."""
+    """What is left of a budget, and of the tensors."""
 
     def __init__(
         self, sizes: Sequence[int], budget: float, tensors: Sequence[str] | None = None
@@ -76,20 +76,17 @@ class _Bill:
         self._sizes = sizes
         self._tensors = tensors
         self._left = budget
-        self._paid: set[str] = set()
-
-    def cost(self, index: int) -> int:
-        paid = self._tensors is not None and self._tensors[index] in self._paid
-        return 0 if paid else self._sizes[index]
+        self._taken: set[str] = set()
 
     def fits(self, index: int) -> bool:
-        return self.cost(index) <= self._left
+        free = self._tensors is None or self._tensors[index] not in self._taken
+        return free and self._sizes[index] <= self._left
 
     def take(self, index: int) -> bool:
         """Take a candidate if it fits; say whether."""
         if not self.fits(index):
             return False
-        self._left -= self.cost(index)
+        self._left -= self._sizes[index]
         if self._tensors is not None:
-            self._paid.add(self._tensors[index])
+            self._taken.add(self._tensors[index])
         return True
