@@ -207,8 +207,9 @@ def test_selection_skips_what_does_not_fit_and_goes_on() -> None:
     assert select([0.5, 0.5, 0.5], [1, 1, 1], 2) == [0, 1]
 
 
-def test_two_candidates_on_one_tensor_are_counted_once() -> None:
-    assert select([0.9, 0.8, 0.7], [10, 10, 10], 20, ["bias", "bias", "gain"]) == [0, 1, 2]
+def test_of_two_candidates_on_one_tensor_the_likelier_is_taken() -> None:
+    assert select([0.8, 0.9, 0.7], [10, 10, 10], 30, ["bias", "bias", "gain"]) == [1, 2]
+    # All that a preset names are trained, and what they send is counted once.
     assert chosen_size([0, 1, 2], [10, 10, 10], ["bias", "bias", "gain"]) == 20
 
 
