@@ -126,7 +126,7 @@ class StructureSearch(SparseFedAvg):
     def choice(self) -> list[int]:
         """The candidates that selection takes now, likeliest first."""
         budget = float(self.search.budget)
-        return select(self.probabilities.tolist(), self.space.sizes, budget, self.space.tensors)
+        return select(self.alpha.tolist(), self.space.sizes, budget, self.space.tensors)
 
     @property
     def overlaps(self) -> list[float]:

@@ -11,7 +11,7 @@ import torch
 from tiny import make_backbone, make_rows
 
 from fedpet.backbone import Backbone, load_backbone
-from fedpet.config import BackboneConfig, DataConfig, PopulationConfig
+from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, DataError, StructureError
 from fedpet.model import PetModel
@@ -31,6 +31,7 @@ from fedpet.search import (
 from fedpet.search.search import task_loss
 from fedpet.structure import Structure
 
+DEFAULT = Path(__file__).parents[1] / "simulations" / "experiments" / "film-reviews.toml"
 CONFIG = SearchConfig(
     budget=700, epochs=2, batch_size=8, rate=0.01, evaluate_every=3, validation_fraction=0.2
 )
@@ -133,6 +134,10 @@ def test_a_search_that_was_stopped_goes_on_bit_for_bit(
     assert again.history == found.history
     with pytest.raises(ConfigError, match="state of a search with other settings"):
         run(folder, data, replace(CONFIG, seed=1), state_file=state)
+    labels = 1 - np.asarray(data.train.labels)
+    relabelled = replace(data, train=replace(data.train, labels=labels))
+    with pytest.raises(ConfigError, match="state of a search with other settings, rows"):
+        run(folder, relabelled, state_file=state)
     state.write_bytes(b"nothing")
     with pytest.raises(ConfigError, match="is not the state of a search"):
         run(folder, data, state_file=state)
@@ -219,3 +224,35 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(
 def test_the_faithful_preset_names_no_deviation() -> None:
     assert deviations(faithful(budget=100)) == ()
     assert "first-order gradient of alpha" in deviations(SearchConfig(order="first"))
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "told"),
+    [
+        ("rate", 3e-3, "rate 0.003 for 0.0003"),
+        ("rates", ("head=0.01",), "rates by kind"),
+        ("alpha_rate", 0.2, "alpha rate 0.2 for 0.1"),
+        ("clip_norm", 0.0, "clip norm 0 for 2"),
+        ("beta", 2.0, "beta 2 for 1"),
+        ("beta_end", 0.1, "temperature falls"),
+        ("rank", 8, "rank 8 for 1"),
+        ("scale", 2.0, "scale 2 for 16"),
+        ("batch_size", 8, "batches of another size"),
+        ("order", "first", "first-order gradient of alpha"),
+        ("virtual", "sgd", "unrolled step sgd"),
+        ("hard", True, "gates of 0 and 1 in the search"),
+        ("dropout", False, "no dropout"),
+        ("checkpoint", "last", "last checkpoint"),
+        ("space", "mergeable", "space mergeable"),
+    ],
+)
+def test_whatever_leaves_the_paper_is_told(setting: str, value: object, told: str) -> None:
+    assert deviations(faithful(budget=100, **{setting: value})) == (told,)
+
+
+def test_the_command_line_reaches_the_faithful_preset() -> None:
+    """The keys that README names."""
+    keys = ["search.space=s3pet-mix", "search.rate=3e-4", "search.dropout=true"]
+    found = Experiment.from_file(DEFAULT, [*keys, "mask.enabled=false"])
+    assert found.search == faithful()
+    assert not found.mask.enabled

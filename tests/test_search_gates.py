@@ -40,7 +40,7 @@ def problems(draw: st.DrawFn) -> tuple[list[float], list[int], float, float]:
     alpha = draw(st.lists(st.floats(-1, 1), min_size=n, max_size=n))
     sizes = draw(st.lists(st.integers(1, 10_000), min_size=n, max_size=n))
     share = draw(st.floats(1e-4, 1 - 1e-4))
-    beta = draw(st.sampled_from([0.05, 0.5, 1.0, 4.0]))
+    beta = draw(st.sampled_from([1e-3, 0.05, 0.5, 1.0, 4.0]))
     return [offset + spread * a for a in alpha], sizes, share * sum(sizes), beta
 
 

@@ -223,6 +223,9 @@ class TrainingConfig:
         return _rate_of(kind, self.learning_rate, self.learning_rates, "training.learning-rates")
 
 
+LEAST_BETA = 1e-3  # of a search's temperature
+
+
 @dataclass(frozen=True, kw_only=True)
 class SearchConfig:
     """Everything that decides a search, beside the rows and the backbone."""
@@ -272,6 +275,12 @@ class SearchConfig:
             _at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 1)
         for name in ("rate", "max_steps", "clip_norm", "beta_end"):
             _at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 0)
+        for name in ("beta", "beta_end"):
+            if 0 < getattr(self, name) < LEAST_BETA:
+                raise ConfigError(
+                    f"search.{name.replace('_', '-')} must be at least {LEAST_BETA:g}, got "
+                    f"{getattr(self, name)!r}: below it gates are 0 or 1 to all digits."
+                )
         for name in ("alpha_rate", "beta", "scale"):
             if not getattr(self, name) > 0:
                 raise ConfigError(

@@ -252,8 +252,9 @@ class BiLevel:
 
     def choice(self) -> list[int]:
         """The candidates that selection would take now."""
-        p = self.probabilities().tolist()
-        return select(p, self.space.sizes, self.budget, self.space.tensors)
+        # alpha's order is p's, and holds where p comes to 0 or 1 within its guards.
+        alpha = self.alpha.tolist()
+        return select(alpha, self.space.sizes, self.budget, self.space.tensors)
 
     def open_gates(self) -> None:
         """Set the gates for evaluation: at p, or at the selection with hard gates."""

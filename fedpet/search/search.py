@@ -146,7 +146,7 @@ def search_structure(
     pet = PetModel(backbone, mask, space.structure(), seed=seed)
     try:
         search = BiLevel(pet, space, config, total_steps=total, loss=task_loss(task))
-        saved = _Saved(state_file, _digest(config, backbone.fingerprint, indices))
+        saved = _Saved(state_file, _digest(config, backbone, rows.take(indices), task, mask))
         best, history = saved.load(search)
         validation = rows.take(split.validation)
         for theta_batch, alpha_batch in step_batches(rows, split, config, search.steps_done, total):
@@ -188,6 +188,7 @@ def search_structure(
             "space": {"name": space.name, "values": space.num_values},
             "rows": {name: len(part) for name, part in vars(split).items()},
             "checkpoint": {"step": best["step"], "of": total, task.metric: best["score"]},
+            "history": history,
             "candidates": told_candidates(space, p),
             **(provenance or {}),
         },
@@ -312,9 +313,15 @@ def told_candidates(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:
     ]
 
 
-def _digest(config: SearchConfig, fingerprint: str, indices: np.ndarray) -> str:
-    digest = hashlib.sha256(repr((sorted(deciding(config).items()), fingerprint)).encode())
-    digest.update(np.ascontiguousarray(indices, dtype=np.int64).tobytes())
+def _digest(
+    config: SearchConfig, backbone: Backbone, rows: Rows, task: Task, mask: Mask | None
+) -> str:
+    """Of all that a search's steps depend on."""
+    masked = None if mask is None else mask.digest()
+    settings = sorted(deciding(config).items())
+    digest = hashlib.sha256(repr((settings, backbone.fingerprint, task, masked)).encode())
+    for part in (rows.tokens, rows.offsets, rows.labels):
+        digest.update(np.ascontiguousarray(part).tobytes())
     return digest.hexdigest()
 
 

@@ -31,7 +31,7 @@ def select(
     """Walk from the likeliest down and take what fits; ties go to the lower index.
 
     Args:
-        p: Probability of each candidate.
+        p: Probability of each candidate, or whatever rises with it.
         sizes: Values of each candidate.
         budget: In values; law 8: the chosen ones' size never exceeds it.
         tensors: Names of what the candidates send; none is chosen twice.

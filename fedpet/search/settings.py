@@ -17,6 +17,8 @@ from fedpet.errors import ConfigError, StructureError
 
 __all__ = ["budget_values", "deciding", "deviations", "faithful", "settle", "temperature"]
 
+_BATCHES = (15, 16, 32)  # of the paper's tasks, its 5 for the longest texts left out
+_NUMBERS = ("rate", "alpha_rate", "clip_norm", "beta", "rank", "scale")
 _FEDERATED = ("federated", "rounds", "local_steps", "settled_overlap", "settled_rounds")
 
 
@@ -36,7 +38,13 @@ def deviations(config: SearchConfig) -> tuple[str, ...]:
         "no dropout": not config.dropout,
         "last checkpoint": config.checkpoint == "last" or config.federated,
         f"space {config.space}": not config.space.startswith("s3pet"),
+        "batches of another size": config.batch_size not in _BATCHES,
+        "rates by kind": bool(config.rates),
     }
+    paper = faithful()
+    for name in _NUMBERS:
+        told, its = getattr(config, name), getattr(paper, name)
+        found[f"{name.replace('_', ' ')} {told:g} for {its:g}"] = told != its
     return tuple(text for text, holds in found.items() if holds)
 
 
