@@ -63,6 +63,14 @@ def make_backbone(folder: Path, *, seed: int = 0) -> Path:
     return folder
 
 
+def config_alone(backbone: Path, folder: Path) -> Path:
+    """A copy of a backbone's config.json, with nothing beside it."""
+    folder.mkdir()
+    file = folder / "config.json"
+    file.write_text((backbone / "config.json").read_text())
+    return file
+
+
 def make_rows(folder: Path, *, clients: int = 6, rows_per_client: int = 12) -> Path:
     """Write train and test rows: the label says whether "good" is in the text."""
     folder.mkdir(parents=True, exist_ok=True)
