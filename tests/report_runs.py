@@ -14,6 +14,7 @@ from fedpet.simulations.summary import summarise
 
 FULL_PARAMETERS = 22_713_216
 HEAD_VALUES = 770
+FULL = {"backbone": FULL_PARAMETERS, "head": HEAD_VALUES}
 
 
 def make_result(
@@ -89,6 +90,23 @@ def make_result(
         (path / "config.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
         (path / "result.json").write_text(json.dumps(result), encoding="utf-8")
     return result
+
+
+def make_runs(tmp_path: Path) -> Path:
+    """Run folders of fedpet and of two full fine-tunings, and a cell file beside them."""
+    make_result(tmp_path / "fedpet", refused=2)
+    for seed in range(2):
+        make_result(
+            tmp_path / f"full-{seed}",
+            method="full",
+            seed=seed,
+            message_bytes=90_000_000,
+            final=0.82,
+            values=FULL,
+        )
+    cell = {"settings": {"mask": {"density": 0.02}}, "result": make_result(seed=1, final=0.77)}
+    (tmp_path / "cell.json").write_text(json.dumps(cell), encoding="utf-8")
+    return tmp_path
 
 
 def to_text(renderable: Any, width: int = 80) -> str:

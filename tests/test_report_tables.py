@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from report_runs import FULL_PARAMETERS, HEAD_VALUES, make_result, to_text
+from report_runs import FULL, HEAD_VALUES, make_result, to_text
 
 from fedpet.errors import InputError
 from fedpet.report.compare import compare_table
@@ -18,8 +18,6 @@ from fedpet.report.results import read_results
 from fedpet.report.rows import compare_rows
 from fedpet.report.table import run_table
 from fedpet.units import show_bytes
-
-FULL = {"backbone": FULL_PARAMETERS, "head": HEAD_VALUES}
 
 
 def words(text: str) -> str:
