@@ -114,7 +114,7 @@ class FakePet:
 
 
 class FakeNode(Node):
-    """A node whose model is a `FakePet`; use it under `training_by_formula`."""
+    """A node whose model is a `FakePet`; use it under `train_by_formula`."""
 
     def _prepare(self, digest: bytes) -> Resident:
         path = self._plan_path(digest)
@@ -125,8 +125,7 @@ class FakeNode(Node):
         return Resident(digest, plan, FakePet(plan), SimpleNamespace(train=None), rows)
 
 
-@pytest.fixture
-def training_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+def train_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the formula in the place of local training."""
 
     def train(

@@ -1,12 +1,13 @@
-"""What codecs are called: one name and one number each."""
+"""What codecs are called, one name and one number each, and which of them go together."""
 
 from __future__ import annotations
 
 import pytest
 from vectors import CODECS
 
-from fedpet.codec import check_codec
+from fedpet.codec import check_codec, check_codecs
 from fedpet.codec.names import codec_from_number, parse_codec
+from fedpet.config import CodecConfig
 from fedpet.errors import ConfigError, FrameError
 
 
@@ -45,3 +46,22 @@ def test_a_name_no_codec_has_is_refused_with_the_right_ones(name, says):
 def test_a_number_no_codec_has_is_refused(number):
     with pytest.raises(FrameError, match="another version"):
         codec_from_number(number)
+
+
+@pytest.mark.parametrize(
+    ("codec", "words"),
+    [
+        (CodecConfig(head_up="int7"), "unknown codec 'int7'"),
+        (CodecConfig(head_down="eden-9"), "unknown codec 'eden-9'"),
+        (CodecConfig(error_feedback=True), "loses nothing"),
+    ],
+)
+def test_codecs_that_do_not_go_together_are_refused(codec: CodecConfig, words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_codecs(codec)
+    check_codecs(CodecConfig(head_up="int4", error_feedback=True))
+
+
+def test_an_unknown_downlink_is_refused_with_the_known_ones() -> None:
+    with pytest.raises(ConfigError, match="changes, values"):
+        CodecConfig(downlink="everything")

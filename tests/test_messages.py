@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpet.errors import FrameError
-from fedpet.messages import Request, read_request, write_request
+from fedpet.messages import Path, Request, read_request, write_request
 
 numbers = st.integers(1, 2**64 - 1)
 requests = st.builds(
@@ -45,3 +45,30 @@ def test_a_request_that_was_cut_or_grew_is_refused(request_: Request, data: st.D
             read_request(damaged)
     with pytest.raises(FrameError, match="a request"):
         read_request(whole[:5] + b"\2" + whole[6:])  # neither one frame nor one a tier
+
+
+REQUESTS = [
+    Request((1, 2), b"frame"),
+    Request((1, 2), b"frame", b"plan", (0, 1)),
+    Request((1, 2**64 - 1), b"frame", run=2**64 - 1, paths=(Path(0, 2**32 - 1),)),
+    Request((1, 2), b"frame", b"plan", (1, 0), 3, (Path(7, 1), Path(0, 2)), (0, 9)),
+    Request((5,), b"", run=3, accepted=(2**32 - 1,)),
+]
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_a_request_comes_back_as_it_was_and_no_cut_one_does(request_: Request) -> None:
+    packed = write_request(request_)
+    assert read_request(packed) == request_
+    for end in range(len(packed)):
+        with pytest.raises(FrameError):
+            read_request(packed[:end])
+    with pytest.raises(FrameError):
+        read_request(packed + b"\0")
+
+
+def test_a_request_of_the_first_kind_takes_the_bytes_it_took() -> None:
+    packed = write_request(Request((1,), b"frame", b"plan"))
+    assert packed == b"FPRQ\1\0\0\0" + b"".join(n.to_bytes(4, "little") for n in (1, 4, 5)) + (
+        b"\1" + b"\0" * 7 + b"planframe"
+    )
