@@ -101,6 +101,8 @@ class Replies:
         self._num_rows = num_rows
         self._tiers = tiers
         self._ledger = ledger
+        codings = (plan.uplink(tier.groups, tier.head_groups) for tier in tiers.tiers)
+        self._longest = max(coding.max_payload_bytes for coding in codings)
         self._accepted: dict[str, tuple[Frame, tuple[int, int]]] = {}  # without payload; where
         self._shelf = Shelf()
         self._again = Again()
@@ -209,13 +211,11 @@ class Replies:
 
     def _parts(self, reply: Message) -> Iterator[Frame | Refusal]:
         cohort = self._cohorts.get(reply.metadata.src_node_id, [])
-        # An incompressible codec needs at most 4 bytes a value; a frame adds its header.
-        limit = 8 * self._plan.num_values + 4096
         return iter(
             unpack_frames(
                 from_record(reply.content),
                 max_frames=2 * len(cohort),
-                max_payload_bytes=limit,
+                max_payload_bytes=self._longest,
                 views=True,
             )
         )

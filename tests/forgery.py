@@ -6,6 +6,8 @@ import math
 import struct
 import zlib
 
+from fedpet.codec.wire import varint
+
 # Where the header's fields stand; see fedpet/codec/frame.py.
 FIELDS = {
     "version": (2, "<B"),
@@ -38,7 +40,7 @@ def attack(frames, rng):
     for _ in range(rng.randint(1, 3)):
         which = rng.randrange(len(forged))
         frame = bytearray(forged[which])
-        kind = rng.randrange(10) if frame else 9
+        kind = rng.randrange(11) if frame else 10
         if kind == 0:  # flipped bits
             for _ in range(rng.randint(1, 8)):
                 frame[rng.randrange(len(frame))] ^= 1 << rng.randrange(8)
@@ -74,6 +76,12 @@ def attack(frames, rng):
         elif kind == 8:  # numbers of any length
             at = rng.randrange(len(frame) + 1)
             frame[at:at] = b"\xff" * rng.randint(1, 12)
+        elif kind == 9 and len(frame) >= 68:  # lengths of 2^60 and the like, announced rightly
+            at = rng.choice([68, 69, 70, rng.randrange(68, len(frame) + 1)])
+            wild = varint(rng.choice([2**60, 2**32, 2**31, 2**62 - 1, rng.getrandbits(60)]))
+            replaced = rng.choice([0, 1, 2, len(wild)])
+            frame[at : at + replaced] = wild
+            frame = bytearray(forge(frame, length=len(frame) - 68))
         else:  # noise
             frame = bytearray(rng.randbytes(rng.randint(0, 200)))
         forged[which] = bytes(frame)

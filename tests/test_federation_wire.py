@@ -22,7 +22,7 @@ from modelless import (
     train_by_formula,
 )
 from safetensors.numpy import load, save
-from wire_runs import ALL, CHANGES, FEEDBACK, runs_in
+from wire_runs import ALL, CHANGES, FEEDBACK, VALUES, VALUES_FEEDBACK, runs_in
 
 from fedpet.codec.frame import pack_frame
 from fedpet.config import CodecConfig, MaskConfig
@@ -45,7 +45,7 @@ def run(tmp_path: Path) -> Callable[..., tuple[np.ndarray, Any, list[int]]]:
 # -- law 6: the result hangs on nothing but the seed -----------------------------------------
 
 
-@pytest.mark.parametrize("codec", [CHANGES, FEEDBACK, ALL])
+@pytest.mark.parametrize("codec", [CHANGES, FEEDBACK, ALL, VALUES, VALUES_FEEDBACK])
 @pytest.mark.parametrize("mask", [None, TWO_TIERS])
 def test_the_spread_over_nodes_and_processes_changes_neither_values_nor_books(
     run: Any, codec: CodecConfig, mask: MaskConfig | None
@@ -73,7 +73,7 @@ def test_a_second_run_of_one_plan_finds_nothing_of_the_first(tmp_path: Path) -> 
     assert len(list((tmp_path / "state").glob("*/*"))) == 2
 
 
-@pytest.mark.parametrize("codec", [CHANGES, FEEDBACK, ALL])
+@pytest.mark.parametrize("codec", [CHANGES, FEEDBACK, ALL, VALUES, VALUES_FEEDBACK])
 def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_stop(
     codec: CodecConfig, tmp_path: Path
 ) -> None:

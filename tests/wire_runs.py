@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ from modelless import FakeNode, Forgetful, Handler, make_plan, make_strategy, no
 from fedpet.config import CodecConfig, MaskConfig
 
 CHANGES = CodecConfig(up="eden-4", down="eden-3")
+VALUES = CodecConfig(up="eden-4", down="eden-4", downlink="values")  # what `make run` sends
+VALUES_FEEDBACK = replace(VALUES, up="topk-0.1+eden-4", head_down="int8", error_feedback=True)
 FEEDBACK = CodecConfig(up="topk-0.1+eden-4", error_feedback=True)
 ALL = CodecConfig(
     up="topk-0.1+eden-4", head_up="int8", down="eden-2", head_down="int4", error_feedback=True
