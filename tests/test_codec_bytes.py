@@ -138,6 +138,7 @@ def test_a_stored_payload_decodes_to_the_same_bits_on_every_machine():
     # Written once by this package (tests/cases/codec_payloads.json says how): what was sent to a
     # device of another kind, or is read by a later version, must be the same values.
     cases = json.loads((Path(__file__).parent / "cases" / "codec_payloads.json").read_text())
+    assert {case["codec"] for case in cases["payloads"]} >= {"float32", "int4", "eden-1"}
     for case in cases["payloads"]:
         groups = [tuple(group) for group in case["groups"]]
         payload = bytes.fromhex(case["payload"])

@@ -96,7 +96,7 @@ def attack_server(rng):
 def test_no_attack_on_a_server_passes_a_wrong_frame():
     rng = random.Random(0)
     accepted = sum(attack_server(rng) for _ in range(1500))
-    assert accepted < 750  # an attack is no harmless noise
+    assert 0 < accepted < 750  # an attack is no harmless noise, nor is all refused
 
 
 @pytest.mark.parametrize("codec", CODECS)
@@ -251,7 +251,7 @@ def test_an_honest_request_leads_to_the_round_s_values(codec: CodecConfig) -> No
 def test_no_attack_leads_a_node_to_other_values() -> None:
     rng = random.Random(0)
     obeyed = sum(attack_node(rng) for _ in range(1500))
-    assert obeyed < 750
+    assert 0 < obeyed < 750
 
 
 # ---------------------------------------------------------------- drawn by hypothesis

@@ -17,6 +17,7 @@ from fedpet.client import Node
 from fedpet.codec.frame import Refusal, pack_refusal
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
+from fedpet.estimate import estimate
 from fedpet.messages import read_request
 from fedpet.node_settings import NodeSettings
 from fedpet.population import Population, Residents
@@ -123,6 +124,8 @@ def test_the_roll_call_is_counted_as_the_plan_s_and_goes_to_each_node_once(
     plain = simulated(experiment(strategy_clients_per_round=6))["communication"]
     assert result["uplink_bytes"] == plain["uplink_bytes"]
     assert result["downlink_bytes"] == plain["downlink_bytes"]
+    told = estimate(settings, num_clients=6).communication["plan_bytes"]
+    assert told == pytest.approx(result["plan_bytes"], rel=0.01)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,12 @@ from fedpet.estimate.downlink import frames_down
 from fedpet.estimate.draws import Draws, draw
 from fedpet.estimate.layout import LORA_RANK, Layout, lay_out
 from fedpet.estimate.links import LINKS, Link
-from fedpet.estimate.messages import made_up_plan, reply_bytes, request_bytes
+from fedpet.estimate.messages import (
+    made_up_plan,
+    reply_bytes,
+    request_bytes,
+    roll_call_bytes,
+)
 from fedpet.estimate.outline import outline
 from fedpet.estimate.updates import is_fixed, local_steps, payloads
 from fedpet.node_settings import cache_folder
@@ -125,7 +130,11 @@ def estimate(
     uplink = up + reply_bytes(round(up)) - round(up)
     downlink = down + request_bytes(round(down), plan) - round(down)
     plan_length = len(plan.to_bytes())
-    plan_sent = request_bytes(round(down), plan, plan_length) - request_bytes(round(down), plan)
+    if experiment.population.partition == "nodes":  # all are asked who they are, once
+        plan_sent = roll_call_bytes(plan_length)
+        draws = dataclasses.replace(draws, newcomers=float(draws.num_clients))
+    else:
+        plan_sent = request_bytes(round(down), plan, plan_length) - request_bytes(round(down), plan)
     taking_part = draws.num_parts
     dense = BYTES_PER_FLOAT * (layout.pretrained_parameters + layout.head_parameters)
     lora = BYTES_PER_FLOAT * (layout.lora_values + layout.head_parameters)
@@ -295,7 +304,7 @@ def _seconds(
 def _tolerance(plan: Plan, draws: Draws) -> float:
     codec, training = plan.codec, plan.training
     names = [name for name in (codec.up, codec.down, codec.head_up, codec.head_down) if name]
-    if is_fixed(*names) and not plan.sends_changes:
+    if is_fixed(*names) and not plan.sends_changes and draws.known:
         return 0.0
     steps = [local_steps(taker.num_rows, training) for takers in draws.rounds for taker in takers]
     single = sum(count == 1 for count in steps) / len(steps)
@@ -319,15 +328,18 @@ def _explain(experiment: Experiment, draws: Draws, tolerance: float, notes: list
     else:
         notes.append(
             f"Clients are taken to hold {draws.rounds[0][0].num_rows:,} rows each, and all to "
-            "answer. How many need the plan is an expectation, over draws without replacement in "
-            "each round."
+            "answer; a run whose clients hold others, or that has other classes, is another one. "
+            "How many need the plan is an expectation, over draws without replacement in each "
+            "round."
         )
     if tolerance:
         notes.append(
             "Lengths behind an entropy stage are those of made-up updates: this optimiser and "
             "strategy, these learning rates and steps, random gradients. In total within about "
-            f"{tolerance:.0%} of a run's."
+            f"{tolerance:.0%} of {'a run' if draws.known else 'such a run'}'s."
         )
+    if experiment.population.partition == "nodes":
+        notes.append("Every client there is, is sent the plan: nodes are asked who lives on them.")
     if experiment.mask.enabled and experiment.mask.broadcast == "explicit":
         notes.append(
             "The explicit mask is reckoned as equally dense everywhere, which is the dearest; a "

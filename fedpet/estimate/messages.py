@@ -25,10 +25,12 @@ from fedpet.estimate.layout import Layout
 from fedpet.mask import num_chosen
 from fedpet.messages import Path, Request, solo_bytes, write_request
 from fedpet.plan import Plan
+from fedpet.roster import write_roster
 from fedpet.structure import Structure
 
-__all__ = ["made_up_plan", "message_bytes", "reply_bytes", "request_bytes"]
+__all__ = ["made_up_plan", "message_bytes", "reply_bytes", "request_bytes", "roll_call_bytes"]
 
+_NAME = "client-1"  # as long as any
 _SAMPLE = 1 << 22  # entries of a tensor whose positions are coded; of a larger one as many
 
 
@@ -49,6 +51,13 @@ def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
     accepted = (0,) if plan.codec.error_feedback else ()
     empty = len(write_request(Request((1,), b"", run=1, paths=paths, accepted=accepted)))
     return message_bytes(empty + with_plan + frames, reply=False)
+
+
+def roll_call_bytes(plan_length: int) -> int:
+    """What asking one real client for its rows takes, both ways: the plan, and a roster of one."""
+    question = len(write_request(Request((), b""))) + plan_length
+    answer = len(write_roster({_NAME: 1}))
+    return message_bytes(question, reply=False) + message_bytes(answer, reply=True)
 
 
 def message_bytes(count: int, *, reply: bool) -> int:
