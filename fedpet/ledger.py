@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections import Counter
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,10 @@ from typing import Any
 from flwr.app import Message
 
 from fedpet.errors import ConfigError, RunError
-from fedpet.messages import wire_bytes
+from fedpet.messages import plan_bytes_of, wire_bytes
 
 TRAINING, SEARCH = "training", "search"
+PLAN = "plan down"  # in whichever message it travels
 MAX_REASON = 600  # characters of why a reply was refused
 
 
@@ -42,7 +44,8 @@ class RoundRecord:
 
     `newcomers` are the clients that are sent the plan. `train_seconds` is the longest node's local
     training: what the round would take if nothing but training took time. `wire_by_node` has
-    `wire_bytes` by node, and for each by kind of message and direction: "train down", "query up".
+    `wire_bytes` by node, and for each by kind and direction: "train down", "search up", "query up",
+    and "plan down", whichever message it is in.
     `overlap`, of a round of a search, is how much of its choice was that of the round before
     (Jaccard index).
     """
@@ -152,15 +155,29 @@ class Ledger:
         self.current.refused.append({"who": who, **known, "reason": one_line(reason)})
 
     def count_wire(self, message: Message) -> None:
-        """Count a message as it is sent or received."""
+        """Count a message as it is sent or received; what of it is the plan, apart."""
         count, metadata = wire_bytes(message), message.metadata
         is_reply = bool(metadata.reply_to_message_id)
         node = str(metadata.src_node_id if is_reply else metadata.dst_node_id)
-        kind = f"{metadata.message_type.partition('.')[0]} {'up' if is_reply else 'down'}"
+        plan = 0 if is_reply else plan_bytes_of(message.content)
+        kind = metadata.message_type.partition(".")[0]
+        if kind == "train" and self.current.kind == SEARCH:
+            kind = SEARCH
         counts = self.current.wire_by_node.setdefault(node, {})
-        counts[kind] = counts.get(kind, 0) + count
+        for name, part in ((f"{kind} {'up' if is_reply else 'down'}", count - plan), (PLAN, plan)):
+            if part:
+                counts[name] = counts.get(name, 0) + part
         self.current.wire_bytes += count
         self.current.messages += 1
+
+    @property
+    def wire_by_kind(self) -> dict[str, int]:
+        """`wire_bytes` of all rounds by kind of message and direction."""
+        sums: Counter[str] = Counter()
+        for record in self.rounds:
+            for counts in record.wire_by_node.values():
+                sums.update(counts)
+        return dict(sorted(sums.items()))
 
     def count_client(self, *, down: int = 0, up: int = 0, plan: int = 0) -> None:
         """Count what one device alone receives and sends."""

@@ -157,6 +157,17 @@ def read_request(payload: bytes) -> Request:
     )
 
 
+def plan_bytes_of(content: RecordDict) -> int:
+    """Bytes of a request that are the plan's; 0 of anything else."""
+    try:
+        payload = from_record(content)
+    except FrameError:
+        return 0
+    if payload[: len(_MAGIC)] != _MAGIC:
+        return 0
+    return int(_HEADER.unpack_from(payload)[5])
+
+
 def to_record(payload: bytes) -> RecordDict:
     """Wrap bytes as the one uint8 array of a Flower message, without a copy in numpy's format."""
     array = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)

@@ -171,6 +171,7 @@ def _communication(ledger: Ledger, dense_parameters: int) -> dict[str, Any]:
         "dense_fedavg_total_bytes": dense,
         "ratio_to_dense": total / dense,
         "wire_bytes": sums["wire_bytes"],
+        "wire_by_kind": ledger.wire_by_kind,
     }
     if ledger.of_kind(SEARCH):
         books["by_kind"] = {kind: _of_kind(ledger, kind) for kind in (SEARCH, TRAINING)}

@@ -46,7 +46,8 @@ def test_the_ledger_holds_every_message_to_the_byte(books: dict[str, Any]) -> No
         each: Counter[str] = Counter()
         for line in books["lines"]:
             each.update(line["wire_by_node"].get(node["node_id"], {}))
-        assert each["query down"] + each["train down"] == node["messages_down_bytes"]
+        down = each["plan down"] + each["query down"] + each["train down"]
+        assert down == node["messages_down_bytes"]
         assert each["query up"] + each["train up"] == node["messages_up_bytes"]
 
 

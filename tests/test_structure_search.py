@@ -541,6 +541,10 @@ def test_the_bytes_of_a_search_are_those_of_its_messages_and_told_apart(experime
     assert search["total_bytes"] == pytest.approx(search["wire_bytes"], rel=0.02)
     assert training["total_bytes"] == pytest.approx(training["wire_bytes"], rel=0.02)
     assert (search["rounds"], training["rounds"]) == (3, 1)
+    sent = books["wire_by_kind"]
+    kinds = {f"{kind} {way}" for kind in ("search", "train") for way in ("up", "down")}
+    assert set(sent) == kinds | {"plan down"}
+    assert sent["search up"] + sent["search down"] < search["wire_bytes"]  # the rest is the plan
     assert (search["messages"], training["messages"]) == (36, 12)
     for name in ("uplink_bytes", "downlink_bytes", "plan_bytes", "wire_bytes", "total_bytes"):
         assert books[name] == search[name] + training[name]
