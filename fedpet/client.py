@@ -255,7 +255,10 @@ def _moved(resident: Resident, client: int, server_round: int, seed: int) -> Tra
     if isinstance(pet, SearchModel):
         assert plan.search is not None
         config = client_config(plan.search, client)
-        return pet.search_rows(data.train, rows, plan.task, config, server_round=server_round)
+        return pet.search_rows(
+            data.train, rows, plan.task, config, server_round=server_round,
+            logit_adjustment=plan.training.logit_adjustment,
+        )  # fmt: skip
     return train_rows(
         pet.model,
         pet.parameter_groups(),

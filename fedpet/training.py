@@ -106,7 +106,7 @@ def train_rows(
     generator = np.random.default_rng(derive_seed("batches", seed))
     if config.dropout:
         torch.manual_seed(derive_seed("dropout", seed))
-    adjustment = _adjustment(rows.labels[indices], task, config.logit_adjustment)
+    loss_of = local_loss(rows.labels[indices], task, config.logit_adjustment)
     if model.training != config.dropout:  # walking the tree of modules costs as much as a step
         model.train(config.dropout)
     total_loss, seen = 0.0, 0
@@ -115,7 +115,7 @@ def train_rows(
             batch = rows.batch(chosen)
             labels = batch.pop("labels")
             optimiser.zero_grad(set_to_none=False)
-            loss = _loss(model(**batch).logits, labels, adjustment)
+            loss = loss_of(model(**batch).logits, labels)
             loss.backward()
             if proximal is not None:
                 proximal()
@@ -207,16 +207,20 @@ def _proximal(parameters: list[nn.Parameter], mu: float) -> Callable[[], None]:
     return add
 
 
-def _loss(logits: Tensor, labels: Tensor, adjustment: Tensor | None) -> Tensor:
-    """Mean squared error where there are no classes, else cross-entropy of adjusted logits."""
-    if adjustment is None:
-        return nn.functional.mse_loss(logits.squeeze(-1), labels)
-    return nn.functional.cross_entropy(logits + adjustment, labels)
+def local_loss(
+    labels: np.ndarray, task: Task, strength: float
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """A client's loss, of logits and labels: cross-entropy of adjusted logits.
 
+    Mean squared error where there are no classes.
 
-def _adjustment(labels: np.ndarray, task: Task, strength: float) -> Tensor | None:
-    """What is added to the logits of each class, (classes,); None for regression."""
+    Args:
+        labels: Of all rows that the client trains on.
+        task: Says which loss.
+        strength: Of the adjustment; 0 leaves the logits alone.
+    """
     if task.kind == "regression":
-        return None
+        return lambda logits, targets: nn.functional.mse_loss(logits.squeeze(-1), targets)
     counts = np.bincount(labels, minlength=task.num_outputs) + 1.0
-    return torch.from_numpy((strength * np.log(counts / counts.sum())).astype(np.float32))
+    shift = torch.from_numpy((strength * np.log(counts / counts.sum())).astype(np.float32))
+    return lambda logits, targets: nn.functional.cross_entropy(logits + shift, targets)

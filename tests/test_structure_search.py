@@ -44,7 +44,6 @@ from fedpet.search import (
     solve_zeta,
     split_in_two,
     step_batches,
-    task_loss,
     temperature,
 )
 from fedpet.seeds import client_number, derive_seed
@@ -58,6 +57,7 @@ from fedpet.simulations.run_folder import RunFolder, new_run_folder
 from fedpet.strategies import StructureSearch
 from fedpet.strategies.structure_search import overlap
 from fedpet.structure import Structure
+from fedpet.training import local_loss
 
 BUDGET = 600
 SEARCH = {
@@ -124,9 +124,9 @@ def strategy_of(
     return strategy, LocalGrid.of(NodeSettings.of(experiment), 1), prepared
 
 
-@pytest.mark.parametrize("space", ["mergeable", "s3pet-mix"])
+@pytest.mark.parametrize(("space", "adjustment"), [("mergeable", 0.0), ("s3pet-mix", 1.0)])
 def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
-    experiment: Any, space: str
+    experiment: Any, space: str, adjustment: float
 ) -> None:
     """To the bit from the start; later on alpha and values come as float32 differences."""
     settings = experiment(
@@ -136,6 +136,7 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
         search_local_steps=5,
         search_beta_end=0.3,
         search_dropout=True,
+        training_logit_adjustment=adjustment,
     )
     strategy, grid, prepared = strategy_of(settings)
     plan, data = prepared.plan, prepared.data
@@ -152,9 +153,8 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
         seed = derive_seed("client", plan.seed, number_of_round, number)
         model.pet.load_values(torch.from_numpy(values[: model.pet.num_values]), seed=seed)
         total = config.rounds * config.local_steps
-        central = BiLevel(
-            model.pet, model.space, config, total_steps=total, loss=task_loss(data.task)
-        )
+        loss = local_loss(data.train.labels[client.rows], data.task, adjustment)
+        central = BiLevel(model.pet, model.space, config, total_steps=total, loss=loss)
         done = (number_of_round - 1) * config.local_steps
         central.begin_at(done, torch.from_numpy(values[model.pet.num_values :]))
         for step, batch in enumerate(step_batches(data.train, split, config, 0, total)):

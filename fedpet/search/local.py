@@ -35,10 +35,10 @@ from fedpet.config import SearchConfig
 from fedpet.errors import TrainingError
 from fedpet.model import PetModel, Segment
 from fedpet.search.bilevel import BiLevel
-from fedpet.search.search import Split, step_batches, task_loss
+from fedpet.search.search import Split, step_batches
 from fedpet.search.space import Space, build_space
 from fedpet.seeds import derive_seed
-from fedpet.training import Trained
+from fedpet.training import Trained, local_loss
 
 if TYPE_CHECKING:
     from fedpet.backbone import Backbone
@@ -119,6 +119,7 @@ class SearchModel:
         config: SearchConfig,
         *,
         server_round: int,
+        logit_adjustment: float = 0.0,
     ) -> Trained:
         """Take the bi-level steps of one round.
 
@@ -128,6 +129,7 @@ class SearchModel:
             task: Says which loss.
             config: Settled, with the client's own seed: see `client_config`.
             server_round: Of the search, from 1: which of its steps these are.
+            logit_adjustment: Of both losses, for the client's labels, as in training.
 
         Returns:
             The weight in the average, n; the mean theta loss before each step.
@@ -139,7 +141,8 @@ class SearchModel:
         split = split_in_two(indices, config.seed)
         first = (server_round - 1) * config.local_steps
         total = config.rounds * config.local_steps
-        search = BiLevel(self.pet, self.space, config, total_steps=total, loss=task_loss(task))
+        loss = local_loss(rows.labels[indices], task, logit_adjustment)
+        search = BiLevel(self.pet, self.space, config, total_steps=total, loss=loss)
         search.begin_at(first, self.alpha)
         losses = [
             search.step(theta_batch, alpha_batch).theta
