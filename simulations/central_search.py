@@ -126,6 +126,7 @@ def origin_of(experiment: Experiment, *, rows: int, masked: bool) -> dict[str, A
         },
         "mask": asdict(experiment.mask) if masked else None,
         "asked_budget": experiment.search.budget,
+        "mask_in_budget": masked and experiment.search.mask_in_budget,
         "versions": {name: versions()[name] for name in ("fedpet", "torch", "transformers")},
     }
 

@@ -17,10 +17,12 @@ from tiny import Silent
 
 from fedpet import cli
 from fedpet.backbone import load_backbone
-from fedpet.config import BackboneConfig, Experiment, SearchConfig, TrainingConfig
+from fedpet.config import BackboneConfig, Experiment, MaskConfig, SearchConfig, TrainingConfig
 from fedpet.errors import ConfigError, StructureError
+from fedpet.mask import build_mask
 from fedpet.model import PetModel
 from fedpet.plan import Plan
+from fedpet.positions import mask_scope
 from fedpet.report.gates import MARK, gate_html, gate_map, structure_table
 from fedpet.report.places import find_places
 from fedpet.search import budget_values, build_space, manual_structure, settle
@@ -115,6 +117,25 @@ def test_a_search_leaves_a_structure_with_its_fingerprint_budget_gates_and_origi
     pet = PetModel(backbone, None, structure, seed=0)
     sent = sum(segment.size for segment in pet.segments if segment.kind != "head")
     assert sent == told["values"] <= BUDGET
+
+
+def test_mask_and_structure_together_keep_a_budget_that_holds_both(
+    files: tuple[Path, Path], search: Search, tmp_path: Path
+) -> None:
+    both = ("mask.enabled=true", "mask.density=0.02", "search.mask-in-budget=true")
+    structure = search(tmp_path / "both.json", *both)
+    told = structure.provenance
+    backbone = load_backbone(BackboneConfig(model=str(files[0])), num_outputs=2)
+    mask = build_mask(mask_scope(backbone.model, backbone.head), MaskConfig(density=0.02))
+    pet = PetModel(backbone, mask, structure, seed=0)
+    sent = {kind: 0 for kind in ("mask", "structure")}
+    for segment in pet.segments:
+        if segment.kind != "head":
+            sent["mask" if segment.kind == "mask" else "structure"] += segment.size
+    assert min(sent.values()) > 0
+    assert sum(sent.values()) <= BUDGET == told["asked_budget"]
+    assert told["budget"] == BUDGET - sent["mask"]
+    assert told["mask_in_budget"] is True
 
 
 def test_a_search_that_was_killed_goes_on_and_leaves_the_same_bytes(
