@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,10 @@ from simulations.benchmarks.search_table import (
     Cell,
     SearchTable,
     SearchTableRun,
+    final_table,
     read_cell,
+    summary,
+    tuning_table,
 )
 from simulations.benchmarks.search_table.training import run_cell, sample
 from simulations.benchmarks.table import Rate
@@ -103,7 +107,7 @@ def test_every_method_has_the_same_grid_and_the_final_runs_every_seed(table_file
     assert len(by_phase["structures"]) == 2 * 3  # data sets, seeds and that of tuning
     assert len(by_phase["tune"]) == 2 * 4 * 2  # searched, random, two presets; rates
     assert len(by_phase["final"]) == 2 * 2 * (1 + 2 + 1 + 1)
-    assert [row["method"] for row in whole.summary()] == [
+    assert [row["method"] for row in summary(whole)] == [
         "searched", "random", "manual", "transfer",
     ] * 2  # fmt: skip
 
@@ -142,8 +146,8 @@ def test_the_manual_structure_and_every_rate_are_the_best_of_tuning(table_file: 
     assert manual.search.method == "lora"
     assert manual.training is not None
     assert manual.training.rate_of("head") == 0.01
-    assert "lora" in to_text(whole.final_table(), 160)
-    assert "0.9000" in to_text(whole.tuning_table(), 160)
+    assert "lora" in to_text(final_table(whole), 160)
+    assert "0.9000" in to_text(tuning_table(whole), 160)
 
 
 def test_transfer_trains_the_other_data_set_s_structure_of_the_same_seed(table_file: Any) -> None:
@@ -157,6 +161,24 @@ def test_transfer_trains_the_other_data_set_s_structure_of_the_same_seed(table_f
         for to, origin in (("one", "two"), ("two", "one"))
         for seed in (0, 1)
     }  # fmt: skip
+
+
+def test_a_variant_of_the_search_is_a_row_of_its_own_at_the_searched_ones_rate(
+    table_file: Any,
+) -> None:
+    fake = Fake(lambda cell: 0.6 if "annealed" in cell.name else 0.5)
+    whole = job(table_file(variants={"annealed": {"beta-end": 0.1}}), fake)
+    whole.complete()
+    searches = {c.path.stem: c.search for c in fake.cells if c.name.startswith("structures")}
+    assert searches["one-b400-annealed-seed0"] == replace(searches["one-b400-seed0"], beta_end=0.1)
+    final = {c.path.stem: c for c in fake.cells if c.name.startswith("final/one")}
+    found_by = final["one-b400-annealed-seed1"].found_by
+    assert found_by is not None
+    assert found_by.stem == "one-b400-annealed-seed1"
+    assert not any("annealed" in c.name for c in fake.cells if c.name.startswith("tune"))
+    [row] = [r for r in summary(whole) if (r["dataset"], r["method"]) == ("one", "annealed")]
+    assert row["mean"] == pytest.approx(0.6)
+    assert "+0.1000" in to_text(final_table(whole), 160)
 
 
 def test_what_is_there_is_not_run_again_and_other_settings_are_refused(table_file: Any) -> None:

@@ -27,6 +27,9 @@ from .federated_search import FederatedSearchRun, FederatedSearchTable, overlaps
 from .federated_search import final_table as structures_table
 from .search_table import PHASES as SEARCH_PHASES
 from .search_table import SearchTable, SearchTableRun
+from .search_table import final_table as searched_table
+from .search_table import overlaps as searched_overlaps
+from .search_table import tuning_table as searched_tuning
 from .table import FEDPET, PHASES, TableFile, TableRun, experiment_file
 
 app = typer.Typer(
@@ -142,10 +145,10 @@ def search_table(
         return
     job.complete(phases)
     if "tune" in phases:
-        console.print(job.tuning_table())
+        console.print(searched_tuning(job))
     if "final" in phases:
-        console.print(job.final_table())
-        for budget, what, overlap in job.overlaps():
+        console.print(searched_table(job))
+        for budget, what, overlap in searched_overlaps(job):
             console.print(f"budget {budget}, {what}: modules in common {overlap:.2f} (Jaccard)")
 
 

@@ -9,6 +9,7 @@ Training is central: one model, some thousand rows. For each data set and budget
 backbone with the head not counted, these are trained from scratch and evaluated:
 
     searched   the structure that a search with this seed found on the training rows
+    VARIANT    the same of a search with other settings, at the rate settled for "searched"
     random     structures drawn under the budget, several a seed
     manual     of the presets put under the budget, the one that was best on the tuning rows
     transfer   the structure that a search with this seed found on the other data set
@@ -22,12 +23,17 @@ manual one has it once for each preset.
 from .cell import Cell, read_cell, write_cell
 from .file import SearchTable
 from .running import PHASES, SearchTableRun
+from .summary import final_table, overlaps, summary, tuning_table
 
 __all__ = [
     "PHASES",
     "Cell",
     "SearchTable",
     "SearchTableRun",
+    "final_table",
+    "overlaps",
     "read_cell",
+    "summary",
+    "tuning_table",
     "write_cell",
 ]

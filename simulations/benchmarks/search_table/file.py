@@ -44,6 +44,7 @@ class SearchTable:
         seeds: Of the reported runs.
         random_structures: Drawn for each seed.
         search: How structures are searched.
+        variants: The same with some settings changed, a row of its own each, by name.
         training: How all structures are trained.
         max_length: Tokens a row.
         backbone: Which model.
@@ -60,6 +61,7 @@ class SearchTable:
     seeds: tuple[int, ...]
     random_structures: int
     search: SearchConfig
+    variants: Mapping[str, SearchConfig]
     training: TrainingConfig
     max_length: int
     backbone: BackboneConfig
@@ -74,6 +76,10 @@ class SearchTable:
         top, (tune, final) = read_keys(path, "tune", "final")
         stages = {name: top.take(name, dict, {}) for name in ("search", "training", "backbone")}
         experiment = Experiment.from_tables(stages)
+        variants = {
+            name: Experiment.from_tables({"search": {**stages["search"], **changes}}).search
+            for name, changes in top.take("variants", dict, {}).items()
+        }
         read = cls(
             results=path.parent / top.take("results", str, f"results/{path.stem}"),
             datasets=tuple(
@@ -92,6 +98,7 @@ class SearchTable:
             seeds=tuple(final.take("seeds", list)),
             random_structures=final.take("random-structures", int),
             search=experiment.search,
+            variants=variants,
             training=experiment.training,
             backbone=experiment.backbone,
         )

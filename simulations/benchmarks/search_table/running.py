@@ -7,16 +7,12 @@ Out: its cells' files, `checks.json`, and the table.
 from __future__ import annotations
 
 import multiprocessing
-import statistics
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
-
-from rich.table import Table
-from rich.text import Text
 
 from fedpet.errors import ConfigError
 
@@ -27,7 +23,6 @@ from .file import Dataset, SearchTable
 from .training import run_cell
 
 PHASES = ("structures", "tune", "final")
-METHODS = ("searched", "random", "manual", "transfer")
 Budget = str | int | float
 Run = Callable[[Cell, Path, Path], dict[str, Any]]
 
@@ -71,6 +66,11 @@ class SearchTableRun:
 
     # -- cells
 
+    @property
+    def methods(self) -> tuple[str, ...]:
+        """The rows of a data set and budget."""
+        return ("searched", *self.table.variants, "random", "manual", "transfer")
+
     def cells(self, phase: str) -> Iterator[Cell]:
         """The cells of a phase.
 
@@ -82,11 +82,14 @@ class SearchTableRun:
                 if phase == "structures":
                     for seed in (self.table.tune_seed, *self.table.seeds):
                         yield self.structure_cell(dataset, budget, seed)
+                    for variant in self.table.variants:
+                        for seed in self.table.seeds:
+                            yield self.structure_cell(dataset, budget, seed, variant)
                 elif phase == "tune":
                     for method in ("searched", "random", *self.table.presets):
                         yield from self.tune_cells(dataset, budget, method)
                 else:
-                    for method in METHODS:
+                    for method in self.methods:
                         yield from self.final_cells(dataset, budget, method)
 
     def known(self, phase: str) -> list[Cell]:
@@ -96,10 +99,14 @@ class SearchTableRun:
         except ConfigError:
             return []
 
-    def structure_cell(self, dataset: Dataset, budget: Budget, seed: int) -> Cell:
+    def structure_cell(
+        self, dataset: Dataset, budget: Budget, seed: int, variant: str = "searched"
+    ) -> Cell:
         """The search of one seed."""
-        search = replace(self.table.search, method="s3pet", budget=budget, seed=seed)
-        path = self._path("structures", dataset, budget, f"seed{seed}")
+        search = self.table.variants.get(variant, self.table.search)
+        search = replace(search, method="s3pet", budget=budget, seed=seed)
+        of = "" if variant == "searched" else f"{variant}-"
+        path = self._path("structures", dataset, budget, f"{of}seed{seed}")
         return Cell(path, self.table.backbone, self._rows(dataset, ()), search)
 
     def tune_cells(self, dataset: Dataset, budget: Budget, method: str) -> list[Cell]:
@@ -138,7 +145,8 @@ class SearchTableRun:
         Raises:
             ConfigError: A cell of the grid has not been run.
         """
-        tuned = "searched" if method == "transfer" else method
+        of_searched = method == "transfer" or method in self.table.variants
+        tuned = "searched" if of_searched else method
         names = self.table.presets if method == "manual" else (tuned,)
         scores: dict[tuple[str, Rate], float] = {}
         for name in names:
@@ -153,105 +161,6 @@ class SearchTableRun:
                     )
                 scores[name, rate] = float(result["score"])
         return min(scores, key=lambda key: (-scores[key], key[1], names.index(key[0])))
-
-    # -- tables
-
-    def tuning_table(self) -> Table:
-        """The metric on the held rows at each rate; what is taken is in bold."""
-        title = f"tuned on {self.table.tune_rows} held rows, seed {self.table.tune_seed}"
-        shown = Table(title=title, title_justify="left", box=None)
-        for head in ("data", "budget", "structure"):
-            shown.add_column(head)
-        for rate in self.table.rates:
-            shown.add_column(str(rate), justify="right")
-        for dataset in self.table.datasets:
-            for budget in self.table.budgets:
-                taken = [self.settled(dataset, budget, method) for method in METHODS[:3]]
-                for name in ("searched", "random", *self.table.presets):
-                    texts = []
-                    for rate, cell in zip(
-                        self.table.rates, self.tune_cells(dataset, budget, name), strict=True
-                    ):
-                        score = (read_cell(cell) or {})["score"]
-                        style = "bold" if (name, rate) in taken else ""
-                        texts.append(Text(f"{score:.4f}", style=style))
-                    shown.add_row(dataset.name, str(budget), name, *texts)
-        return shown
-
-    def final_table(self) -> Table:
-        """Mean and deviation over the seeds; what each method was set to."""
-        shown = Table(title="mean over seeds, deviation over seeds", title_justify="left", box=None)
-        for head in ("data", "budget", "structure", "metric", "", "values", "set to"):
-            shown.add_column(head, justify="right" if head in ("metric", "values") else "left")
-        for row in self.summary():
-            shown.add_row(
-                row["dataset"],
-                str(row["budget"]),
-                row["method"],
-                f"{row['mean']:.4f}",
-                f"± {row['deviation']:.4f}",
-                f"{row['values']:,.0f}",
-                row["set_to"],
-            )
-        return shown
-
-    def summary(self) -> list[dict[str, Any]]:
-        """A row for each data set, budget and method whose final cells are all there.
-
-        A seed's score is the mean over what it has several of: random structures, sources.
-        """
-        rows = []
-        for dataset in self.table.datasets:
-            for budget in self.table.budgets:
-                for method in METHODS:
-                    cells = self.final_cells(dataset, budget, method)
-                    results = [(cell.seed, read_cell(cell)) for cell in cells]
-                    if not results or any(result is None for _, result in results):
-                        continue
-                    by_seed = [
-                        statistics.mean(float((r or {})["score"]) for s, r in results if s == seed)
-                        for seed in self.table.seeds
-                    ]
-                    preset, rate = self.settled(dataset, budget, method)
-                    rows.append(
-                        {
-                            "dataset": dataset.name,
-                            "budget": budget,
-                            "method": method,
-                            "mean": statistics.mean(by_seed),
-                            "deviation": statistics.stdev(by_seed) if len(by_seed) > 1 else 0.0,
-                            "by_seed": by_seed,
-                            "values": statistics.mean(
-                                float((r or {})["structure_values"]) for _, r in results
-                            ),
-                            "set_to": f"{preset + ', ' if method == 'manual' else ''}{rate}",
-                        }
-                    )
-        return rows
-
-    def overlaps(self) -> list[tuple[str, str, float]]:
-        """How alike searched structures are: Jaccard index over modules, by what differs."""
-        found: list[tuple[str, str, float]] = []
-        for budget in self.table.budgets:
-            sets: dict[str, list[set[tuple[str, str]]]] = {}
-            for dataset in self.table.datasets:
-                for seed in self.table.seeds:
-                    result = read_cell(self.structure_cell(dataset, budget, seed))
-                    if result is not None:
-                        modules = result["structure"]["modules"]
-                        chosen = {(m["kind"], m["target"]) for m in modules}
-                        sets.setdefault(dataset.name, []).append(chosen)
-            names = list(sets)
-            for index, one in enumerate(names):
-                pairs = [
-                    _jaccard(a, b) for i, a in enumerate(sets[one]) for b in sets[one][i + 1 :]
-                ]
-                if pairs:
-                    found.append((str(budget), f"{one}, seeds", statistics.mean(pairs)))
-                for other in names[index + 1 :]:
-                    pairs = [_jaccard(a, b) for a in sets[one] for b in sets[other]]
-                    found.append((str(budget), f"{one} and {other}", statistics.mean(pairs)))
-        return found
 
     # -- small things
 
@@ -284,8 +193,9 @@ class SearchTableRun:
     ) -> Cell:
         found_by = None
         search = replace(self.table.search, method=method, budget=budget, seed=seed)
-        if method in ("searched", "transfer"):
-            structure = self.structure_cell(source or dataset, budget, seed)
+        if method in ("searched", "transfer", *self.table.variants):
+            variant = "searched" if method == "transfer" else method
+            structure = self.structure_cell(source or dataset, budget, seed, variant)
             search, found_by = structure.search, structure.path
         elif method == "random":
             search = replace(search, seed=1000 * seed + draw)
@@ -330,7 +240,3 @@ def _fingerprint(result: dict[str, Any]) -> dict[str, Any]:
 
 def _file_name(rate: Rate) -> str:
     return str(rate).replace(" ", "-").replace("=", "")
-
-
-def _jaccard(one: set[Any], other: set[Any]) -> float:
-    return len(one & other) / max(1, len(one | other))
