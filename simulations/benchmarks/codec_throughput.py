@@ -3,9 +3,8 @@
     python -m simulations.benchmarks.codec_throughput [--values N] [--out FILE.json]
 
 Beside the codecs stands `zstandard` at level 3 on the same float32 bytes, in the same run: what a
-number means on another machine follows from that. Times are the processor's, the best of several
-runs after one to warm up, so that other jobs on the machine count little; wall times stand beside
-them. One thread works: neither the codecs nor `zstandard` start others. Behind the bars stand the
+number means on another machine follows from that. Times are the processor's, medians of several
+runs after one to warm up; wall times stand beside them. One thread works: neither the codecs nor `zstandard` start others. Behind the bars stand the
 squared errors on Gaussian, Laplace and Student-t3 vectors, relative to the squared norm. Exits with
 1 where a codec misses its bar.
 """
@@ -16,6 +15,7 @@ import argparse
 import datetime
 import importlib.metadata
 import json
+import statistics
 import sys
 import time
 from collections.abc import Callable
@@ -44,8 +44,8 @@ def least_millions_a_second(codec: str) -> int:
     return 5 if "eden" in codec else 10
 
 
-def best_seconds(job: Callable[[], Any], repeats: int) -> tuple[float, float]:
-    """Processor and wall time of the best run."""
+def median_seconds(job: Callable[[], Any], repeats: int) -> tuple[float, float]:
+    """Median processor and wall time of a run."""
     job()
     spent, waited = [], []
     for _ in range(repeats):
@@ -53,7 +53,7 @@ def best_seconds(job: Callable[[], Any], repeats: int) -> tuple[float, float]:
         job()
         spent.append(time.process_time() - processor)
         waited.append(time.perf_counter() - wall)
-    return min(spent), min(waited)
+    return statistics.median(spent), statistics.median(waited)
 
 
 def measure(codec: str, values: np.ndarray, repeats: int) -> dict[str, Any]:
@@ -61,10 +61,10 @@ def measure(codec: str, values: np.ndarray, repeats: int) -> dict[str, Any]:
     count = len(values)
     groups = [(0, count - count // 10), (count - count // 10, count)]
     payload = encode_values(values, codec, groups, seed=1)
-    encode, encode_wall = best_seconds(
+    encode, encode_wall = median_seconds(
         lambda: encode_values(values, codec, groups, seed=1), repeats
     )
-    decode, decode_wall = best_seconds(
+    decode, decode_wall = median_seconds(
         lambda: decode_values(payload, codec, groups, seed=1), repeats
     )
     return {
@@ -95,8 +95,8 @@ def yardstick(values: np.ndarray, repeats: int) -> dict[str, Any]:
     """zstandard at level 3 on the float32 bytes."""
     raw = values.tobytes()
     packed = zstandard.ZstdCompressor(level=3).compress(raw)
-    encode, _ = best_seconds(lambda: zstandard.ZstdCompressor(level=3).compress(raw), repeats)
-    decode, _ = best_seconds(lambda: zstandard.ZstdDecompressor().decompress(packed), repeats)
+    encode, _ = median_seconds(lambda: zstandard.ZstdCompressor(level=3).compress(raw), repeats)
+    decode, _ = median_seconds(lambda: zstandard.ZstdDecompressor().decompress(packed), repeats)
     return {
         "codec": "zstandard level 3",
         "bits_per_value": 8 * len(packed) / len(values),
