@@ -4,9 +4,9 @@
 
 Beside the codecs stands `zstandard` at level 3 on the same float32 bytes, in the same run: what a
 number means on another machine follows from that. Times are the processor's, medians of several
-runs after one to warm up; wall times stand beside them. One thread works: neither the codecs nor `zstandard` start others. Behind the bars stand the
-squared errors on Gaussian, Laplace and Student-t3 vectors, relative to the squared norm. Exits with
-1 where a codec misses its bar.
+runs after one to warm up; wall times stand beside them. One thread works: neither the codecs nor
+`zstandard` start others. Behind the bars stand the squared errors on Gaussian, Laplace and
+Student-t3 vectors, relative to the squared norm. Exits with 1 where a codec misses its bar.
 """
 
 from __future__ import annotations
@@ -120,7 +120,7 @@ def main() -> int:
     """Measure, print, write, judge."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--values", type=int, default=1_000_000, help="how long the vector is")
-    parser.add_argument("--repeats", type=int, default=7, help="runs of which the best counts")
+    parser.add_argument("--repeats", type=int, default=7, help="runs of which the median counts")
     parser.add_argument("--out", type=Path, help="a JSON file to write")
     arguments = parser.parse_args()
     values = np.random.default_rng(0).standard_normal(arguments.values).astype(np.float32) * 1e-3
