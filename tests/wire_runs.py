@@ -14,7 +14,7 @@ from modelless import FakeNode, Forgetful, Handler, make_plan, make_strategy, no
 from fedpet.config import CodecConfig, MaskConfig
 
 CHANGES = CodecConfig(up="eden-4", down="eden-3")
-VALUES = CodecConfig(up="eden-4", down="eden-4", downlink="values")  # what `make run` sends
+VALUES = CodecConfig(up="eden-3", down="eden-5", downlink="values")  # what `make run` sends
 VALUES_FEEDBACK = replace(VALUES, up="topk-0.1+eden-4", head_down="int8", error_feedback=True)
 FEEDBACK = CodecConfig(up="topk-0.1+eden-4", error_feedback=True)
 ALL = CodecConfig(
