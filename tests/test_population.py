@@ -5,7 +5,7 @@ from __future__ import annotations
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedpet.population import Population
+from fedpet.population import Population, Residents
 from fedpet.seeds import client_number, derive_seed
 
 clients = st.dictionaries(st.text(min_size=1, max_size=8), st.integers(1, 50), min_size=1)
@@ -52,3 +52,38 @@ def test_seeds_and_numbers_are_the_same_on_every_machine() -> None:
     assert derive_seed(0, "sample", 1) == 5284687766452722292
     assert client_number("client 1") == 6054038747608711647
     assert derive_seed(0, "a") != derive_seed("0", "a")
+
+
+# -- clients that come with their nodes --------------------------------------------------------
+
+
+def test_residents_are_drawn_as_a_simulation_draws_them_whatever_nodes_they_live_on() -> None:
+    rows = {f"client {n}": n + 1 for n in range(9)}
+    residents = Residents()
+    names = list(reversed(rows))
+    for node in range(4):
+        assert residents.arrive(100 + node, {name: rows[name] for name in names[node::4]}) == {}
+    for server_round in range(1, 20):
+        drawn = residents.sample(server_round, 4, seed=3)
+        assert drawn == Population(rows, {}).sample(server_round, 4, seed=3)
+        cohorts = residents.cohorts(drawn, residents.there)
+        assert sorted(name for names in cohorts.values() for name in names) == drawn
+
+
+def test_a_client_moves_only_when_its_node_has_left() -> None:
+    residents = Residents()
+    residents.arrive(1, {"a": 5})
+    assert "lives on node 1" in residents.arrive(2, {"a": 5})["a"]
+    residents.leave(1)
+    assert residents.present == {}
+    assert residents.arrive(2, {"a": 7}) == {}
+    assert (residents.homes, residents.present) == ({"a": 2}, {"a": 7})
+
+
+def test_a_node_that_comes_back_has_the_clients_that_it_brings_then() -> None:
+    residents = Residents()
+    residents.arrive(1, {"a": 5, "b": 6})
+    residents.leave(1)
+    assert residents.arrive(1, {"a": 5}) == {}
+    assert residents.present == {"a": 5}
+    assert residents.arrive(2, {"b": 6}) == {}
