@@ -1,0 +1,78 @@
+"""The gates of a search as a heat map, in the terminal and on the page."""
+
+from __future__ import annotations
+
+import io
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+from search_files import Search, make_files, search_by_command, search_once, write_experiment
+
+from fedpet.report.gates import MARK, gate_html, gate_map, structure_table
+from fedpet.structure import Structure
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return make_files(tmp_path_factory.mktemp("tiny"))
+
+
+@pytest.fixture(scope="module")
+def experiment(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_experiment(*files, tmp_path_factory.mktemp("experiment"))
+
+
+@pytest.fixture(scope="module")
+def found(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return search_once(experiment, tmp_path_factory.mktemp("found") / "structure.json")
+
+
+@pytest.fixture
+def search(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
+    return partial(search_by_command, monkeypatch, experiment)
+
+
+def shown(structure: Structure, width: int) -> str:
+    console = Console(file=io.StringIO(), width=width, force_terminal=False)
+    console.print(structure_table(structure))
+    return console.file.getvalue()  # type: ignore[attr-defined, no-any-return]
+
+
+def test_the_heat_map_has_every_candidate_and_marks_the_chosen_ones(found: Path) -> None:
+    structure = Structure.from_json(found.read_text(encoding="utf-8"))
+    heat = gate_map(structure)
+    assert heat is not None
+    assert heat.layers == ("0", "1", "–")
+    assert len(heat.cells) == len(structure.provenance["candidates"])
+    assert sum(gate.chosen for gate in heat.cells.values()) == len(structure.modules)
+    assert "ffn-up hiwi-weight" in heat.rows
+    text = shown(structure, 80)
+    marks = sum(line.count(MARK) for line in text.splitlines() if "chosen" not in line)
+    assert marks == len(structure.modules)
+    assert all(row in text for row in heat.rows)
+    assert max(map(len, text.splitlines())) <= 80
+    html = gate_html(structure, 0.6)
+    assert html.count("<td") - html.count('class="none"') == len(heat.cells)
+
+
+def test_a_heat_map_wider_than_the_terminal_goes_on_below(found: Path) -> None:
+    structure = Structure.from_json(found.read_text(encoding="utf-8"))
+    heat = gate_map(structure)
+    assert heat is not None
+    text = shown(structure, max(map(len, heat.rows)) + 8)
+    assert text.count("ffn-up lora") == 2  # one layer at a time; the third has no ffn
+
+
+def test_a_structure_without_gates_has_no_heat_map(
+    found: Path, search: Search, tmp_path: Path
+) -> None:
+    structure = search(tmp_path / "r.json", "search.method=random")
+    assert gate_map(structure) is None
+    assert gate_html(structure, 0.6) == ""
+    assert "random" in shown(structure, 80)
+    searched = Structure.from_json(found.read_text(encoding="utf-8"))
+    strange = replace(searched, provenance={"candidates": [{"gate": "high"}]})
+    assert gate_map(strange) is None
