@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-import torch
-from tiny import Silent
+from whole_runs import run, threads_as_before
 
 from fedpet.backbone import load_backbone
 from fedpet.client import Node
@@ -23,14 +22,14 @@ from fedpet.messages import read_request
 from fedpet.node_settings import NodeSettings
 from fedpet.plan import Plan
 from fedpet.seeds import client_number, derive_seed
-from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
-from fedpet.simulations.run_folder import new_run_folder
 from fedpet.tiers import draw_tier, tiers_of
 
 THREE = ["0.005=0.3", "0.02=0.4", "0.05=0.3"]
 CLIENTS = [f"client {index}" for index in range(6)]
 NUMBERS = [client_number(client) for client in CLIENTS]
+
+_one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 
 @pytest.fixture
@@ -47,11 +46,6 @@ def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experi
         return tiny.make_experiment(*files, tmp_path / f"run{next(counter)}", **wanted | changes)
 
     return make
-
-
-def run(experiment: Experiment, grid: LocalGrid | None = None, nodes: int = 1) -> dict[str, Any]:
-    grid = grid or LocalGrid.of(NodeSettings.of(experiment), nodes)
-    return federate(grid, prepare(experiment, Silent()), new_run_folder(experiment), Silent())
 
 
 def values_of_run(experiment: Experiment) -> np.ndarray:
@@ -265,13 +259,6 @@ def test_a_node_too_weak_for_every_tier_is_refused_with_what_to_do(experiment: A
 def test_a_strength_that_is_no_density_is_refused(experiment: Any, wrong: object) -> None:
     with pytest.raises(ConfigError, match=r"max-density must be in \(0, 1\]"):
         NodeSettings.of(experiment(), {"max-density": wrong})
-
-
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 def test_a_rule_that_compares_whole_replies_is_refused_with_tiers(experiment: Any) -> None:
