@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from fedpet.config import Experiment
+
 
 def test_every_measured_block_says_what_its_result_file_says(repository: Path) -> None:
     program = [sys.executable, str(repository / "scripts" / "readme"), "--check"]
@@ -21,3 +23,9 @@ def test_every_target_it_names_is_in_the_makefile(repository: Path) -> None:
     assert {"run", "test", "check"} <= named
     missing = {name for name in named if not re.search(rf"^{name}:", makefile, re.MULTILINE)}
     assert not missing
+
+
+def test_what_it_shows_of_make_run_is_a_run_of_the_shipped_experiment(repository: Path) -> None:
+    told = repository / "simulations" / "benchmarks" / "results" / "make-run" / "config.toml"
+    shipped = repository / "simulations" / "experiments" / "film-reviews.toml"
+    assert Experiment.from_file(told) == Experiment.from_file(shipped)

@@ -4,8 +4,8 @@
 
 Everything else is as in the default job: each client's values are written into the resident
 model, read out, encoded, framed, sent through Ray, checked, decoded and averaged, and each
-client's bytes are counted alone. The first round, in which the workers load the model, is told
-apart.
+client's bytes are counted alone: once without loss, once by the codec of the default job. The first
+round, in which the workers load the model, is told apart.
 """
 
 from __future__ import annotations
@@ -14,7 +14,10 @@ import argparse
 import json
 import statistics
 import tempfile
+from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fedpet.config import Experiment
 from fedpet.ledger import Ledger, RoundRecord
@@ -22,6 +25,10 @@ from fedpet.simulations.engine import simulate
 from fedpet.simulations.run_folder import machine, versions
 
 EXPERIMENTS = Path(__file__).parents[1] / "experiments"
+CODECS = {
+    "lossless": ("codec.up=float32", "codec.down=float32", "codec.downlink=changes"),
+    "default": (),
+}
 
 
 class Seconds:
@@ -39,7 +46,7 @@ class Seconds:
             self.rounds.append(record.round_seconds)
 
 
-def measure(clients: int, rounds: int) -> dict[str, object]:
+def measure(clients: int, rounds: int, codec: Sequence[str]) -> dict[str, Any]:
     """Run the rounds and give their seconds."""
     with tempfile.TemporaryDirectory() as folder:
         experiment = Experiment.from_file(
@@ -54,19 +61,18 @@ def measure(clients: int, rounds: int) -> dict[str, object]:
                 "training.local-epochs=0",
                 "data.max-eval-rows=64",
                 f"run.out='{folder}/run'",
+                *codec,
             ],
         )
         seconds = Seconds()
         result, _ = simulate(experiment, seconds)
     return {
-        "clients": clients,
+        "codec": asdict(experiment.codec),
         "communicated_values": result["model"]["communicated_values"],
         "first_round_seconds": seconds.rounds[0],
         "later_rounds_seconds": seconds.rounds[1:],
         "median_later_round_seconds": statistics.median(seconds.rounds[1:]),
         "uplink_bytes": result["communication"]["uplink_bytes"],
-        "versions": versions(),
-        "machine": machine(),
     }
 
 
@@ -77,7 +83,10 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--out", type=Path, help="write the measurement to this JSON file")
     arguments = parser.parse_args()
-    found = measure(arguments.clients, arguments.rounds)
+    found: dict[str, Any] = {"clients": arguments.clients}
+    for name, codec in CODECS.items():
+        found[name] = measure(arguments.clients, arguments.rounds, codec)
+    found |= {"versions": versions(), "machine": machine()}
     print(json.dumps(found, indent=2))
     if arguments.out:
         arguments.out.parent.mkdir(parents=True, exist_ok=True)
