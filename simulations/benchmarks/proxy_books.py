@@ -38,7 +38,7 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest
 
 from fedpet.config import Experiment
-from fedpet.data.sources import open_source
+from fedpet.data import take_census
 from fedpet.deploy import Deployment, NodePlace, write_deployment
 from fedpet.simulations.run_folder import machine, versions
 
@@ -246,6 +246,7 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
             f"run.cache='{folder}/cache'",
         ],
     )
+    films = take_census(experiment.data, experiment.population, cache=folder / "cache").num_rows
     port, first_node_port, *_ = free_ports(1 + len(NODES))
     deployment = Deployment(
         experiment=experiment,
@@ -255,7 +256,7 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
         node_port=first_node_port,
         nodes=tuple(NodePlace(name) for name in NODES),
         client_column="film",
-        clients=count_films(experiment, folder),
+        clients=len(films),
     )
     write_deployment(deployment, folder / "deployment")
     write_thirds(folder / "deployment" / "nodes", experiment)
@@ -269,13 +270,6 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
         "versions": versions(),
         "machine": machine(),
     }
-
-
-def count_films(experiment: Experiment, cache: Path) -> int:
-    """How many clients the nodes have together."""
-    data, column = experiment.data, experiment.population.client_column
-    table = open_source(data.source, cache).read(data.train_split)
-    return len(set(table.column(column, "", "the embedded data set")))
 
 
 def main() -> None:
