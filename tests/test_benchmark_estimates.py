@@ -18,10 +18,10 @@ CELLS = {
 CODECS = ("bfloat16", "int8", "int4", "eden-4", "eden-1", "eden-4-values", "topk-feedback")
 
 
-def within_1_percent(name: str, cache: Path) -> None:
+def off(name: str, cache: Path) -> dict[str, float]:
     experiment, books = CELLS[name]
     settings = replace(experiment, run=replace(experiment.run, cache=str(cache)))
-    assert abs(deviations(settings, books)["total_bytes"]) <= 0.01
+    return deviations(settings, books)
 
 
 def test_there_are_recorded_runs_to_be_held_against() -> None:
@@ -29,9 +29,11 @@ def test_there_are_recorded_runs_to_be_held_against() -> None:
     assert {f"codecs/final/{codec}-seed{seed}" for codec in CODECS for seed in range(3)} <= {*CELLS}
 
 
-@pytest.mark.parametrize("name", ["default/final/fedpet-seed0", "codecs/final/eden-4-values-seed0"])
+@pytest.mark.parametrize(
+    "name", ["default/final/fedpet-seed0", "recommended/final/fedpet-coded-seed0"]
+)
 def test_an_estimate_is_within_1_percent_of_its_ledger(name: str, tmp_path: Path) -> None:
-    within_1_percent(name, tmp_path)
+    assert abs(off(name, tmp_path)["total_bytes"]) <= 0.01
 
 
 def test_files_beside_the_cells_are_none(tmp_path: Path) -> None:
@@ -42,7 +44,10 @@ def test_files_beside_the_cells_are_none(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CELLS)
-def test_an_estimate_of_a_recorded_run_is_within_1_percent_of_its_ledger(
+def test_an_estimate_of_a_recorded_run_is_as_near_its_ledger_as_it_says(
     name: str, tmp_path: Path
 ) -> None:
-    within_1_percent(name, tmp_path)
+    found = off(name, tmp_path)
+    assert abs(found["total_bytes"]) <= found["tolerance"]
+    codec = CELLS[name][0].codec
+    assert found["tolerance"] == (0.05 if "int" in codec.up or "topk" in codec.up else 0.01)

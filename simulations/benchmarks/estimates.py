@@ -1,12 +1,12 @@
 """Is an estimate right? What `fedpet estimate` tells, against the ledgers of recorded runs.
 
-    python -m simulations.benchmarks.estimates [FOLDER] [--within 0.01]
+    python -m simulations.benchmarks.estimates [FOLDER]
 
 Every cell of a table (`python -m simulations.benchmarks table`) holds the settings of its run and
 what its ledger came to. Here each is estimated from its settings alone, by configuration and data,
 and held against the ledger: bytes up, down, of plans, in total. Exits with 1 if a total is farther
-off than asked. Nothing is trained: a few seconds a cell. Cells whose data are not here are left
-out, and named.
+off than its estimate says it may be. Nothing is trained: a few seconds a cell. Cells whose data are
+not here are left out, and named; so are those under attack, whose liars send what no plan asks for.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def recorded(folder: Path) -> Iterator[tuple[str, Experiment, dict[str, Any]]]:
     """The cells of runs of fedpet below a folder: name, settings, the result's communication."""
     for path in sorted(folder.rglob("*.json")):
         content = json.loads(path.read_text(encoding="utf-8"))
-        if not isinstance(content, dict):
+        if not isinstance(content, dict) or "attacks" in path.parts:
             continue  # checks.json: cells that were run again
         if content.get("runs") == FEDPET and content["result"]["run"]["status"] == "ok":
             experiment = Experiment.from_tables(content["settings"])
@@ -50,27 +50,28 @@ def has_its_data(experiment: Experiment) -> bool:
 
 
 def deviations(experiment: Experiment, communication: dict[str, Any]) -> dict[str, float]:
-    """How far an estimate is from a ledger, as fractions of the ledger's bytes."""
-    told = estimate(experiment).communication
-    return {name: told[name] / communication[name] - 1 for name in NAMES}
+    """How far an estimate is from a ledger, and may be in total, as fractions of its bytes."""
+    told = estimate(experiment)
+    off = {name: told.communication[name] / communication[name] - 1 for name in NAMES}
+    return {**off, "tolerance": told.tolerance}
 
 
 def main() -> None:
     """Compare, print, exit with 1 if an estimate is off."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
-    parser.add_argument("--within", type=float, default=0.01, help="of a total, as a fraction")
     parser.add_argument("--cache", default="", help="where tokenised data are kept")
     arguments = parser.parse_args()
     table = Table("cell", "up", "down", "downlink", *NAMES)
-    worst = 0.0
+    worst, wrong = 0.0, 0
     for name, experiment, communication in recorded(arguments.folder):
         if not has_its_data(experiment):
             print(f"left out: {name}, {experiment.data.source!r} is not here")
             continue
         settings = replace(experiment, run=replace(experiment.run, cache=arguments.cache))
         found = deviations(settings, communication)
-        worst = max(worst, abs(found["total_bytes"]))
+        off = abs(found["total_bytes"])
+        worst, wrong = max(worst, off), wrong + (off > found["tolerance"])
         codec = experiment.codec
         table.add_row(
             name,
@@ -80,8 +81,8 @@ def main() -> None:
             *(f"{found[key]:+.2%}" for key in NAMES),
         )
     Console().print(table)
-    print(f"the total farthest off: {worst:.2%}, asked: {arguments.within:.2%}")
-    sys.exit(0 if worst <= arguments.within else 1)
+    print(f"the total farthest off: {worst:.2%}; farther than told: {wrong}")
+    sys.exit(1 if wrong else 0)
 
 
 if __name__ == "__main__":
