@@ -25,6 +25,7 @@ from fedpet.estimate.updates import Payloads, payloads
 from fedpet.messages import solo_bytes
 from fedpet.plan import Plan
 from fedpet.simulations.federation import prepare
+from fedpet.simulations.local_grid import LocalGrid
 from fedpet.structure import Structure
 
 KINDS = [("mask", 5000), ("lnfit", 400), ("head", 66)]
@@ -69,6 +70,7 @@ FLOWERS: dict[str, tuple[type[flower.FedAvg], dict[str, float]]] = {
 
 @pytest.mark.parametrize("name", FLOWERS)
 def test_the_server_is_taken_to_move_as_flower_s_does(name: str) -> None:
+    LocalGrid({})  # names the run that messages are of
     kind, parameters = FLOWERS[name]
     theirs, ours = kind(**parameters), ServerRule(StrategyConfig(name=name, **parameters))
     theirs.fraction_train = 0.0
