@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +11,9 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from search_runs import BUDGET, SEARCH, lines_of, ready_to_search, structure_of
+from search_runs import BUDGET, lines_of, structure_of
 from tiny import Silent
-from whole_runs import run, threads_as_before
+from whole_runs import run
 
 from fedpet.backbone import load_backbone
 from fedpet.config import Experiment, SearchConfig, StrategyConfig
@@ -41,19 +39,6 @@ from fedpet.strategies import StructureSearch
 from fedpet.strategies.structure_search import overlap
 from fedpet.structure import Structure
 from fedpet.training import local_loss
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
-
-@pytest.fixture
-def experiment(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
-    return partial(experiment, **SEARCH)
-
-
-@pytest.fixture(scope="module")
-def searching(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> ToSearch:
-    return ready_to_search(files, tmp_path_factory.mktemp("searching") / "run")
-
 
 # -- what a round is -----------------------------------------------------------------------------
 

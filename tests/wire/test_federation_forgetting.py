@@ -9,7 +9,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from modelless import (
     CLIENTS,
@@ -21,10 +20,9 @@ from modelless import (
     make_strategy,
     node_settings,
     start,
-    train_by_formula,
 )
 from safetensors.numpy import load, save
-from wire_runs import ALL, CHANGES, FEEDBACK, runs_in
+from wire_runs import ALL, CHANGES, FEEDBACK
 
 from fedpet.config import CodecConfig
 from fedpet.messages import read_request
@@ -32,16 +30,6 @@ from fedpet.node_state import NodeState
 from fedpet.seeds import client_number
 from fedpet.starts import frames_of
 from fedpet.strategies.holders import Holders
-
-
-@pytest.fixture(autouse=True)
-def training_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_by_formula(monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., tuple[np.ndarray, Any, list[int]]]:
-    return runs_in(tmp_path)
 
 
 def wiped(cache_of: Callable[[], Path], when: int) -> Callable[[Handler], Handler]:

@@ -2,29 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from roll_call_runs import lines_of, node_of, on_nodes, simulated, three_nodes
+from roll_call_runs import lines_of, node_of, simulated, three_nodes
 from tiny import Silent
-from whole_runs import run, threads_as_before
+from whole_runs import run
 
-from fedpet.config import Experiment
 from fedpet.estimate import estimate
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.resume import check_journal, is_cut_short, read_cut_short
 from fedpet.simulations.run_folder import RunFolder
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
-
-@pytest.fixture
-def deployed(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
-    return partial(on_nodes, experiment)
 
 
 @pytest.mark.parametrize("codec", ["float32", "eden-4"])

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from roll_call_runs import lines_of, on_nodes, three_nodes
-from whole_runs import Handler, run, threads_as_before
+from roll_call_runs import lines_of, three_nodes
+from whole_runs import Handler, run
 
-from fedpet.config import Experiment
 from fedpet.messages import read_request
 from fedpet.simulations.local_grid import LocalGrid
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
-
-@pytest.fixture
-def deployed(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
-    return partial(on_nodes, experiment)
 
 
 class Changing(LocalGrid):

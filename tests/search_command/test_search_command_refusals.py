@@ -8,29 +8,13 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from search_files import arguments, make_files, search_once, write_experiment
+from search_files import arguments
 
 from fedpet import cli
 from fedpet.backbone import load_backbone
 from fedpet.config import BackboneConfig
 from fedpet.search import build_space
 from fedpet.simulations import central_search
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_files(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def experiment(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_experiment(*files, tmp_path_factory.mktemp("experiment"))
-
-
-@pytest.fixture(scope="module")
-def found(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return search_once(experiment, tmp_path_factory.mktemp("found") / "structure.json")
-
 
 Refused = Callable[..., str]
 

@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 from modelless import (
     CLIENTS,
@@ -19,10 +17,9 @@ from modelless import (
     make_strategy,
     node_settings,
     start,
-    train_by_formula,
 )
 from safetensors.numpy import load, save
-from wire_runs import ALL, CHANGES, FEEDBACK, VALUES, VALUES_FEEDBACK, runs_in
+from wire_runs import ALL, CHANGES, FEEDBACK, VALUES, VALUES_FEEDBACK
 
 from fedpet.codec.frame import pack_frame
 from fedpet.config import CodecConfig, MaskConfig
@@ -30,17 +27,6 @@ from fedpet.messages import Path as WirePath
 from fedpet.messages import Request, read_request, solo_bytes, write_request
 from fedpet.plan import Plan
 from fedpet.starts import frames_of
-
-
-@pytest.fixture(autouse=True)
-def training_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_by_formula(monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., tuple[np.ndarray, Any, list[int]]]:
-    return runs_in(tmp_path)
-
 
 # -- law 6: the result hangs on nothing but the seed -----------------------------------------
 

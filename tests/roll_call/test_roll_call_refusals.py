@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from roll_call_runs import on_nodes, simulated, three_nodes
+from roll_call_runs import simulated, three_nodes
 from tiny import Silent
-from whole_runs import Handler, run, threads_as_before
+from whole_runs import Handler, run
 
 from fedpet.client import Node
 from fedpet.codec.frame import Refusal, pack_refusal
-from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
 from fedpet.messages import read_request
 from fedpet.node_settings import NodeSettings
 from fedpet.roster import write_roster
 from fedpet.simulations.engine import simulate
 from fedpet.simulations.local_grid import LocalGrid
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
-
-@pytest.fixture
-def deployed(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
-    return partial(on_nodes, experiment)
 
 
 def lying(honest: Handler, roster: Callable[[], bytes]) -> Handler:

@@ -8,14 +8,13 @@ import shutil
 import sys
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from search_runs import SEARCH, lines_of, structure_of
+from search_runs import lines_of, structure_of
 from tiny import Silent
-from whole_runs import run, threads_as_before
+from whole_runs import run
 
 from fedpet import cli
 from fedpet.client import Node
@@ -25,13 +24,6 @@ from fedpet.plan import Plan
 from fedpet.simulations.central_search import state_file
 from fedpet.simulations.engine import simulate
 from fedpet.simulations.local_grid import LocalGrid
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
-
-@pytest.fixture
-def experiment(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
-    return partial(experiment, **SEARCH)
 
 
 def test_the_order_of_replies_and_the_spread_over_nodes_change_no_bit(experiment: Any) -> None:

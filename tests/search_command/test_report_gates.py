@@ -4,35 +4,13 @@ from __future__ import annotations
 
 import io
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 
-import pytest
 from rich.console import Console
-from search_files import Search, make_files, search_by_command, search_once, write_experiment
+from search_files import Search
 
 from fedpet.report.gates import MARK, gate_html, gate_map, structure_table
 from fedpet.structure import Structure
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_files(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def experiment(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_experiment(*files, tmp_path_factory.mktemp("experiment"))
-
-
-@pytest.fixture(scope="module")
-def found(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return search_once(experiment, tmp_path_factory.mktemp("found") / "structure.json")
-
-
-@pytest.fixture
-def search(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
-    return partial(search_by_command, monkeypatch, experiment)
 
 
 def shown(structure: Structure, width: int) -> str:

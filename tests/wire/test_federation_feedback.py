@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pytest
 import torch
 from modelless import (
     CLIENTS,
@@ -22,24 +20,13 @@ from modelless import (
     make_strategy,
     node_settings,
     start,
-    train_by_formula,
 )
-from wire_runs import FEEDBACK, runs_in
+from wire_runs import FEEDBACK
 
 from fedpet.codec.frame import Frame, pack_frame, unpack_frames
 from fedpet.config import CodecConfig
 from fedpet.messages import read_request, write_request
 from fedpet.seeds import client_number, derive_seed
-
-
-@pytest.fixture(autouse=True)
-def training_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
-    train_by_formula(monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Callable[..., tuple[np.ndarray, Any, list[int]]]:
-    return runs_in(tmp_path)
 
 
 def test_error_feedback_is_that_of_a_plain_simulation_also_when_a_round_is_not_accepted(

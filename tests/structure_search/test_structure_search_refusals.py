@@ -5,19 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from search_runs import SEARCH, lines_of, ready_to_search, structure_of
+from search_runs import lines_of, structure_of
 from tiny import Silent
-from whole_runs import run, threads_as_before
+from whole_runs import run
 
 from fedpet.backbone import load_backbone
 from fedpet.client import Node
 from fedpet.codec.frame import Frame, pack_frame, unpack_frames
-from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError, StructureError, TrainingError
 from fedpet.messages import read_request
 from fedpet.node_settings import NodeSettings
@@ -26,19 +24,6 @@ from fedpet.search import SearchModel
 from fedpet.seeds import client_number
 from fedpet.simulations.federation import ToSearch, prepare
 from fedpet.simulations.local_grid import LocalGrid
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
-
-@pytest.fixture
-def experiment(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
-    return partial(experiment, **SEARCH)
-
-
-@pytest.fixture(scope="module")
-def searching(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> ToSearch:
-    return ready_to_search(files, tmp_path_factory.mktemp("searching") / "run")
-
 
 # -- law 7: a wrong reply ------------------------------------------------------------------------
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +12,6 @@ from search_files import (
     BUDGET,
     Search,
     arguments,
-    make_files,
-    search_by_command,
-    search_once,
-    write_experiment,
 )
 from tiny import Silent
 
@@ -34,26 +29,6 @@ from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.run_folder import new_run_folder
 from fedpet.simulations.search_progress import SearchProgress
 from fedpet.structure import Structure
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    return make_files(tmp_path_factory.mktemp("tiny"))
-
-
-@pytest.fixture(scope="module")
-def experiment(files: tuple[Path, Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_experiment(*files, tmp_path_factory.mktemp("experiment"))
-
-
-@pytest.fixture(scope="module")
-def found(experiment: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return search_once(experiment, tmp_path_factory.mktemp("found") / "structure.json")
-
-
-@pytest.fixture
-def search(experiment: Path, monkeypatch: pytest.MonkeyPatch) -> Search:
-    return partial(search_by_command, monkeypatch, experiment)
 
 
 def test_a_search_leaves_a_structure_with_its_fingerprint_budget_gates_and_origin(

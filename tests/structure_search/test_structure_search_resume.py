@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +10,8 @@ import pytest
 import tiny
 from search_runs import SEARCH, lines_of, structure_of
 from tiny import Silent
-from whole_runs import run, threads_as_before
+from whole_runs import run
 
-from fedpet.config import Experiment
 from fedpet.node_settings import NodeSettings
 from fedpet.simulations.federation import ToSearch, federate, prepare
 from fedpet.simulations.journal import read_journal
@@ -24,13 +22,6 @@ from fedpet.structure import Structure
 
 LOSSY = {"codec_up": "eden-4", "codec_down": "eden-4"}
 TWO_ROUNDS = {"strategy_num_rounds": 2}
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
-
-@pytest.fixture
-def experiment(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
-    return partial(experiment, **SEARCH)
 
 
 @pytest.fixture(scope="module")

@@ -2,30 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from search_runs import BUDGET, SEARCH, lines_of, structure_of
-from whole_runs import run, threads_as_before
+from search_runs import BUDGET, lines_of, structure_of
+from whole_runs import run
 
 from fedpet.backbone import load_backbone
-from fedpet.config import Experiment
 from fedpet.plan import Plan
 from fedpet.report.gates import gate_map, structure_facts
 from fedpet.report.page import page
 from fedpet.report.reading import read_report
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
-
-@pytest.fixture
-def experiment(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
-    return partial(experiment, **SEARCH)
 
 
 def test_the_bytes_of_a_search_are_those_of_its_messages_and_told_apart(experiment: Any) -> None:
