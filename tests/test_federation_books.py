@@ -11,7 +11,6 @@ from whole_runs import run, threads_as_before
 
 from fedpet.errors import RunError
 from fedpet.ledger import Ledger
-from fedpet.messages import from_record, to_record
 from fedpet.simulations.run_folder import RunFolder
 
 _one_thread = pytest.fixture(autouse=True)(threads_as_before)
@@ -63,8 +62,3 @@ def test_books_that_the_disk_does_not_take_end_the_run_with_one_sentence(tmp_pat
         ledger.close()
     with pytest.raises(RunError, match=r"result\.json' cannot be written: .* Make room"):
         RunFolder(tmp_path / "gone").write_result({})
-
-
-def test_a_request_survives_its_bytes_and_its_record(experiment: Any) -> None:
-    record = to_record(b"some bytes")
-    assert from_record(record) == b"some bytes"

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpet.errors import FrameError
-from fedpet.messages import Path, Request, read_request, write_request
+from fedpet.messages import Path, Request, from_record, read_request, to_record, write_request
 
 numbers = st.integers(1, 2**64 - 1)
 requests = st.builds(
@@ -72,3 +72,8 @@ def test_a_request_of_the_first_kind_takes_the_bytes_it_took() -> None:
     assert packed == b"FPRQ\1\0\0\0" + b"".join(n.to_bytes(4, "little") for n in (1, 4, 5)) + (
         b"\1" + b"\0" * 7 + b"planframe"
     )
+
+
+def test_a_request_survives_its_bytes_and_its_record() -> None:
+    record = to_record(b"some bytes")
+    assert from_record(record) == b"some bytes"

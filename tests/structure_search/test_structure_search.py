@@ -43,9 +43,7 @@ from fedpet.training import local_loss
 # -- what a round is -----------------------------------------------------------------------------
 
 
-def strategy_of(
-    experiment: Experiment, **changes: Any
-) -> tuple[StructureSearch, LocalGrid, ToSearch]:
+def strategy_of(experiment: Experiment) -> tuple[StructureSearch, LocalGrid, ToSearch]:
     """The search of an experiment, before its first round."""
     prepared = prepare(experiment, Silent())
     assert isinstance(prepared, ToSearch)
