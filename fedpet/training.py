@@ -25,6 +25,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -34,6 +35,7 @@ from torch import Tensor, nn
 
 from fedpet.config import TrainingConfig
 from fedpet.errors import TrainingError
+from fedpet.first_token import first_token_only
 from fedpet.metrics import metric_value
 from fedpet.seeds import derive_seed
 
@@ -110,12 +112,14 @@ def train_rows(
     if model.training != config.dropout:  # walking the tree of modules costs as much as a step
         model.train(config.dropout)
     total_loss, seen = 0.0, 0
-    for _ in range(config.local_epochs):
-        for chosen in batches(indices, rows.lengths, config.batch_size, generator):
-            batch = rows.batch(chosen)
-            labels = batch.pop("labels")
+    passes: AbstractContextManager[None] = nullcontext()
+    if config.first_token_only:
+        passes = first_token_only(model, inputs_of(rows, indices[:1])[0])
+    with passes:
+        for chosen in _epochs(indices, rows.lengths, config, generator):
+            inputs, labels = inputs_of(rows, chosen)
             optimiser.zero_grad(set_to_none=False)
-            loss = loss_of(model(**batch).logits, labels)
+            loss = loss_of(model(**inputs).logits, labels)
             loss.backward()
             if proximal is not None:
                 proximal()
@@ -132,6 +136,20 @@ def train_rows(
                     "training.learning-rate, or look at this client's rows."
                 )
     return Trained(len(indices), total_loss / max(seen, 1), time.perf_counter() - started)
+
+
+def _epochs(
+    indices: np.ndarray, lengths: np.ndarray, config: TrainingConfig, generator: np.random.Generator
+) -> Iterator[np.ndarray]:
+    for _ in range(config.local_epochs):
+        yield from batches(indices, lengths, config.batch_size, generator)
+
+
+def inputs_of(rows: Rows, chosen: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
+    """What the model is called with, and the labels."""
+    batch = rows.batch(chosen)
+    labels = batch.pop("labels")
+    return batch, labels
 
 
 def batches(
@@ -163,9 +181,7 @@ def predict(model: nn.Module, rows: Rows, *, batch_size: int = 64) -> np.ndarray
     logits: np.ndarray | None = None
     for start in range(0, len(order), batch_size):
         chosen = order[start : start + batch_size]
-        batch = rows.batch(chosen)
-        batch.pop("labels")
-        out = model(**batch).logits.float().numpy()
+        out = model(**inputs_of(rows, chosen)[0]).logits.float().numpy()
         if logits is None:
             logits = np.empty((len(order), out.shape[1]), dtype=np.float32)
         logits[chosen] = out

@@ -12,11 +12,14 @@ import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
+import numpy as np
+
 from fedpet.backbone import Backbone, load_backbone, locate
 from fedpet.codec import check_codecs
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data, load_evaluation
 from fedpet.errors import ConfigError
+from fedpet.first_token import check_first_token
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.mask import build_mask
 from fedpet.model import PetModel
@@ -27,6 +30,7 @@ from fedpet.positions import find_positions, mask_scope
 from fedpet.search import Space, check_structure
 from fedpet.structure import Structure, settled_structure
 from fedpet.tiers import Tier, tiers_of
+from fedpet.training import inputs_of
 
 from .central_search import settled_search
 
@@ -112,6 +116,8 @@ def prepare(
         experiment, data, _num_parameters(backbone.model), _num_pretrained(backbone), started
     )
     _check_enough_clients(experiment, data)
+    if experiment.training.first_token_only:
+        check_first_token(backbone.model, inputs_of(data.evaluation, np.arange(1))[0])
     if experiment.search.federated and found is None:
         return _to_search(ground, backbone)
     if found is None:
