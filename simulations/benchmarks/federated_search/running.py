@@ -110,10 +110,11 @@ class FederatedSearchRun:
             ConfigError: An earlier phase is not finished.
         """
         table = self.table
-        for method in METHODS:
-            if phase == "tune":
+        if phase == "tune":
+            for method in ("central", "random"):
                 yield from self.tune_cells(method)
-                continue
+            return
+        for method in METHODS:
             rate = self.settled(method)
             draws = range(table.random_structures) if method == "random" else (0,)
             for seed in table.seeds:
@@ -138,10 +139,14 @@ class FederatedSearchRun:
     def settled(self, method: str) -> Rate:
         """The rate of the highest metric; of equals the smaller one.
 
+        A structure that clients searched takes the rate of a centrally searched one: a search
+        for each rate would cost more than all else, and would favour it.
+
         Raises:
             ConfigError: A cell of the grid has not been run, or learned nothing at any rate.
         """
-        return best_rate(method, self.tune_cells(method))
+        tuned = "central" if method == "federated" else method
+        return best_rate(tuned, self.tune_cells(tuned))
 
     @property
     def _work(self) -> Work[Cell]:
