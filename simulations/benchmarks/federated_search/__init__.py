@@ -9,10 +9,11 @@ Three methods train on the same clients and rounds, under one budget of values:
 
     federated   the clients search and then train, in one run; both are paid for in bytes
     central     the structure of a search on all clients' rows together; its search sends nothing
-    random      structures drawn under the budget, several a seed
+    random      structures drawn under the budget, one or several a seed
 
-Each search and each draw has the seed of its run. Rates are settled once for each method, on rows
-and with a seed that no result is reported on. A cell is a run of fedpet in a process of its own.
+Each search and each draw has the seed of its run. Rates are settled once for "central", whose rate
+"federated" takes, and once for "random", on rows and with a seed that no result is reported on. A
+cell is a run of fedpet in a process of its own.
 """
 
 from .file import FederatedSearchTable
