@@ -86,7 +86,14 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
     config = settled_search(experiment, backbone, mask)
     origin = origin_of(experiment, rows=len(data.train), masked=mask is not None)
     structure = find_structure(
-        backbone, data, config, mask=mask, state=state_file(out), origin=origin, listener=listener
+        backbone,
+        data,
+        config,
+        mask=mask,
+        logit_adjustment=experiment.training.logit_adjustment,
+        state=state_file(out),
+        origin=origin,
+        listener=listener,
     )
     write_file(out, structure.to_json())
     state_file(out).unlink(missing_ok=True)
@@ -137,6 +144,7 @@ def find_structure(
     config: SearchConfig,
     *,
     mask: Mask | None = None,
+    logit_adjustment: float = 0.0,
     indices: np.ndarray | None = None,
     state: Path | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -145,6 +153,7 @@ def find_structure(
     """A structure by the settled `config.method`: searched, random, or manual.
 
     Args:
+        logit_adjustment: Of a search's losses, as in training.
         indices: Of the training rows; None takes all.
         origin: What else the structure says about where it came from.
 
@@ -160,6 +169,7 @@ def find_structure(
             data.task,
             config,
             mask=mask,
+            logit_adjustment=logit_adjustment,
             state_file=state,
             progress=None if listener is None else listener.step,
             provenance=origin,

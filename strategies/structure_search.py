@@ -104,6 +104,7 @@ class StructureSearch(SparseFedAvg):
             ledger=ledger,
         )
         self.search: SearchConfig = plan.search
+        self._logit_adjustment = plan.training.logit_adjustment
         self.space = space
         self.averaged = 0
         self.values = np.zeros(plan.num_values, dtype=np.float32)
@@ -190,7 +191,7 @@ class StructureSearch(SparseFedAvg):
         told = {
             "method": "s3pet",
             "federated": True,
-            "deviations": [*deviations(config), *DEVIATIONS],
+            "deviations": [*deviations(config, self._logit_adjustment), *DEVIATIONS],
             "settings": deciding(config),
             "budget": int(config.budget),
             "values": chosen_size(chosen, space.sizes, space.tensors),

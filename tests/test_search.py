@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from tiny import make_backbone, make_rows
+from torch import nn
 
 from fedpet.backbone import Backbone, load_backbone
 from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
@@ -28,7 +29,6 @@ from fedpet.search import (
     solve_zeta,
     split_rows,
 )
-from fedpet.search.search import task_loss
 from fedpet.structure import Structure
 
 DEFAULT = Path(__file__).parents[1] / "simulations" / "experiments" / "film-reviews.toml"
@@ -159,7 +159,7 @@ def test_the_budget_is_met_in_expectation_after_every_step(
     backbone = load(folder)
     space = build_space(backbone.model, config.space, head=backbone.head)
     pet = PetModel(backbone, None, space.structure(), seed=0)
-    search = BiLevel(pet, space, config, total_steps=3, loss=task_loss(data.task))
+    search = BiLevel(pet, space, config, total_steps=3, loss=nn.functional.cross_entropy)
     sizes = torch.tensor(space.sizes, dtype=torch.float64)
     betas = []
     for step in range(3):
@@ -185,7 +185,11 @@ def test_a_step_under_gates_has_the_second_order_that_autograd_has(
         space = build_space(backbone.model, config.space, head=backbone.head)
         pet = PetModel(backbone, None, space.structure(), seed=0)
         search = BiLevel(
-            pet, space, replace(config, order=order), total_steps=9, loss=task_loss(data.task)
+            pet,
+            space,
+            replace(config, order=order),
+            total_steps=9,
+            loss=nn.functional.cross_entropy,
         )
         batches = data.train.batch(np.arange(8)), data.train.batch(np.arange(8) + 30)
         search.step(*batches)
@@ -253,6 +257,22 @@ def test_whatever_leaves_the_paper_is_told(setting: str, value: object, told: st
 def test_the_command_line_reaches_the_faithful_preset() -> None:
     """The keys that README names."""
     keys = ["search.space=s3pet-mix", "search.rate=3e-4", "search.dropout=true"]
-    found = Experiment.from_file(DEFAULT, [*keys, "mask.enabled=false"])
+    keys += ["mask.enabled=false", "training.logit-adjustment=0"]
+    found = Experiment.from_file(DEFAULT, keys)
     assert found.search == faithful()
     assert not found.mask.enabled
+    assert deviations(replace(found.search, budget=100), found.training.logit_adjustment) == ()
+
+
+def test_adjusted_logits_move_a_search_and_are_told(folder: Path, data: FederatedData) -> None:
+    """With rows of one class in three: labels of equal shares would give the same twice."""
+    labels = np.asarray(data.train.labels)
+    rows = np.concatenate([np.flatnonzero(labels == 0)[:10], np.flatnonzero(labels == 1)[:30]])
+    plain = search_structure(load(folder), data.train, rows, data.task, CONFIG)
+    adjusted = search_structure(
+        load(folder), data.train, rows, data.task, CONFIG, logit_adjustment=1.0
+    )
+    assert adjusted.alpha != plain.alpha
+    told = "logits adjusted by 1 for label shares"
+    assert told in adjusted.structure.provenance["deviations"]
+    assert told not in plain.structure.provenance["deviations"]

@@ -21,7 +21,6 @@ from fedpet.search.search import (
     search_structure,
     split_rows,
     step_batches,
-    task_loss,
     told_candidates,
 )
 from fedpet.search.select import chosen_size, select, select_at_random
@@ -77,7 +76,6 @@ __all__ = [
     "split_in_two",
     "split_rows",
     "step_batches",
-    "task_loss",
     "temperature",
     "told_candidates",
     "uniform",

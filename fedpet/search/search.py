@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedpet.config import SearchConfig
 from fedpet.data.rows import Rows
@@ -41,7 +41,7 @@ from fedpet.search.settings import deciding, deviations
 from fedpet.search.space import Space, build_space
 from fedpet.seeds import derive_seed
 from fedpet.structure import Structure
-from fedpet.training import batches, predict
+from fedpet.training import batches, local_loss, predict
 
 if TYPE_CHECKING:
     from fedpet.backbone import Backbone
@@ -57,7 +57,6 @@ __all__ = [
     "search_structure",
     "split_rows",
     "step_batches",
-    "task_loss",
     "told_candidates",
 ]
 
@@ -109,6 +108,7 @@ def search_structure(
     config: SearchConfig,
     *,
     mask: Mask | None = None,
+    logit_adjustment: float = 0.0,
     state_file: Path | None = None,
     progress: Callable[[SearchProgress], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -122,6 +122,7 @@ def search_structure(
         task: Says which loss and which validation metric.
         config: Settled (`fedpet.search.settle`): its budget is in values.
         mask: Trained beside the candidates and not gated; None for none.
+        logit_adjustment: Of both losses, for the rows' labels, as in training.
         state_file: Written at every evaluation and every few seconds; a search that finds its
             own goes on from there, bit for bit.
         progress: Told of every step.
@@ -145,8 +146,12 @@ def search_structure(
     seed = derive_seed("search", config.seed)
     pet = PetModel(backbone, mask, space.structure(), seed=seed)
     try:
-        search = BiLevel(pet, space, config, total_steps=total, loss=task_loss(task))
-        saved = _Saved(state_file, _digest(config, backbone, rows.take(indices), task, mask))
+        loss = local_loss(rows.labels[indices], task, logit_adjustment)
+        search = BiLevel(pet, space, config, total_steps=total, loss=loss)
+        saved = _Saved(
+            state_file,
+            _digest(config, logit_adjustment, backbone, rows.take(indices), task, mask),
+        )
         best, history = saved.load(search)
         validation = rows.take(split.validation)
         for theta_batch, alpha_batch in step_batches(rows, split, config, search.steps_done, total):
@@ -181,7 +186,7 @@ def search_structure(
         gates=tuple(p[index] for index in sorted(chosen)),
         provenance={
             "method": "s3pet",
-            "deviations": list(deviations(config)),
+            "deviations": list(deviations(config, logit_adjustment)),
             "settings": deciding(config),
             "budget": int(budget),
             "values": chosen_size(chosen, space.sizes, space.tensors),
@@ -263,13 +268,6 @@ def split_rows(indices: np.ndarray, config: SearchConfig) -> Split:
     )
 
 
-def task_loss(task: Task) -> Callable[[Tensor, Tensor], Tensor]:
-    """Cross-entropy over classes, or mean squared error."""
-    if task.kind == "regression":
-        return lambda logits, labels: nn.functional.mse_loss(logits.squeeze(-1), labels)
-    return nn.functional.cross_entropy
-
-
 def step_batches(
     rows: Rows, split: Split, config: SearchConfig, done: int, total: int
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
@@ -314,11 +312,16 @@ def told_candidates(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:
 
 
 def _digest(
-    config: SearchConfig, backbone: Backbone, rows: Rows, task: Task, mask: Mask | None
+    config: SearchConfig,
+    logit_adjustment: float,
+    backbone: Backbone,
+    rows: Rows,
+    task: Task,
+    mask: Mask | None,
 ) -> str:
     """Of all that a search's steps depend on."""
     masked = None if mask is None else mask.digest()
-    settings = sorted(deciding(config).items())
+    settings = (sorted(deciding(config).items()), logit_adjustment)
     digest = hashlib.sha256(repr((settings, backbone.fingerprint, task, masked)).encode())
     for part in (rows.tokens, rows.offsets, rows.labels):
         digest.update(np.ascontiguousarray(part).tobytes())

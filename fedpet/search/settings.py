@@ -28,8 +28,13 @@ def faithful(**changes: Any) -> SearchConfig:
     return SearchConfig(**{**paper, **changes})
 
 
-def deviations(config: SearchConfig) -> tuple[str, ...]:
-    """What leaves the paper's procedure, in words for a report."""
+def deviations(config: SearchConfig, logit_adjustment: float = 0.0) -> tuple[str, ...]:
+    """What leaves the paper's procedure, in words for a report.
+
+    Args:
+        config: Of the search.
+        logit_adjustment: Of its losses, `training.logit-adjustment`.
+    """
     found = {
         "first-order gradient of alpha": config.order == "first",
         f"unrolled step {config.virtual}": config.order == "second" and config.virtual != "adamw",
@@ -40,6 +45,7 @@ def deviations(config: SearchConfig) -> tuple[str, ...]:
         f"space {config.space}": not config.space.startswith("s3pet"),
         "batches of another size": config.batch_size not in _BATCHES,
         "rates by kind": bool(config.rates),
+        f"logits adjusted by {logit_adjustment:g} for label shares": bool(logit_adjustment),
     }
     paper = faithful()
     for name in _NUMBERS:

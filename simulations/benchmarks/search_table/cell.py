@@ -32,6 +32,7 @@ class Rows:
     train_rows: int
     held_rows: int  # the next ones of the sample, for tuning
     eval_splits: tuple[str, ...]  # () evaluates on the held rows
+    logit_adjustment: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -106,6 +107,7 @@ def _differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     """What tells two settings apart; a key that one lacks has its default there."""
     defaults = {
         "backbone": asdict(BackboneConfig()),
+        "rows": {"logit_adjustment": 0.0},
         "search": asdict(SearchConfig()),
         "training": asdict(TrainingConfig()),
     }

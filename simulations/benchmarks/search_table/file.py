@@ -26,6 +26,7 @@ class Dataset:
     metric: str
     eval_splits: tuple[str, ...]  # reported on, together
     text_columns: tuple[str, ...] = ("text",)
+    logit_adjustment: float = 0.0  # of every loss, a search's and training's; 1 counters skew
 
 
 @dataclass(frozen=True)
@@ -109,6 +110,11 @@ class SearchTable:
                 f"tune.seed {read.tune_seed} is one of final.seeds: rates must be settled by runs "
                 "that no result is reported of."
             )
+        if read.training.logit_adjustment:
+            raise ConfigError(
+                "a search and its training have one loss: give logit-adjustment in "
+                "[datasets.NAME], not in [training]."
+            )
         if not (read.datasets and read.budgets and read.rates and read.presets and read.seeds):
             raise ConfigError(
                 "a table of structures needs datasets, budgets, learning-rates, presets and seeds."
@@ -130,6 +136,7 @@ def _dataset(name: str, table: Any) -> Dataset:
         keys.take("metric", str),
         tuple(keys.take("eval-splits", list)),
         tuple(keys.take("text-columns", list, ["text"])),
+        keys.take("logit-adjustment", float, 0.0),
     )
     keys.refuse_others()
     return found

@@ -176,6 +176,7 @@ class SearchTableRun:
             train_rows=self.table.train_rows,
             held_rows=0 if eval_splits else self.table.tune_rows,
             eval_splits=eval_splits,
+            logit_adjustment=dataset.logit_adjustment,
         )
 
     def _training_cell(

@@ -14,6 +14,7 @@ import hashlib
 import json
 import math
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import nn
 
 from fedpet.backbone import Backbone, load_backbone, locate
 from fedpet.config import BackboneConfig, DataConfig, PopulationConfig, TrainingConfig
-from fedpet.data import FederatedData, load_data
+from fedpet.data import FederatedData, Task, load_data
 from fedpet.data import Rows as TokenisedRows
 from fedpet.errors import ConfigError, TrainingError
 from fedpet.metrics import metric_value
@@ -32,7 +33,7 @@ from fedpet.search import check_structure, settle
 from fedpet.seeds import derive_seed
 from fedpet.simulations.central_search import find_structure
 from fedpet.structure import Structure
-from fedpet.training import batches, predict
+from fedpet.training import batches, local_loss, predict
 
 from .cell import Cell, Rows
 
@@ -78,7 +79,8 @@ def run_cell(cell: Cell, folder: Path, cache: Path) -> dict[str, Any]:
     started = time.perf_counter()
     pet = PetModel(backbone, None, structure, seed=cell.seed)
     try:
-        loss = train_structure(pet, data.train, train, cell.training, seed=cell.seed)
+        training = replace(cell.training, logit_adjustment=cell.rows.logit_adjustment)
+        loss = train_structure(pet, data.train, train, data.task, training, seed=cell.seed)
         values = pet.values().numpy().astype("<f4")
         if cell.rows.eval_splits:
             told = [(predict(pet.model, part.evaluation), part.evaluation.labels) for part in parts]
@@ -104,7 +106,13 @@ def run_cell(cell: Cell, folder: Path, cache: Path) -> dict[str, Any]:
 
 
 def train_structure(
-    pet: PetModel, rows: TokenisedRows, indices: np.ndarray, config: TrainingConfig, *, seed: int
+    pet: PetModel,
+    rows: TokenisedRows,
+    indices: np.ndarray,
+    task: Task,
+    config: TrainingConfig,
+    *,
+    seed: int,
 ) -> float:
     """Train centrally: AdamW, rates falling linearly to 0, `config.local_epochs` epochs.
 
@@ -123,6 +131,7 @@ def train_structure(
     generator = np.random.default_rng(derive_seed("batches", seed))
     torch.manual_seed(derive_seed("dropout", seed))
     pet.model.train(config.dropout)
+    loss_of = local_loss(rows.labels[indices], task, config.logit_adjustment)
     losses: list[float] = []
     for _ in range(config.local_epochs):
         losses = []
@@ -131,10 +140,7 @@ def train_structure(
             labels = batch.pop("labels")
             pet.zero_grad()
             logits = pet.model(**batch).logits
-            if labels.is_floating_point():
-                loss = nn.functional.mse_loss(logits.squeeze(-1), labels)
-            else:
-                loss = nn.functional.cross_entropy(logits, labels)
+            loss = loss_of(logits, labels)
             loss.backward()
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(groups.values(), config.clip_norm)
@@ -180,4 +186,6 @@ def _find(cell: Cell, backbone: Backbone, data: FederatedData, train: np.ndarray
     count = sum(p.numel() for name, p in backbone.model.named_parameters() if name not in names)
     training = cell.training or TrainingConfig()
     config = settle(cell.search, training, backbone_parameters=count)
-    return find_structure(backbone, data, config, indices=train)
+    return find_structure(
+        backbone, data, config, logit_adjustment=cell.rows.logit_adjustment, indices=train
+    )
