@@ -13,22 +13,37 @@ with without_collection():  # torch is imported here
     from fedpet.client import reply
     from fedpet.config import Experiment
     from fedpet.node_settings import NodeSettings
-
-app = ClientApp()
-
-
-@app.train()
-def train(message: Message, context: Context) -> Message:
-    """Train the clients that the message names."""
-    return reply(message, _settings(context))
+    from fedpet.own_code import check_code
 
 
-@app.query()
-def query(message: Message, context: Context) -> Message:
-    """Say who lives here."""
-    return reply(message, _settings(context))
+def client_app(code: str = "") -> ClientApp:
+    """The app of a node.
+
+    Args:
+        code: Digest of the fedpet that a run is of; each message is refused where this one has
+            another, and the server is told why. "" takes this one.
+    """
+    made = ClientApp()
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        """Train the clients that the message names."""
+        return _answer(message, context, code)
+
+    @made.query()
+    def query(message: Message, context: Context) -> Message:
+        """Say who lives here."""
+        return _answer(message, context, code)
+
+    return made
 
 
-def _settings(context: Context) -> NodeSettings:
+def _answer(message: Message, context: Context, code: str) -> Message:
+    if code:
+        check_code(code)
     experiment = Experiment.from_run_config(context.run_config)
-    return NodeSettings.of(experiment, context.node_config).on(context.node_config)
+    settings = NodeSettings.of(experiment, context.node_config).on(context.node_config)
+    return reply(message, settings)
+
+
+app = client_app()

