@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..table.file import Rate
 from .cell import read_cell
 from .running import SearchTableRun
 
@@ -42,7 +43,9 @@ def tuning_table(job: SearchTableRun) -> Table:
 
 def final_table(job: SearchTableRun) -> Table:
     """Mean and deviation over the seeds, and how much it is over random ones, seed by seed."""
-    title = "mean over seeds, deviation over seeds; over random: mean, standard error of the mean"
+    common = _common(job.table.rates)
+    title = "mean over seeds, deviation; over random: mean, standard error"
+    title += f"; all with {' '.join(common)}" if common else ""
     shown = Table(title=title, title_justify="left", box=None)
     for head in ("data", "budget", "structure", "metric", "", "over random", "", "values"):
         right = head in ("metric", "over random", "values")
@@ -59,9 +62,15 @@ def final_table(job: SearchTableRun) -> Table:
             f"± {row['deviation']:.4f}",
             *((f"{over[0]:+.4f}", f"± {over[1]:.4f}") if over else ("", "")),
             f"{row['values']:,.0f}",
-            row["set_to"],
+            " ".join(part for part in row["set_to"].split() if part not in common),
         )
     return shown
+
+
+def _common(rates: tuple[Rate, ...]) -> list[str]:
+    """What all points of the grid say alike of a kind of module: "head=0.005"."""
+    parts = [str(rate).split() for rate in rates]
+    return [part for part in parts[0] if "=" in part and all(part in other for other in parts)]
 
 
 def _over_random(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float, float] | None:
