@@ -64,7 +64,7 @@ def first_token_only(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[
         ConfigError: See `check_first_token`.
     """
     check_first_token(model, batch)
-    with _cut(_places_of(model, batch)):
+    with _cut(_known[model]):
         yield
 
 
@@ -84,7 +84,7 @@ def _cut(places: tuple[nn.Module, ...]) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for place in places:
-            stack.enter_context(_hooked(place.register_forward_pre_hook(_first_of_all)))
+            stack.enter_context(place.register_forward_pre_hook(_first_of_all))
         yield
 
 
@@ -113,7 +113,7 @@ def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> tuple[nn.Module, ...
             cut = _output(model, block, batch)
         if cut.shape != whole[:, :1].shape or not _alike(cut, whole[:, :1]):
             return ()
-        with _hooked(block.register_forward_hook(_nan_beyond_first)):
+        with block.register_forward_hook(_nan_beyond_first):
             logits = model(**batch).logits
         return places if bool(logits.isfinite().all()) else ()
     except (RuntimeError, ValueError, IndexError):
@@ -131,7 +131,7 @@ def _block_of(name: str, layer: int | None) -> str:
 def _output(model: nn.Module, block: nn.Module, batch: Mapping[str, Tensor]) -> Tensor:
     """What a block gives when the model is called."""
     seen: list[Tensor] = []
-    with _hooked(block.register_forward_hook(lambda _, __, out: seen.append(_hidden(out)))):
+    with block.register_forward_hook(lambda _, __, out: seen.append(_hidden(out))):
         model(**batch)
     return seen[-1]
 
@@ -150,11 +150,3 @@ def _nan_beyond_first(module: nn.Module, args: Any, output: Any) -> Any:
 
 def _alike(one: Tensor, other: Tensor) -> bool:
     return bool((one - other).norm() <= _CLOSENESS * other.norm())
-
-
-@contextmanager
-def _hooked(handle: Any) -> Iterator[None]:
-    try:
-        yield
-    finally:
-        handle.remove()
