@@ -1,11 +1,12 @@
 """What one local training step costs, by method: time and memory, in one process side by side.
 
-    python -m simulations.benchmarks.training_step [--threads 1 2] [--rounds 9] [--out FILE]
+    python -m simulations.benchmarks.training_step [--minutes 3] [--out FILE]
 
 For each setting (model, rows x tokens) all methods are set up, then take turns, one step each, in a
-new order each round, so that what else the machine does falls on all alike. A step is forward,
-backward, optimiser and whatever the method writes afterwards. Told are the medians of wall and of
-processor time, the median over rounds of a step's time over that of `bitfit` in the same round, and
+new order each round, so that what else the machine does falls on all alike; rounds go on for some
+minutes a setting, since a small step needs more of them. A step is forward, backward, optimiser and
+whatever the method writes afterwards. Told are the medians of wall and of processor time, the
+median over rounds of a step's time over that of `bitfit` in the same round, and
 
     persistent bytes   what the method holds between steps above the loaded model
     peak bytes         the most that is allocated at once during a step, on top of that
@@ -47,6 +48,7 @@ from fedpet.structure import preset
 
 SETTINGS = (("minilm", 32, 32), ("minilm", 16, 128), ("mpnet-base", 8, 128))
 DENSITIES = (0.001, 0.005, 0.02, 0.05)
+LEAST_ROUNDS = 5
 FLOOR = "bitfit"
 FIRST_TOKEN = ", first token"  # of methods whose passes training.first-token-only cuts
 Step = Callable[[], None]
@@ -72,7 +74,7 @@ def methods() -> dict[str, Method]:
 
 
 def measure(
-    model: str, rows: int, tokens: int, threads: int, rounds: int, names: list[str]
+    model: str, rows: int, tokens: int, threads: int, minutes: float, names: list[str]
 ) -> list[dict[str, Any]]:
     """One setting: a table row for each method."""
     torch.set_num_threads(threads)
@@ -113,7 +115,10 @@ def measure(
     wall: dict[str, list[float]] = {name: [] for name in names}
     cpu: dict[str, list[float]] = {name: [] for name in names}
     order = random.Random(0)
-    for _ in range(rounds):
+    finish = time.monotonic() + 60 * minutes
+    rounds = 0
+    while time.monotonic() < finish or rounds < LEAST_ROUNDS:
+        rounds += 1
         for name in order.sample(names, len(names)):
             step = steps[name]
             started, started_cpu = time.perf_counter(), time.process_time()
@@ -128,6 +133,7 @@ def measure(
             "threads": threads,
             "method": name,
             "trained_values": trained[name],
+            "rounds": rounds,
             "step_seconds": round(statistics.median(wall[name]), 5),
             "step_cpu_seconds": round(statistics.median(cpu[name]), 5),
             "of_floor": _ratio(wall[name], wall.get(FLOOR)),
@@ -257,7 +263,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print; `--out` keeps the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--rounds", type=int, default=11, help="steps of each method")
+    parser.add_argument("--minutes", type=float, default=3, help="of rounds, for each setting")
     parser.add_argument("--settings", nargs="+", default=[f"{m}:{r}x{t}" for m, r, t in SETTINGS])
     parser.add_argument("--methods", nargs="+", default=list(methods()))
     parser.add_argument("--out", type=Path)
@@ -268,7 +274,7 @@ def main(arguments: list[str] | None = None) -> None:
         batch, _, tokens = size.partition("x")
         for threads in options.threads:
             rows += measure(
-                model, int(batch), int(tokens), threads, options.rounds, options.methods
+                model, int(batch), int(tokens), threads, options.minutes, options.methods
             )
             print(_table(rows[-len(options.methods) :]), flush=True)
     if options.out is not None:
