@@ -20,12 +20,13 @@ from fedpet.positions import find_positions
 from fedpet.training import train_rows
 
 CUT = ("bert", "roberta", "distilbert", "mpnet", "deberta-v2", "electra")
+BY_SDPA = ("bert", "roberta", "distilbert", "electra")  # the others compute attention themselves
 WHOLE = tuple(name for name in ARCHITECTURES if name not in CUT)
 
 
-def _last_up(model: nn.Module) -> nn.Module:
-    """The Linear that the last block's feed-forward part begins with."""
-    places = [p for p in find_positions(model) if p.role == "ffn-up"]
+def _last(model: nn.Module, role: str) -> nn.Module:
+    """The last block's Linear of this role."""
+    places = [p for p in find_positions(model) if p.role == role]
     return model.get_submodule(places[-1].name)
 
 
@@ -45,7 +46,7 @@ def test_logits_and_gradients_are_those_of_whole_passes(name: str) -> None:
     pet, inputs = _pet(name), batch(name, rows=4)
     whole, gradients = pet.model(**inputs).logits, _gradients(pet, inputs)
     seen: list[tuple[int, ...]] = []
-    handle = _last_up(pet.model).register_forward_pre_hook(
+    handle = _last(pet.model, "ffn-up").register_forward_pre_hook(
         lambda module, args: seen.append(tuple(args[0].shape[:2]))
     )
     with first_token_only(pet.model, inputs):
@@ -56,6 +57,34 @@ def test_logits_and_gradients_are_those_of_whole_passes(name: str) -> None:
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-6)
     torch.testing.assert_close(cut_gradients, gradients, rtol=1e-4, atol=1e-6)
     assert cut_gradients.abs().max() > 1e-3
+
+
+@pytest.mark.parametrize("name", CUT)
+def test_the_last_query_is_the_first_tokens_where_sdpa_attends(name: str) -> None:
+    pet, inputs = _pet(name), batch(name, rows=4)
+    seen: list[int] = []
+    handle = _last(pet.model, "query").register_forward_hook(
+        lambda module, args, output: seen.append(args[0].shape[1])
+    )
+    with first_token_only(pet.model, inputs):
+        seen.clear()
+        pet.model(**inputs)
+    handle.remove()
+    assert (seen[0] == 1) == (name in BY_SDPA)
+
+
+def test_the_last_attention_is_of_one_query(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, inputs = backbone("bert").model, batch("bert", rows=4)
+    plain, seen = nn.functional.scaled_dot_product_attention, []
+
+    def attend(query: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(query.shape[2])
+        return plain(query, *args, **options)
+
+    with first_token_only(model, inputs):
+        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+        model(**inputs)
+    assert seen[-1] == 1 < min(seen[:-1])
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -107,7 +136,7 @@ def test_local_training_is_the_same_up_to_rounding() -> None:
         config = TrainingConfig(batch_size=4, first_token_only=cut)
         pet = _pet("bert")
         seen: list[int] = []
-        handle = _last_up(pet.model).register_forward_pre_hook(
+        handle = _last(pet.model, "ffn-up").register_forward_pre_hook(
             lambda module, args, seen=seen: seen.append(args[0].shape[1])
         )
         trained = train_rows(
