@@ -54,7 +54,7 @@ def test_the_cheapest_that_loses_nothing_to_speak_of_in_any_table_is_recommended
     assert recommended([one, one]) == "c"
     del other["a"]  # not run there
     assert recommended([one, other]) == "float32"
-    assert "**a**" in as_text({"one": one, "other": {**other, "a": one["a"]}})
+    assert "**a**" in as_text({"one": one, "other": {**other, "a": one["a"]}})[1]
 
 
 def test_the_job_of_make_run_sends_by_the_recommended_codec() -> None:

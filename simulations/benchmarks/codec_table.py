@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import statistics
-import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,8 +68,8 @@ def recommended(tables: Sequence[Mapping[str, CodecRow]]) -> str:
     return min(keeping, key=lambda codec: sum(rows[codec].ratio for rows in tables))
 
 
-def as_text(tables: Mapping[str, Mapping[str, CodecRow]]) -> str:
-    """Both tables side by side, by bytes, and what follows from them.
+def as_text(tables: Mapping[str, Mapping[str, CodecRow]]) -> tuple[str, str]:
+    """Both tables side by side, by bytes, and what follows from them, a paragraph.
 
     Args:
         tables: Name of a table -> its rows.
@@ -94,4 +93,4 @@ def as_text(tables: Mapping[str, Mapping[str, CodecRow]]) -> str:
         f"{100 * MOST_LOST:g} points on both, **{recommended(list(tables.values()))}** sends the "
         "smallest part of dense FedAvg, both added: it is the recommended one."
     )
-    return "\n".join([*lines, "", textwrap.fill(rule, 103)])
+    return "\n".join(lines), rule
