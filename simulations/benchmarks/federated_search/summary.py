@@ -13,20 +13,31 @@ from rich.table import Table
 
 from fedpet.units import show_bytes
 
+from ..comparing import jaccard, over
 from ..table.cell import read_cell
 from .running import METHODS, FederatedSearchRun, bytes_of
 
 
 def final_table(job: FederatedSearchRun) -> Table:
-    """Mean and deviation over the seeds, bytes by kind, a row a method."""
-    shown = Table(title="mean over seeds, deviation over seeds", title_justify="left", box=None)
-    for head in ("structure", "metric", "", "values", "search", "training", "rate"):
+    """Mean and deviation over the seeds, and over random ones; bytes by kind, a row a method."""
+    title = "mean over seeds, deviation; over random: mean, standard error"
+    shown = Table(title=title, title_justify="left", box=None)
+    for head in (
+        *("structure", "metric", "", "over random", ""),
+        *("values", "search", "training", "rate"),
+    ):
         shown.add_column(head, justify="left" if head in ("structure", "") else "right")
-    for row in summary(job):
+    rows = summary(job)
+    random = next((row["by_seed"] for row in rows if row["method"] == "random"), None)
+    for row in rows:
+        more = None
+        if random is not None and row["method"] != "random":
+            more = over(row["by_seed"], random)
         shown.add_row(
             row["method"],
             f"{row['mean']:.4f}",
             f"± {row['deviation']:.4f}",
+            *((f"{more[0]:+.4f}", f"± {more[1]:.4f}") if more else ("", "")),
             f"{row['values']:,.0f}",
             show_bytes(row["search_bytes"]) if row["search_bytes"] else "",
             show_bytes(row["training_bytes"]),
@@ -77,7 +88,7 @@ def overlaps(job: FederatedSearchRun) -> list[tuple[str, float]]:
     for index, one in enumerate(METHODS):
         for other in METHODS[index:]:
             pairs = [
-                _jaccard(a, b)
+                jaccard(a, b)
                 for first, these in sets[one].items()
                 for second, those in sets[other].items()
                 # Of one method those of different seeds; of two those of one seed.
@@ -89,7 +100,3 @@ def overlaps(job: FederatedSearchRun) -> list[tuple[str, float]]:
                 what = f"{one}, seeds" if one == other else f"{one} and {other}"
                 found.append((what, statistics.mean(pairs)))
     return found
-
-
-def _jaccard(one: set[Any], other: set[Any]) -> float:
-    return len(one & other) / max(1, len(one | other))

@@ -12,6 +12,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from ..comparing import jaccard, over
 from ..table.file import Rate
 from .cell import read_cell
 from .running import SearchTableRun
@@ -53,14 +54,14 @@ def final_table(job: SearchTableRun) -> Table:
     shown.add_column("set to")
     rows = summary(job)
     for row in rows:
-        over = _over_random(row, rows)
+        more = _over_random(row, rows)
         shown.add_row(
             row["dataset"],
             str(row["budget"]),
             row["method"],
             f"{row['mean']:.4f}",
             f"± {row['deviation']:.4f}",
-            *((f"{over[0]:+.4f}", f"± {over[1]:.4f}") if over else ("", "")),
+            *((f"{more[0]:+.4f}", f"± {more[1]:.4f}") if more else ("", "")),
             f"{row['values']:,.0f}",
             " ".join(part for part in row["set_to"].split() if part not in common),
         )
@@ -78,9 +79,7 @@ def _over_random(row: dict[str, Any], rows: list[dict[str, Any]]) -> tuple[float
     place = (row["dataset"], row["budget"], "random")
     for other in rows:
         if (other["dataset"], other["budget"], other["method"]) == place and other is not row:
-            over = [a - b for a, b in zip(row["by_seed"], other["by_seed"], strict=True)]
-            error = statistics.stdev(over) / len(over) ** 0.5 if len(over) > 1 else 0.0
-            return statistics.mean(over), error
+            return over(row["by_seed"], other["by_seed"])
     return None
 
 
@@ -134,14 +133,10 @@ def overlaps(job: SearchTableRun) -> list[tuple[str, str, float]]:
                     sets.setdefault(dataset.name, []).append(chosen)
         names = list(sets)
         for index, one in enumerate(names):
-            pairs = [_jaccard(a, b) for i, a in enumerate(sets[one]) for b in sets[one][i + 1 :]]
+            pairs = [jaccard(a, b) for i, a in enumerate(sets[one]) for b in sets[one][i + 1 :]]
             if pairs:
                 found.append((str(budget), f"{one}, seeds", statistics.mean(pairs)))
             for other in names[index + 1 :]:
-                pairs = [_jaccard(a, b) for a in sets[one] for b in sets[other]]
+                pairs = [jaccard(a, b) for a in sets[one] for b in sets[other]]
                 found.append((str(budget), f"{one} and {other}", statistics.mean(pairs)))
     return found
-
-
-def _jaccard(one: set[Any], other: set[Any]) -> float:
-    return len(one & other) / max(1, len(one | other))
