@@ -57,6 +57,11 @@ class LowRankAdapter(GatedModule):
         assert x is not None
         return _apply(x, self._tensors(), self._scale)
 
+    def gated(self, x: Tensor | None) -> Tensor:
+        """The gate meets r numbers a token, so that no output of all tokens is kept for it."""
+        assert x is not None
+        return _apply(x, self._tensors(), self._scale, self.gate)
+
     def merge(self, module: nn.Module) -> None:
         module.add_module("lowrank_adapter", _MergedAdapter(self._tensors(), self._scale))
         extend(module, "WithAdapter", _add_adapter)
@@ -77,12 +82,17 @@ class _MergedAdapter(nn.Module):
         return _apply(h, list(self.parameters()), self.scale)
 
 
-def _apply(h: Tensor, tensors: Sequence[Tensor], scale: float) -> Tensor:
+def _apply(
+    h: Tensor, tensors: Sequence[Tensor], scale: float, gate: Tensor | None = None
+) -> Tensor:
     down_in, down_out, down_bias, up_in, up_out, up_bias = tensors
     linear = nn.functional.linear
     inner = linear(linear(h, down_in), down_out, down_bias)  # (..., m)
     inner = nn.functional.gelu(inner, approximate="tanh")
-    return linear(linear(inner, up_in), up_out, up_bias) * scale
+    inner = linear(inner, up_in)  # (..., r)
+    if gate is not None:
+        inner, up_bias = gate * inner, gate * up_bias
+    return linear(inner, up_out, up_bias) * scale
 
 
 def _add_adapter(block: nn.Module, output: Any) -> Any:
