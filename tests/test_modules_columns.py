@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedpet.modules.kept import to_columns
+from fedpet.modules.kept import COLLIDING, to_columns
 
 
 @given(
@@ -25,6 +25,17 @@ def test_columns_hold_the_numbers_of_the_rows(
     rows = whole[skipped:, :features]
     columns = to_columns(rows)
     assert columns.shape == (features, tokens)
+    assert columns.is_contiguous()
+    assert torch.equal(columns, rows.t())
+
+
+@pytest.mark.parametrize("tokens", [COLLIDING, 2 * COLLIDING, 3 * COLLIDING])
+@pytest.mark.parametrize("features", [1, 5, 384])
+def test_columns_that_would_fall_into_the_same_lines_of_the_cache(
+    tokens: int, features: int
+) -> None:
+    rows = torch.randn(tokens, features)
+    columns = to_columns(rows)
     assert columns.is_contiguous()
     assert torch.equal(columns, rows.t())
 
