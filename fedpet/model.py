@@ -31,6 +31,7 @@ from fedpet.errors import BackboneError
 from fedpet.modules.base import PetModule
 from fedpet.modules.build import build_mask, build_structure
 from fedpet.modules.head import HeadTensor
+from fedpet.modules.product import PRODUCTS
 from fedpet.modules.site import build_sites
 from fedpet.positions import find_positions
 from fedpet.structure import Structure
@@ -76,7 +77,13 @@ class PetModel:
     num_values: int  # in use
 
     def __init__(
-        self, backbone: Backbone, mask: Mask | None, structure: Structure, *, seed: int
+        self,
+        backbone: Backbone,
+        mask: Mask | None,
+        structure: Structure,
+        *,
+        seed: int,
+        products: str = "torch",
     ) -> None:
         """Adapt `backbone.model` in place, at the point where all values are zero.
 
@@ -86,6 +93,8 @@ class PetModel:
             structure: Which small modules act, and where.
             seed: Of the frozen down-projections, which every device must draw alike, and of the
                 first start of the adapters on biases.
+            products: Whose matrix products dense layers take: "torch", or "onednn", see
+                fedpet/modules/product.py.
 
         Raises:
             BackboneError: Parameters of another type.
@@ -100,7 +109,9 @@ class PetModel:
         heads = [HeadTensor(name, self.model.get_parameter(name)) for name in backbone.head]
         masks, weights = ((), ()) if self._mask is None else ((self._mask,), self._mask.weights)
         self._modules: list[PetModule] = [*masks, *self._structure, *heads]
-        self._sites = build_sites(self.model, positions, weights, self._structure)
+        self._sites = build_sites(
+            self.model, positions, weights, self._structure, PRODUCTS[products]
+        )
         self._allocate()
         self._hold()
         self._gated = False

@@ -183,7 +183,13 @@ class Plan:
             PlanError: The checkpoint, the mask computed from it, or the layout is another.
         """
         self._check_fingerprint(backbone)
-        pet = PetModel(backbone, self._mask(backbone), self.structure, seed=self.seed)
+        pet = PetModel(
+            backbone,
+            self._mask(backbone),
+            self.structure,
+            seed=self.seed,
+            products=self.training.products,
+        )
         self._check_layout(pet)
         return pet
 
@@ -196,7 +202,13 @@ class Plan:
         """
         assert self.search is not None
         self._check_fingerprint(backbone)
-        model = SearchModel.of(backbone, self._mask(backbone), self.search, seed=self.seed)
+        model = SearchModel.of(
+            backbone,
+            self._mask(backbone),
+            self.search,
+            seed=self.seed,
+            products=self.training.products,
+        )
         self._check_layout(model)
         return model
 

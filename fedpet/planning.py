@@ -36,7 +36,13 @@ def make_plan(
 ) -> tuple[Plan, PetModel]:
     """Settle a run's plan, and build the server's own model from it. The backbone is used up."""
     mask = _mask_of(experiment, backbone)
-    pet = PetModel(backbone, mask, structure, seed=experiment.run.seed)
+    pet = PetModel(
+        backbone,
+        mask,
+        structure,
+        seed=experiment.run.seed,
+        products=experiment.training.products,
+    )
     plan = _plan(
         experiment,
         backbone.fingerprint,
@@ -74,7 +80,7 @@ def make_search_plan(
     """
     mask = _mask_of(experiment, backbone)
     seed = derive_seed("structure search", experiment.run.seed, search.seed)
-    model = SearchModel.of(backbone, mask, search, seed=seed)
+    model = SearchModel.of(backbone, mask, search, seed=seed, products=experiment.training.products)
     plan = _plan(
         experiment,
         backbone.fingerprint,

@@ -91,6 +91,7 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
         config,
         mask=mask,
         logit_adjustment=experiment.training.logit_adjustment,
+        products=experiment.training.products,
         state=state_file(out),
         origin=origin,
         listener=listener,
@@ -145,6 +146,7 @@ def find_structure(
     *,
     mask: Mask | None = None,
     logit_adjustment: float = 0.0,
+    products: str = "torch",
     indices: np.ndarray | None = None,
     state: Path | None = None,
     origin: Mapping[str, Any] | None = None,
@@ -154,6 +156,7 @@ def find_structure(
 
     Args:
         logit_adjustment: Of a search's losses, as in training.
+        products: Of its dense layers, as in training.
         indices: Of the training rows; None takes all.
         origin: What else the structure says about where it came from.
 
@@ -170,6 +173,7 @@ def find_structure(
             config,
             mask=mask,
             logit_adjustment=logit_adjustment,
+            products=products,
             state_file=state,
             progress=None if listener is None else listener.step,
             provenance=origin,

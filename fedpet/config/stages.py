@@ -205,11 +205,15 @@ class TrainingConfig:
     # Leaves out what a classifier that reads only the first token never reads: the same up to
     # rounding, and an eighth of a step less in six blocks; see fedpet/first_token.py.
     first_token_only: bool = False
+    # Of dense layers: "torch", or "onednn", which is faster on AMD's CPUs and the same up to
+    # rounding; see fedpet/modules/product.py.
+    products: str = "torch"
     threads: int = 1  # torch threads a client
 
     def __post_init__(self) -> None:
         _choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
         _choice("training.schedule", self.schedule, ("constant", "linear"))
+        _choice("training.products", self.products, ("torch", "onednn"))
         _at_least("training.local-epochs", self.local_epochs, 0)
         _at_least("training.batch-size", self.batch_size, 1)
         _at_least("training.threads", self.threads, 1)

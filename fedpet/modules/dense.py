@@ -23,6 +23,7 @@ from torch.autograd.function import once_differentiable
 from fedpet.modules.kept import Kept, in_columns, keep
 from fedpet.modules.lora import LowRankBranch
 from fedpet.modules.masked import MaskedWeight
+from fedpet.modules.product import Product, by_torch
 
 __all__ = ["DensePlan", "dense"]
 
@@ -35,6 +36,7 @@ class DensePlan:
     mask: MaskedWeight | None = None
     branches: Sequence[LowRankBranch] = ()
     columns: bool = False  # lay the output in memory as (out, tokens)
+    product: Product = by_torch
 
     @property
     def trainables(self) -> list[Tensor]:
@@ -59,7 +61,8 @@ def dense(
         kept, source = (None, None) if plan.mask is None else keep(x)
         gates = [branch.gate for branch in plan.branches]
         return _Dense.apply(x, weight, bias, plan, kept, source, *trainables, *gates)  # type: ignore[no-any-return, no-untyped-call]
-    y = nn.functional.linear(x, weight.t() if plan.transposed else weight, bias)
+    matrix = weight.t() if plan.transposed else weight  # (out, in)
+    y = plan.product(x.reshape(-1, x.shape[-1]), matrix, bias).view(*x.shape[:-1], -1)
     for branch in plan.branches:
         y = y + branch.gated(x)
     return y
@@ -88,14 +91,14 @@ class _Dense(torch.autograd.Function):
                 inner.append(nn.functional.linear(rows, down))
                 y = y + branch.scale * nn.functional.linear(_times(inner[-1], gate), up)
         elif plan.columns:  # in memory (out, tokens)
-            y = matrix @ rows.t() if bias is None else torch.addmm(bias[:, None], matrix, rows.t())
+            y = plan.product(matrix, rows, None if bias is None else bias[:, None])
             for branch, gate in zip(plan.branches, gates, strict=True):
                 down, up = branch.factors()
                 inner.append(rows @ down.t())
                 y.addmm_(up, _times(inner[-1], gate).t(), alpha=branch.scale)
             y = y.t()
         else:
-            y = rows @ matrix.t() if bias is None else torch.addmm(bias, rows, matrix.t())
+            y = plan.product(rows, matrix, bias)
             for branch, gate in zip(plan.branches, gates, strict=True):
                 down, up = branch.factors()
                 inner.append(rows @ down.t())
@@ -127,10 +130,12 @@ class _Dense(torch.autograd.Function):
         grad_x = None
         if needs_x:
             matrix = weight if weight.dtype == g.dtype else weight.to(g.dtype)
-            if plan.transposed:
-                matrix = matrix.t()  # (out, in)
-            # in memory (in, tokens) where the input lies so
-            grad_x = (matrix.t() @ g.t()).t() if ctx.input_columns else g @ matrix
+            if not plan.transposed:
+                matrix = matrix.t()  # (in, out)
+            if ctx.input_columns:  # in memory (in, tokens) as well
+                grad_x = plan.product(matrix, g, None).t()
+            else:
+                grad_x = plan.product(g, matrix, None)
         for branch, u, gate in zip(plan.branches, inner, gates, strict=True):
             of_up, of_gate = branch.gradient(u if live is None else u[live], g, grad_x, gate)
             gradients.append(of_up)

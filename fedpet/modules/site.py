@@ -20,6 +20,7 @@ from fedpet.modules.dense import DensePlan, dense
 from fedpet.modules.kept import activation_forward, norm_forward
 from fedpet.modules.lora import LowRankBranch
 from fedpet.modules.masked import MaskedWeight
+from fedpet.modules.product import Product, by_torch
 from fedpet.positions import Position
 
 __all__ = ["Site", "build_sites"]
@@ -37,6 +38,7 @@ class Site:
     effects: list[GatedModule] = field(default_factory=list)
     marks: Callable[[Forward], Forward] | None = None  # the output can be made again: `kept`
     columns: bool = False  # lays its output in columns, for an activation that takes them
+    product: Product = by_torch
 
     def __post_init__(self) -> None:
         self._before: Forward | None = self.module.__dict__.get("forward")
@@ -75,11 +77,19 @@ class Site:
         parallel = [effect for effect in self.effects if effect.place == "parallel"]
         sequential = [effect for effect in self.effects if effect.place == "sequential"]
         mask = self.mask if self.mask is not None and self.mask.num_values else None
-        if not (mask or tensors or parallel or sequential):
-            return None
+        acted_on = bool(mask or tensors or parallel or sequential)
         if is_dense(self.module):
-            return self._dense(gated, mask, tensors.get("bias", []), parallel, sequential)
-        return self._other(tensors, sequential)
+            if acted_on or self._product() is not by_torch:
+                return self._dense(gated, mask, tensors.get("bias", []), parallel, sequential)
+        elif acted_on:
+            return self._other(tensors, sequential)
+        return None
+
+    def _product(self) -> Product:
+        """torch's own where the whole weight is trained, as of a head: autograd sees it."""
+        weight = self.module._parameters["weight"]
+        assert weight is not None
+        return by_torch if weight.requires_grad else self.product
 
     def _dense(
         self,
@@ -99,12 +109,13 @@ class Site:
             mask.in_place = not gated
         for branch in branches:
             branch.in_place = not gated
-        plan = DensePlan(is_transposed(self.module), mask, branches, self.columns)
+        product = self._product()
+        plan = DensePlan(is_transposed(self.module), mask, branches, self.columns, product)
         trainables = plan.trainables
 
         def forward(x: Tensor) -> Tensor:
             bias = _changed(own["bias"], biases) if biases else own["bias"]
-            if trainables:
+            if trainables or product is not by_torch:
                 y = dense(x, weight, bias, plan, trainables)
             else:
                 y = nn.functional.linear(x, weight.T if plan.transposed else weight, bias)
@@ -150,8 +161,12 @@ def build_sites(
     positions: Sequence[Position],
     masks: Sequence[MaskedWeight],
     structure: Sequence[GatedModule],
+    product: Product,
 ) -> list[Site]:
-    """Modules that something acts on, and those whose output a masked layer need not keep."""
+    """Modules that something acts on, and those whose output a masked layer need not keep.
+
+    All dense ones too, where their products are not torch's.
+    """
     by_weight = {id(mask.weight): mask for mask in masks}
     by_target: dict[str, list[GatedModule]] = {}
     for module in structure:
@@ -166,11 +181,13 @@ def build_sites(
     sites = []
     for name, module in model.named_modules():
         weight = getattr(module, "weight", None)
-        mask = by_weight.get(id(weight)) if is_dense(module) else None
+        multiplies = is_dense(module)
+        mask = by_weight.get(id(weight)) if multiplies else None
         marks = activation_forward if name in activations else None
         marks = norm_forward if name in norms else marks
-        site = Site(name, module, mask, by_target.get(name, []), marks, name in inner)
-        if mask is not None or site.effects or marks is not None:
+        site = Site(name, module, mask, by_target.get(name, []), marks, name in inner, product)
+        elsewhere = multiplies and product is not by_torch
+        if mask is not None or site.effects or marks is not None or elsewhere:
             sites.append(site)
     return sites
 

@@ -73,7 +73,13 @@ class SearchModel:
 
     @classmethod
     def of(
-        cls, backbone: Backbone, mask: Mask | None, config: SearchConfig, *, seed: int
+        cls,
+        backbone: Backbone,
+        mask: Mask | None,
+        config: SearchConfig,
+        *,
+        seed: int,
+        products: str = "torch",
     ) -> SearchModel:
         """Put the whole space of a search on a backbone, in place.
 
@@ -84,7 +90,8 @@ class SearchModel:
             backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
         )
         space.check_budget(float(config.budget))
-        return cls(PetModel(backbone, mask, space.structure(), seed=seed), space)
+        pet = PetModel(backbone, mask, space.structure(), seed=seed, products=products)
+        return cls(pet, space)
 
     @property
     def num_values(self) -> int:

@@ -109,6 +109,7 @@ def search_structure(
     *,
     mask: Mask | None = None,
     logit_adjustment: float = 0.0,
+    products: str = "torch",
     state_file: Path | None = None,
     progress: Callable[[SearchProgress], None] | None = None,
     provenance: Mapping[str, Any] | None = None,
@@ -123,6 +124,7 @@ def search_structure(
         config: Settled (`fedpet.search.settle`): its budget is in values.
         mask: Trained beside the candidates and not gated; None for none.
         logit_adjustment: Of both losses, for the rows' labels, as in training.
+        products: Of dense layers, as in training; see `PetModel`.
         state_file: Written at every evaluation and every few seconds; a search that finds its
             own goes on from there, bit for bit.
         progress: Told of every step.
@@ -144,13 +146,13 @@ def search_structure(
     total = config.epochs * an_epoch
     total = min(total, config.max_steps or total)
     seed = derive_seed("search", config.seed)
-    pet = PetModel(backbone, mask, space.structure(), seed=seed)
+    pet = PetModel(backbone, mask, space.structure(), seed=seed, products=products)
     try:
         loss = local_loss(rows.labels[indices], task, logit_adjustment)
         search = BiLevel(pet, space, config, total_steps=total, loss=loss)
         saved = _Saved(
             state_file,
-            _digest(config, logit_adjustment, backbone, rows.take(indices), task, mask),
+            _digest(config, logit_adjustment, products, backbone, rows.take(indices), task, mask),
         )
         best, history = saved.load(search)
         validation = rows.take(split.validation)
@@ -314,6 +316,7 @@ def told_candidates(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:
 def _digest(
     config: SearchConfig,
     logit_adjustment: float,
+    products: str,
     backbone: Backbone,
     rows: Rows,
     task: Task,
@@ -321,7 +324,7 @@ def _digest(
 ) -> str:
     """Of all that a search's steps depend on."""
     masked = None if mask is None else mask.digest()
-    settings = (sorted(deciding(config).items()), logit_adjustment)
+    settings = (sorted(deciding(config).items()), logit_adjustment, products)
     digest = hashlib.sha256(repr((settings, backbone.fingerprint, task, masked)).encode())
     for part in (rows.tokens, rows.offsets, rows.labels):
         digest.update(np.ascontiguousarray(part).tobytes())

@@ -1,0 +1,58 @@
+"""The matrix product of dense layers: torch's own, or that of oneDNN.
+
+In:  two matrices of rows, and a bias.
+Out: the rows of one times the rows of the other.
+
+torch multiplies float32 matrices on CPUs by the BLAS it was built with. On x86 that is MKL, which
+leaves the AVX-512 units of processors that are not Intel's idle. torch carries oneDNN too, which
+asks a processor what it can do and not who made it: half the time on an AMD EPYC (`simulations/
+benchmarks/results/training_step.json`). The same products, summed in another order: results differ
+in the last bits.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+__all__ = ["PRODUCTS", "Product", "by_onednn", "by_torch"]
+
+Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
+
+
+def by_torch(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """left right^T + bias.
+
+    Args:
+        left: (m, k), of any strides, as `right`.
+        right: (n, k).
+        bias: (n,) or (m, 1), or None.
+    """
+    if bias is None:
+        return left @ right.t()
+    return torch.addmm(bias, left, right.t())
+
+
+def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
+    """The same by oneDNN, where it can: float32 on a CPU, in a torch that carries it."""
+    if not _can(left, right):
+        return by_torch(left, right, bias)
+    multiply = torch.ops.mkldnn._linear_pointwise
+    if bias is None or bias.dim() == 1:
+        return multiply(left, right, bias, "none", [], "")  # type: ignore[no-any-return]
+    return multiply(left, right, None, "none", [], "").add_(bias)  # type: ignore[no-any-return]
+
+
+PRODUCTS: dict[str, Product] = {"torch": by_torch, "onednn": by_onednn}  # `training.products`
+
+
+def _can(left: Tensor, right: Tensor) -> bool:
+    return (
+        left.dtype == right.dtype == torch.float32
+        and left.device.type == "cpu"
+        and left.numel() > 0
+        and torch.backends.mkldnn.is_available()
+        and not torch.is_autocast_enabled("cpu")
+    )
