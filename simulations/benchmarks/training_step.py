@@ -15,8 +15,10 @@ both counted by torch's profiler from every allocation, which is exact and the s
 
 `bitfit` is the floor of any method whose backward goes through all layers: forward pass and input
 gradients, and next to nothing for weights. ", first token" is a method whose passes leave out what
-the classifier never reads (`training.first-token-only`). MPNet-base has random weights where its
-packages are not installed; time and memory do not depend on them.
+the classifier never reads (`training.first-token-only`); ", oneDNN" is one whose dense layers are
+multiplied by oneDNN (`training.products`), which the floor and full fine-tuning are given too.
+MPNet-base has random weights where its packages are not installed; time and memory do not depend
+on them.
 """
 
 from __future__ import annotations
@@ -45,12 +47,14 @@ from fedpet.model import PetModel
 from fedpet.positions import find_positions, mask_scope
 from fedpet.simulations.run_folder import machine, versions
 from fedpet.structure import preset
+from simulations.benchmarks.onednn_layers import multiply_by_onednn
 
 SETTINGS = (("minilm", 32, 32), ("minilm", 16, 128), ("mpnet-base", 8, 128))
 DENSITIES = (0.001, 0.005, 0.02, 0.05)
 LEAST_ROUNDS = 5
 FLOOR = "bitfit"
 FIRST_TOKEN = ", first token"  # of methods whose passes training.first-token-only cuts
+ONEDNN = ", oneDNN"  # of methods whose dense layers oneDNN multiplies
 Step = Callable[[], None]
 
 
@@ -61,15 +65,18 @@ def methods() -> dict[str, Method]:
     """By name: backbone -> (model, what to optimise, set gradients to zero, after a step)."""
     table: dict[str, Method] = {
         "full": lambda base: _plain(base, lambda name: True),
+        "full" + ONEDNN: lambda base: _plain(base, lambda name: True, onednn=True),
         "bitfit": lambda base: _plain(base, _is_bias),
+        "bitfit" + ONEDNN: lambda base: _plain(base, _is_bias, onednn=True),
         "peft-lora": _peft_lora,
         "peft-shira": _peft_shira,
     }
-    for density in DENSITIES:
-        table[f"fedpet-mask-{100 * density:g}%"] = partial(_fedpet, density=density, names="none")
-    table["fedpet-default"] = lambda base: _fedpet(base, 0.001, "lora-factors+lnfit")
+    fedpet = {f"fedpet-mask-{100 * d:g}%": partial(_fedpet, density=d) for d in DENSITIES}
+    fedpet["fedpet-default"] = partial(_fedpet, density=0.001, names="lora-factors+lnfit")
+    table |= fedpet
     for name in ("fedpet-mask-0.5%", "fedpet-default"):
-        table[name + FIRST_TOKEN] = table[name]
+        table[name + FIRST_TOKEN] = fedpet[name]
+        table[name + FIRST_TOKEN + ONEDNN] = partial(fedpet[name], products="onednn")
     return table
 
 
@@ -91,7 +98,7 @@ def measure(
             adapted, parameters, zero, after = methods()[name](fresh)
             parameters = list(parameters)
             optimiser = torch.optim.AdamW(parameters, lr=1e-4, fused=True)
-            cut = name.endswith(FIRST_TOKEN)
+            cut = FIRST_TOKEN in name
 
             def step(
                 adapted: Any = adapted,
@@ -187,9 +194,11 @@ def _is_bias(name: str) -> bool:
     return name.endswith("bias") and "norm" not in name.lower() and "relative" not in name
 
 
-def _plain(base: Backbone, trains: Callable[[str], bool]) -> Any:
+def _plain(base: Backbone, trains: Callable[[str], bool], *, onednn: bool = False) -> Any:
     for name, parameter in base.model.named_parameters():
         parameter.requires_grad_(trains(name) or name in base.head)
+    if onednn:
+        multiply_by_onednn(base.model)
     return _trained_by_torch(base.model)
 
 
@@ -230,12 +239,13 @@ def _peft_shira(base: Backbone) -> Any:
     return _trained_by_torch(get_peft_model(base.model, config).eval())
 
 
-def _fedpet(base: Backbone, density: float, names: str) -> Any:
+def _fedpet(base: Backbone, density: float, names: str = "none", products: str = "torch") -> Any:
     mask = None
     if density:
         mask = build_mask(mask_scope(base.model, base.head), MaskConfig(density=density))
     positions = find_positions(base.model, base.head)
-    pet = PetModel(base, mask, preset(names, positions, rank=8, scale=2.0), seed=0)
+    structure = preset(names, positions, rank=8, scale=2.0)
+    pet = PetModel(base, mask, structure, seed=0, products=products)
     return pet.model, pet.parameter_groups().values(), pet.zero_grad, pet.after_step
 
 
@@ -249,7 +259,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
         lines += [f"{model}, {batch} rows x {tokens} tokens, {threads} thread(s)"]
         for row in group:
             lines.append(
-                f"  {row['method']:<31} {1e3 * row['step_seconds']:9.1f} ms"
+                f"  {row['method']:<39} {1e3 * row['step_seconds']:9.1f} ms"
                 f" {row['of_floor'] or math.nan:6.2f} x {FLOOR}"
                 f" ({row['of_floor_cpu'] or math.nan:.2f} of processor time)"
                 f" {row['persistent_bytes'] / 1e6:9.2f} MB held"
