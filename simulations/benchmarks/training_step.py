@@ -25,6 +25,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import gc
 import json
 import math
 import random
@@ -94,6 +95,7 @@ def measure(
     steps, memory, trained = {}, {}, {}
     for name in names:
         fresh = copy.deepcopy(base)
+        gc.collect()  # what an earlier method left in cycles is not given back within a count
         with Allocations() as persistent:
             adapted, parameters, zero, after = methods()[name](fresh)
             parameters = list(parameters)
@@ -253,8 +255,7 @@ def _table(rows: list[dict[str, Any]]) -> str:
     lines = []
     groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
     for row in rows:
-        key = (row["model"], row["rows"], row["tokens"], row["threads"])
-        groups.setdefault(key, []).append(row)
+        groups.setdefault(_setting(row), []).append(row)
     for (model, batch, tokens, threads), group in groups.items():
         lines += [f"{model}, {batch} rows x {tokens} tokens, {threads} thread(s)"]
         for row in group:
@@ -276,9 +277,10 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--minutes", type=float, default=3, help="of rounds, for each setting")
     parser.add_argument("--settings", nargs="+", default=[f"{m}:{r}x{t}" for m, r, t in SETTINGS])
     parser.add_argument("--methods", nargs="+", default=list(methods()))
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--out", type=Path, help="settings it holds and that are not named stay")
     options = parser.parse_args(arguments)
-    rows = []
+    here = {"schema": 1, "machine": machine(), "versions": versions()}
+    rows: list[dict[str, Any]] = []
     for setting in options.settings:
         model, _, size = setting.partition(":")
         batch, _, tokens = size.partition("x")
@@ -288,8 +290,24 @@ def main(arguments: list[str] | None = None) -> None:
             )
             print(_table(rows[-len(options.methods) :]), flush=True)
     if options.out is not None:
-        report = {"schema": 1, "machine": machine(), "versions": versions(), "rows": rows}
-        options.out.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+        rows = _others(options.out, rows, here) + rows
+        text = json.dumps({**here, "rows": rows}, indent=1) + "\n"
+        options.out.write_text(text, encoding="utf-8")
+
+
+def _others(path: Path, rows: list[dict[str, Any]], here: dict[str, Any]) -> list[dict[str, Any]]:
+    """What the file holds of settings that `rows` are not of, measured on the same machine."""
+    if not path.exists():
+        return []
+    before = json.loads(path.read_text(encoding="utf-8"))
+    if any(before[key] != value for key, value in here.items()):
+        return []
+    measured = {_setting(row) for row in rows}
+    return [row for row in before["rows"] if _setting(row) not in measured]
+
+
+def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
+    return row["model"], row["rows"], row["tokens"], row["threads"]
 
 
 if __name__ == "__main__":
