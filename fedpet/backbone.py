@@ -18,7 +18,7 @@ import importlib.metadata
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -57,9 +57,15 @@ class Backbone:
 
 
 def load_backbone(
-    config: BackboneConfig, *, num_outputs: int, regression: bool = False
+    config: BackboneConfig, *, num_outputs: int, regression: bool = False, device: str = "cpu"
 ) -> Backbone:
     """Load a checkpoint for classification, or for regression with one output.
+
+    Args:
+        config: Which checkpoint.
+        num_outputs: Of the head.
+        regression: Whether the one output is a number, and not a class.
+        device: Where its model is to lie, see fedpet/device.py.
 
     Raises:
         BackboneError: The checkpoint is absent, out of reach, or not of a kind that classifies
@@ -67,7 +73,9 @@ def load_backbone(
     """
     folder = locate(config)
     with without_collection():
-        return _load(config, folder, num_outputs, regression)
+        backbone = _load(config, folder, num_outputs, regression)
+        cast(Any, backbone.model).to(device)  # typed as if it took no name of a device
+        return backbone
 
 
 def _load(config: BackboneConfig, folder: Path, num_outputs: int, regression: bool) -> Backbone:

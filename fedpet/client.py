@@ -28,6 +28,7 @@ from fedpet.backbone import load_backbone, locate
 from fedpet.codec import encode_with_feedback
 from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal
 from fedpet.data import FederatedData, load_data
+from fedpet.device import check_device
 from fedpet.errors import FedpetError, FrameError, PlanError, ReplyError, TrainingError
 from fedpet.files import untouched, write_whole
 from fedpet.layout import groups_by_kind, head_groups
@@ -198,6 +199,7 @@ class Node:
                 replace(self.settings.backbone, head_seed=plan.head_seed),
                 num_outputs=plan.task.num_outputs,
                 regression=plan.task.kind == "regression",
+                device=check_device(self.settings.device),
             )
             rows_of = {client_number(client.id): client.rows for client in data.clients}
             pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)

@@ -264,9 +264,9 @@ class PetModel:
         """Multiply the effect of each of the structure's modules by its gate.
 
         Args:
-            gates: (number of modules of the structure,), which may require a gradient; None
-                takes the gates off, which is not the same computation as gates of 1 but the
-                same result.
+            gates: (number of modules of the structure,), on any device, which may require a
+                gradient; None takes the gates off, which is not the same computation as gates of
+                1 but the same result.
         """
         if gates is not None and gates.shape != (len(self._structure),):
             raise ValueError(
@@ -274,7 +274,8 @@ class PetModel:
                 f"{tuple(gates.shape)}."
             )
         # Unbound in one piece: taken one by one, each gate's gradient is a vector of all gates.
-        each = [None] * len(self._structure) if gates is None else gates.unbind()
+        here = None if gates is None else gates.to(self._flat.device)
+        each = [None] * len(self._structure) if here is None else here.unbind()
         for module, gate in zip(self._structure, each, strict=True):
             module.gate = gate
         if self._gated != (gates is not None):

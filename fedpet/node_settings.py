@@ -36,6 +36,7 @@ class NodeSettings:
         data: Where its rows are.
         population: How its rows fall into clients.
         cache: Folder for tokenised rows and plans.
+        device: Where its models lie, see fedpet/device.py.
         max_density: It trains the largest tier of the mask up to this density; None leaves it to
             the server, which draws a tier for each client.
     """
@@ -45,6 +46,7 @@ class NodeSettings:
     data: DataConfig
     population: PopulationConfig
     cache: Path
+    device: str = "cpu"
     max_density: float | None = None
 
     @classmethod
@@ -66,6 +68,7 @@ class NodeSettings:
             data=experiment.data,
             population=experiment.population,
             cache=cache_folder(experiment),
+            device=_device(experiment),
             max_density=_max_density(node_config or {}),
         )
 
@@ -87,6 +90,7 @@ class NodeSettings:
             data=own_data(self.data, given),
             population=own_population(self.population, given),
             cache=Path(given["cache"]).expanduser() if "cache" in given else self.cache,
+            device=given.get("device", self.device),
         )
 
 
@@ -94,6 +98,11 @@ def cache_folder(experiment: Experiment) -> Path:
     """Where tokenised rows and plans are kept between runs."""
     named = experiment.run.cache or os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet"
     return Path(named).expanduser()
+
+
+def _device(experiment: Experiment) -> str:
+    """A simulated node's is the experiment's; a real one says itself that it has a GPU."""
+    return "cpu" if experiment.population.partition == "nodes" else experiment.run.device
 
 
 def _max_density(node_config: Mapping[str, object]) -> float | None:

@@ -16,6 +16,7 @@ Out: a `Profile`, and where the node's rows, checkpoint and cache are.
     cache           folder for tokenised rows and plans
     max-density     the largest tier of the mask that the device trains, see fedpet/tiers.py
     threads         torch threads; results are the same to the bit at the same number only
+    device          "cuda", where it has a GPU; untested as yet
 
 A simulated node has none of these keys: its rows are the experiment's.
 """
@@ -43,6 +44,7 @@ KEYS = {
     "backbone": str,
     "cache": str,
     "threads": int,
+    "device": str,
 }
 OTHERS = ("partition-id", "num-partitions", "max-density")  # Flower's simulation; fedpet.tiers
 

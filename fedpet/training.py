@@ -34,6 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.config import TrainingConfig
+from fedpet.device import device_of
 from fedpet.errors import TrainingError
 from fedpet.first_token import first_token_only
 from fedpet.metrics import metric_value
@@ -108,16 +109,17 @@ def train_rows(
     generator = np.random.default_rng(derive_seed("batches", seed))
     if config.dropout:
         torch.manual_seed(derive_seed("dropout", seed))
-    loss_of = local_loss(rows.labels[indices], task, config.logit_adjustment)
+    device = device_of(model)
+    loss_of = local_loss(rows.labels[indices], task, config.logit_adjustment, device)
     if model.training != config.dropout:  # walking the tree of modules costs as much as a step
         model.train(config.dropout)
     total_loss, seen = 0.0, 0
     passes: AbstractContextManager[None] = nullcontext()
     if config.first_token_only:
-        passes = first_token_only(model, inputs_of(rows, indices[:1])[0])
+        passes = first_token_only(model, inputs_of(rows, indices[:1], device)[0])
     with passes:
         for chosen in _epochs(indices, rows.lengths, config, generator):
-            inputs, labels = inputs_of(rows, chosen)
+            inputs, labels = inputs_of(rows, chosen, device)
             optimiser.zero_grad(set_to_none=False)
             loss = loss_of(model(**inputs).logits, labels)
             loss.backward()
@@ -145,9 +147,11 @@ def _epochs(
         yield from batches(indices, lengths, config.batch_size, generator)
 
 
-def inputs_of(rows: Rows, chosen: np.ndarray) -> tuple[dict[str, Tensor], Tensor]:
-    """What the model is called with, and the labels."""
-    batch = rows.batch(chosen)
+def inputs_of(
+    rows: Rows, chosen: np.ndarray, device: torch.device
+) -> tuple[dict[str, Tensor], Tensor]:
+    """What a model on this device is called with, and the labels."""
+    batch = {name: tensor.to(device) for name, tensor in rows.batch(chosen).items()}
     labels = batch.pop("labels")
     return batch, labels
 
@@ -172,19 +176,20 @@ def batches(
         yield cut[index]
 
 
-@torch.inference_mode()
 def predict(model: nn.Module, rows: Rows, *, batch_size: int = 64) -> np.ndarray:
     """Logits of all rows, in the rows' order. float32, (rows, outputs)."""
     if model.training:
         model.eval()
+    device = device_of(model)
     order = np.argsort(rows.lengths, kind="stable")
     logits: np.ndarray | None = None
-    for start in range(0, len(order), batch_size):
-        chosen = order[start : start + batch_size]
-        out = model(**inputs_of(rows, chosen)[0]).logits.float().numpy()
-        if logits is None:
-            logits = np.empty((len(order), out.shape[1]), dtype=np.float32)
-        logits[chosen] = out
+    with torch.inference_mode():
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            out = model(**inputs_of(rows, chosen, device)[0]).logits.float().cpu().numpy()
+            if logits is None:
+                logits = np.empty((len(order), out.shape[1]), dtype=np.float32)
+            logits[chosen] = out
     assert logits is not None, "an evaluation split has rows"
     return logits
 
@@ -224,7 +229,7 @@ def _proximal(parameters: list[nn.Parameter], mu: float) -> Callable[[], None]:
 
 
 def local_loss(
-    labels: np.ndarray, task: Task, strength: float
+    labels: np.ndarray, task: Task, strength: float, device: torch.device
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """A client's loss, of logits and labels: cross-entropy of adjusted logits.
 
@@ -234,9 +239,11 @@ def local_loss(
         labels: Of all rows that the client trains on.
         task: Says which loss.
         strength: Of the adjustment; 0 leaves the logits alone.
+        device: Of the logits.
     """
     if task.kind == "regression":
         return lambda logits, targets: nn.functional.mse_loss(logits.squeeze(-1), targets)
     counts = np.bincount(labels, minlength=task.num_outputs) + 1.0
-    shift = torch.from_numpy((strength * np.log(counts / counts.sum())).astype(np.float32))
+    adjustment = (strength * np.log(counts / counts.sum())).astype(np.float32)
+    shift = torch.from_numpy(adjustment).to(device)
     return lambda logits, targets: nn.functional.cross_entropy(logits + shift, targets)

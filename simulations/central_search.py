@@ -21,6 +21,7 @@ from fedpet.backbone import Backbone, load_backbone, locate
 from fedpet.codec.names import parse_codec
 from fedpet.config import Experiment, PopulationConfig, SearchConfig
 from fedpet.data import FederatedData, load_data
+from fedpet.device import check_device
 from fedpet.errors import ConfigError
 from fedpet.files import write_whole
 from fedpet.mask import Mask, build_mask
@@ -66,6 +67,7 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
         InputError: The experiment, the budget or the data cannot be used, or `out` is there.
     """
     refuse_existing(out)
+    device = check_device(experiment.run.device)
     listener.say("reading and tokenising the rows")
     data = load_data(
         experiment.data,
@@ -79,6 +81,7 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
         experiment.backbone,
         num_outputs=data.task.num_outputs,
         regression=data.task.kind == "regression",
+        device=device,
     )
     mask = None
     if experiment.mask.enabled:

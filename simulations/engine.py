@@ -8,6 +8,7 @@ started here and not by Flower, since Flower hangs for an hour where Ray does no
 from __future__ import annotations
 
 import logging
+import math
 import os
 import shutil
 import signal
@@ -194,21 +195,41 @@ def run_on_ray(
         results.append(serve(grid))
 
     threads = experiment.training.threads
-    with ray_runtime(num_cpus=experiment.run.workers * threads), quiet_flower():
+    workers = experiment.run.workers
+    with ray_runtime(num_cpus=workers * threads) as gpus, quiet_flower():
+        share = gpu_share(gpus, workers) if experiment.run.device == "cuda" else 0.0
         run_simulation(
             server_app,
             client_app,
-            num_supernodes=experiment.run.workers,
-            backend_config={"client_resources": {"num_cpus": threads, "num_gpus": 0.0}},
+            num_supernodes=workers,
+            backend_config={"client_resources": {"num_cpus": threads, "num_gpus": share}},
         )
     if not results:
         raise RunError("the simulation ended before its server did.")
     return results[0]
 
 
+def gpu_share(gpus: float, workers: int) -> float:
+    """What of a GPU each worker has: a whole one at most, or as many workers on each as needed.
+
+    Raises:
+        ConfigError: There is no GPU.
+    """
+    if gpus < 1:
+        raise ConfigError(
+            "run.device is 'cuda', and Ray knows of no GPU: start it where there is one, or take "
+            "'cpu'."
+        )
+    return 1.0 / math.ceil(workers / int(gpus))
+
+
 @contextmanager
-def ray_runtime(num_cpus: int) -> Iterator[None]:
-    """Start Ray in a folder of its own, or join the cluster that RAY_ADDRESS names."""
+def ray_runtime(num_cpus: int) -> Iterator[float]:
+    """Start Ray in a folder of its own, or join the cluster that RAY_ADDRESS names.
+
+    Yields:
+        How many GPUs it knows of.
+    """
     import ray
 
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
@@ -236,7 +257,8 @@ def ray_runtime(num_cpus: int) -> Iterator[None]:
             ray.init(**options)
         except Exception as error:  # Ray raises its own kinds, and plain ones
             raise RunError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from None
-        yield
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
+        yield resources.get("GPU", 0.0)
     finally:
         ray.shutdown()
         if folder:

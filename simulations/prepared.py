@@ -18,6 +18,7 @@ from fedpet.backbone import Backbone, load_backbone, locate
 from fedpet.codec import check_codecs
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data, load_evaluation
+from fedpet.device import check_device, device_of
 from fedpet.errors import ConfigError
 from fedpet.first_token import check_first_token
 from fedpet.ledger import Ledger, RoundRecord
@@ -100,6 +101,7 @@ def prepare(
     """
     started = time.perf_counter()
     check_codecs(experiment.codec)
+    device = check_device(experiment.run.device)
     listener.say("reading and tokenising the rows")
     folder, cache = locate(experiment.backbone), cache_folder(experiment)
     if is_deployed(experiment):
@@ -111,13 +113,15 @@ def prepare(
         experiment.backbone,
         num_outputs=data.task.num_outputs,
         regression=data.task.kind == "regression",
+        device=device,
     )
     ground = Ground(
         experiment, data, _num_parameters(backbone.model), _num_pretrained(backbone), started
     )
     _check_enough_clients(experiment, data)
     if experiment.training.first_token_only:
-        check_first_token(backbone.model, inputs_of(data.evaluation, np.arange(1))[0])
+        one, _ = inputs_of(data.evaluation, np.arange(1), device_of(backbone.model))
+        check_first_token(backbone.model, one)
     if experiment.search.federated and found is None:
         return _to_search(ground, backbone)
     if found is None:

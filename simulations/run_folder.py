@@ -125,10 +125,16 @@ def versions() -> dict[str, str]:
 
 
 @functools.cache
-def machine() -> dict[str, Any]:
-    """On what it ran: processor, cores, memory, system."""
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """On what it ran: processor, cores, memory, system; the GPU where models lay on one."""
     memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpu = {}
+    if device == "cuda":
+        import torch
+
+        gpu["gpu"] = torch.cuda.get_device_name()
     return {
+        **gpu,
         "processor": _processor(),
         "cores": os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),

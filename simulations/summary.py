@@ -71,7 +71,7 @@ def summarise(
             "fingerprint": fingerprint,
             "plan_digest": plan_digest,
             "versions": versions(),
-            "machine": machine(),
+            "machine": machine(experiment.run.device),
             "status": "ok" if learned else "nothing learned",
             "resumed": resumed,
         },

@@ -62,7 +62,7 @@ def test_the_methods_differ_in_their_structure_alone() -> None:
         for method in METHODS
     }
     for settings in cells.values():
-        assert settings["run"] == {"seed": 1}
+        assert settings["run"] == {"seed": 1, "device": "cpu"}
         settings.pop("search")
         settings["structure"].pop("file")
     assert cells["federated"] == cells["central"] == cells["random"]

@@ -394,8 +394,10 @@ class RunConfig:
     name: str = "film-reviews"  # of the run folder, and of the table a run is compared in
     seed: int = 0  # sampling of clients, batches, adapters, stochastic rounding
     workers: int = 2  # Ray actors, each with training.threads
+    device: str = "cpu"  # of the server and of simulated clients; or "cuda", untested as yet
     cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
 
     def __post_init__(self) -> None:
         _at_least("run.workers", self.workers, 1)
+        _choice("run.device", self.device, ("cpu", "cuda"))

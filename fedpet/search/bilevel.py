@@ -38,6 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.config import SearchConfig
+from fedpet.device import device_of
 from fedpet.errors import ConfigError, TrainingError
 from fedpet.model import PetModel
 from fedpet.search.gates import concrete, probabilities, uniform
@@ -223,6 +224,7 @@ class BiLevel:
         space.check_budget(self.budget)
         self.pet, self.space, self.config = pet, space, config
         self.steps_done = 0
+        self._device = device_of(pet.model)
         self._total = max(1, total_steps)
         self._loss = loss
         self._sizes = torch.tensor(space.sizes, dtype=torch.float64)
@@ -355,8 +357,9 @@ class BiLevel:
 
     def _batch_loss(self, batch: dict[str, Tensor], gates: Tensor) -> Tensor:
         self.pet.set_gates(gates)
-        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return self._loss(self.pet.model(**inputs).logits, batch["labels"])
+        inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
+        labels = inputs.pop("labels")
+        return self._loss(self.pet.model(**inputs).logits, labels)
 
     def _draw(self, what: str) -> Tensor:
         noise = derive_seed("gates", self.config.seed, self.steps_done, what)

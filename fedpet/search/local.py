@@ -32,6 +32,7 @@ import torch
 from torch import Tensor
 
 from fedpet.config import SearchConfig
+from fedpet.device import device_of
 from fedpet.errors import TrainingError
 from fedpet.model import PetModel, Segment
 from fedpet.search.bilevel import BiLevel
@@ -148,7 +149,7 @@ class SearchModel:
         split = split_in_two(indices, config.seed)
         first = (server_round - 1) * config.local_steps
         total = config.rounds * config.local_steps
-        loss = local_loss(rows.labels[indices], task, logit_adjustment)
+        loss = local_loss(rows.labels[indices], task, logit_adjustment, device_of(self.model))
         search = BiLevel(self.pet, self.space, config, total_steps=total, loss=loss)
         search.begin_at(first, self.alpha)
         losses = [

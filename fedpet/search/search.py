@@ -32,6 +32,7 @@ from torch import Tensor
 
 from fedpet.config import SearchConfig
 from fedpet.data.rows import Rows
+from fedpet.device import device_of
 from fedpet.errors import ConfigError, DataError, StructureError
 from fedpet.metrics import metric_value
 from fedpet.model import PetModel
@@ -148,7 +149,7 @@ def search_structure(
     seed = derive_seed("search", config.seed)
     pet = PetModel(backbone, mask, space.structure(), seed=seed, products=products)
     try:
-        loss = local_loss(rows.labels[indices], task, logit_adjustment)
+        loss = local_loss(rows.labels[indices], task, logit_adjustment, device_of(backbone.model))
         search = BiLevel(pet, space, config, total_steps=total, loss=loss)
         saved = _Saved(
             state_file,

@@ -87,7 +87,9 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
         seed = derive_seed("client", plan.seed, number_of_round, number)
         model.pet.load_values(torch.from_numpy(values[: model.pet.num_values]), seed=seed)
         total = config.rounds * config.local_steps
-        loss = local_loss(data.train.labels[client.rows], data.task, adjustment)
+        loss = local_loss(
+            data.train.labels[client.rows], data.task, adjustment, torch.device("cpu")
+        )
         central = BiLevel(model.pet, model.space, config, total_steps=total, loss=loss)
         done = (number_of_round - 1) * config.local_steps
         central.begin_at(done, torch.from_numpy(values[model.pet.num_values :]))

@@ -21,6 +21,7 @@ from torch import nn
 from fedpet.backbone import Backbone, load_backbone
 from fedpet.config import Experiment
 from fedpet.data import FederatedData
+from fedpet.device import check_device
 from fedpet.errors import BackboneError, ConfigError
 from fedpet.seeds import derive_seed
 
@@ -117,6 +118,7 @@ class Baseline:
             experiment.backbone,
             num_outputs=data.task.num_outputs,
             regression=data.task.kind == "regression",
+            device=check_device(experiment.run.device),
         )
         self.fingerprint = backbone.fingerprint
         self.pretrained_parameters = sum(
@@ -133,7 +135,9 @@ class Baseline:
 
     def arrays(self) -> ArrayRecord:
         """The trainable tensors, copied."""
-        return ArrayRecord({name: Array(p.detach().numpy()) for name, p in self.tensors.items()})
+        return ArrayRecord(
+            {name: Array(p.detach().cpu().numpy()) for name, p in self.tensors.items()}
+        )
 
     @torch.no_grad()
     def load(self, arrays: ArrayRecord) -> None:

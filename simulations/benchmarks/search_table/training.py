@@ -26,6 +26,7 @@ from fedpet.backbone import Backbone, load_backbone, locate
 from fedpet.config import BackboneConfig, DataConfig, PopulationConfig, TrainingConfig
 from fedpet.data import FederatedData, Task, load_data
 from fedpet.data import Rows as TokenisedRows
+from fedpet.device import device_of
 from fedpet.errors import ConfigError, TrainingError
 from fedpet.metrics import metric_value
 from fedpet.model import PetModel
@@ -33,7 +34,7 @@ from fedpet.search import check_structure, settle
 from fedpet.seeds import derive_seed
 from fedpet.simulations.central_search import find_structure
 from fedpet.structure import Structure
-from fedpet.training import batches, local_loss, predict
+from fedpet.training import batches, inputs_of, local_loss, predict
 
 from .cell import Cell, Rows
 
@@ -131,13 +132,13 @@ def train_structure(
     generator = np.random.default_rng(derive_seed("batches", seed))
     torch.manual_seed(derive_seed("dropout", seed))
     pet.model.train(config.dropout)
-    loss_of = local_loss(rows.labels[indices], task, config.logit_adjustment)
+    device = device_of(pet.model)
+    loss_of = local_loss(rows.labels[indices], task, config.logit_adjustment, device)
     losses: list[float] = []
     for _ in range(config.local_epochs):
         losses = []
         for chosen in batches(indices, rows.lengths, config.batch_size, generator):
-            batch = rows.batch(chosen)
-            labels = batch.pop("labels")
+            batch, labels = inputs_of(rows, chosen, device)
             pet.zero_grad()
             logits = pet.model(**batch).logits
             loss = loss_of(logits, labels)
