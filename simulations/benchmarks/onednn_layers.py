@@ -11,15 +11,29 @@ from fedpet.modules.product import by_onednn
 
 
 def multiply_by_onednn(model: nn.Module) -> None:
-    """Give every Linear of `model` all its three products by oneDNN."""
+    """Give every Linear of `model`, and every one of peft's SHiRA, all its products by oneDNN."""
     for module in model.modules():
         if isinstance(module, nn.Linear):
             module.forward = _forward_of(module)  # type: ignore[method-assign]
+        elif hasattr(module, "shira_weight"):
+            module.forward = _shira_forward_of(module)
 
 
 def _forward_of(module: nn.Linear) -> Any:
     def forward(x: Tensor) -> Tensor:
         return _Linear.apply(x, module.weight, module.bias)  # type: ignore[no-any-return, no-untyped-call]
+
+    return forward
+
+
+def _shira_forward_of(layer: Any) -> Any:
+    """What peft computes for one adapter: a weight with its change, and one product."""
+
+    def forward(x: Tensor) -> Tensor:
+        weight = layer.get_base_weight().clone()
+        for name in layer.active_adapters:
+            weight += layer.get_delta_weight(name)
+        return _Linear.apply(x, weight, layer.base_layer.bias)  # type: ignore[no-any-return, no-untyped-call]
 
     return forward
 

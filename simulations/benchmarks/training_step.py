@@ -16,7 +16,7 @@ both counted by torch's profiler from every allocation, which is exact and the s
 `bitfit` is the floor of any method whose backward goes through all layers: forward pass and input
 gradients, and next to nothing for weights. ", first token" is a method whose passes leave out what
 the classifier never reads (`training.first-token-only`); ", oneDNN" is one whose dense layers are
-multiplied by oneDNN (`training.products`), which the floor and full fine-tuning are given too.
+multiplied by oneDNN (`training.products`), which the others are given too.
 MPNet-base has random weights where its packages are not installed; time and memory do not depend
 on them.
 """
@@ -70,7 +70,9 @@ def methods() -> dict[str, Method]:
         "bitfit": lambda base: _plain(base, _is_bias),
         "bitfit" + ONEDNN: lambda base: _plain(base, _is_bias, onednn=True),
         "peft-lora": _peft_lora,
+        "peft-lora" + ONEDNN: lambda base: _peft_lora(base, onednn=True),
         "peft-shira": _peft_shira,
+        "peft-shira" + ONEDNN: lambda base: _peft_shira(base, onednn=True),
     }
     fedpet = {f"fedpet-mask-{100 * d:g}%": partial(_fedpet, density=d) for d in DENSITIES}
     fedpet["fedpet-default"] = partial(_fedpet, density=0.001, names="lora-factors+lnfit")
@@ -199,12 +201,12 @@ def _is_bias(name: str) -> bool:
 def _plain(base: Backbone, trains: Callable[[str], bool], *, onednn: bool = False) -> Any:
     for name, parameter in base.model.named_parameters():
         parameter.requires_grad_(trains(name) or name in base.head)
+    return _trained_by_torch(base.model, onednn)
+
+
+def _trained_by_torch(model: Any, onednn: bool) -> Any:
     if onednn:
-        multiply_by_onednn(base.model)
-    return _trained_by_torch(base.model)
-
-
-def _trained_by_torch(model: Any) -> Any:
+        multiply_by_onednn(model)
     parameters = [p for p in model.parameters() if p.requires_grad]
 
     def zero() -> None:
@@ -221,15 +223,15 @@ def _names(base: Backbone, *roles: str) -> list[str]:
     return [p.name for p in dense if not roles or p.role in roles]
 
 
-def _peft_lora(base: Backbone) -> Any:
+def _peft_lora(base: Backbone, *, onednn: bool = False) -> Any:
     from peft import LoraConfig, get_peft_model
 
     names = _names(base, "query", "value")
     config = LoraConfig(r=8, lora_alpha=16, target_modules=names, modules_to_save=["classifier"])
-    return _trained_by_torch(get_peft_model(base.model, config).eval())
+    return _trained_by_torch(get_peft_model(base.model, config).eval(), onednn)
 
 
-def _peft_shira(base: Backbone) -> Any:
+def _peft_shira(base: Backbone, *, onednn: bool = False) -> Any:
     """Of all dense weights, with the rank whose number of values is nearest to the 0.5 % mask's."""
     from peft import ShiraConfig, get_peft_model
 
@@ -238,7 +240,7 @@ def _peft_shira(base: Backbone) -> Any:
     wanted = 0.005 * sum(first * second for first, second in sizes)
     rank = max(1, round(wanted / sum(first + second for first, second in sizes)))
     config = ShiraConfig(r=rank, target_modules=names, modules_to_save=["classifier"])
-    return _trained_by_torch(get_peft_model(base.model, config).eval())
+    return _trained_by_torch(get_peft_model(base.model, config).eval(), onednn)
 
 
 def _fedpet(base: Backbone, density: float, names: str = "none", products: str = "torch") -> Any:

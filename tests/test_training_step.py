@@ -1,0 +1,35 @@
+"""The table of steps compares like with like: oneDNN changes no method but for its time."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from architectures import backbone, batch, loss_of
+from torch import Tensor
+
+from simulations.benchmarks.training_step import ONEDNN, methods
+
+
+def _step(method: str) -> tuple[Tensor, Tensor]:
+    """Logits, and the gradients of all that is trained."""
+    base = backbone("bert")
+    torch.manual_seed(0)
+    model, parameters, zero, _ = methods()[method](base)
+    parameters = list(parameters)
+    with torch.no_grad():  # off zero, where a product with a factor of zeros would hide
+        for parameter in parameters:
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    zero()
+    inputs = batch("bert")
+    loss_of(model, inputs).backward()
+    gradients = [p.grad.flatten() for p in parameters if p.grad is not None]
+    return model(**inputs).logits.detach(), torch.cat(gradients)
+
+
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Sparse")  # peft's
+@pytest.mark.parametrize("method", [name for name in methods() if name.endswith(ONEDNN)])
+def test_products_by_onednn_change_no_method(method: str) -> None:
+    plain, by_onednn = _step(method.removesuffix(ONEDNN)), _step(method)
+    for one, other in zip(plain, by_onednn, strict=True):
+        assert len(one) == len(other) > 0
+        torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
