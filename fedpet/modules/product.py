@@ -17,6 +17,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
+from fedpet.modules.kept import to_columns
+
 __all__ = ["PRODUCTS", "Product", "by_onednn", "by_torch"]
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
@@ -36,16 +38,32 @@ def by_torch(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def by_onednn(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by oneDNN, where it can: float32 on a CPU, in a torch that carries it."""
+    """The same by oneDNN, where it can: float32 on a CPU, in a torch that carries it.
+
+    torch hands `right` to it as it lies, and copies a transposed `left` number by number first. So
+    either that is transposed faster, or the sides are exchanged and the result is: what is smaller.
+    """
     if not _can(left, right):
         return by_torch(left, right, bias)
     multiply = torch.ops.mkldnn._linear_pointwise
+    if _is_transposed(left) and left.shape[1] > right.shape[0]:
+        y = to_columns(multiply(_by_rows(right), left, None, "none", [], ""))
+        return y if bias is None else y.add_(bias)
+    left = _by_rows(left)
     if bias is None or bias.dim() == 1:
         return multiply(left, right, bias, "none", [], "")  # type: ignore[no-any-return]
     return multiply(left, right, None, "none", [], "").add_(bias)  # type: ignore[no-any-return]
 
 
 PRODUCTS: dict[str, Product] = {"torch": by_torch, "onednn": by_onednn}  # `training.products`
+
+
+def _is_transposed(x: Tensor) -> bool:
+    return x.stride(0) == 1 and x.t().is_contiguous() and not x.is_contiguous()
+
+
+def _by_rows(x: Tensor) -> Tensor:
+    return to_columns(x.t()) if _is_transposed(x) else x
 
 
 def _can(left: Tensor, right: Tensor) -> bool:
