@@ -13,14 +13,15 @@ processor wherever the model lies, so that all agree on them to the bit.
 
 from __future__ import annotations
 
-import torch
-from torch import nn
+from collections.abc import Mapping
 
+import torch
+from torch import Tensor, nn
+
+from fedpet.config import DEVICES
 from fedpet.errors import ConfigError
 
-__all__ = ["DEVICES", "check_device", "device_of"]
-
-DEVICES = ("cpu", "cuda")
+__all__ = ["check_device", "device_of", "moved"]
 
 
 def check_device(name: str) -> str:
@@ -37,6 +38,11 @@ def check_device(name: str) -> str:
             f"{torch.__version__} here sees none: install such a torch, or take 'cpu'."
         )
     return name
+
+
+def moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """A batch with its tensors on this device; those that lie there already are not copied."""
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def device_of(model: nn.Module) -> torch.device:

@@ -34,7 +34,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.config import TrainingConfig
-from fedpet.device import device_of
+from fedpet.device import device_of, moved
 from fedpet.errors import TrainingError
 from fedpet.first_token import first_token_only
 from fedpet.metrics import metric_value
@@ -151,7 +151,7 @@ def inputs_of(
     rows: Rows, chosen: np.ndarray, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
     """What a model on this device is called with, and the labels."""
-    batch = {name: tensor.to(device) for name, tensor in rows.batch(chosen).items()}
+    batch = moved(rows.batch(chosen), device)
     labels = batch.pop("labels")
     return batch, labels
 

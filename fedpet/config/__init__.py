@@ -2,6 +2,7 @@
 
 from fedpet.config.experiment import Experiment, Scalar
 from fedpet.config.stages import (
+    DEVICES,
     MAX_TIERS,
     BackboneConfig,
     CodecConfig,
@@ -16,6 +17,7 @@ from fedpet.config.stages import (
 )
 
 __all__ = [
+    "DEVICES",
     "MAX_TIERS",
     "BackboneConfig",
     "CodecConfig",

@@ -389,6 +389,9 @@ class CodecConfig:
         _choice("codec.downlink", self.downlink, ("changes", "values"))
 
 
+DEVICES = ("cpu", "cuda")
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig:
     name: str = "film-reviews"  # of the run folder, and of the table a run is compared in
@@ -400,4 +403,4 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least("run.workers", self.workers, 1)
-        _choice("run.device", self.device, ("cpu", "cuda"))
+        _choice("run.device", self.device, DEVICES)

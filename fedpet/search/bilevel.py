@@ -38,7 +38,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.config import SearchConfig
-from fedpet.device import device_of
+from fedpet.device import device_of, moved
 from fedpet.errors import ConfigError, TrainingError
 from fedpet.model import PetModel
 from fedpet.search.gates import concrete, probabilities, uniform
@@ -279,6 +279,8 @@ class BiLevel:
             TrainingError: A loss is not a number.
         """
         config = self.config
+        theta_batch = moved(theta_batch, self._device)
+        alpha_batch = moved(alpha_batch, self._device)
         left = max(0.0, 1.0 - self.steps_done / self._total)
         for group, rate in self._rates:
             group["lr"] = rate * left
@@ -357,9 +359,8 @@ class BiLevel:
 
     def _batch_loss(self, batch: dict[str, Tensor], gates: Tensor) -> Tensor:
         self.pet.set_gates(gates)
-        inputs = {name: tensor.to(self._device) for name, tensor in batch.items()}
-        labels = inputs.pop("labels")
-        return self._loss(self.pet.model(**inputs).logits, labels)
+        inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
+        return self._loss(self.pet.model(**inputs).logits, batch["labels"])
 
     def _draw(self, what: str) -> Tensor:
         noise = derive_seed("gates", self.config.seed, self.steps_done, what)
