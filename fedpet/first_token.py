@@ -5,15 +5,16 @@
 In:  an encoder whose classifier reads its first token ([CLS], <s>) and no other.
 Out: passes whose last block computes everything after its attention for that token alone.
 
-The last attention needs all tokens as keys and values, but the query of the first one alone; what
-follows it (its output projection, norm, feed-forward part, norm) acts on each token by itself, and
-of all but the first nobody asks. Ten of the twelve parts of a block's matrix products fall away,
-forward and backward, and nearly all of its attention: an eighth of a step in six blocks, more where
-texts are long. Logits and gradients are the same up to the order in which sums are rounded.
+What the last attention makes of the other tokens nobody reads; and what follows it (its output
+projection, norm, feed-forward part, norm) acts on each token by itself. So all of the last block's
+products are taken of one vector a text, or one a text and head, and not of one a token: a sixth of
+all products in six blocks, forward and backward. Logits and gradients are the same up to the order
+in which sums are rounded.
 
-The block goes on as if it had all tokens: the query of the first is repeated for all, without a
-copy, and so is what attention makes of it. That is done where attention is the sdpa function of
-`transformers`; in models that compute it themselves (MPNet, DeBERTa) the queries stay whole.
+The block goes on as if it had all tokens: what attention makes of the first is given out for all,
+without a copy. That is done where attention is the sdpa function of `transformers`, see
+`fedpet/first_query.py`; in models that compute it themselves (MPNet, DeBERTa) queries, keys and
+values stay whole.
 
 Whether a model is of that kind is not looked up but tried, once a model: what the last block gives
 for the other tokens is replaced by NaN, which reaches the logits wherever anything reads it.
@@ -21,23 +22,24 @@ for the other tokens is replaced by NaN, which reaches the logits wherever anyth
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any
 from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
 
 from fedpet.errors import ConfigError
+from fedpet.first_query import Attention, attends_by_sdpa, first_of_all, first_query
 from fedpet.positions import Position, find_positions
 
 __all__ = ["check_first_token", "first_token_only"]
 
+_PROJECTIONS = ("query", "key", "value")
+_AFTER = ("attention-output", "attention-norm")
 _CLOSENESS = 1e-3  # of the block's outputs for the first token, relative; wrong ones differ by 1
-_FIRST_QUERY = "fedpet-first-query"  # the name of `_first_query` among transformers' attentions
 
 
 @dataclass(frozen=True)
@@ -45,8 +47,7 @@ class _Places:
     """Where the last block of a model is cut."""
 
     after: tuple[nn.Module, ...]  # the last attention's output projection and norm
-    attention: nn.Module | None = None  # itself, which calls the function its config names
-    query: nn.Module | None = None  # its query projection
+    attention: Attention | None = None  # itself, where only its first query need be asked
 
 
 _known: WeakKeyDictionary[nn.Module, _Places | None] = WeakKeyDictionary()
@@ -104,72 +105,23 @@ def _cut(places: _Places) -> Iterator[None]:
     """
     with ExitStack() as stack:
         for place in places.after:
-            stack.enter_context(place.register_forward_pre_hook(_first_of_all))
-        if places.query is not None:
-            query, attention = _FirstRepeated(), cast(Any, places.attention)
-            stack.enter_context(places.query.register_forward_pre_hook(query.before))
-            stack.enter_context(places.query.register_forward_hook(query.after))
-            stack.callback(setattr, attention, "config", attention.config)
-            attention.config = copy.deepcopy(attention.config)
-            attention.config._attn_implementation = _FIRST_QUERY
+            stack.enter_context(place.register_forward_pre_hook(first_of_all))
+        if places.attention is not None:
+            stack.enter_context(first_query(places.attention))
         yield
-
-
-def _first_of_all(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    return (args[0][:, :1].contiguous(), *args[1:])  # a view would hold all tokens in memory
-
-
-class _FirstRepeated:
-    """A projection of the first token, given out for all."""
-
-    def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-        self._tokens = args[0].shape[1]
-        return _first_of_all(module, args)
-
-    def after(self, module: nn.Module, args: Any, output: Tensor) -> Tensor:
-        return output.expand(-1, self._tokens, -1)
-
-
-def _first_query(
-    module: nn.Module,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    attention_mask: Tensor | None,
-    **options: Any,
-) -> tuple[Tensor, Tensor | None]:
-    """`transformers`' sdpa attention of the first query, given out for all.
-
-    Args:
-        module: The attention.
-        query: (rows, heads, tokens, size), the same for all tokens.
-        key: As query; value too.
-        value: Of all tokens.
-        attention_mask: (rows, 1, tokens or 1, tokens); None hides no token.
-        options: Handed on.
-    """
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if attention_mask is not None:
-        attention_mask = attention_mask[:, :, :1]
-    first, weights = sdpa_attention_forward(
-        module, query[:, :, :1], key, value, attention_mask, **options
-    )
-    return first.expand(-1, query.shape[2], -1, -1), weights
 
 
 @torch.no_grad()
 def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _Places | None:
     """The places in the last block; None where cutting there changes logits."""
-    roles = ("query", "attention-output", "attention-norm")
     found = {
         position.role: position
         for position in find_positions(model)
-        if position.role in roles and position.kind != "block"
+        if position.role in (*_PROJECTIONS, *_AFTER) and position.kind != "block"
     }
-    if not {*roles[1:]} <= {*found} or any(p.stack != "encoder" for p in found.values()):
+    if not {*_AFTER} <= {*found} or any(p.stack != "encoder" for p in found.values()):
         return None
-    after = tuple(model.get_submodule(found[role].name) for role in roles[1:])
+    after = tuple(model.get_submodule(found[role].name) for role in _AFTER)
     norm = found["attention-norm"]
     block = model.get_submodule(_block_of(norm.name, norm.layer))
     mode = model.training
@@ -180,7 +132,7 @@ def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _Places | None:
         whole = _output(model, block, batch)
         if whole is None or not bool(logits.isfinite().all()):
             return None
-        for places in (*_with_query(model, after, found), _Places(after)):
+        for places in (_Places(after, _attention(model, found)), _Places(after)):
             if _gives(whole[:, :1], places, model, block, batch):
                 return places
         return None
@@ -188,18 +140,14 @@ def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _Places | None:
         model.train(mode)
 
 
-def _with_query(
-    model: nn.Module, after: tuple[nn.Module, ...], found: Mapping[str, Position]
-) -> Iterator[_Places]:
-    """The places with the query's, where attention runs by sdpa."""
-    if "query" in found:
-        name = found["query"].name
-        attention: Any = model.get_submodule(name.rpartition(".")[0])
-        if getattr(getattr(attention, "config", None), "_attn_implementation", None) == "sdpa":
-            from transformers import AttentionInterface
-
-            AttentionInterface.register(_FIRST_QUERY, _first_query)
-            yield _Places(after, attention, model.get_submodule(name))
+def _attention(model: nn.Module, found: Mapping[str, Position]) -> Attention | None:
+    """The attention of the last block, where it runs by sdpa."""
+    if not {*_PROJECTIONS} <= {*found}:
+        return None
+    module = model.get_submodule(found["query"].name.rpartition(".")[0])
+    if not attends_by_sdpa(module):
+        return None
+    return Attention(module, *(model.get_submodule(found[role].name) for role in _PROJECTIONS))
 
 
 def _gives(

@@ -1,4 +1,4 @@
-"""Passes that compute the last feed-forward part at the first token only change nothing else."""
+"""Passes that compute of the last block what the first token needs change nothing else."""
 
 from __future__ import annotations
 
@@ -30,9 +30,30 @@ def _last(model: nn.Module, role: str) -> nn.Module:
     return model.get_submodule(places[-1].name)
 
 
-def _pet(name: str) -> PetModel:
+def _pet(name: str, structure: str = "lora+lnfit+bitfit", density: float = 0.1) -> PetModel:
     base = backbone(name)
-    return PetModel(base, mask_of(base), structure_of(base, "lora+lnfit+bitfit"), seed=3)
+    return PetModel(base, mask_of(base, density), structure_of(base, structure), seed=3)
+
+
+def _moved(pet: PetModel) -> PetModel:
+    """Off zero, where what is not trained yet does nothing."""
+    generator = torch.Generator().manual_seed(1)
+    pet.load_values(0.05 * torch.randn(pet.num_values, generator=generator), seed=0)
+    return pet
+
+
+def _last_attention(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> Tensor:
+    """The keys that the last attention is given."""
+    plain, seen = nn.functional.scaled_dot_product_attention, []
+
+    def attend(query: Tensor, key: Tensor, *args: Any, **options: Any) -> Tensor:
+        seen.append(key.detach())
+        return plain(query, key, *args, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(nn.functional, "scaled_dot_product_attention", attend)
+        model(**inputs)
+    return seen[-1]
 
 
 def _gradients(pet: PetModel, inputs: dict[str, Tensor]) -> Tensor:
@@ -73,18 +94,55 @@ def test_the_last_query_is_the_first_tokens_where_sdpa_attends(name: str) -> Non
     assert (seen[0] == 1) == (name in BY_SDPA)
 
 
-def test_the_last_attention_is_of_one_query(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", BY_SDPA)
+@pytest.mark.parametrize("structure", ["none", "lora+bitfit", "lora-factors+hiwi-bias"])
+def test_the_last_attention_is_over_tokens_that_have_no_keys(
+    name: str, structure: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pet, inputs = _moved(_pet(name, structure)), batch(name, rows=4)
+    whole, gradients = pet.model(**inputs).logits, _gradients(pet, inputs)
+    with first_token_only(pet.model, inputs):
+        keys = _last_attention(monkeypatch, pet.model, inputs)
+        cut, cut_gradients = pet.model(**inputs).logits, _gradients(pet, inputs)
+    assert keys.shape == (4, 1, 9, 32)  # rows, one for all heads, tokens, hidden size
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(
+        cut_gradients, gradients, rtol=1e-4, atol=1e-5 * float(gradients.abs().max())
+    )
+
+
+@pytest.mark.parametrize("density", [0.01, 0.5])
+def test_few_and_many_entries_of_keys_and_values(density: float) -> None:
+    """Many are taken from dense products of a few rows at a time."""
+    pet, inputs = _moved(_pet("bert", "none", density)), batch("bert", rows=4)
+    gradients = _gradients(pet, inputs)
+    with first_token_only(pet.model, inputs):
+        cut = _gradients(pet, inputs)
+    torch.testing.assert_close(cut, gradients, rtol=1e-4, atol=1e-5 * float(gradients.abs().max()))
+
+
+def test_gates_meet_keys_and_values_as_in_whole_passes() -> None:
+    pet, inputs = _moved(_pet("bert")), batch("bert", rows=4)
+    gates = torch.linspace(0.1, 1, len(pet._structure)).requires_grad_(True)
+
+    def of_gates() -> Tensor:
+        pet.set_gates(gates)
+        (gradient,) = torch.autograd.grad(loss_of(pet.model, inputs), gates)
+        return gradient
+
+    whole = of_gates()
+    with first_token_only(pet.model, inputs):
+        torch.testing.assert_close(of_gates(), whole, rtol=1e-4, atol=1e-5)
+
+
+def test_where_attention_drops_weights_keys_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = backbone("bert").model, batch("bert", rows=4)
-    plain, seen = nn.functional.scaled_dot_product_attention, []
-
-    def attend(query: Tensor, *args: Any, **options: Any) -> Tensor:
-        seen.append(query.shape[2])
-        return plain(query, *args, **options)
-
+    model.train()
     with first_token_only(model, inputs):
-        monkeypatch.setattr(nn.functional, "scaled_dot_product_attention", attend)
-        model(**inputs)
-    assert seen[-1] == 1 < min(seen[:-1])
+        assert _last_attention(monkeypatch, model, inputs).shape == (4, 4, 9, 8)
+    model.eval()
+    with torch.autocast("cpu", torch.bfloat16), first_token_only(model, inputs):
+        assert _last_attention(monkeypatch, model, inputs).shape == (4, 4, 9, 8)
 
 
 @pytest.mark.parametrize("name", CUT)
@@ -99,6 +157,7 @@ def test_the_model_is_as_it_was_afterwards(name: str) -> None:
         raise KeyError
     assert torch.equal(model(**inputs).logits, before)
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
+    assert not any("forward" in m.__dict__ for m in model.modules())
 
 
 @pytest.mark.parametrize("name", WHOLE)

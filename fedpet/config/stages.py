@@ -203,7 +203,7 @@ class TrainingConfig:
     proximal_mu: float = 0.0  # FedProx: pulls a client towards the global values
     dropout: bool = False  # the checkpoint's own, in training
     # Leaves out what a classifier that reads only the first token never reads: the same up to
-    # rounding, and an eighth of a step less in six blocks; see fedpet/first_token.py.
+    # rounding, and a sixth of the products of six blocks less; see fedpet/first_token.py.
     first_token_only: bool = False
     # Of dense layers: "torch", or "onednn", which is faster on AMD's CPUs and the same up to
     # rounding; see fedpet/modules/product.py.

@@ -154,15 +154,23 @@ class MaskedWeight:
         if g.dtype != dtype:
             g = g.to(dtype)
         if self.entries.blocks is not None:
-            x = kept.rows(source, dtype, live)
-            left, right = (x, g) if self.transposed else (g, x)
-            return self._gradient_by_blocks(left, right, self.entries.blocks)
+            return self.sampled(kept.rows(source, dtype, live).t(), g.t())
         if live is None:
             x = kept.columns(source, dtype)
         else:
             x = to_columns(kept.rows(source, dtype, live))
-        g = to_columns(g)
+        return self.sampled(x, to_columns(g))
+
+    def sampled(self, x: Tensor, g: Tensor) -> Tensor | None:
+        """The product of both at the positions: as `gradient`, of columns.
+
+        Args:
+            x: Input of the layer, (in, tokens); contiguous, but for entries in blocks.
+            g: Gradient of its output, (out, tokens), likewise.
+        """
         left, right = (x, g) if self.transposed else (g, x)  # (rows, tokens), (columns, tokens)
+        if self.entries.blocks is not None:
+            return self._by_blocks(left, right, self.entries.blocks)
         if self.in_place:
             into = self._gradient
             torch.sparse.sampled_addmm(into, left, right.t(), beta=1.0, out=into)
@@ -170,16 +178,14 @@ class MaskedWeight:
         sampled: Tensor = torch.sparse.sampled_addmm(self._gradient, left, right.t(), beta=0.0)
         return sampled.values()
 
-    def _gradient_by_blocks(
-        self, left: Tensor, right: Tensor, ends: Sequence[int]
-    ) -> Tensor | None:
+    def _by_blocks(self, left: Tensor, right: Tensor, ends: Sequence[int]) -> Tensor | None:
         """The same for many positions: dense products of a few rows at a time, then a choice."""
         gradient = torch.empty_like(self.entries.start)
         columns = self.weight.shape[1]
         start = 0
         for block, stop in enumerate(ends):
             row = block * BLOCK_ROWS
-            dense = left[:, row : row + BLOCK_ROWS].t() @ right  # (BLOCK_ROWS, columns)
+            dense = left[row : row + BLOCK_ROWS] @ right.t()  # (BLOCK_ROWS, columns)
             chosen = self.entries.flat[start:stop] - row * columns  # index_select takes int32
             torch.index_select(dense.view(-1), 0, chosen, out=gradient[start:stop])
             start = stop

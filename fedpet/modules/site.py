@@ -16,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from fedpet.modules.base import GatedModule, is_dense, is_transposed
+from fedpet.modules.by_heads import ByHeads
 from fedpet.modules.dense import DensePlan, dense
 from fedpet.modules.kept import activation_forward, norm_forward
 from fedpet.modules.lora import LowRankBranch
@@ -113,8 +114,11 @@ class Site:
         plan = DensePlan(is_transposed(self.module), mask, branches, self.columns, product)
         trainables = plan.trainables
 
+        def bias_now() -> Tensor | None:
+            return _changed(own["bias"], biases) if biases else own["bias"]
+
         def forward(x: Tensor) -> Tensor:
-            bias = _changed(own["bias"], biases) if biases else own["bias"]
+            bias = bias_now()
             if trainables or product is not by_torch:
                 y = dense(x, weight, bias, plan, trainables)
             else:
@@ -125,6 +129,9 @@ class Site:
                 y = effect.added(y, y)
             return y
 
+        low_rank = [effect for effect in parallel if isinstance(effect, LowRankBranch)]
+        if len(low_rank) == len(parallel) and not sequential and not plan.transposed:
+            forward.by_heads = ByHeads(weight, bias_now, mask, low_rank)  # type: ignore[attr-defined]
         return forward
 
     def _other(
