@@ -7,7 +7,7 @@ import torch
 from architectures import backbone, batch, loss_of
 from torch import Tensor
 
-from simulations.benchmarks.training_step import ONEDNN, methods
+from simulations.benchmarks.step_methods import ONEDNN, methods
 
 
 def _step(method: str) -> tuple[Tensor, Tensor]:

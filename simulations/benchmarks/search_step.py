@@ -39,7 +39,7 @@ from fedpet.model import PetModel
 from fedpet.search import BiLevel, SearchConfig, Space, build_space
 from fedpet.simulations.run_folder import machine, versions
 
-from .training_step import Allocations
+from .allocations import Allocations
 
 BAR = 5.5  # plain steps that a search step may cost
 SPACES = ("mergeable", "s3pet-mix", "s3pet-lora")
