@@ -64,6 +64,7 @@ SMALLER = (
     "codec.up=float32",  # what is told apart is the rules
     "codec.down=float32",
     "codec.downlink=changes",
+    "training.first-token-only=false",  # their cells were run with whole passes
 )
 RULES = {
     "fedavg": (),
