@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 import torch
 from architectures import backbone, batch, loss_of
 from torch import Tensor
 
-from simulations.benchmarks.step_methods import ONEDNN, methods
+from simulations.benchmarks.step_methods import FIRST_TOKEN, ONEDNN, methods
+from simulations.benchmarks.training_step import FLOOR, main
 
 
 def _step(method: str) -> tuple[Tensor, Tensor]:
@@ -33,3 +37,17 @@ def test_products_by_onednn_change_no_method(method: str) -> None:
     for one, other in zip(plain, by_onednn, strict=True):
         assert len(one) == len(other) > 0
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
+
+
+def test_the_floor_steps_with_both_kinds_of_products_and_is_told_once(tmp_path: Path) -> None:
+    """A real run of processes in turns, on one short row."""
+    names = [f"fedpet-mask-0.5%{FIRST_TOKEN}", f"bitfit{ONEDNN}", FLOOR]
+    out = tmp_path / "steps.json"
+    few = ["--settings", "minilm:1x8", "--threads", "1", "--minutes", "0", "--out", str(out)]
+    main([*few, "--methods", *names])
+    rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
+    assert list(rows) == names
+    assert rows[FLOOR]["of_floor"] == 1
+    assert all(row["rounds"] >= 5 and 0.1 < row["of_floor"] < 10 for row in rows.values())
+    assert rows[names[0]]["trained_values"] > rows[FLOOR]["trained_values"]
+    assert all(row["peak_bytes"] > 0 < row["persistent_bytes"] for row in rows.values())
