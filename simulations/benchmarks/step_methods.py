@@ -37,22 +37,26 @@ Method = Callable[[Backbone], tuple[Any, Iterable[nn.Parameter], Step, Step]]
 
 def methods() -> dict[str, Method]:
     """By name: backbone -> (model, what to optimise, set gradients to zero, after a step)."""
+    masks = {f"fedpet-mask-{100 * d:g}%": partial(_fedpet, density=d) for d in DENSITIES}
+    half = "fedpet-mask-0.5%"
+    default = partial(_fedpet, density=0.001, names="lora-factors+lnfit")
     table: dict[str, Method] = {
         "full": lambda base: _plain(base, lambda name: True),
-        "full" + ONEDNN: lambda base: _plain(base, lambda name: True, onednn=True),
         "bitfit": lambda base: _plain(base, _is_bias),
-        "bitfit" + ONEDNN: lambda base: _plain(base, _is_bias, onednn=True),
         "peft-lora": _peft_lora,
-        "peft-lora" + ONEDNN: lambda base: _peft_lora(base, onednn=True),
         "peft-shira": _peft_shira,
+        half: masks[half],
+        half + FIRST_TOKEN: masks[half],
+        **masks,
+        "fedpet-default": default,
+        "fedpet-default" + FIRST_TOKEN: default,
+        "full" + ONEDNN: lambda base: _plain(base, lambda name: True, onednn=True),
+        "bitfit" + ONEDNN: lambda base: _plain(base, _is_bias, onednn=True),
+        "peft-lora" + ONEDNN: lambda base: _peft_lora(base, onednn=True),
         "peft-shira" + ONEDNN: lambda base: _peft_shira(base, onednn=True),
+        half + FIRST_TOKEN + ONEDNN: partial(masks[half], products="onednn"),
+        "fedpet-default" + FIRST_TOKEN + ONEDNN: partial(default, products="onednn"),
     }
-    fedpet = {f"fedpet-mask-{100 * d:g}%": partial(_fedpet, density=d) for d in DENSITIES}
-    fedpet["fedpet-default"] = partial(_fedpet, density=0.001, names="lora-factors+lnfit")
-    table |= fedpet
-    for name in ("fedpet-mask-0.5%", "fedpet-default"):
-        table[name + FIRST_TOKEN] = fedpet[name]
-        table[name + FIRST_TOKEN + ONEDNN] = partial(fedpet[name], products="onednn")
     return table
 
 

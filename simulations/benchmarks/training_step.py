@@ -5,12 +5,11 @@
 Each method has a process of its own, as a client has: what another leaves of memory and caches is
 not its. For each setting (model, rows x tokens, threads) the methods take turns, one step each, in
 a new order each round, while the others sleep, so that what else the machine does falls on all
-alike; rounds go on for some minutes, since a small step needs more of them. That is done twice: by
-the methods that multiply as torch does, and by those that multiply by oneDNN, with the floor among
-both; all at once would not fit in the memory of a small machine. A step is forward, backward,
-optimiser and whatever the method writes afterwards. Told are the medians of wall
-and of processor time, the median over rounds of a step's time over that of `bitfit` in the same
-round, and
+alike; rounds go on for some minutes, since a small step needs more of them. Some methods take
+turns, then the next ones, the floor among all: all at once would not fit in the memory of a small
+machine. A step is forward, backward, optimiser and whatever the method writes afterwards. Told are
+the medians of wall and of processor time, the median over rounds of a step's time over that of
+`bitfit` in the same round, and
 
     persistent bytes   what the method holds between steps above the loaded model
     peak bytes         the most that is allocated at once during a step, on top of that
@@ -32,6 +31,7 @@ import multiprocessing
 import random
 import statistics
 import time
+from collections.abc import Iterator
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -47,7 +47,7 @@ from simulations.benchmarks.step_methods import FIRST_TOKEN, ONEDNN, backbone, m
 
 SETTINGS = (("minilm", 32, 32), ("minilm", 16, 128), ("mpnet-base", 8, 128))
 LEAST_ROUNDS = 5
-WARM_UP = 2  # steps in each setting that are not timed
+AT_ONCE = 6  # methods that take turns, beside the floor
 PAUSE = 0.02  # s before a step: threads that have just worked wait awake for a while
 FLOOR = "bitfit"
 
@@ -60,6 +60,7 @@ class _Trainer:
         self._base = backbone(model)
         self._passes = ExitStack()
         self._persistent: int | None = None
+        self._peaks: dict[tuple[int, int], int] = {}  # by rows and tokens
 
     def prepare(self, rows: int, tokens: int, threads: int) -> dict[str, int]:
         """Take steps of this size from now on; what the method trains and holds."""
@@ -75,14 +76,15 @@ class _Trainer:
                 self._build(self._inputs)
                 self.step()
             self._persistent = held.left
-        for _ in range(WARM_UP):
-            self.step()
-        with Allocations() as one:
-            self.step()
+        self.step()
+        if (rows, tokens) not in self._peaks:
+            with Allocations() as one:
+                self.step()
+            self._peaks[rows, tokens] = one.peak
         return {
             "trained_values": sum(p.numel() for p in self._parameters),
             "persistent_bytes": self._persistent,
-            "peak_bytes": one.peak,
+            "peak_bytes": self._peaks[rows, tokens],
         }
 
     def _build(self, inputs: dict[str, Tensor]) -> None:
@@ -213,10 +215,10 @@ def main(arguments: list[str] | None = None) -> None:
     """Measure and print; `--out` keeps the numbers."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
-    parser.add_argument("--minutes", type=float, default=2, help="of rounds, a setting and kernel")
+    parser.add_argument("--minutes", type=float, default=2, help="of rounds, a setting and heat")
     parser.add_argument("--settings", nargs="+", default=[f"{m}:{r}x{t}" for m, r, t in SETTINGS])
     parser.add_argument("--methods", nargs="+", default=list(methods()))
-    parser.add_argument("--out", type=Path, help="settings it holds and that are not named stay")
+    parser.add_argument("--out", type=Path, help="what it holds of other rows stays")
     options = parser.parse_args(arguments)
     here = {"schema": 1, "machine": machine(), "versions": versions()}
     rows: list[dict[str, Any]] = []
@@ -231,39 +233,43 @@ def main(arguments: list[str] | None = None) -> None:
                     measured = measure(trainers, model, size, options.minutes, heat)
                     print(_table(measured), flush=True)
                     rows += measured
-    rows = _once_each(rows, names)
-    if options.out is not None:
-        rows = _others(options.out, rows, here) + rows
-        text = json.dumps({**here, "rows": rows}, indent=1) + "\n"
-        options.out.write_text(text, encoding="utf-8")
+                    if options.out is not None:
+                        _keep(options.out, rows, here)
 
 
-def _heats(names: list[str]) -> list[list[str]]:
+def _heats(names: list[str]) -> Iterator[list[str]]:
     """Those that take turns with each other: by whose products they take, the floor with each."""
     floor = [FLOOR] if FLOOR in names else []
     others = [name for name in names if name != FLOOR]
-    heats = ([n for n in others if (ONEDNN in n) == onednn] for onednn in (False, True))
-    return [floor + heat for heat in heats if heat] or [floor]
+    for onednn in (False, True):
+        alike = [name for name in others if (ONEDNN in name) == onednn]
+        for start in range(0, len(alike), AT_ONCE):
+            yield floor + alike[start : start + AT_ONCE]
+    if not others:
+        yield floor
 
 
-def _once_each(rows: list[dict[str, Any]], names: list[str]) -> list[dict[str, Any]]:
-    """A row a setting and method, in the order of settings and `names`: the floor's first ones."""
-    settings = list(dict.fromkeys(_setting(row) for row in rows))
-    first: dict[tuple[Any, ...], dict[str, Any]] = {}
+def _keep(path: Path, rows: list[dict[str, Any]], here: dict[str, Any]) -> None:
+    """Write the rows, each setting and method once, with what the file holds of others.
+
+    What was measured on another machine or with other versions goes.
+    """
+    order = list(methods())
+    kept: dict[tuple[Any, ...], dict[str, Any]] = {}
     for row in rows:
-        first.setdefault((_setting(row), row["method"]), row)
-    return [first[setting, name] for setting in settings for name in names]
+        kept.setdefault(_key(row), row)  # the floor's first one
+    if path.exists():
+        before = json.loads(path.read_text(encoding="utf-8"))
+        if all(before[key] == value for key, value in here.items()):
+            kept = {**{_key(row): row for row in before["rows"]}, **kept}
+    settings = list(dict.fromkeys(key[:-1] for key in kept))
+    ordered = sorted(kept, key=lambda key: (settings.index(key[:-1]), order.index(key[-1])))
+    text = json.dumps({**here, "rows": [kept[key] for key in ordered]}, indent=1) + "\n"
+    path.write_text(text, encoding="utf-8")
 
 
-def _others(path: Path, rows: list[dict[str, Any]], here: dict[str, Any]) -> list[dict[str, Any]]:
-    """What the file holds of settings that `rows` are not of, measured on the same machine."""
-    if not path.exists():
-        return []
-    before = json.loads(path.read_text(encoding="utf-8"))
-    if any(before[key] != value for key, value in here.items()):
-        return []
-    measured = {_setting(row) for row in rows}
-    return [row for row in before["rows"] if _setting(row) not in measured]
+def _key(row: dict[str, Any]) -> tuple[Any, ...]:
+    return (*_setting(row), row["method"])
 
 
 def _setting(row: dict[str, Any]) -> tuple[Any, ...]:
