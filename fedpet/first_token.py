@@ -3,7 +3,7 @@
     ... -> model -> [training] -> client -> ...
 
 In:  an encoder whose classifier reads its first token ([CLS], <s>) and no other.
-Out: passes whose last block computes everything after its attention for that token alone.
+Out: passes whose last block computes what that token needs and no more.
 
 What the last attention makes of the other tokens nobody reads; and what follows it (its output
 projection, norm, feed-forward part, norm) acts on each token by itself. So all of the last block's

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fedpet.modules.kept import to_columns
 from fedpet.modules.lora import LowRankBranch
 from fedpet.modules.masked import MaskedWeight
 
@@ -46,7 +47,7 @@ class ByHeads:
         y = self._times(z, to_inputs=True)
         for branch in self.branches:
             down, up = branch.factors()
-            y = y + _gated(torch.bmm(z, _heads(up, z)), branch) @ down
+            y = y + branch.scaled(torch.bmm(z, _heads(up, z))) @ down
         return y
 
     def to_outputs(self, z: Tensor) -> Tensor:
@@ -61,7 +62,7 @@ class ByHeads:
         y = self._times(z, to_inputs=False)
         for branch in self.branches:
             down, up = branch.factors()
-            y = y + torch.bmm(_gated(z @ down.t(), branch), _heads(up, z).mT)
+            y = y + torch.bmm(branch.scaled(z @ down.t()), _heads(up, z).mT)
         return y
 
     def _times(self, z: Tensor, *, to_inputs: bool) -> Tensor:
@@ -98,9 +99,8 @@ class _MaskedByHeads(torch.autograd.Function):
         z, weight = ctx.saved_tensors
         heads = _heads(weight, z)
         of_output, of_input = (z, g) if ctx.to_inputs else (g, z)
-        gradient = ctx.mask.sampled(
-            of_input.reshape(-1, of_input.shape[-1]).t().contiguous(), _on_diagonal(of_output)
-        )
+        columns = to_columns(of_input.reshape(-1, of_input.shape[-1]))  # (in, heads * n)
+        gradient = ctx.mask.sampled(columns, _on_diagonal(of_output))
         of_z = torch.bmm(g, heads.mT if ctx.to_inputs else heads)
         return of_z, None, None, None, gradient
 
@@ -108,11 +108,6 @@ class _MaskedByHeads(torch.autograd.Function):
 def _heads(tensor: Tensor, z: Tensor) -> Tensor:
     """(heads, out / heads, ...) of (out, ...)."""
     return tensor.view(len(z), -1, tensor.shape[-1])
-
-
-def _gated(inner: Tensor, branch: LowRankBranch) -> Tensor:
-    inner = inner * branch.scale
-    return inner if branch.gate is None else inner * branch.gate
 
 
 def _on_diagonal(z: Tensor) -> Tensor:

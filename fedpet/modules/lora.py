@@ -54,11 +54,14 @@ class LowRankBranch(GatedModule):
     def added(self, y: Tensor, x: Tensor) -> Tensor:
         """y + gate * scale * (x A^T) B^T: the gate meets r numbers a token and not d_out."""
         down, up = self.factors()
-        inner = nn.functional.linear(x, down) * self.scale
-        if self.gate is not None:
-            inner = inner * self.gate
+        inner = self.scaled(nn.functional.linear(x, down))
         rows = inner.reshape(-1, inner.shape[-1])
         return torch.addmm(y.reshape(-1, y.shape[-1]), rows, up.t()).view(y.shape)
+
+    def scaled(self, inner: Tensor) -> Tensor:
+        """What lies between the factors, times the scale and the gate."""
+        inner = inner * self.scale
+        return inner if self.gate is None else inner * self.gate
 
     def gradient(
         self, inner: Tensor, g: Tensor, grad_x: Tensor | None, gate: Tensor | None = None

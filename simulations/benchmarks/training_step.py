@@ -193,21 +193,18 @@ def _ratio(seconds: list[float], floor: list[float] | None) -> float | None:
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    lines = []
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    """The rows of one setting."""
+    model, batch, tokens, threads = _setting(rows[0])
+    lines = [f"{model}, {batch} rows x {tokens} tokens, {threads} thread(s)"]
     for row in rows:
-        groups.setdefault(_setting(row), []).append(row)
-    for (model, batch, tokens, threads), group in groups.items():
-        lines += [f"{model}, {batch} rows x {tokens} tokens, {threads} thread(s)"]
-        for row in group:
-            lines.append(
-                f"  {row['method']:<39} {1e3 * row['step_seconds']:9.1f} ms"
-                f" {row['of_floor'] or math.nan:6.2f} x {FLOOR}"
-                f" ({row['of_floor_cpu'] or math.nan:.2f} of processor time)"
-                f" {row['persistent_bytes'] / 1e6:9.2f} MB held"
-                f" {row['peak_bytes'] / 1e6:9.2f} MB at once"
-                f" {row['trained_values']:>11,} values"
-            )
+        lines.append(
+            f"  {row['method']:<39} {1e3 * row['step_seconds']:9.1f} ms"
+            f" {row['of_floor'] or math.nan:6.2f} x {FLOOR}"
+            f" ({row['of_floor_cpu'] or math.nan:.2f} of processor time)"
+            f" {row['persistent_bytes'] / 1e6:9.2f} MB held"
+            f" {row['peak_bytes'] / 1e6:9.2f} MB at once"
+            f" {row['trained_values']:>11,} values"
+        )
     return "\n".join(lines)
 
 
