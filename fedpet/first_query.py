@@ -11,16 +11,18 @@ q . (K x + b) = (K^T q) . x + q . b, of which the last is the same for all token
 the softmax; and the mean of V x + b over tokens, weighted to 1, is V times the mean of x, plus b.
 One vector a text and head is multiplied with each, instead of one a token.
 
-Only where attention is the sdpa function of `transformers`; `fedpet/first_token.py` tries whether a
-model's attention does nothing else.
+Where attention is the sdpa function of `transformers`, or computes itself with a bias of relative
+positions, as MPNet's; `fedpet/first_token.py` tries whether a model's attention does nothing else.
 """
 
 from __future__ import annotations
 
 import copy
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -29,7 +31,7 @@ from torch import Tensor, nn
 
 from fedpet.modules.by_heads import ByHeads, by_heads
 
-__all__ = ["Attention", "attends_by_sdpa", "first_query"]
+__all__ = ["Attention", "asks_queries_apart", "first_of_all", "first_query"]
 
 _NAME = "fedpet-first-query"  # of `_attend` among transformers' attentions
 
@@ -38,53 +40,75 @@ _NAME = "fedpet-first-query"  # of `_attend` among transformers' attentions
 class Attention:
     """The attention of a block, and its projections."""
 
-    module: nn.Module  # calls the function that its config names
+    module: nn.Module
     query: nn.Module
     key: nn.Module
     value: nn.Module
+    output: nn.Module
 
 
+@dataclass(frozen=True)
 class _Folded:
-    """Keys and values that are not made: of these tokens, by these projections."""
+    """The projections of keys and values that are not made."""
 
-    def __init__(self, key: ByHeads, value: ByHeads) -> None:
-        self.key = key
-        self.value = value
-        self.tokens: Tensor | None = None
+    key: ByHeads
+    value: ByHeads
 
-    def stand_in(self, x: Tensor) -> Tensor:
-        """Zeros of the shape of the keys, which take no memory; the tokens are remembered."""
-        self.tokens = x
-        return x.new_zeros(()).expand(*x.shape[:-1], len(self.key.weight))
+    def attend(
+        self, x: Tensor, query: Tensor, bias: Tensor | None, scaling: float | None = None
+    ) -> Tensor:
+        """Attention of one query a text over the tokens themselves.
+
+        Args:
+            x: The tokens, (rows, tokens, in).
+            query: (rows, heads, size).
+            bias: Added to the scores, (rows or 1, heads or 1, 1, tokens); or None.
+            scaling: Of the scores; None for one over the root of the size.
+
+        Returns:
+            (rows, heads, size).
+        """
+        looked_for = self.key.to_inputs(query.transpose(0, 1)).transpose(0, 1)  # (rows, heads, in)
+        mean = nn.functional.scaled_dot_product_attention(  # of all heads of a text as one
+            looked_for[:, None],
+            x[:, None],
+            x[:, None],
+            attn_mask=None if bias is None else bias.transpose(1, 2),
+            scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
+        )
+        found = self.value.to_outputs(mean[:, 0].transpose(0, 1)).transpose(0, 1)
+        of_value = self.value.bias()
+        return found if of_value is None else found + of_value.view(found.shape[1:])
 
 
-_folded: WeakKeyDictionary[nn.Module, _Folded] = WeakKeyDictionary()
+def asks_queries_apart(module: nn.Module) -> bool:
+    """Whether an attention is one of those whose first query can be asked alone."""
+    return _is_sdpa(module) or _is_biased(module)
 
 
-def attends_by_sdpa(module: nn.Module) -> bool:
-    """Whether an attention calls the function that its config names, and that is sdpa."""
+def _is_sdpa(module: nn.Module) -> bool:
+    """Whether it calls the function that its config names, and that is sdpa."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
+
+
+def _is_biased(module: nn.Module) -> bool:
+    """Whether it is given the bias of each pair of positions, as MPNet's is."""
+    names = inspect.signature(type(module).forward).parameters
+    return {"hidden_states", "attention_mask", "position_bias"} <= {*names}
 
 
 @contextmanager
 def first_query(attention: Attention) -> Iterator[None]:
     """Within it, this attention is that of the first token for all."""
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_NAME, _attend)
+    query, folded = _FirstRepeated(), _fold(attention)
     with ExitStack() as stack:
-        query, module = _FirstRepeated(), cast(Any, attention.module)
         stack.enter_context(attention.query.register_forward_pre_hook(query.before))
         stack.enter_context(attention.query.register_forward_hook(query.after))
-        stack.callback(setattr, module, "config", module.config)
-        module.config = copy.deepcopy(module.config)
-        module.config._attn_implementation = _NAME
-        folded = _fold(attention)
-        if folded is not None:
-            _folded[module] = folded
-            stack.callback(_folded.pop, module)
-            for projection in (attention.key, attention.value):
-                stack.enter_context(_computed_by(projection, folded.stand_in))
+        if _is_sdpa(attention.module):
+            stack.enter_context(_through_transformers(attention, folded))
+        elif folded is not None:
+            forward = partial(_attend_with_bias, attention, folded)
+            stack.enter_context(_computed_by(attention.module, forward))
         yield
 
 
@@ -118,7 +142,7 @@ def _fold(attention: Attention) -> _Folded | None:
 
 
 @contextmanager
-def _computed_by(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iterator[None]:
+def _computed_by(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     before = module.__dict__.get("forward")
     module.forward = forward
     try:
@@ -127,6 +151,74 @@ def _computed_by(module: nn.Module, forward: Callable[[Tensor], Tensor]) -> Iter
         del module.forward
         if before is not None:
             module.forward = before
+
+
+def _attend_with_bias(
+    attention: Attention,
+    folded: _Folded,
+    hidden_states: Tensor,
+    attention_mask: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    **options: Any,
+) -> tuple[Tensor]:
+    """The forward of an attention that computes itself: what its output makes of the first token.
+
+    Args:
+        attention: With its projections.
+        folded: Its keys and values.
+        hidden_states: The tokens, (rows, tokens, in).
+        attention_mask: (rows, 1, tokens or 1, tokens), added to the scores; None hides no token.
+        position_bias: (rows, heads, tokens, tokens), the same.
+        options: Of outputs that training does not ask for.
+    """
+    assert position_bias is not None
+    bias = position_bias[:, :, :1]
+    if attention_mask is not None:
+        bias = bias + attention_mask[:, :, :1]
+    query = attention.query(hidden_states)[:, 0].unflatten(1, (bias.shape[1], -1))
+    found = folded.attend(hidden_states, query, bias)
+    return (attention.output(found.flatten(1)[:, None]),)
+
+
+class _Tokens:
+    """Stands for keys and values: the tokens that they would be made of."""
+
+    def __init__(self, folded: _Folded) -> None:
+        self.folded = folded
+        self._tokens: Tensor | None = None
+
+    def stand_in(self, x: Tensor) -> Tensor:
+        """Zeros of the shape of the keys, which take no memory; the tokens are remembered."""
+        self._tokens = x
+        return x.new_zeros(()).expand(*x.shape[:-1], len(self.folded.key.weight))
+
+    def taken(self) -> Tensor:
+        """The tokens, once."""
+        x, self._tokens = self._tokens, None
+        assert x is not None
+        return x
+
+
+_not_made: WeakKeyDictionary[nn.Module, _Tokens] = WeakKeyDictionary()
+
+
+@contextmanager
+def _through_transformers(attention: Attention, folded: _Folded | None) -> Iterator[None]:
+    """The attention's config names `_attend`."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_NAME, _attend)
+    module = cast(Any, attention.module)
+    with ExitStack() as stack:
+        stack.callback(setattr, module, "config", module.config)
+        module.config = copy.deepcopy(module.config)
+        module.config._attn_implementation = _NAME
+        if folded is not None:
+            tokens = _not_made[module] = _Tokens(folded)
+            stack.callback(_not_made.pop, module)
+            for projection in (attention.key, attention.value):
+                stack.enter_context(_computed_by(projection, tokens.stand_in))
+        yield
 
 
 def _attend(
@@ -149,45 +241,15 @@ def _attend(
     """
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-    tokens = query.shape[2]
+    length = query.shape[2]
     if attention_mask is not None:
         attention_mask = attention_mask[:, :, :1]
-    folded = _folded.get(module)
-    if folded is None:
+    tokens = _not_made.get(module)
+    if tokens is None:
         first, weights = sdpa_attention_forward(
             module, query[:, :, :1], key, value, attention_mask, **options
         )
-        return first.expand(-1, tokens, -1, -1), weights
-    first = _attend_to_tokens(folded, query[:, :, 0], attention_mask, options.get("scaling"))
-    return first[:, None].expand(-1, tokens, -1, -1), None
-
-
-def _attend_to_tokens(
-    folded: _Folded, query: Tensor, attention_mask: Tensor | None, scaling: float | None
-) -> Tensor:
-    """Attention of one query a text over the tokens themselves.
-
-    Args:
-        folded: The tokens, (rows, tokens, in), and the projections.
-        query: (rows, heads, size).
-        attention_mask: (rows, 1, 1, tokens), or None.
-        scaling: Of the scores; None for one over the root of the size.
-
-    Returns:
-        (rows, heads, size).
-    """
-    x = folded.tokens
-    assert x is not None
-    folded.tokens = None
-    x = x[:, None]
-    looked_for = folded.key.to_inputs(query.transpose(0, 1))  # (heads, rows, in)
-    mean = nn.functional.scaled_dot_product_attention(  # (rows, 1, heads, in)
-        looked_for.transpose(0, 1)[:, None],
-        x,
-        x,
-        attn_mask=attention_mask,
-        scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
-    )
-    found = folded.value.to_outputs(mean[:, 0].transpose(0, 1)).transpose(0, 1)
-    bias = folded.value.bias()
-    return found if bias is None else found + bias.view(found.shape[1:])
+        return first.expand(-1, length, -1, -1), weights
+    scaling = options.get("scaling")
+    first = tokens.folded.attend(tokens.taken(), query[:, :, 0], attention_mask, scaling)
+    return first[:, None].expand(-1, length, -1, -1), None

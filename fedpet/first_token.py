@@ -12,9 +12,8 @@ all products in six blocks, forward and backward. Logits and gradients are the s
 in which sums are rounded.
 
 The block goes on as if it had all tokens: what attention makes of the first is given out for all,
-without a copy. That is done where attention is the sdpa function of `transformers`, see
-`fedpet/first_query.py`; in models that compute it themselves (MPNet, DeBERTa) queries, keys and
-values stay whole.
+without a copy. That is done where attention is the sdpa function of `transformers` or MPNet's own,
+see `fedpet/first_query.py`; in DeBERTa's, queries, keys and values stay whole.
 
 Whether a model is of that kind is not looked up but tried, once a model: what the last block gives
 for the other tokens is replaced by NaN, which reaches the logits wherever anything reads it.
@@ -32,7 +31,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.errors import ConfigError
-from fedpet.first_query import Attention, attends_by_sdpa, first_of_all, first_query
+from fedpet.first_query import Attention, asks_queries_apart, first_of_all, first_query
 from fedpet.positions import Position, find_positions
 
 __all__ = ["check_first_token", "first_token_only"]
@@ -141,13 +140,14 @@ def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _Places | None:
 
 
 def _attention(model: nn.Module, found: Mapping[str, Position]) -> Attention | None:
-    """The attention of the last block, where it runs by sdpa."""
+    """The attention of the last block, where its first query can be asked alone."""
     if not {*_PROJECTIONS} <= {*found}:
         return None
     module = model.get_submodule(found["query"].name.rpartition(".")[0])
-    if not attends_by_sdpa(module):
+    if not asks_queries_apart(module):
         return None
-    return Attention(module, *(model.get_submodule(found[role].name) for role in _PROJECTIONS))
+    roles = (*_PROJECTIONS, "attention-output")
+    return Attention(module, *(model.get_submodule(found[role].name) for role in roles))
 
 
 def _gives(

@@ -20,7 +20,7 @@ from fedpet.positions import find_positions
 from fedpet.training import train_rows
 
 CUT = ("bert", "roberta", "distilbert", "mpnet", "deberta-v2", "electra")
-BY_SDPA = ("bert", "roberta", "distilbert", "electra")  # the others compute attention themselves
+APART = ("bert", "roberta", "distilbert", "mpnet", "electra")  # DeBERTa's attention stays whole
 WHOLE = tuple(name for name in ARCHITECTURES if name not in CUT)
 
 
@@ -81,7 +81,7 @@ def test_logits_and_gradients_are_those_of_whole_passes(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", CUT)
-def test_the_last_query_is_the_first_tokens_where_sdpa_attends(name: str) -> None:
+def test_the_last_query_is_the_first_tokens_alone(name: str) -> None:
     pet, inputs = _pet(name), batch(name, rows=4)
     seen: list[int] = []
     handle = _last(pet.model, "query").register_forward_hook(
@@ -91,10 +91,10 @@ def test_the_last_query_is_the_first_tokens_where_sdpa_attends(name: str) -> Non
         seen.clear()
         pet.model(**inputs)
     handle.remove()
-    assert (seen[0] == 1) == (name in BY_SDPA)
+    assert (seen[0] == 1) == (name in APART)
 
 
-@pytest.mark.parametrize("name", BY_SDPA)
+@pytest.mark.parametrize("name", APART)
 @pytest.mark.parametrize("structure", ["none", "lora+bitfit", "lora-factors+hiwi-bias"])
 def test_the_last_attention_is_over_tokens_that_have_no_keys(
     name: str, structure: str, monkeypatch: pytest.MonkeyPatch
