@@ -46,7 +46,7 @@ from simulations.benchmarks.allocations import Allocations
 from simulations.benchmarks.step_methods import FIRST_TOKEN, ONEDNN, backbone, methods
 
 SETTINGS = (("minilm", 32, 32), ("minilm", 16, 128), ("mpnet-base", 8, 128))
-LEAST_ROUNDS = 5
+LEAST_ROUNDS = 10
 AT_ONCE = 6  # methods that take turns, beside the floor
 PAUSE = 0.02  # s before a step: threads that have just worked wait awake for a while
 FLOOR = "bitfit"
