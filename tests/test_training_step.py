@@ -44,12 +44,12 @@ def test_the_floor_steps_with_both_kinds_of_products_and_is_told_once(tmp_path: 
     names = [f"fedpet-mask-0.5%{FIRST_TOKEN}", f"bitfit{ONEDNN}", FLOOR]
     out = tmp_path / "steps.json"
     few = ["--settings", "minilm:1x8", "--threads", "1", "--minutes", "0", "--out", str(out)]
-    main([*few, "--methods", *names])
+    main([*few, "--processes", "2", "--methods", *names])
     rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
     assert sorted(rows) == sorted(names)
     assert rows[FLOOR]["of_floor"] == 1
     assert all(
-        row["rounds"] >= LEAST_ROUNDS and 0.1 < row["of_floor"] < 10 for row in rows.values()
+        row["rounds"] >= 2 * LEAST_ROUNDS and 0.1 < row["of_floor"] < 10 for row in rows.values()
     )
     assert rows[names[0]]["trained_values"] > rows[FLOOR]["trained_values"]
     assert all(row["peak_bytes"] > 0 < row["persistent_bytes"] for row in rows.values())

@@ -3,7 +3,8 @@
     python -m simulations.benchmarks.training_step [--minutes 2] [--out FILE]
 
 Each method has a process of its own, as a client has: what another leaves of memory and caches is
-not its. For each setting (model, rows x tokens, threads) the methods take turns, one step each, in
+not its. How memory comes to lie in one process is worth some percent of its steps all along, so
+each method has several, one behind the other. For each setting (model, rows x tokens, threads) the methods take turns, one step each, in
 a new order each round, while the others sleep, so that what else the machine does falls on all
 alike; rounds go on for some minutes, since a small step needs more of them. Some methods take
 turns, then the next ones, the floor among all: all at once would not fit in the memory of a small
@@ -31,7 +32,9 @@ import multiprocessing
 import random
 import statistics
 import time
+from collections import defaultdict
 from collections.abc import Iterator
+from dataclasses import dataclass, field
 from contextlib import ExitStack
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -46,7 +49,7 @@ from simulations.benchmarks.allocations import Allocations
 from simulations.benchmarks.step_methods import FIRST_TOKEN, ONEDNN, backbone, methods
 
 SETTINGS = (("minilm", 32, 32), ("minilm", 16, 128), ("mpnet-base", 8, 128))
-LEAST_ROUNDS = 10
+LEAST_ROUNDS = 4  # of each process
 AT_ONCE = 6  # methods that take turns, beside the floor
 PAUSE = 0.02  # s before a step: threads that have just worked wait awake for a while
 FLOOR = "bitfit"
@@ -117,6 +120,7 @@ class Trainers:
 
     def __init__(self, model: str, names: list[str]) -> None:
         context = multiprocessing.get_context("spawn")
+        self.names = names
         self._pipes: dict[str, Connection] = {}
         self._processes = []
         for name in names:
@@ -148,41 +152,49 @@ class Trainers:
         return pipe.recv()
 
 
-def measure(
-    trainers: Trainers, model: str, size: tuple[int, int, int], minutes: float, names: list[str]
-) -> list[dict[str, Any]]:
-    """One setting, (rows, tokens, threads): a table row for each method."""
-    held = {name: trainers.ask(name, size) for name in names}
-    wall: dict[str, list[float]] = {name: [] for name in names}
-    cpu: dict[str, list[float]] = {name: [] for name in names}
-    order = random.Random(0)
-    finish = time.monotonic() + 60 * minutes
-    rounds = 0
-    while time.monotonic() < finish or rounds < LEAST_ROUNDS:
-        rounds += 1
-        for name in order.sample(names, len(names)):
-            time.sleep(PAUSE)
-            seconds, of_cpu = trainers.ask(name, None)
-            wall[name].append(seconds)
-            cpu[name].append(of_cpu)
-    return [
-        {
-            "model": model,
-            "rows": size[0],
-            "tokens": size[1],
-            "threads": size[2],
-            "method": name,
-            "trained_values": held[name]["trained_values"],
-            "rounds": rounds,
-            "step_seconds": round(statistics.median(wall[name]), 5),
-            "step_cpu_seconds": round(statistics.median(cpu[name]), 5),
-            "of_floor": _ratio(wall[name], wall.get(FLOOR)),
-            "of_floor_cpu": _ratio(cpu[name], cpu.get(FLOOR)),
-            "persistent_bytes": held[name]["persistent_bytes"],
-            "peak_bytes": held[name]["peak_bytes"],
-        }
-        for name in names
-    ]
+@dataclass
+class Timings:
+    """A setting's steps, of all processes that took them."""
+
+    held: dict[str, dict[str, int]] = field(default_factory=dict)  # by method
+    wall: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    cpu: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, trainers: Trainers, size: tuple[int, int, int], minutes: float) -> None:
+        """Steps of this size, (rows, tokens, threads), each method's once a round."""
+        names = trainers.names
+        self.held = {name: trainers.ask(name, size) for name in names}
+        finish, rounds = time.monotonic() + 60 * minutes, 0
+        while time.monotonic() < finish or rounds < LEAST_ROUNDS:
+            rounds += 1
+            for name in random.sample(names, len(names)):
+                time.sleep(PAUSE)
+                seconds, of_cpu = trainers.ask(name, None)
+                self.wall[name].append(seconds)
+                self.cpu[name].append(of_cpu)
+
+    def rows(self, model: str, size: tuple[int, int, int], processes: int) -> list[dict[str, Any]]:
+        """A table row for each method."""
+        wall, cpu = self.wall, self.cpu
+        return [
+            {
+                "model": model,
+                "rows": size[0],
+                "tokens": size[1],
+                "threads": size[2],
+                "method": name,
+                "trained_values": held["trained_values"],
+                "processes": processes,
+                "rounds": len(wall[name]),
+                "step_seconds": round(statistics.median(wall[name]), 5),
+                "step_cpu_seconds": round(statistics.median(cpu[name]), 5),
+                "of_floor": _ratio(wall[name], wall.get(FLOOR)),
+                "of_floor_cpu": _ratio(cpu[name], cpu.get(FLOOR)),
+                "persistent_bytes": held["persistent_bytes"],
+                "peak_bytes": held["peak_bytes"],
+            }
+            for name, held in self.held.items()
+        ]
 
 
 def _ratio(seconds: list[float], floor: list[float] | None) -> float | None:
@@ -213,25 +225,30 @@ def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--minutes", type=float, default=2, help="of rounds, a setting and heat")
+    parser.add_argument("--processes", type=int, default=3, help="one behind the other, a method")
     parser.add_argument("--settings", nargs="+", default=[f"{m}:{r}x{t}" for m, r, t in SETTINGS])
     parser.add_argument("--methods", nargs="+", default=list(methods()))
     parser.add_argument("--out", type=Path, help="what it holds of other rows stays")
     options = parser.parse_args(arguments)
     here = {"schema": 1, "machine": machine(), "versions": versions()}
     rows: list[dict[str, Any]] = []
-    names = options.methods
+    minutes = options.minutes / options.processes
     settings = [setting.partition(":") for setting in options.settings]
     for model, group in itertools.groupby(settings, key=lambda setting: setting[0]):
         shapes = [tuple(map(int, shape.split("x"))) for _, _, shape in group]
-        for heat in _heats(names):
-            with Trainers(model, heat) as trainers:
-                for (batch, tokens), threads in itertools.product(shapes, options.threads):
-                    size = (batch, tokens, threads)
-                    measured = measure(trainers, model, size, options.minutes, heat)
-                    print(_table(measured), flush=True)
-                    rows += measured
-                    if options.out is not None:
-                        _keep(options.out, rows, here)
+        sizes = [(*shape, threads) for shape in shapes for threads in options.threads]
+        for heat in _heats(options.methods):
+            timings: dict[tuple[int, int, int], Timings] = {size: Timings() for size in sizes}
+            for _ in range(options.processes):
+                with Trainers(model, heat) as trainers:
+                    for size, timing in timings.items():
+                        timing.add(trainers, size, minutes)
+            for size, timing in timings.items():
+                measured = timing.rows(model, size, options.processes)
+                print(_table(measured), flush=True)
+                rows += measured
+            if options.out is not None:
+                _keep(options.out, rows, here)
 
 
 def _heats(names: list[str]) -> Iterator[list[str]]:
