@@ -1,17 +1,92 @@
 """The order of the values in the one vector that is communicated.
 
-In:  the segments of an adapted model (fedpet/model.py).
-Out: the runs that a codec scales and rotates apart, and a hash that two sides compare.
+In:  the PET modules of an adapted model, in their order.
+Out: the segments of the vector, for each tier of devices; where each module's values lie; the runs
+     that a codec scales and rotates apart, and a hash that two sides compare.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
 
-from fedpet.model import Segment
+if TYPE_CHECKING:
+    from fedpet.modules.base import PetModule
 
-__all__ = ["groups_by_kind", "head_groups", "layout_hash"]
+__all__ = [
+    "HasLayout",
+    "Segment",
+    "groups_by_kind",
+    "head_groups",
+    "layout_hash",
+    "places_of",
+    "segments_of",
+]
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One stretch of the communicated values."""
+
+    kind: str  # "mask", "head", or the kind of a structure's module
+    name: str  # of the parameter (mask, head) or of the module's target
+    start: int
+    size: int
+
+
+class HasLayout(Protocol):
+    """What knows of its communicated values, for each tier of devices."""
+
+    @property
+    def tiers(self) -> tuple[tuple[Segment, ...], ...]:
+        """The layout of each tier, weakest first; of all last."""
+
+
+def segments_of(
+    modules: Sequence[PetModule], tier: Mapping[str, int] | None
+) -> tuple[Segment, ...]:
+    """The layout where the mask is cut to a tier's number of entries of each weight."""
+    segments, start = [], 0
+    for module in modules:
+        for name, size in module.parts:
+            if tier is not None and module.place == "mask":
+                size = tier[name]
+            if size:
+                segments.append(Segment(module.kind, name, start, size))
+                start += size
+    return tuple(segments)
+
+
+def places_of(
+    modules: Sequence[PetModule],
+) -> tuple[list[tuple[slice, slice]], list[tuple[PetModule, slice]]]:
+    """Where the values of each module lie.
+
+    Returns:
+        Stretches that are the trainables as they lie, of the values and of the flat storage; and
+        the modules that read and write their stretch of the values by themselves.
+    """
+    as_they_lie: list[tuple[slice, slice]] = []
+    own_way: list[tuple[PetModule, slice]] = []
+    stop = 0
+    for module in modules:
+        start, stop = stop, stop + module.num_values
+        if stop == start:
+            continue
+        if module.place == "mask" or not module.sends_trainables:
+            own_way.append((module, slice(start, stop)))
+            continue
+        first = module.trainables[0].storage_offset()
+        place, stretch = slice(start, stop), slice(first, first + stop - start)
+        if as_they_lie:
+            before, there = as_they_lie[-1]
+            if (before.stop, there.stop) == (start, first):
+                as_they_lie.pop()
+                place, stretch = slice(before.start, stop), slice(there.start, stretch.stop)
+        as_they_lie.append((place, stretch))
+    return as_they_lie, own_way
 
 
 def head_groups(segments: Sequence[Segment]) -> list[tuple[int, int]]:

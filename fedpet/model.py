@@ -6,33 +6,29 @@ In:  a backbone, a mask (or none), a structure, and the seed of what is drawn.
 Out: a `PetModel`: trains, reads and writes its communicated values, merges to a plain model.
 
 The backbone is adapted in place, and stays its own class with its own names: a module is changed
-by a `forward` on the instance, and only where its plain forward would not do. A change of a
-tensor's own shape (a bias, a gain, a head) needs none: the parameter holds pretrained + change,
-is itself the autograd leaf, and its gradient lands where the optimiser looks for it.
-
-All trainables lie in one flat tensor, all their gradients in another; the optimiser sees one
-parameter a kind of module. What the model computes with is written from pretrained + change after
-each step, so nothing drifts and whatever no module names stays bit-identical (law 2).
+by a `forward` on the instance, and only where its plain forward would not do. What the model
+computes with is written from pretrained + change after each step, so nothing drifts and whatever
+no module names stays bit-identical (law 2). Where trainables and values lie: `modules/storage.py`
+and `layout.py`.
 """
 
 from __future__ import annotations
 
 import copy
-import itertools
-import math
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from collections.abc import Callable
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
 from fedpet.errors import BackboneError
+from fedpet.layout import Segment, places_of, segments_of
 from fedpet.modules.base import PetModule
 from fedpet.modules.build import build_mask, build_structure
 from fedpet.modules.head import HeadTensor
 from fedpet.modules.product import PRODUCTS
 from fedpet.modules.site import build_sites
+from fedpet.modules.storage import FlatStorage
 from fedpet.positions import find_positions
 from fedpet.structure import Structure
 
@@ -42,25 +38,7 @@ if TYPE_CHECKING:
     from fedpet.backbone import Backbone
     from fedpet.mask import Mask
 
-__all__ = ["HasLayout", "PetModel", "Segment"]
-
-
-@dataclass(frozen=True)
-class Segment:
-    """One stretch of the communicated values."""
-
-    kind: str  # "mask", "head", or the kind of a structure's module
-    name: str  # of the parameter (mask, head) or of the module's target
-    start: int
-    size: int
-
-
-class HasLayout(Protocol):
-    """What knows of its communicated values, for each tier of devices."""
-
-    @property
-    def tiers(self) -> tuple[tuple[Segment, ...], ...]:
-        """The layout of each tier, weakest first; of all last."""
+__all__ = ["PetModel"]
 
 
 class PetModel:
@@ -112,12 +90,12 @@ class PetModel:
         self._sites = build_sites(
             self.model, positions, weights, self._structure, PRODUCTS[products]
         )
-        self._allocate()
-        self._hold()
+        self._storage = FlatStorage(self.model, self._modules)
         self._gated = False
         for site in self._sites:
             site.install(gated=False)
-        self.tiers = tuple(self._layout(tier) for tier in tiers) or (self._layout(None),)
+        of_tiers = (segments_of(self._modules, tier) for tier in tiers)
+        self.tiers = tuple(of_tiers) or (segments_of(self._modules, None),)
         self._take_layout(self.tiers[-1])
         self.load_values(torch.zeros(self.num_values), seed=seed)
 
@@ -125,11 +103,11 @@ class PetModel:
 
     def parameter_groups(self) -> dict[str, nn.Parameter]:
         """The trainables by kind of module, each one flat parameter with its gradient in place."""
-        return dict(self._groups)
+        return dict(self._storage.groups)
 
     def zero_grad(self) -> None:
         """Set all gradients to zero, in place: the optimiser's own would have to do so too."""
-        self._gradient.zero_()
+        self._storage.gradient.zero_()
 
     @torch.no_grad()
     def after_step(self) -> None:
@@ -138,12 +116,12 @@ class PetModel:
         Raises:
             RuntimeError: A gradient was taken away, so that the step moved nothing.
         """
-        if any(group.grad is None for group in self._groups.values()):
+        if any(group.grad is None for group in self._storage.groups.values()):
             raise RuntimeError(
                 "the gradients of a PetModel must stay in place, and an optimiser set them to "
                 "None. Call pet.zero_grad(), or optimizer.zero_grad(set_to_none=False)."
             )
-        torch.add(self._held_start, self._flat[self._held_from :], out=self._held)
+        self._storage.write_held()
         if self._mask is not None:
             self._mask.write_weights()
 
@@ -161,7 +139,7 @@ class PetModel:
         indirect = {m.kind for m in self._modules if not m.sends_trainables}
         direct = [
             (group, group.detach().clone())
-            for kind, group in self._groups.items()
+            for kind, group in self._storage.groups.items()
             if kind not in indirect
         ]
         senders = (m for m in self._modules if m.kind in indirect and m.num_values)
@@ -193,7 +171,7 @@ class PetModel:
             return
         assert self._mask is not None  # without a mask there is one tier
         self._mask.use({s.name: s.size for s in self.tiers[tier] if s.kind == "mask"})
-        self._groups["mask"] = self._bind("mask")
+        self._storage.bind("mask")
         self._take_layout(self.tiers[tier])
         for site in self._sites:
             if site.mask is not None:
@@ -203,9 +181,10 @@ class PetModel:
     @torch.no_grad()
     def values(self) -> Tensor:
         """What is sent: float32, (num_values,), on the CPU, a copy; zeros are the checkpoint."""
-        values = self._flat.new_empty(self.num_values)
+        flat = self._storage.flat
+        values = flat.new_empty(self.num_values)
         for place, stretch in self._as_they_lie:
-            values[place] = self._flat[stretch]
+            values[place] = flat[stretch]
         for module, place in self._own_way:
             values[place] = module.read()
         return values.to(device="cpu", dtype=torch.float32)
@@ -223,12 +202,13 @@ class PetModel:
                 f"values must have the shape ({self.num_values},) of this model's layout, got "
                 f"{tuple(values.shape)}. They belong to another mask or structure."
             )
-        values = values.to(self._flat)
+        flat = self._storage.flat
+        values = values.to(flat)
         for place, stretch in self._as_they_lie:
-            self._flat[stretch] = values[place]
+            flat[stretch] = values[place]
         for module, place in self._own_way:
             module.write(values[place], seed)
-        self._gradient.zero_()
+        self._storage.gradient.zero_()
         self.after_step()
 
     @torch.no_grad()
@@ -274,7 +254,7 @@ class PetModel:
                 f"{tuple(gates.shape)}."
             )
         # Unbound in one piece: taken one by one, each gate's gradient is a vector of all gates.
-        here = None if gates is None else gates.to(self._flat.device)
+        here = None if gates is None else gates.to(self._storage.flat.device)
         each = [None] * len(self._structure) if here is None else here.unbind()
         for module, gate in zip(self._structure, each, strict=True):
             module.gate = gate
@@ -290,112 +270,12 @@ class PetModel:
             site.remove()
         if self._mask is not None:
             self._mask.restore()
-        self._held.copy_(self._held_start)
-        for parameter in self._held_parameters:
-            parameter.data = parameter.data.clone()
-            parameter.grad = None
-            parameter.requires_grad_(False)
-
-    # Set-up.
+        self._storage.release()
 
     def _take_layout(self, segments: tuple[Segment, ...]) -> None:
-        """Find where the values of each module lie, and which may be copied in one piece."""
         self.segments = segments
         self.num_values = sum(segment.size for segment in segments)
-        self._as_they_lie: list[tuple[slice, slice]] = []  # of the values, of the flat storage
-        self._own_way: list[tuple[PetModule, slice]] = []  # what reads and writes by itself
-        stop = 0
-        for module in self._modules:
-            start, stop = stop, stop + module.num_values
-            if stop == start:
-                continue
-            if module.place == "mask" or not module.sends_trainables:
-                self._own_way.append((module, slice(start, stop)))
-                continue
-            first = module.trainables[0].storage_offset()
-            place, stretch = slice(start, stop), slice(first, first + stop - start)
-            if self._as_they_lie:
-                before, there = self._as_they_lie[-1]
-                if (before.stop, there.stop) == (start, first):
-                    self._as_they_lie.pop()
-                    place, stretch = slice(before.start, stop), slice(there.start, stretch.stop)
-            self._as_they_lie.append((place, stretch))
-
-    def _layout(self, tier: Mapping[str, int] | None) -> tuple[Segment, ...]:
-        """Segments of the values where the mask is cut to the tier's number of entries."""
-        segments, start = [], 0
-        for module in self._modules:
-            for name, size in module.parts:
-                if tier is not None and module.place == "mask":
-                    size = tier[name]
-                if size:
-                    segments.append(Segment(module.kind, name, start, size))
-                    start += size
-        return tuple(segments)
-
-    def _allocate(self) -> None:
-        """One flat storage: a stretch for each kind, those of the held kinds at the end."""
-        like = next(self.model.parameters())
-        kinds = list(dict.fromkeys(module.kind for module in self._modules))
-        held = {module.kind: module.held for module in self._modules}
-        sizes = dict.fromkeys(sorted(kinds, key=lambda kind: held[kind]), 0)
-        for module in self._modules:
-            sizes[module.kind] += sum(math.prod(shape) for shape in module.shapes)
-        self._flat = torch.zeros(sum(sizes.values()), dtype=like.dtype, device=like.device)
-        self._gradient = torch.zeros_like(self._flat)
-        self._first = dict(zip(sizes, itertools.accumulate([0, *sizes.values()]), strict=False))
-        self._held_from = min(
-            (first for kind, first in self._first.items() if held[kind]), default=len(self._flat)
-        )
-        self._groups = {kind: self._bind(kind) for kind in kinds}
-
-    def _bind(self, kind: str) -> nn.Parameter:
-        """Give the modules of a kind their views of the storage; the view of them all."""
-        first = start = self._first[kind]
-        for module in self._modules:
-            if module.kind == kind:
-                trainables = []
-                for shape in module.shapes:
-                    trainables.append(self._view(start, shape))
-                    start += math.prod(shape)
-                module.bind(trainables)
-        return self._view(first, (start - first,))
-
-    def _view(self, start: int, shape: Sequence[int]) -> nn.Parameter:
-        stop = start + math.prod(shape)
-        view = nn.Parameter(self._flat[start:stop].view(*shape))
-        view.grad = self._gradient[start:stop].view(*shape)
-        return view
-
-    @torch.no_grad()
-    def _hold(self) -> None:
-        """Make the model's parameters of held modules views of one storage, and leaves.
-
-        `_held` mirrors the end of `_flat`: pretrained + change there, change here, the gradient
-        of both in one place.
-        """
-        self._held = torch.zeros_like(self._flat[self._held_from :])
-        self._held_start = torch.zeros_like(self._held)
-        self._held_parameters: list[nn.Parameter] = []
-        for module in self._modules:
-            parameter = self._parameter_of(module) if module.held else None
-            if parameter is None:
-                continue
-            trainable = module.trainables[0]
-            start = trainable.storage_offset() - self._held_from
-            here = slice(start, start + trainable.numel())
-            module.pretrained = self._held_start[here].view(trainable.shape)
-            module.pretrained.copy_(parameter)
-            parameter.data = self._held[here].view(trainable.shape).copy_(parameter)
-            parameter.requires_grad_(True)
-            parameter.grad = trainable.grad
-            self._held_parameters.append(parameter)
-
-    def _parameter_of(self, module: PetModule) -> nn.Parameter | None:
-        if module.place == "tensor":
-            return self.model.get_parameter(module.target)
-        parameter = getattr(self.model.get_submodule(module.target), module.place, None)
-        return parameter if isinstance(parameter, nn.Parameter) else None
+        self._as_they_lie, self._own_way = places_of(self._modules)
 
 
 def _check_dtypes(model: nn.Module) -> None:

@@ -20,9 +20,8 @@ from fedpet.codec import Coding
 from fedpet.codec.frame import Frame, unpack_frames
 from fedpet.config import MAX_TIERS
 from fedpet.errors import FrameError, PlanError
-from fedpet.layout import groups_by_kind, head_groups
+from fedpet.layout import HasLayout, groups_by_kind, head_groups
 from fedpet.messages import REFERENCE_MISSING, Path, Request
-from fedpet.model import HasLayout
 from fedpet.node_state import NodeState
 from fedpet.plan import Plan
 from fedpet.reference import Reference, decode_whole, follow, seed_of_round

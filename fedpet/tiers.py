@@ -28,8 +28,7 @@ import numpy as np
 
 from fedpet.config import MaskConfig
 from fedpet.errors import PlanError, StructureError
-from fedpet.layout import groups_by_kind, head_groups
-from fedpet.model import HasLayout, Segment
+from fedpet.layout import HasLayout, Segment, groups_by_kind, head_groups
 from fedpet.seeds import derive_seed
 
 __all__ = ["Tier", "Where", "draw_tier", "tier_positions", "tier_within", "tiers_of"]

@@ -15,7 +15,7 @@ from fedpet.simulations.run_folder import machine, versions
 
 if TYPE_CHECKING:
     from fedpet.data import FederatedData
-    from fedpet.model import Segment
+    from fedpet.layout import Segment
 
 BYTES_PER_FLOAT = 4
 

@@ -25,9 +25,9 @@ from fedpet.config import (
 )
 from fedpet.data import Task
 from fedpet.errors import PlanError
+from fedpet.layout import Segment
 from fedpet.ledger import Ledger
 from fedpet.messages import PLAN_MISSING
-from fedpet.model import Segment
 from fedpet.node_settings import NodeSettings
 from fedpet.plan import Plan
 from fedpet.population import Population

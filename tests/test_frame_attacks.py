@@ -21,8 +21,8 @@ from hypothesis import strategies as st
 from fedpet.codec import Coding, Frame, Refusal, pack_frame, unpack_frames
 from fedpet.config import CodecConfig
 from fedpet.errors import FrameError, PlanError
+from fedpet.layout import Segment
 from fedpet.messages import Path, Request, read_request, write_request
-from fedpet.model import Segment
 from fedpet.plan import Plan
 from fedpet.reference import Reference, encode_whole, seed_of_round
 from fedpet.starts import Start, frames_of, starts_of

@@ -202,7 +202,7 @@ def test_backward_leaves_out_tokens_without_a_gradient_and_changes_nothing(
             dense_module, "_live", lambda g, look=look: kept.append(look(g)) or kept[-1]
         )
         loss_of(pet.model, inputs).backward()
-        gradients.append(pet._gradient.clone())
+        gradients.append(pet._storage.gradient.clone())
         monkeypatch.undo()
     assert any(live is not None and len(live) == 8 for live in kept), "no layer read first tokens"
     torch.testing.assert_close(gradients[0], gradients[1], rtol=1e-5, atol=1e-6)
@@ -253,10 +253,10 @@ def test_a_second_backward_on_a_retained_graph_gives_the_same_gradient() -> None
     pet = PetModel(base, mask_of(base), Structure(), seed=0)
     loss = loss_of(pet.model, batch("bert"))
     loss.backward(retain_graph=True)
-    first = pet._gradient.clone()
+    first = pet._storage.gradient.clone()
     pet.zero_grad()
     loss.backward()
-    assert torch.equal(first, pet._gradient)
+    assert torch.equal(first, pet._storage.gradient)
 
 
 def test_an_input_changed_in_place_before_backward_is_noticed() -> None:
@@ -277,7 +277,7 @@ def test_half_precision_activations_are_cast_for_the_sampled_product() -> None:
         with torch.autocast("cpu", dtype=torch.bfloat16, enabled=half):
             loss = loss_of(pet.model, inputs)
         loss.float().backward()
-        assert pet._gradient.dtype == torch.float32
-        gradients.append(pet._gradient.clone())
+        assert pet._storage.gradient.dtype == torch.float32
+        gradients.append(pet._storage.gradient.clone())
     cosine = nn.functional.cosine_similarity(gradients[0], gradients[1], dim=0)
     assert cosine > 0.98

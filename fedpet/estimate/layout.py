@@ -17,8 +17,8 @@ from itertools import groupby, pairwise
 from fedpet.backbone import Backbone
 from fedpet.config import Experiment, MaskConfig
 from fedpet.errors import ConfigError
+from fedpet.layout import Segment
 from fedpet.mask import num_chosen
-from fedpet.model import Segment
 from fedpet.modules.build import build_structure
 from fedpet.positions import Position, find_positions, mask_scope
 from fedpet.structure import Structure, settled_structure

@@ -34,7 +34,8 @@ from torch import Tensor
 from fedpet.config import SearchConfig
 from fedpet.device import device_of
 from fedpet.errors import TrainingError
-from fedpet.model import PetModel, Segment
+from fedpet.layout import Segment
+from fedpet.model import PetModel
 from fedpet.search.bilevel import BiLevel
 from fedpet.search.search import Split, step_batches
 from fedpet.search.space import Space, build_space

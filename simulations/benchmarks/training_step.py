@@ -4,13 +4,13 @@
 
 Each method has a process of its own, as a client has: what another leaves of memory and caches is
 not its. How memory comes to lie in one process is worth some percent of its steps all along, so
-each method has several, one behind the other. For each setting (model, rows x tokens, threads) the methods take turns, one step each, in
-a new order each round, while the others sleep, so that what else the machine does falls on all
-alike; rounds go on for some minutes, since a small step needs more of them. Some methods take
-turns, then the next ones, the floor among all: all at once would not fit in the memory of a small
-machine. A step is forward, backward, optimiser and whatever the method writes afterwards. Told are
-the medians of wall and of processor time, the median over rounds of a step's time over that of
-`bitfit` in the same round, and
+each method has several, one behind the other. For each setting (model, rows x tokens, threads) the
+methods take turns, one step each, in a new order each round, while the others sleep, so that what
+else the machine does falls on all alike; rounds go on for some minutes, since a small step needs
+more of them. Some methods take turns, then the next ones, the floor among all: all at once would
+not fit in the memory of a small machine. A step is forward, backward, optimiser and whatever the
+method writes afterwards. Told are the medians of wall and of processor time, the median over rounds
+of a step's time over that of `bitfit` in the same round, and
 
     persistent bytes   what the method holds between steps above the loaded model
     peak bytes         the most that is allocated at once during a step, on top of that
@@ -34,8 +34,8 @@ import statistics
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from dataclasses import dataclass, field
 from contextlib import ExitStack
+from dataclasses import dataclass, field
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
