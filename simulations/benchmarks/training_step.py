@@ -240,7 +240,8 @@ def main(arguments: list[str] | None = None) -> None:
         for heat in _heats(options.methods):
             timings: dict[tuple[int, int, int], Timings] = {size: Timings() for size in sizes}
             for _ in range(options.processes):
-                with Trainers(model, heat) as trainers:
+                # Whoever starts later may find worse memory: in a new order each time.
+                with Trainers(model, random.sample(heat, len(heat))) as trainers:
                     for size, timing in timings.items():
                         timing.add(trainers, size, minutes)
             for size, timing in timings.items():
