@@ -123,7 +123,8 @@ class Trainers:
         self.names = names
         self._pipes: dict[str, Connection] = {}
         self._processes = []
-        for name in names:
+        # Whoever starts later may find worse memory: in a new order each time.
+        for name in random.sample(names, len(names)):
             self._pipes[name], theirs = context.Pipe()
             process = context.Process(target=_serve, args=(theirs, model, name), daemon=True)
             process.start()
@@ -240,8 +241,7 @@ def main(arguments: list[str] | None = None) -> None:
         for heat in _heats(options.methods):
             timings: dict[tuple[int, int, int], Timings] = {size: Timings() for size in sizes}
             for _ in range(options.processes):
-                # Whoever starts later may find worse memory: in a new order each time.
-                with Trainers(model, random.sample(heat, len(heat))) as trainers:
+                with Trainers(model, heat) as trainers:
                     for size, timing in timings.items():
                         timing.add(trainers, size, minutes)
             for size, timing in timings.items():
