@@ -68,11 +68,12 @@ class _Folded:
         Returns:
             (rows, heads, size).
         """
+        x = x[:, None]
         looked_for = self.key.to_inputs(query.transpose(0, 1)).transpose(0, 1)  # (rows, heads, in)
         mean = nn.functional.scaled_dot_product_attention(  # of all heads of a text as one
             looked_for[:, None],
-            x[:, None],
-            x[:, None],
+            x,
+            x,
             attn_mask=None if bias is None else bias.transpose(1, 2),
             scale=query.shape[-1] ** -0.5 if scaling is None else scaling,
         )
