@@ -42,13 +42,15 @@ def _moved(pet: PetModel) -> PetModel:
     return pet
 
 
-def _last_attention(monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any) -> Tensor:
-    """The keys that the last attention is given."""
+def _last_attention(
+    monkeypatch: pytest.MonkeyPatch, model: nn.Module, inputs: Any
+) -> tuple[Tensor, Tensor]:
+    """The keys and values that the last attention is given."""
     plain, seen = nn.functional.scaled_dot_product_attention, []
 
-    def attend(query: Tensor, key: Tensor, *args: Any, **options: Any) -> Tensor:
-        seen.append(key.detach())
-        return plain(query, key, *args, **options)
+    def attend(query: Tensor, key: Tensor, value: Tensor, **options: Any) -> Tensor:
+        seen.append((key, value))
+        return plain(query, key, value, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(nn.functional, "scaled_dot_product_attention", attend)
@@ -102,9 +104,10 @@ def test_the_last_attention_is_over_tokens_that_have_no_keys(
     pet, inputs = _moved(_pet(name, structure)), batch(name, rows=4)
     whole, gradients = pet.model(**inputs).logits, _gradients(pet, inputs)
     with first_token_only(pet.model, inputs):
-        keys = _last_attention(monkeypatch, pet.model, inputs)
+        keys, values = _last_attention(monkeypatch, pet.model, inputs)
         cut, cut_gradients = pet.model(**inputs).logits, _gradients(pet, inputs)
     assert keys.shape == (4, 1, 9, 32)  # rows, one for all heads, tokens, hidden size
+    assert values is keys  # two views would add gradients up in another order: other last bits
     torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(
         cut_gradients, gradients, rtol=1e-4, atol=1e-5 * float(gradients.abs().max())
@@ -135,14 +138,33 @@ def test_gates_meet_keys_and_values_as_in_whole_passes() -> None:
         torch.testing.assert_close(of_gates(), whole, rtol=1e-4, atol=1e-5)
 
 
-def test_where_attention_drops_weights_keys_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("name", APART)
+def test_where_attention_may_drop_weights_keys_are_made(name: str) -> None:
+    pet, inputs = _moved(_pet(name, "none")), batch(name, rows=4)
+    whole, gradients = pet.model(**inputs).logits, _gradients(pet, inputs)
+    for module in pet.model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    pet.model.train()
+    keys: list[Tensor] = []
+    handle = _last(pet.model, "key").register_forward_hook(
+        lambda module, args, output: keys.append(output.detach())
+    )
+    with first_token_only(pet.model, inputs):
+        keys.clear()
+        cut, cut_gradients = pet.model(**inputs).logits, _gradients(pet, inputs)
+    handle.remove()
+    assert [key.shape for key in keys] == 2 * [(4, 9, 32)]
+    assert all(key.abs().max() > 0 for key in keys)  # not what stands for them
+    torch.testing.assert_close(cut, whole, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(cut_gradients, gradients, rtol=1e-4, atol=1e-5)
+
+
+def test_in_half_precision_keys_are_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model, inputs = backbone("bert").model, batch("bert", rows=4)
-    model.train()
-    with first_token_only(model, inputs):
-        assert _last_attention(monkeypatch, model, inputs).shape == (4, 4, 9, 8)
-    model.eval()
     with torch.autocast("cpu", torch.bfloat16), first_token_only(model, inputs):
-        assert _last_attention(monkeypatch, model, inputs).shape == (4, 4, 9, 8)
+        keys, _ = _last_attention(monkeypatch, model, inputs)
+    assert keys.shape == (4, 4, 9, 8)
 
 
 @pytest.mark.parametrize("name", CUT)
