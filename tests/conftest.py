@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 if TYPE_CHECKING:
     from fedpet.config import Experiment
@@ -22,6 +23,10 @@ REPOSITORY = Path(__file__).resolve().parents[1]
 # Benchmarks are in no wheel: they are taken from the checkout. At the end of the path, so that a
 # wheel's fedpet stays the one that is tested.
 sys.path.append(str(REPOSITORY))
+
+# How long an example takes, or its making, tells of what else the machine does, not of the code.
+settings.register_profile("fedpet", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("fedpet")
 
 # Short on purpose: Ray puts sockets below it, and the path of a socket holds 107 bytes.
 HOME = Path(tempfile.mkdtemp(prefix="fp-"))

@@ -15,7 +15,6 @@ FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False, allow_subnor
 
 
 @pytest.mark.parametrize("codec", LOSSLESS)
-@settings(deadline=None)
 @given(values=arrays(np.float32, st.integers(0, 300), elements=FINITE))
 def test_float32_gives_back_the_same_bits(codec, values):
     decoded = roundtrip(values, codec)
@@ -23,7 +22,7 @@ def test_float32_gives_back_the_same_bits(codec, values):
     assert decoded.tobytes() == values.tobytes()  # minus zero and subnormals too
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=arrays(np.float32, st.integers(0, 300), elements=FINITE),
     codec=st.sampled_from([c for c in CODECS if "eden" not in c]),
@@ -37,7 +36,7 @@ def test_every_finite_vector_decodes_to_a_finite_one_of_its_length(values, codec
     assert np.isfinite(decoded).all()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     values=arrays(
         np.float32, st.integers(0, 300), elements=st.floats(-(2.0**99), 2.0**99, width=32)
@@ -53,7 +52,7 @@ def test_every_vector_up_to_1e30_can_be_rotated(values, bits, seed):
     assert np.linalg.norm(decoded - values.astype(np.float64)) <= 2 * norm + 1e-37
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(values=arrays(np.float32, st.integers(1, 3000), elements=st.floats(-1e4, 1e4, width=32)))
 def test_an_integer_codec_errs_by_less_than_its_blocks_scale(values):
     for codec, limit, block in (("int8", 127, 1024), ("int4", 7, 64)):
@@ -65,7 +64,6 @@ def test_an_integer_codec_errs_by_less_than_its_blocks_scale(values):
             assert error[part].max() <= scale * (1 + 1e-6) + 1e-40
 
 
-@settings(deadline=None)
 @given(values=arrays(np.float32, st.integers(1, 300), elements=FINITE))
 def test_bfloat16_errs_by_less_than_its_last_place(values):
     decoded = roundtrip(values, "bfloat16").astype(np.float64)

@@ -36,7 +36,7 @@ def test_another_seed_gives_other_errors(codec):
 
 @pytest.mark.parametrize("codec", CODECS)
 @given(sizes=st.lists(st.integers(0, 5000), min_size=1, max_size=6), wild=st.booleans())
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 def test_no_payload_is_longer_than_announced(codec, sizes, wild):
     stops = np.cumsum(sizes).tolist()
     groups = list(zip([0, *stops[:-1]], stops, strict=True))
@@ -93,7 +93,6 @@ def test_coded_floats_are_within_2_percent_of_what_their_exponents_allow(codec, 
     assert len(encode_values(values, codec, [(0, len(values))], seed=0)) < 1.02 * limit
 
 
-@settings(deadline=None)
 @given(
     symbols=st.integers(2, 256).flatmap(
         lambda alphabet: st.tuples(

@@ -95,7 +95,7 @@ def test_every_cut_and_every_longer_payload_is_refused(codec):
         decode_values(payload + b"\0", codec, groups, seed=0)
 
 
-@settings(max_examples=120, deadline=None)
+@settings(max_examples=120)
 @given(data=st.data(), codec=st.sampled_from(CODECS))
 def test_a_forged_payload_decodes_to_finite_values_or_is_refused(data, codec):
     groups = [(0, 100), (100, 110)]
@@ -111,7 +111,7 @@ def test_a_forged_payload_decodes_to_finite_values_or_is_refused(data, codec):
     assert np.isfinite(decoded).all()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(payload=st.binary(max_size=200), codec=st.sampled_from(CODECS))
 def test_random_bytes_decode_to_finite_values_or_are_refused(payload, codec):
     try:

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 from datasets import ClassLabel, Dataset
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoTokenizer
 from word_rows import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, texts_of, two_splits, write
@@ -157,7 +157,6 @@ def test_a_tokeniser_without_padding_fills_up_with_its_end_token(
 # Held-out rows, and limits.
 
 
-@settings(deadline=None)
 @given(
     texts=st.lists(st.text(max_size=4), min_size=1, max_size=60),
     fraction=st.floats(0.01, 0.99),

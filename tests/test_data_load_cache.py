@@ -44,7 +44,7 @@ def same(one: FederatedData, other: FederatedData) -> bool:
     )
 
 
-@settings(max_examples=8, deadline=None)  # each reads a file: a quarter of a second
+@settings(max_examples=8)  # each reads a file: a quarter of a second
 @given(seed=st.integers(0, 10**6), num_rows=st.integers(4, 30))
 def test_a_second_start_gives_the_same_bytes_and_tokenises_nothing(
     tokenizer_folder: Path, tmp_path_factory: pytest.TempPathFactory, seed: int, num_rows: int

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpet.config import PopulationConfig
@@ -27,7 +27,6 @@ populations = st.builds(
 )
 
 
-@settings(deadline=None)
 @given(labels=labels_lists, population=populations)
 def test_the_parts_are_a_disjoint_cover_of_the_rows(
     labels: list[int], population: PopulationConfig
@@ -41,7 +40,6 @@ def test_the_parts_are_a_disjoint_cover_of_the_rows(
         assert (np.diff(rows) > 0).all()
 
 
-@settings(deadline=None)
 @given(labels=labels_lists, population=populations)
 def test_the_same_seed_gives_the_same_parts(
     labels: list[int], population: PopulationConfig
@@ -77,7 +75,6 @@ def test_a_seed_means_the_same_clients_on_every_machine(
     assert [parts[name].tolist() for name in ("0", "1", "2")] == expected
 
 
-@settings(deadline=None)
 @given(labels=labels_lists, population=populations)
 def test_what_takes_part_and_what_is_left_out_add_up_to_all(
     labels: list[int], population: PopulationConfig
@@ -152,7 +149,6 @@ def test_dirichlet_over_a_regression_is_refused_with_what_works_instead() -> Non
         partition(np.zeros(9, np.float32), PopulationConfig(partition="dirichlet"))
 
 
-@settings(deadline=None)
 @given(n=st.integers(1, 100), num_clients=st.integers(1, 12))
 def test_iid_parts_differ_in_size_by_one_at_most(n: int, num_clients: int) -> None:
     parts = partition(
@@ -171,7 +167,6 @@ def test_a_natural_client_owns_exactly_the_rows_that_name_it() -> None:
     }
 
 
-@settings(deadline=None)
 @given(num_clients=st.integers(1, 1200))
 def test_numbered_ids_sort_in_the_order_of_their_numbers(num_clients: int) -> None:
     ids = numbered(num_clients)

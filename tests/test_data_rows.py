@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpet.data import Rows
@@ -27,7 +27,6 @@ def make_rows(texts: list[list[int]], *, types: bool = True, regression: bool = 
     )
 
 
-@settings(deadline=None)
 @given(texts=token_lists, data=st.data())
 def test_a_batch_gives_back_the_tokens_of_its_rows_in_the_order_asked_for(
     texts: list[list[int]], data: st.DataObject
@@ -42,7 +41,6 @@ def test_a_batch_gives_back_the_tokens_of_its_rows_in_the_order_asked_for(
         assert batch["labels"][place] == row
 
 
-@settings(deadline=None)
 @given(texts=token_lists)
 def test_a_batch_is_as_wide_as_its_longest_row_and_padded_on_the_right(
     texts: list[list[int]],

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpet.config import DataConfig
@@ -23,7 +23,6 @@ def test_a_task_has_an_output_for_each_class_and_one_for_a_regression() -> None:
     assert Task("regression", (), "pearson").num_outputs == 1
 
 
-@settings(deadline=None)
 @given(st.lists(st.text(max_size=3), min_size=2, max_size=30))
 def test_strings_are_looked_up_in_their_sorted_names(labels: list[str]) -> None:
     if len(set(labels)) < 2:
@@ -35,7 +34,6 @@ def test_strings_are_looked_up_in_their_sorted_names(labels: list[str]) -> None:
     assert [names[index] for index in encoded] == labels
 
 
-@settings(deadline=None)
 @given(st.lists(st.integers(0, 6), min_size=7, max_size=30))
 def test_whole_numbers_are_class_indices_up_to_the_largest(labels: list[int]) -> None:
     names = read_off_label_names([*labels, 1], WHERE)

@@ -107,7 +107,7 @@ def test_the_payloads_of_a_long_run_join_those_that_were_played_through() -> Non
     assert long.up[:20].mean() == pytest.approx(short.up.mean(), rel=0.02)
 
 
-@settings(max_examples=30, deadline=None)  # the machine's load is not what is tested
+@settings(max_examples=30)
 @given(
     codec=st.sampled_from(["float32", "int8", "eden-3", "topk-0.2+bfloat16", "int4-raw"]),
     sizes=st.lists(st.integers(1, 300), min_size=1, max_size=4),

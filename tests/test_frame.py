@@ -8,7 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from forgery import forge
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpet.codec import Frame, Refusal, known_codecs, pack_frame, pack_refusal, unpack_frames
@@ -26,7 +26,6 @@ def unpack(buffer, max_frames=8, max_payload_bytes=10_000):
 # ---------------------------------------------------------------- what is read
 
 
-@settings(deadline=None)
 @given(
     frame=st.builds(
         Frame,
@@ -47,7 +46,6 @@ def test_a_frame_comes_back_as_it_was(frame):
     assert unpack(packed) == [frame]
 
 
-@settings(deadline=None)
 @given(reason=st.text(max_size=700), client=st.integers(0, 2**64 - 1))
 def test_a_refusal_says_its_reason_in_500_bytes(reason, client):
     (refusal,) = unpack(pack_refusal(Refusal(DIGEST, 7, client, reason)))

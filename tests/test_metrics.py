@@ -6,7 +6,7 @@ import math
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpet.data import Task
@@ -70,7 +70,6 @@ labels_of_three = st.lists(st.integers(0, 2), min_size=1, max_size=40)
 
 
 @pytest.mark.parametrize("metric", ["accuracy", "f1", "matthews"])
-@settings(deadline=None)
 @given(labels=labels_of_three)
 def test_the_labels_themselves_as_outputs_are_perfect(metric: str, labels: list[int]) -> None:
     value = metric_value(classes(metric, 3), outputs(labels, 3), np.array(labels))
@@ -78,7 +77,6 @@ def test_the_labels_themselves_as_outputs_are_perfect(metric: str, labels: list[
     assert value == (0.0 if metric == "matthews" and one_class_only else pytest.approx(1.0))
 
 
-@settings(deadline=None)
 @given(labels=labels_of_three, seed=st.integers(0, 999))
 def test_a_metric_does_not_depend_on_the_order_of_the_rows(labels: list[int], seed: int) -> None:
     rng = np.random.default_rng(seed)
@@ -89,7 +87,6 @@ def test_a_metric_does_not_depend_on_the_order_of_the_rows(labels: list[int], se
         assert shuffled == metric_value(task, logits, np.array(labels))
 
 
-@settings(deadline=None)
 @given(
     values=st.lists(st.integers(-50, 50), min_size=2, max_size=30),
     scale=st.floats(0.1, 10),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpet.modules.kept import COLLIDING, to_columns
@@ -16,7 +16,6 @@ from fedpet.modules.kept import COLLIDING, to_columns
     skipped=st.integers(0, 3),
     data=st.data(),
 )
-@settings(deadline=None)
 def test_columns_hold_the_numbers_of_the_rows(
     tokens: int, features: int, skipped: int, data: st.DataObject
 ) -> None:

@@ -39,7 +39,6 @@ def tensors(draw):
     return positions, sizes
 
 
-@settings(deadline=None)
 @given(tensors())
 def test_decoding_gives_back_every_position(case):
     positions, sizes = case
@@ -133,7 +132,7 @@ def valid(decoded, sizes):
     )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(payload=st.binary(max_size=60), sizes=st.lists(st.integers(0, 200), max_size=3))
 def test_random_bytes_are_ascending_positions_or_refused(payload, sizes):
     try:
@@ -143,7 +142,7 @@ def test_random_bytes_are_ascending_positions_or_refused(payload, sizes):
     assert valid(decoded, sizes)
 
 
-@settings(max_examples=80, deadline=None)
+@settings(max_examples=80)
 @given(case=tensors(), data=st.data())
 def test_changed_bytes_are_ascending_positions_or_refused(case, data):
     positions, sizes = case

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from architectures import ARCHITECTURES, backbone, batch, loss_of, mask_of, structure_of
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -114,7 +114,6 @@ def test_the_plain_model_and_the_checkpoint_multiply_as_ever() -> None:
     bias=st.sampled_from(["none", "a column", "a row"]),
     seed=st.integers(0, 9),
 )
-@settings(deadline=None)
 def test_a_product_is_the_same_whatever_its_sizes_and_strides(
     sizes: tuple[int, int, int], turned: tuple[bool, bool], bias: str, seed: int
 ) -> None:

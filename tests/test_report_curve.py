@@ -54,7 +54,7 @@ def books(folder: Path, rounds: list[tuple[int, int, int, float | None]]) -> dic
     }
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rounds_of_a_run)
 def test_cumulative_bytes_never_fall_and_end_at_the_total(
     tmp_path: Path, rounds: list[tuple[int, int, int, float | None]]
@@ -73,7 +73,7 @@ def test_cumulative_bytes_never_fall_and_end_at_the_total(
     ]
 
 
-@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(rounds_of_a_run)
 def test_a_result_without_its_rounds_ends_at_the_same_total_and_says_so(
     tmp_path: Path, rounds: list[tuple[int, int, int, float | None]]

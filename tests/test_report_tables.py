@@ -197,7 +197,7 @@ def test_a_cell_file_holds_its_result_beside_its_settings(tmp_path: Path) -> Non
     }
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.permutations(range(6)), st.lists(st.floats(0.1, 1), min_size=6, max_size=6))
 def test_rows_do_not_depend_on_the_order_of_the_results(
     order: list[int], finals: list[float]

@@ -199,7 +199,7 @@ def test_a_journal_survives_its_bytes() -> None:
     assert read.optimiser["m_t"].tobytes() == journal.optimiser["m_t"].tobytes()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(where=st.integers(0, 10_000), what=st.integers(1, 255), cut=st.booleans())
 def test_a_damaged_journal_is_never_read_as_another(where: int, what: int, cut: bool) -> None:
     whole = bytearray(make_journal().to_bytes())

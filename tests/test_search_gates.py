@@ -44,7 +44,7 @@ def problems(draw: st.DrawFn) -> tuple[list[float], list[int], float, float]:
     return [offset + spread * a for a in alpha], sizes, share * sum(sizes), beta
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(problems())
 def test_the_expected_size_equals_the_budget(
     problem: tuple[list[float], list[int], float, float],
@@ -55,7 +55,7 @@ def test_the_expected_size_equals_the_budget(
     assert expected == pytest.approx(budget, rel=1e-9, abs=0)
 
 
-@settings(deadline=None, max_examples=100)
+@settings(max_examples=100)
 @given(problems(), st.integers(0, 2**31))
 def test_no_selection_exceeds_the_budget_or_leaves_room_for_another(
     problem: tuple[list[float], list[int], float, float], seed: int

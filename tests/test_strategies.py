@@ -107,7 +107,7 @@ def test_every_parameter_of_a_strategy_reaches_flower() -> None:
 
 
 @pytest.mark.parametrize("name", STRATEGIES)
-@settings(max_examples=3, deadline=None)
+@settings(max_examples=3)
 @given(seed=st.integers(0, 1000), num_nodes=st.integers(1, 11))
 def test_the_order_of_replies_and_the_nodes_do_not_change_a_bit(
     name: str, seed: int, num_nodes: int

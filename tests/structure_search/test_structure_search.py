@@ -173,7 +173,7 @@ def made(prepared: ToSearch, **changes: Any) -> StructureSearch:
 
 
 @given(st.data())
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 def test_the_structure_never_exceeds_its_budget_whatever_alpha_came_out(
     searching: ToSearch, data: st.DataObject
 ) -> None:
