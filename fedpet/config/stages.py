@@ -9,54 +9,13 @@ Every key is a field below with its default, and every field is a key: there is 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
 from dataclasses import dataclass
 
+from fedpet.config.entries import check_at_least, check_choice, density_and_share, rate_of_kind
 from fedpet.errors import ConfigError
 from fedpet.rules import RULES, check_parameters, least_replies
 
 MAX_TIERS = 16
-
-
-def _choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    allowed = list(allowed)
-    if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
-
-
-def _density_and_share(entry: str) -> tuple[float, float]:
-    """Of one of `mask.tiers`: "0.005=0.3" is (0.005, 0.3)."""
-    density, _, share = entry.partition("=")
-    try:
-        numbers = float(density), float(share)
-    except ValueError:
-        numbers = 0.0, 0.0
-    if not (0 < numbers[0] <= 1 and 0 <= numbers[1] <= 1):
-        raise ConfigError(
-            f"mask.tiers must hold entries such as '0.005=0.3', a density in (0, 1] and the share "
-            f"of the clients that train it in [0, 1], got {entry!r}."
-        )
-    return numbers
-
-
-def _at_least(name: str, value: float, least: float) -> None:
-    if not value >= least:
-        raise ConfigError(f"{name} must be at least {least}, got {value!r}.")
-
-
-def _rate_of(kind: str, rate: float, by_kind: Iterable[str], key: str) -> float:
-    """`rate`, or that of the entry "kind=rate"; all entries are checked."""
-    for entry in by_kind:
-        name, _, text = entry.partition("=")
-        try:
-            value = float(text)
-        except ValueError:
-            value = -1.0
-        if not value > 0:
-            raise ConfigError(f"{key} must hold entries such as 'head=0.01', got {entry!r}.")
-        if name.strip() == kind:
-            return value
-    return rate
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,8 +41,8 @@ class DataConfig:
     max_eval_rows: int = 0  # 0 takes all
 
     def __post_init__(self) -> None:
-        _choice("data.task", self.task, ("classification", "regression"))
-        _choice("data.metric", self.metric, ("accuracy", "f1", "matthews", "pearson"))
+        check_choice("data.task", self.task, ("classification", "regression"))
+        check_choice("data.metric", self.metric, ("accuracy", "f1", "matthews", "pearson"))
         if (self.metric == "pearson") != (self.task == "regression"):
             raise ConfigError(
                 f"data.metric {self.metric!r} does not measure a {self.task} task: take 'pearson' "
@@ -94,7 +53,7 @@ class DataConfig:
                 f"data.text-columns must name one column, or two for pairs of texts, got "
                 f"{list(self.text_columns)}."
             )
-        _at_least("data.max-length", self.max_length, 8)
+        check_at_least("data.max-length", self.max_length, 8)
         if not 0 < self.eval_fraction < 1:
             raise ConfigError(
                 f"data.eval-fraction must be in (0, 1), got {self.eval_fraction!r}. It is the "
@@ -114,10 +73,10 @@ class PopulationConfig:
 
     def __post_init__(self) -> None:
         known = ("column", "dirichlet", "shards", "iid", "nodes")
-        _choice("population.partition", self.partition, known)
-        _at_least("population.num-clients", self.num_clients, 1)
-        _at_least("population.min-rows", self.min_rows, 1)
-        _at_least("population.shards-per-client", self.shards_per_client, 1)
+        check_choice("population.partition", self.partition, known)
+        check_at_least("population.num-clients", self.num_clients, 1)
+        check_at_least("population.min-rows", self.min_rows, 1)
+        check_at_least("population.shards-per-client", self.shards_per_client, 1)
         if not self.alpha > 0:
             raise ConfigError(f"population.alpha must be above 0, got {self.alpha!r}.")
 
@@ -139,9 +98,9 @@ class MaskConfig:
                 "entries in scope: to train half a percent, give 0.005; to train none, give "
                 "mask.enabled = false."
             )
-        _choice("mask.rule", self.rule, ("smallest", "largest", "random"))
-        _choice("mask.granularity", self.granularity, ("global", "per-tensor"))
-        _choice("mask.broadcast", self.broadcast, ("derived", "explicit"))
+        check_choice("mask.rule", self.rule, ("smallest", "largest", "random"))
+        check_choice("mask.granularity", self.granularity, ("global", "per-tensor"))
+        check_choice("mask.broadcast", self.broadcast, ("derived", "explicit"))
         if self.tiers:
             self._check_tiers()
 
@@ -150,7 +109,7 @@ class MaskConfig:
         """(density, share of the clients) of each tier, rising; one where none is named."""
         if not self.tiers:
             return ((self.density, 1.0),)
-        return tuple(sorted(_density_and_share(entry) for entry in self.tiers))
+        return tuple(sorted(density_and_share(entry) for entry in self.tiers))
 
     @property
     def tier_densities(self) -> tuple[float, ...]:
@@ -186,7 +145,7 @@ class StructureConfig:
     scale: float = 2.0  # of lora: what alpha / rank is elsewhere
 
     def __post_init__(self) -> None:
-        _at_least("structure.rank", self.rank, 1)
+        check_at_least("structure.rank", self.rank, 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -211,14 +170,14 @@ class TrainingConfig:
     threads: int = 1  # torch threads a client
 
     def __post_init__(self) -> None:
-        _choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
-        _choice("training.schedule", self.schedule, ("constant", "linear"))
-        _choice("training.products", self.products, ("torch", "onednn"))
-        _at_least("training.local-epochs", self.local_epochs, 0)
-        _at_least("training.batch-size", self.batch_size, 1)
-        _at_least("training.threads", self.threads, 1)
-        _at_least("training.logit-adjustment", self.logit_adjustment, 0)
-        _at_least("training.proximal-mu", self.proximal_mu, 0)
+        check_choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
+        check_choice("training.schedule", self.schedule, ("constant", "linear"))
+        check_choice("training.products", self.products, ("torch", "onednn"))
+        check_at_least("training.local-epochs", self.local_epochs, 0)
+        check_at_least("training.batch-size", self.batch_size, 1)
+        check_at_least("training.threads", self.threads, 1)
+        check_at_least("training.logit-adjustment", self.logit_adjustment, 0)
+        check_at_least("training.proximal-mu", self.proximal_mu, 0)
         if not self.learning_rate > 0:
             raise ConfigError(
                 f"training.learning-rate must be above 0, got {self.learning_rate!r}."
@@ -227,7 +186,9 @@ class TrainingConfig:
 
     def rate_of(self, kind: str) -> float:
         """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
-        return _rate_of(kind, self.learning_rate, self.learning_rates, "training.learning-rates")
+        return rate_of_kind(
+            kind, self.learning_rate, self.learning_rates, "training.learning-rates"
+        )
 
 
 LEAST_BETA = 1e-3  # of a search's temperature
@@ -271,17 +232,17 @@ class SearchConfig:
     settled_rounds: int = 3  # as often in a row, and the search is over
 
     def __post_init__(self) -> None:
-        _choice("search.space", self.space, ("mergeable", "s3pet-mix", "s3pet-lora"))
-        _choice("search.order", self.order, ("second", "first"))
-        _choice("search.virtual", self.virtual, ("adamw", "adamw-exact", "sgd"))
-        _choice("search.checkpoint", self.checkpoint, ("best", "last"))
+        check_choice("search.space", self.space, ("mergeable", "s3pet-mix", "s3pet-lora"))
+        check_choice("search.order", self.order, ("second", "first"))
+        check_choice("search.virtual", self.virtual, ("adamw", "adamw-exact", "sgd"))
+        check_choice("search.checkpoint", self.checkpoint, ("best", "last"))
         for name in (
             *("rank", "epochs", "batch_size", "evaluate_every"),
             *("rounds", "local_steps", "settled_rounds"),
         ):
-            _at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 1)
+            check_at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 1)
         for name in ("rate", "max_steps", "clip_norm", "beta_end"):
-            _at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 0)
+            check_at_least(f"search.{name.replace('_', '-')}", getattr(self, name), 0)
         for name in ("beta", "beta_end"):
             if 0 < getattr(self, name) < LEAST_BETA:
                 raise ConfigError(
@@ -312,7 +273,7 @@ class SearchConfig:
 
     def rate_of(self, kind: str) -> float:
         """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
-        return _rate_of(kind, self.rate, self.rates, "search.rates")
+        return rate_of_kind(kind, self.rate, self.rates, "search.rates")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -338,11 +299,11 @@ class StrategyConfig:
     client_learning_rate: float = 0.0  # qfedavg: 1 / L; 0 is training.learning-rate
 
     def __post_init__(self) -> None:
-        _choice("strategy.name", self.name, RULES)
-        _at_least("strategy.num-rounds", self.num_rounds, 1)
-        _at_least("strategy.clients-per-round", self.clients_per_round, 1)
-        _at_least("strategy.min-replies", self.min_replies, 1)
-        _at_least("strategy.evaluate-every", self.evaluate_every, 1)
+        check_choice("strategy.name", self.name, RULES)
+        check_at_least("strategy.num-rounds", self.num_rounds, 1)
+        check_at_least("strategy.clients-per-round", self.clients_per_round, 1)
+        check_at_least("strategy.min-replies", self.min_replies, 1)
+        check_at_least("strategy.evaluate-every", self.evaluate_every, 1)
         self._check_parameters()
         if self.clients_per_round < self.least_replies:
             raise ConfigError(
@@ -386,7 +347,7 @@ class CodecConfig:
     error_feedback: bool = False  # clients keep what a lossy up loses, for their next round
 
     def __post_init__(self) -> None:
-        _choice("codec.downlink", self.downlink, ("changes", "values"))
+        check_choice("codec.downlink", self.downlink, ("changes", "values"))
 
 
 DEVICES = ("cpu", "cuda")
@@ -402,5 +363,5 @@ class RunConfig:
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
 
     def __post_init__(self) -> None:
-        _at_least("run.workers", self.workers, 1)
-        _choice("run.device", self.device, DEVICES)
+        check_at_least("run.workers", self.workers, 1)
+        check_choice("run.device", self.device, DEVICES)

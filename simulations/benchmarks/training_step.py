@@ -2,9 +2,9 @@
 
     python -m simulations.benchmarks.training_step [--minutes 2] [--out FILE]
 
-Each method has a process of its own, as a client has: what another leaves of memory and caches is
+Each method has processes of its own, as a client has: what another leaves of memory and caches is
 not its. How memory comes to lie in one process is worth some percent of its steps all along, so
-each method has several, one behind the other. For each setting (model, rows x tokens, threads) the
+there are several, one behind the other. For each setting (model, rows x tokens, threads) the
 methods take turns, one step each, in a new order each round, while the others sleep, so that what
 else the machine does falls on all alike; rounds go on for some minutes, since a small step needs
 more of them. Some methods take turns, then the next ones, the floor among all: all at once would
