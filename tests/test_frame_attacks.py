@@ -260,7 +260,7 @@ ATTACKS = pytest.mark.parametrize("attack_once", [attack_server, attack_node])
 
 
 @ATTACKS
-@settings(max_examples=150, deadline=5000)  # milliseconds: no attack makes its reader hang
+@settings(max_examples=150, deadline=1000)  # milliseconds: no attack makes its reader hang
 @given(rng=st.randoms(use_true_random=False))
 def test_no_drawn_attack_passes(attack_once: Callable[[random.Random], bool], rng: Any) -> None:
     attack_once(rng)
@@ -268,7 +268,7 @@ def test_no_drawn_attack_passes(attack_once: Callable[[random.Random], bool], rn
 
 @pytest.mark.slow
 @ATTACKS
-@settings(max_examples=100_000, deadline=5000)
+@settings(max_examples=100_000, deadline=1000)
 @given(rng=st.randoms(use_true_random=False))
 def test_100_000_drawn_attacks_pass_no_wrong_frame_without_a_crash_or_a_pause(
     attack_once: Callable[[random.Random], bool], rng: Any
