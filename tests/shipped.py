@@ -107,8 +107,8 @@ KINDS = {
     "mistral": Kind("MistralConfig", {**_SMALL, "num_key_value_heads": 2}, _LLAMA, "<s> $A"),
     "qwen2": Kind(
         "Qwen2Config",
-        {**_SMALL, "num_key_value_heads": 2},
-        {"pad": ("<|endoftext|>", 40), "unk": ("<|endoftext|>", 40), "eos": ("<|im_end|>", 41)},
+        {**_SIZES, "num_key_value_heads": 2, "vocab_size": 300},
+        {"pad": ("<|endoftext|>", 256), "unk": ("<|endoftext|>", 256), "eos": ("<|im_end|>", 257)},
         "$A",
     ),
 }
@@ -127,6 +127,8 @@ def tokenizer_of(name: str, **changes: Any) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     kind = KINDS[name]
+    if name == "qwen2":
+        return _bytes_of_qwen2(kind, **changes)
     vocabulary = {word: 6 + index for index, word in enumerate(WORDS)}
     vocabulary |= dict(kind.specials.values())
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=kind.specials["unk"][0]))
@@ -139,6 +141,17 @@ def tokenizer_of(name: str, **changes: Any) -> Any:
     return PreTrainedTokenizerFast(
         **{"tokenizer_object": tokenizer, "model_input_names": inputs, **named, **changes}
     )
+
+
+def _bytes_of_qwen2(kind: Kind, **changes: Any) -> Any:
+    """One token a byte: transformers takes no tokeniser of words for a Qwen2."""
+    from tokenizers.pre_tokenizers import ByteLevel
+    from transformers import Qwen2Tokenizer
+
+    vocabulary = {byte: index for index, byte in enumerate(sorted(ByteLevel.alphabet()))}
+    named = {f"{use}_token": word for use, (word, _) in kind.specials.items()}
+    vocabulary |= dict(kind.specials.values())
+    return Qwen2Tokenizer(vocab=vocabulary, merges=[], **{**named, **changes})
 
 
 def ship(name: str, folder: Path, *, tokenizer: Any = None, **changes: Any) -> Path:

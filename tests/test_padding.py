@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from shipped import KINDS, WORDS, ship, tokenizer_of
+from shipped import KINDS, WORDS, ship
 from whole_runs import run, threads_as_before
 
 from fedpet.config import Experiment
@@ -39,7 +39,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def experiment_on(checkpoint: Path, rows: Path, out: Path, **data: Any) -> Experiment:
-    settings = {"source": str(rows), "task": "regression", "metric": "pearson", "max-length": 16}
+    settings = {"source": str(rows), "task": "regression", "metric": "pearson", "max-length": 96}
     return Experiment.from_tables(
         {
             "run": {"name": "padding", "out": str(out), "cache": str(out.parent / "cache")},

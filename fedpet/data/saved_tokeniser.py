@@ -10,7 +10,6 @@ model, a chat template) is its own to know. What was saved is read again and com
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from fedpet.data.padding import config_of, padding_of
 from fedpet.data.tokenise import load_tokenizer
@@ -43,22 +42,23 @@ def save_tokenizer(checkpoint: Path, folder: Path) -> None:
     padding = padding_of(tokenizer, config_of(checkpoint), str(checkpoint))
     if tokenizer.pad_token_id != padding.token:
         tokenizer.pad_token = tokenizer.convert_ids_to_tokens(padding.token)
-    tokenizer.padding_side = "left" if padding.left else "right"
+    tokenizer.padding_side = side = "left" if padding.left else "right"
+    # Saved are the settings that it was made with, as they are now: the side must be one of them.
+    tokenizer.init_kwargs["padding_side"] = side
+    tokenizer.init_kwargs.pop("local_files_only", None)
     try:
         tokenizer.save_pretrained(folder)
-        found = _tokens(folder, texts)
+        saved = load_tokenizer(folder)
     except OSError:
         raise
     except Exception as error:  # tokenizers raises nothing narrower, a full disk included
         raise _unlike(checkpoint, folder, f"{type(error).__name__}: {error}") from None
-    for text, ours, theirs in zip(texts, expected, found, strict=True):
-        if ours != theirs:
+    for text, ours in zip(texts, expected, strict=True):
+        if (theirs := saved(text)["input_ids"]) != ours:
             raise _unlike(checkpoint, folder, f"{text!r} is {theirs} to it, and was {ours}")
-
-
-def _tokens(folder: Path, texts: list[str]) -> list[Any]:
-    tokenizer = load_tokenizer(folder)
-    return [tokenizer(text)["input_ids"] for text in texts]
+    if (saved.pad_token_id, saved.padding_side) != (padding.token, side):
+        found = f"token {saved.pad_token_id}, on the {saved.padding_side}"
+        raise _unlike(checkpoint, folder, f"it pads with {found}")
 
 
 def _unlike(checkpoint: Path, folder: Path, reason: str) -> RunError:
