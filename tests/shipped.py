@@ -131,10 +131,14 @@ def tokenizer_of(name: str, **changes: Any) -> Any:
         return _bytes_of_qwen2(kind, **changes)
     vocabulary = {word: 6 + index for index, word in enumerate(WORDS)}
     vocabulary |= dict(kind.specials.values())
+    unused = {*range(6)} - {*vocabulary.values()}
+    vocabulary |= {f"<unused{number}>": number for number in unused}
     tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token=kind.specials["unk"][0]))
     tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     tokenizer.post_processor = processors.TemplateProcessing(
-        single=kind.form, special_tokens=list(kind.specials.values())
+        single=kind.form,
+        pair=f"{kind.form} {kind.form.replace('$A', '$B')}",
+        special_tokens=list(kind.specials.values()),
     )
     inputs = ["input_ids", *(["token_type_ids"] if kind.types else []), "attention_mask"]
     named = {f"{use}_token": word for use, (word, _) in kind.specials.items()}
@@ -170,4 +174,6 @@ def ship(name: str, folder: Path, *, tokenizer: Any = None, **changes: Any) -> P
 
 
 def load(folder: Path, num_outputs: int = 2) -> Any:
-    return load_backbone(BackboneConfig(model=str(folder)), num_outputs=num_outputs).model
+    config = BackboneConfig(model=str(folder))
+    regression = num_outputs == 1
+    return load_backbone(config, num_outputs=num_outputs, regression=regression).model

@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from shipped import KINDS, WORDS, ship
+from shipped import KINDS, WORDS, load, ship, tokenizer_of
+from tiny import Silent
 from whole_runs import run, threads_as_before
 
-from fedpet.config import Experiment
+from fedpet.config import Experiment, PopulationConfig
+from fedpet.data import Rows, load_data
+from fedpet.errors import BackboneError, DataError
+from fedpet.inputs import check_inputs
+from fedpet.simulations.federation import prepare
+from fedpet.simulations.merge import merge_run
+from fedpet.simulations.run_folder import write_model
+from fedpet.training import predict
 
 NUM_ROWS = 24
 
@@ -88,3 +97,118 @@ def test_the_plain_model_gives_what_was_reported_row_by_row_and_in_batches(
     checkpoint = ship(name, tmp_path / name)
     result = run(experiment_on(checkpoint, rows, tmp_path / "run"))
     check_plain_model(result, tmp_path / "run", rows)
+
+
+def rows_of(checkpoint: Path, rows: Path, cache: Path) -> Rows:
+    data = experiment_on(checkpoint, rows, cache).data
+    population = PopulationConfig(partition="iid", num_clients=2, min_rows=2)
+    return load_data(data, population, checkpoint, cache=cache).evaluation
+
+
+# What the configuration names, what the tokeniser does, and where they should meet.
+@pytest.mark.parametrize(
+    ("name", "config", "tokenizer", "of_config", "of_tokenizer"),
+    [
+        ("llama", {"pad_token_id": 0}, {}, 0, 0),  # the tokeniser names none
+        ("llama", {"pad_token_id": -1}, {}, 2, 2),  # an older way to name none
+        ("llama", {"eos_token_id": [2, 1]}, {"eos_token": None}, 1, 1),  # "</s>" is a word here
+        ("gpt2", {"pad_token_id": 0}, {}, 50256, 50256),  # no word has this number
+        ("gpt2", {"pad_token_id": 6}, {}, 50256, 50256),  # and this one is "good"
+        ("mistral", {"pad_token_id": 2}, {"pad_token": "<unk>"}, 0, 0),
+        ("qwen2", {"pad_token_id": 257}, {}, 256, 256),
+        ("roberta", {}, {"pad_token": "<unk>"}, 1, 3),  # it counts positions from its own
+        ("bert", {"pad_token_id": None}, {}, 0, 0),
+        ("bert", {}, {"pad_token": "[SEP]"}, 0, 3),  # both may stay as they are
+        ("gpt2", {}, {"padding_side": "left"}, 50256, 50256),
+        ("llama", {}, {"padding_side": "left"}, 2, 2),
+        ("xlnet", {}, {"padding_side": "right"}, 5, 5),
+    ],
+)
+def test_logits_are_the_same_alone_and_in_batches_whatever_names_the_padding(
+    rows: Path,
+    tmp_path: Path,
+    name: str,
+    config: dict[str, Any],
+    tokenizer: dict[str, Any],
+    of_config: int,
+    of_tokenizer: int,
+) -> None:
+    from transformers import AutoTokenizer
+
+    checkpoint = ship(name, tmp_path / "made", tokenizer=tokenizer_of(name, **tokenizer), **config)
+    model = load(checkpoint, num_outputs=1)
+    evaluation = rows_of(checkpoint, rows, tmp_path / "cache")
+    check_inputs(model, evaluation, 96)
+    write_model(model, checkpoint, tmp_path / "model")
+    expected = predict(model, evaluation, batch_size=5)
+    np.testing.assert_allclose(predict(model, evaluation, batch_size=1), expected, atol=1e-5)
+    for size in (1, 8):
+        found = plain_logits(tmp_path / "model", rows, size)
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+    assert model.config.pad_token_id == of_config
+    assert AutoTokenizer.from_pretrained(tmp_path / "model").pad_token_id == of_tokenizer
+
+
+def test_padding_that_the_model_has_no_embedding_for_gives_way_to_the_end_token(
+    rows: Path, tmp_path: Path
+) -> None:
+    longer = tokenizer_of("llama")
+    longer.add_special_tokens({"pad_token": "[PAD]"})
+    assert longer.pad_token_id == 17
+    for size, expected in ((17, 2), (18, 17)):
+        checkpoint = ship("llama", tmp_path / f"{size}", tokenizer=longer, vocab_size=size)
+        assert rows_of(checkpoint, rows, tmp_path / "cache").pad_id == expected
+
+
+def test_a_tokeniser_without_any_special_token_is_refused_with_what_to_do(
+    rows: Path, tmp_path: Path
+) -> None:
+    bare = tokenizer_of("gpt2", eos_token=None, unk_token=None)
+    checkpoint = ship("gpt2", tmp_path / "made", tokenizer=bare, eos_token_id=None)
+    with pytest.raises(DataError, match=r'^the tokeniser .* name one as "pad_token" in token'):
+        rows_of(checkpoint, rows, tmp_path / "cache")
+
+
+def test_a_model_that_reads_its_padding_is_refused_before_the_run(
+    rows: Path, tmp_path: Path
+) -> None:
+    checkpoint = ship("xlnet", tmp_path / "made")
+    evaluation = rows_of(checkpoint, rows, tmp_path / "cache")
+    assert evaluation.pad_left
+    with pytest.raises(BackboneError, match=r"^the logits of XLNet.* depend on .* on the right\)"):
+        check_inputs(load(checkpoint), replace(evaluation, pad_left=False), 96)
+
+
+def test_a_model_that_cannot_be_called_is_refused_before_the_run(
+    rows: Path, tmp_path: Path
+) -> None:
+    checkpoint = ship("t5", tmp_path / "made")
+    settings = json.loads((checkpoint / "config.json").read_text())
+    del settings["decoder_start_token_id"]  # which the class has no default for
+    (checkpoint / "config.json").write_text(json.dumps(settings))
+    with pytest.raises(
+        BackboneError, match=r"^T5ForSequenceClassification cannot be called .*mend"
+    ):
+        prepare(experiment_on(checkpoint, rows, tmp_path / "run"), Silent())
+
+
+def test_a_merged_run_names_the_padding_that_the_run_had(rows: Path, tmp_path: Path) -> None:
+    checkpoint = ship("mistral", tmp_path / "made", pad_token_id=1)
+    run(experiment_on(checkpoint, rows, tmp_path / "run"))
+    merge_run(tmp_path / "run", tmp_path / "merged")
+    expected = plain_logits(tmp_path / "run" / "model", rows, 8)
+    np.testing.assert_allclose(plain_logits(tmp_path / "merged", rows, 8), expected, atol=1e-6)
+    for name in ("config.json", "tokenizer_config.json"):
+        texts = [(tmp_path / folder / name).read_text() for folder in ("run/model", "merged")]
+        assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("left", [False, True])
+def test_padding_stands_on_one_side_and_the_row_on_the_other(left: bool) -> None:
+    tokens = np.arange(1, 8, dtype=np.int32)
+    rows = Rows(tokens, np.array([0, 2, 7]), np.zeros(2, np.int64), None, pad_id=9, pad_left=left)
+    batch = rows.batch(np.array([1, 0]))
+    short = [9, 9, 9, 1, 2] if left else [1, 2, 9, 9, 9]
+    assert batch["input_ids"].tolist() == [[3, 4, 5, 6, 7], short]
+    assert batch["attention_mask"].tolist()[1] == [int(token != 9) for token in short]
+    assert rows.take(np.array([0])).pad_left is left

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -168,16 +169,30 @@ def load_tokenizer(folder: Path) -> Any:
     """A checkpoint's own tokeniser, as transformers loads it.
 
     Raises:
-        DataError: It cannot be loaded.
+        DataError: It cannot be loaded, or transformers found no vocabulary for it.
     """
     from transformers import AutoTokenizer  # takes seconds, and a start from the cache needs none
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     except Exception as error:  # transformers raises whatever its many tokenisers raise
+        reason = _first_line(error)
+        if _asks_for_sentencepiece(folder):
+            reason = "it is a sentencepiece model, to be read by `pip install sentencepiece`."
+        raise DataError(f"the tokeniser in {str(folder)!r} cannot be loaded: {reason}") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # it loads without a vocabulary too
         raise DataError(
-            f"the tokeniser in {str(folder)!r} cannot be loaded: {_first_line(error)}"
-        ) from None
+            f"the tokeniser in {str(folder)!r} knows special tokens alone: "
+            f"{type(tokenizer).__name__} found no vocabulary of the name that it looks for. Take a "
+            "checkpoint with tokenizer.json."
+        )
+    return tokenizer
+
+
+def _asks_for_sentencepiece(folder: Path) -> bool:
+    models = [*folder.glob("*.model"), *folder.glob("*.spm")]
+    there = (folder / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None
+    return bool(models) and not there
 
 
 def _check_vocabulary(tokens: np.ndarray, tokenizer: Any, config: Any, where: str) -> None:
