@@ -1,4 +1,4 @@
-"""The tokeniser that a checkpoint ships: how it is told from others, what it makes, what is saved."""
+"""The tokeniser that a checkpoint ships: told from others, used, saved beside the plain model."""
 
 from __future__ import annotations
 
