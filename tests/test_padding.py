@@ -105,6 +105,23 @@ def rows_of(checkpoint: Path, rows: Path, cache: Path) -> Rows:
     return load_data(data, population, checkpoint, cache=cache).evaluation
 
 
+@pytest.mark.parametrize("name", ["gpt2", "llama"])
+def test_a_pipeline_takes_the_plain_model_in_batches(rows: Path, tmp_path: Path, name: str) -> None:
+    from transformers import pipeline
+
+    checkpoint = ship(name, tmp_path / "made", num_labels=3)
+    model = load(checkpoint, num_outputs=3)
+    evaluation = rows_of(checkpoint, rows, tmp_path / "cache")
+    check_inputs(model, evaluation, 96)
+    write_model(model, checkpoint, tmp_path / "model")
+    lines = (rows / "test.jsonl").read_text(encoding="utf-8").splitlines()
+    texts = [json.loads(line)["text"] for line in lines]
+    classify = pipeline("text-classification", model=str(tmp_path / "model"), top_k=None)
+    found = [max(answer["score"] for answer in told) for told in classify(texts, batch_size=8)]
+    expected = torch.from_numpy(predict(model, evaluation)).softmax(-1).max(-1).values
+    np.testing.assert_allclose(found, expected.numpy(), atol=1e-5)
+
+
 # What the configuration names, what the tokeniser does, and where they should meet.
 @pytest.mark.parametrize(
     ("name", "config", "tokenizer", "of_config", "of_tokenizer"),

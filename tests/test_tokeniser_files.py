@@ -75,6 +75,22 @@ def test_a_sentencepiece_model_that_cannot_be_read_here_says_what_to_install(
         tokenise([["a text"]], tmp_path, 8, "a test")
 
 
+def test_a_tokeniser_that_is_code_of_the_checkpoint_is_refused_without_a_question(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("builtins.input", lambda _: pytest.fail("it asked"))
+    ship("bert", tmp_path)
+    own = {"AutoTokenizer": ["mine.Tokenizer", None]}
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "OfNoLibrary", "auto_map": own})
+    )
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "of no library", "auto_map": {"AutoConfig": "mine.Config"}})
+    )
+    with pytest.raises(DataError, match=r"code that comes with the checkpoint, which fedpet does"):
+        tokenise([["a text"]], tmp_path, 8, "a test")
+
+
 def test_a_vocabulary_that_is_not_found_is_refused_and_not_taken_for_an_empty_one(
     tmp_path: Path,
 ) -> None:
@@ -150,7 +166,7 @@ def test_a_chat_template_and_the_longest_text_go_along(tmp_path: Path) -> None:
     saved = AutoTokenizer.from_pretrained(tmp_path / "model")
     assert (saved.model_max_length, saved.chat_template) == (77, made.chat_template)
     settings = json.loads((tmp_path / "model" / "tokenizer_config.json").read_text())
-    assert "local_files_only" not in settings
+    assert not {"local_files_only", "trust_remote_code"} & {*settings}
 
 
 @pytest.mark.parametrize("lost", ["added", "padding"])

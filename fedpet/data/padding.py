@@ -18,6 +18,8 @@ from typing import Any
 
 from fedpet.errors import DataError
 
+NO_CODE = {"local_files_only": True, "trust_remote_code": False}  # else transformers asks on stdin
+
 
 @dataclass(frozen=True)
 class Padding:
@@ -67,7 +69,7 @@ def config_of(folder: Path) -> Any:
     from transformers import AutoConfig
 
     try:
-        return AutoConfig.from_pretrained(folder, local_files_only=True).get_text_config()
+        return AutoConfig.from_pretrained(folder, **NO_CODE).get_text_config()
     except Exception:  # as `load_backbone` will say, in words of its own
         return None
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedpet.data.padding import config_of, padding_of
+from fedpet.data.padding import NO_CODE, config_of, padding_of
 from fedpet.data.tokenise import load_tokenizer
 from fedpet.errors import RunError
 
@@ -45,7 +45,8 @@ def save_tokenizer(checkpoint: Path, folder: Path) -> None:
     tokenizer.padding_side = side = "left" if padding.left else "right"
     # Saved are the settings that it was made with, as they are now: the side must be one of them.
     tokenizer.init_kwargs["padding_side"] = side
-    tokenizer.init_kwargs.pop("local_files_only", None)
+    for option in NO_CODE:
+        tokenizer.init_kwargs.pop(option, None)
     try:
         tokenizer.save_pretrained(folder)
         saved = load_tokenizer(folder)

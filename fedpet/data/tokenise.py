@@ -18,7 +18,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpet.data.padding import Padding, config_of, padding_of
+from fedpet.data.padding import NO_CODE, Padding, config_of, padding_of
 from fedpet.data.rows import Rows
 from fedpet.errors import ConfigError, DataError
 
@@ -174,11 +174,13 @@ def load_tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer  # takes seconds, and a start from the cache needs none
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # transformers raises whatever its many tokenisers raise
         reason = _first_line(error)
         if _asks_for_sentencepiece(folder):
             reason = "it is a sentencepiece model, to be read by `pip install sentencepiece`."
+        elif "trust_remote_code" in str(error):
+            reason = "it is code that comes with the checkpoint, which fedpet does not run."
         raise DataError(f"the tokeniser in {str(folder)!r} cannot be loaded: {reason}") from None
     if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # it loads without a vocabulary too
         raise DataError(
