@@ -31,6 +31,7 @@ from fedpet.data import FederatedData, load_data
 from fedpet.device import check_device
 from fedpet.errors import FedpetError, FrameError, PlanError, ReplyError, TrainingError
 from fedpet.files import untouched, write_whole
+from fedpet.inputs import settle_padding
 from fedpet.layout import groups_by_kind, head_groups
 from fedpet.messages import OTHER_TIER, PLAN_MISSING, from_record, read_request, to_record
 from fedpet.model import PetModel
@@ -201,6 +202,7 @@ class Node:
                 regression=plan.task.kind == "regression",
                 device=check_device(self.settings.device),
             )
+            settle_padding(backbone.model, data.train)
             rows_of = {client_number(client.id): client.rows for client in data.clients}
             pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
             self._resident = Resident(digest, plan, pet, data, rows_of)

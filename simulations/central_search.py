@@ -24,6 +24,7 @@ from fedpet.data import FederatedData, load_data
 from fedpet.device import check_device
 from fedpet.errors import ConfigError
 from fedpet.files import write_whole
+from fedpet.inputs import check_inputs
 from fedpet.mask import Mask, build_mask
 from fedpet.node_settings import cache_folder
 from fedpet.positions import mask_scope
@@ -83,6 +84,7 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
         regression=data.task.kind == "regression",
         device=device,
     )
+    check_inputs(backbone.model, data.train, experiment.data.max_length)
     mask = None
     if experiment.mask.enabled:
         mask = build_mask(mask_scope(backbone.model, backbone.head), experiment.mask)

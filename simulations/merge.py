@@ -10,7 +10,9 @@ import torch
 
 from fedpet.backbone import load_backbone, locate
 from fedpet.config import Experiment
+from fedpet.data.tokenise import probe_rows
 from fedpet.errors import ConfigError
+from fedpet.inputs import settle_padding
 from fedpet.plan import Plan
 
 from .run_folder import write_model
@@ -39,7 +41,9 @@ def merge_run(run: Path, out: Path) -> None:
         num_outputs=plan.task.num_outputs,
         regression=plan.task.kind == "regression",
     )
+    folder = locate(experiment.backbone)
+    settle_padding(backbone.model, probe_rows(folder))
     pet = plan.build(backbone)
     values = np.load(values_file, allow_pickle=False)
     pet.load_values(torch.from_numpy(values), seed=plan.seed)
-    write_model(pet.merged(), locate(experiment.backbone), out)
+    write_model(pet.merged(), folder, out)

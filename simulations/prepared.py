@@ -21,6 +21,7 @@ from fedpet.data import FederatedData, load_data, load_evaluation
 from fedpet.device import check_device, device_of
 from fedpet.errors import ConfigError
 from fedpet.first_token import check_first_token
+from fedpet.inputs import check_inputs
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.mask import build_mask
 from fedpet.model import PetModel
@@ -119,6 +120,7 @@ def prepare(
         experiment, data, _num_parameters(backbone.model), _num_pretrained(backbone), started
     )
     _check_enough_clients(experiment, data)
+    check_inputs(backbone.model, data.evaluation, experiment.data.max_length)
     if experiment.training.first_token_only:
         one, _ = inputs_of(data.evaluation, np.arange(1), device_of(backbone.model))
         check_first_token(backbone.model, one)

@@ -7,7 +7,6 @@ import importlib.metadata
 import json
 import os
 import platform
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ import numpy as np
 import tomli_w
 
 from fedpet.config import Experiment
+from fedpet.data.saved_tokeniser import save_tokenizer
 from fedpet.errors import ConfigError, RunError
 from fedpet.files import write_whole
 
@@ -25,15 +25,6 @@ if TYPE_CHECKING:
     from fedpet.plan import Plan
     from fedpet.structure import Structure
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-)
 PACKAGES = ("fedpet", "flwr", "torch", "transformers", "datasets", "numpy", "ray", "zstandard")
 
 
@@ -82,11 +73,9 @@ def _no_room(path: Path, error: OSError) -> RunError:
 
 
 def write_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
-    """Save a plain model as a Hugging Face folder, with the tokeniser's files beside it."""
+    """Save a plain model as a Hugging Face folder, with its checkpoint's tokeniser beside it."""
     model.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, folder / name)
+    save_tokenizer(tokenizer, folder)
 
 
 def new_run_folder(experiment: Experiment) -> RunFolder:

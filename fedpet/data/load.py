@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -305,8 +305,8 @@ def _rows_entry(
                 f"{data.eval_fraction}: change the fraction, or add rows."
             )
         chosen = [[column[i] for i in numbers] for column in texts]
-        arrays, pad_id = tokenise(chosen, tokenizer_folder, data.max_length, where)
-        return Entry(arrays | {"labels": encoded[numbers], "numbers": numbers}, {"pad_id": pad_id})
+        arrays, padding = tokenise(chosen, tokenizer_folder, data.max_length, where)
+        return Entry(arrays | {"labels": encoded[numbers], "numbers": numbers}, asdict(padding))
 
     return remembered(cache, "rows", key, compute)
 
@@ -340,7 +340,8 @@ def _rows(entry: Entry) -> Rows:
         offsets=entry.arrays["offsets"],
         labels=entry.arrays["labels"],
         types=entry.arrays.get("types"),
-        pad_id=entry.meta["pad_id"],
+        pad_id=entry.meta["token"],
+        pad_left=entry.meta["left"],
     )
 
 

@@ -23,6 +23,7 @@ from fedpet.config import Experiment
 from fedpet.data import FederatedData
 from fedpet.device import check_device
 from fedpet.errors import BackboneError, ConfigError
+from fedpet.inputs import settle_padding
 from fedpet.seeds import derive_seed
 
 LORA_RANK = 8
@@ -120,6 +121,7 @@ class Baseline:
             regression=data.task.kind == "regression",
             device=check_device(experiment.run.device),
         )
+        settle_padding(backbone.model, data.train)
         self.fingerprint = backbone.fingerprint
         self.pretrained_parameters = sum(
             p.numel() for name, p in backbone.model.named_parameters() if name not in backbone.head
