@@ -63,7 +63,7 @@ def quality_of(
         metric: Of the task, by name.
         num_rows: Evaluation rows.
         trained_kinds: Kinds of modules that have values; None where they have other names, as a
-            baseline's have.
+            baseline's have. Rates for other kinds are told, unless a search chose the modules.
     """
     before = rounds[0].metric if rounds and rounds[0].round == 0 else None
     measured = [(record.round, record.metric) for record in rounds if record.metric is not None]
@@ -77,7 +77,7 @@ def quality_of(
     if status_of(rounds, final) != NOTHING_LEARNED:
         lower = _lower_rates(experiment)
         warnings += _warnings(metric, before, later, losses, final, num_rows, lower)
-        if trained_kinds is not None:
+        if trained_kinds is not None and not experiment.search.federated:
             warnings += _unused_rates(experiment, trained_kinds)
     return {
         "metric": metric,

@@ -85,6 +85,7 @@ Quorum = Annotated[
     ),
 ]
 Momentum = Annotated[float, Range(0, 1, below=True)]
+Threads = Annotated[int, Range(1, 1024)]
 Tau = Annotated[float, Range(1e-12, advice="It is added below a root that may be 0.")]
 TrimFraction = Annotated[float, Range(0, 0.5, below=True)]
 
@@ -221,7 +222,7 @@ class TrainingConfig(Stage):
     # Of dense layers: "torch", or "onednn", which is faster on AMD's CPUs and the same up to
     # rounding; see fedpet/modules/product.py.
     products: str = "torch"
-    threads: Count = 1  # torch threads a client
+    threads: Threads = 1  # torch threads a client
 
     def __post_init__(self) -> None:
         super().__post_init__()
