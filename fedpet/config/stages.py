@@ -30,64 +30,28 @@ MAX_TIERS = 16
 LEAST_BETA = 1e-3  # of a search's temperature
 
 # Ranges of one key or two, with what to do instead.
-EvalFraction = Annotated[
-    float,
-    Range(
-        0,
-        1,
-        above=True,
-        below=True,
-        advice="It is the fraction of rows held out where no evaluation split is named.",
-    ),
-]
-Density = Annotated[
-    float,
-    Range(
-        0,
-        1,
-        above=True,
-        advice="It is a fraction of the entries in scope: to train half a percent, give 0.005; to "
-        "train none, give mask.enabled = false.",
-    ),
-]
-Budget = Annotated[
-    str | int | float,
-    Range(0, above=True, advice="It is a number of values, or below 1 a fraction of the backbone."),
-]
+_HELD_OUT = "It is the fraction of rows held out where no evaluation split is named."
+_DENSITY = (
+    "It is a fraction of the entries in scope: to train half a percent, give 0.005; to train none, "
+    "give mask.enabled = false."
+)
+_BUDGET = "It is a number of values, or below 1 a fraction of the backbone."
 _SHARP = "Below that gates are 0 or 1 to all digits."
+_VALIDATION = "It is the fraction of the rows that picks the checkpoint."
+_OVERLAP = "It is the fraction of the modules chosen in either of two rounds that both chose."
+_QUORUM = "It is the fraction of a round's clients that must give a usable reply."
+EvalFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_HELD_OUT)]
+Density = Annotated[float, Range(0, 1, above=True, advice=_DENSITY)]
+Budget = Annotated[str | int | float, Range(0, above=True, advice=_BUDGET)]
 Temperature = Annotated[float, Range(LEAST_BETA, advice=_SHARP)]
 TemperatureOrZero = Annotated[float, Range(LEAST_BETA, zero=True, advice=_SHARP)]
-ValidationFraction = Annotated[
-    float,
-    Range(
-        0,
-        1,
-        above=True,
-        below=True,
-        advice="It is the fraction of the rows that picks the checkpoint.",
-    ),
-]
-Overlap = Annotated[
-    float,
-    Range(
-        0,
-        1,
-        above=True,
-        advice="It is the fraction of the modules chosen in either of two rounds that both chose.",
-    ),
-]
-Quorum = Annotated[
-    float,
-    Range(
-        0,
-        1,
-        advice="It is the fraction of a round's clients that must give a usable reply.",
-    ),
-]
+ValidationFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_VALIDATION)]
+Overlap = Annotated[float, Range(0, 1, above=True, advice=_OVERLAP)]
+Quorum = Annotated[float, Range(0, 1, advice=_QUORUM)]
 Momentum = Annotated[float, Range(0, 1, below=True)]
-Threads = Annotated[int, Range(1, 1024)]
 Tau = Annotated[float, Range(1e-12, advice="It is added below a root that may be 0.")]
 TrimFraction = Annotated[float, Range(0, 0.5, below=True)]
+Threads = Annotated[int, Range(1, 1024)]
 
 
 @dataclass(frozen=True, kw_only=True)
