@@ -107,7 +107,7 @@ def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
 
 def num_chosen(density: float, num_entries: int) -> int:
     """floor(density * num_entries), with the density read as the decimal that was written."""
-    return int(Decimal(repr(density)) * num_entries)
+    return int(Decimal(repr(float(density))) * num_entries)
 
 
 def rank_positions(

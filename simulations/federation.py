@@ -35,6 +35,7 @@ from fedpet.tiers import tiers_of
 from .federated_search import call_nodes, clients_of, search_in_rounds
 from .journal import Journal, remove_journal
 from .prepared import Listener, Prepared, ToSearch, is_deployed, prepare
+from .quality import refuse_diverged
 from .run_folder import RunFolder
 from .state import RunState
 from .summary import count_by_kind, summarise
@@ -65,7 +66,7 @@ def federate(
         What `result.json` holds.
 
     Raises:
-        RunError: No round came to an average.
+        RunError: No round came to an average, or the final model's outputs are not finite.
         ConfigError: The folder's books are not those that the journal was written beside.
     """
     experiment, resumed = prepared.experiment, 0
@@ -108,8 +109,6 @@ def federate(
     # Where nodes share this machine's cache, what they kept for the rounds to come goes with them.
     kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
     shutil.rmtree(kept, ignore_errors=True)
-    final = ledger.current.metric
-    assert final is not None, "the last round is evaluated"
     listener.say("writing the plain model")
     out.write_outputs(state.values, model, locate(experiment.backbone))
     summary = summarise(
@@ -125,7 +124,7 @@ def federate(
         added_parameters=_num_parameters(model) - prepared.all_parameters,
         inexact_kinds=pet.inexact_kinds,
         values_sha256=hashlib.sha256(state.values.astype("<f4").tobytes()).hexdigest(),
-        final=final,
+        final=state.final_assessment(),
         total_seconds=time.perf_counter() - prepared.started,
         resumed=resumed,
     )
@@ -136,6 +135,7 @@ def federate(
             f"no round met its quorum of usable replies, so nothing was learned; "
             f"{out.path / 'rounds.jsonl'} says who was refused, and why."
         )
+    refuse_diverged(summary)
     return summary
 
 

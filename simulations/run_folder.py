@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import json
+import math
 import os
 import platform
 from dataclasses import dataclass
@@ -55,14 +56,24 @@ class RunFolder:
             raise _no_room(folder.parent, error) from None
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Leave `result.json`: the last file of a run."""
-        self._write("result.json", (json.dumps(result, indent=2) + "\n").encode())
+        """Leave `result.json`: the last file of a run. A number that is none, NaN, is null."""
+        text = json.dumps(_strict(result), indent=2, allow_nan=False)
+        self._write("result.json", f"{text}\n".encode())
 
     def _write(self, name: str, content: bytes) -> None:
         try:
             write_whole(self.path / name, content, durable=True)
         except OSError as error:
             raise _no_room(self.path / name, error) from None
+
+
+def _strict(value: Any) -> Any:
+    """The same as JSON can hold it."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _no_room(path: Path, error: OSError) -> RunError:

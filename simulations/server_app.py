@@ -35,4 +35,6 @@ def main(grid: Grid, context: Context) -> None:
         prepared = prepare(experiment, progress, found=found_before(folder) if goes_on else None)
         out = RunFolder(folder) if goes_on else new_run_folder(experiment)
         journal = check_journal(folder, prepared) if goes_on else None
-        federate(grid, prepared, out, progress, journal)
+        result = federate(grid, prepared, out, progress, journal)
+        for warning in result["quality"]["warnings"]:
+            progress.say(f"warning: {warning}")

@@ -16,8 +16,9 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 
 from fedpet.ledger import Ledger
+from fedpet.metrics import Assessment
 from fedpet.strategies import SparseStrategy, values_of
-from fedpet.training import evaluate
+from fedpet.training import assess_rows
 
 from .journal import Journal, write_journal
 from .resume import journal_after, take_up
@@ -66,6 +67,7 @@ class RunState:
         self._listener = listener
         self._last_round = prepared.experiment.strategy.num_rounds
         self._merged: PreTrainedModel | None = None
+        self._assessed: Assessment | None = None  # the last evaluation of this process
         self._goes_on, self._resumed = journal is not None, resumed
         self.values = np.zeros(prepared.plan.num_values, dtype=np.float32)
         if journal is not None:
@@ -90,7 +92,8 @@ class RunState:
             clock = time.perf_counter()
             self._load_values()
             model = self.final_model() if last else self._prepared.pet.model
-            record.metric = evaluate(model, data.evaluation, data.task)
+            self._assessed = assess_rows(model, data.evaluation, data.task)
+            record.metric = self._assessed.value
             record.evaluation_seconds = time.perf_counter() - clock
         self._write_journal(server_round, self._ledger.close())
         self._listener.round_done(record, self._ledger)
@@ -102,6 +105,13 @@ class RunState:
             self._load_values()
             self._merged = self._prepared.pet.merged()
         return self._merged
+
+    def final_assessment(self) -> Assessment:
+        """Of the final model; evaluated anew where the run was taken up after its last round."""
+        if self._assessed is None:
+            data = self._prepared.data
+            self._assessed = assess_rows(self.final_model(), data.evaluation, data.task)
+        return self._assessed
 
     def _load_values(self) -> None:
         values = torch.from_numpy(self.values.copy())

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 from fedpet.config import Experiment
 from fedpet.ledger import SEARCH, TRAINING, Ledger, RoundRecord
+from fedpet.metrics import Assessment
+from fedpet.simulations.quality import quality_of, status_of
 from fedpet.simulations.run_folder import machine, versions
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def summarise(
     added_parameters: int = 0,
     inexact_kinds: Sequence[str] = (),
     values_sha256: str,
-    final: float,
+    final: Assessment,
     total_seconds: float,
     resumed: int = 0,
     tiers: Sequence[dict[str, Any]] = (),
@@ -52,13 +54,12 @@ def summarise(
         added_parameters: That the merged model has beyond the backbone and its head.
         inexact_kinds: Whose average is not the average of models.
         values_sha256: Of the final communicated values, float32, little-endian.
-        final: The metric of the merged model.
+        final: The merged model's outputs on the evaluation rows, measured.
         total_seconds: From the first stage to the last, the time that nothing ran left out.
         resumed: How often the run was cut short and gone on with.
         tiers: Density, values and clients of each tier, where devices differ in strength.
     """
     rounds = [record for record in ledger.of_kind(TRAINING) if record.round > 0]
-    learned = any(record.aggregated for record in rounds)
     num_values = sum(values_by_kind.values())
     head, mask = values_by_kind.get("head", 0), values_by_kind.get("mask", 0)
     return {
@@ -72,7 +73,7 @@ def summarise(
             "plan_digest": plan_digest,
             "versions": versions(),
             "machine": machine(experiment.run.device),
-            "status": "ok" if learned else "nothing learned",
+            "status": status_of(rounds, final),
             "resumed": resumed,
         },
         "model": {
@@ -93,7 +94,14 @@ def summarise(
             "train_rows_left_out": data.left_out_rows,
             "evaluation_rows": len(data.evaluation),
         },
-        "quality": _quality(rounds, ledger, data.task.metric, final),
+        "quality": quality_of(
+            experiment,
+            ledger.of_kind(TRAINING),
+            final,
+            metric=data.task.metric,
+            num_rows=len(data.evaluation),
+            trained_kinds=[*values_by_kind] if method == "fedpet" else None,
+        ),
         "communication": _communication(ledger, pretrained_parameters + head),
         "time": {
             "total_seconds": total_seconds,
@@ -124,25 +132,6 @@ def count_by_kind(segments: Sequence[Segment]) -> dict[str, int]:
 def _when(record: RoundRecord) -> dict[str, Any]:
     when: dict[str, Any] = {"round": record.round}
     return when if record.kind == TRAINING else {"kind": record.kind, **when}
-
-
-def _quality(
-    rounds: Sequence[RoundRecord], ledger: Ledger, metric: str, final: float
-) -> dict[str, Any]:
-    training = ledger.of_kind(TRAINING)
-    measured = [
-        {"round": record.round, "value": record.metric}
-        for record in training
-        if record.metric is not None
-    ]
-    before = training[0].metric if training and training[0].round == 0 else None
-    return {
-        "metric": metric,
-        "before": before,
-        "final": final,
-        "best": max(final, *(record.metric for record in rounds if record.metric is not None)),
-        "by_round": measured,
-    }
 
 
 _SUMS = ("uplink_bytes", "downlink_bytes", "plan_bytes", "wire_bytes", "messages")

@@ -10,11 +10,20 @@ from typing import Any
 
 from fedpet.config import Experiment
 from fedpet.ledger import Ledger
+from fedpet.metrics import Assessment
 from fedpet.simulations.summary import summarise
 
 FULL_PARAMETERS = 22_713_216
 HEAD_VALUES = 770
 FULL = {"backbone": FULL_PARAMETERS, "head": HEAD_VALUES}
+
+
+def assessment(
+    value: float, majority: float = 0.5, predicted: dict[str, float] | None = None
+) -> Assessment:
+    """Of an invented model that tells two classes apart."""
+    shares = predicted or {"bad": 0.45, "good": 0.55}
+    return Assessment(value, majority, "good", shares, is_constant=max(shares.values()) == 1.0)
 
 
 def make_result(
@@ -28,6 +37,8 @@ def make_result(
     message_bytes: int = 40_000,
     plan_bytes: int = 600,
     final: float = 0.8,
+    majority: float = 0.5,
+    predicted: dict[str, float] | None = None,
     values: dict[str, int] | None = None,
     refused: int = 0,
     settings: list[str] | None = None,
@@ -76,7 +87,7 @@ def make_result(
         values_by_kind=values or {"mask": 53_084, "lnfit": 9_216, "head": HEAD_VALUES},
         pretrained_parameters=FULL_PARAMETERS,
         values_sha256=f"{seed:064x}",
-        final=final,
+        final=assessment(final, majority, predicted),
         total_seconds=192.0,
     )
     if path is not None:

@@ -49,7 +49,7 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
             return tuple(value)
         raise ConfigError(f"{name} must be a list of strings, got {value!r}.")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return value  # the stage makes it a float
     if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
         raise ConfigError(
             f"{name} must be of type {getattr(wanted, '__name__', wanted)}, got {value!r}."
