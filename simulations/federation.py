@@ -128,6 +128,7 @@ def federate(
         final=final,
         total_seconds=time.perf_counter() - prepared.started,
         resumed=resumed,
+        origin=prepared.origin,
     )
     out.write_result(summary)
     remove_journal(out.path)

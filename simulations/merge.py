@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedpet.backbone import load_backbone, locate
+from fedpet.backbone import load_for_task, locate
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
 from fedpet.plan import Plan
@@ -34,12 +33,7 @@ def merge_run(run: Path, out: Path) -> None:
         raise ConfigError(f"the folder {str(out)!r} is not empty: name another with --out.")
     experiment = Experiment.from_file(run / "config.toml")
     plan = Plan.from_bytes((run / "plan.bin").read_bytes())
-    backbone = load_backbone(
-        dataclasses.replace(experiment.backbone, head_seed=plan.head_seed),
-        num_outputs=plan.task.num_outputs,
-        regression=plan.task.kind == "regression",
-    )
-    pet = plan.build(backbone)
+    pet = plan.build(load_for_task(plan.backbone(experiment.backbone), plan.task))
     values = np.load(values_file, allow_pickle=False)
     pet.load_values(torch.from_numpy(values), seed=plan.seed)
     write_model(pet.merged(), locate(experiment.backbone), out)

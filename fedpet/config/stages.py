@@ -16,13 +16,19 @@ from fedpet.errors import ConfigError
 from fedpet.rules import RULES, check_parameters, least_replies
 
 MAX_TIERS = 16
+HEADS = ("train", "new", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
     model: str = "embedded"  # "embedded", a hub name, a folder, or "package:NAME"
     revision: str = ""  # a hub commit; "" takes the newest
+    # "train" starts from the checkpoint's where that fits, "new" never; "keep" freezes it.
+    head: str = "train"
     head_seed: int = 0  # of the newly initialised parameters; the same on every device
+
+    def __post_init__(self) -> None:
+        check_choice("backbone.head", self.head, HEADS)
 
 
 @dataclass(frozen=True, kw_only=True)
