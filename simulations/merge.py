@@ -22,6 +22,7 @@ def merge_run(run: Path, out: Path) -> None:
         ConfigError: `run` is no finished run folder, or `out` exists.
         BackboneError: The run's checkpoint is not to be had here.
         PlanError: The checkpoint here is another than the run's.
+        RunError: The folder cannot be written.
     """
     values_file = run / "checkpoint" / "values.npy"
     for path in (run / "config.toml", run / "plan.bin", values_file):
@@ -29,8 +30,8 @@ def merge_run(run: Path, out: Path) -> None:
             raise ConfigError(
                 f"{str(run)!r} is no folder of a finished run: {path.name} is absent."
             )
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"the folder {str(out)!r} is not empty: name another with --out.")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} is there, and no empty folder: name another with --out.")
     experiment = Experiment.from_file(run / "config.toml")
     plan = Plan.from_bytes((run / "plan.bin").read_bytes())
     pet = plan.build(load_for_task(plan.backbone(experiment.backbone), plan.task))

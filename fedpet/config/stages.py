@@ -23,8 +23,7 @@ HEADS = ("train", "new", "keep")
 class BackboneConfig:
     model: str = "embedded"  # "embedded", a hub name, a folder, or "package:NAME"
     revision: str = ""  # a hub commit; "" takes the newest
-    # "train" starts from the checkpoint's where that fits, "new" never; "keep" freezes it.
-    head: str = "train"
+    head: str = "train"  # from the checkpoint's where that fits; "new" is drawn; "keep" is frozen
     head_seed: int = 0  # of the newly initialised parameters; the same on every device
 
     def __post_init__(self) -> None:
