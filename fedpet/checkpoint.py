@@ -122,7 +122,8 @@ def _package_folder(package: str) -> Path:
 
 def _hub_folder(name: str, revision: str | None) -> Path:
     folder = _download(name, revision, HUB_FILES)
-    if not weight_files(folder):  # of the same commit, which names the folder
+    if not any(file.is_file() for file in weight_files(folder)):
+        # of the same commit, which names the folder
         folder = _download(name, folder.name, OLDER_HUB_FILES)
     return folder
 
