@@ -83,13 +83,10 @@ def test_a_plain_model_loads_and_names_its_classes(
     assert again.config.id2label == dict(enumerate(classes))
     assert again.config.label2id == {label: index for index, label in enumerate(classes)}
     assert again.config.problem_type == "single_label_classification"
-    # The last of an unknown word is T5's end of a text.
-    ids = {"input_ids": torch.tensor([[2, 4, 10, 1, 3]])}
-    if name.startswith("t5"):
-        ids = {"input_ids": torch.tensor([[2, 4, 10, 3, 1]])}
-    assert torch.equal(again(**ids).logits, before(**ids).logits)
-    if not name.startswith("t5"):
-        told = pipeline("text-classification", model=str(folder), top_k=None)("good film")
+    after = dict(again.named_parameters())
+    assert all(torch.equal(after[name], value) for name, value in before.named_parameters())
+    if not name.startswith("t5"):  # its texts end with a token that this tokeniser has not
+        told = pipeline("text-classification", model=str(folder), top_k=None)(["good film"])[0]
         assert {one["label"] for one in told} == set(classes)
 
 
@@ -247,9 +244,8 @@ def test_files_of_a_folder_that_is_there_come_into_it_together(tmp_path: Path) -
     folder.mkdir()
     (folder / "config.json").write_text("old")
     place = folder.stat().st_ino
-    with pytest.raises(OSError, match="full"), whole_folder(folder) as building:
-        (building / "config.json").write_text("new")
-        raise OSError("full")
+    with pytest.raises(OSError, match="nowhere"), whole_folder(folder) as building:
+        (building / "config.json").rename(folder / "nowhere" / "config.json")
     assert [file.name for file in folder.iterdir()] == ["config.json"]
     assert (folder / "config.json").read_text() == "old"
     with whole_folder(folder) as building:
