@@ -283,3 +283,36 @@ def test_the_fingerprint_of_a_bare_encoder_is_that_of_its_own_tensors(bare: Path
     assert load_backbone(BackboneConfig(model=str(bare)), num_outputs=2).fingerprint == (
         fingerprint(own)
     )
+
+
+MASKED = ("bert", "roberta", "distilbert", "mpnet", "albert", "deberta-v2", "electra")
+
+
+@pytest.mark.parametrize("name", [*MASKED, "gpt2", "llama", "t5"])
+def test_a_checkpoint_of_a_language_model_is_a_whole_encoder(name: str, tmp_path: Path) -> None:
+    """Tied embeddings, poolers it lacks and a head for words that is left out: none is a loss."""
+    import architectures
+    from transformers import AutoModelForCausalLM, AutoModelForMaskedLM, AutoModelForSeq2SeqLM
+
+    kinds = {
+        "gpt2": AutoModelForCausalLM,
+        "llama": AutoModelForCausalLM,
+        "t5": AutoModelForSeq2SeqLM,
+    }
+    config = architectures.backbone(name).model.config
+    kinds.get(name, AutoModelForMaskedLM).from_config(config).save_pretrained(tmp_path)
+    backbone = load(tmp_path)
+    base = f"{backbone.model.base_model_prefix}."
+    drawn = [part for part in backbone.origin.drawn if "pooler" not in part]
+    assert backbone.head == backbone.origin.drawn
+    assert drawn
+    assert not any(part.startswith(base) for part in drawn)
+
+
+def test_an_encoder_without_its_decoder_is_refused(tmp_path: Path) -> None:
+    import architectures
+    from transformers import T5EncoderModel
+
+    T5EncoderModel(architectures.backbone("t5").model.config).save_pretrained(tmp_path)
+    with pytest.raises(BackboneError, match="decoder"):
+        load(tmp_path)
