@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from flwr.app import Message
 
-from fedpet.backbone import load_backbone, locate
+from fedpet.backbone import load_for_task, locate
 from fedpet.codec import encode_with_feedback
 from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal
 from fedpet.data import FederatedData, load_data
@@ -196,10 +196,9 @@ class Node:
             self._resident = None  # the old model goes before the new one comes
             gc.unfreeze()
             data = self._data(plan)
-            backbone = load_backbone(
-                replace(self.settings.backbone, head_seed=plan.head_seed),
-                num_outputs=plan.task.num_outputs,
-                regression=plan.task.kind == "regression",
+            backbone = load_for_task(
+                plan.backbone(self.settings.backbone),
+                plan.task,
                 device=check_device(self.settings.device),
             )
             settle_padding(backbone.model, data.train)

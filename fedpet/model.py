@@ -84,7 +84,7 @@ class PetModel:
         self._mask = build_mask(self.model, {} if mask is None else mask.positions)
         tiers = () if mask is None else mask.tiers
         self._structure = build_structure(self.model, positions, structure, seed)
-        heads = [HeadTensor(name, self.model.get_parameter(name)) for name in backbone.head]
+        heads = [HeadTensor(name, self.model.get_parameter(name)) for name in backbone.trained_head]
         masks, weights = ((), ()) if self._mask is None else ((self._mask,), self._mask.weights)
         self._modules: list[PetModule] = [*masks, *self._structure, *heads]
         self._sites = build_sites(

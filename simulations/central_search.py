@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fedpet.backbone import Backbone, load_backbone, locate
+from fedpet.backbone import Backbone, load_for_task, locate
 from fedpet.codec.names import parse_codec
 from fedpet.config import Experiment, PopulationConfig, SearchConfig
 from fedpet.data import FederatedData, load_data
@@ -78,13 +78,10 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
         evaluation=False,
     )
     listener.say(f"loading the backbone {experiment.backbone.model!r}")
-    backbone = load_backbone(
-        experiment.backbone,
-        num_outputs=data.task.num_outputs,
-        regression=data.task.kind == "regression",
-        device=device,
-    )
+    backbone = load_for_task(experiment.backbone, data.task, device=device)
     check_inputs(backbone.model, data.train, experiment.data.max_length)
+    for line in backbone.origin.lines():
+        listener.say(line)
     mask = None
     if experiment.mask.enabled:
         mask = build_mask(mask_scope(backbone.model, backbone.head), experiment.mask)
@@ -117,11 +114,7 @@ def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None
     return settle(
         experiment.search,
         experiment.training,
-        backbone_parameters=sum(
-            parameter.numel()
-            for name, parameter in backbone.model.named_parameters()
-            if name not in backbone.head
-        ),
+        backbone_parameters=backbone.pretrained_parameters,
         bytes_per_value=bytes_per_value(experiment.codec.up) if in_bytes else 4.0,
         mask_values=mask.num_values if mask is not None else 0,
     )

@@ -127,6 +127,7 @@ def federate(
         final=state.final_assessment(),
         total_seconds=time.perf_counter() - prepared.started,
         resumed=resumed,
+        origin=prepared.origin,
     )
     out.write_result(summary)
     remove_journal(out.path)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from fedpet.backbone import load_backbone, locate
+from fedpet.backbone import load_for_task, locate
 from fedpet.config import Experiment
 from fedpet.data.tokenise import probe_rows
 from fedpet.errors import ConfigError
@@ -25,6 +24,7 @@ def merge_run(run: Path, out: Path) -> None:
         ConfigError: `run` is no finished run folder, or `out` exists.
         BackboneError: The run's checkpoint is not to be had here.
         PlanError: The checkpoint here is another than the run's.
+        RunError: The folder cannot be written.
     """
     values_file = run / "checkpoint" / "values.npy"
     for path in (run / "config.toml", run / "plan.bin", values_file):
@@ -32,15 +32,11 @@ def merge_run(run: Path, out: Path) -> None:
             raise ConfigError(
                 f"{str(run)!r} is no folder of a finished run: {path.name} is absent."
             )
-    if out.exists() and any(out.iterdir()):
-        raise ConfigError(f"the folder {str(out)!r} is not empty: name another with --out.")
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise ConfigError(f"{str(out)!r} is there, and no empty folder: name another with --out.")
     experiment = Experiment.from_file(run / "config.toml")
     plan = Plan.from_bytes((run / "plan.bin").read_bytes())
-    backbone = load_backbone(
-        dataclasses.replace(experiment.backbone, head_seed=plan.head_seed),
-        num_outputs=plan.task.num_outputs,
-        regression=plan.task.kind == "regression",
-    )
+    backbone = load_for_task(plan.backbone(experiment.backbone), plan.task)
     folder = locate(experiment.backbone)
     settle_padding(backbone.model, probe_rows(folder))
     pet = plan.build(backbone)

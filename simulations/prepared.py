@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from fedpet.backbone import Backbone, load_backbone, locate
+from fedpet.backbone import Backbone, Origin, load_for_task, locate
 from fedpet.codec import check_codecs
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data, load_evaluation
@@ -60,6 +60,7 @@ class Ground:
     data: FederatedData
     all_parameters: int  # of the backbone and its head
     pretrained_parameters: int
+    origin: Origin  # of the parameters: checkpoint or seed
     started: float  # on `time.perf_counter`'s clock
 
 
@@ -110,14 +111,16 @@ def prepare(
     else:
         data = load_data(experiment.data, experiment.population, folder, cache=cache)
     listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
-    backbone = load_backbone(
-        experiment.backbone,
-        num_outputs=data.task.num_outputs,
-        regression=data.task.kind == "regression",
-        device=device,
-    )
+    backbone = load_for_task(experiment.backbone, data.task, device=device)
+    for line in backbone.origin.lines():
+        listener.say(line)
     ground = Ground(
-        experiment, data, _num_parameters(backbone.model), _num_pretrained(backbone), started
+        experiment,
+        data,
+        _num_parameters(backbone.model),
+        backbone.pretrained_parameters,
+        backbone.origin,
+        started,
     )
     _check_enough_clients(experiment, data)
     check_inputs(backbone.model, data.evaluation, experiment.data.max_length)
@@ -147,6 +150,7 @@ def _settle(ground: Ground, backbone: Backbone, structure: Structure) -> Prepare
         data,
         ground.all_parameters,
         ground.pretrained_parameters,
+        ground.origin,
         ground.started,
         structure,
         plan,
@@ -169,6 +173,7 @@ def _to_search(ground: Ground, backbone: Backbone) -> ToSearch:
         data,
         ground.all_parameters,
         ground.pretrained_parameters,
+        ground.origin,
         ground.started,
         backbone,
         plan,
@@ -180,14 +185,6 @@ def _to_search(ground: Ground, backbone: Backbone) -> ToSearch:
 
 def _num_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _num_pretrained(backbone: Backbone) -> int:
-    return sum(
-        parameter.numel()
-        for name, parameter in backbone.model.named_parameters()
-        if name not in backbone.head
-    )
 
 
 def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:

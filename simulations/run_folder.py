@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import io
 import json
 import math
 import os
@@ -15,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tomli_w
 
+from fedpet.classifier import class_names
 from fedpet.config import Experiment
 from fedpet.data.saved_tokeniser import save_tokenizer
 from fedpet.errors import ConfigError, RunError
-from fedpet.files import write_whole
+from fedpet.files import whole_folder, write_whole
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -47,13 +49,10 @@ class RunFolder:
 
     def write_outputs(self, values: np.ndarray, model: PreTrainedModel, tokenizer: Path) -> None:
         """Leave the communicated values and the plain model with its tokeniser."""
-        folder = self.path / "checkpoint"
-        try:
-            folder.mkdir(exist_ok=True)
-            np.save(folder / "values.npy", values.astype("<f4"))
-            write_model(model, tokenizer, self.path / "model")
-        except OSError as error:
-            raise _no_room(folder.parent, error) from None
+        array = io.BytesIO()
+        np.save(array, values.astype("<f4"))
+        self._write("checkpoint/values.npy", array.getvalue())
+        write_model(model, tokenizer, self.path / "model")
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Leave `result.json`: the last file of a run. A number that is none, NaN, is null."""
@@ -61,10 +60,12 @@ class RunFolder:
         self._write("result.json", f"{text}\n".encode())
 
     def _write(self, name: str, content: bytes) -> None:
+        path = self.path / name
         try:
-            write_whole(self.path / name, content, durable=True)
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, content, durable=True)
         except OSError as error:
-            raise _no_room(self.path / name, error) from None
+            raise _no_room(path, error) from None
 
 
 def _strict(value: Any) -> Any:
@@ -76,17 +77,46 @@ def _strict(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _no_room(path: Path, error: OSError) -> RunError:
+def _no_room(path: Path, error: Exception) -> RunError:
+    reason = getattr(error, "strerror", None) or error
     return RunError(
-        f"{str(path)!r} cannot be written: {error.strerror or error}. Make room; a run that was "
-        "cut short goes on with `fedpet simulate --resume RUN`."
+        f"{str(path)!r} cannot be written: {reason}. Make room and do it again; a run that "
+        "was cut short goes on with `fedpet simulate --resume RUN`."
     )
 
 
 def write_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
-    """Save a plain model as a Hugging Face folder, with its checkpoint's tokeniser beside it."""
-    model.save_pretrained(folder)
-    save_tokenizer(tokenizer, folder)
+    """Save a plain model as a Hugging Face folder, whole or not at all.
+
+    Args:
+        model: Its config names the classes.
+        tokenizer: The checkpoint's folder, whose tokeniser goes beside it.
+        folder: To make; one of a run that was cut short is replaced.
+
+    Raises:
+        RunError: The disk does not take it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with whole_folder(folder) as building:
+            model.save_pretrained(building)
+            _write_class_names(building / "config.json", model)
+            save_tokenizer(tokenizer, building)
+    except (OSError, SafetensorError) as error:  # the latter of its own files, and no OSError
+        raise _no_room(folder, error) from None
+
+
+def _write_class_names(file: Path, model: PreTrainedModel) -> None:
+    """Put the classes into config.json where transformers leaves them out.
+
+    It leaves out names that it makes itself, and some architectures then take another number.
+    """
+    config, names = json.loads(file.read_text(encoding="utf-8")), class_names(model.config)
+    if "id2label" not in config:
+        config["id2label"] = dict(enumerate(names))
+        config["label2id"] = {name: index for index, name in enumerate(names)}
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def new_run_folder(experiment: Experiment) -> RunFolder:

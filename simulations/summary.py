@@ -16,6 +16,7 @@ from fedpet.simulations.quality import quality_of, status_of
 from fedpet.simulations.run_folder import machine, versions
 
 if TYPE_CHECKING:
+    from fedpet.backbone import Origin
     from fedpet.data import FederatedData
     from fedpet.layout import Segment
 
@@ -39,6 +40,7 @@ def summarise(
     total_seconds: float,
     resumed: int = 0,
     tiers: Sequence[dict[str, Any]] = (),
+    origin: Origin,
 ) -> dict[str, Any]:
     """Make the content of `result.json`.
 
@@ -58,6 +60,7 @@ def summarise(
         total_seconds: From the first stage to the last, the time that nothing ran left out.
         resumed: How often the run was cut short and gone on with.
         tiers: Density, values and clients of each tier, where devices differ in strength.
+        origin: What of the model came from the checkpoint, and what did not.
     """
     rounds = [record for record in ledger.of_kind(TRAINING) if record.round > 0]
     num_values = sum(values_by_kind.values())
@@ -86,6 +89,8 @@ def summarise(
             "inexact_kinds": list(inexact_kinds),
             "inference_parameters_added": added_parameters,
             "tiers": list(tiers),
+            "head": experiment.backbone.head,
+            "origin": origin.to_json(),
         },
         "data": {
             "clients": len(data.clients),

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fedpet.backbone import Origin
 from fedpet.config import Experiment
 from fedpet.ledger import Ledger
 from fedpet.metrics import Assessment
@@ -89,6 +90,7 @@ def make_result(
         values_sha256=f"{seed:064x}",
         final=assessment(final, majority, predicted),
         total_seconds=192.0,
+        origin=Origin(loaded=101, drawn=("classifier.weight", "classifier.bias")),
     )
     if path is not None:
         import tomli_w

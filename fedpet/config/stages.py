@@ -52,13 +52,18 @@ Momentum = Annotated[float, Range(0, 1, below=True)]
 Tau = Annotated[float, Range(1e-12, advice="It is added below a root that may be 0.")]
 TrimFraction = Annotated[float, Range(0, 0.5, below=True)]
 Threads = Annotated[int, Range(1, 1024)]
+HEADS = ("train", "new", "keep")
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig(Stage):
     model: str = "embedded"  # "embedded", a hub name, a folder, or "package:NAME"
     revision: str = ""  # a hub commit; "" takes the newest
+    head: str = "train"  # from the checkpoint's where that fits; "new" is drawn; "keep" is frozen
     head_seed: AnyInteger = 0  # of the newly initialised parameters; the same on every device
+
+    def __post_init__(self) -> None:
+        check_choice("backbone.head", self.head, HEADS)
 
 
 @dataclass(frozen=True, kw_only=True)

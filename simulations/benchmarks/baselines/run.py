@@ -159,6 +159,7 @@ def federate_baseline(
         values_sha256=baseline.values_sha256(),
         final=assessed[-1],
         total_seconds=time.perf_counter() - prepared.started,
+        origin=baseline.origin,
     )
     out.write_result(summary)
     if not learned:
