@@ -48,12 +48,12 @@ def test_another_key_is_another_entry(tmp_path: Path) -> None:
     assert compute.calls == 4
 
 
-def test_what_other_code_made_is_computed_anew(
+def test_what_an_older_format_made_is_computed_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = Counted()
     remembered(tmp_path, "kind", {"k": 1}, compute)
-    monkeypatch.setattr(cache, "_source_hash", lambda: "another version of this package")
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     remembered(tmp_path, "kind", {"k": 1}, compute)
     assert compute.calls == 2
 
