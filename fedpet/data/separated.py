@@ -53,7 +53,7 @@ def parse_separated(text: str, separator: str) -> dict[str, list[str | None]]:
         if any(record.fields[len(header) :]):
             raise ValueError(
                 f"line {record.line} has {len(record.fields)} fields, and the first line "
-                f"{len(header)}: quote a field that contains the separator"
+                f"{len(header)}. {separator!r} separates fields: quote a field that contains it"
             )
     return {
         name: [

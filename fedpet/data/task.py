@@ -113,7 +113,7 @@ def read_off_label_names(
 def _read_off(labels: Sequence[Any], where: str) -> tuple[str, ...]:
     names = [name_of_label(label) for label in labels]
     found = {name for name in names if name is not None and not _BROKEN.fullmatch(name)}
-    if not all(map(_WHOLE.fullmatch, found)):
+    if len(found) > 1 and not all(map(_WHOLE.fullmatch, found)):
         return tuple(sorted(found))  # other labels have no class, and `encode_labels` refuses them
     for row, name in enumerate(names):
         if name not in found:
@@ -122,6 +122,8 @@ def _read_off(labels: Sequence[Any], where: str) -> tuple[str, ...]:
                 "whole number from 0: mend or remove the row, name all classes with "
                 "data.label-names, or set data.task = 'regression' if labels are measurements."
             )
+    if not all(map(_WHOLE.fullmatch, found)):
+        return tuple(found)
     numbers = sorted(map(int, found))
     if not numbers or numbers[0] > 0:
         return tuple(map(str, numbers))
