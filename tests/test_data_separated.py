@@ -81,10 +81,12 @@ def rows_with(characters: str) -> st.SearchStrategy[list[tuple[str, ...]]]:
     separator=st.sampled_from(["\t", ","]),
     quoting=st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]),
 )
-@example(rows=[('"', "neg", "c0")], separator="\t", quoting=0)
+@example(rows=[('"', "neg", "c0")], separator="\t", quoting=csv.QUOTE_MINIMAL)
+@example(rows=[("a\t\t\r", "neg", "c0")], separator="\t", quoting=csv.QUOTE_MINIMAL)
 def test_what_a_library_has_quoted_comes_back_as_it_was(
     rows: list[tuple[str, ...]], separator: str, quoting: Any
 ) -> None:
+    rows += [("a film", label, client) for label in ("neg", "pos") for client in ("c0", "c1")] * 2
     text = io.StringIO()
     csv.writer(text, delimiter=separator, quoting=quoting).writerows([HEADER, *rows])
     assert rows_of(text.getvalue(), separator) == rows
@@ -101,7 +103,7 @@ def test_what_pandas_writes_comes_back_as_it_was() -> None:
 def test_each_line_of_a_file_without_quoting_is_a_row(
     rows: list[tuple[str, ...]], separator: str
 ) -> None:
-    rows += [("a film", label, client) for label in ("neg", "pos") for client in ("c0", "c1")]
+    rows += [("a film", label, client) for label in ("neg", "pos") for client in ("c0", "c1")] * 2
     read = rows_of(plain(rows, separator), separator)
     assert [row[1:] for row in read] == [row[1:] for row in rows]
 

@@ -9,7 +9,7 @@ A .csv is read as quoted and a .tsv as unquoted, but for what stands in the file
 
     the quotes do not add up, and each line has the header's fields     unquoted
     a .tsv some of whose lines have not the header's fields             quoted
-    a .tsv whose quoted fields needed it: quotes doubled, or the header quoted     quoted
+    a .tsv whose fields needed quotes, for a quote or the end of a line in them    quoted
 
 Where a quoted field of several lines holds a line that reads as a row of its own, a stray quote has
 swallowed rows: the file is unquoted, or it is refused with the line.
@@ -75,7 +75,7 @@ def _choose_reading(text: str, separator: str) -> list[_Record]:
         if even:
             return plain
         raise
-    swallowed = _find_swallowed(quoted, text, separator)
+    swallowed = _find_swallowed(quoted, text, separator, doubtful=even and separator == "\t")
     if even and (swallowed or (separator == "\t" and not _needed_quotes(plain, quoted))):
         return plain
     if swallowed:
@@ -112,7 +112,7 @@ def _read(text: str, separator: str, quoting: Literal[0, 3]) -> list[_Record]:
 def _needed_quotes(plain: Sequence[_Record], quoted: Sequence[_Record]) -> bool:
     """Whether a writer who quotes where it must has quoted here; all lines have equal fields."""
     if len(plain) != len(quoted):
-        return False  # lines were merged, and each was a row
+        return True  # a field holds the end of a line
     if all(a != b for a, b in zip(plain[0].fields, quoted[0].fields, strict=True)):
         return True
     return any(
@@ -122,8 +122,14 @@ def _needed_quotes(plain: Sequence[_Record], quoted: Sequence[_Record]) -> bool:
     )
 
 
-def _find_swallowed(records: Sequence[_Record], text: str, separator: str) -> _Record | None:
-    """The first record of several lines that holds what looks like a row of its own."""
+def _find_swallowed(
+    records: Sequence[_Record], text: str, separator: str, *, doubtful: bool
+) -> _Record | None:
+    """The first record of several lines that holds what looks like a row of its own.
+
+    Such a line has the header's fields, and values that other rows have in the same columns. Where
+    no column has the same value twice, `doubtful` decides.
+    """
     long = [record for record in records[1:] if record.num_lines > 1]
     if not long:
         return None
@@ -143,8 +149,8 @@ def _find_swallowed(records: Sequence[_Record], text: str, separator: str) -> _R
             # The first line has the record's own fields before the long one, the last those after.
             first = inside[-1] + 1 if number == 0 else 0
             last = inside[0] if number == len(own) - 1 else width
-            told = [column for column in telling if first <= column < last]
-            told = [column for column in told if column not in inside]
-            if len(fields) == width and told and all(fields[c] in seen[c] for c in told):
+            told = [c for c in telling if first <= c < last and c not in inside]
+            enough = bool(told) or (doubtful and not telling)
+            if len(fields) == width and enough and all(fields[c] in seen[c] for c in told):
                 return record
     return None
