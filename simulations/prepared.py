@@ -9,7 +9,7 @@ Out: `Prepared` for the training rounds; or `ToSearch`, where clients search the
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
@@ -116,9 +116,6 @@ def prepare(
         data = load_data(experiment.data, experiment.population, folder, cache=cache)
     for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
         listener.say(line)
-    # With the classes in their order: the run folder tells them from its first moment.
-    names = replace(experiment.data, label_names=data.task.label_names)
-    experiment = replace(experiment, data=names)
     listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
     backbone = load_backbone(
         experiment.backbone,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +21,11 @@ from fedpet.data import (
     load_data,
     load_evaluation,
 )
-from fedpet.simulations.federation import prepare
+from fedpet.node_settings import NodeSettings
+from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.live_line import LiveLine
+from fedpet.simulations.local_grid import LocalGrid
+from fedpet.simulations.run_folder import new_run_folder
 
 four_threads = pytest.fixture(threads_as_before)
 
@@ -43,6 +45,8 @@ class Heard(Silent):
         self.lines: list[str] = []
 
     def say(self, text: str) -> None:
+        if text == "starting the rounds":
+            raise InterruptedError
         self.lines.append(text)
 
 
@@ -137,15 +141,21 @@ def test_a_run_tells_its_classes_before_it_trains_and_leaves_them_with_its_rows(
     assert heard.lines[1] == (
         "Classes (rows to train on + to evaluate on): 0 = '0' (36 + 17), 1 = '1' (36 + 23)."
     )
-    assert prepared.experiment.data.label_names == ("0", "1")  # config.toml is made of it
+    grid, out = LocalGrid.of(NodeSettings.of(experiment), 1), new_run_folder(experiment)
+    with pytest.raises(InterruptedError):
+        federate(grid, prepared, out, heard)
+    classes = json.loads((out.path / "classes.json").read_text(encoding="utf-8"))
+    (out.path / "config.toml").unlink()
     run(experiment)
-    config = tomllib.loads((tmp_path / "out" / "config.toml").read_text(encoding="utf-8"))
-    assert config["data"]["label-names"] == ["0", "1"]
     told = json.loads((tmp_path / "out" / "result.json").read_text(encoding="utf-8"))["data"]
-    assert told["classes"] == [
-        {"name": "0", "train_rows": 36, "evaluation_rows": 17, "clients": 6},
-        {"name": "1", "train_rows": 36, "evaluation_rows": 23, "clients": 6},
-    ]
+    assert (
+        told["classes"]
+        == classes
+        == [
+            {"name": "0", "train_rows": 36, "evaluation_rows": 17, "clients": 6},
+            {"name": "1", "train_rows": 36, "evaluation_rows": 23, "clients": 6},
+        ]
+    )
     assert told["rows"] == {
         "train": {"read": 72, "used": 72, "left_out": {}},
         "evaluation": {"read": 40, "used": 40, "left_out": {}},

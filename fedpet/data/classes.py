@@ -32,13 +32,14 @@ def count_classes(data: FederatedData) -> tuple[ClassCount, ...]:
     names = data.task.label_names
     if not names:
         return ()
-    by_client = [
-        np.bincount(data.train.labels[client.rows], minlength=len(names)) for client in data.clients
-    ]
-    counts = np.array(by_client, dtype=np.int64).reshape(-1, len(names))
+    rows, clients = np.zeros((2, len(names)), dtype=np.int64)
+    for client in data.clients:
+        own = np.bincount(data.train.labels[client.rows], minlength=len(names))
+        rows += own
+        clients += own > 0
     held = np.bincount(data.evaluation.labels, minlength=len(names))
-    columns = (counts.sum(0).tolist(), held.tolist(), (counts > 0).sum(0).tolist())
-    return tuple(ClassCount(*row) for row in zip(names, *columns, strict=True))
+    counts = zip(rows.tolist(), held.tolist(), clients.tolist(), strict=True)
+    return tuple(ClassCount(name, *of_one) for name, of_one in zip(names, counts, strict=True))
 
 
 def describe_classes(classes: Sequence[ClassCount], *, trained_here: bool) -> list[str]:
