@@ -23,7 +23,7 @@ import torch
 from flwr.serverapp import Grid
 
 from fedpet.backbone import locate
-from fedpet.data import Client, FederatedData
+from fedpet.data import Client, FederatedData, count_classes
 from fedpet.errors import RunError
 from fedpet.ledger import SEARCH, TRAINING, Ledger
 from fedpet.node_settings import cache_folder
@@ -75,6 +75,8 @@ def federate(
         resumed = journal.resumed + 1
         prepared = replace(prepared, started=prepared.started - journal.elapsed_seconds)
     out.write_inputs(experiment, prepared.plan)
+    if classes := count_classes(prepared.data):
+        out.write_classes(classes)
     ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
     population = clients_of(prepared)
     if isinstance(prepared, ToSearch):

@@ -46,8 +46,10 @@ class LiveLine:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Show the stage that begins."""
-        if self._live:
+        """Show the stage that begins; a sentence stays above the line."""
+        if self._live and text.endswith("."):
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._live:
             self._bar.update(self._task, description=text)
         else:
             self._print(text)

@@ -17,7 +17,13 @@ import numpy as np
 from fedpet.backbone import Backbone, Origin, load_for_task, locate
 from fedpet.codec import check_codecs
 from fedpet.config import Experiment
-from fedpet.data import FederatedData, load_data, load_evaluation
+from fedpet.data import (
+    FederatedData,
+    count_classes,
+    describe_classes,
+    load_data,
+    load_evaluation,
+)
 from fedpet.device import check_device, device_of
 from fedpet.errors import ConfigError
 from fedpet.first_token import check_first_token
@@ -46,7 +52,7 @@ class Listener(Protocol):
     """Whoever wants to see a run go on."""
 
     def say(self, text: str) -> None:
-        """A stage begins."""
+        """A stage begins; or, where the text is a sentence, something to be read."""
 
     def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
         """A round, or the evaluation before the first, is over."""
@@ -110,6 +116,8 @@ def prepare(
         data = load_evaluation(experiment.data, folder, cache=cache)
     else:
         data = load_data(experiment.data, experiment.population, folder, cache=cache)
+    for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
+        listener.say(line)
     listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     for line in backbone.origin.lines():

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import platform
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ from fedpet.files import whole_folder, write_whole
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fedpet.data import ClassCount
     from fedpet.plan import Plan
     from fedpet.structure import Structure
 
@@ -42,6 +44,11 @@ class RunFolder:
         text = tomli_w.dumps(experiment.to_tables())
         self._write("config.toml", text.encode())
         self._write("plan.bin", plan.to_bytes())
+
+    def write_classes(self, classes: Sequence[ClassCount]) -> None:
+        """Leave the classes in their order, with their rows: entry i is output i of the model."""
+        content = json.dumps([asdict(one) for one in classes], indent=2)
+        self._write("classes.json", (content + "\n").encode())
 
     def write_structure(self, structure: Structure) -> None:
         """Leave the structure that is trained."""

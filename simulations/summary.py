@@ -7,9 +7,11 @@ messages; a share is a fraction; seconds are wall time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fedpet.config import Experiment
+from fedpet.data import count_classes
 from fedpet.ledger import SEARCH, TRAINING, Ledger, RoundRecord
 from fedpet.metrics import Assessment
 from fedpet.simulations.quality import quality_of, status_of
@@ -98,6 +100,8 @@ def summarise(
             "train_rows": sum(len(client.rows) for client in data.clients),
             "train_rows_left_out": data.left_out_rows,
             "evaluation_rows": len(data.evaluation),
+            "classes": [asdict(one) for one in count_classes(data)],
+            "rows": {split: asdict(books) for split, books in data.books.items()},
         },
         "quality": quality_of(
             experiment,
