@@ -7,6 +7,7 @@ Exit codes: 0 done; 1 the run failed or nothing was learned; 2 bad input, one cl
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from rich.console import Console
 from fedpet.config import Experiment
 from fedpet.errors import FedpetError, InputError, Interrupted
 from fedpet.faults import is_of_paths, pipe_is_closed, report_fault
-from fedpet.paths import NO_HOME, check_output, expand, give_no_home
+from fedpet.paths import NO_HOME, check_output, expand, give_no_home, replace_home
 
 app = typer.Typer(
     add_completion=False,
@@ -370,11 +371,13 @@ def read_experiment(name: str, overrides: list[str]) -> Experiment:
 def main() -> None:
     """Run the command line; whatever goes wrong is one sentence on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    replace_home()
     try:
         code = app(standalone_mode=False)
         if code == 130:  # how Typer puts an interrupt
             print("Interrupted.", file=sys.stderr)
-        sys.stdout.flush()
+        if sys.stdout is not None:  # else it was closed from the start
+            sys.stdout.flush()
     except (typer.Abort, KeyboardInterrupt):
         print("Interrupted.", file=sys.stderr)
         code = 130
@@ -401,15 +404,24 @@ def main() -> None:
 def _unforeseen(error: Exception) -> int:
     """Say what went wrong that no code says; gives the exit code."""
     if isinstance(error, BrokenPipeError) and pipe_is_closed():
-        nowhere = os.open(os.devnull, os.O_WRONLY)
-        for number in (1, 2):
-            os.dup2(nowhere, number)  # nothing more is said, not at the process's end either
+        _say_no_more(1, 2)
         return 141
     if isinstance(error, RuntimeError) and str(error) == NO_HOME:
         return _fail(str(give_no_home()), 2)
     if isinstance(error, OSError) and is_of_paths(error, sys.argv[1:]):
         return _fail(f"{error.filename!r} cannot be used: {error.strerror}.", 2)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        _say_no_more(1)
+        what = repr(error.filename) if error.filename else "the output"
+        return _fail(f"{what} cannot be written: {error.strerror}. Make room.", 1)
     return _fail(report_fault(error), 70)
+
+
+def _say_no_more(*descriptors: int) -> None:
+    """Lose what is still to be written there, which at the process's end would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
 
 
 def _fail(sentence: str, code: int) -> int:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, DataError
 from fedpet.paths import absolute
 from fedpet.profile import (
     SIMULATED,
@@ -104,14 +104,14 @@ def make_cache(experiment: Experiment) -> Path:
     """The same folder, made where it is absent.
 
     Raises:
-        ConfigError: It cannot be made.
+        DataError: It cannot be made.
     """
     folder = cache_folder(experiment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise ConfigError(
+        raise DataError(
             f"the cache {str(folder)!r} cannot be made: {reason}. Name a folder that can be, by "
             "run.cache or $FEDPET_CACHE."
         ) from None

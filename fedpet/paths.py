@@ -12,17 +12,29 @@ from pathlib import Path
 
 from fedpet.errors import ConfigError, InputError
 
-__all__ = ["NO_HOME", "absolute", "check_output", "expand", "give_no_home"]
+__all__ = ["NO_HOME", "absolute", "check_output", "expand", "give_no_home", "replace_home"]
 
 NO_HOME = "Could not determine home directory."  # the message of pathlib's RuntimeError
 
 
+def replace_home() -> None:
+    """Let libraries that ask for a home folder, where there is none, take FEDPET_CACHE instead.
+
+    A container's user often has no home; Flower asks for one when it is imported.
+    """
+    cache = os.environ.get("FEDPET_CACHE")
+    if cache and os.path.expanduser("~") == "~":
+        for name, folder in (("FLWR_HOME", "flwr"), ("HF_HOME", "hub")):
+            os.environ.setdefault(name, os.path.abspath(os.path.join(cache, folder)))
+
+
 def give_no_home() -> ConfigError:
-    """The error of a process that has no home folder."""
+    """The error of a path that begins with "~", or of a library's, where no folder is meant."""
+    if os.path.expanduser("~") != "~":
+        return ConfigError("a path begins with '~' and the name of a user that there is not.")
     return ConfigError(
-        "there is no home folder: HOME is not set, and the user (id "
-        f"{os.getuid()}) is not in the password file. Set HOME to a folder that can be written; "
-        "FEDPET_CACHE, FLWR_HOME and HF_HOME name other places for the caches."
+        f"there is no home folder: HOME is not set, and the user with the id {os.getuid()} is not "
+        "in the password file. Set HOME, or FEDPET_CACHE, to a folder that can be written."
     )
 
 
@@ -35,10 +47,7 @@ def expand(path: str | Path) -> Path:
     try:
         return Path(path).expanduser()
     except RuntimeError:
-        first = Path(path).parts[0]
-        if first == "~":
-            raise give_no_home() from None
-        raise ConfigError(f"there is no user {first[1:]!r} to take {str(path)!r} from.") from None
+        raise give_no_home() from None
 
 
 def absolute(path: str | Path) -> Path:
