@@ -19,7 +19,7 @@ from typing import Annotated
 
 import click
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from fedpet.config import Experiment
 from fedpet.errors import FedpetError, InputError, Interrupted
@@ -36,7 +36,14 @@ app = typer.Typer(
 
 
 class Output(Console):
-    """Standard output; a pipe that nobody reads is for `main` to deal with."""
+    """Standard output. Tables alone go through it: in other text, "[x]" would be taken as markup.
+
+    A pipe that nobody reads is for `main` to deal with.
+    """
+
+    def show(self, table: RenderableType) -> None:
+        """Print a table; a title that is too long for a line stays whole."""
+        self.print(table, crop=False)
 
     def on_broken_pipe(self) -> None:
         raise  # the error that is being handled
@@ -97,7 +104,7 @@ def simulate(
             result, folder = engine.resume(resume, progress)
         else:
             result, folder = engine.simulate(settings, progress)
-    out_console.print(run_table(result))
+    out_console.show(run_table(result))
     print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")
 
 
@@ -141,7 +148,7 @@ def search(
 
         with SearchProgress() as progress:
             structure = search_centrally(settings, out, progress)
-    out_console.print(structure_table(structure))
+    out_console.show(structure_table(structure))
     print(f"Structure: {out}   Train it: --set structure.file={quote(str(out))}")
 
 
@@ -171,7 +178,7 @@ def mask(
     backbone = load_backbone(BackboneConfig(model=model), num_outputs=2)
     built = build_mask(mask_scope(backbone.model, backbone.head), config)
     coded = encode_mask(built)
-    out_console.print(mask_table(built, config, backbone.model, len(coded)))
+    out_console.show(mask_table(built, config, backbone.model, len(coded)))
     if out:
         write_output(expand(out), coded)
         print(f"Positions: {out}")
@@ -258,7 +265,7 @@ def compare(
     from fedpet.report.compare import compare_table
     from fedpet.report.results import read_results
 
-    out_console.print(compare_table(read_results(runs)))
+    out_console.show(compare_table(read_results(runs)))
 
 
 @app.command(
@@ -336,7 +343,7 @@ def estimate(
 
     links = find_links(link or [])
     result = reckon(settings, num_clients=clients, rows_per_client=rows, links=links)
-    out_console.print(estimate_table(result))
+    out_console.show(estimate_table(result))
     if json_file:
         text = json.dumps(result.to_json(), indent=1) + "\n"
         write_output(expand(json_file), text.encode())
