@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -23,7 +24,7 @@ from rich.console import Console, RenderableType
 
 from fedpet.config import Experiment
 from fedpet.errors import FedpetError, InputError, Interrupted
-from fedpet.faults import is_of_paths, pipe_is_closed, report_fault
+from fedpet.faults import is_of_paths, report_fault, watched_outputs
 from fedpet.paths import NO_HOME, check_output, expand, give_no_home, replace_home
 
 app = typer.Typer(
@@ -379,8 +380,15 @@ def main() -> None:
     """Run the command line; whatever goes wrong is one sentence on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     replace_home()
+    with watched_outputs() as nobody_reads:
+        code = _run(nobody_reads)
+    if code:
+        sys.exit(code)
+
+
+def _run(nobody_reads: Callable[[], bool]) -> int:
     try:
-        code = app(standalone_mode=False)
+        code: int = app(standalone_mode=False)
         if code == 130:  # how Typer puts an interrupt
             print("Interrupted.", file=sys.stderr)
         if sys.stdout is not None:  # else it was closed from the start
@@ -401,16 +409,15 @@ def main() -> None:
     except SystemExit as ended:  # Typer's and Rich's way out of a closed pipe
         if not isinstance(ended.__context__, BrokenPipeError):
             raise
-        code = _unforeseen(ended.__context__)
+        code = _unforeseen(ended.__context__, nobody_reads)
     except Exception as error:
-        code = _unforeseen(error)
-    if code:
-        sys.exit(code)
+        code = _unforeseen(error, nobody_reads)
+    return code or 0
 
 
-def _unforeseen(error: Exception) -> int:
+def _unforeseen(error: Exception, nobody_reads: Callable[[], bool]) -> int:
     """Say what went wrong that no code says; gives the exit code."""
-    if isinstance(error, BrokenPipeError) and pipe_is_closed():
+    if isinstance(error, BrokenPipeError) and nobody_reads():
         _say_no_more(1, 2)
         return 141
     if isinstance(error, RuntimeError) and str(error) == NO_HOME:

@@ -10,12 +10,13 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fedpet import __version__
 
-__all__ = ["is_of_paths", "pipe_is_closed", "report_fault"]
+__all__ = ["is_of_paths", "report_fault", "watched_outputs"]
 
 
 def report_fault(error: BaseException) -> str:
@@ -54,9 +55,16 @@ def is_of_paths(error: OSError, arguments: Iterable[str]) -> bool:
     return any(part and file.is_relative_to(Path(part).absolute()) for part in given)
 
 
-def pipe_is_closed() -> bool:
-    """Whether whoever read standard output or standard error has gone."""
-    poll = select.poll()
-    for number in (1, 2):
-        poll.register(number, 0)
-    return any(events & select.POLLERR for _, events in poll.poll(0))
+@contextmanager
+def watched_outputs() -> Iterator[Callable[[], bool]]:
+    """Give a function that says whether who read standard output or standard error has gone."""
+    poll, watched = select.poll(), []
+    for descriptor in (1, 2):
+        with contextlib.suppress(OSError):  # it may be closed
+            watched.append(os.dup(descriptor))  # Rich puts another file in its place
+            poll.register(watched[-1], 0)
+    try:
+        yield lambda: any(events & select.POLLERR for _, events in poll.poll(0))
+    finally:
+        for descriptor in watched:
+            os.close(descriptor)

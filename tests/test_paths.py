@@ -196,7 +196,7 @@ def test_a_file_that_could_not_be_written_is_refused(tmp_path: Path) -> None:
     check_output(Path("/dev/null"))
     with pytest.raises(ValueError, match="it is a folder: name a file"):
         check_output(tmp_path)
-    with pytest.raises(ValueError, match="there is no folder .*: make it first"):
+    with pytest.raises(ValueError, match=r"there is no folder .*: make it first"):
         check_output(tmp_path / "absent" / "x")
     with pytest.raises(ValueError, match="File name too long"):
         check_output(tmp_path / ("x" * 300))

@@ -117,7 +117,7 @@ def test_two_searches_for_one_file_do_not_meet(
     out = tmp_path / "structure.json"
     with (
         held_elsewhere(tmp_path / f".structure.json{LOCK_FILE}"),
-        pytest.raises(ConfigError, match="another process works in .*structure.json"),
+        pytest.raises(ConfigError, match=r"another process works in .*structure\.json"),
     ):
         search(experiment(), out, Silent())
 
