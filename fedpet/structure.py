@@ -199,7 +199,7 @@ def settled_structure(config: StructureConfig, positions: Sequence[Position]) ->
     if not config.file:
         return preset(config.preset, positions, rank=config.rank, scale=config.scale)
     try:
-        text = Path(config.file).read_text(encoding="utf-8")
+        text = Path(config.file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StructureError(
             f"the structure's file {config.file!r} does not read: {error}."

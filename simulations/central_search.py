@@ -11,6 +11,8 @@ there and ends with the same bytes. Nothing in the file depends on when or how f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -25,8 +27,9 @@ from fedpet.device import check_device
 from fedpet.errors import ConfigError
 from fedpet.files import write_whole
 from fedpet.inputs import check_inputs
+from fedpet.lock import LOCK_FILE, locked, made_folder
 from fedpet.mask import Mask, build_mask
-from fedpet.node_settings import cache_folder
+from fedpet.node_settings import make_cache
 from fedpet.positions import mask_scope
 from fedpet.search import (
     SearchProgress,
@@ -67,14 +70,18 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
     Raises:
         InputError: The experiment, the budget or the data cannot be used, or `out` is there.
     """
-    refuse_existing(out)
+    with claimed_file(out):
+        return _search(experiment, out, listener)
+
+
+def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
     device = check_device(experiment.run.device)
     listener.say("reading and tokenising the rows")
     data = load_data(
         experiment.data,
         _EVERYBODY,
         locate(experiment.backbone),
-        cache=cache_folder(experiment),
+        cache=make_cache(experiment),
         evaluation=False,
     )
     listener.say(f"loading the backbone {experiment.backbone.model!r}")
@@ -216,14 +223,17 @@ def state_file(out: Path) -> Path:
     return out.with_name(out.name + ".state")
 
 
-def refuse_existing(out: Path) -> None:
-    """Refuse to write over a file.
+@contextmanager
+def claimed_file(out: Path) -> Iterator[None]:
+    """Lock the search that makes `out`, in a folder that is made for it where it is absent.
 
     Raises:
-        ConfigError: It is there.
+        ConfigError: `out` is there, another process makes it, or it cannot be written.
     """
-    if out.exists():
-        raise ConfigError(f"the file {str(out)!r} is there already: name another with --out.")
+    with made_folder(out.parent), locked(out.with_name(f".{out.name}{LOCK_FILE}"), out):
+        if out.exists():
+            raise ConfigError(f"the file {str(out)!r} is there already: name another with --out.")
+        yield
 
 
 def write_file(path: Path, text: str) -> None:

@@ -34,18 +34,18 @@ from fedpet.ledger import SEARCH, Ledger
 from fedpet.node_settings import NodeSettings
 from fedpet.structure import Structure
 
-from .central_search import refuse_existing, state_file, write_file
+from .central_search import claimed_file, state_file, write_file
 from .federated_search import clients_of, search_in_rounds
 from .federation import Listener, Prepared, ToSearch, federate, is_deployed, prepare
 from .journal import Journal
-from .resume import check_journal, found_before, read_cut_short
-from .run_folder import RunFolder, new_run_folder
+from .resume import check_journal, cut_short, found_before
+from .run_folder import RunFolder, claimed_run
 
 Result = TypeVar("Result")
 
 
 def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
-    """Run an experiment on Ray. Bad input is found before Ray or a run folder comes to be.
+    """Run an experiment on Ray. Bad input is found before Ray starts, and leaves no run folder.
 
     Returns:
         What `result.json` holds, and the run folder.
@@ -56,9 +56,8 @@ def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any]
         Interrupted: The user stopped it; the folder can be resumed.
     """
     _refuse_nodes(experiment)
-    prepared = prepare(experiment, listener)
-    out = new_run_folder(experiment)
-    return _simulate(prepared, out, listener), out
+    with claimed_run(experiment) as out:
+        return _simulate(prepare(experiment, listener), out, listener), out
 
 
 def resume(run: Path, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
@@ -73,16 +72,16 @@ def resume(run: Path, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
         RunError: Ray does not start, or nothing was learned.
         Interrupted: The user stopped it once more.
     """
-    experiment = read_cut_short(run)
-    prepared = prepare(experiment, listener, found=found_before(run))
-    journal = check_journal(run, prepared)
-    done, kind = (0, "") if journal is None else (journal.server_round, journal.kind)
-    if kind == SEARCH:
-        listener.say(f"resuming {run} after round {done} of its search")
-    else:
-        listener.say(f"resuming {run} after round {done} of {experiment.strategy.num_rounds}")
-    out = RunFolder(run)
-    return _simulate(prepared, out, listener, journal), out
+    with cut_short(run) as experiment:
+        prepared = prepare(experiment, listener, found=found_before(run))
+        journal = check_journal(run, prepared)
+        done, kind = (0, "") if journal is None else (journal.server_round, journal.kind)
+        if kind == SEARCH:
+            listener.say(f"resuming {run} after round {done} of its search")
+        else:
+            listener.say(f"resuming {run} after round {done} of {experiment.strategy.num_rounds}")
+        out = RunFolder(run)
+        return _simulate(prepared, out, listener, journal), out
 
 
 def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
@@ -102,9 +101,13 @@ def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         RunError: Ray does not start, or no round came to an average.
         Interrupted: The user stopped it.
     """
-    refuse_existing(out)
     experiment = replace(experiment, search=replace(experiment.search, federated=True))
     _refuse_nodes(experiment)
+    with claimed_file(out):
+        return _search(experiment, out, listener)
+
+
+def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
     folder = RunFolder(state_file(out))
     if folder.path.is_file():
         raise ConfigError(

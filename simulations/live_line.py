@@ -23,10 +23,10 @@ class LiveLine:
         console = Console(stderr=True)
         self._live = console.is_terminal
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             console=console,
             disable=not self._live,
             transient=True,

@@ -31,7 +31,7 @@ from fedpet.inputs import check_inputs
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.mask import build_mask
 from fedpet.model import PetModel
-from fedpet.node_settings import cache_folder
+from fedpet.node_settings import make_cache
 from fedpet.plan import Plan
 from fedpet.planning import make_plan, make_search_plan
 from fedpet.positions import find_positions, mask_scope
@@ -108,10 +108,11 @@ def prepare(
         InputError: The experiment, the checkpoint or the data cannot be used.
     """
     started = time.perf_counter()
+    experiment = experiment.located()
     check_codecs(experiment.codec)
     device = check_device(experiment.run.device)
     listener.say("reading and tokenising the rows")
-    folder, cache = locate(experiment.backbone), cache_folder(experiment)
+    folder, cache = locate(experiment.backbone), make_cache(experiment)
     if is_deployed(experiment):
         data = load_evaluation(experiment.data, folder, cache=cache)
     else:

@@ -9,7 +9,8 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,8 @@ from fedpet.config import Experiment
 from fedpet.data.saved_tokeniser import save_tokenizer
 from fedpet.errors import ConfigError, RunError
 from fedpet.files import whole_folder, write_whole
+from fedpet.lock import locked_folder, make_folder
+from fedpet.paths import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -126,27 +129,56 @@ def _write_class_names(file: Path, model: PreTrainedModel) -> None:
         file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
-def new_run_folder(experiment: Experiment) -> RunFolder:
-    """Make the folder that `run.out` names, or the next free `runs/NAME-N`.
+@contextmanager
+def claimed_run(experiment: Experiment) -> Iterator[RunFolder]:
+    """Make the folder that `run.out` names, or the next free `runs/NAME-N`, and lock it.
+
+    A folder that was made and stays empty, since the run did not start, goes again.
 
     Raises:
-        ConfigError: The named folder holds a run already, or cannot be made.
+        ConfigError: The folder holds a run already, another process works in it, or it cannot be
+            made.
     """
     if experiment.run.out:
-        path = Path(experiment.run.out).expanduser()
-        if (path / "config.toml").exists():
-            raise ConfigError(
-                f"the folder {str(path)!r} holds a run already: name another with --out."
-            )
-    else:
-        number = 1
-        while (path := Path("runs") / f"{experiment.run.name}-{number}").exists():
-            number += 1
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the run folder {str(path)!r} cannot be made: {error}.") from None
+        path = expand(experiment.run.out)
+        with locked_folder(path):
+            _refuse_run(path)
+            yield RunFolder(path)
+        return
+    with ExitStack() as held:
+        while True:
+            path = _next_free(experiment.run.name)
+            try:
+                held.enter_context(locked_folder(path, new=True))
+                break
+            except FileExistsError:
+                continue  # another process was faster
+        yield RunFolder(path)
+
+
+def new_run_folder(experiment: Experiment) -> RunFolder:
+    """Make the same folder, for a run that no other process can meet: it is not locked.
+
+    Raises:
+        ConfigError: It holds a run already, or cannot be made.
+    """
+    out, name = experiment.run.out, experiment.run.name
+    path = expand(out) if out else _next_free(name)
+    _refuse_run(path)
+    make_folder(path)
     return RunFolder(path)
+
+
+def _next_free(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def _refuse_run(path: Path) -> None:
+    if (path / "config.toml").exists():
+        raise ConfigError(f"the folder {str(path)!r} holds a run already: name another with --out.")
 
 
 @functools.cache

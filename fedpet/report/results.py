@@ -139,7 +139,7 @@ def _settings(cell: Mapping[str, Any], path: Path) -> dict[str, str]:
     tables: Mapping[str, Any] = cell
     if path.name == "result.json" and config.is_file():
         try:
-            tables = tomllib.loads(config.read_text(encoding="utf-8"))
+            tables = tomllib.loads(config.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"{str(config)!r} is not a readable TOML file: {error}.") from None
     known = {f"{stage}.{key}" for stage, table in Experiment().to_tables().items() for key in table}

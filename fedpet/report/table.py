@@ -43,6 +43,8 @@ def run_table(result: dict[str, Any]) -> RenderableType:
         title=Text(
             f"{run['experiment']}: {run['method']}, {run['backbone']}, seed {run['seed']}",
             style="bold",
+            no_wrap=True,  # a path stays whole, in a log too
+            overflow="ignore",
         ),
         title_justify="left",
         box=box.SIMPLE,
