@@ -158,7 +158,7 @@ def main(arguments: list[str] | None = None) -> int:
                 results.put(section, "status", "no time was left")
             continue
         _run_group(wanted, limit, options, results)
-    print(json.dumps(_summary(results.sections), indent=1), flush=True)
+    print(json.dumps(_summary(results.sections)), flush=True)
     return int(any(found["status"] != "done" for found in results.sections.values()))
 
 
@@ -168,7 +168,7 @@ def _summary(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
         section: {
             name: value
             for name, value in found.items()
-            if name in ("status", "error") or len(json.dumps(value)) < 1500
+            if name in ("status", "error") or len(json.dumps(value)) < 250
         }
         for section, found in sections.items()
     }

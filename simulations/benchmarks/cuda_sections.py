@@ -28,16 +28,11 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.backbone import Backbone
-from fedpet.codec import rotation
 from fedpet.config import Experiment, MaskConfig
 from fedpet.first_token import first_token_only
 from fedpet.mask import Mask, build_mask
 from fedpet.model import PetModel
-from fedpet.node_settings import NodeSettings
 from fedpet.positions import find_positions, mask_scope
-from fedpet.simulations.federation import federate, prepare
-from fedpet.simulations.local_grid import LocalGrid
-from fedpet.simulations.run_folder import new_run_folder
 from fedpet.structure import preset
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,7 +88,6 @@ def _random(size: str, vocabulary: int) -> Any:
         num_hidden_layers=layers,
         num_attention_heads=heads,
         intermediate_size=inner,
-        num_labels=2,
     )
     model = BertForSequenceClassification(config).eval().requires_grad_(False)
     with torch.no_grad():
@@ -339,6 +333,12 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 
 
 def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict[str, Any]:
+    # Here, so that the other sections need neither Flower nor `datasets`.
+    from fedpet.node_settings import NodeSettings
+    from fedpet.simulations.federation import federate, prepare
+    from fedpet.simulations.local_grid import LocalGrid
+    from fedpet.simulations.run_folder import new_run_folder
+
     results, values = {}, {}
     for number, where in enumerate(("cpu", device, device)):
         out = folder / f"out-{size}-{len(list(folder.iterdir()))}"
@@ -512,7 +512,7 @@ class Stepper:
         self._passes.close()
 
 
-def _timed(place: Place, work: Step, seconds: float) -> list[float]:
+def _timed(place: Place, work: Callable[[], Any], seconds: float) -> list[float]:
     """Wall seconds of repeated calls, each waited for."""
     times: list[float] = []
     finish = time.monotonic() + seconds
@@ -708,11 +708,12 @@ def _sampled(place: Place, x: Tensor, g: Tensor, density: float) -> dict[str, An
     row, column = flat // columns, flat % columns
     crow = torch.zeros(rows + 1, dtype=torch.int64)
     crow[1:] = torch.bincount(row, minlength=rows).cumsum(0)
-    here = [tensor.to(place.device) for tensor in (flat, row, column)]
-    flat, row, column = here
-    indices = [tensor.to(place.device, torch.int32) for tensor in (crow, column)]
+    flat, row, column = (tensor.to(place.device) for tensor in (flat, row, column))
     pattern = torch.sparse_csr_tensor(
-        *indices, torch.zeros(count, device=place.device), (rows, columns)
+        crow.to(place.device, torch.int32),
+        column.to(torch.int32),
+        torch.zeros(count, device=place.device),
+        (rows, columns),
     )
     left, right = g.t().contiguous(), x.t().contiguous()
     expected = (g.t() @ x).flatten()[flat]
@@ -733,8 +734,13 @@ def _sampled(place: Place, x: Tensor, g: Tensor, density: float) -> dict[str, An
     for name, way in ways.items():
         for _ in range(3):
             result = way()
-        times = _timed(place, way, 0.15)  # type: ignore[arg-type]
+        times = _timed(place, way, 0.15)
         found[name] = {"ms": round(1e3 * statistics.median(times), 4)}
+        started = time.perf_counter()
+        for _ in range(20):
+            way()
+        place.synchronise()
+        found[name]["in_a_row_ms"] = round(50 * (time.perf_counter() - started), 4)
         if name != "dense":
             found[name]["error"] = float(f"{float((result - expected).abs().max()) / scale:.1e}")
     return found
@@ -742,6 +748,8 @@ def _sampled(place: Place, x: Tensor, g: Tensor, density: float) -> dict[str, An
 
 def rotation_there(place: Place) -> None:
     """The codec's rotation by torch, and by numpy on the processor: the same bits, and time."""
+    from fedpet.codec import rotation
+
     for count in (1000,) if place.tiny else (90_000, 4_096 * 24, 8_000_000):
         with _said(place, f"{count} values"):
             values = np.random.default_rng(0).standard_normal(count).astype(np.float32)
@@ -759,9 +767,9 @@ def rotation_there(place: Place) -> None:
                 "numpy_ms": round(1e3 * statistics.median(numpy), 3),
             }
             ways: dict[str, Callable[[], Any]] = {
-                "there_ms": lambda there=there, signs=signs: _rotate(there, *signs),  # type: ignore[misc]
-                "there, signs drawn and moved, result fetched_ms": lambda there=there, count=count: (  # type: ignore[misc]
-                    _rotate(there, *_signs(count, place.device)).cpu()
+                "there_ms": functools.partial(_rotate, there, *signs),
+                "signs drawn and moved, result fetched_ms": functools.partial(
+                    _rotate_and_fetch, there, place.device
                 ),
             }
             for name, way in ways.items():
@@ -769,8 +777,14 @@ def rotation_there(place: Place) -> None:
             place.found(f"{count} values", row)
 
 
+def _rotate_and_fetch(values: Tensor, device: str) -> Tensor:
+    return _rotate(values, *_signs(len(values), device)).cpu()
+
+
 def _signs(count: int, device: str) -> list[Tensor]:
     """Of both rounds, as factors: (2, windows, C), and of the last, overlapping window."""
+    from fedpet.codec import rotation
+
     size = rotation.window_size(count)
     drawn = rotation._draw_signs(count, size, np.random.PCG64(5))
     places = torch.arange(8, dtype=torch.uint8, device=device)
@@ -783,7 +797,7 @@ def _signs(count: int, device: str) -> list[Tensor]:
 
 
 def _rotate(values: Tensor, signs: Tensor, last: Tensor) -> Tensor:
-    size = rotation.window_size(len(values))
+    size = signs.shape[-1]
     whole = len(values) // size * size
     out = values.clone()
     out[:whole] = _twice(out[:whole].view(-1, size), signs).flatten()
