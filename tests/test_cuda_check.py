@@ -11,14 +11,14 @@ import pytest
 from whole_runs import threads_as_before
 
 from fedpet.model import PetModel
-from simulations.benchmarks import cuda_check, cuda_sections
+from simulations.benchmarks import cuda_check, cuda_laws, cuda_models, cuda_sections
 
 _one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 
 def _found(section: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
-    place = cuda_sections.Place("cpu", True, math.inf, found.__setitem__)
+    place = cuda_models.Place("cpu", True, math.inf, found.__setitem__)
     cuda_sections.SECTIONS[section](place)
     return found
 
@@ -27,11 +27,11 @@ def test_all_laws_hold_on_the_processor() -> None:
     found = _found("laws")
     assert found["laws that do not hold"] == []
     assert all(found["tiny: masks are the same to the bit"].values())
-    assert {f"tiny: {name}" for name in cuda_sections.LAWS} <= found.keys()
+    assert {f"tiny: {name}" for name in cuda_laws.LAWS} <= found.keys()
 
 
 def test_a_law_that_does_not_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cuda_sections, "LAWS", {"mask": (0.01, "none"), "lora": (0.0, "lora")})
+    monkeypatch.setattr(cuda_laws, "LAWS", {"mask": (0.01, "none"), "lora": (0.0, "lora")})
     plain = PetModel.merged
 
     def forgets(pet: PetModel) -> Any:
@@ -58,7 +58,7 @@ def test_the_sampled_product_is_compared_with_the_dense_one() -> None:
 def test_a_section_that_fails_says_so_and_leaves_the_others_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def breaks(place: cuda_sections.Place) -> None:
+    def breaks(place: cuda_models.Place) -> None:
         place.found("before", 1)
         raise RuntimeError("an illegal access")
 

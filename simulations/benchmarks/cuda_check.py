@@ -5,7 +5,8 @@
 
 Each section is a process of its own with a limit of its own, so that one that fails or hangs takes
 nothing from the others. What it finds goes into FOLDER/cuda_check.json at once; what that file
-holds already of other sections stays. The sections stand in `cuda_sections.py`.
+holds already of other sections stays. The sections stand in
+`cuda_laws.py` (is it right?) and `cuda_costs.py` (where does the time go?).
 """
 
 from __future__ import annotations
@@ -120,7 +121,8 @@ def _one_section(options: Any) -> int:
         print(json.dumps({"finding": name, "value": value}), flush=True)
 
     try:
-        from simulations.benchmarks.cuda_sections import SECTIONS, Place
+        from simulations.benchmarks.cuda_models import Place
+        from simulations.benchmarks.cuda_sections import SECTIONS
 
         place = Place(options.device, options.tiny, time.monotonic() + options.seconds, found)
         SECTIONS[options.section](place)
