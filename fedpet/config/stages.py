@@ -63,6 +63,7 @@ class BackboneConfig(Stage):
     head_seed: AnyInteger = 0  # of the newly initialised parameters; the same on every device
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         check_choice("backbone.head", self.head, HEADS)
 
 
