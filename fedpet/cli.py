@@ -1,7 +1,7 @@
 """The command line. Stands above everything; nothing imports it.
 
 Exit codes: 0 done; 1 the run failed or nothing was learned; 2 bad input, one clear sentence;
-130 interrupted, and how to go on with it.
+130 interrupted (143 by SIGTERM), and how to go on with it.
 """
 
 from __future__ import annotations
@@ -355,7 +355,7 @@ def main() -> None:
         print(stopped, file=sys.stderr, flush=True)
         # Not sys.exit: Flower's server would be waited for, in a thread that is not told.
         sys.stdout.flush()
-        os._exit(130)
+        os._exit(stopped.exit_code)
     except FedpetError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

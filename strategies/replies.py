@@ -42,6 +42,8 @@ from .tiers import TierBook
 # Of an update, and of what a rule makes of them, in magnitude: squares are still a float32's, and
 # what comes of a few rounds is still one that every codec can send down.
 LARGEST_VALUE = 1e18
+# Ray's errors for a worker that is gone, as Flower quotes them.
+WORKER_DIED = ("exceptions.ActorDiedError", "exceptions.ActorUnavailableError")
 MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it must
 
 
@@ -287,6 +289,11 @@ class Replies:
 def _reason(error: Error) -> str:
     """What an error says, and what to do where one of Flower's mods met a frame."""
     reason = error.reason or "an unnamed error."
+    if any(died in reason for died in WORKER_DIED):
+        return (
+            "its worker died, and again each time that it was asked once more. If memory ran out, "
+            "lower training.batch-size or run.workers."
+        )
     if error.code == MOD_REFUSED or STYPE in reason:
         reason += (
             " Flower's mods for differential privacy clip and perturb arrays of floats, and a "
