@@ -7,6 +7,10 @@ Everything that decides the run is settled before the first message (`prepared`)
 search the structure, that comes first (`federated_search`) and training's plan is settled after it.
 The rounds are Flower's own loop; afterwards the values are folded into a plain model, and the books
 are closed.
+
+A run fails, and `run.status` in `result.json` says so, where no round came to an average, or the
+last one did not: everything is written nonetheless, with the values of the last average. It stops
+before its end where several rounds in a row came to none (`state.STALLED_ROUNDS`).
 """
 
 from __future__ import annotations
@@ -65,7 +69,8 @@ def federate(
         What `result.json` holds.
 
     Raises:
-        RunError: No round came to an average.
+        RunError: No round came to an average, or the last one did not.
+        Stalled: Many in a row did not; nothing is finished, and the run can be gone on with.
         ConfigError: The folder's books are not those that the journal was written beside.
     """
     experiment, resumed = prepared.experiment, 0
@@ -131,10 +136,17 @@ def federate(
     )
     out.write_result(summary)
     remove_journal(out.path)
-    if not any(record.aggregated for record in ledger.of_kind(TRAINING)):
+    averaged = [record.round for record in ledger.of_kind(TRAINING) if record.aggregated]
+    if not averaged:
         raise RunError(
             f"no round met its quorum of usable replies, so nothing was learned; "
             f"{out.path / 'rounds.jsonl'} says who was refused, and why."
+        )
+    if averaged[-1] != ledger.current.round:
+        raise RunError(
+            f"the last round that met its quorum of usable replies is round {averaged[-1]} of "
+            f"{ledger.current.round}, and {out.path / 'model'} is the model after it; "
+            f"{out.path / 'rounds.jsonl'} says who was refused since, and why."
         )
     return summary
 

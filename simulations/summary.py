@@ -58,7 +58,6 @@ def summarise(
         tiers: Density, values and clients of each tier, where devices differ in strength.
     """
     rounds = [record for record in ledger.of_kind(TRAINING) if record.round > 0]
-    learned = any(record.aggregated for record in rounds)
     num_values = sum(values_by_kind.values())
     head, mask = values_by_kind.get("head", 0), values_by_kind.get("mask", 0)
     return {
@@ -72,7 +71,7 @@ def summarise(
             "plan_digest": plan_digest,
             "versions": versions(),
             "machine": machine(experiment.run.device),
-            "status": "ok" if learned else "nothing learned",
+            "status": _status(rounds),
             "resumed": resumed,
         },
         "model": {
@@ -111,6 +110,13 @@ def summarise(
         ],
         "final_values_sha256": values_sha256,
     }
+
+
+def _status(rounds: Sequence[RoundRecord]) -> str:
+    """What became of the run; what is not "ok" fails, with exit code 1."""
+    if not any(record.aggregated for record in rounds):
+        return "nothing learned"
+    return "ok" if rounds[-1].aggregated else "last round not averaged"
 
 
 def count_by_kind(segments: Sequence[Segment]) -> dict[str, int]:
