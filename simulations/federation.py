@@ -16,7 +16,6 @@ before its end where several rounds in a row came to none (`state.STALLED_ROUNDS
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -27,9 +26,11 @@ import torch
 from flwr.serverapp import Grid
 
 from fedpet.backbone import locate
+from fedpet.cores import usable_cores
 from fedpet.data import Client, FederatedData
 from fedpet.errors import RunError
 from fedpet.ledger import SEARCH, TRAINING, Ledger
+from fedpet.loading import kept_from_collection
 from fedpet.node_settings import cache_folder
 from fedpet.node_state import state_folder
 from fedpet.population import Population, Residents
@@ -74,7 +75,7 @@ def federate(
         ConfigError: The folder's books are not those that the journal was written beside.
     """
     experiment, resumed = prepared.experiment, 0
-    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
+    torch.set_num_threads(usable_cores())  # the server evaluates while the nodes are idle
     if journal is not None:
         resumed = journal.resumed + 1
         prepared = replace(prepared, started=prepared.started - journal.elapsed_seconds)
@@ -102,13 +103,14 @@ def federate(
     state = RunState(prepared, strategy, ledger, out, listener, journal, resumed=resumed)
     listener.say("starting the rounds" if journal is None else "going on with the rounds")
     if state.rounds_left:
-        strategy.start(
-            grid,
-            to_arrays(state.values),
-            num_rounds=state.rounds_left,
-            timeout=experiment.strategy.round_deadline_seconds,
-            evaluate_fn=state.round_over,
-        )
+        with kept_from_collection():
+            strategy.start(
+                grid,
+                to_arrays(state.values),
+                num_rounds=state.rounds_left,
+                timeout=experiment.strategy.round_deadline_seconds,
+                evaluate_fn=state.round_over,
+            )
     model = state.final_model()
     # Where nodes share this machine's cache, what they kept for the rounds to come goes with them.
     kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
