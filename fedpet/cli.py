@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -353,9 +354,11 @@ def main() -> None:
         sys.exit(130)
     except Interrupted as stopped:
         print(stopped, file=sys.stderr, flush=True)
-        # Not sys.exit: Flower's server would be waited for, in a thread that is not told.
-        sys.stdout.flush()
-        os._exit(stopped.exit_code)
+        if sum(not thread.daemon for thread in threading.enumerate()) > 1:
+            # Flower's server would be waited for, in a thread that is not told.
+            sys.stdout.flush()
+            os._exit(stopped.exit_code)
+        sys.exit(stopped.exit_code)
     except FedpetError as error:
         print(f"Error: {error}", file=sys.stderr)
         sys.exit(2 if isinstance(error, InputError) else 1)

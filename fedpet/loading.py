@@ -2,7 +2,7 @@
 
 Importing torch and transformers makes objects by the hundred thousand, all of which stay; Python's
 cyclic collector goes through them again and again, for a sixth of the time. A device pays that for
-every message, since Flower starts a process for each. And Flower collects by itself: in every round,
+every message, since Flower starts a process for each. And Flower collects by itself: every round,
 and with some rules for every reply.
 """
 

@@ -41,14 +41,13 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         Interrupted: A signal came.
         RunError: Too many rounds in a row came to no average.
     """
-    caught = 0
+    caught: list[int] = []
 
     def stop(number: int, frame: FrameType | None) -> None:
-        nonlocal caught
-        caught += 1
+        caught.append(number)
         # What is under way fails now, and Flower would print where.
         logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
-        if caught != 2:
+        if len(caught) != 2:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
     numbers = []
@@ -59,7 +58,8 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt as stopped:
-        code = 128 + (signal.SIGTERM if isinstance(stopped, Terminated) else signal.SIGINT)
+        terminated = isinstance(stopped, Terminated) or signal.SIGTERM in caught
+        code = 128 + (signal.SIGTERM if terminated else signal.SIGINT)
         raise Interrupted(f"Interrupted. {how_to_go_on()}", exit_code=code) from None
     except Stalled as stalled:
         raise RunError(f"{stalled} {how_to_go_on()}") from None
