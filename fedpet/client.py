@@ -197,18 +197,23 @@ class Node:
             plan = Plan.from_bytes(stored)
             self._resident = None  # the old model goes before the new one comes
             gc.unfreeze()
-            data = self._data(plan)
-            backbone = load_backbone(
-                replace(self.settings.backbone, head_seed=plan.head_seed),
-                num_outputs=plan.task.num_outputs,
-                regression=plan.task.kind == "regression",
-                device=check_device(self.settings.device),
-            )
-            rows_of = {client_number(client.id): client.rows for client in data.clients}
-            pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
-            self._resident = Resident(digest, plan, pet, data, rows_of)
-            gc.freeze()  # it all stays: neither training nor the process's end looks through it
+            try:
+                self._resident = self._built(digest, plan)
+            finally:  # it all stays: neither training nor the process's end looks through it
+                gc.freeze()
         return self._resident
+
+    def _built(self, digest: bytes, plan: Plan) -> Resident:
+        data = self._data(plan)
+        backbone = load_backbone(
+            replace(self.settings.backbone, head_seed=plan.head_seed),
+            num_outputs=plan.task.num_outputs,
+            regression=plan.task.kind == "regression",
+            device=check_device(self.settings.device),
+        )
+        rows_of = {client_number(client.id): client.rows for client in data.clients}
+        pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
+        return Resident(digest, plan, pet, data, rows_of)
 
     def _data(self, plan: Plan) -> FederatedData:
         """This node's rows, tokenised as the plan says, and its clients."""

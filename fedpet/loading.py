@@ -31,8 +31,9 @@ def kept_from_collection() -> Iterator[None]:
 
     Afterwards it is looked through again, unless somebody had things left out before.
     """
-    gc.collect()
     before = gc.get_freeze_count()
+    if not before:
+        gc.collect()
     gc.freeze()
     try:
         yield

@@ -37,17 +37,13 @@ from .central_search import refuse_existing, state_file, write_file
 from .cluster import PREFIX, cluster_address, ray_folder
 from .federated_search import clients_of, search_in_rounds
 from .federation import Listener, Prepared, ToSearch, federate, is_deployed, prepare
-from .interrupts import Terminated, stoppable
+from .interrupts import Heeding, Terminated, stoppable
 from .journal import Journal
 from .resume import check_journal, found_before, is_cut_short, read_cut_short
 from .run_folder import RunFolder, new_run_folder
+from .workers import RESTARTS, workers_end_with_ray
 
 Result = TypeVar("Result")
-
-# Flower hands these to `ClientAppActor.options` as they are (flwr 1.41 and 1.42, BasicActorPool);
-# on its own it never starts a worker again, and sends a dead one every later message. Ray asks a
-# worker that it started again what the dead one was asked, and Flower sees one reply as of any.
-RESTARTS = {"max_restarts": -1, "max_task_retries": 3}
 
 
 def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
@@ -227,11 +223,11 @@ def run_on_ray(
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(serve(grid))
+        results.append(serve(Heeding(grid)))
 
     threads = experiment.training.threads
     workers = experiment.run.workers
-    with ray_runtime(num_cpus=workers * threads) as gpus, quiet_flower():
+    with ray_runtime(num_cpus=workers * threads) as gpus, quiet_flower(), workers_end_with_ray():
         share = gpu_share(gpus, workers) if experiment.run.device == "cuda" else 0.0
         run_simulation(
             server_app,

@@ -30,7 +30,6 @@ from fedpet.cores import usable_cores
 from fedpet.data import Client, FederatedData
 from fedpet.errors import RunError
 from fedpet.ledger import SEARCH, TRAINING, Ledger
-from fedpet.loading import kept_from_collection
 from fedpet.node_settings import cache_folder
 from fedpet.node_state import state_folder
 from fedpet.population import Population, Residents
@@ -103,14 +102,13 @@ def federate(
     state = RunState(prepared, strategy, ledger, out, listener, journal, resumed=resumed)
     listener.say("starting the rounds" if journal is None else "going on with the rounds")
     if state.rounds_left:
-        with kept_from_collection():
-            strategy.start(
-                grid,
-                to_arrays(state.values),
-                num_rounds=state.rounds_left,
-                timeout=experiment.strategy.round_deadline_seconds,
-                evaluate_fn=state.round_over,
-            )
+        strategy.start(
+            grid,
+            to_arrays(state.values),
+            num_rounds=state.rounds_left,
+            timeout=experiment.strategy.round_deadline_seconds,
+            evaluate_fn=state.round_over,
+        )
     model = state.final_model()
     # Where nodes share this machine's cache, what they kept for the rounds to come goes with them.
     kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)

@@ -19,9 +19,10 @@ from fedpet.client import reply
 from fedpet.config import Experiment
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.node_settings import NodeSettings
-from fedpet.simulations.engine import RESTARTS, run_on_ray
+from fedpet.simulations.engine import run_on_ray
 from fedpet.simulations.federation import federate, prepare
 from fedpet.simulations.run_folder import new_run_folder
+from fedpet.simulations.workers import RESTARTS
 
 pytestmark = [pytest.mark.simulation, pytest.mark.timeout(300)]
 

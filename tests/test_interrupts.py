@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,9 +18,10 @@ from search_runs import SEARCH
 from tiny import Silent
 
 from fedpet.config import Experiment
-from fedpet.errors import Interrupted
+from fedpet.errors import Interrupted, RunError
 from fedpet.simulations import engine
-from fedpet.simulations.interrupts import stoppable
+from fedpet.simulations.interrupts import Heeding, stoppable
+from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.search_progress import SearchProgress
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
@@ -98,6 +101,28 @@ def test_handlers_of_somebody_else_are_left_alone() -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     assert heard == [signal.SIGTERM]
+
+
+def test_a_signal_whose_exception_is_lost_ends_the_server_s_thread_without_a_word() -> None:
+    ended: list[bool] = []
+
+    def server(grid: Heeding) -> None:
+        with contextlib.suppress(SystemExit):  # as Python does with one that ends a thread
+            while True:
+                list(grid.pull_messages([]))
+
+    def command() -> None:
+        with stoppable(lambda: "Go on."):
+            thread = threading.Thread(target=server, args=(Heeding(LocalGrid({})),))
+            thread.start()
+            with contextlib.suppress(KeyboardInterrupt):  # somebody's callback
+                send(signal.SIGTERM)
+            thread.join()
+            ended.append(True)
+            raise RunError("the simulation ended before its server did.")
+
+    assert stopped(signal.SIGTERM, command) == "Interrupted. Go on."
+    assert ended
 
 
 @by_signal
