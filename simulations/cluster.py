@@ -83,7 +83,7 @@ def ray_folder() -> Path:
         ConfigError: RAY_TMPDIR is absent, or too long; or no folder is short enough.
     """
     if named := os.environ.get("RAY_TMPDIR"):
-        folder = Path(named)
+        folder = Path(named).absolute()
         if not (folder.is_dir() and os.access(folder, os.W_OK | os.X_OK)):
             raise ConfigError(
                 f"RAY_TMPDIR={named!r} is no folder that can be written to: make it, name another "

@@ -62,9 +62,9 @@ def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any]
     out: RunFolder | None = None
 
     def how_to_go_on() -> str:
-        if out is None or not is_cut_short(out.path):
+        if out is None or not (out.path / "config.toml").exists():
             return "No round had begun and nothing is left of it: start it again."
-        return f"Go on with it: fedpet simulate --resume {out.path}"
+        return _resume_sentence(out.path)
 
     with stoppable(how_to_go_on):
         prepared = prepare(experiment, listener)
@@ -87,7 +87,7 @@ def resume(run: Path, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
     """
     experiment = read_cut_short(run)
     _check_ray()
-    with stoppable(lambda: f"Go on with it: fedpet simulate --resume {run}"):
+    with stoppable(lambda: _resume_sentence(run)):
         prepared = prepare(experiment, listener, found=found_before(run))
         journal = check_journal(run, prepared)
         done, kind = (0, "") if journal is None else (journal.server_round, journal.kind)
@@ -165,6 +165,12 @@ def _refuse_nodes(experiment: Experiment) -> None:
             'population.partition is "nodes": real nodes bring their clients, and a simulation has '
             "none. Name another partition, or run it on nodes (`fedpet deploy`)."
         )
+
+
+def _resume_sentence(run: Path) -> str:
+    if is_cut_short(run):
+        return f"Go on with it: fedpet simulate --resume {run}"
+    return f"The run was over by then, and lies in {run}."
 
 
 def _check_ray() -> None:

@@ -152,6 +152,22 @@ def test_a_run_stopped_in_its_rounds_names_the_folder_to_resume(
     assert said.endswith(f"fedpet simulate --resume {out}")
 
 
+def test_a_run_stopped_behind_its_result_is_not_said_to_be_resumable(
+    experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settled = experiment()
+    out = Path(settled.run.out)
+
+    def rounds(*args: object) -> None:
+        for name in ("config.toml", "result.json"):
+            (out / name).touch()
+        send(signal.SIGTERM)
+
+    monkeypatch.setattr(engine, "run_on_ray", rounds)
+    said = stopped(signal.SIGTERM, lambda: engine.simulate(settled, Silent()))
+    assert said == f"Interrupted. The run was over by then, and lies in {out}."
+
+
 def test_a_run_stopped_while_its_rows_are_read_says_to_start_again(
     experiment: Callable[..., Experiment], monkeypatch: pytest.MonkeyPatch
 ) -> None:
