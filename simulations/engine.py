@@ -323,4 +323,4 @@ def quiet_flower() -> Iterator[None]:
         logger.setLevel(level)
     except Exception:
         logger.setLevel(level)
-        raise  # an interrupt leaves it off: what was under way fails now, and would print where
+        raise  # an interrupt keeps it off for longer, see `stoppable`

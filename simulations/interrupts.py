@@ -60,12 +60,14 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         RunError: Too many rounds in a row came to no average.
     """
     caught: list[int] = []
+    logger = logging.getLogger("flwr")
+    level = logger.level
 
     def stop(number: int, frame: FrameType | None) -> None:
         caught.append(number)
         _stopping.set()
         # What is under way fails now, and Flower would print where.
-        logging.getLogger("flwr").setLevel(logging.CRITICAL + 1)
+        logger.setLevel(logging.CRITICAL + 1)
         if len(caught) != 2:
             raise Terminated if number == signal.SIGTERM else KeyboardInterrupt
 
@@ -92,5 +94,6 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
             raise interrupted() from None
         raise
     finally:
+        logger.setLevel(level)
         for number in numbers:
             signal.signal(number, DEFAULTS[number])
