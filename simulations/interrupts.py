@@ -89,7 +89,7 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         raise interrupted() from None
     except Stalled as stalled:
         raise RunError(f"{stalled} {how_to_go_on()}") from None
-    except RunError:
+    except Exception:  # of what had been under way
         if caught:
             raise interrupted() from None
         raise
