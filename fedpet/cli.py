@@ -1,8 +1,8 @@
 """The command line. Stands above everything; nothing imports it.
 
 Exit codes: 0 done; 1 the run failed or nothing was learned; 2 bad input, one clear sentence;
-70 what nobody foresaw, and where its traceback is; 130 interrupted, and how to go on with it;
-141 whoever read the output has gone.
+70 what nobody foresaw, and where its traceback is; 130 interrupted (143 by SIGTERM), and how to go
+on with it; 141 whoever read the output has gone.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import json
 import logging
 import os
 import sys
+import threading
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -398,9 +399,11 @@ def _run(nobody_reads: Callable[[], bool]) -> int:
         code = 130
     except Interrupted as stopped:
         print(stopped, file=sys.stderr, flush=True)
-        # Not sys.exit: Flower's server would be waited for, in a thread that is not told.
-        sys.stdout.flush()
-        os._exit(130)
+        code = stopped.exit_code
+        if sum(not thread.daemon for thread in threading.enumerate()) > 1:
+            # Flower's server would be waited for, in a thread that is not told.
+            sys.stdout.flush()
+            os._exit(code)
     except FedpetError as error:
         code = _fail(str(error), 2 if isinstance(error, InputError) else 1)
     except click.ClickException as error:

@@ -7,12 +7,15 @@ Everything that decides the run is settled before the first message (`prepared`)
 search the structure, that comes first (`federated_search`) and training's plan is settled after it.
 The rounds are Flower's own loop; afterwards the values are folded into a plain model, and the books
 are closed.
+
+A run fails, and `run.status` in `result.json` says so, where no round came to an average, or the
+last one did not: everything is written nonetheless, with the values of the last average. It stops
+before its end where several rounds in a row came to none (`state.STALLED_ROUNDS`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -23,6 +26,7 @@ import torch
 from flwr.serverapp import Grid
 
 from fedpet.backbone import locate
+from fedpet.cores import usable_cores
 from fedpet.data import Client, FederatedData, count_classes
 from fedpet.errors import RunError
 from fedpet.ledger import SEARCH, TRAINING, Ledger
@@ -66,11 +70,13 @@ def federate(
         What `result.json` holds.
 
     Raises:
-        RunError: No round came to an average, or the final model's outputs are not finite.
+        RunError: No round came to an average, or the last one did not, or the final model's outputs
+            are not finite.
+        Stalled: Many in a row did not; nothing is finished, and the run can be gone on with.
         ConfigError: The folder's books are not those that the journal was written beside.
     """
     experiment, resumed = prepared.experiment, 0
-    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
+    torch.set_num_threads(usable_cores())  # the server evaluates while the nodes are idle
     if journal is not None:
         resumed = journal.resumed + 1
         prepared = replace(prepared, started=prepared.started - journal.elapsed_seconds)
@@ -133,12 +139,19 @@ def federate(
     )
     out.write_result(summary)
     remove_journal(out.path)
-    if not any(record.aggregated for record in ledger.of_kind(TRAINING)):
+    averaged = [record.round for record in ledger.of_kind(TRAINING) if record.aggregated]
+    if not averaged:
         raise RunError(
             f"no round met its quorum of usable replies, so nothing was learned; "
             f"{out.path / 'rounds.jsonl'} says who was refused, and why."
         )
     refuse_diverged(summary)
+    if averaged[-1] != ledger.current.round:
+        raise RunError(
+            f"the last round that met its quorum of usable replies is round {averaged[-1]} of "
+            f"{ledger.current.round}, and {out.path / 'model'} is the model after it; "
+            f"{out.path / 'rounds.jsonl'} says who was refused since, and why."
+        )
     return summary
 
 

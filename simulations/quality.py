@@ -24,15 +24,20 @@ from fedpet.rules import RULES
 __all__ = ["DIVERGED", "quality_of", "refuse_diverged", "status_of"]
 
 OK, NOTHING_LEARNED, DIVERGED = "ok", "nothing learned", "diverged"
+LAST_NOT_AVERAGED = "last round not averaged"
 
 
 def status_of(rounds: Sequence[RoundRecord], final: Assessment) -> str:
-    """Name how a run ended: "nothing learned" where no round came to an average, "diverged" where
-    the final metric is NaN, else "ok".
+    """Name how a run ended; what is not "ok" fails, with exit code 1.
+
+    "nothing learned" where no round came to an average, "diverged" where the final metric is NaN,
+    "last round not averaged" where the last one came to none, else "ok".
     """
     if not any(record.aggregated for record in rounds):
         return NOTHING_LEARNED
-    return DIVERGED if math.isnan(final.value) else OK
+    if math.isnan(final.value):
+        return DIVERGED
+    return OK if rounds[-1].aggregated else LAST_NOT_AVERAGED
 
 
 def refuse_diverged(result: Mapping[str, Any]) -> None:

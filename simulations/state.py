@@ -4,6 +4,9 @@
 
 In:  the global values after a round, from Flower's loop.
 Out: the round's metric, its line in `rounds.jsonl`, and after that the journal that vouches for it.
+
+A round that came to no average has no journal: a run goes on after the last that had one. Where
+`STALLED_ROUNDS` in a row had none the run stops, and can be gone on with.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, MetricRecord
 
+from fedpet.errors import Stalled
 from fedpet.ledger import Ledger
 from fedpet.metrics import Assessment
 from fedpet.strategies import SparseStrategy, values_of
@@ -28,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .prepared import Listener, Prepared
+
+STALLED_ROUNDS = 5  # in a row
 
 
 class RunState:
@@ -95,8 +101,12 @@ class RunState:
             self._assessed = assess_rows(model, data.evaluation, data.task)
             record.metric = self._assessed.value
             record.evaluation_seconds = time.perf_counter() - clock
-        self._write_journal(server_round, self._ledger.close())
+        ledger_bytes = self._ledger.close()
+        if record.aggregated or last or server_round == 0:
+            self._write_journal(server_round, ledger_bytes)
         self._listener.round_done(record, self._ledger)
+        if not last:
+            refuse_stalled(self._ledger)
         return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
 
     def final_model(self) -> PreTrainedModel:
@@ -127,3 +137,19 @@ class RunState:
             resumed=self._resumed,
         )
         write_journal(self._out.path, journal, self._ledger.path)
+
+
+def refuse_stalled(ledger: Ledger) -> None:
+    """Stop where the last rounds came to no average.
+
+    Raises:
+        Stalled: There were `STALLED_ROUNDS` of them in a row.
+    """
+    rounds = ledger.of_kind(ledger.current.kind)[-STALLED_ROUNDS:]
+    if len(rounds) < STALLED_ROUNDS or any(r.aggregated or r.round == 0 for r in rounds):
+        return
+    raise Stalled(
+        f"rounds {rounds[0].round} to {rounds[-1].round} met no quorum of usable replies, and the "
+        f"run stops here: {ledger.path} says who was refused, and why. Mend that first; what goes "
+        "on then goes on after the last round that came to an average."
+    )

@@ -13,7 +13,6 @@ one array a tensor, in one message a client, and `flwr.serverapp.strategy.FedAvg
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +25,7 @@ from flwr.serverapp import Grid
 
 from fedpet.backbone import locate
 from fedpet.config import Experiment
+from fedpet.cores import usable_cores
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, RunError
 from fedpet.metrics import Assessment
@@ -115,7 +115,7 @@ def federate_baseline(
     """
     method, experiment = prepared.method, prepared.experiment
     data, baseline = prepared.data, prepared.baseline
-    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
+    torch.set_num_threads(usable_cores())  # the server evaluates while the nodes are idle
     (out.path / "config.toml").write_text(tomli_w.dumps(experiment.to_tables()), encoding="utf-8")
     ledger = DenseLedger(out.path / "rounds.jsonl")
     population = Population({c.id: len(c.rows) for c in data.clients}, homes={})
