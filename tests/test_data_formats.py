@@ -23,7 +23,7 @@ from word_rows import WORDS, save_tokenizer
 
 import fedpet.data.load as load_module
 from fedpet.config import DataConfig, PopulationConfig
-from fedpet.data import FederatedData, load_data
+from fedpet.data import FederatedData, load_data, take_census
 from fedpet.data.sources import open_source
 from fedpet.errors import DataError
 
@@ -264,3 +264,12 @@ def test_half_a_surrogate_pair_and_a_column_of_numbers_are_no_texts(
         data = DataConfig(source=str(tmp_path / name), eval_fraction=1e-9)
         with pytest.raises(DataError, match=why):
             load(data, tokenizer_folder, tmp_path)
+
+
+def test_a_missing_text_is_refused_by_its_row_where_clients_are_only_counted(
+    tmp_path: Path,
+) -> None:
+    (tmp_path / "a.csv").write_text("text,label,client\nw1,0,c\n,1,c\n")
+    data = DataConfig(source=str(tmp_path / "a.csv"))
+    with pytest.raises(DataError, match=r"^row 2 of the file .* has None in column 'text'"):
+        take_census(data, EVERYBODY, cache=tmp_path / "cache")

@@ -212,6 +212,8 @@ def take_census(data: DataConfig, population: PopulationConfig, *, cache: Path) 
 
     def compute() -> Entry:
         texts, labels = train.texts(data.text_columns), train.labels(data.label_column)
+        for name, column in zip(data.text_columns, texts, strict=True):
+            check_texts(column, name, train.where)
         encoded = encode_labels(labels, task.kind, task.label_names, train.where)
         numbers = _choose(texts, train.part, data.eval_fraction, train.max_rows)
         return Entry({"labels": encoded[numbers], "numbers": numbers}, {})

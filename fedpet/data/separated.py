@@ -5,11 +5,11 @@ Out: columns of texts, None where a field is empty.
 
 A file says nowhere whether its quotes quote. Two readings are tried: one where a quote is a
 character like any other, and one where quotes hold a field together (RFC 4180, to the letter).
-A .csv is read as quoted and a .tsv as unquoted, but for what stands in the file:
+A .csv is read as quoted and a .tsv as unquoted, but for these:
 
-    the quotes do not add up, and each line has the header's fields     unquoted
-    a .tsv some of whose lines have not the header's fields             quoted
-    a .tsv whose fields needed quotes, for a quote or the end of a line in them    quoted
+    unquoted    the quotes do not add up, and each line has as many fields as the header
+    quoted      a .tsv where a line has not, or whose header is quoted
+    quoted      a .tsv with a field that needed quotes: it holds a quote or the end of a line
 
 Where a quoted field of several lines holds a line that reads as a row of its own, a stray quote has
 swallowed rows: the file is unquoted, or it is refused with the line.
