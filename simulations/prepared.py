@@ -154,6 +154,11 @@ def _settle(ground: Ground, backbone: Backbone, structure: Structure) -> Prepare
     check_structure(structure, backbone.fingerprint)
     data = ground.data
     plan, pet = make_plan(ground.experiment, backbone, structure, data.task, data.tokenizer_hash)
+    if not plan.num_values:
+        raise ConfigError(
+            "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
+            "is empty. Enable one of them."
+        )
     return Prepared(
         ground.experiment,
         data,

@@ -316,3 +316,18 @@ def test_an_encoder_without_its_decoder_is_refused(tmp_path: Path) -> None:
     T5EncoderModel(architectures.backbone("t5").model.config).save_pretrained(tmp_path)
     with pytest.raises(BackboneError, match="decoder"):
         load(tmp_path)
+
+
+def test_a_kept_head_with_nothing_else_to_train_is_refused(
+    classifier: Path, tmp_path: Path
+) -> None:
+    experiment = tiny.make_experiment(
+        classifier,
+        tiny.make_rows(tmp_path / "rows"),
+        tmp_path / "out",
+        backbone_head="keep",
+        mask_enabled=False,
+        structure_preset="none",
+    )
+    with pytest.raises(ConfigError, match="nothing is trained"):
+        prepare(experiment, tiny.Silent())
