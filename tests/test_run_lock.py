@@ -20,7 +20,9 @@ from tiny import Silent
 from fedpet import cli
 from fedpet.errors import ConfigError
 from fedpet.lock import LOCK_FILE, locked_folder
+from fedpet.node_settings import NodeSettings
 from fedpet.simulations import central_search, engine, resume, server_app
+from fedpet.simulations.local_grid import LocalGrid
 from fedpet.simulations.merge import merge_run
 from fedpet.simulations.run_folder import claimed_run
 
@@ -108,6 +110,19 @@ def test_flower_s_server_meets_the_same_lock(experiment: Any) -> None:
 
     with held_elsewhere(folder / LOCK_FILE), pytest.raises(ConfigError, match="another process"):
         server_app.main(None, Context())
+
+
+def test_flower_s_server_leaves_a_whole_run_and_no_lock(experiment: Any, capsys: Any) -> None:
+    settings = experiment(strategy_num_rounds=1)
+    folder = Path(settings.run.out)
+
+    class Context:
+        run_config = settings.to_run_config()
+
+    server_app.main(LocalGrid.of(NodeSettings.of(settings), 1), Context())
+    assert (folder / "result.json").exists()
+    assert not (folder / LOCK_FILE).exists()
+    assert f"run folder: {folder}" in capsys.readouterr().err.splitlines()
 
 
 @pytest.mark.parametrize("search", [central_search.search_centrally, engine.search])
