@@ -6,13 +6,15 @@ an impatient user or of a scheduler that sends both, would only leave things lyi
 passed over. A third is heard again.
 
 An exception in the main thread can be lost, in somebody's callback, or wait for others that do not
-know of it: the server of a simulation looks by itself whether it is to stop (`Heeding`).
+know of it; and where the system hands a signal to a thread of Ray's, a main thread that waits is
+not woken. So a thread listens too, and a simulation's server looks whether to stop (`Heeding`).
 """
 
 from __future__ import annotations
 
 import logging
 import signal
+import socket
 import threading
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -75,14 +77,15 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         number = signal.SIGTERM if signal.SIGTERM in caught else signal.SIGINT
         return Interrupted(f"Interrupted. {how_to_go_on()}", exit_code=128 + number)
 
-    numbers = []
+    numbers: list[int] = []
     if threading.current_thread() is threading.main_thread():
         numbers = [n for n, handler in DEFAULTS.items() if signal.getsignal(n) is handler]
     for number in numbers:
         signal.signal(number, stop)
     _stopping.clear()
     try:
-        yield
+        with _listening(numbers):
+            yield
     except KeyboardInterrupt as stopped:
         if isinstance(stopped, Terminated):
             caught.append(signal.SIGTERM)  # heard by somebody else
@@ -97,3 +100,27 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
         logger.setLevel(level)
         for number in numbers:
             signal.signal(number, DEFAULTS[number])
+
+
+@contextmanager
+def _listening(numbers: list[int]) -> Iterator[None]:
+    """Note signals of these numbers whatever the main thread does."""
+    if not numbers:
+        yield
+        return
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+
+    def listen() -> None:
+        with reader:
+            while heard := reader.recv(1):
+                if heard[0] in numbers:
+                    _stopping.set()
+
+    threading.Thread(target=listen, daemon=True).start()
+    before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        writer.close()  # with which the thread ends

@@ -225,7 +225,7 @@ def test_sigterm_and_ctrl_c_right_after_it_end_a_run_on_ray_with_143_and_one_sen
     import tomli_w
 
     job, out = tmp_path / "job.toml", tmp_path / "run"
-    settled = tiny.make_experiment(*files, out, strategy_num_rounds=500)
+    settled = tiny.make_experiment(*files, out, strategy_num_rounds=60)
     job.write_text(tomli_w.dumps(settled.to_tables()), encoding="utf-8")
     ray_folders = Path(os.environ["RAY_TMPDIR"])
     before = set(ray_folders.glob("fedpet-*"))
