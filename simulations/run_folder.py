@@ -61,6 +61,10 @@ class RunFolder:
         """Leave the communicated values and the plain model with its tokeniser."""
         array = io.BytesIO()
         np.save(array, values.astype("<f4"))
+        try:
+            self.path.joinpath("checkpoint").mkdir(exist_ok=True)
+        except OSError as error:
+            raise _no_room(self.path / "checkpoint", error) from None
         self._write("checkpoint/values.npy", array.getvalue())
         write_model(model, tokenizer, self.path / "model")
 
@@ -72,7 +76,6 @@ class RunFolder:
     def _write(self, name: str, content: bytes) -> None:
         path = self.path / name
         try:
-            path.parent.mkdir(exist_ok=True)
             write_whole(path, content, durable=True)
         except OSError as error:
             raise _no_room(path, error) from None

@@ -24,6 +24,7 @@ from word_rows import WORDS, save_tokenizer
 import fedpet.data.load as load_module
 from fedpet.config import DataConfig, PopulationConfig
 from fedpet.data import FederatedData, load_data, take_census
+from fedpet.data.padding import Padding
 from fedpet.data.sources import open_source
 from fedpet.errors import DataError
 
@@ -48,9 +49,9 @@ def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def no_tokens() -> Iterator[None]:
     """A row's tokens are its text's length: what is tested here stands before the tokeniser."""
 
-    def lengths(texts: Any, *_: Any) -> tuple[dict[str, np.ndarray], int]:
+    def lengths(texts: Any, *_: Any) -> tuple[dict[str, np.ndarray], Padding]:
         tokens = np.array([len(text) for text in texts[0]], dtype=np.int32)
-        return {"tokens": tokens, "offsets": np.arange(len(tokens) + 1)}, 0
+        return {"tokens": tokens, "offsets": np.arange(len(tokens) + 1)}, Padding(0, left=False)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load_module, "tokenise", lengths)

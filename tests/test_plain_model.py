@@ -235,7 +235,7 @@ def test_a_merge_on_a_full_disk_says_so_and_leaves_nothing(
         merge_run(tmp_path / "run", out)
         assert (out / "model.safetensors").is_file()
         assert not list(out.glob(".*"))
-    with pytest.raises(ConfigError, match="no empty folder"):
+    with pytest.raises(ConfigError, match="it is a file"):
         merge_run(tmp_path / "run", tmp_path / "run" / "plan.bin")
 
 

@@ -33,7 +33,7 @@ def count_classes(data: FederatedData) -> tuple[ClassCount, ...]:
     if not names:
         return ()
     rows, clients = np.zeros((2, len(names)), dtype=np.int64)
-    for client in data.clients:
+    for client in data.clients if len(data.train) else ():  # else the rows are on the nodes
         own = np.bincount(data.train.labels[client.rows], minlength=len(names))
         rows += own
         clients += own > 0

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from textwrap import wrap
 from typing import Any
 
 from rich import box
@@ -29,13 +30,20 @@ def compare_table(results: Sequence[dict[str, Any]]) -> RenderableType:
     parts: list[RenderableType] = []
     for question in dict.fromkeys(row.group.question for row in rows):
         chosen = [row for row in rows if row.group.question == question]
-        parts += [*([""] if parts else []), _Fitting(chosen), *map(_whole_words, notes(chosen))]
+        parts += [*([""] if parts else []), _Fitting(chosen), *map(_Note, notes(chosen))]
     return Group(*parts)
 
 
-def _whole_words(note: str) -> Text:
-    """Text that is broken between words alone: a path stays whole."""
-    return Text(note, overflow="ignore")
+@dataclass(frozen=True)
+class _Note:
+    """A sentence below a table, broken between words alone: a path stays whole."""
+
+    text: str
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        width = options.max_width
+        for line in wrap(self.text, width, break_long_words=False, break_on_hyphens=False):
+            yield Text(line, no_wrap=True, overflow="ignore")
 
 
 @dataclass(frozen=True)
