@@ -22,9 +22,9 @@ class ClassCount:
     """A class, by index; a client that takes no part has no rows here."""
 
     name: str
-    train_rows: int
+    train_rows: int | None  # None where the rows are on nodes, and not known here
     evaluation_rows: int
-    clients: int  # with a row of it
+    clients: int | None  # with a row of it
 
 
 def count_classes(data: FederatedData) -> tuple[ClassCount, ...]:
@@ -32,13 +32,17 @@ def count_classes(data: FederatedData) -> tuple[ClassCount, ...]:
     names = data.task.label_names
     if not names:
         return ()
+    held = np.bincount(data.evaluation.labels, minlength=len(names)).tolist()
+    if not len(data.train):
+        return tuple(
+            ClassCount(n, None, of_one, None) for n, of_one in zip(names, held, strict=True)
+        )
     rows, clients = np.zeros((2, len(names)), dtype=np.int64)
-    for client in data.clients if len(data.train) else ():  # else the rows are on the nodes
+    for client in data.clients:
         own = np.bincount(data.train.labels[client.rows], minlength=len(names))
         rows += own
         clients += own > 0
-    held = np.bincount(data.evaluation.labels, minlength=len(names))
-    counts = zip(rows.tolist(), held.tolist(), clients.tolist(), strict=True)
+    counts = zip(rows.tolist(), held, clients.tolist(), strict=True)
     return tuple(ClassCount(name, *of_one) for name, of_one in zip(names, counts, strict=True))
 
 

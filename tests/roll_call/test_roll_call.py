@@ -27,7 +27,10 @@ def test_nodes_with_their_own_files_end_with_the_simulation_s_values(
     assert result["final_values_sha256"] == expected["final_values_sha256"]
     assert result["run"]["plan_digest"] == expected["run"]["plan_digest"]
     assert result["quality"] == expected["quality"]
-    assert result["data"] == expected["data"]
+    on_nodes = ("classes", "rows")  # of the training rows the server knows their number alone
+    for key in result["data"].keys() - on_nodes:
+        assert result["data"][key] == expected["data"][key]
+    assert [one["train_rows"] for one in result["data"]["classes"]] == [None, None]
 
 
 def test_one_client_a_node_under_the_name_its_config_gives_ends_the_same(
@@ -96,4 +99,7 @@ def test_a_deployed_run_that_was_cut_short_goes_on_with_nodes_that_come_anew(
     assert not is_cut_short(folder)
     assert result["final_values_sha256"] == expected["final_values_sha256"]
     assert result["communication"]["plan_bytes"] == expected["communication"]["plan_bytes"]
-    assert result["data"] == expected["data"]
+    on_nodes = ("classes", "rows")  # of the training rows the server knows their number alone
+    for key in result["data"].keys() - on_nodes:
+        assert result["data"][key] == expected["data"][key]
+    assert [one["train_rows"] for one in result["data"]["classes"]] == [None, None]

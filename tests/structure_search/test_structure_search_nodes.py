@@ -65,7 +65,9 @@ def test_nodes_that_bring_their_own_files_search_what_the_simulation_does(
     assert found[0].modules == found[1].modules
     assert found[0].gates == found[1].gates
     assert found[0].provenance["search"]["clients"] == 6
-    assert deployed["data"] == expected["data"]
+    on_nodes = ("classes", "rows")  # of the training rows the server knows their number alone
+    for key in deployed["data"].keys() - on_nodes:
+        assert deployed["data"][key] == expected["data"][key]
 
 
 def node_with(
