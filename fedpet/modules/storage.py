@@ -1,7 +1,8 @@
 """All trainables in one tensor, all their gradients in another.
 
 In:  a model and the PET modules on it.
-Out: each module's trainables as views; for the optimiser, one parameter a kind of module.
+Out: each module's trainables as views; for the optimiser, one parameter a kind of module; a hook
+     that writes pretrained + change into the model before a forward pass, where a step moved it.
 
 A change of a tensor's own shape (a bias, a gain, a head) is *held*: the model's parameter is
 pretrained + change, a view of a third tensor that mirrors the end of the first, and the autograd
@@ -12,14 +13,75 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from fedpet.modules.base import PetModule
+from fedpet.modules.masked import MaskedWeights
 
-__all__ = ["FlatStorage"]
+__all__ = ["FlatParameter", "FlatStorage", "is_adapted"]
+
+_GRAD = torch.Tensor.grad  # the attribute itself, below the property of `FlatParameter`
+
+
+@dataclass
+class _Reads:
+    """Whether a gradient was read since the model was written."""
+
+    seen: bool = False
+
+
+class FlatParameter(nn.Parameter):
+    """A parameter whose gradient stays a view of the flat one, into which backward passes write.
+
+    `optimizer.zero_grad()` and `module.zero_grad()` set gradients to None: here that fills the
+    view with zeros. A gradient that is assigned is copied into it. And a read is remembered: any
+    optimiser reads a gradient before it moves a parameter, and some leave no other trace (fused
+    ones do not count `_version` up).
+    """
+
+    _reads: _Reads
+
+    @classmethod
+    def of(cls, data: Tensor, gradient: Tensor, reads: _Reads) -> FlatParameter:
+        parameter = cls(data)
+        parameter.pin(data, gradient, reads)
+        return parameter
+
+    def pin(self, data: Tensor, gradient: Tensor, reads: _Reads) -> None:
+        """Lie in `data` and have the gradient `gradient` from now on, of any other size too."""
+        _GRAD.__set__(self, None)
+        if self.data_ptr() != data.data_ptr() or self.shape != data.shape:
+            self.data = data
+        _GRAD.__set__(self, gradient)
+        self._reads = reads
+
+    def unpin(self) -> None:
+        """Become a plain parameter without a gradient, in memory of its own."""
+        _GRAD.__set__(self, None)
+        self.data = self.data.clone()
+        self.__class__ = nn.Parameter  # type: ignore[assignment]  # as torch's lazy parameters do
+
+    @property
+    def grad(self) -> Tensor | None:
+        if (reads := self.__dict__.get("_reads")) is not None:
+            reads.seen = True
+        own: Tensor | None = _GRAD.__get__(self)
+        return own
+
+    @grad.setter
+    def grad(self, value: Tensor | None) -> None:
+        own = _GRAD.__get__(self)
+        if own is None:
+            _GRAD.__set__(self, value)
+        elif value is None:
+            own.zero_()
+        elif value is not own:
+            own.copy_(value.detach())
 
 
 class FlatStorage:
@@ -31,8 +93,21 @@ class FlatStorage:
         groups: By kind, in the modules' order: its stretch as a parameter, its gradient in place.
     """
 
-    def __init__(self, model: nn.Module, modules: Sequence[PetModule]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        modules: Sequence[PetModule],
+        groups: Mapping[str, FlatParameter] | None = None,
+    ) -> None:
+        """Lay out the trainables and bind them.
+
+        Args:
+            model: The modules act on it.
+            modules: In the order of their values.
+            groups: Of an earlier storage of the same modules, for an optimiser that has them.
+        """
         self._modules = modules
+        self._masks = [module for module in modules if isinstance(module, MaskedWeights)]
         like = next(model.parameters())
         kinds = list(dict.fromkeys(module.kind for module in modules))
         held = {module.kind: module.held for module in modules}
@@ -45,7 +120,9 @@ class FlatStorage:
         self._held_from = min(
             (first for kind, first in self._first.items() if held[kind]), default=len(self.flat)
         )
-        self.groups: dict[str, nn.Parameter] = {}
+        self._reads = _Reads()
+        self._version = 0
+        self.groups: dict[str, FlatParameter] = dict(groups or {})
         for kind in kinds:
             self.bind(kind)
         self._hold(model)
@@ -60,18 +137,53 @@ class FlatStorage:
                     trainables.append(self._view(start, shape))
                     start += math.prod(shape)
                 module.bind(trainables)
-        self.groups[kind] = self._view(first, (start - first,))
+        data, gradient = self.flat[first:start], self.gradient[first:start]
+        if kind in self.groups:
+            self.groups[kind].pin(data, gradient, self._reads)
+        else:
+            self.groups[kind] = FlatParameter.of(data, gradient, self._reads)
 
-    def write_held(self) -> None:
-        """Write pretrained + change into the parameters that hold it, under no_grad."""
+    @torch.no_grad()
+    def write(self) -> None:
+        """Write pretrained + change where the model computes with it."""
         torch.add(self._pretrained, self.flat[self._held_from :], out=self._held)
+        for mask in self._masks:
+            mask.write_weights()
+        self._note_written()
 
-    def release(self) -> None:
-        """Give those parameters their pretrained numbers and memory of their own, under no_grad."""
-        self._held.copy_(self._pretrained)
+    @torch.no_grad()
+    def refresh(self) -> None:
+        """Write where a trainable may have moved since, and did.
+
+        Numbers that are there already are not written again: an earlier pass whose backward is
+        still to come may have kept the tensor.
+        """
+        if self._reads.seen or self._versions() != self._version:
+            held = self._pretrained + self.flat[self._held_from :]
+            if torch.equal(held, self._held) and all(mask.is_written() for mask in self._masks):
+                self._note_written()
+            else:
+                self.write()
+
+    def hook(self, model: nn.Module) -> RemovableHandle:
+        """Have the model refreshed before each of its forward passes."""
+        return model.register_forward_pre_hook(self._before_forward)
+
+    def _before_forward(self, module: nn.Module, inputs: object) -> None:
+        if self._reads.seen or self._versions() != self._version:
+            self.refresh()
+
+    @torch.no_grad()
+    def release(self, *, merged: bool = False) -> None:
+        """Give the parameters that hold a change memory of their own, frozen.
+
+        Args:
+            merged: They keep the change; without it they get their pretrained numbers back.
+        """
+        if not merged:
+            self._held.copy_(self._pretrained)
         for parameter in self._holders:
-            parameter.data = parameter.data.clone()
-            parameter.grad = None
+            parameter.unpin()
             parameter.requires_grad_(False)
 
     def _view(self, start: int, shape: Sequence[int]) -> nn.Parameter:
@@ -85,7 +197,7 @@ class FlatStorage:
         """Make the parameters of held modules views of one storage, and leaves."""
         self._held = torch.zeros_like(self.flat[self._held_from :])
         self._pretrained = torch.zeros_like(self._held)
-        self._holders: list[nn.Parameter] = []
+        self._holders: list[FlatParameter] = []
         for module in self._modules:
             parameter = _parameter_of(module, model) if module.held else None
             if parameter is None:
@@ -95,10 +207,26 @@ class FlatStorage:
             here = slice(start, start + trainable.numel())
             module.pretrained = self._pretrained[here].view(trainable.shape)
             module.pretrained.copy_(parameter)
-            parameter.data = self._held[here].view(trainable.shape).copy_(parameter)
+            held = self._held[here].view(trainable.shape).copy_(parameter)
+            assert trainable.grad is not None
+            parameter.__class__ = FlatParameter
+            assert isinstance(parameter, FlatParameter)
+            parameter.pin(held, trainable.grad, self._reads)
             parameter.requires_grad_(True)
-            parameter.grad = trainable.grad
             self._holders.append(parameter)
+
+    def _versions(self) -> int:
+        """A number that grows with each change in place that torch counts."""
+        return self.flat._version + sum(group._version for group in self.groups.values())
+
+    def _note_written(self) -> None:
+        self._version, self._reads.seen = self._versions(), False
+
+
+def is_adapted(model: nn.Module) -> bool:
+    """Whether a storage holds some of this model's parameters."""
+    hooks = model._forward_pre_hooks.values()
+    return any(isinstance(getattr(hook, "__self__", None), FlatStorage) for hook in hooks)
 
 
 def _parameter_of(module: PetModule, model: nn.Module) -> nn.Parameter | None:
