@@ -30,7 +30,7 @@ class ModelWrapper(nn.Module):
     def wrap(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
         """Take the model and the trainables; `nn.Module.__init__` was called before."""
         self.model = model
-        self.trainable = nn.ParameterDict(trainable)
+        self.trainable = nn.ParameterDict(list(trainable.items()))  # a dict would be sorted
         self.forward = _Forward(model)
         self.register_state_dict_post_hook(_leave_out_model)
         self.register_load_state_dict_post_hook(_miss_no_model)
