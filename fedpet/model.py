@@ -20,6 +20,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -64,6 +65,26 @@ class PetModel(ModelWrapper):
         tiers: The layout of the values of each tier of devices, weakest first; of all last.
         segments: The layout in use.
         num_values: How many values are communicated, in the layout in use.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = get_pet_model(
+        ...     BertForSequenceClassification(small), PetConfig(modules=[LayerNormConfig()]))
+        >>> optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+        >>> ids, labels = torch.tensor([[2, 7, 9, 3], [2, 8, 4, 3]]), torch.tensor([0, 1])
+        >>> for step in range(3):
+        ...     loss = model(input_ids=ids, labels=labels).loss
+        ...     optimizer.zero_grad()
+        ...     loss.backward()
+        ...     optimizer.step()
+        >>> delta = model.get_delta()
+        >>> delta.shape == (model.num_values,), bool(delta.any())
+        (True, True)
+        >>> model.set_delta(0.5 * delta)
+        >>> type(model.merge_and_unload()).__name__
+        'BertForSequenceClassification'
     """
 
     model: PreTrainedModel
@@ -420,6 +441,62 @@ class PetModel(ModelWrapper):
         if self._mask is not None:
             self._mask.restore()
         self._storage.release()
+
+    # What is kept of it.
+
+    @property
+    def mask(self) -> Mask | None:
+        """The entries of the dense weights that may move, of the strongest tier."""
+        return self._chosen
+
+    @property
+    def source(self) -> str:
+        """The backbone's name, as it was loaded."""
+        return self._backbone.source
+
+    def head_starts(self) -> dict[str, Tensor]:
+        """What trains in full, by name of the parameter: the numbers that its values count from."""
+        heads = [module for module in self._pet_modules if isinstance(module, HeadTensor)]
+        return {head.target: head.pretrained for head in heads if head.pretrained is not None}
+
+    def fingerprint(self) -> str:
+        """SHA-256 over the checkpoint, the head left out; taken once, for that reads all of it."""
+        if not self._backbone.fingerprint:
+            from fedpet.backbone import fingerprint
+
+            head = self._backbone.head
+            with self._taken_off():
+                named = self.model.named_parameters()
+                found = fingerprint((n, p) for n, p in named if n not in head)
+            self._backbone.fingerprint = found
+        return self._backbone.fingerprint
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        """Write the trainables alone, see fedpet/pet/pet_files.py: a few MB at most.
+
+        Args:
+            folder: Made, where it is absent.
+        """
+        from fedpet.pet.pet_files import save_pet
+
+        save_pet(self, Path(folder))
+
+    @classmethod
+    def from_pretrained(cls, model: nn.Module, folder: str | Path) -> PetModel:
+        """Put what `save_pretrained` wrote on a model again, which is adapted in place.
+
+        Args:
+            model: The backbone that they were trained on, as its checkpoint has it. Its head may
+                be drawn anew: the saved one stands in its place.
+            folder: Written by `save_pretrained`.
+
+        Raises:
+            BackboneError: Another backbone.
+            InputError: No such folder.
+        """
+        from fedpet.pet.pet_files import load_pet
+
+        return load_pet(cls, model, Path(folder))
 
     # Off the model and on again.
 

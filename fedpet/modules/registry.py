@@ -3,10 +3,7 @@
 In:  a `GatedModule` class and its facts.
 Out: `KINDS` and `PRESETS`, which structure, build, search, estimate and report read.
 
-    @register_module("ia3", targets={"linear"}, usual=linears("key", "value"), size=lambda i, o, r: o)
-    class Ia3(GatedModule): ...
-
-After that `structure.preset = "ia3"` and `CustomModuleConfig(kind="ia3")` put it on a model.
+See `register_module` for an example.
 """
 
 from __future__ import annotations
@@ -104,6 +101,31 @@ def register_module(
 
     Raises:
         ConfigError: The name is taken by another class.
+
+    Example:
+        (IA)^3 on any dense layer: its output times 1 + v, which folds into weight and bias.
+
+        >>> @register_module("ia3", targets={"linear"}, usual=linears("key", "value", "ffn-up"),
+        ...                  size=lambda d_in, d_out, rank: d_out)
+        ... class Ia3(GatedModule):
+        ...     place = "sequential"
+        ...     def __init__(self, target, width):
+        ...         super().__init__("ia3", target)
+        ...         self._width = width
+        ...     @classmethod
+        ...     def build(cls, spec, module, seed):
+        ...         return cls(spec.target, module.out_features)
+        ...     @property
+        ...     def shapes(self):
+        ...         return ((self._width,),)
+        ...     def effect(self, output):
+        ...         return output * self.trainables[0]
+        ...     def merge(self, module):
+        ...         module.weight.mul_(1 + self.trainables[0][:, None])
+        ...         if module.bias is not None:
+        ...             module.bias.mul_(1 + self.trainables[0])
+        >>> CustomModuleConfig(kind="ia3").kind
+        'ia3'
     """
 
     def register(cls: _Class) -> _Class:
@@ -138,5 +160,12 @@ def register_preset(name: str, kind: str, usual: _Wanted) -> None:
 
 
 def linears(*roles: str) -> _Wanted:
-    """Dense layers of these roles; all, where none is named."""
+    """Dense layers of these roles; all, where none is named.
+
+    Example:
+        >>> from fedpet.positions import Position
+        >>> query = Position("layer.0.query", "linear", "query", 0, "encoder", 8, 8, True)
+        >>> linears("query", "value")(query), linears("ffn-up")(query), linears()(query)
+        (True, False, True)
+    """
     return lambda p: p.kind in DENSE and (not roles or p.role in roles)
