@@ -145,7 +145,9 @@ class PetModel(ModelWrapper):
         product = PRODUCTS[self._products]
         self._sites = build_sites(model, positions, weights, self._structure, product)
         earlier: FlatStorage | None = self.__dict__.get("_storage")
-        self._storage = FlatStorage(model, self._pet_modules, earlier and earlier.groups)
+        self._storage = FlatStorage(
+            model, self._pet_modules, None if earlier is None else earlier.groups
+        )
         self._hook = self._storage.hook(model)
         self._gated = False
         for site in self._sites:
@@ -227,8 +229,8 @@ class PetModel(ModelWrapper):
         print(
             f"trainable params: {trained:,d} || all params: {everything:,d} || "
             f"trainable%: {100 * trained / everything:.4f}\n"
-            f"upload a round: {4 * self.num_values:,d} bytes || dense FedAvg: {4 * dense:,d} "
-            f"bytes || upload%: {100 * self.num_values / dense:.4f} (float32, no codec)"
+            f"upload a round (float32): {4 * self.num_values:,d} bytes || dense FedAvg: "
+            f"{4 * dense:,d} bytes || upload%: {100 * self.num_values / dense:.4f}"
         )
 
     # What the optimiser and the training loop see.

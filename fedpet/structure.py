@@ -182,8 +182,8 @@ def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float
         name = name.strip()
         if name not in PRESETS:
             raise StructureError(
-                f"structure.preset must be 'none' or of {', '.join(sorted(PRESETS))}, joined by '+', "
-                f"got {name!r}."
+                f"structure.preset must be 'none' or of {', '.join(sorted(PRESETS))}, joined by "
+                f"'+', got {name!r}."
             )
         kind, wanted = PRESETS[name]
         chosen = [p.name for p in positions if wanted(p)]

@@ -96,7 +96,8 @@ def test_a_classifiers_head_trains_unless_it_is_told_otherwise(name: str) -> Non
 
 def test_modules_to_save_are_found_by_path_or_its_end_and_are_no_targets() -> None:
     pet = get_pet_model(
-        _base(), PetConfig(modules=[BitFitConfig()], modules_to_save=["classifier", "0.output.dense"])
+        _base(),
+        PetConfig(modules=[BitFitConfig()], modules_to_save=["classifier", "0.output.dense"]),
     )
     heads = [s.name for s in pet.segments if s.kind == "head"]
     assert heads == [
@@ -279,7 +280,8 @@ def test_what_trains_is_counted_as_peft_counts_it_and_the_upload_beside_it(capsy
     assert capsys.readouterr().out == (
         f"trainable params: {lora + head} || all params: {dense + lora:,} || "
         f"trainable%: {share:.4f}\n"
-        f"upload a round: {4 * (lora + head):,} bytes || dense FedAvg: {4 * dense:,} bytes || "
-        f"upload%: {upload:.4f} (float32, no codec)\n"
+        f"upload a round (float32): {4 * (lora + head):,} bytes || "
+        f"dense FedAvg: {4 * dense:,} bytes || "
+        f"upload%: {upload:.4f}\n"
     )
     assert isinstance(pet, PetModel)

@@ -114,7 +114,9 @@ def test_another_backbone_is_refused_with_the_right_one_named(other: str, tmp_pa
         PetModel.from_pretrained(model, tmp_path)
 
 
-@pytest.mark.parametrize("damage", ["absent", "no json", "schema", "values", "half", "mask"])
+@pytest.mark.parametrize(
+    "damage", ["absent", "no json", "schema", "values", "half", "mask", "type"]
+)
 def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(damage: str, tmp_path: Path) -> None:
     pet = get_pet_model(_base(), CONFIG)
     pet.save_pretrained(tmp_path)
@@ -128,6 +130,8 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(damage: str, tmp_
         config.write_text(json.dumps(table | {"schema": 99}))
     elif damage == "values":
         values.write_bytes(values.read_bytes()[:200])
+    elif damage == "type":
+        config.write_text(json.dumps(table | {"mask": table["mask"] | {"density": "all"}}))
     elif damage == "mask":
         config.write_text(json.dumps(table | {"mask": {"shape": "round"}}))
     else:

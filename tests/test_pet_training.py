@@ -25,8 +25,8 @@ from fedpet.pet.pet_config import (
     LoraConfig,
     PetConfig,
 )
-from fedpet.training import batches, train_rows
 from fedpet.seeds import derive_seed
+from fedpet.training import batches, train_rows
 
 TASK = Task("classification", ("bad", "good"), "accuracy")
 TRAINING = TrainingConfig(learning_rate=0.01, local_epochs=2, batch_size=4, clip_norm=1.0)

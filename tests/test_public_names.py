@@ -63,10 +63,12 @@ def test_a_stranger_s_type_checker_sees_the_types(tmp_path: Path) -> None:
         "fedpet.LoraConfig(rank=3)\n"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "mypy", "--follow-imports=silent", "--cache-dir", str(tmp_path / "c"),
-         "--config-file=", str(script)],
-        capture_output=True, text=True, cwd=Path(fedpet.__file__).parents[1], check=False,
-    )  # fmt: skip
+        [sys.executable, "-m", "mypy", "--follow-imports=silent", "--config-file=", str(script)],
+        capture_output=True,
+        text=True,
+        cwd=Path(fedpet.__file__).parents[1],
+        check=False,
+    )
     assert 'Revealed type is "fedpet.pet.pet_config.PetConfig"' in done.stdout, done.stdout
     assert "fedpet.model.PetModel" in done.stdout
     assert 'Unexpected keyword argument "rank" for "LoraConfig"' in done.stdout

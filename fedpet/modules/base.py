@@ -124,6 +124,7 @@ class PetModule(ABC):
 
     def count_from(self, origin: Tensor) -> None:
         """Count from an `origin` of the same module elsewhere, under no_grad."""
+        raise NotImplementedError(f"{type(self).__name__} has no origin")
 
     @abstractmethod
     def merge(self, module: nn.Module) -> None:

@@ -110,4 +110,6 @@ class NormBias(BitFit):
 
 register_preset("pooler-bias", "bitfit", lambda p: linears("pooler")(p) and p.has_bias)
 # A bias where the layer has none: merging leaves it there (T5, Llama). Not in a default.
-register_preset("added-bias", "bitfit", lambda p: linears()(p) and not p.has_bias and p.role != "key")
+register_preset(
+    "added-bias", "bitfit", lambda p: linears()(p) and not p.has_bias and p.role != "key"
+)

@@ -15,6 +15,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +26,7 @@ from fedpet.modules.masked import MaskedWeights
 
 __all__ = ["FlatParameter", "FlatStorage", "is_adapted"]
 
-_GRAD = torch.Tensor.grad  # the attribute itself, below the property of `FlatParameter`
+_GRAD: Any = torch.Tensor.grad  # the attribute itself, below the property of `FlatParameter`
 
 
 @dataclass

@@ -154,7 +154,15 @@ def _mask(
             f"{CONFIG_FILE} names {', '.join(sorted(unknown))} of a mask, which this fedpet does "
             "not know: it was written by a newer one; update this one."
         )
-    config = MaskConfig(**{k: tuple(v) if isinstance(v, list) else v for k, v in table.items()})
+    entries: dict[str, Any] = {
+        name: tuple(value) if isinstance(value, list) else value for name, value in table.items()
+    }
+    try:
+        config = MaskConfig(**entries)
+    except TypeError as error:
+        raise InputError(
+            f"the mask in {CONFIG_FILE} of save_pretrained reads wrong: {error}."
+        ) from None
     return build_mask(scope, config), config
 
 

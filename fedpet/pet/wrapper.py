@@ -31,9 +31,11 @@ class ModelWrapper(nn.Module):
         """Take the model and the trainables; `nn.Module.__init__` was called before."""
         self.model = model
         self.trainable = nn.ParameterDict(list(trainable.items()))  # a dict would be sorted
-        self.forward = _Forward(model)
-        self.register_state_dict_post_hook(_leave_out_model)
-        self.register_load_state_dict_post_hook(_miss_no_model)
+        # nn.Module calls what it finds under this name, an instance's own first.
+        self.forward = _Forward(model)  # type: ignore[method-assign]
+        hooked: Any = self  # torch leaves both untyped
+        hooked.register_state_dict_post_hook(_leave_out_model)
+        hooked.register_load_state_dict_post_hook(_miss_no_model)
 
     def forward(self, *args: Any, labels: Any = None, **kwargs: Any) -> Any:
         """Call the model. Each instance has a forward of the model's own signature.
@@ -55,7 +57,7 @@ class ModelWrapper(nn.Module):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """The trainables. Those of the model are its own affair: `self.model.named_parameters()`."""
+        """Give the trainables; those of the model are `model.named_parameters()`."""
         return self.trainable.named_parameters(f"{prefix}.trainable".lstrip("."))
 
 
@@ -78,7 +80,7 @@ def _leave_out_model(
         del state[name]
 
 
-def _miss_no_model(module: nn.Module, incompatible: Any) -> None:
+def _miss_no_model(module: ModelWrapper, incompatible: Any) -> None:
     """A hook on `load_state_dict`: what is left out there is not missing here."""
     left_out = tuple(f".model.{name}" for name in module.model.state_dict())
     missing = incompatible.missing_keys
