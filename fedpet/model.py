@@ -34,7 +34,7 @@ from fedpet.modules.build import build_mask, build_structure
 from fedpet.modules.head import HeadTensor
 from fedpet.modules.product import PRODUCTS
 from fedpet.modules.site import build_sites
-from fedpet.modules.storage import FlatStorage, is_adapted
+from fedpet.modules.storage import FlatStorage, is_adapted, unpin
 from fedpet.pet.wrapper import ModelWrapper
 from fedpet.positions import find_positions
 from fedpet.structure import Structure
@@ -373,9 +373,7 @@ class PetModel(ModelWrapper):
         for module in self._structure:
             module.merge(plain.get_submodule(module.target))
         for parameter in plain.parameters():
-            parameter.__class__ = nn.Parameter
-            parameter.requires_grad_(False)
-            parameter.grad = None
+            unpin(parameter)
         return plain
 
     @torch.no_grad()

@@ -11,11 +11,12 @@ leaf, whose gradient lies where the optimiser looks for the trainable's.
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -24,9 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from fedpet.modules.base import PetModule
 from fedpet.modules.masked import MaskedWeights
 
-__all__ = ["FlatParameter", "FlatStorage", "is_adapted"]
+__all__ = ["FlatStorage", "is_adapted", "unpin"]
 
-_GRAD: Any = torch.Tensor.grad  # the attribute itself, below the property of `FlatParameter`
+_GRAD: Any = torch.Tensor.grad  # the attribute itself, below the property of `_Pinned`
 
 
 @dataclass
@@ -36,7 +37,7 @@ class _Reads:
     seen: bool = False
 
 
-class FlatParameter(nn.Parameter):
+class _Pinned:
     """A parameter whose gradient stays a view of the flat one, into which backward passes write.
 
     `optimizer.zero_grad()` and `module.zero_grad()` set gradients to None: here that fills the
@@ -46,43 +47,46 @@ class FlatParameter(nn.Parameter):
     """
 
     _reads: _Reads
-
-    @classmethod
-    def of(cls, data: Tensor, gradient: Tensor, reads: _Reads) -> FlatParameter:
-        parameter = cls(data)
-        parameter.pin(data, gradient, reads)
-        return parameter
-
-    def pin(self, data: Tensor, gradient: Tensor, reads: _Reads) -> None:
-        """Lie in `data` and have the gradient `gradient` from now on, of any other size too."""
-        _GRAD.__set__(self, None)
-        if self.data_ptr() != data.data_ptr() or self.shape != data.shape:
-            self.data = data
-        _GRAD.__set__(self, gradient)
-        self._reads = reads
-
-    def unpin(self) -> None:
-        """Become a plain parameter without a gradient, in memory of its own."""
-        _GRAD.__set__(self, None)
-        self.data = self.data.clone()
-        self.__class__ = nn.Parameter  # type: ignore[assignment]  # as torch's lazy parameters do
+    _plain: type[nn.Parameter]
 
     @property
     def grad(self) -> Tensor | None:
-        if (reads := self.__dict__.get("_reads")) is not None:
-            reads.seen = True
+        self._reads.seen = True
         own: Tensor | None = _GRAD.__get__(self)
         return own
 
     @grad.setter
     def grad(self, value: Tensor | None) -> None:
         own = _GRAD.__get__(self)
-        if own is None:
-            _GRAD.__set__(self, value)
-        elif value is None:
+        if value is None:
             own.zero_()
         elif value is not own:
             own.copy_(value.detach())
+
+
+@functools.cache
+def _pinned(plain: type[nn.Parameter]) -> type[nn.Parameter]:
+    """The class of pinned parameters that are otherwise like `plain`, a kind of tensor."""
+    own = {"_plain": plain, "__torch_function__": torch._C._disabled_torch_function_impl}
+    made: type[nn.Parameter] = type(plain)(f"Pinned{plain.__name__}", (_Pinned, plain), own)
+    return made
+
+
+def _pin(parameter: nn.Parameter, gradient: Tensor, reads: _Reads) -> None:
+    """Fix its gradient, as torch's lazy parameters change their class when they are made."""
+    if not isinstance(parameter, _Pinned):
+        parameter.__class__ = _pinned(type(parameter))
+    _GRAD.__set__(parameter, None)
+    _GRAD.__set__(parameter, gradient)
+    cast(Any, parameter)._reads = reads
+
+
+def unpin(parameter: nn.Parameter) -> None:
+    """Make it a plain parameter again, frozen and without a gradient."""
+    if isinstance(parameter, _Pinned):
+        parameter.__class__ = parameter._plain
+    parameter.grad = None
+    parameter.requires_grad_(False)
 
 
 class FlatStorage:
@@ -98,7 +102,7 @@ class FlatStorage:
         self,
         model: nn.Module,
         modules: Sequence[PetModule],
-        groups: Mapping[str, FlatParameter] | None = None,
+        groups: Mapping[str, nn.Parameter] | None = None,
     ) -> None:
         """Lay out the trainables and bind them.
 
@@ -123,7 +127,7 @@ class FlatStorage:
         )
         self._reads = _Reads()
         self._version = 0
-        self.groups: dict[str, FlatParameter] = dict(groups or {})
+        self.groups: dict[str, nn.Parameter] = dict(groups or {})
         for kind in kinds:
             self.bind(kind)
         self._hold(model)
@@ -140,9 +144,11 @@ class FlatStorage:
                 module.bind(trainables)
         data, gradient = self.flat[first:start], self.gradient[first:start]
         if kind in self.groups:
-            self.groups[kind].pin(data, gradient, self._reads)
+            _GRAD.__set__(self.groups[kind], None)  # of another size, maybe
+            self.groups[kind].data = data
         else:
-            self.groups[kind] = FlatParameter.of(data, gradient, self._reads)
+            self.groups[kind] = nn.Parameter(data)
+        _pin(self.groups[kind], gradient, self._reads)
 
     @torch.no_grad()
     def write(self) -> None:
@@ -184,8 +190,8 @@ class FlatStorage:
         if not merged:
             self._held.copy_(self._pretrained)
         for parameter in self._holders:
-            parameter.unpin()
-            parameter.requires_grad_(False)
+            unpin(parameter)
+            parameter.data = parameter.data.clone()
 
     def _view(self, start: int, shape: Sequence[int]) -> nn.Parameter:
         stop = start + math.prod(shape)
@@ -198,7 +204,7 @@ class FlatStorage:
         """Make the parameters of held modules views of one storage, and leaves."""
         self._held = torch.zeros_like(self.flat[self._held_from :])
         self._pretrained = torch.zeros_like(self._held)
-        self._holders: list[FlatParameter] = []
+        self._holders: list[nn.Parameter] = []
         for module in self._modules:
             parameter = _parameter_of(module, model) if module.held else None
             if parameter is None:
@@ -208,12 +214,10 @@ class FlatStorage:
             here = slice(start, start + trainable.numel())
             module.pretrained = self._pretrained[here].view(trainable.shape)
             module.pretrained.copy_(parameter)
-            held = self._held[here].view(trainable.shape).copy_(parameter)
-            assert trainable.grad is not None
-            parameter.__class__ = FlatParameter
-            assert isinstance(parameter, FlatParameter)
-            parameter.pin(held, trainable.grad, self._reads)
+            parameter.data = self._held[here].view(trainable.shape).copy_(parameter)
             parameter.requires_grad_(True)
+            assert trainable.grad is not None
+            _pin(parameter, trainable.grad, self._reads)
             self._holders.append(parameter)
 
     def _versions(self) -> int:
