@@ -509,6 +509,8 @@ class PetModel(ModelWrapper):
             yield
         finally:
             self._adapt()
+            for kind, group in self._storage.groups.items():
+                self.trainable[kind] = group
             self._go_to(*point)
 
     def _point(self) -> tuple[int, Tensor, Tensor]:

@@ -68,7 +68,8 @@ class _Pinned:
 def _pinned(plain: type[nn.Parameter]) -> type[nn.Parameter]:
     """The class of pinned parameters that are otherwise like `plain`, a kind of tensor."""
     own = {"_plain": plain, "__torch_function__": torch._C._disabled_torch_function_impl}
-    made: type[nn.Parameter] = type(plain)(f"Pinned{plain.__name__}", (_Pinned, plain), own)
+    metaclass: Any = type(plain)
+    made: type[nn.Parameter] = metaclass(f"Pinned{plain.__name__}", (_Pinned, plain), own)
     return made
 
 
@@ -84,7 +85,7 @@ def _pin(parameter: nn.Parameter, gradient: Tensor, reads: _Reads) -> None:
 def unpin(parameter: nn.Parameter) -> None:
     """Make it a plain parameter again, frozen and without a gradient."""
     if isinstance(parameter, _Pinned):
-        parameter.__class__ = parameter._plain
+        cast(Any, parameter).__class__ = parameter._plain
     parameter.grad = None
     parameter.requires_grad_(False)
 
@@ -143,9 +144,11 @@ class FlatStorage:
                     start += math.prod(shape)
                 module.bind(trainables)
         data, gradient = self.flat[first:start], self.gradient[first:start]
-        if kind in self.groups:
-            _GRAD.__set__(self.groups[kind], None)  # of another size, maybe
-            self.groups[kind].data = data
+        group = self.groups.get(kind)
+        # As nn.Module.to does it: the parameter stays where its kind of tensor can lie there.
+        if group is not None and torch._has_compatible_shallow_copy_type(group, data):
+            _GRAD.__set__(group, None)  # of another size, maybe
+            group.data = data
         else:
             self.groups[kind] = nn.Parameter(data)
         _pin(self.groups[kind], gradient, self._reads)
