@@ -63,6 +63,13 @@ class _Pinned:
         elif value is not own:
             own.copy_(value.detach())
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        """A copy is a plain parameter: nothing is written into it."""
+        own = cast(nn.Parameter, self)
+        copied = nn.Parameter(own.data.clone(), own.requires_grad)
+        memo[id(self)] = copied
+        return copied
+
 
 @functools.cache
 def _pinned(plain: type[nn.Parameter]) -> type[nn.Parameter]:
