@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from fedpet.backbone import Backbone
-from fedpet.errors import BackboneError, ConfigError, StructureError
+from fedpet.errors import ConfigError, StructureError
 from fedpet.mask import build_mask
 from fedpet.model import PetModel
-from fedpet.modules.storage import is_adapted
+from fedpet.pet.trainable_model import check_plain
 from fedpet.positions import find_positions, mask_scope
 
 if TYPE_CHECKING:
@@ -59,11 +59,7 @@ def get_pet_model(model: nn.Module, config: PetConfig) -> PetModel:
         >>> [name for name, _ in model.named_parameters()][:2]
         ['trainable.mask', 'trainable.lora']
     """
-    if isinstance(model, PetModel) or is_adapted(model):
-        raise BackboneError(
-            "this model carries trainables of a PetModel already. Call unload() or "
-            "merge_and_unload() of that one first, or load the model anew."
-        )
+    check_plain(model)
     head = head_names(model, config.modules_to_save)
     structure = config.structure(find_positions(model, head))
     if config.mask is None and not structure.modules and not head:

@@ -27,6 +27,7 @@ from fedpet.backbone import Backbone, fingerprint
 from fedpet.config import MaskConfig
 from fedpet.errors import BackboneError, InputError
 from fedpet.mask import Mask, build_mask
+from fedpet.pet.trainable_model import check_plain
 from fedpet.positions import mask_scope
 from fedpet.structure import Structure
 
@@ -79,6 +80,7 @@ def load_pet(make: Callable[..., PetModel], model: nn.Module, folder: Path) -> P
         BackboneError: Another backbone.
         InputError: The folder does not hold such files, or they do not belong together.
     """
+    check_plain(model)
     table, tensors = _read(folder)
     parameters = dict(model.named_parameters())
     starts = _under("start/", tensors)
