@@ -123,12 +123,12 @@ def pafi_mask(params: Mapping[str, Tensor], density: float) -> dict[str, Tensor]
         >>> pafi_mask({"w": torch.tensor([[3.0, -1.0], [0.5, 2.0]])}, density=0.5)
         {'w': tensor([2, 1])}
     """
-    return dict(build_mask(params, MaskConfig(density=float(density))).positions)
+    return dict(build_mask(params, MaskConfig(density=density)).positions)
 
 
 def num_chosen(density: float, num_entries: int) -> int:
     """floor(density * num_entries), with the density read as the decimal that was written."""
-    return int(Decimal(repr(density)) * num_entries)
+    return int(Decimal(repr(float(density))) * num_entries)  # numpy's floats show otherwise
 
 
 def rank_positions(

@@ -121,7 +121,7 @@ class PetModel(TrainableModel):
         )
 
     def get_delta(self) -> Tensor:
-        """Return the communicated values: float32, (num_values,), on the CPU; zeros: the checkpoint.
+        """Return the communicated values, float32 (num_values,) on the CPU; zeros: the checkpoint.
 
         They stand in the order of `segments`: mask, modules, head.
         """

@@ -134,6 +134,10 @@ def test_the_mask_of_plain_tensors_is_the_smallest_entries_of_all() -> None:
     assert {n: p.tolist() for n, p in fedpet.pafi_mask(weights, 0.5).items()} == {
         "a": [1, 2], "b": [0],
     }  # fmt: skip
-    assert fedpet.pafi_mask(weights, np.float64(0.5)).keys() == {"a", "b"}
+    for density in np.linspace(0.25, 1, 4):  # numpy's own floats
+        chosen = fedpet.pafi_mask(weights, density)
+        assert sum(map(len, chosen.values())) == int(6 * density)
+        config = fedpet.MaskConfig(density=density, tiers=(f"{float(density)}=1.0",))
+        assert fedpet.build_mask(weights, config).num_values == int(6 * density)
     with pytest.raises(fedpet.InputError, match="density"):
         fedpet.pafi_mask(weights, 0)
