@@ -189,6 +189,7 @@ class Plan:
             self.structure,
             seed=self.seed,
             products=self.training.products,
+            mask_config=self.mask,
         )
         self._check_layout(pet)
         return pet

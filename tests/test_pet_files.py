@@ -3,18 +3,25 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from architectures import ARCHITECTURES, backbone, batch, loss_of, mask_of
+from safetensors.torch import load_file
+from tiny import Silent
 
-from fedpet.config import MaskConfig
+from fedpet.backbone import load_backbone
+from fedpet.config import BackboneConfig, Experiment, MaskConfig
 from fedpet.errors import BackboneError, InputError
 from fedpet.model import PetModel
 from fedpet.pet.factory import get_pet_model
 from fedpet.pet.pet_config import HiwiConfig, LayerNormConfig, LoraConfig, PetConfig
+from fedpet.pet.pet_files import VALUES_FILE
+from fedpet.plan import Plan
+from fedpet.simulations.prepared import prepare
 from fedpet.structure import Structure
 
 CONFIG = PetConfig(
@@ -89,6 +96,23 @@ def test_a_mask_that_no_configuration_gives_is_saved_with_its_positions(tmp_path
     assert again.mask is not None
     assert again.mask.digest() == mask.digest()
     assert torch.equal(again.get_delta(), pet.get_delta())
+
+
+@pytest.mark.parametrize("broadcast", ["derived", "explicit"])
+def test_the_model_of_a_run_is_saved_and_loaded_on_a_model_of_the_user_s_own(
+    broadcast: str, experiment: Callable[..., Experiment], files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    from transformers import AutoModelForSequenceClassification
+
+    prepared = prepare(experiment(mask_broadcast=broadcast), Silent())
+    plan = Plan.from_bytes(prepared.plan.to_bytes())
+    nodes = plan.build(load_backbone(BackboneConfig(model=str(files[0])), num_outputs=2))
+    for place, pet in (("server", prepared.pet), ("node", nodes)):
+        _moved(pet).save_pretrained(tmp_path / place)
+        assert not any("positions" in name for name in load_file(tmp_path / place / VALUES_FILE))
+        base = AutoModelForSequenceClassification.from_pretrained(files[0], num_labels=2)
+        again = PetModel.from_pretrained(base, tmp_path / place)
+        assert torch.equal(again.get_delta(), pet.get_delta())
 
 
 def test_the_tier_in_use_is_the_one_that_is_saved(tmp_path: Path) -> None:
