@@ -26,7 +26,10 @@ from fedpet.pet.trainable_model import TrainableModel, check_dtype
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fedpet.backbone import Backbone
+    from fedpet.config import MaskConfig
     from fedpet.mask import Mask
+    from fedpet.structure import Structure
 
 __all__ = ["PetModel"]
 
@@ -78,21 +81,17 @@ class PetModel(TrainableModel):
 
     def __deepcopy__(self, memo: dict[int, Any]) -> PetModel:
         """Copy it, model and all, at the point where it is."""
+        make, parts = self.__reduce__()
+        memo[id(self)] = twin = make(*parts)
+        return twin
+
+    def __reduce__(self) -> tuple[Callable[..., PetModel], tuple[Any, ...]]:
+        """For pickle and torch.save: the plain model, and what to put on it."""
         point = self._point()
         with self._taken_off():
-            plain = copy.deepcopy(self.model, memo)
-        twin = PetModel(
-            dataclasses.replace(self._backbone, model=plain),
-            self._chosen,
-            self.structure,
-            seed=self.seed,
-            products=self._products,
-            mask_config=self.mask_config,
-        )
-        twin._go_to(*point)
-        twin.train(self.training)
-        memo[id(self)] = twin
-        return twin
+            backbone = dataclasses.replace(self._backbone, model=copy.deepcopy(self.model))
+        made_of = (self._chosen, self.structure, self.seed, self._products, self.mask_config)
+        return _made_of, (backbone, *made_of, point)
 
     def get_nb_trainable_parameters(self) -> tuple[int, int]:
         """Count the parameters that train, and all, as peft counts them."""
@@ -234,3 +233,18 @@ class PetModel(TrainableModel):
         from fedpet.pet.pet_files import load_pet
 
         return load_pet(cls, model, Path(folder))
+
+
+def _made_of(
+    backbone: Backbone,
+    mask: Mask | None,
+    structure: Structure,
+    seed: int,
+    products: str,
+    mask_config: MaskConfig | None,
+    point: tuple[int, Tensor, Tensor],
+) -> PetModel:
+    """Undo `PetModel.__reduce__`."""
+    pet = PetModel(backbone, mask, structure, seed=seed, products=products, mask_config=mask_config)
+    pet._go_to(*point)
+    return pet

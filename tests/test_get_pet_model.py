@@ -52,6 +52,7 @@ def test_the_call_the_signature_and_the_attributes_are_the_models() -> None:
     base = _base()
     signature = inspect.signature(base.forward)
     pet = get_pet_model(base, ALL)
+    assert pet.training == base.training is False
     assert inspect.signature(pet.forward) == signature
     assert pet.config is base.config
     assert pet.device == base.device

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import io
+import pickle
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
@@ -36,6 +38,9 @@ PARTS = {
     "lora": PetConfig(modules=[LoraConfig(r=2)]),
     "layer norms": PetConfig(modules=[LayerNormConfig()]),
     "hiwi on biases": PetConfig(modules=[HiwiConfig(r=2)]),
+    "lora, both factors": PetConfig(modules=[LoraConfig(r=2, freeze_a=False)]),
+    "adapters": PetConfig(modules=[AdapterConfig(r=2)]),
+    "a module in full": PetConfig(modules_to_save=["0.output.dense", "classifier"]),
     "all": PetConfig(
         mask=MaskConfig(density=0.05),
         modules=[
@@ -313,10 +318,25 @@ def _other_head(model: Any) -> Any:
     return model
 
 
-def test_a_copy_goes_its_own_way() -> None:
+def _through_torch_save(pet: PetModel) -> PetModel:
+    file = io.BytesIO()
+    torch.save(pet, file)
+    file.seek(0)
+    loaded: PetModel = torch.load(file, weights_only=False)
+    return loaded
+
+
+@pytest.mark.parametrize(
+    "copied",
+    [copy.deepcopy, _through_torch_save, lambda pet: pickle.loads(pickle.dumps(pet))],
+    ids=["deepcopy", "torch.save", "pickle"],
+)
+def test_a_copy_goes_its_own_way(copied: Callable[[PetModel], PetModel]) -> None:
     pet, inputs = _pet(), batch("bert")
     _textbook(pet, _batches(_rows())[:3], cleared_late=False)
-    twin = copy.deepcopy(pet)
+    pet.model.eval()  # as our loop does
+    twin = copied(pet)
+    assert not any(module.training for module in twin.modules() if module is not twin.trainable)
     here = pet.get_delta()
     assert torch.equal(twin.get_delta(), here)
     assert torch.equal(twin(**inputs).logits, pet(**inputs).logits)

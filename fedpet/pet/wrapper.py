@@ -30,6 +30,7 @@ class ModelWrapper(nn.Module):
     def wrap(self, model: nn.Module, trainable: Mapping[str, nn.Parameter]) -> None:
         """Take the model and the trainables; `nn.Module.__init__` was called before."""
         self.model = model
+        self.training = model.training
         self.trainable = nn.ParameterDict(list(trainable.items()))  # a dict would be sorted
         # nn.Module calls what it finds under this name, an instance's own first.
         self.forward = _Forward(model)  # type: ignore[method-assign]
