@@ -1,29 +1,37 @@
 """The pretrained transformer that a federation shares, loaded and frozen.
 
-    [backbone] -> mask -> structure -> search -> model -> codec
+    checkpoint -> [backbone] -> mask -> structure -> search -> model -> codec
              -> plan -> client -> strategy -> ledger -> report
 
 In:  a hub name, a folder, or `package:NAME` for a Python package that ships weights.
-Out: a `Backbone`: the frozen model with a seeded head, and the fingerprint of its checkpoint.
+Out: a `Backbone`: the frozen model of a task with its head, and the checkpoint's fingerprint.
 
-The head's start is a function of a seed and of the parameters' names, so that every device draws
-the same one, whatever it has drawn before. The fingerprint covers what came from the checkpoint
-and leaves the head out.
+What of the head is drawn anew is a function of a seed and of the parameters' names, so that every
+device draws the same, whatever it has drawn before. The fingerprint covers what came from the
+checkpoint, a head with which it starts too, and leaves out what is drawn. The encoder itself is
+never drawn: a mask over random numbers would mean nothing.
 """
 
 from __future__ import annotations
 
 import hashlib
-import importlib.metadata
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
-from fedpet import embedded
+from fedpet.checkpoint import locate
+from fedpet.classifier import (
+    REGRESSION_NAMES,
+    class_names,
+    head_names,
+    lost_names,
+    output_layer,
+    rows_of,
+)
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
 from fedpet.loading import without_collection
@@ -32,9 +40,49 @@ from fedpet.seeds import derive_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-CONFIG_FILE = "config.json"
-WEIGHT_FILES = ("model.safetensors", "model.safetensors.index.json", "pytorch_model.bin")
-HUB_FILES = ("*.json", "*.safetensors", "*.txt", "*.model")
+    from fedpet.data import Task
+
+__all__ = ["Backbone", "Origin", "fingerprint", "load_backbone", "load_for_task", "locate"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model's parameters came from.
+
+    Attributes:
+        loaded: Tensors that the checkpoint gave.
+        head_loaded: Names of those that are of the head.
+        drawn: Names of the head's that were drawn from the seed.
+        left_out: Tensors of the checkpoint that the model has no place for.
+        classes: What was made of the checkpoint's classes where they are not the task's; or "".
+    """
+
+    loaded: int = 0
+    head_loaded: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    classes: str = ""
+
+    def lines(self) -> list[str]:
+        """The same in words, a line each for what a user may not expect."""
+        told = f"{self.loaded} tensors come from the checkpoint"
+        if self.head_loaded:
+            told += f", of the head {_listed(self.head_loaded)}"
+        if self.drawn:
+            told += f"; of the head drawn anew: {_listed(self.drawn)}"
+        lines = [told]
+        if self.classes:
+            lines.append(self.classes)
+        if self.left_out:
+            lines.append(
+                f"{len(self.left_out)} tensors of the checkpoint are left out, since the model "
+                f"has no place for them: {_listed(self.left_out)}"
+            )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """What `result.json` holds of it."""
+        return asdict(self)
 
 
 @dataclass
@@ -45,8 +93,12 @@ class Backbone:
         source: As the user named it.
         folder: Where its files lie: configuration, weights, tokeniser.
         model: float32, in evaluation mode, no parameter asks for a gradient.
-        head: Names of the parameters that the checkpoint lacks; drawn from `head_seed`.
-        fingerprint: SHA-256 (64 hex digits) of the checkpoint's names, shapes, dtypes and values.
+        head: Names of the head's parameters, see fedpet/classifier.py; no mask or module acts on
+            them.
+        fingerprint: SHA-256 (64 hex digits) of the names, shapes, dtypes and values that came
+            from the checkpoint.
+        trains_head: Whether the head is trained, in full; else it stays the checkpoint's.
+        origin: What came from the checkpoint, and what did not.
     """
 
     source: str
@@ -54,39 +106,80 @@ class Backbone:
     model: PreTrainedModel
     head: tuple[str, ...]
     fingerprint: str
+    trains_head: bool = True
+    origin: Origin = Origin()
+
+    @property
+    def trained_head(self) -> tuple[str, ...]:
+        """Names of the head's parameters that are trained, all of them or none."""
+        return self.head if self.trains_head else ()
+
+    @property
+    def pretrained_parameters(self) -> int:
+        """Numbers in the model, a head that is trained not counted."""
+        head = set(self.trained_head)
+        return sum(p.numel() for name, p in self.model.named_parameters() if name not in head)
 
 
 def load_backbone(
-    config: BackboneConfig, *, num_outputs: int, regression: bool = False, device: str = "cpu"
+    config: BackboneConfig,
+    *,
+    num_outputs: int,
+    regression: bool = False,
+    label_names: Sequence[str] = (),
+    device: str = "cpu",
 ) -> Backbone:
     """Load a checkpoint for classification, or for regression with one output.
 
     Args:
-        config: Which checkpoint.
+        config: Which checkpoint, and what is made of its head.
         num_outputs: Of the head.
         regression: Whether the one output is a number, and not a class.
+        label_names: Of the classes, by index; () where they have none.
         device: Where its model is to lie, see fedpet/device.py.
 
     Raises:
-        BackboneError: The checkpoint is absent, out of reach, or not of a kind that classifies
-            sequences.
+        BackboneError: The checkpoint is absent, out of reach, damaged, not of a kind that
+            classifies sequences, lacks some of its encoder, or lacks a head that is to be kept.
     """
     folder = locate(config)
+    names = tuple(label_names) or (
+        REGRESSION_NAMES if regression else tuple(f"LABEL_{i}" for i in range(num_outputs))
+    )
     with without_collection():
-        backbone = _load(config, folder, num_outputs, regression)
+        backbone = _load(config, folder, names, regression)
         cast(Any, backbone.model).to(device)  # typed as if it took no name of a device
         return backbone
 
 
-def _load(config: BackboneConfig, folder: Path, num_outputs: int, regression: bool) -> Backbone:
+def load_for_task(config: BackboneConfig, task: Task, *, device: str = "cpu") -> Backbone:
+    """Load a checkpoint for a task, whose classes its model carries by name.
+
+    Raises:
+        BackboneError: As `load_backbone`.
+    """
+    return load_backbone(
+        config,
+        num_outputs=task.num_outputs,
+        regression=task.kind == "regression",
+        label_names=task.label_names,
+        device=device,
+    )
+
+
+def _load(
+    config: BackboneConfig, folder: Path, names: tuple[str, ...], regression: bool
+) -> Backbone:
     from transformers import AutoConfig, AutoModelForSequenceClassification
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model_config = AutoConfig.from_pretrained(folder)
-        model_config.num_labels = num_outputs
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        theirs = class_names(model_config)
+        model_config.id2label = dict(enumerate(names))
+        model_config.label2id = {name: index for index, name in enumerate(names)}
         model_config.problem_type = "regression" if regression else "single_label_classification"
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
@@ -94,82 +187,119 @@ def _load(config: BackboneConfig, folder: Path, num_outputs: int, regression: bo
             dtype=torch.float32,
             output_loading_info=True,
             ignore_mismatched_sizes=True,
+            trust_remote_code=False,
         )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = " ".join(str(error).split())
-        raise BackboneError(
-            f"{config.model!r} could not be loaded as a model that classifies sequences: "
-            f"{reason[:300]}"
-        ) from None
-    absent = set(info["missing_keys"]) | {entry[0] for entry in info["mismatched_keys"]}
-    head = tuple(name for name, _ in model.named_parameters() if name in absent)
-    _draw_head(model, head, config.head_seed)
+    except Exception as error:  # transformers raises many kinds, of several libraries
+        raise _unusable(config.model, error) from None
+    missing = set(info["missing_keys"])
+    lacking = missing | {entry[0] for entry in info["mismatched_keys"]}
+    if lost := lost_names(model, lacking):
+        raise _incomplete(config.model, model, lost, info)
+    has_output_layer = not missing.issuperset(output_layer(model))
+    head = head_names(model, lacking, has_output_layer=has_output_layer)
+    drawn, classes = _settle_head(config, model, head, lacking, theirs, names)
+    _draw_head(model, drawn, config.head_seed)
     model.requires_grad_(False)
     model.eval()
+    taken = [(name, p) for name, p in model.named_parameters() if name not in drawn]
     return Backbone(
         source=config.model,
         folder=folder,
         model=model,
         head=head,
-        fingerprint=fingerprint(
-            (name, parameter) for name, parameter in model.named_parameters() if name not in absent
+        fingerprint=fingerprint(taken),
+        trains_head=config.head != "keep",
+        origin=Origin(
+            loaded=len(taken),
+            head_loaded=tuple(name for name in head if name not in drawn),
+            drawn=drawn,
+            left_out=tuple(sorted(info["unexpected_keys"])),
+            classes=classes,
         ),
     )
 
 
-def locate(config: BackboneConfig) -> Path:
-    """Find the folder that holds a checkpoint's files; a hub's are downloaded once.
+def _settle_head(
+    config: BackboneConfig,
+    model: PreTrainedModel,
+    head: tuple[str, ...],
+    lacking: set[str],
+    theirs: tuple[str, ...],
+    ours: tuple[str, ...],
+) -> tuple[tuple[str, ...], str]:
+    """Decide what of the head is drawn anew; bring a checkpoint's rows into the classes' order.
 
-    Raises:
-        BackboneError: There is no such folder or package, or the hub is out of reach.
+    Returns:
+        The names to draw, and what to tell of the classes.
     """
-    source = config.model
-    if package := package_of(source):
-        return _package_folder(package)
-    path = Path(source).expanduser()
-    if path.is_dir():
-        if not any((path / name).exists() for name in WEIGHT_FILES):
-            raise BackboneError(
-                f"the folder {source!r} holds no weights: it needs config.json and one of "
-                f"{', '.join(WEIGHT_FILES)}."
-            )
-        return path.resolve()
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise BackboneError(f"there is no folder {source!r} to take a backbone from.")
-    return _hub_folder(source, config.revision or None)
-
-
-def locate_config(config: BackboneConfig) -> Path:
-    """Find a model's config.json, weights or none beside it; of a hub's model that file alone.
-
-    Args:
-        config: Its model may also name a folder without weights, or a configuration file.
-
-    Raises:
-        BackboneError: There is no such file, folder or package, or the hub is out of reach.
-    """
-    source = config.model
-    if package := package_of(source):
-        return _package_folder(package) / CONFIG_FILE
-    path = Path(source).expanduser()
-    if path.is_file():
-        return path.resolve()
-    if path.is_dir():
-        if not (path / CONFIG_FILE).is_file():
-            raise BackboneError(f"the folder {source!r} holds no {CONFIG_FILE}.")
-        return (path / CONFIG_FILE).resolve()
-    if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
-        raise BackboneError(f"there is no folder or file {source!r} to take a configuration from.")
-    if path.suffix == ".json":
-        raise BackboneError(f"there is no configuration file {source!r}.")
-    from huggingface_hub import hf_hub_download
-
-    try:
-        return Path(
-            hf_hub_download(source, CONFIG_FILE, revision=config.revision or None, etag_timeout=10)
+    output = set(output_layer(model))
+    if config.head == "new":
+        return head, ""
+    absent = tuple(name for name in head if name in lacking)
+    if config.head == "keep" and absent:
+        raise BackboneError(
+            f"backbone.head = 'keep' leaves the checkpoint's head as it is, and {config.model!r} "
+            f"has none for {len(ours)} outputs: {_listed(absent)} is not there in that shape. "
+            "Take backbone.head = 'train'."
         )
-    except Exception as error:  # as in `_hub_folder`
-        raise _out_of_reach(source, error) from None
+    if output & lacking:  # another number of classes, or none at all
+        return absent, ""
+    rows = rows_of(theirs, ours)
+    if rows is None:
+        told = f"the checkpoint's classes are {_listed(theirs)} and the task's {_listed(ours)}"
+        if config.head == "keep":
+            raise BackboneError(
+                f"backbone.head = 'keep' leaves the checkpoint's head as it is, and {told}: give "
+                "the rows' labels the checkpoint's names, or take backbone.head = 'train'."
+            )
+        return tuple(n for n in head if n in lacking or n in output), f"{told}: drawn anew"
+    if rows == tuple(range(len(ours))):
+        return absent, ""
+    with torch.no_grad():
+        for name in output:
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter[list(rows)])
+    return absent, (
+        f"the checkpoint's classes are in the order {_listed(theirs)}: its output layer's rows "
+        f"were brought into the task's, {_listed(ours)}"
+    )
+
+
+def _unusable(source: str, error: Exception) -> BackboneError:
+    """In words that do not ask for what fedpet has not."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if type(error).__name__ in ("SafetensorError", "UnpicklingError", "EOFError"):
+        return BackboneError(
+            f"the weights of {source!r} are damaged or cut short ({reason}): download them anew."
+        )
+    return BackboneError(
+        f"{source!r} could not be loaded as a model that classifies sequences ({reason})."
+    )
+
+
+def _incomplete(
+    source: str, model: PreTrainedModel, lost: tuple[str, ...], info: Mapping[str, Any]
+) -> BackboneError:
+    shapes = {name: (stored, wanted) for name, stored, wanted in info["mismatched_keys"]}
+    if of_other_shape := [name for name in lost if name in shapes]:
+        stored, wanted = (tuple(shape) for shape in shapes[of_other_shape[0]])
+        reason = f"{of_other_shape[0]} is {stored} in the weights, {wanted} by config.json"
+    elif info["unexpected_keys"]:
+        reason = f"the weights have names such as {_listed(sorted(info['unexpected_keys']))}"
+    else:
+        reason = "nothing stands in their place"
+    total = sum(1 for _ in model.named_parameters())
+    return BackboneError(
+        f"the checkpoint {source!r} lacks {len(lost)} of the {total} tensors of a "
+        f"{type(model).__name__} outside its head ({_listed(lost)}); {reason}. A mask over random "
+        "numbers means nothing: give a config.json and weights that belong together, with the "
+        "names that `save_pretrained` writes."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
@@ -194,45 +324,3 @@ def _draw_head(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
                 parameter.normal_(0.0, deviation, generator=generator)
             else:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)
-
-
-def package_of(model: str) -> str:
-    """The package that `backbone.model` names; "" where it names none."""
-    if model == "embedded":
-        return embedded.name_of(embedded.MODEL)
-    return model.removeprefix("package:") if model.startswith("package:") else ""
-
-
-def _package_folder(package: str) -> Path:
-    try:
-        files = importlib.metadata.files(package) or []
-    except importlib.metadata.PackageNotFoundError:
-        raise BackboneError(
-            f"the backbone's package {package!r} is not installed: run "
-            f"{embedded.how_to_install(embedded.pinned(package))}."
-        ) from None
-    for file in files:
-        if file.name in WEIGHT_FILES:
-            return Path(str(file.locate())).parent
-    raise BackboneError(
-        f"the package {package!r} holds no weights (none of {', '.join(WEIGHT_FILES)})."
-    )
-
-
-def _hub_folder(name: str, revision: str | None) -> Path:
-    from huggingface_hub import snapshot_download
-
-    options: dict[str, Any] = {"revision": revision, "allow_patterns": list(HUB_FILES)}
-    try:
-        return Path(snapshot_download(name, **options, etag_timeout=10))
-    except Exception as error:  # the hub's client raises a dozen kinds, of four libraries
-        raise _out_of_reach(name, error) from None
-
-
-def _out_of_reach(name: str, error: Exception) -> BackboneError:
-    reason = " ".join(str(error).split())
-    return BackboneError(
-        f"{name!r} is no folder here, and the hub could not give it "
-        f"({type(error).__name__}: {reason[:160]}). Download it beforehand, or give a folder "
-        "or package:NAME."
-    )

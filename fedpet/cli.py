@@ -1,24 +1,32 @@
 """The command line. Stands above everything; nothing imports it.
 
 Exit codes: 0 done; 1 the run failed or nothing was learned; 2 bad input, one clear sentence;
-130 interrupted, and how to go on with it.
+70 what nobody foresaw, and where its traceback is; 130 interrupted (143 by SIGTERM), and how to go
+on with it; 141 whoever read the output has gone.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import logging
 import os
 import sys
+import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
+import click
 import typer
-from rich.console import Console
+from rich.console import Console, RenderableType
 
 from fedpet.config import Experiment
 from fedpet.errors import FedpetError, InputError, Interrupted
+from fedpet.faults import is_of_paths, report_fault, watched_outputs
+from fedpet.paths import NO_HOME, check_output, expand, give_no_home, replace_home
 
 app = typer.Typer(
     add_completion=False,
@@ -27,7 +35,23 @@ app = typer.Typer(
     rich_markup_mode="rich",
     help="Fine-tune a pretrained transformer over many devices, sending almost nothing.",
 )
-out_console = Console()
+
+
+class Output(Console):
+    """Standard output. Tables alone go through it: in other text, "[x]" would be taken as markup.
+
+    A pipe that nobody reads is for `main` to deal with.
+    """
+
+    def show(self, table: RenderableType) -> None:
+        """Print a table; a title that is too long for a line stays whole."""
+        self.print(table, crop=False)
+
+    def on_broken_pipe(self) -> None:
+        raise  # the error that is being handled
+
+
+out_console = Output()
 DEFAULT_EXPERIMENT = "film-reviews"
 
 Overrides = Annotated[
@@ -82,8 +106,8 @@ def simulate(
             result, folder = engine.resume(resume, progress)
         else:
             result, folder = engine.simulate(settings, progress)
-    out_console.print(run_table(result))
-    out_console.print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")
+    out_console.show(run_table(result))
+    print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")
 
 
 @app.command(epilog="Example: fedpet search film-reviews --set search.budget=0.001")
@@ -107,7 +131,9 @@ def search(
     budget, and presets such as "lnfit+lora" are put under it; budgets are values (2000), a
     fraction of the backbone (0.001), or bytes of a client's upload ("8kB").
     """
-    settings = read_experiment(experiment, overrides or [])
+    settings, out = read_experiment(experiment, overrides or []), expand(out)
+    if out.parent.exists():  # else it is made
+        check_output(out)
 
     from fedpet.report.gates import structure_table
 
@@ -124,8 +150,8 @@ def search(
 
         with SearchProgress() as progress:
             structure = search_centrally(settings, out, progress)
-    out_console.print(structure_table(structure))
-    out_console.print(f"Structure: {out}   Train it: --set structure.file={out}")
+    out_console.show(structure_table(structure))
+    print(f"Structure: {out}   Train it: --set structure.file={quote(str(out))}")
 
 
 @app.command(epilog="Example: fedpet mask embedded --density 0.005")
@@ -148,14 +174,16 @@ def mask(
     from fedpet.positions import mask_scope
     from fedpet.report.mask import mask_table
 
+    if out:
+        check_output(expand(out))
     config = MaskConfig(density=density, rule=rule, granularity=granularity)
     backbone = load_backbone(BackboneConfig(model=model), num_outputs=2)
     built = build_mask(mask_scope(backbone.model, backbone.head), config)
     coded = encode_mask(built)
-    out_console.print(mask_table(built, config, backbone.model, len(coded)))
+    out_console.show(mask_table(built, config, backbone.model, len(coded)))
     if out:
-        Path(out).write_bytes(coded)
-        out_console.print(f"Positions: {out}")
+        write_output(expand(out), coded)
+        print(f"Positions: {out}")
 
 
 @app.command(
@@ -211,8 +239,9 @@ def deploy(
         install=install,
         days=days,
     )
+    out = expand(out)
     write_deployment(deployment, out)
-    out_console.print(f"Deployment: {out}   What to do next: {out / 'README.md'}")
+    print(f"Deployment: {out}   What to do next: {out / 'README.md'}")
 
 
 @app.command(epilog="Example: fedpet merge runs/film-reviews-1 --out my-model")
@@ -223,8 +252,9 @@ def merge(
     """Fold a run's values into a plain Hugging Face model."""
     from fedpet.simulations.merge import merge_run
 
+    run, out = expand(run), expand(out)
     merge_run(run, out)
-    out_console.print(f"Plain model: {out}")
+    print(f"Plain model: {out}")
 
 
 @app.command(epilog="Example: fedpet compare runs/a runs/b simulations/benchmarks/results/default")
@@ -237,7 +267,7 @@ def compare(
     from fedpet.report.compare import compare_table
     from fedpet.report.results import read_results
 
-    out_console.print(compare_table(read_results(runs)))
+    out_console.show(compare_table(read_results(runs)))
 
 
 @app.command(
@@ -259,13 +289,17 @@ def report(
     from fedpet.report.page import write_page, write_png
     from fedpet.report.reading import read_report
 
-    read = read_report(run, compare or [])
-    path = Path(out) if out else run / "report.html"
-    write_page(read, path)
-    out_console.print(f"Page: {path}")
+    path = expand(out) if out else run / "report.html"
+    if out or run.is_dir():
+        check_output(path)
     if png:
-        write_png(read, Path(png))
-        out_console.print(f"Plot: {png}")
+        check_output(expand(png))
+    read = read_report(run, compare or [])
+    write_page(read, path)
+    print(f"Page: {path}")
+    if png:
+        write_png(read, expand(png))
+        print(f"Plot: {png}")
 
 
 @app.command(
@@ -300,6 +334,8 @@ def estimate(
 ) -> None:
     """Say what a run would cost in bytes, and in time on named links, before any training."""
     settings = read_experiment(experiment, overrides or [])
+    if json_file:
+        check_output(expand(json_file))
     if model:
         settings = replace(settings, backbone=replace(settings.backbone, model=model))
 
@@ -309,16 +345,17 @@ def estimate(
 
     links = find_links(link or [])
     result = reckon(settings, num_clients=clients, rows_per_client=rows, links=links)
-    out_console.print(estimate_table(result))
+    out_console.show(estimate_table(result))
     if json_file:
-        write_json(Path(json_file), result.to_json())
-        out_console.print(f"Numbers: {json_file}")
+        text = json.dumps(result.to_json(), indent=1) + "\n"
+        write_output(expand(json_file), text.encode())
+        print(f"Numbers: {json_file}")
 
 
-def write_json(path: Path, content: object) -> None:
-    """Write a JSON file for the user."""
+def write_output(path: Path, content: bytes) -> None:
+    """Write a file for the user."""
     try:
-        path.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        path.write_bytes(content)
     except OSError as error:
         raise InputError(f"{str(path)!r} cannot be written: {error.strerror or error}.") from None
 
@@ -341,31 +378,72 @@ def read_experiment(name: str, overrides: list[str]) -> Experiment:
 
 
 def main() -> None:
-    """Run the command line; errors a user can cause are one sentence on standard error."""
+    """Run the command line; whatever goes wrong is one sentence on standard error."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    replace_home()
+    with watched_outputs() as nobody_reads:
+        code = _run(nobody_reads)
+    if code:
+        sys.exit(code)
+
+
+def _run(nobody_reads: Callable[[], bool]) -> int:
     try:
-        code = app(standalone_mode=False)
+        code: int = app(standalone_mode=False)
         if code == 130:  # how Typer puts an interrupt
             print("Interrupted.", file=sys.stderr)
-        if code:
-            sys.exit(code)
-    except typer.Abort:
-        sys.exit(130)
+        if sys.stdout is not None:  # else it was closed from the start
+            sys.stdout.flush()
+    except (typer.Abort, KeyboardInterrupt):
+        print("Interrupted.", file=sys.stderr)
+        code = 130
     except Interrupted as stopped:
         print(stopped, file=sys.stderr, flush=True)
-        # Not sys.exit: Flower's server would be waited for, in a thread that is not told.
-        sys.stdout.flush()
-        os._exit(130)
+        code = stopped.exit_code
+        if sum(not thread.daemon for thread in threading.enumerate()) > 1:
+            # Flower's server would be waited for, in a thread that is not told.
+            sys.stdout.flush()
+            os._exit(code)
     except FedpetError as error:
-        print(f"Error: {error}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, InputError) else 1)
-    except Exception as error:
-        import click
-
-        if not isinstance(error, click.ClickException):
-            raise
+        code = _fail(str(error), 2 if isinstance(error, InputError) else 1)
+    except click.ClickException as error:
         error.show()
-        sys.exit(2)
+        code = 2
+    except SystemExit as ended:  # Typer's and Rich's way out of a closed pipe
+        if not isinstance(ended.__context__, BrokenPipeError):
+            raise
+        code = _unforeseen(ended.__context__, nobody_reads)
+    except Exception as error:
+        code = _unforeseen(error, nobody_reads)
+    return code or 0
+
+
+def _unforeseen(error: Exception, nobody_reads: Callable[[], bool]) -> int:
+    """Say what went wrong that no code says; gives the exit code."""
+    if isinstance(error, BrokenPipeError) and nobody_reads():
+        _say_no_more(1, 2)
+        return 141
+    if isinstance(error, RuntimeError) and str(error) == NO_HOME:
+        return _fail(str(give_no_home()), 2)
+    if isinstance(error, OSError) and is_of_paths(error, sys.argv[1:]):
+        return _fail(f"{error.filename!r} cannot be used: {error.strerror}.", 2)
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        _say_no_more(1)
+        what = repr(error.filename) if error.filename else "the output"
+        return _fail(f"{what} cannot be written: {error.strerror}. Make room.", 1)
+    return _fail(report_fault(error), 70)
+
+
+def _say_no_more(*descriptors: int) -> None:
+    """Lose what is still to be written there, which at the process's end would fail once more."""
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for descriptor in descriptors:
+        os.dup2(nowhere, descriptor)
+
+
+def _fail(sentence: str, code: int) -> int:
+    print(f"Error: {sentence}", file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import functools
 import gc
+import logging
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -24,13 +25,14 @@ import numpy as np
 import torch
 from flwr.app import Message
 
-from fedpet.backbone import load_backbone, locate
+from fedpet.backbone import load_for_task, locate
 from fedpet.codec import encode_with_feedback
 from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal
 from fedpet.data import FederatedData, load_data
 from fedpet.device import check_device
 from fedpet.errors import FedpetError, FrameError, PlanError, ReplyError, TrainingError
 from fedpet.files import untouched, write_whole
+from fedpet.inputs import settle_padding
 from fedpet.layout import groups_by_kind, head_groups
 from fedpet.messages import OTHER_TIER, PLAN_MISSING, from_record, read_request, to_record
 from fedpet.model import PetModel
@@ -47,6 +49,8 @@ from fedpet.training import Trained, train_rows
 
 MAX_REASON_BYTES = 500
 KEPT_SECONDS = 90 * 24 * 3600.0  # of a plan that no message asked for
+
+LOG = logging.getLogger("fedpet")
 
 Model = PetModel | SearchModel  # of a plan that trains, and of one that searches
 
@@ -154,8 +158,8 @@ class Node:
                 residuals.keep(left)
             else:
                 payload = coding.encode(update, seed=encode_seed)
-        except (ReplyError, FloatingPointError, OSError) as error:
-            return _refusal(digest, server_round, client, str(error))
+        except Exception as error:  # this client's alone: the others of the cohort train
+            return _refusal(digest, server_round, client, _reason(error, client))
         return pack_frame(
             Frame(
                 plan_digest=digest,
@@ -194,18 +198,23 @@ class Node:
             plan = Plan.from_bytes(stored)
             self._resident = None  # the old model goes before the new one comes
             gc.unfreeze()
-            data = self._data(plan)
-            backbone = load_backbone(
-                replace(self.settings.backbone, head_seed=plan.head_seed),
-                num_outputs=plan.task.num_outputs,
-                regression=plan.task.kind == "regression",
-                device=check_device(self.settings.device),
-            )
-            rows_of = {client_number(client.id): client.rows for client in data.clients}
-            pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
-            self._resident = Resident(digest, plan, pet, data, rows_of)
-            gc.freeze()  # it all stays: neither training nor the process's end looks through it
+            try:
+                self._resident = self._built(digest, plan)
+            finally:  # it all stays: neither training nor the process's end looks through it
+                gc.freeze()
         return self._resident
+
+    def _built(self, digest: bytes, plan: Plan) -> Resident:
+        data = self._data(plan)
+        backbone = load_for_task(
+            plan.backbone(self.settings.backbone),
+            plan.task,
+            device=check_device(self.settings.device),
+        )
+        settle_padding(backbone.model, data.train)
+        rows_of = {client_number(client.id): client.rows for client in data.clients}
+        pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
+        return Resident(digest, plan, pet, data, rows_of)
 
     def _data(self, plan: Plan) -> FederatedData:
         """This node's rows, tokenised as the plan says, and its clients."""
@@ -279,6 +288,16 @@ def _moved(resident: Resident, client: int, server_round: int, seed: int) -> Tra
 def resident_node(settings: NodeSettings) -> Node:
     """This process's node, made at the first message and kept."""
     return Node(settings)
+
+
+def _reason(error: Exception, client: int) -> str:
+    """Why a client has no update. What torch says may quote rows: it stays in this node's log."""
+    if isinstance(error, (ReplyError, FloatingPointError, OSError)):
+        return str(error)
+    LOG.warning("client %016x was not trained", client, exc_info=error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)):
+        return "memory ran out as it trained: lower training.batch-size or data.max-length."
+    return f"its training failed with {type(error).__name__}: the node's log says where, and why."
 
 
 def _refusal(digest: bytes, server_round: int, client: int, reason: str) -> bytes:

@@ -7,7 +7,8 @@
     │   ├── DataError         rows, columns, labels, clients
     │   └── StructureError    a structure for another backbone, or one that does not fit
     ├── RunError              the run failed, or nothing was learned; exits with 1
-    ├── Interrupted           the user stopped it; the command line exits with 130
+    │   └── Stalled           too many rounds in a row came to no average; can be gone on with
+    ├── Interrupted           stopped from outside; exits with 130 (Ctrl-C) or 143 (SIGTERM)
     └── ReplyError            one client's reply is refused; the round goes on (law 7)
         ├── FrameError        bytes that are no frame of this plan and round
         ├── PlanError         a plan that this node does not hold, or cannot follow
@@ -45,6 +46,10 @@ class RunError(FedpetError, RuntimeError):
     """The run failed, or no round learned anything."""
 
 
+class Stalled(RunError):
+    """Too many rounds in a row came to no average."""
+
+
 class ReplyError(FedpetError):
     """A reply, or a request, that must not become part of the average."""
 
@@ -62,4 +67,12 @@ class TrainingError(ReplyError):
 
 
 class Interrupted(FedpetError):
-    """The user stopped a run that can be gone on with; the message says how. Exits with 130."""
+    """A run was stopped from outside; the message says how to go on with it.
+
+    Attributes:
+        exit_code: Of the command line: 128 and the signal's number.
+    """
+
+    def __init__(self, message: str, exit_code: int = 130) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code

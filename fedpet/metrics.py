@@ -1,14 +1,81 @@
-"""How good a model's outputs are: one number, by the task's metric.
+"""How good a model's outputs are: one number, by the task's metric, and what it must be above.
 
 In:  outputs of all evaluation rows, and their labels.
-Out: accuracy, F1, Matthews' correlation or Pearson's correlation, in float64.
+Out: accuracy, F1, Matthews' correlation or Pearson's correlation, in float64; beside it the
+     majority baseline, which is what a model has that learned nothing but the most frequent class.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass
+
 import numpy as np
 
 from fedpet.data.task import Task
+
+
+@dataclass(frozen=True)
+class Assessment:
+    """A model's outputs on all evaluation rows.
+
+    Attributes:
+        value: The task's metric; NaN where an output is not finite.
+        majority_baseline: The metric of the same answer for every row: the most frequent class, of
+            equally frequent ones the first; for a regression any constant, whose correlation is 0.
+        majority_class: That class; "" for a regression.
+        predicted: Name of each class -> fraction of the rows that it is predicted for. Empty for
+            a regression, and where `value` is NaN.
+        is_constant: All of several rows have one prediction: one class, or one value.
+    """
+
+    value: float
+    majority_baseline: float
+    majority_class: str
+    predicted: Mapping[str, float]
+    is_constant: bool
+
+
+def assess(task: Task, logits: np.ndarray, labels: np.ndarray) -> Assessment:
+    """Measure outputs, and say what they are to be compared with.
+
+    Args:
+        task: Names the metric and the classes.
+        logits: As `metric_value` takes them.
+        labels: As `metric_value` takes them.
+
+    Raises:
+        ValueError: No rows, or shapes that do not belong together.
+
+    Example:
+        >>> task = Task("classification", ("no", "yes"), "accuracy")
+        >>> logits = np.array([[0.1, 0.9], [0.2, 0.8], [0.4, 0.6]])
+        >>> found = assess(task, logits, np.array([1, 1, 0]))
+        >>> found.predicted, found.is_constant
+        ({'no': 0.0, 'yes': 1.0}, True)
+    """
+    value = metric_value(task, logits, labels)
+    finite = bool(np.isfinite(logits).all())
+    if task.kind == "regression":
+        return Assessment(value, 0.0, "", {}, finite and _is_constant(logits))
+    majority = int(np.bincount(labels, minlength=task.num_outputs).argmax())
+    same_answer = np.zeros((len(labels), task.num_outputs))
+    same_answer[:, majority] = 1.0
+    counts = np.bincount(logits.argmax(axis=1), minlength=task.num_outputs)
+    names = task.label_names
+    predicted = dict(zip(names, (counts / len(labels)).tolist(), strict=True)) if finite else {}
+    return Assessment(
+        value,
+        metric_value(task, same_answer, labels),
+        names[majority],
+        predicted,
+        finite and len(labels) > 1 and int(np.count_nonzero(counts)) == 1,
+    )
+
+
+def _is_constant(outputs: np.ndarray) -> bool:
+    """Whether outputs are one value up to float32's rounding, over more than one row."""
+    return len(outputs) > 1 and bool(np.ptp(outputs) <= 1e-6 * np.abs(outputs).max())
 
 
 def metric_value(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:

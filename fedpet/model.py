@@ -196,16 +196,23 @@ class PetModel(TrainableModel):
         return {head.target: head.pretrained for head in heads if head.pretrained is not None}
 
     def fingerprint(self) -> str:
-        """Take the SHA-256 of the checkpoint without the head, once: that reads every weight."""
-        if not self._backbone.fingerprint:
+        """Take the SHA-256 of the model as it was, but for what trains in full; once.
+
+        It is `Backbone.fingerprint` where a checkpoint lacks just that.
+        """
+        if not self._fingerprint:
             from fedpet.backbone import fingerprint
 
-            head = self._backbone.head
+            head = self._backbone.trained_head
             with self._taken_off():
                 named = self.model.named_parameters()
-                found = fingerprint((n, p) for n, p in named if n not in head)
-            self._backbone.fingerprint = found
-        return self._backbone.fingerprint
+                self._fingerprint = fingerprint((n, p) for n, p in named if n not in head)
+        return self._fingerprint
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Parameters of the head, trained or not: no mask or module acts on them."""
+        return self._backbone.head
 
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trainables alone, see fedpet/pet/pet_files.py: a few MB at most.

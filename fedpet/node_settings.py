@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, DataError
+from fedpet.paths import absolute
 from fedpet.profile import (
     SIMULATED,
     Profile,
@@ -23,7 +24,7 @@ from fedpet.profile import (
     read_node_config,
 )
 
-__all__ = ["NodeSettings", "cache_folder"]
+__all__ = ["NodeSettings", "cache_folder", "make_cache"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,15 +90,32 @@ class NodeSettings:
             backbone=own_backbone(self.backbone, given),
             data=own_data(self.data, given),
             population=own_population(self.population, given),
-            cache=Path(given["cache"]).expanduser() if "cache" in given else self.cache,
+            cache=absolute(given["cache"]) if "cache" in given else self.cache,
             device=given.get("device", self.device),
         )
 
 
 def cache_folder(experiment: Experiment) -> Path:
     """Where tokenised rows and plans are kept between runs."""
-    named = experiment.run.cache or os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet"
-    return Path(named).expanduser()
+    return absolute(experiment.run.cache or os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet")
+
+
+def make_cache(experiment: Experiment) -> Path:
+    """The same folder, made where it is absent.
+
+    Raises:
+        DataError: It cannot be made.
+    """
+    folder = cache_folder(experiment)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
+        raise DataError(
+            f"the cache {str(folder)!r} cannot be made: {reason}. Name a folder that can be, by "
+            "run.cache or $FEDPET_CACHE."
+        ) from None
+    return folder
 
 
 def _device(experiment: Experiment) -> str:

@@ -31,7 +31,7 @@ import zstandard
 
 from fedpet.codec import Coding, is_lossless
 from fedpet.codec.positions import decode_positions, encode_positions
-from fedpet.config import CodecConfig, MaskConfig, SearchConfig, TrainingConfig
+from fedpet.config import BackboneConfig, CodecConfig, MaskConfig, SearchConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.errors import FedpetError, PlanError
 from fedpet.layout import layout_hash
@@ -67,7 +67,7 @@ class Plan:
 
     Attributes:
         fingerprint: Of the checkpoint, see `fedpet.backbone.fingerprint`.
-        head_seed: From which each node draws the head's start.
+        head_seed: From which each node draws what of the head is drawn anew.
         task: Kind, label names in order, metric.
         max_length: Tokens a row.
         tokenizer_hash: Of the tokeniser's files.
@@ -83,6 +83,7 @@ class Plan:
         seed: The run's; of a search one of its own.
         search: Of a plan whose rounds search a structure: its settled settings, from which each
             node builds the space that takes the structure's place. None: they train.
+        head: What is made of the checkpoint's head: "train", "new" or "keep".
     """
 
     fingerprint: str
@@ -101,6 +102,7 @@ class Plan:
     num_rounds: int
     seed: int
     search: SearchConfig | None = None
+    head: str = "train"
 
     def to_bytes(self) -> bytes:
         """Serialise; equal plans give equal bytes."""
@@ -111,6 +113,8 @@ class Plan:
             fields[name] = None if value is None else dataclasses.asdict(value)
         if self.search is None:
             del fields["search"]  # most plans are of training, and need not say so
+        if self.head == Plan.head:
+            del fields["head"]  # most plans start from what the checkpoint has
         if self.mask is not None and not self.mask.tiers:
             del fields["mask"]["tiers"]  # most plans have none, and need not say so
         for key, default in _RARE_CODEC_KEYS.items():
@@ -140,7 +144,9 @@ class Plan:
             if "search" in fields:
                 fields["search"] = SearchConfig(**_tuples(fields["search"]))
             fields["structure"] = Structure.from_json(fields["structure"])
-            return cls(mask_positions=positions, **fields)
+            plan = cls(mask_positions=positions, **fields)
+            plan.backbone(BackboneConfig())
+            return plan
         except (LookupError, TypeError, ValueError, AttributeError, FedpetError) as error:
             raise PlanError(f"the plan's header does not read: {error}") from None
         except RecursionError as error:
@@ -175,6 +181,14 @@ class Plan:
         """How the server writes a vector of these groups."""
         codec = self.codec
         return Coding.of(groups, head_groups, codec=codec.down, head_codec=codec.head_down)
+
+    def backbone(self, own: BackboneConfig) -> BackboneConfig:
+        """A node's own place of the checkpoint, with what the plan makes of it.
+
+        Raises:
+            ConfigError: The plan names something that nothing is made of.
+        """
+        return dataclasses.replace(own, head=self.head, head_seed=self.head_seed)
 
     def build(self, backbone: Backbone) -> PetModel:
         """Adapt a node's own backbone as the plan says. The backbone is used up.

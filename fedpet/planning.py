@@ -134,4 +134,5 @@ def _plan(
         num_rounds=num_rounds,
         seed=seed,
         search=search,
+        head=experiment.backbone.head,
     )

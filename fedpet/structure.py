@@ -17,6 +17,7 @@ rotary or relative keys.
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -51,6 +52,11 @@ class ModuleSpec:
             wanted = "at least 1" if ranked else "0"
             raise StructureError(
                 f"the rank of a {self.kind!r} module must be {wanted}, got {self.rank!r} on "
+                f"{self.target!r}."
+            )
+        if not 0 < self.scale < math.inf:
+            raise StructureError(
+                f"the scale of a module must be above 0 and finite, got {self.scale!r} on "
                 f"{self.target!r}."
             )
 
@@ -111,7 +117,7 @@ class Structure:
         gates, provenance = table.get("gates", []), table.get("provenance", {})
         fingerprint = table.get("fingerprint", "")
         if not isinstance(gates, list) or not all(_is_number(gate) for gate in gates):
-            raise StructureError('a structure\'s "gates" must be a list of numbers.')
+            raise StructureError('a structure\'s "gates" must be a list of numbers, all finite.')
         if not isinstance(provenance, dict) or not isinstance(fingerprint, str):
             raise StructureError(
                 'a structure\'s "provenance" must be an object, its "fingerprint" a string.'
@@ -121,7 +127,7 @@ class Structure:
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
 
 
 def _known(table: Mapping[str, Any], names: Sequence[str], what: str) -> None:
@@ -138,7 +144,7 @@ def _spec(table: Mapping[str, Any]) -> ModuleSpec:
         raise StructureError(f"a structure's module needs a kind and a target, got {dict(table)}.")
     if not _is_number(scale) or not isinstance(rank, int) or isinstance(rank, bool):
         raise StructureError(
-            f"a module's rank must be a whole number and its scale a number, got {rank!r} and "
+            f"a module's rank must be a whole number and its scale a finite one, got {rank!r} and "
             f"{scale!r} on {target!r}."
         )
     return ModuleSpec(kind, target, rank, float(scale))
@@ -157,7 +163,7 @@ def settled_structure(config: StructureConfig, positions: Sequence[Position]) ->
     if not config.file:
         return preset(config.preset, positions, rank=config.rank, scale=config.scale)
     try:
-        text = Path(config.file).read_text(encoding="utf-8")
+        text = Path(config.file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StructureError(
             f"the structure's file {config.file!r} does not read: {error}."

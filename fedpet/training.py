@@ -37,7 +37,7 @@ from fedpet.config import TrainingConfig
 from fedpet.device import device_of, moved
 from fedpet.errors import TrainingError
 from fedpet.first_token import first_token_only
-from fedpet.metrics import metric_value
+from fedpet.metrics import Assessment, assess, metric_value
 from fedpet.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -197,6 +197,11 @@ def predict(model: nn.Module, rows: Rows, *, batch_size: int = 64) -> np.ndarray
 def evaluate(model: nn.Module, rows: Rows, task: Task) -> float:
     """The task's metric on all rows."""
     return metric_value(task, predict(model, rows), np.asarray(rows.labels))
+
+
+def assess_rows(model: nn.Module, rows: Rows, task: Task) -> Assessment:
+    """The task's metric on all rows, the majority baseline, and what is predicted."""
+    return assess(task, predict(model, rows), np.asarray(rows.labels))
 
 
 def _optimiser(

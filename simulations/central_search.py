@@ -11,21 +11,25 @@ there and ends with the same bytes. Nothing in the file depends on when or how f
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
-from fedpet.backbone import Backbone, load_backbone, locate
+from fedpet.backbone import Backbone, load_for_task, locate
 from fedpet.codec.names import parse_codec
 from fedpet.config import Experiment, PopulationConfig, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.device import check_device
 from fedpet.errors import ConfigError
 from fedpet.files import write_whole
+from fedpet.inputs import check_inputs
+from fedpet.lock import LOCK_FILE, locked, made_folder
 from fedpet.mask import Mask, build_mask
-from fedpet.node_settings import cache_folder
+from fedpet.node_settings import make_cache
 from fedpet.positions import mask_scope
 from fedpet.search import (
     SearchProgress,
@@ -66,23 +70,25 @@ def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> S
     Raises:
         InputError: The experiment, the budget or the data cannot be used, or `out` is there.
     """
-    refuse_existing(out)
+    with claimed_file(out):
+        return _search(experiment, out, listener)
+
+
+def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
     device = check_device(experiment.run.device)
     listener.say("reading and tokenising the rows")
     data = load_data(
         experiment.data,
         _EVERYBODY,
         locate(experiment.backbone),
-        cache=cache_folder(experiment),
+        cache=make_cache(experiment),
         evaluation=False,
     )
     listener.say(f"loading the backbone {experiment.backbone.model!r}")
-    backbone = load_backbone(
-        experiment.backbone,
-        num_outputs=data.task.num_outputs,
-        regression=data.task.kind == "regression",
-        device=device,
-    )
+    backbone = load_for_task(experiment.backbone, data.task, device=device)
+    check_inputs(backbone.model, data.train, experiment.data.max_length)
+    for line in backbone.origin.lines():
+        listener.say(line)
     mask = None
     if experiment.mask.enabled:
         mask = build_mask(mask_scope(backbone.model, backbone.head), experiment.mask)
@@ -115,11 +121,7 @@ def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None
     return settle(
         experiment.search,
         experiment.training,
-        backbone_parameters=sum(
-            parameter.numel()
-            for name, parameter in backbone.model.named_parameters()
-            if name not in backbone.head
-        ),
+        backbone_parameters=backbone.pretrained_parameters,
         bytes_per_value=bytes_per_value(experiment.codec.up) if in_bytes else 4.0,
         mask_values=mask.num_values if mask is not None else 0,
     )
@@ -221,14 +223,17 @@ def state_file(out: Path) -> Path:
     return out.with_name(out.name + ".state")
 
 
-def refuse_existing(out: Path) -> None:
-    """Refuse to write over a file.
+@contextmanager
+def claimed_file(out: Path) -> Iterator[None]:
+    """Lock the search that makes `out`, in a folder that is made for it where it is absent.
 
     Raises:
-        ConfigError: It is there.
+        ConfigError: `out` is there, another process makes it, or it cannot be written.
     """
-    if out.exists():
-        raise ConfigError(f"the file {str(out)!r} is there already: name another with --out.")
+    with made_folder(out.parent), locked(out.with_name(f".{out.name}{LOCK_FILE}"), out):
+        if out.exists():
+            raise ConfigError(f"the file {str(out)!r} is there already: name another with --out.")
+        yield
 
 
 def write_file(path: Path, text: str) -> None:

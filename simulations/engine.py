@@ -17,10 +17,10 @@ import tempfile
 import threading
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
-from types import FrameType
+from shlex import quote
 from typing import Any, TypeVar
 
 from flwr.app import Context, Message
@@ -29,36 +29,46 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpet.client import reply
 from fedpet.config import Experiment
-from fedpet.errors import ConfigError, Interrupted, RunError
+from fedpet.errors import ConfigError, RunError
 from fedpet.ledger import SEARCH, Ledger
 from fedpet.node_settings import NodeSettings
 from fedpet.structure import Structure
 
-from .central_search import refuse_existing, state_file, write_file
+from .central_search import claimed_file, state_file, write_file
+from .cluster import PREFIX, cluster_address, ray_folder
 from .federated_search import clients_of, search_in_rounds
 from .federation import Listener, Prepared, ToSearch, federate, is_deployed, prepare
+from .interrupts import Heeding, Terminated, stoppable
 from .journal import Journal
-from .resume import check_journal, found_before, read_cut_short
-from .run_folder import RunFolder, new_run_folder
+from .resume import check_journal, cut_short, found_before, is_cut_short
+from .run_folder import RunFolder, claimed_run
+from .workers import RESTARTS, workers_end_with_ray
 
 Result = TypeVar("Result")
 
 
 def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
-    """Run an experiment on Ray. Bad input is found before Ray or a run folder comes to be.
+    """Run an experiment on Ray. Bad input is found before Ray starts, and leaves no run folder.
 
     Returns:
         What `result.json` holds, and the run folder.
 
     Raises:
         InputError: The experiment, the checkpoint or the data cannot be used.
-        RunError: Ray does not start, or nothing was learned.
-        Interrupted: The user stopped it; the folder can be resumed.
+        RunError: Ray does not start, nothing was learned, or the last rounds came to no average.
+        Interrupted: It was stopped; the message says whether the folder can be resumed.
     """
     _refuse_nodes(experiment)
-    prepared = prepare(experiment, listener)
-    out = new_run_folder(experiment)
-    return _simulate(prepared, out, listener), out
+    _check_ray()
+    out: RunFolder | None = None
+
+    def how_to_go_on() -> str:
+        if out is None or not (out.path / "config.toml").exists():
+            return "No round had begun and nothing is left of it: start it again."
+        return _resume_sentence(out.path)
+
+    with stoppable(how_to_go_on), claimed_run(experiment) as out:  # noqa: F811 - known from here on
+        return _simulate(prepare(experiment, listener), out, listener), out
 
 
 def resume(run: Path, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
@@ -70,19 +80,20 @@ def resume(run: Path, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
     Raises:
         InputError: The folder holds no such run, or the checkpoint, the rows, the settings or the
             packages are not those that it began with.
-        RunError: Ray does not start, or nothing was learned.
-        Interrupted: The user stopped it once more.
+        RunError: Ray does not start, nothing was learned, or the last rounds came to no average.
+        Interrupted: It was stopped once more.
     """
-    experiment = read_cut_short(run)
-    prepared = prepare(experiment, listener, found=found_before(run))
-    journal = check_journal(run, prepared)
-    done, kind = (0, "") if journal is None else (journal.server_round, journal.kind)
-    if kind == SEARCH:
-        listener.say(f"resuming {run} after round {done} of its search")
-    else:
-        listener.say(f"resuming {run} after round {done} of {experiment.strategy.num_rounds}")
-    out = RunFolder(run)
-    return _simulate(prepared, out, listener, journal), out
+    _check_ray()
+    with stoppable(lambda: _resume_sentence(run)), cut_short(run) as experiment:
+        prepared = prepare(experiment, listener, found=found_before(run))
+        journal = check_journal(run, prepared)
+        done, kind = (0, "") if journal is None else (journal.server_round, journal.kind)
+        if kind == SEARCH:
+            listener.say(f"resuming {run} after round {done} of its search")
+        else:
+            listener.say(f"resuming {run} after round {done} of {experiment.strategy.num_rounds}")
+        out = RunFolder(run)
+        return _simulate(prepared, out, listener, journal), out
 
 
 def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
@@ -99,24 +110,41 @@ def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
     Raises:
         InputError: The experiment, the checkpoint, the budget or the data cannot be used, or `out`
             is there.
-        RunError: Ray does not start, or no round came to an average.
-        Interrupted: The user stopped it.
+        RunError: Ray does not start, or the last rounds came to no average.
+        Interrupted: It was stopped.
     """
-    refuse_existing(out)
     experiment = replace(experiment, search=replace(experiment.search, federated=True))
     _refuse_nodes(experiment)
+    with claimed_file(out):
+        return _search(experiment, out, listener)
+
+
+def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
     folder = RunFolder(state_file(out))
     if folder.path.is_file():
         raise ConfigError(
             f"{str(folder.path)!r} is the state of a central search: remove it, or name another "
             "file with --out."
         )
-    prepared = prepare(experiment, listener)
-    assert isinstance(prepared, ToSearch)
-    try:
-        folder.path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the folder {str(folder.path)!r} cannot be made: {error}.") from None
+    _check_ray()
+    with stoppable(lambda: "The same command goes on from the last round."):
+        prepared = prepare(experiment, listener)
+        assert isinstance(prepared, ToSearch)
+        try:
+            folder.path.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"the folder {str(folder.path)!r} cannot be made: {error}.") from None
+        with _no_empty_folder(folder.path):
+            structure = _search_on_ray(prepared, folder, listener)
+    rounds = folder.path / "rounds.jsonl"
+    shutil.copyfile(rounds, out.with_name(out.name + ".rounds.jsonl"))
+    write_file(out, structure.to_json())  # the last: with it the search is over
+    shutil.rmtree(folder.path, ignore_errors=True)
+    return structure
+
+
+def _search_on_ray(prepared: ToSearch, folder: RunFolder, listener: Listener) -> Structure:
+    experiment = prepared.experiment
     journal = check_journal(folder.path, prepared)
     if journal is not None:
         listener.say(f"going on after round {journal.server_round}")
@@ -129,15 +157,7 @@ def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         return search_in_rounds(grid, prepared, clients, ledger, folder, listener, journal)
 
     listener.say(f"starting Ray with {experiment.run.workers} workers")
-    try:
-        structure = run_on_ray(experiment, _client_app(experiment), serve)
-    except KeyboardInterrupt:
-        raise Interrupted("Interrupted. The same command goes on from the last round.") from None
-    rounds = folder.path / "rounds.jsonl"
-    shutil.copyfile(rounds, out.with_name(out.name + ".rounds.jsonl"))
-    write_file(out, structure.to_json())  # the last: with it the search is over
-    shutil.rmtree(folder.path, ignore_errors=True)
-    return structure
+    return run_on_ray(experiment, _client_app(experiment), serve)
 
 
 def _refuse_nodes(experiment: Experiment) -> None:
@@ -148,6 +168,29 @@ def _refuse_nodes(experiment: Experiment) -> None:
         )
 
 
+def _resume_sentence(run: Path) -> str:
+    if is_cut_short(run):
+        return f"Go on with it: fedpet simulate --resume {quote(str(run))}"
+    return f"The run was over by then, and lies in {quote(str(run))}."
+
+
+def _check_ray() -> None:
+    """Find out first, and in seconds, whether Ray could not start."""
+    if cluster_address() is None:
+        ray_folder()
+
+
+@contextmanager
+def _no_empty_folder(path: Path) -> Iterator[None]:
+    """Take the folder away again where what is inside failed before it wrote anything."""
+    try:
+        yield
+    except BaseException:
+        with suppress(OSError):
+            path.rmdir()
+        raise
+
+
 def _simulate(
     prepared: Prepared | ToSearch,
     out: RunFolder,
@@ -156,16 +199,11 @@ def _simulate(
 ) -> dict[str, Any]:
     experiment = prepared.experiment
     listener.say(f"starting Ray with {experiment.run.workers} workers")
-    try:
-        return run_on_ray(
-            experiment,
-            _client_app(experiment),
-            lambda grid: federate(grid, prepared, out, listener, journal),
-        )
-    except KeyboardInterrupt:
-        raise Interrupted(
-            f"Interrupted. Go on with it: fedpet simulate --resume {out.path}"
-        ) from None
+    return run_on_ray(
+        experiment,
+        _client_app(experiment),
+        lambda grid: federate(grid, prepared, out, listener, journal),
+    )
 
 
 def _client_app(experiment: Experiment) -> ClientApp:
@@ -192,17 +230,19 @@ def run_on_ray(
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(serve(grid))
+        results.append(serve(Heeding(grid)))
 
     threads = experiment.training.threads
     workers = experiment.run.workers
-    with ray_runtime(num_cpus=workers * threads) as gpus, quiet_flower():
+    with ray_runtime(num_cpus=workers * threads) as gpus, quiet_flower(), workers_end_with_ray():
         share = gpu_share(gpus, workers) if experiment.run.device == "cuda" else 0.0
         run_simulation(
             server_app,
             client_app,
             num_supernodes=workers,
-            backend_config={"client_resources": {"num_cpus": threads, "num_gpus": share}},
+            backend_config={
+                "client_resources": {"num_cpus": threads, "num_gpus": share, **RESTARTS}
+            },
         )
     if not results:
         raise RunError("the simulation ended before its server did.")
@@ -247,16 +287,22 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
         "runtime_env": {"env_vars": environment},
     }
     folder = None
-    if address := os.environ.get("RAY_ADDRESS"):
+    if address := cluster_address():
         options["address"] = address
     else:
-        folder = tempfile.mkdtemp(prefix="fedpet-", dir=os.environ.get("RAY_TMPDIR"))
-        options |= {"num_cpus": num_cpus, "_temp_dir": folder}
+        folder = tempfile.mkdtemp(prefix=PREFIX, dir=ray_folder())
+        # "local" stands above what RAY_ADDRESS says: nothing, or the same.
+        options |= {"address": "local", "num_cpus": num_cpus, "_temp_dir": folder}
+    terminate = signal.getsignal(signal.SIGTERM)
     try:
         try:
             ray.init(**options)
+        except SystemExit:  # so Ray takes a SIGTERM while it starts
+            raise Terminated from None
         except Exception as error:  # Ray raises its own kinds, and plain ones
             raise RunError(f"Ray did not start: {' '.join(str(error).split())[:300]}") from None
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, terminate)  # Ray has put its own in its place
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]
         yield resources.get("GPU", 0.0)
     finally:
@@ -267,29 +313,15 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
 
 @contextmanager
 def quiet_flower() -> Iterator[None]:
-    """Keep Flower's log to errors: progress and refusals are told by fedpet.
-
-    An interrupt ends the log: what is under way then fails, and Flower would print where.
-    """
+    """Keep Flower's log to errors: progress and refusals are told by fedpet."""
     logger = logging.getLogger("flwr")
     level = logger.level
-
-    def interrupted(number: int, frame: FrameType | None) -> None:
-        logger.setLevel(logging.CRITICAL + 1)
-        signal.default_int_handler(number, frame)
-
-    handled = (
-        threading.current_thread() is threading.main_thread()
-        and signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    )
-    if handled:
-        signal.signal(signal.SIGINT, interrupted)
     logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", category=DeprecationWarning, module="flwr")
             yield
-    finally:
         logger.setLevel(level)
-        if handled:
-            signal.signal(signal.SIGINT, signal.default_int_handler)
+    except Exception:
+        logger.setLevel(level)
+        raise  # an interrupt keeps it off for longer, see `stoppable`

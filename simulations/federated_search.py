@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 
 from fedpet.config import Experiment
 from fedpet.ledger import SEARCH, TRAINING, Ledger
+from fedpet.loading import kept_from_collection
 from fedpet.node_settings import cache_folder
 from fedpet.node_state import state_folder
 from fedpet.population import Population, Residents
@@ -29,6 +30,7 @@ from .central_search import origin_of
 from .journal import Journal, write_journal
 from .resume import journal_after, take_up
 from .run_folder import RunFolder
+from .state import refuse_stalled
 
 if TYPE_CHECKING:
     from .prepared import Ground, Listener, ToSearch
@@ -60,7 +62,7 @@ def search_in_rounds(
         resumed: How often the run has been gone on with.
 
     Raises:
-        RunError: No round came to an average.
+        RunError: No round came to an average, or many in a row to none (`Stalled`).
     """
     experiment = to_search.experiment
     strategy = StructureSearch(
@@ -76,18 +78,23 @@ def search_in_rounds(
         strategy.values = take_up(journal, strategy)
     listener.say("searching the structure on the clients")
     ledger.kind = SEARCH
-    while not strategy.is_over:
-        strategy.run_round(grid)
-        after = journal_after(
-            to_search,
-            strategy,
-            server_round=strategy.rounds_done,
-            values=strategy.values,
-            ledger_bytes=ledger.close(),
-            resumed=resumed,
-        )
-        write_journal(out.path, after, ledger.path)
-        listener.round_done(ledger.current, ledger)
+    with kept_from_collection():
+        while not strategy.is_over:
+            strategy.run_round(grid)
+            ledger_bytes = ledger.close()
+            if ledger.current.aggregated or strategy.is_over:
+                after = journal_after(
+                    to_search,
+                    strategy,
+                    server_round=strategy.rounds_done,
+                    values=strategy.values,
+                    ledger_bytes=ledger_bytes,
+                    resumed=resumed,
+                )
+                write_journal(out.path, after, ledger.path)
+            listener.round_done(ledger.current, ledger)
+            if not strategy.is_over:
+                refuse_stalled(ledger)
     ledger.kind = TRAINING
     # Where nodes share this machine's cache, what they kept for the search goes with it.
     kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)

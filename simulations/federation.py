@@ -7,12 +7,15 @@ Everything that decides the run is settled before the first message (`prepared`)
 search the structure, that comes first (`federated_search`) and training's plan is settled after it.
 The rounds are Flower's own loop; afterwards the values are folded into a plain model, and the books
 are closed.
+
+A run fails, and `run.status` in `result.json` says so, where no round came to an average, or the
+last one did not: everything is written nonetheless, with the values of the last average. It stops
+before its end where several rounds in a row came to none (`state.STALLED_ROUNDS`).
 """
 
 from __future__ import annotations
 
 import hashlib
-import os
 import shutil
 import time
 from dataclasses import replace
@@ -23,7 +26,8 @@ import torch
 from flwr.serverapp import Grid
 
 from fedpet.backbone import locate
-from fedpet.data import Client, FederatedData
+from fedpet.cores import usable_cores
+from fedpet.data import Client, FederatedData, count_classes
 from fedpet.errors import RunError
 from fedpet.ledger import SEARCH, TRAINING, Ledger
 from fedpet.node_settings import cache_folder
@@ -35,6 +39,7 @@ from fedpet.tiers import tiers_of
 from .federated_search import call_nodes, clients_of, search_in_rounds
 from .journal import Journal, remove_journal
 from .prepared import Listener, Prepared, ToSearch, is_deployed, prepare
+from .quality import refuse_diverged
 from .run_folder import RunFolder
 from .state import RunState
 from .summary import count_by_kind, summarise
@@ -65,15 +70,19 @@ def federate(
         What `result.json` holds.
 
     Raises:
-        RunError: No round came to an average.
+        RunError: No round came to an average, or the last one did not, or the final model's outputs
+            are not finite.
+        Stalled: Many in a row did not; nothing is finished, and the run can be gone on with.
         ConfigError: The folder's books are not those that the journal was written beside.
     """
     experiment, resumed = prepared.experiment, 0
-    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
+    torch.set_num_threads(usable_cores())  # the server evaluates while the nodes are idle
     if journal is not None:
         resumed = journal.resumed + 1
         prepared = replace(prepared, started=prepared.started - journal.elapsed_seconds)
     out.write_inputs(experiment, prepared.plan)
+    if classes := count_classes(prepared.data):
+        out.write_classes(classes)
     ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
     population = clients_of(prepared)
     if isinstance(prepared, ToSearch):
@@ -108,8 +117,6 @@ def federate(
     # Where nodes share this machine's cache, what they kept for the rounds to come goes with them.
     kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
     shutil.rmtree(kept, ignore_errors=True)
-    final = ledger.current.metric
-    assert final is not None, "the last round is evaluated"
     listener.say("writing the plain model")
     out.write_outputs(state.values, model, locate(experiment.backbone))
     summary = summarise(
@@ -125,16 +132,25 @@ def federate(
         added_parameters=_num_parameters(model) - prepared.all_parameters,
         inexact_kinds=pet.inexact_kinds,
         values_sha256=hashlib.sha256(state.values.astype("<f4").tobytes()).hexdigest(),
-        final=final,
+        final=state.final_assessment(),
         total_seconds=time.perf_counter() - prepared.started,
         resumed=resumed,
+        origin=prepared.origin,
     )
     out.write_result(summary)
     remove_journal(out.path)
-    if not any(record.aggregated for record in ledger.of_kind(TRAINING)):
+    averaged = [record.round for record in ledger.of_kind(TRAINING) if record.aggregated]
+    if not averaged:
         raise RunError(
             f"no round met its quorum of usable replies, so nothing was learned; "
             f"{out.path / 'rounds.jsonl'} says who was refused, and why."
+        )
+    refuse_diverged(summary)
+    if averaged[-1] != ledger.current.round:
+        raise RunError(
+            f"the last round that met its quorum of usable replies is round {averaged[-1]} of "
+            f"{ledger.current.round}, and {out.path / 'model'} is the model after it; "
+            f"{out.path / 'rounds.jsonl'} says who was refused since, and why."
         )
     return summary
 

@@ -23,10 +23,10 @@ class LiveLine:
         console = Console(stderr=True)
         self._live = console.is_terminal
         self._bar = Bar(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),
-            TextColumn("{task.fields[state]}"),
+            TextColumn("{task.fields[state]}", markup=False),
             console=console,
             disable=not self._live,
             transient=True,
@@ -46,8 +46,10 @@ class LiveLine:
         self._bar.stop()
 
     def say(self, text: str) -> None:
-        """Show the stage that begins."""
-        if self._live:
+        """Show the stage that begins; a sentence stays above the line."""
+        if self._live and text.endswith("."):
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._live:
             self._bar.update(self._task, description=text)
         else:
             self._print(text)

@@ -14,17 +14,24 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from fedpet.backbone import Backbone, load_backbone, locate
+from fedpet.backbone import Backbone, Origin, load_for_task, locate
 from fedpet.codec import check_codecs
 from fedpet.config import Experiment
-from fedpet.data import FederatedData, load_data, load_evaluation
+from fedpet.data import (
+    FederatedData,
+    count_classes,
+    describe_classes,
+    load_data,
+    load_evaluation,
+)
 from fedpet.device import check_device, device_of
 from fedpet.errors import ConfigError
 from fedpet.first_token import check_first_token
+from fedpet.inputs import check_inputs
 from fedpet.ledger import Ledger, RoundRecord
 from fedpet.mask import build_mask
 from fedpet.model import PetModel
-from fedpet.node_settings import cache_folder
+from fedpet.node_settings import make_cache
 from fedpet.plan import Plan
 from fedpet.planning import make_plan, make_search_plan
 from fedpet.positions import find_positions, mask_scope
@@ -45,7 +52,7 @@ class Listener(Protocol):
     """Whoever wants to see a run go on."""
 
     def say(self, text: str) -> None:
-        """A stage begins."""
+        """A stage begins; or, where the text is a sentence, something to be read."""
 
     def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
         """A round, or the evaluation before the first, is over."""
@@ -59,6 +66,7 @@ class Ground:
     data: FederatedData
     all_parameters: int  # of the backbone and its head
     pretrained_parameters: int
+    origin: Origin  # of the parameters: checkpoint or seed
     started: float  # on `time.perf_counter`'s clock
 
 
@@ -100,25 +108,31 @@ def prepare(
         InputError: The experiment, the checkpoint or the data cannot be used.
     """
     started = time.perf_counter()
+    experiment = experiment.located()
     check_codecs(experiment.codec)
     device = check_device(experiment.run.device)
     listener.say("reading and tokenising the rows")
-    folder, cache = locate(experiment.backbone), cache_folder(experiment)
+    folder, cache = locate(experiment.backbone), make_cache(experiment)
     if is_deployed(experiment):
         data = load_evaluation(experiment.data, folder, cache=cache)
     else:
         data = load_data(experiment.data, experiment.population, folder, cache=cache)
+    for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
+        listener.say(line)
     listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
-    backbone = load_backbone(
-        experiment.backbone,
-        num_outputs=data.task.num_outputs,
-        regression=data.task.kind == "regression",
-        device=device,
-    )
+    backbone = load_for_task(experiment.backbone, data.task, device=device)
+    for line in backbone.origin.lines():
+        listener.say(line)
     ground = Ground(
-        experiment, data, _num_parameters(backbone.model), _num_pretrained(backbone), started
+        experiment,
+        data,
+        _num_parameters(backbone.model),
+        backbone.pretrained_parameters,
+        backbone.origin,
+        started,
     )
     _check_enough_clients(experiment, data)
+    check_inputs(backbone.model, data.evaluation, experiment.data.max_length)
     if experiment.training.first_token_only:
         one, _ = inputs_of(data.evaluation, np.arange(1), device_of(backbone.model))
         check_first_token(backbone.model, one)
@@ -140,11 +154,17 @@ def _settle(ground: Ground, backbone: Backbone, structure: Structure) -> Prepare
     check_structure(structure, backbone.fingerprint)
     data = ground.data
     plan, pet = make_plan(ground.experiment, backbone, structure, data.task, data.tokenizer_hash)
+    if not plan.num_values:
+        raise ConfigError(
+            "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
+            "is empty. Enable one of them."
+        )
     return Prepared(
         ground.experiment,
         data,
         ground.all_parameters,
         ground.pretrained_parameters,
+        ground.origin,
         ground.started,
         structure,
         plan,
@@ -167,6 +187,7 @@ def _to_search(ground: Ground, backbone: Backbone) -> ToSearch:
         data,
         ground.all_parameters,
         ground.pretrained_parameters,
+        ground.origin,
         ground.started,
         backbone,
         plan,
@@ -178,14 +199,6 @@ def _to_search(ground: Ground, backbone: Backbone) -> ToSearch:
 
 def _num_parameters(model: PreTrainedModel) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _num_pretrained(backbone: Backbone) -> int:
-    return sum(
-        parameter.numel()
-        for name, parameter in backbone.model.named_parameters()
-        if name not in backbone.head
-    )
 
 
 def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:

@@ -26,7 +26,7 @@ class Progress(LiveLine):
         self._num_rounds = num_rounds
         self._metric = metric
         self._search_rounds = search_rounds
-        self._first_round_ended = 0.0
+        self._first: tuple[int, float] | None = None  # round seen here, and when it was over
 
     def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show where the run stands after a round."""
@@ -40,12 +40,12 @@ class Progress(LiveLine):
             when = "" if last is record else f" at round {last.round}"
             parts.append(f"{self._metric} {last.metric:.4f}{when}")
         parts += _sent_and_refused(record, ledger)
-        if record.round == 1:
-            self._first_round_ended = time.monotonic()
-        elif record.round > 1:
-            spent = time.monotonic() - self._first_round_ended
-            left = spent / (record.round - 1) * (self._num_rounds - record.round)
+        if self._first is not None:
+            spent = (time.monotonic() - self._first[1]) / (record.round - self._first[0])
+            left = spent * (self._num_rounds - record.round)
             parts.append(f"{show_seconds(left)} left")
+        elif record.round > 0:
+            self._first = record.round, time.monotonic()
         state = ", ".join(parts)
         self._show("training", record.round, self._num_rounds, state)
         if record.metric is not None:

@@ -13,7 +13,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -21,8 +22,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedpet.config import Experiment
+from fedpet.config.experiment import located
 from fedpet.errors import ConfigError
 from fedpet.ledger import SEARCH
+from fedpet.lock import locked_folder
 from fedpet.plan import Plan
 from fedpet.structure import Structure
 
@@ -37,6 +40,7 @@ if TYPE_CHECKING:
 __all__ = [
     "check_journal",
     "client_hash",
+    "cut_short",
     "deciding_settings",
     "found_before",
     "is_cut_short",
@@ -71,6 +75,18 @@ def read_cut_short(run: Path) -> Experiment:
     return replace(experiment, run=replace(experiment.run, out=str(run)))
 
 
+@contextmanager
+def cut_short(run: Path) -> Iterator[Experiment]:
+    """Lock the folder of a run that was cut short; gives its experiment.
+
+    Raises:
+        ConfigError: The folder holds no run, one that is finished, or one that still goes on.
+    """
+    read_cut_short(run)  # what is no run's folder gets no lock
+    with locked_folder(run):
+        yield read_cut_short(run)
+
+
 def found_before(run: Path) -> Structure | None:
     """What the search of a cut-short run found; None where it has not ended, or there is none.
 
@@ -97,7 +113,8 @@ def check_journal(run: Path, prepared: Prepared | ToSearch) -> Journal | None:
     journal = read_journal(run)
     if journal is None:
         return None
-    changed = _changed(journal.settings, deciding_settings(prepared.experiment))
+    # An earlier version kept relative paths; whoever resumes it stands where it was started.
+    changed = _changed(located(journal.settings), deciding_settings(prepared.experiment))
     if changed:
         raise ConfigError(
             f"the journal in {str(run)!r} was written under other settings: {'; '.join(changed)}. "

@@ -4,36 +4,35 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import io
 import json
+import math
 import os
 import platform
-import shutil
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tomli_w
 
+from fedpet.classifier import class_names
 from fedpet.config import Experiment
+from fedpet.data.saved_tokeniser import save_tokenizer
 from fedpet.errors import ConfigError, RunError
-from fedpet.files import write_whole
+from fedpet.files import whole_folder, write_whole
+from fedpet.lock import locked_folder, make_folder
+from fedpet.paths import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+    from fedpet.data import ClassCount
     from fedpet.plan import Plan
     from fedpet.structure import Structure
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "vocab.txt",
-    "vocab.json",
-    "merges.txt",
-    "spiece.model",
-)
 PACKAGES = ("fedpet", "flwr", "torch", "transformers", "datasets", "numpy", "ray", "zstandard")
 
 
@@ -49,67 +48,137 @@ class RunFolder:
         self._write("config.toml", text.encode())
         self._write("plan.bin", plan.to_bytes())
 
+    def write_classes(self, classes: Sequence[ClassCount]) -> None:
+        """Leave the classes in their order, with their rows: entry i is output i of the model."""
+        content = json.dumps([asdict(one) for one in classes], indent=2)
+        self._write("classes.json", (content + "\n").encode())
+
     def write_structure(self, structure: Structure) -> None:
         """Leave the structure that is trained."""
         self._write("structure.json", structure.to_json().encode())
 
     def write_outputs(self, values: np.ndarray, model: PreTrainedModel, tokenizer: Path) -> None:
         """Leave the communicated values and the plain model with its tokeniser."""
-        folder = self.path / "checkpoint"
-        try:
-            folder.mkdir(exist_ok=True)
-            np.save(folder / "values.npy", values.astype("<f4"))
-            write_model(model, tokenizer, self.path / "model")
-        except OSError as error:
-            raise _no_room(folder.parent, error) from None
+        array = io.BytesIO()
+        np.save(array, values.astype("<f4"))
+        self._write("checkpoint/values.npy", array.getvalue())
+        write_model(model, tokenizer, self.path / "model")
 
     def write_result(self, result: dict[str, Any]) -> None:
-        """Leave `result.json`: the last file of a run."""
-        self._write("result.json", (json.dumps(result, indent=2) + "\n").encode())
+        """Leave `result.json`: the last file of a run. A number that is none, NaN, is null."""
+        text = json.dumps(_strict(result), indent=2, allow_nan=False)
+        self._write("result.json", f"{text}\n".encode())
 
     def _write(self, name: str, content: bytes) -> None:
+        path = self.path / name
         try:
-            write_whole(self.path / name, content, durable=True)
+            path.parent.mkdir(exist_ok=True)
+            write_whole(path, content, durable=True)
         except OSError as error:
-            raise _no_room(self.path / name, error) from None
+            raise _no_room(path, error) from None
 
 
-def _no_room(path: Path, error: OSError) -> RunError:
+def _strict(value: Any) -> Any:
+    """The same as JSON can hold it."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _no_room(path: Path, error: Exception) -> RunError:
+    reason = getattr(error, "strerror", None) or error
     return RunError(
-        f"{str(path)!r} cannot be written: {error.strerror or error}. Make room; a run that was "
-        "cut short goes on with `fedpet simulate --resume RUN`."
+        f"{str(path)!r} cannot be written: {reason}. Make room and do it again; a run that "
+        "was cut short goes on with `fedpet simulate --resume RUN`."
     )
 
 
 def write_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
-    """Save a plain model as a Hugging Face folder, with the tokeniser's files beside it."""
-    model.save_pretrained(folder)
-    for name in TOKENIZER_FILES:
-        if (tokenizer / name).exists():
-            shutil.copyfile(tokenizer / name, folder / name)
+    """Save a plain model as a Hugging Face folder, whole or not at all.
+
+    Args:
+        model: Its config names the classes.
+        tokenizer: The checkpoint's folder, whose tokeniser goes beside it.
+        folder: To make; one of a run that was cut short is replaced.
+
+    Raises:
+        RunError: The disk does not take it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with whole_folder(folder) as building:
+            model.save_pretrained(building)
+            _write_class_names(building / "config.json", model)
+            save_tokenizer(tokenizer, building)
+    except (OSError, SafetensorError) as error:  # the latter of its own files, and no OSError
+        raise _no_room(folder, error) from None
+
+
+def _write_class_names(file: Path, model: PreTrainedModel) -> None:
+    """Put the classes into config.json where transformers leaves them out.
+
+    It leaves out names that it makes itself, and some architectures then take another number.
+    """
+    config, names = json.loads(file.read_text(encoding="utf-8")), class_names(model.config)
+    if "id2label" not in config:
+        config["id2label"] = dict(enumerate(names))
+        config["label2id"] = {name: index for index, name in enumerate(names)}
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def claimed_run(experiment: Experiment) -> Iterator[RunFolder]:
+    """Make the folder that `run.out` names, or the next free `runs/NAME-N`, and lock it.
+
+    A folder that was made and stays empty, since the run did not start, goes again.
+
+    Raises:
+        ConfigError: The folder holds a run already, another process works in it, or it cannot be
+            made.
+    """
+    if experiment.run.out:
+        path = expand(experiment.run.out)
+        with locked_folder(path):
+            _refuse_run(path)
+            yield RunFolder(path)
+        return
+    with ExitStack() as held:
+        while True:
+            path = _next_free(experiment.run.name)
+            try:
+                held.enter_context(locked_folder(path, new=True))
+                break
+            except FileExistsError:
+                continue  # another process was faster
+        yield RunFolder(path)
 
 
 def new_run_folder(experiment: Experiment) -> RunFolder:
-    """Make the folder that `run.out` names, or the next free `runs/NAME-N`.
+    """Make the same folder, for a run that no other process can meet: it is not locked.
 
     Raises:
-        ConfigError: The named folder holds a run already, or cannot be made.
+        ConfigError: It holds a run already, or cannot be made.
     """
-    if experiment.run.out:
-        path = Path(experiment.run.out).expanduser()
-        if (path / "config.toml").exists():
-            raise ConfigError(
-                f"the folder {str(path)!r} holds a run already: name another with --out."
-            )
-    else:
-        number = 1
-        while (path := Path("runs") / f"{experiment.run.name}-{number}").exists():
-            number += 1
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise ConfigError(f"the run folder {str(path)!r} cannot be made: {error}.") from None
+    out, name = experiment.run.out, experiment.run.name
+    path = expand(out) if out else _next_free(name)
+    _refuse_run(path)
+    make_folder(path)
     return RunFolder(path)
+
+
+def _next_free(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def _refuse_run(path: Path) -> None:
+    if (path / "config.toml").exists():
+        raise ConfigError(f"the folder {str(path)!r} holds a run already: name another with --out.")
 
 
 @functools.cache

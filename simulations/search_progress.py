@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import sys
 import time
 from types import TracebackType
+from typing import Self
 
 from fedpet.search import SearchProgress as Step
+from fedpet.simulations.interrupts import stoppable
 from fedpet.simulations.live_line import LiveLine
 from fedpet.units import show_seconds
 
@@ -15,13 +16,23 @@ class SearchProgress(LiveLine):
     """Steps, losses, the validation score and the time left.
 
     In a terminal one line is redrawn; elsewhere a line is printed for each stage and each
-    evaluated step.
+    evaluated step. Ctrl-C and SIGTERM end what is inside with `Interrupted`.
     """
 
     def __init__(self) -> None:
         super().__init__("steps")
         self._first: tuple[int, float] | None = None
         self._last = 0
+        self._stop = stoppable(self._how_to_go_on)
+
+    def _how_to_go_on(self) -> str:
+        if not self._last:
+            return "No step was taken: start it again."
+        return "The same command goes on from the last saved step."
+
+    def __enter__(self) -> Self:
+        self._stop.__enter__()
+        return super().__enter__()
 
     def __exit__(
         self,
@@ -30,8 +41,7 @@ class SearchProgress(LiveLine):
         trace: TracebackType | None,
     ) -> None:
         super().__exit__(kind, error, trace)
-        if kind is KeyboardInterrupt and self._last:
-            print("The same command goes on from the last saved step.", file=sys.stderr)
+        self._stop.__exit__(kind, error, trace)
 
     def step(self, progress: Step) -> None:
         """Show where the search stands."""

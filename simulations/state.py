@@ -4,6 +4,9 @@
 
 In:  the global values after a round, from Flower's loop.
 Out: the round's metric, its line in `rounds.jsonl`, and after that the journal that vouches for it.
+
+A round that came to no average has no journal: a run goes on after the last that had one. Where
+`STALLED_ROUNDS` in a row had none the run stops, and can be gone on with.
 """
 
 from __future__ import annotations
@@ -15,9 +18,11 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, MetricRecord
 
+from fedpet.errors import Stalled
 from fedpet.ledger import Ledger
+from fedpet.metrics import Assessment
 from fedpet.strategies import SparseStrategy, values_of
-from fedpet.training import evaluate
+from fedpet.training import assess_rows
 
 from .journal import Journal, write_journal
 from .resume import journal_after, take_up
@@ -27,6 +32,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from .prepared import Listener, Prepared
+
+STALLED_ROUNDS = 5  # in a row
 
 
 class RunState:
@@ -66,6 +73,7 @@ class RunState:
         self._listener = listener
         self._last_round = prepared.experiment.strategy.num_rounds
         self._merged: PreTrainedModel | None = None
+        self._assessed: Assessment | None = None  # the last evaluation of this process
         self._goes_on, self._resumed = journal is not None, resumed
         self.values = np.zeros(prepared.plan.num_values, dtype=np.float32)
         if journal is not None:
@@ -90,10 +98,15 @@ class RunState:
             clock = time.perf_counter()
             self._load_values()
             model = self.final_model() if last else self._prepared.pet.model
-            record.metric = evaluate(model, data.evaluation, data.task)
+            self._assessed = assess_rows(model, data.evaluation, data.task)
+            record.metric = self._assessed.value
             record.evaluation_seconds = time.perf_counter() - clock
-        self._write_journal(server_round, self._ledger.close())
+        ledger_bytes = self._ledger.close()
+        if record.aggregated or last or server_round == 0:
+            self._write_journal(server_round, ledger_bytes)
         self._listener.round_done(record, self._ledger)
+        if not last:
+            refuse_stalled(self._ledger)
         return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
 
     def final_model(self) -> PreTrainedModel:
@@ -102,6 +115,13 @@ class RunState:
             self._load_values()
             self._merged = self._prepared.pet.merged()
         return self._merged
+
+    def final_assessment(self) -> Assessment:
+        """Of the final model; evaluated anew where the run was taken up after its last round."""
+        if self._assessed is None:
+            data = self._prepared.data
+            self._assessed = assess_rows(self.final_model(), data.evaluation, data.task)
+        return self._assessed
 
     def _load_values(self) -> None:
         values = torch.from_numpy(self.values.copy())
@@ -117,3 +137,19 @@ class RunState:
             resumed=self._resumed,
         )
         write_journal(self._out.path, journal, self._ledger.path)
+
+
+def refuse_stalled(ledger: Ledger) -> None:
+    """Stop where the last rounds came to no average.
+
+    Raises:
+        Stalled: There were `STALLED_ROUNDS` of them in a row.
+    """
+    rounds = ledger.of_kind(ledger.current.kind)[-STALLED_ROUNDS:]
+    if len(rounds) < STALLED_ROUNDS or any(r.aggregated or r.round == 0 for r in rounds):
+        return
+    raise Stalled(
+        f"rounds {rounds[0].round} to {rounds[-1].round} met no quorum of usable replies, and the "
+        f"run stops here: {ledger.path} says who was refused, and why. Mend that first; what goes "
+        "on then goes on after the last round that came to an average."
+    )

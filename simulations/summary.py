@@ -7,13 +7,18 @@ messages; a share is a fraction; seconds are wall time.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
 from fedpet.config import Experiment
+from fedpet.data import count_classes
 from fedpet.ledger import SEARCH, TRAINING, Ledger, RoundRecord
+from fedpet.metrics import Assessment
+from fedpet.simulations.quality import quality_of, status_of
 from fedpet.simulations.run_folder import machine, versions
 
 if TYPE_CHECKING:
+    from fedpet.backbone import Origin
     from fedpet.data import FederatedData
     from fedpet.layout import Segment
 
@@ -33,10 +38,11 @@ def summarise(
     added_parameters: int = 0,
     inexact_kinds: Sequence[str] = (),
     values_sha256: str,
-    final: float,
+    final: Assessment,
     total_seconds: float,
     resumed: int = 0,
     tiers: Sequence[dict[str, Any]] = (),
+    origin: Origin,
 ) -> dict[str, Any]:
     """Make the content of `result.json`.
 
@@ -52,13 +58,13 @@ def summarise(
         added_parameters: That the merged model has beyond the backbone and its head.
         inexact_kinds: Whose average is not the average of models.
         values_sha256: Of the final communicated values, float32, little-endian.
-        final: The metric of the merged model.
+        final: The merged model's outputs on the evaluation rows, measured.
         total_seconds: From the first stage to the last, the time that nothing ran left out.
         resumed: How often the run was cut short and gone on with.
         tiers: Density, values and clients of each tier, where devices differ in strength.
+        origin: What of the model came from the checkpoint, and what did not.
     """
     rounds = [record for record in ledger.of_kind(TRAINING) if record.round > 0]
-    learned = any(record.aggregated for record in rounds)
     num_values = sum(values_by_kind.values())
     head, mask = values_by_kind.get("head", 0), values_by_kind.get("mask", 0)
     return {
@@ -72,7 +78,7 @@ def summarise(
             "plan_digest": plan_digest,
             "versions": versions(),
             "machine": machine(experiment.run.device),
-            "status": "ok" if learned else "nothing learned",
+            "status": status_of(rounds, final),
             "resumed": resumed,
         },
         "model": {
@@ -85,6 +91,8 @@ def summarise(
             "inexact_kinds": list(inexact_kinds),
             "inference_parameters_added": added_parameters,
             "tiers": list(tiers),
+            "head": experiment.backbone.head,
+            "origin": origin.to_json(),
         },
         "data": {
             "clients": len(data.clients),
@@ -92,8 +100,17 @@ def summarise(
             "train_rows": sum(len(client.rows) for client in data.clients),
             "train_rows_left_out": data.left_out_rows,
             "evaluation_rows": len(data.evaluation),
+            "classes": [asdict(one) for one in count_classes(data)],
+            "rows": {split: asdict(books) for split, books in data.books.items()},
         },
-        "quality": _quality(rounds, ledger, data.task.metric, final),
+        "quality": quality_of(
+            experiment,
+            ledger.of_kind(TRAINING),
+            final,
+            metric=data.task.metric,
+            num_rows=len(data.evaluation),
+            trained_kinds=[*values_by_kind] if method == "fedpet" else None,
+        ),
         "communication": _communication(ledger, pretrained_parameters + head),
         "time": {
             "total_seconds": total_seconds,
@@ -124,25 +141,6 @@ def count_by_kind(segments: Sequence[Segment]) -> dict[str, int]:
 def _when(record: RoundRecord) -> dict[str, Any]:
     when: dict[str, Any] = {"round": record.round}
     return when if record.kind == TRAINING else {"kind": record.kind, **when}
-
-
-def _quality(
-    rounds: Sequence[RoundRecord], ledger: Ledger, metric: str, final: float
-) -> dict[str, Any]:
-    training = ledger.of_kind(TRAINING)
-    measured = [
-        {"round": record.round, "value": record.metric}
-        for record in training
-        if record.metric is not None
-    ]
-    before = training[0].metric if training and training[0].round == 0 else None
-    return {
-        "metric": metric,
-        "before": before,
-        "final": final,
-        "best": max(final, *(record.metric for record in rounds if record.metric is not None)),
-        "by_round": measured,
-    }
 
 
 _SUMS = ("uplink_bytes", "downlink_bytes", "plan_bytes", "wire_bytes", "messages")

@@ -13,6 +13,7 @@ the result depends on how many came, in which order, or from how many nodes (law
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -42,6 +43,8 @@ from .tiers import TierBook
 # Of an update, and of what a rule makes of them, in magnitude: squares are still a float32's, and
 # what comes of a few rounds is still one that every codec can send down.
 LARGEST_VALUE = 1e18
+# Ray's errors for a worker that is gone, as Flower quotes them.
+WORKER_DIED = ("exceptions.ActorDiedError", "exceptions.ActorUnavailableError")
 MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it must
 
 
@@ -107,6 +110,7 @@ class Replies:
         self._shelf = Shelf()
         self._again = Again()
         self._asked_again: dict[str, str] = {}  # client -> why
+        self._train_seconds: defaultdict[int, float] = defaultdict(float)  # by node, all messages
 
     def take(self, reply: Message) -> None:
         """Accept or refuse what a message holds, but for those to be asked again.
@@ -117,7 +121,6 @@ class Replies:
         if reply.has_error():
             self._refuse_cohort(node, _reason(reply.error))
             return
-        train_seconds = 0.0
         try:
             for part in self._parts(reply):
                 self._weigh(node, part)
@@ -137,13 +140,13 @@ class Replies:
                     again.no_residual.setdefault(node, []).append(name)
                     self._note([name], part)
                     continue
-                train_seconds += self._settle(node, part)
+                self._settle(node, part)
         except FrameError as error:
             self._refuse_cohort(node, str(error))
         # Flower's loop holds a round's messages until the next round's have come.
         reply.content.clear()
         record = self._ledger.current
-        record.train_seconds = max(record.train_seconds, train_seconds)
+        record.train_seconds = max(record.train_seconds, self._train_seconds[node])
 
     def to_ask_again(self) -> Again:
         """Who could not answer as asked since this was called last."""
@@ -220,23 +223,23 @@ class Replies:
             )
         )
 
-    def _settle(self, node: int, part: Frame | Refusal) -> float:
-        """Accept one frame or note why not; gives the seconds its training took."""
+    def _settle(self, node: int, part: Frame | Refusal) -> None:
+        """Accept one frame and count the seconds that its training took, or note why not."""
         name = self._names.get(part.client, "")
         if name not in self._cohorts.get(node, []):  # nobody speaks in another's name
             stranger = f"node {node}, client {part.client:016x}"
             reason = f"node {node} was not asked to train this client."
             self._ledger.refuse(stranger, reason, node)
-            return 0.0
+            return
         try:
             self._check(node, part, name)
         except ReplyError as error:
             self._ledger.refuse(name, str(error), node)
-            return 0.0
+            return
         assert isinstance(part, Frame)
         self._accepted[name] = replace(part, payload=b""), self._shelf.put(part.payload)
+        self._train_seconds[node] += part.train_seconds
         self._answered(node, name, self._round)
-        return part.train_seconds
 
     def _weigh(self, node: int, part: Frame | Refusal) -> None:
         """Count what a client sent, whether it is used or not."""
@@ -287,6 +290,11 @@ class Replies:
 def _reason(error: Error) -> str:
     """What an error says, and what to do where one of Flower's mods met a frame."""
     reason = error.reason or "an unnamed error."
+    if any(died in reason for died in WORKER_DIED):
+        return (
+            "its worker died, and again each time that it was asked once more. If memory ran out, "
+            "lower training.batch-size or run.workers."
+        )
     if error.code == MOD_REFUSED or STYPE in reason:
         reason += (
             " Flower's mods for differential privacy clip and perturb arrays of floats, and a "

@@ -27,6 +27,7 @@ from flwr.serverapp.strategy import Result
 from fedpet.config import StrategyConfig
 from fedpet.errors import ConfigError
 from fedpet.ledger import Ledger
+from fedpet.loading import kept_from_collection
 from fedpet.plan import Plan
 from fedpet.population import Population
 from fedpet.tiers import Tier
@@ -205,7 +206,8 @@ class _Rounds(Memory):
     def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
         """Flower's loop, see `flwr.serverapp.strategy.Strategy.start`; replies are taken early."""
         self._starting = True
-        return super().start(Intake(grid, self._take), *args, **kwargs)
+        with kept_from_collection():
+            return super().start(Intake(grid, self._take), *args, **kwargs)
 
     def summary(self) -> None:
         """Say nothing: the run's own progress does.

@@ -7,11 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from fedpet.backbone import Backbone
 from fedpet.config import MaskConfig
+from fedpet.data import Rows
+from fedpet.inputs import settle_padding
 from fedpet.mask import Mask, build_mask
 from fedpet.model import PetModel
 from fedpet.positions import find_positions, mask_scope
@@ -26,6 +29,8 @@ _SIZES = {
     "vocab_size": 60,
     "max_position_embeddings": 40,
 }
+
+_PADDED_WITH_0 = Rows(np.array([5, 6]), np.array([0, 2]), np.zeros(1), None, pad_id=0)
 
 
 def _configs() -> dict[str, Callable[[], Any]]:
@@ -52,10 +57,8 @@ def _configs() -> dict[str, Callable[[], Any]]:
         "electra": lambda: t.ElectraConfig(**_SIZES, embedding_size=16),
         "t5": lambda: t.T5Config(**t5, feed_forward_proj="relu"),
         "t5-gated": lambda: t.T5Config(**t5, feed_forward_proj="gated-gelu"),
-        "gpt2": lambda: t.GPT2Config(
-            n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=40, pad_token_id=0
-        ),
-        "llama": lambda: t.LlamaConfig(**_SIZES, num_key_value_heads=2, pad_token_id=0),
+        "gpt2": lambda: t.GPT2Config(n_embd=32, n_layer=2, n_head=4, vocab_size=60, n_positions=40),
+        "llama": lambda: t.LlamaConfig(**_SIZES, num_key_value_heads=2),
         "vit": lambda: t.ViTConfig(
             hidden_size=32,
             num_hidden_layers=2,
@@ -91,7 +94,9 @@ def _model(name: str) -> Any:
     config = _configs()[name]()
     if name == "vit":
         return t.ViTForImageClassification(config).eval()
-    return t.AutoModelForSequenceClassification.from_config(config).eval()
+    model = t.AutoModelForSequenceClassification.from_config(config).eval()
+    settle_padding(model, _PADDED_WITH_0)  # GPT-2 and Llama ship without
+    return model
 
 
 def backbone(name: str, dtype: torch.dtype = torch.float32) -> Backbone:

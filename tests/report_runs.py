@@ -8,13 +8,23 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+from fedpet.backbone import Origin
 from fedpet.config import Experiment
 from fedpet.ledger import Ledger
+from fedpet.metrics import Assessment
 from fedpet.simulations.summary import summarise
 
 FULL_PARAMETERS = 22_713_216
 HEAD_VALUES = 770
 FULL = {"backbone": FULL_PARAMETERS, "head": HEAD_VALUES}
+
+
+def assessment(
+    value: float, majority: float = 0.5, predicted: dict[str, float] | None = None
+) -> Assessment:
+    """Of an invented model that tells two classes apart."""
+    shares = predicted or {"bad": 0.45, "good": 0.55}
+    return Assessment(value, majority, "good", shares, is_constant=max(shares.values()) == 1.0)
 
 
 def make_result(
@@ -28,6 +38,8 @@ def make_result(
     message_bytes: int = 40_000,
     plan_bytes: int = 600,
     final: float = 0.8,
+    majority: float = 0.5,
+    predicted: dict[str, float] | None = None,
     values: dict[str, int] | None = None,
     refused: int = 0,
     settings: list[str] | None = None,
@@ -69,15 +81,17 @@ def make_result(
             left_out_clients=3,
             left_out_rows=12,
             evaluation=range(872),
-            task=SimpleNamespace(metric="accuracy"),
+            task=SimpleNamespace(metric="accuracy", label_names=()),
+            books={},
         ),
         fingerprint="f" * 64,
         plan_digest="d" * 32,
         values_by_kind=values or {"mask": 53_084, "lnfit": 9_216, "head": HEAD_VALUES},
         pretrained_parameters=FULL_PARAMETERS,
         values_sha256=f"{seed:064x}",
-        final=final,
+        final=assessment(final, majority, predicted),
         total_seconds=192.0,
+        origin=Origin(loaded=101, drawn=("classifier.weight", "classifier.bias")),
     )
     if path is not None:
         import tomli_w

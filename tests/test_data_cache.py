@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
+import os
+import stat
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -48,12 +52,12 @@ def test_another_key_is_another_entry(tmp_path: Path) -> None:
     assert compute.calls == 4
 
 
-def test_what_other_code_made_is_computed_anew(
+def test_what_an_older_format_made_is_computed_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     compute = Counted()
     remembered(tmp_path, "kind", {"k": 1}, compute)
-    monkeypatch.setattr(cache, "_source_hash", lambda: "another version of this package")
+    monkeypatch.setattr(cache, "FORMAT", cache.FORMAT + 1)
     remembered(tmp_path, "kind", {"k": 1}, compute)
     assert compute.calls == 2
 
@@ -107,3 +111,65 @@ def test_a_cache_that_cannot_be_written_is_named_with_the_way_out(tmp_path: Path
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(DataError, match=r"the cache '.*file' cannot be written: .*run\.cache"):
         remembered(tmp_path / "file", "kind", {}, Counted())
+
+
+# One cache, several users.
+
+
+def modes(folder: Path) -> set[int]:
+    return {stat.S_IMODE(path.stat().st_mode) for path in (folder, *folder.rglob("*"))}
+
+
+@pytest.mark.parametrize(("umask", "expected"), [(0o022, {0o755, 0o644}), (0o077, {0o700, 0o600})])
+def test_an_entry_is_readable_by_whom_the_umask_lets_read(
+    tmp_path: Path, umask: int, expected: set[int]
+) -> None:
+    before = os.umask(umask)
+    try:
+        remembered(tmp_path, "kind", {}, Counted())
+    finally:
+        os.umask(before)
+    assert modes(entry_folder(tmp_path)) == expected
+
+
+@pytest.mark.parametrize("mode", [0o1777, 0o2775, 0o755])
+def test_users_who_share_the_root_share_what_is_below(tmp_path: Path, mode: int) -> None:
+    root = tmp_path / "root"
+    root.mkdir()
+    root.chmod(mode)
+    remembered(root, "kind", {}, Counted())
+    assert stat.S_IMODE((root / "kind").stat().st_mode) == mode
+
+
+def test_a_cache_that_cannot_be_written_answers_what_it_holds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    compute = Counted()
+    remembered(tmp_path, "kind", {"k": 1}, compute)
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    for name in ("mkdir", "rename", "rmdir", "unlink", "chmod", "utime"):
+        monkeypatch.setattr(os, name, refuse)
+    monkeypatch.setattr(Path, "mkdir", refuse)
+    assert remembered(tmp_path, "kind", {"k": 1}, compute).meta == {"word": "ä"}
+    assert compute.calls == 1
+    with pytest.raises(DataError, match=r"cannot be written: Permission denied\. Name a folder"):
+        remembered(tmp_path, "kind", {"k": 2}, compute)
+
+
+def test_a_damaged_entry_that_cannot_be_replaced_is_one_sentence(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remembered(tmp_path, "kind", {}, Counted())
+    (entry_folder(tmp_path) / "a.npy").write_bytes(b"")
+    monkeypatch.setattr(cache.shutil, "rmtree", lambda *_, **__: None)  # it is another user's
+    with pytest.raises(DataError, match="cannot be written"):
+        remembered(tmp_path, "kind", {}, Counted())
+
+
+def test_a_key_follows_the_format_and_not_the_source_of_the_package(tmp_path: Path) -> None:
+    remembered(tmp_path, "kind", {"k": 1}, Counted())
+    key = json.dumps({"format": cache.FORMAT, "k": 1})
+    assert entry_folder(tmp_path).name == hashlib.sha256(key.encode()).hexdigest()[:32]

@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 from real_laws import CASES, check_laws
 
-from fedpet.backbone import WEIGHT_FILES, Backbone, load_backbone
+from fedpet.backbone import Backbone, load_backbone
+from fedpet.checkpoint import WEIGHT_FILES
 from fedpet.config import BackboneConfig
 
 pytestmark = pytest.mark.slow

@@ -160,7 +160,7 @@ def test_a_folder_that_does_not_fit_is_refused_in_one_sentence(damage: str, tmp_
         config.write_text(json.dumps(table | {"mask": {"shape": "round"}}))
     else:
         config.write_text(json.dumps(table | {"mask": None}))
-    with pytest.raises(InputError, match=r"save_pretrained|newer") as refused:
+    with pytest.raises(InputError, match=r"save_pretrained|newer|mask.density must be") as refused:
         PetModel.from_pretrained(_base(), tmp_path)
     assert "\n" not in str(refused.value)
 

@@ -6,11 +6,12 @@ Out: what it means, or one sentence on what is wrong.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 
 from fedpet.errors import ConfigError
 
-__all__ = ["check_at_least", "check_choice", "density_and_share", "rate_of_kind"]
+__all__ = ["check_choice", "density_and_share", "rates_by_kind"]
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
@@ -35,22 +36,46 @@ def density_and_share(entry: str) -> tuple[float, float]:
     return numbers
 
 
-def check_at_least(name: str, value: float, least: float) -> None:
-    """Refuse what is less, and what is no number."""
-    if not value >= least:
-        raise ConfigError(f"{name} must be at least {least}, got {value!r}.")
+def rates_by_kind(entries: Iterable[str], key: str) -> dict[str, float]:
+    """Read entries "kind=rate".
 
+    Args:
+        entries: Of `training.learning-rates` or `search.rates`.
+        key: Which of the two, for messages.
 
-def rate_of_kind(kind: str, rate: float, by_kind: Iterable[str], key: str) -> float:
-    """`rate`, or that of the entry "kind=rate"; entries before it are checked, all if none is."""
-    for entry in by_kind:
+    Raises:
+        ConfigError: An entry that does not read, a kind that does not exist, or one given twice.
+
+    Example:
+        >>> rates_by_kind(["head=0.01", "mask = 0.002"], "training.learning-rates")
+        {'head': 0.01, 'mask': 0.002}
+    """
+    rates: dict[str, float] = {}
+    for entry in entries:
         name, _, text = entry.partition("=")
+        kind = name.strip()
         try:
             value = float(text)
         except ValueError:
             value = -1.0
-        if not value > 0:
-            raise ConfigError(f"{key} must hold entries such as 'head=0.01', got {entry!r}.")
-        if name.strip() == kind:
-            return value
-    return rate
+        if not 0 < value < math.inf:
+            raise ConfigError(
+                f"{key} must hold entries such as 'head=0.01', a kind of module and a finite rate "
+                f"above 0, got {entry!r}."
+            )
+        _check_kind(kind, entry, key)
+        if kind in rates:
+            raise ConfigError(f"{key} names the kind {kind!r} twice, in {entry!r} again: keep one.")
+        rates[kind] = value
+    return rates
+
+
+def _check_kind(kind: str, entry: str, key: str) -> None:
+    """Refuse a kind of module that no model has."""
+    from fedpet.structure import KINDS  # stands above the config, and knows the registered kinds
+
+    known = ("mask", "head", *sorted(KINDS))
+    if kind not in known:
+        raise ConfigError(
+            f"{key} must name kinds of modules, which are {', '.join(known)}, got {entry!r}."
+        )

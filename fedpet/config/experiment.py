@@ -8,8 +8,9 @@ Out: an `Experiment`. Deeper code takes the stage's dataclass and never sees a s
 from __future__ import annotations
 
 import dataclasses
+import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -28,9 +29,38 @@ from fedpet.config.stages import (
 )
 from fedpet.config.tables import read_stage, refuse_unknown, with_overrides
 from fedpet.errors import ConfigError
+from fedpet.paths import absolute, expand
 from fedpet.rules import COMPARING, RULES
 
 Scalar = str | int | float | bool
+
+_PATHS = (("run", "cache"), ("run", "out"), ("structure", "file"))
+_PATHS_OR_NAMES = (("backbone", "model"), ("data", "source"))  # a name, where no file is there
+
+
+def located(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """An experiment's tables with absolute paths."""
+    found = {stage: dict(table) for stage, table in tables.items()}
+    for (stage, key), value in _local_paths(tables):
+        found[stage][key] = str(absolute(value))
+    return found
+
+
+def _local_paths(
+    tables: Mapping[str, Mapping[str, Any]],
+) -> Iterator[tuple[tuple[str, str], str]]:
+    """Keys whose value is a path here, with it."""
+    for stage, key in (*_PATHS, *_PATHS_OR_NAMES):
+        value = tables.get(stage, {}).get(key)
+        if value and ((stage, key) in _PATHS or _is_path(value)):
+            yield (stage, key), value
+
+
+def _is_path(value: str) -> bool:
+    """Whether what may be a file or a name is a file; what cannot be a name is meant as one."""
+    if value == "embedded" or value.startswith("package:"):
+        return False
+    return value.startswith((".", "~", "/")) or os.path.exists(expand(value))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -101,12 +131,12 @@ class Experiment:
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
         """Read a TOML file; `overrides` are `stage.key=value` strings, the last one wins."""
         try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+            tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
-        return cls.from_tables(with_overrides(tables, overrides))
+        return cls.from_tables(with_overrides(tables, overrides, get_type_hints(cls)))
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Scalar]) -> Experiment:
@@ -116,6 +146,17 @@ class Experiment:
             stage, _, name = key.partition("-")
             tables.setdefault(stage, {})[name] = value
         return cls.from_tables(tables)
+
+    def located(self) -> Experiment:
+        """The same with absolute paths: what is relative is so to the current directory."""
+        return self.from_tables(located(self.to_tables()))
+
+    def relative_paths(self) -> Iterator[tuple[str, str]]:
+        """Keys and values that the current directory gives a meaning."""
+        tables = self.to_tables()
+        for key, value in _local_paths(tables):
+            if not expand(value).is_absolute():
+                yield ".".join(key), value
 
     def to_tables(self) -> dict[str, dict[str, Any]]:
         """Nested tables with kebab-case keys: what `from_tables` takes."""

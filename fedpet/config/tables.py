@@ -49,25 +49,56 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
             return tuple(value)
         raise ConfigError(f"{name} must be a list of strings, got {value!r}.")
     if wanted is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        return value  # the stage makes it a float
     if not isinstance(value, wanted) or (wanted is not bool and isinstance(value, bool)):
+        quoted = f': put it in quotes, "{value}"' if wanted is str else ""
         raise ConfigError(
-            f"{name} must be of type {getattr(wanted, '__name__', wanted)}, got {value!r}."
+            f"{name} must be of type {getattr(wanted, '__name__', wanted)}, got {value!r}{quoted}."
         )
     return value
 
 
-def with_overrides(tables: dict[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """The tables with `stage.key=value` strings laid over them, the last one on top."""
+def with_overrides(
+    tables: dict[str, Any], overrides: Iterable[str], stages: Mapping[str, type]
+) -> dict[str, Any]:
+    """The tables with `stage.key=value` strings laid over them, the last one on top.
+
+    Args:
+        tables: Of an experiment.
+        overrides: What to lay over them.
+        stages: Name -> dataclass, whose fields say whether a value is text.
+    """
     for override in overrides:
         key, equals, text = override.partition("=")
         stage, dot, name = key.strip().partition(".")
         if not (equals and dot and name):
             raise ConfigError(f"--set takes stage.key=value, got {override!r}.")
-        try:
-            value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
-            value = text.strip()  # a bare word is a string
+        wanted = get_type_hints(stages[stage]) if stage in stages else {}
+        value = _read_value(text.strip(), wanted.get(name.replace("-", "_")))
         table = {k.replace("_", "-"): v for k, v in tables.get(stage, {}).items()}
         tables = {**tables, stage: {**table, name.replace("_", "-"): value}}
     return tables
+
+
+def _read_value(text: str, wanted: Any) -> Any:
+    """A value as TOML has it; where the key takes text, what is no TOML string is taken as written.
+
+    Example:
+        >>> _read_value("01", str), _read_value("2024", str), _read_value("'a b'", str)
+        ('01', '2024', 'a b')
+        >>> _read_value("2024", int), _read_value("[neg, 1]", tuple[str, ...])
+        (2024, ['neg', '1'])
+    """
+    try:
+        parsed = tomllib.loads(f"value = {text}")
+        value = parsed["value"] if len(parsed) == 1 else text
+    except tomllib.TOMLDecodeError:
+        value = text  # a bare word is a string
+    if get_origin(wanted) is tuple:
+        if isinstance(value, list) and all(isinstance(part, str) for part in value):
+            return value
+        if text.startswith("[") and text.endswith("]"):  # a shell took the quotes away
+            return [part.strip().strip("\"'") for part in text[1:-1].split(",") if part.strip()]
+    elif wanted is not str:
+        return value
+    return value if isinstance(value, str) else text

@@ -1,21 +1,23 @@
 """What was computed once: arrays and a few words, in a folder named after what they came from.
 
-In:  a key (everything the result depends on, this package's own source aside) and a function that
-     computes the result.
+In:  a key, of everything the result depends on but the way that this package reads and splits, and
+     a function that computes the result.
 Out: an `Entry`, its arrays memory-mapped.
 
 Two processes may compute the same entry at once: each writes a folder of its own and renames it
-when it is whole. The first one's stays, and it holds the same bytes.
+when it is whole. The first one's stays, and it holds the same bytes. Who may read and write the
+root may read and write what is below: users can share a cache, and one who may only read it reads.
 """
 
 from __future__ import annotations
 
-import functools
+import contextlib
 import hashlib
 import json
 import os
 import shutil
-import tempfile
+import stat
+import uuid
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +26,10 @@ from typing import Any
 import numpy as np
 
 from fedpet.errors import DataError
+
+# Raise it when the same files and settings give other rows, labels, clients or tokens than before.
+FORMAT = 2
+_DAMAGED = (OSError, EOFError, ValueError, KeyError)
 
 
 @dataclass(frozen=True)
@@ -34,16 +40,6 @@ class Entry:
     meta: Mapping[str, Any]
 
 
-@functools.cache
-def _source_hash() -> str:
-    """SHA-256 (hex) of this package's modules: what another version made is not this one's."""
-    hashed = hashlib.sha256()
-    for path in sorted(Path(__file__).parent.glob("*.py")):
-        hashed.update(f"{path.name} {path.stat().st_size}\n".encode())
-        hashed.update(path.read_bytes())
-    return hashed.hexdigest()
-
-
 def remembered(
     cache: Path, kind: str, key: Mapping[str, Any], compute: Callable[[], Entry]
 ) -> Entry:
@@ -52,27 +48,28 @@ def remembered(
     Args:
         cache: Root of the cache; made where it is absent.
         kind: Folder below the root, such as "rows".
-        key: Everything the entry depends on, as JSON values. How this package reads, splits and
-            tokenises is part of every key without being named.
+        key: Everything the entry depends on, as JSON values. `FORMAT` is part of every key without
+            being named.
         compute: Called without arguments on a miss only. Its errors pass through.
 
     Raises:
-        DataError: The cache cannot be written.
+        DataError: The entry must be stored, and the cache cannot be written.
     """
-    canonical = json.dumps({**key, "made_by": _source_hash()}, sort_keys=True)
+    canonical = json.dumps({**key, "format": FORMAT}, sort_keys=True)
     folder = cache / kind / hashlib.sha256(canonical.encode()).hexdigest()[:32]
     if folder.is_dir():
         try:
             return _open(folder)
-        except (OSError, EOFError, ValueError, KeyError):  # cut short, or edited: compute it anew
+        except _DAMAGED:  # cut short, or edited: compute it anew
             shutil.rmtree(folder, ignore_errors=True)
     entry = compute()
     try:
         _store(folder, entry)
         return _open(folder)
-    except OSError as error:
+    except _DAMAGED as error:
+        reason = getattr(error, "strerror", None) or error
         raise DataError(
-            f"the cache {str(cache)!r} cannot be written: {error.strerror or error}. Name a "
+            f"the cache {str(cache)!r} cannot be written: {reason}. Name a "
             "folder that can be, with room for the tokenised rows, by run.cache or $FEDPET_CACHE."
         ) from None
 
@@ -88,8 +85,15 @@ def _open(folder: Path) -> Entry:
 
 
 def _store(folder: Path, entry: Entry) -> None:
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    building = Path(tempfile.mkdtemp(prefix=".building-", dir=folder.parent))
+    kind = folder.parent
+    kind.parent.mkdir(parents=True, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        kind.mkdir()
+        root_mode = stat.S_IMODE(kind.parent.stat().st_mode)
+        if root_mode & (stat.S_IWGRP | stat.S_IWOTH):  # several users write here
+            kind.chmod(root_mode)
+    building = kind / f".building-{uuid.uuid4().hex}"
+    building.mkdir()
     try:
         for name, array in entry.arrays.items():
             np.save(building / f"{name}.npy", array, allow_pickle=False)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -25,14 +25,25 @@ from fedpet.data.partition import (
     Client,
     group_rows,
     keep_large_enough,
+    name_of_client,
     partition,
     partition_with,
 )
 from fedpet.data.rows import Rows, no_rows
-from fedpet.data.sources import Files, Source, Table, open_source
+from fedpet.data.sources import Files, Source, open_source
+from fedpet.data.table import Table
 from fedpet.data.task import Task, check_label_names, encode_labels, read_off_label_names
 from fedpet.data.tokenise import check_texts, hash_tokenizer, hash_tokenizer_files, tokenise
 from fedpet.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class RowBooks:
+    """Where the rows of a split went; what is used and what is left out add up to what was read."""
+
+    read: int
+    used: int
+    left_out: Mapping[str, int]  # by the reason
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +57,7 @@ class FederatedData:
     left_out_clients: int  # with fewer than min_rows rows
     left_out_rows: int  # of `train`, that no client holds
     tokenizer_hash: str  # 64 hex digits
+    books: Mapping[str, RowBooks] = field(default_factory=dict)  # of "train" and "evaluation"
 
 
 def load_data(
@@ -89,7 +101,7 @@ def load_data(
         )
     cache, tokenizer_folder = Path(cache), Path(tokenizer_folder)
     tokenizer_hash = hash_tokenizer(tokenizer_folder)
-    source = open_source(data.source, cache)
+    source = open_source(data.source)
     if all_rows:
         assert not evaluation, "rows that are all trained on leave none to evaluate on"
         train_split = held_split = _Split(source, data.train_split, "all", data.max_train_rows)
@@ -107,7 +119,8 @@ def load_data(
 
     train_entry = rows_entry(train_split)
     train = _rows(train_entry)
-    held = _rows(rows_entry(held_split)) if evaluation else no_rows(train)
+    held_entry = rows_entry(held_split) if evaluation else None
+    held = _rows(held_entry) if held_entry else no_rows(train)
 
     if partitioner is not None:
         dataset = source.read(data.train_split).dataset()
@@ -117,6 +130,19 @@ def load_data(
     else:
         parts = partition(train.labels, population)
     kept = keep_large_enough(parts, len(train), population)
+    unowned = len(train) - sum(map(len, parts.values()))
+    books = {
+        "train": _books(
+            train_entry,
+            "data.max-train-rows",
+            {
+                "of no client": unowned,
+                "of clients below population.min-rows": kept.left_out_rows - unowned,
+            },
+        )
+    }
+    if held_entry:
+        books["evaluation"] = _books(held_entry, "data.max-eval-rows")
     return FederatedData(
         task=task,
         train=train,
@@ -125,6 +151,7 @@ def load_data(
         left_out_clients=kept.left_out_clients,
         left_out_rows=kept.left_out_rows,
         tokenizer_hash=tokenizer_hash,
+        books=books,
     )
 
 
@@ -144,15 +171,17 @@ def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) ->
     Raises:
         DataError: Rows, columns or labels that cannot be used.
     """
-    source = open_source(data.source, cache)
+    source = open_source(data.source)
     single = isinstance(source, Files) and "" in source.files
     part = "all" if single or data.eval_split else "held out"
     split = _Split(source, data.eval_split or data.train_split, part, data.max_eval_rows)
     source.check(split.name)
     task = Task(data.task, _label_names(split, data, cache), data.metric)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
-    held = _rows(_rows_entry(split, data, task, tokenizer_folder, tokens_key, cache))
-    return FederatedData(task, no_rows(held), held, (), 0, 0, hash_tokenizer(tokenizer_folder))
+    entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
+    held, books = _rows(entry), {"evaluation": _books(entry, "data.max-eval-rows")}
+    tokenizer_hash = hash_tokenizer(tokenizer_folder)
+    return FederatedData(task, no_rows(held), held, (), 0, 0, tokenizer_hash, books)
 
 
 @dataclass(frozen=True)
@@ -176,15 +205,15 @@ def take_census(data: DataConfig, population: PopulationConfig, *, cache: Path) 
         ConfigError: Settings that contradict each other or the data.
     """
     cache = Path(cache)
-    source = open_source(data.source, cache)
+    source = open_source(data.source)
     train, _ = _splits(source, data)
     source.check(train.name)
     task = Task(data.task, _label_names(train, data, cache), data.metric)
 
     def compute() -> Entry:
-        table = train.read()
-        texts = [table.column(name, "data.text-columns", train.where) for name in data.text_columns]
-        labels, _ = train.labels(data.label_column)
+        texts, labels = train.texts(data.text_columns), train.labels(data.label_column)
+        for name, column in zip(data.text_columns, texts, strict=True):
+            check_texts(column, name, train.where)
         encoded = encode_labels(labels, task.kind, task.label_names, train.where)
         numbers = _choose(texts, train.part, data.eval_fraction, train.max_rows)
         return Entry({"labels": encoded[numbers], "numbers": numbers}, {})
@@ -216,23 +245,33 @@ class _Split:
     def read(self) -> Table:
         return self.source.read(self.name)
 
-    def labels(self, column: str) -> tuple[list[Any], tuple[str, ...]]:
-        """All labels, and the classes' names where the source knows them.
+    def texts(self, columns: Sequence[str]) -> list[list[Any]]:
+        """The columns of texts.
 
-        A class index of the source's own numbering becomes the name it stands for.
+        Raises:
+            DataError: A column that is not there, or whose entries are numbers all.
         """
         table = self.read()
-        labels = table.column(column, "data.label-column", self.where)
-        if not labels:
-            raise DataError(f"{self.where} has no rows.")
-        known = table.label_names(column)
-        if known:
-            indices = range(len(known))
-            labels = [
-                known[label] if isinstance(label, int) and label in indices else label
-                for label in labels
-            ]
-        return labels, known
+        texts = [table.column(name, "data.text-columns", self.where) for name in columns]
+        for name, column in zip(columns, texts, strict=True):
+            if not table.typed and all(text and _is_number(text) for text in column):
+                raise DataError(
+                    f"row 1 of {self.where} has {column[0]} in column {name!r}, and every row a "
+                    "number, where a text should be: check data.text-columns."
+                )
+        return texts
+
+    def labels(self, column: str) -> list[Any]:
+        """All labels; a class index of the source's own numbering is the name it stands for."""
+        return self.read().labels(column, "data.label-column", self.where)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
 
 
 def _splits(source: Source, data: DataConfig) -> tuple[_Split, _Split]:
@@ -255,8 +294,9 @@ def _label_names(train: _Split, data: DataConfig, cache: Path) -> tuple[str, ...
         return data.label_names
 
     def compute() -> Entry:
-        labels, known = train.labels(data.label_column)
-        return Entry({}, {"label_names": known or read_off_label_names(labels, train.where)})
+        labels = train.labels(data.label_column)
+        known = train.read().label_names(data.label_column)
+        return Entry({}, {"label_names": read_off_label_names(labels, train.where, known)})
 
     key = {**train.source.identity(train.name), "label_column": data.label_column}
     return tuple(remembered(cache, "labels", key, compute).meta["label_names"])
@@ -292,11 +332,11 @@ def _rows_entry(
     key = {**tokens_key, **_rows_key(split, data, task), "max_length": data.max_length}
 
     def compute() -> Entry:
-        table, where = split.read(), split.where
-        texts = [table.column(name, "data.text-columns", where) for name in data.text_columns]
-        labels, _ = split.labels(data.label_column)
+        where = split.where
+        texts, labels = split.texts(data.text_columns), split.labels(data.label_column)
         for name, column in zip(data.text_columns, texts, strict=True):
             check_texts(column, name, where)
+            _check_unicode(column, name, where)
         encoded = encode_labels(labels, task.kind, task.label_names, where)
         numbers = _choose(texts, split.part, data.eval_fraction, split.max_rows)
         if not len(numbers):
@@ -305,10 +345,54 @@ def _rows_entry(
                 f"{data.eval_fraction}: change the fraction, or add rows."
             )
         chosen = [[column[i] for i in numbers] for column in texts]
-        arrays, pad_id = tokenise(chosen, tokenizer_folder, data.max_length, where)
-        return Entry(arrays | {"labels": encoded[numbers], "numbers": numbers}, {"pad_id": pad_id})
+        arrays, padding = tokenise(chosen, tokenizer_folder, data.max_length, where)
+        told = {
+            "padding": asdict(padding),
+            "part": split.part,
+            "num_rows": len(labels),
+            "num_rows_of_part": len(_choose(texts, split.part, data.eval_fraction, 0)),
+            "left_out": split.read().left_out,
+        }
+        return Entry(arrays | {"labels": encoded[numbers], "numbers": numbers}, told)
 
     return remembered(cache, "rows", key, compute)
+
+
+def _check_unicode(texts: Sequence[str], column: str, where: str) -> None:
+    """Refuse the first text with half a surrogate pair, which no tokeniser takes."""
+    for row, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"row {row + 1} of {where} has a text in column {column!r} that is no Unicode, "
+                f"{text[:40]!a}: mend or remove the row."
+            ) from None
+
+
+_OTHER_PART = {"kept": "held out to evaluate on", "held out": "kept to train on"}
+
+
+def _books(entry: Entry, limit: str, more: Mapping[str, int] | None = None) -> RowBooks:
+    """Where the rows of a split went.
+
+    Args:
+        entry: Of the split.
+        limit: The setting that limits its rows.
+        more: Rows of the entry that are not used, by the reason.
+    """
+    told, num_rows = entry.meta, len(entry.arrays["labels"])
+    left_out = {
+        **told["left_out"],
+        _OTHER_PART.get(told["part"], ""): told["num_rows"] - told["num_rows_of_part"],
+        f"beyond {limit}": told["num_rows_of_part"] - num_rows,
+        **(more or {}),
+    }
+    return RowBooks(
+        read=told["num_rows"] + sum(told["left_out"].values()),
+        used=num_rows - sum((more or {}).values()),
+        left_out={reason: count for reason, count in left_out.items() if count},
+    )
 
 
 def _choose(
@@ -340,7 +424,8 @@ def _rows(entry: Entry) -> Rows:
         offsets=entry.arrays["offsets"],
         labels=entry.arrays["labels"],
         types=entry.arrays.get("types"),
-        pad_id=entry.meta["pad_id"],
+        pad_id=entry.meta["padding"]["token"],
+        pad_left=entry.meta["padding"]["left"],
     )
 
 
@@ -353,13 +438,13 @@ def _natural_clients(
         values = split.read().column(
             column, "population.client-column, or another population.partition", split.where
         )
-        for row, value in enumerate(values):
-            if value is None or not str(value).strip():
-                raise DataError(
-                    f"row {row + 1} of {split.where} names no client in column {column!r}: give "
-                    "every row a client, or take another population.partition."
-                )
-        names, codes = np.unique([str(values[i]) for i in numbers], return_inverse=True)
+        ids = [name_of_client(value) for value in values]
+        if None in ids:
+            raise DataError(
+                f"row {ids.index(None) + 1} of {split.where} names no client in column "
+                f"{column!r}: give every row a client, or take another population.partition."
+            )
+        names, codes = np.unique([ids[i] for i in numbers], return_inverse=True)
         return Entry({"codes": codes.astype(np.int32)}, {"names": names.tolist()})
 
     digest = hashlib.sha256(numbers.tobytes()).hexdigest()

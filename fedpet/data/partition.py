@@ -42,6 +42,19 @@ class Clients:
     left_out_rows: int
 
 
+def name_of_client(value: Any) -> str | None:
+    """The id that a value of a client column tells: a text as it is written, 3 for 3.0.
+
+    None for a missing value, and for a text of blanks.
+    """
+    if value is None or value != value:
+        return None
+    if isinstance(value, float) and value.is_integer():
+        value = int(value)
+    text = str(value)
+    return text if text.strip() else None
+
+
 def group_rows(codes: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
     """The natural clients: row i belongs to names[codes[i]]."""
     order = np.argsort(codes, kind="stable")

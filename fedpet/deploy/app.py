@@ -19,7 +19,7 @@ import tomli_w
 
 import fedpet
 from fedpet import embedded
-from fedpet.backbone import package_of
+from fedpet.checkpoint import package_of
 from fedpet.config import Experiment
 from fedpet.own_code import NOT_SHIPPED, PARTS, code_digest, folder_of
 

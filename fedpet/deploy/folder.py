@@ -26,6 +26,7 @@ from fedpet.deploy import scripts, services
 from fedpet.deploy.app import PACKAGES_FILE, packages, write_app
 from fedpet.deploy.certificates import make_certificates, make_node_key
 from fedpet.errors import ConfigError
+from fedpet.paths import absolute, expand
 
 LOCAL = ("localhost", "127.0.0.1")  # the server's own processes reach it here
 NODE_PORT = 8100
@@ -133,6 +134,7 @@ class Deployment:
             run=replace(given.run, out="", cache="cache"),
             backbone=replace(given.backbone, model=_whole(given.backbone.model)),
             data=replace(given.data, source=_whole(given.data.source)),
+            structure=replace(given.structure, file=_whole(given.structure.file)),
             population=replace(given.population, partition="nodes", num_clients=clients),
         )
 
@@ -244,8 +246,7 @@ def _address(host: str, port: int) -> str:
 
 def _whole(name: str) -> str:
     """A path that is there, in full: scripts start in folders of their own."""
-    path = Path(name).expanduser()
-    return str(path.resolve()) if path.exists() else name
+    return str(absolute(name)) if name and expand(name).exists() else name
 
 
 def _readme(deployment: Deployment) -> str:

@@ -39,7 +39,7 @@ from fedpet.estimate.messages import (
 )
 from fedpet.estimate.outline import outline
 from fedpet.estimate.updates import is_fixed, local_steps, payloads
-from fedpet.node_settings import cache_folder
+from fedpet.node_settings import make_cache
 from fedpet.plan import Plan
 
 __all__ = ["Estimate", "estimate"]
@@ -230,7 +230,7 @@ def _census(
             "with it, or leave it out."
         )
     try:
-        return take_census(experiment.data, experiment.population, cache=cache_folder(experiment))
+        return take_census(experiment.data, experiment.population, cache=make_cache(experiment))
     except DataError as error:
         if experiment.population.partition == "column":
             raise DataError(

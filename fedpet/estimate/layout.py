@@ -100,12 +100,7 @@ def lay_out(backbone: Backbone, experiment: Experiment) -> Layout:
         parts.append(("mask", "", tier_masks[-1]))
     for module in build_structure(model, positions, structure, experiment.run.seed):
         parts.append((module.kind, module.target, module.num_values))
-    head = set(backbone.head)
-    pretrained = 0
-    for name, parameter in model.named_parameters():
-        if name not in head:
-            pretrained += parameter.numel()
-    for name in backbone.head:
+    for name in backbone.trained_head:
         parts.append(("head", name, model.get_parameter(name).numel()))
     segments, start = [], 0
     for kind, name, size in parts:
@@ -122,7 +117,7 @@ def lay_out(backbone: Backbone, experiment: Experiment) -> Layout:
         tier_masks=tier_masks,
         structure=structure,
         scope=scope,
-        pretrained_parameters=pretrained,
+        pretrained_parameters=backbone.pretrained_parameters,
         head_parameters=sum(size for kind, _, size in parts if kind == "head"),
         lora_values=sum(_lora_values(position) for position in positions),
     )

@@ -97,6 +97,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
         training=experiment.training,
         num_rounds=experiment.strategy.num_rounds,
         seed=experiment.run.seed,
+        head=experiment.backbone.head,
     )
 
 

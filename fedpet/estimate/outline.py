@@ -7,19 +7,21 @@ Out: a `Backbone` whose parameters have shapes and no numbers, and whose head is
 
 Which parameters are the head is read off the checkpoint where one lies beside the configuration:
 its header names tensors and shapes. Where there is none, the head is what the task's class adds to
-the architecture's base model; a pooler of the base model then counts as pretrained.
+the architecture's base model; a pooler of the base model then counts as pretrained, and a head that
+is to be kept as there.
 """
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fedpet.backbone import CONFIG_FILE, Backbone, locate_config
+from fedpet.backbone import Backbone
+from fedpet.checkpoint import CONFIG_FILE, locate_config, weight_files
+from fedpet.classifier import head_names, lost_names, output_layer, outside_base
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
 
@@ -63,7 +65,8 @@ def outline(config: BackboneConfig, *, num_outputs: int, regression: bool = Fals
     model.requires_grad_(False)
     model.eval()
     stored = _stored_shapes(file.parent) if file.name == CONFIG_FILE else None
-    return Backbone(config.model, file.parent, model, _head(model, stored), fingerprint="")
+    head = _head(model, stored)
+    return Backbone(config.model, file.parent, model, head, "", trains_head=config.head != "keep")
 
 
 def _class_for(config: Any) -> Any:
@@ -78,23 +81,23 @@ def _class_for(config: Any) -> Any:
 
 
 def _head(model: Any, stored: Shapes | None) -> tuple[str, ...]:
-    """Names of the parameters that a checkpoint lacks, in the order of the model."""
-    prefix = f"{model.base_model_prefix}."
-    has_base = getattr(model, model.base_model_prefix, None) is not None
-    added = tuple(
-        name for name, _ in model.named_parameters() if not (has_base and name.startswith(prefix))
-    )
+    """Names of the head's parameters, in the order of the model."""
     if stored is None:
-        return added
-    lacking = tuple(
+        return outside_base(model)
+    prefix = f"{model.base_model_prefix}."
+    lacking = {
         name
         for name, parameter in model.named_parameters()
         if not any(stored.get(n) == tuple(parameter.shape) for n in _spellings(name, prefix))
-    )
+    }
     # transformers renames tensors of some old checkpoints while it loads them. Where the body
     # seems to be missing, its names were other ones: go by the architecture.
-    body = [name for name in lacking if name not in added and "pooler" not in name]
-    return added if body else lacking
+    if lost_names(model, lacking):
+        return outside_base(model)
+    has_output_layer = any(
+        spelling in stored for name in output_layer(model) for spelling in _spellings(name, prefix)
+    )
+    return head_names(model, lacking, has_output_layer=has_output_layer)
 
 
 def _spellings(name: str, prefix: str) -> tuple[str, ...]:
@@ -109,25 +112,18 @@ def _stored_shapes(folder: Path) -> Shapes | None:
     """Shapes of a checkpoint's tensors by name, from its header; None where there is none."""
     from safetensors import safe_open
 
-    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
-    old = folder / "pytorch_model.bin"
+    shapes: dict[str, tuple[int, ...]] = {}
     try:
-        if single.is_file():
-            files = [single]
-        elif index.is_file():
-            table = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-            files = [folder / name for name in sorted(set(table.values()))]
-        elif old.is_file():
-            tensors = torch.load(old, map_location="meta", mmap=True, weights_only=True)
-            return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-        else:
-            return None
-        shapes: dict[str, tuple[int, ...]] = {}
+        files = weight_files(folder)
         for file in files:
+            if file.suffix == ".bin":
+                stored = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+                shapes |= {name: tuple(tensor.shape) for name, tensor in stored.items()}
+                continue
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118 - it is no dict
                     shapes[name] = tuple(tensors.get_slice(name).get_shape())
-        return shapes
+        return shapes if files else None
     except Exception as error:  # a damaged file raises kinds of three libraries
         raise BackboneError(
             f"the checkpoint in {str(folder)!r} does not read ({type(error).__name__}: "

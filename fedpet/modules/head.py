@@ -1,6 +1,6 @@
-"""The task's head: newly initialised tensors, trained in full.
+"""The task's head, trained in full.
 
-In:  a parameter that the checkpoint does not hold, at its seeded start.
+In:  a parameter of the head at its start: the checkpoint's, or drawn anew.
 Out: its change since that start, as values.
 """
 
@@ -14,7 +14,7 @@ __all__ = ["HeadTensor"]
 
 
 class HeadTensor(PetModule):
-    """A dense change of one newly initialised parameter. Exact."""
+    """A dense change of one parameter of the head. Exact."""
 
     place = "tensor"
     held = True

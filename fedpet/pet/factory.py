@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from torch import nn
 
 from fedpet.backbone import Backbone
+from fedpet.classifier import outside_base
 from fedpet.errors import ConfigError, StructureError
 from fedpet.mask import build_mask
 from fedpet.model import PetModel
@@ -22,7 +23,7 @@ from fedpet.positions import find_positions, mask_scope
 if TYPE_CHECKING:
     from fedpet.pet.pet_config import PetConfig
 
-__all__ = ["get_pet_model", "head_names"]
+__all__ = ["get_pet_model", "trained_in_full"]
 
 # What a class is called whose head a checkpoint of the encoder lacks.
 _NEW_HEADS = ("Classification", "Regression", "QuestionAnswering", "MultipleChoice")
@@ -60,7 +61,7 @@ def get_pet_model(model: nn.Module, config: PetConfig) -> PetModel:
         ['trainable.mask', 'trainable.lora']
     """
     check_plain(model)
-    head = head_names(model, config.modules_to_save)
+    head = trained_in_full(model, config.modules_to_save)
     structure = config.structure(find_positions(model, head))
     if config.mask is None and not structure.modules and not head:
         raise ConfigError(
@@ -78,7 +79,7 @@ def get_pet_model(model: nn.Module, config: PetConfig) -> PetModel:
     return PetModel(backbone, mask, structure, seed=config.seed, mask_config=config.mask)
 
 
-def head_names(model: nn.Module, modules_to_save: Sequence[str] | None) -> tuple[str, ...]:
+def trained_in_full(model: nn.Module, modules_to_save: Sequence[str] | None) -> tuple[str, ...]:
     """Names of the parameters that train in full.
 
     Args:
@@ -90,11 +91,9 @@ def head_names(model: nn.Module, modules_to_save: Sequence[str] | None) -> tuple
     """
     names = [name for name, _ in model.named_parameters()]
     if modules_to_save is None:
-        inside: Any = getattr(model, getattr(model, "base_model_prefix", "") or "-", None)
-        if inside is None or not any(word in type(model).__name__ for word in _NEW_HEADS):
-            return ()
-        encoder = {id(parameter) for parameter in inside.parameters()}
-        return tuple(n for n in names if id(model.get_parameter(n)) not in encoder)
+        is_new = any(word in type(model).__name__ for word in _NEW_HEADS)
+        outside = outside_base(model)
+        return outside if is_new and len(outside) < len(names) else ()
     modules = [name for name, _ in model.named_modules() if name]
     chosen: set[str] = set()
     for wanted in modules_to_save:

@@ -58,6 +58,7 @@ def save_pet(pet: PetModel, folder: Path) -> None:
         "fingerprint": pet.fingerprint(),
         "mask": None if mask is None else {} if config is None else asdict(config),
         "structure": json.loads(pet.structure.to_json()),
+        "head": list(pet.head),
         "modules_to_save": list(pet.head_starts()),
         "seed": pet.seed,
         "num_values": pet.num_values,
@@ -97,10 +98,17 @@ def load_pet(make: Callable[..., PetModel], model: nn.Module, folder: Path) -> P
     for name, start in starts.items():
         parameters[name].copy_(start)
     model.requires_grad_(False)
-    head = tuple(name for name in parameters if name in starts)
+    head = tuple(table["head"])
     mask, config = _mask(table["mask"], tensors, model, head)
     pet = make(
-        Backbone(table["base_model"], Path(), model, head, found),  # type: ignore[arg-type]
+        Backbone(
+            source=table["base_model"],
+            folder=Path(),
+            model=model,  # type: ignore[arg-type]  # as in `get_pet_model`
+            head=head,
+            fingerprint=found,
+            trains_head=bool(starts),
+        ),
         mask,
         Structure.from_json(json.dumps(table["structure"])),
         seed=table["seed"],
@@ -125,7 +133,13 @@ def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
         table = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if not isinstance(table, dict) or table.get("schema") != SCHEMA:
             raise ValueError(f"{CONFIG_FILE} is not of schema {SCHEMA}")
-        wanted = {"base_model": str, "fingerprint": str, "structure": dict, "seed": int}
+        wanted = {
+            "base_model": str,
+            "fingerprint": str,
+            "structure": dict,
+            "seed": int,
+            "head": list,
+        }
         for name, kind in (wanted | {"num_values": int}).items():
             if not isinstance(table.get(name), kind):
                 raise ValueError(f"{CONFIG_FILE} has no {name!r}")

@@ -96,17 +96,19 @@ class TrainableModel(ModelWrapper):
         self.seed = seed
         self.mask_config = mask_config
         self._backbone, self._chosen, self._products = backbone, mask, products
+        self._fingerprint = ""
         self._adapt()
         self.wrap(backbone.model, self._storage.groups)
 
     def _adapt(self) -> None:
         """Put mask, modules and head on the model, at zero values."""
-        model, mask, head = self._backbone.model, self._chosen, self._backbone.head
-        positions = find_positions(model, head)
+        backbone, mask = self._backbone, self._chosen
+        model = backbone.model
+        positions = find_positions(model, backbone.head)
         self._mask = build_mask(model, {} if mask is None else mask.positions)
         tiers = () if mask is None else mask.tiers
         self._structure = build_structure(model, positions, self.structure, self.seed)
-        heads = [HeadTensor(name, model.get_parameter(name)) for name in head]
+        heads = [HeadTensor(name, model.get_parameter(name)) for name in backbone.trained_head]
         masks, weights = ((), ()) if self._mask is None else ((self._mask,), self._mask.weights)
         self._pet_modules: list[PetModule] = [*masks, *self._structure, *heads]
         product = PRODUCTS[self._products]

@@ -11,6 +11,7 @@ The books are checked before they are shown: the rounds must add up to the resul
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +107,7 @@ def read_curve(result: Mapping[str, Any]) -> Curve:
             down * (point["round"] / last if last else 1.0),
         )
         for point in measured
+        if _is_number(point["value"])
     )
     return Curve(points, exact=False)
 
@@ -116,6 +118,11 @@ def _points(rounds: Sequence[Mapping[str, Any]]) -> tuple[Point, ...]:
     for record in rounds:
         up += record["uplink_bytes"]
         down += record["downlink_bytes"] + record["plan_bytes"]
-        if record["metric"] is not None:
+        if _is_number(record["metric"]):
             points.append(Point(record["round"], record["metric"], up, down))
     return tuple(points)
+
+
+def _is_number(metric: float | None) -> bool:
+    """Whether a metric has a place in a plot: it was measured, and is not NaN."""
+    return metric is not None and math.isfinite(metric)

@@ -29,8 +29,13 @@ def compare_table(results: Sequence[dict[str, Any]]) -> RenderableType:
     parts: list[RenderableType] = []
     for question in dict.fromkeys(row.group.question for row in rows):
         chosen = [row for row in rows if row.group.question == question]
-        parts += [*([""] if parts else []), _Fitting(chosen), *map(Text, notes(chosen))]
+        parts += [*([""] if parts else []), _Fitting(chosen), *map(_whole_words, notes(chosen))]
     return Group(*parts)
+
+
+def _whole_words(note: str) -> Text:
+    """Text that is broken between words alone: a path stays whole."""
+    return Text(note, overflow="ignore")
 
 
 @dataclass(frozen=True)
@@ -50,7 +55,7 @@ def _table(rows: Sequence[Row], *, stacked: bool) -> Table:
     if stacked:
         columns = _stacked(columns)
     table = Table(
-        title=Text(rows[0].group.title, style="bold"),
+        title=Text(rows[0].group.title, style="bold", no_wrap=True, overflow="ignore"),
         title_justify="left",
         box=box.SIMPLE_HEAD,
         show_edge=False,
@@ -60,7 +65,7 @@ def _table(rows: Sequence[Row], *, stacked: bool) -> Table:
     )
     table.add_column("method", style="cyan", overflow="fold")
     for header, _ in columns:
-        table.add_column(header, justify="right", no_wrap=True)
+        table.add_column(Text(header), justify="right", no_wrap=True)
     for row in rows:
         table.add_row(Text(row.group.name), *(Text(show(row)) for _, show in columns))
     return table

@@ -41,7 +41,12 @@ def estimate_table(estimate: Estimate) -> RenderableType:
 def _facts(estimate: Estimate) -> Table:
     run = estimate.run
     table = Table(
-        title=Text(f"{run['experiment']}: {run['backbone']}, before any training", style="bold"),
+        title=Text(
+            f"{run['experiment']}: {run['backbone']}, before any training",
+            style="bold",
+            no_wrap=True,  # a path stays whole, in a log too
+            overflow="ignore",
+        ),
         title_justify="left",
         box=box.SIMPLE,
         show_edge=False,

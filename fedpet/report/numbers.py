@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def show_count(count: float) -> str:
     """A count exactly up to a million, with three significant digits above.
@@ -43,6 +46,45 @@ def show_percent(fraction: float) -> str:
     if percent == 0:
         return "0 %"
     return f"{percent:.1f} %" if abs(percent) >= 9.995 else f"{percent:#.3g} %"
+
+
+FEW_CLASSES = 6  # whose shares are all shown
+
+
+def show_predicted(shares: Mapping[str, float]) -> str:
+    """How often each class is predicted; of many classes, how many are at all.
+
+    Example:
+        >>> show_predicted({"bad": 0.25, "good": 0.75})
+        'bad 25.0 %, good 75.0 %'
+    """
+    if len(shares) <= FEW_CLASSES:
+        return ", ".join(f"{name} {show_percent(share)}" for name, share in shares.items())
+    used = sum(share > 0 for share in shares.values())
+    most = max(shares, key=lambda name: shares[name])
+    return f"{used} of {len(shares)} classes, {most} {show_percent(shares[most])} at most"
+
+
+def show_baseline(quality: Mapping[str, Any]) -> str:
+    """The majority baseline and its answer.
+
+    Example:
+        >>> show_baseline({"majority_baseline": 0.5, "majority_class": "good"})
+        "0.5000 (always 'good')"
+    """
+    answer = quality["majority_class"]
+    known = f"always {answer!r}" if answer else "one value for every row"
+    return f"{quality['majority_baseline']:.4f} ({known})"
+
+
+def show_metric(value: float | None) -> str:
+    """A metric; null in a result's file stands for NaN, which JSON cannot hold.
+
+    Example:
+        >>> show_metric(0.81234), show_metric(None)
+        ('0.8123', 'nan')
+    """
+    return "nan" if value is None else f"{value:.4f}"
 
 
 def show_value(value: object) -> str:

@@ -105,17 +105,14 @@ def find_places(folder: Path) -> Places:
 
 def _checkpoint_at_hand(config: BackboneConfig, plan: Plan) -> tuple[Backbone | None, str]:
     """Load the run's own checkpoint if it lies on this machine, else say why not."""
-    from fedpet.backbone import load_backbone
+    from fedpet.backbone import load_for_task
 
     try:
         source = config.model
         if not (source == "embedded" or source.startswith("package:") or Path(source).exists()):
             source = _cached(config)
-        backbone = load_backbone(
-            dataclasses.replace(config, model=source),
-            num_outputs=plan.task.num_outputs,
-            regression=plan.task.kind == "regression",
-        )
+        own = dataclasses.replace(config, model=source)
+        backbone = load_for_task(plan.backbone(own), plan.task)
     except FedpetError as error:
         return None, str(error)
     if backbone.fingerprint != plan.fingerprint:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -108,6 +109,7 @@ def _read(path: Path, must: bool) -> dict[str, Any] | None:
             f"this fedpet reads results of schema {SCHEMA}, {str(path)!r} has schema "
             f"{result.get('schema')!r}: read it with the fedpet that wrote it, or a newer one."
         )
+    result = _with_nan(result)
     for part, names in NEEDED.items():
         for name in names:
             if not isinstance(result[part], dict) or result[part].get(name) is None:
@@ -118,13 +120,26 @@ def _read(path: Path, must: bool) -> dict[str, Any] | None:
     return {**result, "path": str(path), "settings": _settings(cell, path)}
 
 
+def _with_nan(result: dict[str, Any]) -> dict[str, Any]:
+    """The same, with NaN for the metric of a run that diverged: null in the file."""
+    run, quality = result["run"], result["quality"]
+    if not isinstance(run, dict) or run.get("status") != "diverged":
+        return result
+    if not isinstance(quality, dict) or "final" not in quality:
+        return result
+    numbers = {
+        name: math.nan if quality.get(name) is None else quality[name] for name in ("final", "best")
+    }
+    return {**result, "quality": {**quality, **numbers}}
+
+
 def _settings(cell: Mapping[str, Any], path: Path) -> dict[str, str]:
     """An experiment's dotted keys: from config.toml beside the result, or from the cell."""
     config = path.parent / "config.toml"
     tables: Mapping[str, Any] = cell
     if path.name == "result.json" and config.is_file():
         try:
-            tables = tomllib.loads(config.read_text(encoding="utf-8"))
+            tables = tomllib.loads(config.read_text(encoding="utf-8-sig"))
         except (OSError, ValueError) as error:
             raise InputError(f"{str(config)!r} is not a readable TOML file: {error}.") from None
     known = {f"{stage}.{key}" for stage, table in Experiment().to_tables().items() for key in table}

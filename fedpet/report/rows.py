@@ -14,12 +14,13 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from fedpet.report.numbers import show_count, show_percent, show_ratio
+from fedpet.report.numbers import show_baseline, show_count, show_percent, show_ratio
 from fedpet.units import show_bytes
 
 __all__ = ["Column", "Row", "RunGroup", "columns_of", "compare_rows", "group_runs", "notes"]
 
 REFERENCE = "full"  # the method that others are measured against
+MAX_WARNINGS = 3  # of a row, shown in full
 
 Column = tuple[str, Callable[["Row"], str]]  # a heading, broken where it may be, and a cell's text
 Settings = tuple[tuple[str, str], ...]  # dotted keys and values
@@ -180,8 +181,8 @@ def _against_full(row: Row, rows: Sequence[Row]) -> Row:
     ]
     if not full:
         return row
-    best = max(full, key=lambda other: other.mean)
-    if best.mean <= 0:
+    best = _best(full)
+    if not best.mean > 0:
         return row
     return replace(
         row,
@@ -190,8 +191,13 @@ def _against_full(row: Row, rows: Sequence[Row]) -> Row:
     )
 
 
+def _best(rows: Sequence[Row]) -> Row:
+    """The row of the highest mean; one that diverged has none, and is below all others."""
+    return max(rows, key=lambda row: -math.inf if math.isnan(row.mean) else row.mean)
+
+
 def notes(rows: Sequence[Row]) -> Iterator[str]:
-    """What tells the rows of one method apart."""
+    """What tells the rows of one method apart, what went wrong in a run, what to be above."""
     for row in rows:
         if row.group.settings:
             told = ", ".join(f"{key} = {value}" for key, value in row.group.settings)
@@ -201,10 +207,38 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
                 f"{row.group.name}: {row.runs} runs over {row.seeds} seeds were averaged; they "
                 "differ in something beside the seed that is not in their settings."
             )
+        yield from _warnings(row)
+    yield from _baseline(rows)
     full = [row for row in rows if row.group.method == REFERENCE]
     if len(full) > 1:
-        best = max(full, key=lambda row: row.mean)
+        best = _best(full)
         yield f'"of full" is of {best.group.name}, the best of {len(full)}.'
+
+
+def _warnings(row: Row) -> Iterator[str]:
+    """Of a row's runs, a few in full."""
+    told = []
+    for run in row.group.runs:
+        status = run["run"].get("status", "ok")
+        troubles = [] if status == "ok" else [status]
+        troubles += run["quality"].get("warnings", ())
+        told += [f"{row.group.name}, seed {run['run']['seed']}: {text}" for text in troubles]
+    yield from told[:MAX_WARNINGS]
+    if len(told) > MAX_WARNINGS:
+        more = len(told) - MAX_WARNINGS
+        yield f"{row.group.name}: {more} more warnings in the runs' result.json."
+
+
+def _baseline(rows: Sequence[Row]) -> Iterator[str]:
+    """The majority baseline of the rows' evaluation, so far as results name it."""
+    found = dict.fromkeys(
+        show_baseline(run["quality"])
+        for row in rows
+        for run in row.group.runs
+        if "majority_baseline" in run["quality"]
+    )
+    if found:
+        yield f"Majority baseline of {rows[0].group.metric}: {'; '.join(sorted(found))}."
 
 
 def columns_of(rows: Sequence[Row], between: str = " ") -> list[Column]:

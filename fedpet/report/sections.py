@@ -17,7 +17,13 @@ from fedpet.report.books import KINDS
 from fedpet.report.gates import gate_html, structure_facts
 from fedpet.report.html import FULLEST, section, swatch, swatch_of, table
 from fedpet.report.maps import density_map, structure_map
-from fedpet.report.numbers import show_percent, show_ratio, show_value
+from fedpet.report.numbers import (
+    show_baseline,
+    show_percent,
+    show_predicted,
+    show_ratio,
+    show_value,
+)
 from fedpet.report.plots import bytes_svg, metric_svg
 from fedpet.report.reading import Report
 from fedpet.report.refusals import count_refusals
@@ -31,12 +37,14 @@ SOME = 8  # names that a cell shows
 
 def _header(report: Report) -> Iterator[str]:
     run, data = report.result["run"], report.result["data"]
-    status = "" if run["status"] == "ok" else f'<p class="warn">{escape(run["status"])}</p>'
+    troubles = [] if run["status"] == "ok" else [run["status"]]
+    troubles += report.result["quality"].get("warnings", ())
+    warned = "".join(f'<p class="warn">{escape(trouble)}</p>' for trouble in troubles)
     yield (
         f"<header><h1>{escape(run['experiment'])}</h1>"
         f'<p class="muted">{escape(run["method"])} on {escape(run["backbone"])}, '
         f"{data['clients']:,} clients with {data['train_rows']:,} rows, "
-        f"{data['evaluation_rows']:,} rows to evaluate on, seed {run['seed']}</p>{status}</header>"
+        f"{data['evaluation_rows']:,} rows to evaluate on, seed {run['seed']}</p>{warned}</header>"
     )
 
 
@@ -46,11 +54,14 @@ def _key_figures(report: Report) -> Iterator[str]:
     before = quality["before"]
     share = model["communicated_values"] / (model["backbone_parameters"] + model["head_values"])
     rounds = max((point["round"] for point in quality["by_round"]), default=0)
+    compared = [f"before training {before:.4f}"] if before is not None else []
+    if "majority_baseline" in quality:  # the result of an older fedpet has none
+        compared.append(f"majority baseline {show_baseline(quality)}")
     figures = [
         (
             quality["metric"],
             f"{quality['final']:.4f}",
-            f"before training {before:.4f}" if before is not None else "",
+            ", ".join(compared),
         ),
         (
             "of dense FedAvg's bytes",
@@ -105,6 +116,9 @@ def _quality(report: Report) -> Iterator[str]:
         f"<figure>{plots['both']}</figure>",
         f'<div class="pair"><figure>{plots["up"]}</figure><figure>{plots["down"]}</figure></div>',
     ]
+    if predicted := report.result["quality"].get("predicted"):
+        shown = escape(show_predicted(predicted))
+        parts.append(f'<p class="small muted">Predicted at the end: {shown}.</p>')
     if spread:
         parts.append(
             '<p class="small muted">Dashed: the file holds no bytes by round, the total is spread '

@@ -16,7 +16,13 @@ from rich.console import RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from fedpet.report.numbers import show_count, show_percent, show_ratio
+from fedpet.report.numbers import (
+    show_baseline,
+    show_count,
+    show_percent,
+    show_predicted,
+    show_ratio,
+)
 from fedpet.units import show_bytes, show_seconds
 
 __all__ = ["run_table"]
@@ -37,6 +43,8 @@ def run_table(result: dict[str, Any]) -> RenderableType:
         title=Text(
             f"{run['experiment']}: {run['method']}, {run['backbone']}, seed {run['seed']}",
             style="bold",
+            no_wrap=True,  # a path stays whole, in a log too
+            overflow="ignore",
         ),
         title_justify="left",
         box=box.SIMPLE,
@@ -68,6 +76,10 @@ def _quality(result: dict[str, Any]) -> Iterator[Row]:
         f"{metric} after",
         f"{quality['final']:.4f}   ({rounds} rounds, {data['clients']:,} clients)",
     )
+    if "majority_baseline" in quality:  # the result of an older fedpet has none
+        yield "majority baseline", show_baseline(quality)
+    if quality.get("predicted"):
+        yield "predicted", show_predicted(quality["predicted"])
 
 
 def _values(result: dict[str, Any]) -> Iterator[Row]:
@@ -122,6 +134,8 @@ def _time(result: dict[str, Any]) -> Iterator[Row]:
 def _trouble(result: dict[str, Any]) -> Iterator[Row]:
     if result["run"]["status"] != "ok":
         yield "status", result["run"]["status"]
+    for warning in result["quality"].get("warnings", ()):
+        yield "warning", warning
     refused = result["refused"]
     if refused:
         yield "replies refused", f"{len(refused):,}"

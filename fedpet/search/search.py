@@ -19,6 +19,7 @@ validation rows are taken from the rows given, so that the evaluation rows stay 
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,7 +34,7 @@ from torch import Tensor
 from fedpet.config import SearchConfig
 from fedpet.data.rows import Rows
 from fedpet.device import device_of
-from fedpet.errors import ConfigError, DataError, StructureError
+from fedpet.errors import ConfigError, DataError, RunError, StructureError
 from fedpet.metrics import metric_value
 from fedpet.model import PetModel
 from fedpet.search.bilevel import BiLevel
@@ -135,6 +136,7 @@ def search_structure(
         StructureError: The budget does not fit the space, or the space this backbone.
         ConfigError: `state_file` belongs to another search.
         DataError: Too few rows to split.
+        RunError: The model's outputs are not finite, at whichever checkpoint.
     """
     started = time.perf_counter()
     space = build_space(
@@ -162,7 +164,7 @@ def search_structure(
             step, score = search.steps_done, None
             if step % config.evaluate_every == 0 or step == total:
                 score = _score(search, validation, task)
-                if not best or config.checkpoint == "last" or score >= best["score"]:
+                if not best or config.checkpoint == "last" or _beats(score, best["score"]):
                     best = {
                         "score": score,
                         "step": step,
@@ -182,6 +184,12 @@ def search_structure(
     finally:
         pet.restore()
 
+    if math.isnan(best["score"]):
+        raise RunError(
+            f"the search came to no model that can be measured: at step {best['step']} the "
+            f"{task.metric} of the validation rows is NaN, its outputs are not finite. Lower "
+            "search.rate, search.rates or search.alpha-rate."
+        )
     chosen, p = best["chosen"], best["p"].tolist()
     structure = replace(
         space.structure(chosen),
@@ -296,6 +304,11 @@ def _score(search: BiLevel, validation: Rows, task: Task) -> float:
     search.open_gates()
     logits = predict(search.pet.model, validation)
     return metric_value(task, logits, np.asarray(validation.labels))
+
+
+def _beats(score: float, best: float) -> bool:
+    """Whether a later checkpoint is at least as good. Any number beats NaN."""
+    return math.isnan(best) or score >= best
 
 
 def told_candidates(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:

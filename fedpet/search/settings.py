@@ -13,6 +13,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fedpet.config import SearchConfig, TrainingConfig
+from fedpet.config.entries import rates_by_kind
 from fedpet.errors import ConfigError, StructureError
 
 __all__ = ["budget_values", "deciding", "deviations", "faithful", "settle", "temperature"]
@@ -79,6 +80,9 @@ def settle(
 ) -> SearchConfig:
     """Fill in what a search takes from the rest of its experiment: its rates, a budget in values.
 
+    Where it names no rate for all kinds, it takes training's, those by kind too; but a kind that
+    its own `rates` name keeps that rate.
+
     Args:
         config: As the experiment has it.
         training: Whose rates are taken where the search names none.
@@ -102,7 +106,13 @@ def settle(
             )
         budget -= mask_values
     if not config.rate:
-        rates = (*training.learning_rates, *config.rates)
+        own = rates_by_kind(config.rates, "search.rates")
+        taken = [
+            entry
+            for entry in training.learning_rates
+            if rates_by_kind([entry], "training.learning-rates").keys().isdisjoint(own)
+        ]
+        rates = (*taken, *config.rates)
         config = replace(config, rate=training.learning_rate, rates=rates)
     return replace(config, budget=budget, mask_in_budget=False)
 

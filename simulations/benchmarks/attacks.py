@@ -39,6 +39,7 @@ from fedpet.errors import ConfigError, FedpetError, InputError, RunError
 from fedpet.layout import groups_by_kind
 from fedpet.messages import read_request
 from fedpet.node_settings import NodeSettings
+from fedpet.report.numbers import show_metric
 from fedpet.seeds import derive_seed
 from fedpet.simulations.engine import quiet_flower
 from fedpet.simulations.federation import Prepared, federate, prepare
@@ -196,9 +197,10 @@ def run_missing(all_cells: Sequence[tuple[str, str, Cell]], say: Callable[[str],
             result = run_cell(cell.experiment, attack, Path(folder))
         write_cell(cell, result)
         seconds = time.perf_counter() - started
+        quality = result["quality"]
         say(
-            f"[{number}/{len(missing)}] {cell.method.name}: {result['quality']['metric']} "
-            f"{result['quality']['final']:.4f}, {len(result['refused'])} refused, {seconds:.0f} s"
+            f"[{number}/{len(missing)}] {cell.method.name}: {quality['metric']} "
+            f"{show_metric(quality['final'])}, {len(result['refused'])} refused, {seconds:.0f} s"
         )
 
 
@@ -237,7 +239,7 @@ def as_text(found: dict[str, Any]) -> str:
     ]
     for rule in RULES:
         shown = [found["table"].get(rule, {}).get(attack) for attack in ATTACKS]
-        row = ["" if cell is None else f"{cell['final']:.4f}" for cell in shown]
+        row = ["" if cell is None else show_metric(cell["final"]) for cell in shown]
         lines.append(f"| {rule} | " + " | ".join(row) + " |")
     return "\n".join(lines)
 

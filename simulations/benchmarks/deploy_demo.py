@@ -134,7 +134,7 @@ def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
         Node -> rows.
     """
     data = experiment.data
-    table = open_source(data.source, folder).read(data.train_split)
+    table = open_source(data.source).read(data.train_split)
     names = ("text", "label", experiment.population.client_column)
     columns = [table.column(name, "", "the embedded data set") for name in names]
     films = sorted(set(columns[2]))

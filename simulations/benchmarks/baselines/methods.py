@@ -18,11 +18,12 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import nn
 
-from fedpet.backbone import Backbone, load_backbone
+from fedpet.backbone import Backbone, load_for_task
 from fedpet.config import Experiment
 from fedpet.data import FederatedData
 from fedpet.device import check_device
 from fedpet.errors import BackboneError, ConfigError
+from fedpet.inputs import settle_padding
 from fedpet.seeds import derive_seed
 
 LORA_RANK = 8
@@ -72,7 +73,7 @@ def _peft_lora(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
 
 
 def _head_only(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
-    """The newly initialised parameters alone."""
+    """The head alone."""
     named = dict(backbone.model.named_parameters())
     return backbone.model, {"head": {name: named[name] for name in backbone.head}}
 
@@ -108,22 +109,23 @@ class Baseline:
         groups: Kind of module -> name -> parameter.
         tensors: The same without the kinds, in the order in which they are sent.
         fingerprint: Of the checkpoint.
+        origin: What came from it, and what did not.
         pretrained_parameters: Of the checkpoint, whether trained or not.
     """
 
     def __init__(self, method: str, experiment: Experiment, data: FederatedData) -> None:
         if method not in METHODS:
             raise ConfigError(f"unknown baseline {method!r}. Known are: {', '.join(METHODS)}.")
-        backbone = load_backbone(
-            experiment.backbone,
-            num_outputs=data.task.num_outputs,
-            regression=data.task.kind == "regression",
-            device=check_device(experiment.run.device),
-        )
+        if experiment.backbone.head == "keep":
+            raise ConfigError(
+                "a baseline trains the head, and backbone.head is 'keep': take 'train' or 'new'."
+            )
+        device = check_device(experiment.run.device)
+        backbone = load_for_task(experiment.backbone, data.task, device=device)
+        settle_padding(backbone.model, data.train)
         self.fingerprint = backbone.fingerprint
-        self.pretrained_parameters = sum(
-            p.numel() for name, p in backbone.model.named_parameters() if name not in backbone.head
-        )
+        self.origin = backbone.origin
+        self.pretrained_parameters = backbone.pretrained_parameters
         self.model, self.groups = METHODS[method](backbone, experiment.run.seed)
         self.tensors: dict[str, nn.Parameter] = {}
         for group in self.groups.values():

@@ -13,7 +13,6 @@ one array a tensor, in one message a client, and `flwr.serverapp.strategy.FedAvg
 
 from __future__ import annotations
 
-import os
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -26,15 +25,18 @@ from flwr.serverapp import Grid
 
 from fedpet.backbone import locate
 from fedpet.config import Experiment
+from fedpet.cores import usable_cores
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, RunError
+from fedpet.metrics import Assessment
 from fedpet.node_settings import cache_folder
 from fedpet.population import Population
 from fedpet.simulations.engine import run_on_ray
 from fedpet.simulations.federation import Listener
+from fedpet.simulations.quality import refuse_diverged
 from fedpet.simulations.run_folder import RunFolder, new_run_folder
 from fedpet.simulations.summary import summarise
-from fedpet.training import evaluate
+from fedpet.training import assess_rows
 
 from .client import reply
 from .ledger import DenseLedger
@@ -109,23 +111,25 @@ def federate_baseline(
     """Run the rounds on any Grid, step by step as `fedpet.simulations.federation.federate`.
 
     Raises:
-        RunError: No round came to an average.
+        RunError: No round came to an average, or the final model's outputs are not finite.
     """
     method, experiment = prepared.method, prepared.experiment
     data, baseline = prepared.data, prepared.baseline
-    torch.set_num_threads(os.cpu_count() or 1)  # the server evaluates while the nodes are idle
+    torch.set_num_threads(usable_cores())  # the server evaluates while the nodes are idle
     (out.path / "config.toml").write_text(tomli_w.dumps(experiment.to_tables()), encoding="utf-8")
     ledger = DenseLedger(out.path / "rounds.jsonl")
     population = Population({c.id: len(c.rows) for c in data.clients}, homes={})
     strategy = DenseFedAvg(experiment, population, ledger)
     settings = experiment.strategy
+    assessed: list[Assessment] = []
 
     def evaluate_arrays(server_round: int, arrays: ArrayRecord) -> MetricRecord | None:
         record = ledger.begin(0) if server_round == 0 else ledger.current
         if server_round % settings.evaluate_every == 0 or server_round == settings.num_rounds:
             clock = time.perf_counter()
             baseline.load(arrays)
-            record.metric = evaluate(baseline.model, data.evaluation, data.task)
+            assessed.append(assess_rows(baseline.model, data.evaluation, data.task))
+            record.metric = assessed[-1].value
             record.evaluation_seconds = time.perf_counter() - clock
         ledger.close()
         listener.round_done(record, ledger)
@@ -139,8 +143,7 @@ def federate_baseline(
         timeout=settings.round_deadline_seconds,
         evaluate_fn=evaluate_arrays,
     )
-    final = ledger.current.metric
-    assert final is not None, "the last round is always evaluated"
+    assert ledger.current.metric is not None, "the last round is always evaluated"
     learned = any(record.aggregated for record in ledger.rounds)
     if learned:
         baseline.load(result.arrays)
@@ -154,8 +157,9 @@ def federate_baseline(
         values_by_kind=baseline.values_by_kind(),
         pretrained_parameters=baseline.pretrained_parameters,
         values_sha256=baseline.values_sha256(),
-        final=final,
+        final=assessed[-1],
         total_seconds=time.perf_counter() - prepared.started,
+        origin=baseline.origin,
     )
     out.write_result(summary)
     if not learned:
@@ -163,4 +167,5 @@ def federate_baseline(
             f"no client gave a usable reply in any round, so nothing was learned; "
             f"{out.path / 'rounds.jsonl'} says why."
         )
+    refuse_diverged(summary)
     return summary

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpet.errors import ConfigError
+from fedpet.report.numbers import show_metric
 
 from ..cells import Work
 from .cell import Run, fingerprint, read_cell, run_in_process, work_of
@@ -143,5 +144,5 @@ def best_rate(method: str, cells: Sequence[Cell]) -> Rate:
 
 def _show(result: Mapping[str, Any]) -> str:
     quality, status = result["quality"], result["run"]["status"]
-    shown = f"{quality['metric']} {quality['final']:.4f}"
+    shown = f"{quality['metric']} {show_metric(quality['final'])}"
     return shown if status == "ok" else f"{shown}, {status}"

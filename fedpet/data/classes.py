@@ -1,0 +1,94 @@
+"""The classes of a run, in order, with their rows: for the run folder, and to be read at the start.
+
+In:  a `FederatedData`.
+Out: counts by class, and sentences: the classes, and what about them is likely a slip.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from fedpet.data.load import FederatedData
+
+_MOST_SHOWN = 10
+
+
+@dataclass(frozen=True)
+class ClassCount:
+    """A class, by index; a client that takes no part has no rows here."""
+
+    name: str
+    train_rows: int
+    evaluation_rows: int
+    clients: int  # with a row of it
+
+
+def count_classes(data: FederatedData) -> tuple[ClassCount, ...]:
+    """Count the rows of each class; () for a regression."""
+    names = data.task.label_names
+    if not names:
+        return ()
+    rows, clients = np.zeros((2, len(names)), dtype=np.int64)
+    for client in data.clients:
+        own = np.bincount(data.train.labels[client.rows], minlength=len(names))
+        rows += own
+        clients += own > 0
+    held = np.bincount(data.evaluation.labels, minlength=len(names))
+    counts = zip(rows.tolist(), held.tolist(), clients.tolist(), strict=True)
+    return tuple(ClassCount(name, *of_one) for name, of_one in zip(names, counts, strict=True))
+
+
+def describe_classes(classes: Sequence[ClassCount], *, trained_here: bool) -> list[str]:
+    """Tell the classes in order, and warn of those that look wrong.
+
+    Args:
+        classes: All of them.
+        trained_here: False where nodes bring the training rows, and none are known.
+    """
+    if not classes:
+        return []
+    shown = ", ".join(
+        f"{index} = {one.name!r} "
+        f"({f'{one.train_rows:,} + ' if trained_here else ''}{one.evaluation_rows:,})"
+        for index, one in enumerate(classes[:_MOST_SHOWN])
+    )
+    if len(classes) > _MOST_SHOWN:
+        shown += f" and {len(classes) - _MOST_SHOWN} more"
+    rows = "rows to train on + to evaluate on" if trained_here else "rows to evaluate on"
+    lines = [f"Classes ({rows}): {shown}."]
+    for alike in _look_alike(one.name for one in classes):
+        lines.append(
+            f"Warning: the classes {_listed(alike)} differ in blanks or capitals alone. If they "
+            "are one, mend the labels."
+        )
+    never = [one.name for one in classes if not one.train_rows and not one.evaluation_rows]
+    if trained_here:
+        untrained = [one.name for one in classes if not one.train_rows and one.evaluation_rows]
+        unseen = [one.name for one in classes if one.train_rows and not one.evaluation_rows]
+        lines += _warning(untrained, "no row to train on")
+        lines += _warning(unseen, "no row to evaluate on")
+    lines += _warning(never, "no row at all" if trained_here else "no row to evaluate on")
+    return lines
+
+
+def _warning(names: list[str], lack: str) -> list[str]:
+    if not names:
+        return []
+    which = "class" if len(names) == 1 else "classes"
+    return [f"Warning: {lack} for the {which} {_listed(names)}."]
+
+
+def _look_alike(names: Iterable[str]) -> list[list[str]]:
+    groups = defaultdict(list)
+    for name in names:
+        groups[" ".join(name.split()).casefold()].append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(repr(name) for name in names[:_MOST_SHOWN])
+    return shown if len(names) <= _MOST_SHOWN else f"{shown} and {len(names) - _MOST_SHOWN} more"
