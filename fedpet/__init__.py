@@ -3,10 +3,103 @@
     backbone -> mask -> structure -> search -> model -> codec
              -> plan -> client -> strategy -> ledger -> report
 
-Each stage is a module of that name. This one imports none of them, so that the command line
-answers `--help` without waiting for torch.
+    import fedpet
+
+    model = fedpet.get_pet_model(base, fedpet.PetConfig(
+        mask=fedpet.MaskConfig(density=0.001),
+        modules=[fedpet.LoraConfig(r=8, target_modules=["query", "value"])]))
+
+Names are imported when they are first asked for, so that the command line answers `--help`
+without waiting for torch.
 """
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpet.codec.encode_decode import decode, encode
+    from fedpet.config import MaskConfig
+    from fedpet.errors import FedpetError, InputError
+    from fedpet.ledger import Ledger
+    from fedpet.mask import Mask, build_mask, pafi_mask
+    from fedpet.model import PetModel
+    from fedpet.modules.base import GatedModule
+    from fedpet.modules.registry import linears, register_module
+    from fedpet.pet.factory import get_pet_model
+    from fedpet.pet.pet_config import (
+        AdapterConfig,
+        BitFitConfig,
+        CustomModuleConfig,
+        HiwiConfig,
+        LayerNormConfig,
+        LoraConfig,
+        ModuleConfig,
+        PetConfig,
+    )
+    from fedpet.structure import ModuleSpec, Structure
 
 __version__ = "0.1.0"
 
-__all__ = ["__version__"]
+_HOME = {
+    "fedpet.codec.encode_decode": ("decode", "encode"),
+    "fedpet.config": ("MaskConfig",),
+    "fedpet.errors": ("FedpetError", "InputError"),
+    "fedpet.ledger": ("Ledger",),
+    "fedpet.mask": ("Mask", "build_mask", "pafi_mask"),
+    "fedpet.model": ("PetModel",),
+    "fedpet.modules.base": ("GatedModule",),
+    "fedpet.modules.registry": ("linears", "register_module"),
+    "fedpet.pet.factory": ("get_pet_model",),
+    "fedpet.pet.pet_config": (
+        "AdapterConfig",
+        "BitFitConfig",
+        "CustomModuleConfig",
+        "HiwiConfig",
+        "LayerNormConfig",
+        "LoraConfig",
+        "ModuleConfig",
+        "PetConfig",
+    ),
+    "fedpet.structure": ("ModuleSpec", "Structure"),
+}
+_MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
+
+__all__ = [
+    "AdapterConfig",
+    "BitFitConfig",
+    "CustomModuleConfig",
+    "FedpetError",
+    "GatedModule",
+    "HiwiConfig",
+    "InputError",
+    "LayerNormConfig",
+    "Ledger",
+    "LoraConfig",
+    "Mask",
+    "MaskConfig",
+    "ModuleConfig",
+    "ModuleSpec",
+    "PetConfig",
+    "PetModel",
+    "Structure",
+    "__version__",
+    "build_mask",
+    "decode",
+    "encode",
+    "get_pet_model",
+    "linears",
+    "pafi_mask",
+    "register_module",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(importlib.import_module(_MODULE_OF[name]), name)
+    globals()[name] = value  # asked for once
+    return value
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

@@ -87,6 +87,14 @@ class Ledger:
         rounds: The lines so far: those of a search first, then training's with round 0, the
             evaluation before it.
         kind: Of the rounds that are begun from now on.
+
+    Example:
+        >>> ledger = Ledger()
+        >>> record = ledger.begin(1)
+        >>> for client in range(10):
+        ...     ledger.count_client(down=400, up=120)
+        >>> ledger.total("uplink_bytes"), ledger.total_bytes
+        (1200.0, 5200)
     """
 
     path: Path | None = None
@@ -188,6 +196,11 @@ class Ledger:
     def of_kind(self, kind: str) -> list[RoundRecord]:
         """The rounds of one kind, in their order."""
         return [record for record in self.rounds if record.kind == kind]
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the devices sent and received, each alone: values both ways, and the plan."""
+        return sum(r.uplink_bytes + r.downlink_bytes + r.plan_bytes for r in self.rounds)
 
     def total(self, name: str, kind: str = "") -> float:
         """Sum of a numeric field over all rounds, or those of one kind."""

@@ -105,9 +105,30 @@ def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
     return mask
 
 
+def pafi_mask(params: Mapping[str, Tensor], density: float) -> dict[str, Tensor]:
+    """Choose the entries smallest in absolute value, over all tensors together.
+
+    Args:
+        params: Weights by name, of any shapes, floating dtype. Left as they are.
+        density: Fraction of the N entries to train, in (0, 1]: 0.005 is half a percent.
+
+    Returns:
+        For each name with a chosen entry, its flat positions: int64, (k_name,), smallest magnitude
+        first, so a lower density is a prefix. The k_name add up to floor(density * N).
+
+    Raises:
+        ConfigError: The density is out of its range or leaves nothing, or a weight is no number.
+
+    Example:
+        >>> pafi_mask({"w": torch.tensor([[3.0, -1.0], [0.5, 2.0]])}, density=0.5)
+        {'w': tensor([2, 1])}
+    """
+    return dict(build_mask(params, MaskConfig(density=density)).positions)
+
+
 def num_chosen(density: float, num_entries: int) -> int:
     """floor(density * num_entries), with the density read as the decimal that was written."""
-    return int(Decimal(repr(float(density))) * num_entries)
+    return int(Decimal(repr(float(density))) * num_entries)  # numpy's floats show otherwise
 
 
 def rank_positions(

@@ -203,6 +203,7 @@ class Plan:
             self.structure,
             seed=self.seed,
             products=self.training.products,
+            mask_config=self.mask,
         )
         self._check_layout(pet)
         return pet

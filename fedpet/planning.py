@@ -42,6 +42,7 @@ def make_plan(
         structure,
         seed=experiment.run.seed,
         products=experiment.training.products,
+        mask_config=None if mask is None else experiment.mask,
     )
     plan = _plan(
         experiment,

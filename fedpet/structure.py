@@ -18,31 +18,19 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 from fedpet.config import StructureConfig
 from fedpet.errors import StructureError
+from fedpet.modules.registry import KINDS, PRESETS
 from fedpet.positions import Position
 
-__all__ = ["KINDS", "PRESETS", "ModuleSpec", "Structure", "preset", "settled_structure"]
+__all__ = ["KINDS", "PRESETS", "ModuleSpec", "Structure", "preset", "settled_structure", "spec_of"]
 
 SCHEMA = 1
-
-# kind -> whether averaging what it sends is averaging models (law 3)
-KINDS: Mapping[str, bool] = {
-    "bitfit": True,  # a change of a bias
-    "lnfit": True,  # a change of a norm's gain
-    "ln-bias": True,  # a change of a norm's bias
-    "lora": True,  # frozen, seeded down-projection; the up-projection is sent
-    "lora-factors": False,  # both factors are trained and sent
-    "hiwi-bias": True,  # an adapter on a bias; the merged change is sent
-    "hiwi-weight": True,  # an adapter on a weight with a frozen down-projection
-    "lowrank-adapter": False,  # on hidden states; stays in the model and costs latency
-}
-_RANKED = ("lora", "lora-factors", "hiwi-bias", "hiwi-weight", "lowrank-adapter")
 
 
 @dataclass(frozen=True)
@@ -57,10 +45,11 @@ class ModuleSpec:
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
             raise StructureError(
-                f"a module's kind must be one of {', '.join(KINDS)}, got {self.kind!r}."
+                f"a module's kind must be one of {', '.join(sorted(KINDS))}, got {self.kind!r}."
             )
-        if (self.kind in _RANKED) != (self.rank >= 1):
-            wanted = "at least 1" if self.kind in _RANKED else "0"
+        ranked = KINDS[self.kind].ranked
+        if ranked != (self.rank >= 1):
+            wanted = "at least 1" if ranked else "0"
             raise StructureError(
                 f"the rank of a {self.kind!r} module must be {wanted}, got {self.rank!r} on "
                 f"{self.target!r}."
@@ -161,31 +150,6 @@ def _spec(table: Mapping[str, Any]) -> ModuleSpec:
     return ModuleSpec(kind, target, rank, float(scale))
 
 
-def _linear(*roles: str) -> Callable[[Position], bool]:
-    return lambda p: p.kind in ("linear", "conv1d") and (not roles or p.role in roles)
-
-
-def _biased(p: Position) -> bool:
-    return p.has_bias and _linear()(p) and p.role not in ("key", "cross-key", "pooler")
-
-
-_FFN = ("ffn-up", "ffn-gate", "ffn-down")
-# name -> (kind, which positions)
-PRESETS: Mapping[str, tuple[str, Callable[[Position], bool]]] = {
-    "lnfit": ("lnfit", lambda p: p.kind == "norm"),
-    "ln-bias": ("ln-bias", lambda p: p.kind == "norm" and p.has_bias),
-    "bitfit": ("bitfit", _biased),
-    "pooler-bias": ("bitfit", lambda p: _linear("pooler")(p) and p.has_bias),
-    "lora": ("lora", _linear("query", "value", "query-key-value")),
-    "lora-factors": ("lora-factors", _linear("query", "value", "query-key-value")),
-    "hiwi-bias": ("hiwi-bias", lambda p: _linear(*_FFN)(p) and p.has_bias),
-    "hiwi-weight": ("hiwi-weight", _linear(*_FFN)),
-    "lowrank-adapter": ("lowrank-adapter", lambda p: p.kind == "block"),
-    # A bias where the layer has none: merging leaves it there (T5, Llama). Not in a default.
-    "added-bias": ("bitfit", lambda p: _linear()(p) and not p.has_bias and p.role != "key"),
-}
-
-
 def settled_structure(config: StructureConfig, positions: Sequence[Position]) -> Structure:
     """The structure that an experiment names: by its file, else as a preset.
 
@@ -224,8 +188,8 @@ def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float
         name = name.strip()
         if name not in PRESETS:
             raise StructureError(
-                f"structure.preset must be 'none' or of {', '.join(PRESETS)}, joined by '+', "
-                f"got {name!r}."
+                f"structure.preset must be 'none' or of {', '.join(sorted(PRESETS))}, joined by "
+                f"'+', got {name!r}."
             )
         kind, wanted = PRESETS[name]
         chosen = [p.name for p in positions if wanted(p)]
@@ -234,14 +198,11 @@ def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float
                 f"the preset {name!r} finds nothing to act on in this backbone. Leave it out, or "
                 "take another."
             )
-        ranked = kind in _RANKED
-        specs += [
-            ModuleSpec(
-                kind,
-                target,
-                rank if ranked else 0,
-                scale if kind in ("lora", "lora-factors") else 1.0,
-            )
-            for target in chosen
-        ]
+        specs += [spec_of(kind, target, rank=rank, scale=scale) for target in chosen]
     return Structure(tuple(dict.fromkeys(specs)))
+
+
+def spec_of(kind: str, target: str, *, rank: int, scale: float) -> ModuleSpec:
+    """Give a module the rank and the scale where its kind has them."""
+    facts = KINDS[kind]
+    return ModuleSpec(kind, target, rank if facts.ranked else 0, scale if facts.scaled else 1.0)

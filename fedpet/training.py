@@ -120,8 +120,8 @@ def train_rows(
     with passes:
         for chosen in _epochs(indices, rows.lengths, config, generator):
             inputs, labels = inputs_of(rows, chosen, device)
-            optimiser.zero_grad(set_to_none=False)
             loss = loss_of(model(**inputs).logits, labels)
+            optimiser.zero_grad(set_to_none=False)
             loss.backward()
             if proximal is not None:
                 proximal()

@@ -104,14 +104,6 @@ def test_all_trainables_lie_in_one_storage_and_so_do_their_gradients() -> None:
     assert all(group.grad.abs().max() > 0 for group in groups)
 
 
-def test_an_optimiser_that_takes_the_gradients_away_is_noticed() -> None:
-    pet = _pet("lnfit")
-    optimiser = torch.optim.SGD(pet.parameter_groups().values(), lr=0.1)
-    optimiser.zero_grad()
-    with pytest.raises(RuntimeError, match=r"must stay in place.*set_to_none=False"):
-        pet.after_step()
-
-
 def test_rank_order_is_what_is_communicated() -> None:
     base = backbone("bert")
     mask = mask_of(base)

@@ -169,8 +169,8 @@ def test_what_a_package_shows_is_what_its_all_names(name: str) -> None:
     package = importlib.import_module(name)
     shown = {
         member
-        for member, value in vars(package).items()
-        if not member.startswith("_") and not isinstance(value, types.ModuleType)
+        for member in dir(package)
+        if not member.startswith("_") and not isinstance(getattr(package, member), types.ModuleType)
     }
     named = set(getattr(package, "__all__", ())) - {"__version__"}
     assert named == shown - {"annotations"}

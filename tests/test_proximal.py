@@ -70,7 +70,7 @@ def test_the_gradient_is_that_of_the_squared_distance_of_the_values(
 def sent(pet: PetModel) -> torch.Tensor:
     """The values, not rounded to float32 as they are when they travel."""
     with torch.no_grad():
-        return torch.cat([module.read() for module in pet._modules if module.num_values])
+        return torch.cat([module.read() for module in pet._pet_modules if module.num_values])
 
 
 def test_without_a_term_nothing_is_added(folder: Path) -> None:

@@ -37,7 +37,7 @@ def test_a_file_of_a_newer_fedpet_is_refused_with_the_reason() -> None:
         ({"colour": 1}, "unknown key 'colour'.*Known are: schema, modules"),
         ({"modules": [{"kind": "lora", "target": "a"}]}, "rank of a 'lora' module"),
         ({"modules": [{"kind": "bitfit", "target": "a", "rank": 3}]}, "must be 0, got 3"),
-        ({"modules": [{"kind": "prefix", "target": "a"}]}, "must be one of bitfit, lnfit"),
+        ({"modules": [{"kind": "prefix", "target": "a"}]}, "must be one of bitfit, hiwi-bias"),
         ({"modules": [{"kind": "bitfit"}]}, "needs a kind and a target"),
         ({"modules": [{"kind": "bitfit", "target": "a", "gain": 1}]}, "unknown key 'gain'"),
         ({"modules": [{"kind": "bitfit", "target": "a"}] * 2}, "one 'bitfit' module a target"),
@@ -82,7 +82,7 @@ def test_key_biases_are_left_out_since_they_change_nothing() -> None:
 
 
 def test_an_unknown_preset_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(StructureError, match=r"'none' or of lnfit, .*got 'prefix'"):
+    with pytest.raises(StructureError, match=r"'none' or of added-bias, .*got 'prefix'"):
         structure_of(backbone("bert"), "lnfit+prefix")
 
 

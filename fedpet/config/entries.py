@@ -74,7 +74,7 @@ def _check_kind(kind: str, entry: str, key: str) -> None:
     """Refuse a kind of module that no model has."""
     from fedpet.structure import KINDS  # stands above the config, and knows the registered kinds
 
-    known = ("mask", "head", *KINDS)
+    known = ("mask", "head", *sorted(KINDS))
     if kind not in known:
         raise ConfigError(
             f"{key} must name kinds of modules, which are {', '.join(known)}, got {entry!r}."

@@ -35,6 +35,7 @@ from fedpet.codec.names import parse_codec
 from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.estimate.draws import Taker
 from fedpet.estimate.rules import ServerRule
+from fedpet.modules.registry import KINDS
 from fedpet.plan import Plan
 from fedpet.reference import Reference, encode_whole
 
@@ -50,13 +51,11 @@ MAX_CLIENTS = 10
 MAX_STEPS = 16
 LEAST_VALUES = 4096  # of a kind, where it has as many: a window of a rotation
 
-# Standard deviation of a gradient's entries, by kind.
-_GRADIENTS = {"lnfit": 1e-3, "ln-bias": 1e-3, "bitfit": 1e-3, "hiwi-bias": 1e-3, "head": 7e-3}
-_OTHER_GRADIENTS = 2e-4
+# Standard deviation of a gradient's entries, where no kind of module says its own.
+_GRADIENTS = {"mask": 2e-4, "head": 7e-3}
 # How that deviation differs, in decades: from entry to entry, most where entries are of many rows
 # or of one tensor's outputs, and from stretch to stretch of a kind.
-_SPREADS = {"mask": 0.35, "lnfit": 0.35, "ln-bias": 0.35, "bitfit": 0.35, "hiwi-bias": 0.35}
-_OTHER_SPREADS = 0.1
+_SPREADS = {"mask": 0.35, "head": 0.1}
 _STRETCH = 256  # entries
 _STRETCH_SPREAD = 0.3
 _STEP_SPREAD = 0.15  # decades, of a whole gradient's size from step to step
@@ -315,10 +314,14 @@ class _Federation:
 
     def _spread(self, kind: str, size: int) -> Floats:
         """Standard deviations of one kind's gradient, float32 (size,)."""
-        entry = _SPREADS.get(kind, _OTHER_SPREADS) * self._random.standard_normal(size)
+        facts = KINDS.get(kind)
+        gradient, spread = (
+            (facts.gradient, facts.spread) if facts else (_GRADIENTS[kind], _SPREADS[kind])
+        )
+        entry = spread * self._random.standard_normal(size)
         stretches = self._random.standard_normal(-(-size // _STRETCH))
         stretch = _STRETCH_SPREAD * np.repeat(stretches, _STRETCH)[:size]
-        deviation = _GRADIENTS.get(kind, _OTHER_GRADIENTS) * 10 ** (entry + stretch)
+        deviation = gradient * 10 ** (entry + stretch)
         return deviation.astype(np.float32)
 
     def _normal(self, count: int | None = None) -> Floats:

@@ -17,18 +17,33 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from fedpet.modules.base import GatedModule, extend, seeded
+from fedpet.modules.base import GatedModule, extend, output_width, seeded
+from fedpet.modules.registry import register_module
+
+if TYPE_CHECKING:
+    from fedpet.structure import ModuleSpec
 
 __all__ = ["LowRankAdapter"]
 
 _NAMES = ("down_in", "down_out", "down_bias", "up_in", "up_out", "up_bias")
 
 
+def _size(d_in: int, d_out: int, rank: int) -> int:
+    return (2 * rank + 1) * (d_out + _inner_width(d_out))
+
+
+def _inner_width(d: int) -> int:
+    return max(1, d // 32)
+
+
+@register_module(
+    "lowrank-adapter", targets={"block"}, usual=lambda p: p.kind == "block", size=_size, ranked=True
+)
 class LowRankAdapter(GatedModule):
     """scale * up(gelu(down(h))) added to a block's output. NOT exact, and adds latency."""
 
@@ -40,10 +55,15 @@ class LowRankAdapter(GatedModule):
     ) -> None:
         super().__init__("lowrank-adapter", target)
         self._scale = scale
-        d, m, r = width, max(1, width // 32), rank
+        d, m, r = width, _inner_width(width), rank
         self._shapes = ((r, d), (m, r), (m,), (r, m), (d, r), (d,))
         generator = seeded(seed, target, "lowrank-adapter")
         self._start = [_glorot(shape, generator).to(like) for shape in self._shapes]
+
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> LowRankAdapter:
+        like = next(module.parameters())
+        return cls(spec.target, like, output_width(module), spec.rank, spec.scale, seed)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

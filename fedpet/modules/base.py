@@ -24,13 +24,16 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from typing import Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
 
 from fedpet.positions import is_dense
 from fedpet.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from fedpet.structure import ModuleSpec
 
 __all__ = [
     "GatedModule",
@@ -40,6 +43,7 @@ __all__ = [
     "is_dense",
     "is_transposed",
     "kaiming_uniform",
+    "output_width",
     "seeded",
 ]
 
@@ -113,6 +117,15 @@ class PetModule(ABC):
         """The communicated values, (num_values,)."""
         return self.sent().detach()
 
+    @property
+    def origin(self) -> Tensor | None:
+        """What the trainables count from, where the checkpoint does not tell; None for most."""
+        return None
+
+    def count_from(self, origin: Tensor) -> None:
+        """Count from an `origin` of the same module elsewhere, under no_grad."""
+        raise NotImplementedError(f"{type(self).__name__} has no origin")
+
     @abstractmethod
     def merge(self, module: nn.Module) -> None:
         """Fold the change into `module`, the target in a plain copy of the model, under no_grad."""
@@ -124,6 +137,17 @@ class GatedModule(PetModule):
     def __init__(self, kind: str, target: str) -> None:
         super().__init__(kind, target)
         self.gate: Tensor | None = None  # scalar that multiplies the effect; None is 1
+
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> GatedModule:
+        """Make the module that a structure names, to act on `module`.
+
+        Args:
+            spec: Its target, rank and scale.
+            module: The target itself.
+            seed: Of what every device must draw alike, see `seeded`.
+        """
+        raise NotImplementedError(f"{cls.__name__} is in no structure")
 
     @abstractmethod
     def effect(self, x: Tensor | None) -> Tensor:
@@ -150,6 +174,11 @@ def dense_sizes(module: nn.Module) -> tuple[int, int]:
     assert isinstance(weight, Tensor)
     first, second = weight.shape
     return (first, second) if is_transposed(module) else (second, first)
+
+
+def output_width(block: nn.Module) -> int:
+    """The width of a block's output: that of its last dense module."""
+    return dense_sizes([inner for inner in block.modules() if is_dense(inner)][-1])[1]
 
 
 def seeded(seed: int, target: str, what: str) -> torch.Generator:

@@ -12,14 +12,35 @@ added to the output of Linear or LayerNorm.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from fedpet.modules.base import GatedModule, dense_sizes, extend, is_dense
 from fedpet.modules.hiwi import HiwiBias
+from fedpet.modules.registry import DENSE, linears, register_module, register_preset
+from fedpet.positions import Position
+
+if TYPE_CHECKING:
+    from fedpet.structure import ModuleSpec
 
 __all__ = ["BitFit", "NormBias"]
 
 
+def _is_live(p: Position) -> bool:
+    """Softmax cancels a constant that is added to every key."""
+    return p.has_bias and linears()(p) and p.role not in ("key", "cross-key", "pooler")
+
+
+@register_module(
+    "bitfit",
+    targets=DENSE | {"norm"},
+    usual=_is_live,
+    size=lambda d_in, d_out, rank: d_out,
+    tensor="bias",
+    gradient=1e-3,
+    spread=0.35,
+)
 class BitFit(GatedModule):
     """A change of a bias, or a bias where there is none. Exact."""
 
@@ -33,6 +54,10 @@ class BitFit(GatedModule):
         self._width = dense_sizes(module)[1] if is_dense(module) else len(weight)
         self._adds = getattr(module, "bias", None) is None
         self.adapter: HiwiBias | None = None  # on the same bias; its change is sent with this one
+
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> BitFit:
+        return cls(spec.target, module)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -67,8 +92,24 @@ class BitFit(GatedModule):
             extend(module, "WithBias", lambda norm, output: output + norm.bias)
 
 
+@register_module(
+    "ln-bias",
+    targets={"norm"},
+    usual=lambda p: p.kind == "norm" and p.has_bias,
+    size=lambda d_in, d_out, rank: d_out,
+    tensor="bias",
+    gradient=1e-3,
+    spread=0.35,
+)
 class NormBias(BitFit):
     """A change of a norm's bias. Exact."""
 
     def __init__(self, target: str, module: nn.Module) -> None:
         super().__init__(target, module, "ln-bias")
+
+
+register_preset("pooler-bias", "bitfit", lambda p: linears("pooler")(p) and p.has_bias)
+# A bias where the layer has none: merging leaves it there (T5, Llama). Not in a default.
+register_preset(
+    "added-bias", "bitfit", lambda p: linears()(p) and not p.has_bias and p.role != "key"
+)

@@ -11,29 +11,15 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from fedpet.errors import StructureError
-from fedpet.modules.adapter import LowRankAdapter
-from fedpet.modules.base import GatedModule, dense_sizes, is_dense, is_transposed
-from fedpet.modules.bitfit import BitFit, NormBias
-from fedpet.modules.hiwi import HiwiBias, HiwiWeight
-from fedpet.modules.lnfit import LNFit
-from fedpet.modules.lora import LoRA, LoRAFactors
+from fedpet.modules.base import GatedModule, is_dense, is_transposed
+from fedpet.modules.bitfit import BitFit
+from fedpet.modules.hiwi import HiwiBias
 from fedpet.modules.masked import MaskedWeight, MaskedWeights
+from fedpet.modules.registry import KINDS
 from fedpet.positions import Position
-from fedpet.structure import ModuleSpec, Structure
+from fedpet.structure import Structure
 
 __all__ = ["build_mask", "build_structure"]
-
-_DENSE = frozenset({"linear", "conv1d"})
-_CARRIERS = {
-    "bitfit": _DENSE | {"norm"},
-    "lnfit": {"norm"},
-    "ln-bias": {"norm"},
-    "lora": _DENSE,
-    "lora-factors": _DENSE,
-    "hiwi-bias": _DENSE,
-    "hiwi-weight": _DENSE,
-    "lowrank-adapter": {"block"},
-}
 
 
 def build_mask(model: nn.Module, positions: Mapping[str, Tensor]) -> MaskedWeights | None:
@@ -83,37 +69,15 @@ def build_structure(
                 f"the structure's {spec.kind!r} module acts on {spec.target!r}, which is no "
                 "position of this backbone: the structure was made for another one."
             )
-        if not kinds[spec.target] & _CARRIERS[spec.kind]:
+        if not kinds[spec.target] & KINDS[spec.kind].targets:
             raise StructureError(
                 f"a {spec.kind!r} module must act on one of "
-                f"{', '.join(sorted(_CARRIERS[spec.kind]))}, and {spec.target!r} is of kind "
+                f"{', '.join(sorted(KINDS[spec.kind].targets))}, and {spec.target!r} is of kind "
                 f"{', '.join(sorted(kinds[spec.target]))}."
             )
-        modules.append(_build(spec, model.get_submodule(spec.target), seed))
+        modules.append(KINDS[spec.kind].build(spec, model.get_submodule(spec.target), seed))
     _join_on_one_bias(modules)
     return modules
-
-
-def _build(spec: ModuleSpec, module: nn.Module, seed: int) -> GatedModule:
-    target, rank, scale = spec.target, spec.rank, spec.scale
-    if spec.kind == "bitfit":
-        return BitFit(target, module)
-    if spec.kind == "ln-bias":
-        return NormBias(target, module)
-    if spec.kind == "lnfit":
-        return LNFit(target, module)
-    if spec.kind == "lora":
-        return LoRA(target, module, rank, scale, seed)
-    if spec.kind == "lora-factors":
-        return LoRAFactors(target, module, rank, scale, seed)
-    if spec.kind == "hiwi-bias":
-        return HiwiBias(target, module, rank, scale)
-    if spec.kind == "hiwi-weight":
-        return HiwiWeight(target, module, rank, scale, seed)
-    assert spec.kind == "lowrank-adapter"
-    last = [inner for inner in module.modules() if is_dense(inner)][-1]  # the output projection
-    like = next(module.parameters())
-    return LowRankAdapter(target, like, dense_sizes(last)[1], rank, scale, seed)
 
 
 def _join_on_one_bias(modules: Sequence[GatedModule]) -> None:

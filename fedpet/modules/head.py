@@ -27,5 +27,14 @@ class HeadTensor(PetModule):
     def shapes(self) -> tuple[tuple[int, ...], ...]:
         return (self._shape,)
 
+    @property
+    def origin(self) -> Tensor | None:
+        """The parameter's seeded start, which no checkpoint holds."""
+        return self.pretrained
+
+    def count_from(self, origin: Tensor) -> None:
+        assert self.pretrained is not None
+        self.pretrained.copy_(origin)
+
     def merge(self, module: nn.Module) -> None:
         """Nothing to do: the parameter holds the change already."""

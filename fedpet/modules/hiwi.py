@@ -23,6 +23,7 @@ bias unless it is needed, and the exact federated forms.
 from __future__ import annotations
 
 import math
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -30,10 +31,24 @@ from torch import Tensor, nn
 from fedpet.errors import StructureError
 from fedpet.modules.base import GatedModule, dense_sizes, is_transposed, kaiming_uniform, seeded
 from fedpet.modules.lora import LowRankBranch
+from fedpet.modules.registry import DENSE, FFN, linears, register_module
+
+if TYPE_CHECKING:
+    from fedpet.structure import ModuleSpec
 
 __all__ = ["HiwiBias", "HiwiWeight"]
 
 
+@register_module(
+    "hiwi-bias",
+    targets=DENSE,
+    usual=lambda p: linears(*FFN)(p) and p.has_bias,
+    size=lambda d_in, d_out, rank: d_out,
+    ranked=True,
+    tensor="bias",
+    gradient=1e-3,
+    spread=0.35,
+)
 class HiwiBias(GatedModule):
     """An adapter on a bias. Exact: it sends the merged change and starts anew each time."""
 
@@ -69,8 +84,13 @@ class HiwiBias(GatedModule):
             inner = not bias.is_meta and bool((bias == 0).all())
         self._inner = inner
         self._pretrained = bias.detach().clone()
-        self._base = torch.zeros_like(self._pretrained)  # the values at the last start
+        self._origin = torch.zeros_like(self._pretrained)  # the values at the last start
+        self._base = self._origin  # those of them that this module sends
         self._current = self._pretrained  # what the adapter reads
+
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> HiwiBias:
+        return cls(spec.target, module, spec.rank, spec.scale)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:
@@ -84,9 +104,7 @@ class HiwiBias(GatedModule):
     def write(self, values: Tensor, seed: int) -> None:
         """Start anew at the bias `pretrained + values`, (d,)."""
         d, r = len(self._pretrained), self._rank
-        if not self.carried:
-            self._base = values.clone()
-        self._current = self._pretrained + values
+        self.count_from(values)
         generator = seeded(seed, self.target, "hiwi-bias")
         down, *others = (trainable.detach() for trainable in self.trainables)
         down.copy_(kaiming_uniform((d, r), d, generator))
@@ -94,6 +112,17 @@ class HiwiBias(GatedModule):
             other.zero_()
         if self._inner:
             others[1].copy_(kaiming_uniform((r,), d, generator, a=math.sqrt(5)))
+
+    @property
+    def origin(self) -> Tensor:
+        """The values at the last start, (d,)."""
+        return self._origin
+
+    def count_from(self, origin: Tensor) -> None:
+        self._origin = origin.to(self._pretrained, copy=True)
+        self._current = self._pretrained + self._origin
+        if not self.carried:
+            self._base = self._origin
 
     @property
     def sends_trainables(self) -> bool:
@@ -117,6 +146,13 @@ class HiwiBias(GatedModule):
         module.bias.add_(self.effect(None))
 
 
+@register_module(
+    "hiwi-weight",
+    targets=DENSE,
+    usual=linears(*FFN),
+    size=lambda d_in, d_out, rank: rank * d_out,  # the down-projection is frozen
+    ranked=True,
+)
 class HiwiWeight(LowRankBranch):
     """An adapter on a weight, its down-projection frozen and seeded. Exact."""
 
@@ -128,3 +164,7 @@ class HiwiWeight(LowRankBranch):
         down = kaiming_uniform((d_out, rank), d_out, seeded(seed, target, "hiwi-weight"))
         constant = torch.relu(rows @ down.to(weight))  # C, (d_in, r)
         super().__init__("hiwi-weight", target, constant.T.contiguous(), d_out, scale)
+
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> HiwiWeight:
+        return cls(spec.target, module, spec.rank, spec.scale, seed)

@@ -9,13 +9,27 @@ added to the output, which is a change of the gain. The same holds of LayerNorm.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from torch import Tensor, nn
 
 from fedpet.modules.base import GatedModule
+from fedpet.modules.registry import register_module
+
+if TYPE_CHECKING:
+    from fedpet.structure import ModuleSpec
 
 __all__ = ["LNFit"]
 
 
+@register_module(
+    "lnfit",
+    targets={"norm"},
+    usual=lambda p: p.kind == "norm",
+    size=lambda d_in, d_out, rank: d_out,
+    gradient=1e-3,
+    spread=0.35,
+)
 class LNFit(GatedModule):
     """A change of a norm's gain. Exact."""
 
@@ -26,6 +40,10 @@ class LNFit(GatedModule):
         super().__init__("lnfit", target)
         assert isinstance(module.weight, Tensor)
         self._width = len(module.weight)
+
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> LNFit:
+        return cls(spec.target, module)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

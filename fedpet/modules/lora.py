@@ -14,12 +14,16 @@ Source: Hu et al., ICLR 2022, arXiv:2106.09685.
 from __future__ import annotations
 
 import math
-from typing import ClassVar
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from fedpet.modules.base import GatedModule, dense_sizes, is_transposed, kaiming_uniform, seeded
+from fedpet.modules.registry import DENSE, linears, register_module
+
+if TYPE_CHECKING:
+    from fedpet.structure import ModuleSpec
 
 __all__ = ["LoRA", "LoRAFactors", "LowRankBranch"]
 
@@ -100,6 +104,17 @@ class LowRankBranch(GatedModule):
         module.weight.add_(change.T if is_transposed(module) else change)
 
 
+_USUAL = linears("query", "value", "query-key-value")
+
+
+@register_module(
+    "lora",
+    targets=DENSE,
+    usual=_USUAL,
+    size=lambda d_in, d_out, rank: rank * d_out,  # the down-projection is frozen
+    ranked=True,
+    scaled=True,
+)
 class LoRA(LowRankBranch):
     """LoRA with a frozen, seeded down-projection. Exact."""
 
@@ -107,7 +122,19 @@ class LoRA(LowRankBranch):
         down = _seeded_down(target, module, rank, seed)
         super().__init__("lora", target, down, dense_sizes(module)[1], scale)
 
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> LoRA:
+        return cls(spec.target, module, spec.rank, spec.scale, seed)
 
+
+@register_module(
+    "lora-factors",
+    targets=DENSE,
+    usual=_USUAL,
+    size=lambda d_in, d_out, rank: rank * (d_in + d_out),
+    ranked=True,
+    scaled=True,
+)
 class LoRAFactors(LowRankBranch):
     """LoRA with both factors trained and sent. NOT exact: the change is bilinear in its values.
 
@@ -120,6 +147,10 @@ class LoRAFactors(LowRankBranch):
     def __init__(self, target: str, module: nn.Module, rank: int, scale: float, seed: int) -> None:
         down = _seeded_down(target, module, rank, seed)
         super().__init__("lora-factors", target, down, dense_sizes(module)[1], scale)
+
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> LoRAFactors:
+        return cls(spec.target, module, spec.rank, spec.scale, seed)
 
     @property
     def shapes(self) -> tuple[tuple[int, ...], ...]:

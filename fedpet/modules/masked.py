@@ -15,7 +15,7 @@ and the sampled product are ours.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -93,15 +93,24 @@ class MaskedWeights(PetModule):
         """Write w0 + v into the weights, under no_grad."""
         self._put(self._entries.start + self._changes)
 
+    def is_written(self) -> bool:
+        """Whether the weights hold w0 + v."""
+        changed = self._entries.start + self._changes
+        return torch.equal(changed, torch.cat([w[p] for w, p in self._places()]))
+
     def restore(self) -> None:
         """Write w0 back."""
         self._put(self._entries.start)
 
     def _put(self, entries: Tensor) -> None:
-        places = torch.split(self._entries.flat.to(torch.int64), self._sizes)
         changed = torch.split(entries, self._sizes)
-        for weight, place, numbers in zip(self._flat_weights, places, changed, strict=True):
-            weight.index_copy_(0, place, numbers)
+        for (weight, places), numbers in zip(self._places(), changed, strict=True):
+            weight.index_copy_(0, places, numbers)
+
+    def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each weight, flat, and the positions of its entries, int64."""
+        places = torch.split(self._entries.flat.to(torch.int64), self._sizes)
+        return zip(self._flat_weights, places, strict=True)
 
     def merge(self, module: nn.Module) -> None:
         """Nothing to do: the weights hold the changes already."""

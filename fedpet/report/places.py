@@ -24,6 +24,7 @@ from torch import nn
 from fedpet.config import BackboneConfig, Experiment
 from fedpet.errors import BackboneError, FedpetError
 from fedpet.mask import Mask
+from fedpet.modules.registry import KINDS
 from fedpet.plan import Plan
 from fedpet.positions import Position, find_positions, mask_scope
 from fedpet.structure import Structure
@@ -200,7 +201,7 @@ def _structure_grid(structure: Structure, positions: tuple[Position, ...] | list
         wanted.setdefault(spec.target, []).append((spec.kind, gate))
     for position in positions:
         for kind, gate in wanted.get(position.name, ()):
-            if (kind == "lowrank-adapter") == (position.kind == "block"):
+            if position.kind in KINDS[kind].targets:
                 cell = grid.at(*_place(position, positions))
                 cell.modules.append(kind)
                 if gate is not None:

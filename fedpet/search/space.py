@@ -25,12 +25,13 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedpet.errors import ConfigError, StructureError
-from fedpet.modules.base import dense_sizes, is_dense
+from fedpet.modules.base import output_width
+from fedpet.modules.registry import KINDS
 from fedpet.positions import Position, find_positions
-from fedpet.structure import ModuleSpec, Structure
+from fedpet.structure import ModuleSpec, Structure, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -169,15 +170,9 @@ def build_space(
         raise ConfigError(f"the rank of a search's candidates must be at least 1, got {rank}.")
     candidates = []
     for position in find_positions(model, head):
-        for kind, wanted in SPACES[name]:
+        for kind, wanted in _rules(name):
             if wanted(position):
-                ranked = kind not in ("bitfit", "lnfit", "ln-bias")
-                spec = ModuleSpec(
-                    kind,
-                    position.name,
-                    rank if ranked else 0,
-                    scale if kind.startswith("lora") else 1.0,
-                )
+                spec = spec_of(kind, position.name, rank=rank, scale=scale)
                 candidates.append(_candidate(spec, position, model))
     if not candidates:
         raise StructureError(f"the space {name!r} has no candidate in this model.")
@@ -205,7 +200,7 @@ def space_of_structure(
     places = {(p.name, p.kind == "block"): p for p in find_positions(model, head)}
     candidates = []
     for spec in structure.modules:
-        position = places[spec.target, spec.kind == "lowrank-adapter"]
+        position = places[spec.target, "block" in KINDS[spec.kind].targets]
         candidates.append(_candidate(spec, position, model))
     return Space(name, tuple(candidates))
 
@@ -217,22 +212,18 @@ def _candidate(spec: ModuleSpec, position: Position, model: nn.Module) -> Candid
 
 def _size(spec: ModuleSpec, position: Position, module: nn.Module) -> int:
     """Values that a module sends, as `fedpet.modules` lays them out."""
-    d_in, d_out, r = position.in_features, position.out_features, spec.rank
-    if spec.kind in ("lora", "hiwi-weight"):
-        return r * d_out  # the down-projection is frozen
-    if spec.kind == "lora-factors":
-        return r * (d_in + d_out)
-    if spec.kind == "lowrank-adapter":
-        last = [inner for inner in module.modules() if is_dense(inner)][-1]
-        d = dense_sizes(last)[1]
-        m = max(1, d // 32)
-        return (2 * r + 1) * (d + m)
-    weight = module.weight
-    assert isinstance(weight, Tensor)
-    return d_out if is_dense(module) else len(weight)
+    d_in, d_out = position.in_features, position.out_features
+    if position.kind == "block":
+        d_in = d_out = output_width(module)
+    return KINDS[spec.kind].size(d_in, d_out, spec.rank)
 
 
 def _tensor(spec: ModuleSpec) -> str:
-    if spec.kind in ("bitfit", "ln-bias", "hiwi-bias"):
-        return f"{spec.target}.bias"
-    return f"{spec.target}:{spec.kind}"
+    shared = KINDS[spec.kind].tensor
+    return f"{spec.target}.{shared}" if shared else f"{spec.target}:{spec.kind}"
+
+
+def _rules(space: str) -> tuple[_Rule, ...]:
+    """A space's own kinds, then those that were registered for it."""
+    joined = ((kind, facts.spaces[space]) for kind, facts in KINDS.items() if space in facts.spaces)
+    return (*SPACES[space], *joined)

@@ -1,0 +1,109 @@
+"""Build a `PetModel` from a user's own model and a `PetConfig`.
+
+In:  a transformer of any architecture, as transformers or torch made it.
+Out: the same object, wrapped: what the configuration names trains, all else is frozen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from torch import nn
+
+from fedpet.backbone import Backbone
+from fedpet.classifier import outside_base
+from fedpet.errors import ConfigError, StructureError
+from fedpet.mask import build_mask
+from fedpet.model import PetModel
+from fedpet.pet.trainable_model import check_plain
+from fedpet.positions import find_positions, mask_scope
+
+if TYPE_CHECKING:
+    from fedpet.pet.pet_config import PetConfig
+
+__all__ = ["get_pet_model", "trained_in_full"]
+
+# What a class is called whose head a checkpoint of the encoder lacks.
+_NEW_HEADS = ("Classification", "Regression", "QuestionAnswering", "MultipleChoice")
+
+
+def get_pet_model(model: nn.Module, config: PetConfig) -> PetModel:
+    """Make what `config` names the trainable part of a model.
+
+    Args:
+        model: A transformer in float32, on any device. It is adapted in place and frozen but for
+            its trainables; `merge_and_unload()` and `unload()` give it back.
+        config: Mask, modules, and what is trained in full.
+
+    Returns:
+        An `nn.Module` that is called as the model is. Train it with `transformers.Trainer` or any
+        loop and optimiser over its `parameters()`.
+
+    Raises:
+        BackboneError: A model that is adapted already, or of a type other than float32.
+        ConfigError: The configuration leaves nothing to train.
+        StructureError: `target_modules` or `modules_to_save` name nothing in this model.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> base = BertForSequenceClassification(small)
+        >>> model = get_pet_model(base, PetConfig(
+        ...     mask=MaskConfig(density=0.001),
+        ...     modules=[LoraConfig(r=2, target_modules=["query", "value"]), LayerNormConfig()]))
+        >>> model.print_trainable_parameters()
+        trainable params: 595 || all params: 36,578 || trainable%: 1.6267
+        upload a round (float32): 2,380 bytes || dense FedAvg: 145,288 bytes || upload%: 1.6381
+        >>> [name for name, _ in model.named_parameters()][:2]
+        ['trainable.mask', 'trainable.lora']
+    """
+    check_plain(model)
+    head = trained_in_full(model, config.modules_to_save)
+    structure = config.structure(find_positions(model, head))
+    if config.mask is None and not structure.modules and not head:
+        raise ConfigError(
+            "a PetConfig must name something to train: a mask, modules or modules_to_save."
+        )
+    mask = None if config.mask is None else build_mask(mask_scope(model, head), config.mask)
+    model.requires_grad_(False)
+    backbone = Backbone(
+        source=str(getattr(getattr(model, "config", None), "_name_or_path", "")),
+        folder=Path(),  # the model is at hand, and nothing more is read
+        model=model,  # type: ignore[arg-type]  # any module with a transformer's parts will do
+        head=head,
+        fingerprint="",  # over all weights: taken when it is asked for
+    )
+    return PetModel(backbone, mask, structure, seed=config.seed, mask_config=config.mask)
+
+
+def trained_in_full(model: nn.Module, modules_to_save: Sequence[str] | None) -> tuple[str, ...]:
+    """Names of the parameters that train in full.
+
+    Args:
+        model: A transformer.
+        modules_to_save: As in `PetConfig`.
+
+    Raises:
+        StructureError: A name that fits no module with parameters.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if modules_to_save is None:
+        is_new = any(word in type(model).__name__ for word in _NEW_HEADS)
+        outside = outside_base(model)
+        return outside if is_new and len(outside) < len(names) else ()
+    modules = [name for name, _ in model.named_modules() if name]
+    chosen: set[str] = set()
+    for wanted in modules_to_save:
+        found = [name for name in modules if f".{name}".endswith(f".{wanted}")]
+        fitting = {n for n in names for module in found if n.startswith(f"{module}.")}
+        if not fitting:
+            raise StructureError(
+                f"modules_to_save must name modules with parameters, and {wanted!r} fits none. "
+                f"Beside the encoder this model has "
+                f"{', '.join(name for name, _ in model.named_children())}."
+            )
+        chosen |= fitting
+    return tuple(name for name in names if name in chosen)
