@@ -29,10 +29,10 @@ test-slow: $(STAMP) ## tests that train for minutes
 	@scripts/test --slow $(ARGS)
 
 bench: $(STAMP) ## what is missing of the README's table of methods; two hours from nothing
-	@$(VENV)/bin/python -m simulations.benchmarks table simulations/benchmarks/default.toml $(ARGS)
+	@$(VENV)/bin/python -m benchmarks table benchmarks/default.toml $(ARGS)
 
 deploy-demo: $(STAMP) ## real nodes over TLS on this machine end with the simulation's values
-	@timeout --kill-after=60 3600 $(VENV)/bin/python -m simulations.benchmarks.deploy_demo $(ARGS)
+	@timeout --kill-after=60 3600 $(VENV)/bin/python -m benchmarks.deploy_demo $(ARGS)
 
 check: $(STAMP) ## format, lint, types
 	@scripts/check

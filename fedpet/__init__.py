@@ -20,12 +20,11 @@ if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
     from fedpet.config import MaskConfig
     from fedpet.errors import FedpetError, InputError
-    from fedpet.ledger import Ledger
-    from fedpet.mask import Mask, build_mask, pafi_mask
-    from fedpet.model import PetModel
-    from fedpet.modules.base import GatedModule
-    from fedpet.modules.registry import linears, register_module
     from fedpet.pet.factory import get_pet_model
+    from fedpet.pet.mask import Mask, build_mask, pafi_mask
+    from fedpet.pet.model import PetModel
+    from fedpet.pet.modules.base import GatedModule
+    from fedpet.pet.modules.registry import linears, register_module
     from fedpet.pet.pet_config import (
         AdapterConfig,
         BitFitConfig,
@@ -36,7 +35,8 @@ if TYPE_CHECKING:
         ModuleConfig,
         PetConfig,
     )
-    from fedpet.structure import ModuleSpec, Structure
+    from fedpet.pet.structure import ModuleSpec, Structure
+    from fedpet.protocol.ledger import Ledger
 
 __version__ = "0.1.0"
 
@@ -44,11 +44,11 @@ _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
     "fedpet.config": ("MaskConfig",),
     "fedpet.errors": ("FedpetError", "InputError"),
-    "fedpet.ledger": ("Ledger",),
-    "fedpet.mask": ("Mask", "build_mask", "pafi_mask"),
-    "fedpet.model": ("PetModel",),
-    "fedpet.modules.base": ("GatedModule",),
-    "fedpet.modules.registry": ("linears", "register_module"),
+    "fedpet.protocol.ledger": ("Ledger",),
+    "fedpet.pet.mask": ("Mask", "build_mask", "pafi_mask"),
+    "fedpet.pet.model": ("PetModel",),
+    "fedpet.pet.modules.base": ("GatedModule",),
+    "fedpet.pet.modules.registry": ("linears", "register_module"),
     "fedpet.pet.factory": ("get_pet_model",),
     "fedpet.pet.pet_config": (
         "AdapterConfig",
@@ -60,7 +60,7 @@ _HOME = {
         "ModuleConfig",
         "PetConfig",
     ),
-    "fedpet.structure": ("ModuleSpec", "Structure"),
+    "fedpet.pet.structure": ("ModuleSpec", "Structure"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 

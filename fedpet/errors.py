@@ -66,7 +66,7 @@ class TrainingError(ReplyError):
     """Local training gave nothing that may be averaged."""
 
 
-class Interrupted(FedpetError):
+class RunInterrupted(FedpetError):
     """A run was stopped from outside; the message says how to go on with it.
 
     Attributes:

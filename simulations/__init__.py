@@ -1,1 +1,1 @@
-"""The same federation simulated on Ray, or run by `flwr run`. Installed as `fedpet.simulations`."""
+"""The Flower App of fedpet, for `flwr run .`, and the built-in experiments."""

@@ -1,49 +1,5 @@
-"""The ClientApp of `flwr run`: each message is answered by the node resident in this process.
+"""The ClientApp of `flwr run`."""
 
-What a SuperNode was started with (`--node-config`) stands above the run's settings: a device knows
-best where its own rows, checkpoint and cache are.
-"""
+from fedpet.client.flower_client import make_client_app
 
-from flwr.app import Context, Message
-from flwr.clientapp import ClientApp
-
-from fedpet.loading import without_collection
-
-with without_collection():  # torch is imported here
-    from fedpet.client import reply
-    from fedpet.config import Experiment
-    from fedpet.node_settings import NodeSettings
-    from fedpet.own_code import check_code
-
-
-def client_app(code: str = "") -> ClientApp:
-    """The app of a node.
-
-    Args:
-        code: Digest of the fedpet that a run is of; each message is refused where this one has
-            another, and the server is told why. "" takes this one.
-    """
-    made = ClientApp()
-
-    @made.train()
-    def train(message: Message, context: Context) -> Message:
-        """Train the clients that the message names."""
-        return _answer(message, context, code)
-
-    @made.query()
-    def query(message: Message, context: Context) -> Message:
-        """Say who lives here."""
-        return _answer(message, context, code)
-
-    return made
-
-
-def _answer(message: Message, context: Context, code: str) -> Message:
-    if code:
-        check_code(code)
-    experiment = Experiment.from_run_config(context.run_config)
-    settings = NodeSettings.of(experiment, context.node_config).on(context.node_config)
-    return reply(message, settings)
-
-
-app = client_app()
+app = make_client_app()

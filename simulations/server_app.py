@@ -1,69 +1,14 @@
-"""The ServerApp of `flwr run`: the experiment is the app's run config.
-
-Where `run.out` names the folder of a run that was cut short, that run is gone on with.
-"""
-
-from contextlib import ExitStack
-from pathlib import Path
+"""The ServerApp of `flwr run`."""
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
-from fedpet.config import Experiment
-from fedpet.errors import ConfigError
-from fedpet.paths import expand
-from fedpet.simulations.federation import federate, is_deployed, prepare
-from fedpet.simulations.progress import Progress
-from fedpet.simulations.resume import (
-    check_journal,
-    cut_short,
-    found_before,
-    is_cut_short,
-)
-from fedpet.simulations.run_folder import RunFolder, claimed_run
+from fedpet.run.flower_server import serve_run
 
 app = ServerApp()
 
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run the federation and leave a run folder."""
-    experiment = Experiment.from_run_config(context.run_config)
-    refuse_relative(experiment)
-    folder = expand(experiment.run.out)
-    goes_on = bool(experiment.run.out) and is_cut_short(folder)
-    with ExitStack() as held:
-        if goes_on:
-            experiment = held.enter_context(cut_short(folder))
-            out = RunFolder(folder)
-        else:
-            out = held.enter_context(claimed_run(experiment))
-        searches = experiment.search.rounds if experiment.search.federated else 0
-        metric = experiment.data.metric
-        progress = held.enter_context(Progress(experiment.strategy.num_rounds, metric, searches))
-        progress.say(f"run folder: {out.path.absolute()}")
-        prepared = prepare(experiment, progress, found=found_before(folder) if goes_on else None)
-        journal = check_journal(folder, prepared) if goes_on else None
-        result = federate(grid, prepared, out, progress, journal)
-        for warning in result["quality"]["warnings"]:
-            progress.say(f"warning: {warning}")
-
-
-def refuse_relative(experiment: Experiment) -> None:
-    """Refuse paths that the place where Flower's server was once started would give a meaning.
-
-    A server on the user's own machine stays after `flwr run`, and with it its directory and its
-    environment: another run from another folder would be given the first one's files. In a
-    deployment, each machine's scripts start in their own folder, and paths are relative to that.
-
-    Raises:
-        ConfigError: A path is relative.
-    """
-    if is_deployed(experiment):
-        return
-    for key, value in experiment.relative_paths():
-        raise ConfigError(
-            f"{key.replace('.', '-')} in the run config must be an absolute path, got {value!r}: "
-            "Flower's server keeps the directory in which it was started first, "
-            f"{str(Path.cwd())!r}, so a relative path may lead to another folder than yours."
-        )
+    """Run the federation that the run config describes, and leave a run folder."""
+    serve_run(grid, context)

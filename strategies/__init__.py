@@ -1,9 +1,11 @@
 """Flower's strategies over the sparse values of a plan. Installed as `fedpet.strategies`."""
 
-from .arrays import to_arrays, values_of
-from .metered import Metered
-from .roll_call import RollCall
-from .rounds import MeanRounds, VectorRounds
+from fedpet.server.arrays import from_arrays, to_arrays
+from fedpet.server.metering import LedgerMixin
+from fedpet.server.node_registry import NodeRegistry
+from fedpet.server.rounds import MeanAggregation, PerClientAggregation
+from fedpet.server.tier_assignment import TierAssignment
+
 from .rules import (
     STRATEGIES,
     SparseBulyan,
@@ -21,13 +23,13 @@ from .rules import (
     SparseStrategy,
 )
 from .structure_search import StructureSearch
-from .tiers import TierBook
 
 __all__ = [
     "STRATEGIES",
-    "MeanRounds",
-    "Metered",
-    "RollCall",
+    "LedgerMixin",
+    "MeanAggregation",
+    "NodeRegistry",
+    "PerClientAggregation",
     "SparseBulyan",
     "SparseFedAdagrad",
     "SparseFedAdam",
@@ -42,8 +44,7 @@ __all__ = [
     "SparseQFedAvg",
     "SparseStrategy",
     "StructureSearch",
-    "TierBook",
-    "VectorRounds",
+    "TierAssignment",
+    "from_arrays",
     "to_arrays",
-    "values_of",
 ]

@@ -29,44 +29,43 @@ from flwr.serverapp.strategy import (
 )
 
 from fedpet.config import StrategyConfig
-from fedpet.plan import Plan
+from fedpet.protocol.plan import Plan
+from fedpet.server.aggregation import LOSS
+from fedpet.server.rounds import MeanAggregation, PerClientAggregation
+from fedpet.server.server_state import Vectors
 
-from .resume import Vectors
-from .rounds import MeanRounds, VectorRounds
-from .vectors import LOSS
-
-SparseStrategy = MeanRounds | VectorRounds
+SparseStrategy = MeanAggregation | PerClientAggregation
 
 
-class SparseFedAvg(MeanRounds, FedAvg):
+class SparseFedAvg(MeanAggregation, FedAvg):
     """Flower's FedAvg over the sparse values of a plan."""
 
 
-class SparseFedProx(MeanRounds, FedProx):
+class SparseFedProx(MeanAggregation, FedProx):
     """Flower's FedProx: FedAvg on the server; the proximal term travels in the plan."""
 
-    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
         return {"proximal_mu": plan.training.proximal_mu}
 
 
-class SparseFedAvgM(MeanRounds, FedAvgM):
+class SparseFedAvgM(MeanAggregation, FedAvgM):
     """Flower's FedAvgM: momentum on the server."""
 
-    remembers: ClassVar[Vectors] = {"momentum_vector": list}
+    server_state_attributes: ClassVar[Vectors] = {"momentum_vector": list}
 
-    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
         return {
             **_named(config, server_learning_rate="server_learning_rate"),
             "server_momentum": config.server_momentum,
         }
 
 
-class SparseFedAdam(MeanRounds, FedAdam):
+class SparseFedAdam(MeanAggregation, FedAdam):
     """Flower's FedAdam: Adam on the server, over the mean update."""
 
-    remembers: ClassVar[Vectors] = {"m_t": dict, "v_t": dict}
+    server_state_attributes: ClassVar[Vectors] = {"m_t": dict, "v_t": dict}
 
-    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
         return {
             **_named(config, server_learning_rate="eta"),
             "beta_1": config.beta_1,
@@ -75,65 +74,65 @@ class SparseFedAdam(MeanRounds, FedAdam):
         }
 
 
-class SparseFedYogi(MeanRounds, FedYogi):
+class SparseFedYogi(MeanAggregation, FedYogi):
     """Flower's FedYogi: Yogi on the server, over the mean update."""
 
-    remembers: ClassVar[Vectors] = {"m_t": dict, "v_t": dict}
-    flower_arguments = SparseFedAdam.flower_arguments
+    server_state_attributes: ClassVar[Vectors] = {"m_t": dict, "v_t": dict}
+    flower_kwargs = SparseFedAdam.flower_kwargs
 
 
-class SparseFedAdagrad(MeanRounds, FedAdagrad):
+class SparseFedAdagrad(MeanAggregation, FedAdagrad):
     """Flower's FedAdagrad: Adagrad on the server, over the mean update."""
 
-    remembers: ClassVar[Vectors] = {"m_t": dict, "v_t": dict}
+    server_state_attributes: ClassVar[Vectors] = {"m_t": dict, "v_t": dict}
 
-    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
         return {**_named(config, server_learning_rate="eta"), "tau": config.tau}
 
 
-class SparseFedMedian(VectorRounds, FedMedian):
+class SparseFedMedian(PerClientAggregation, FedMedian):
     """Flower's FedMedian: the median of each value."""
 
 
-class SparseFedTrimmedAvg(VectorRounds, FedTrimmedAvg):
+class SparseFedTrimmedAvg(PerClientAggregation, FedTrimmedAvg):
     """Flower's FedTrimmedAvg: the mean of each value without the extremes."""
 
-    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
         return {"beta": config.trim_fraction}
 
 
-class SparseKrum(VectorRounds, Krum):
+class SparseKrum(PerClientAggregation, Krum):
     """Flower's Krum: the one reply that is closest to its neighbours."""
 
-    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
         return {"num_malicious_nodes": config.num_malicious}
 
 
-class SparseMultiKrum(VectorRounds, MultiKrum):
+class SparseMultiKrum(PerClientAggregation, MultiKrum):
     """Flower's MultiKrum: the mean of the replies that are closest to their neighbours."""
 
-    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
         return {
             "num_malicious_nodes": config.num_malicious,
             "num_nodes_to_select": config.num_selected,
         }
 
 
-class SparseBulyan(VectorRounds, Bulyan):
+class SparseBulyan(PerClientAggregation, Bulyan):
     """Flower's Bulyan: of replies that Krum selects, the mean of the values near the median."""
 
-    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
         return {"num_malicious_nodes": config.num_malicious}
 
 
-class SparseQFedAvg(VectorRounds, QFedAvg):
+class SparseQFedAvg(PerClientAggregation, QFedAvg):
     """Flower's QFedAvg: clients with a high loss weigh more.
 
     The loss is the mean over the client's own epochs, as it trains; the paper's is that of the
     values it was sent.
     """
 
-    def flower_arguments(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
+    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
         rate = config.client_learning_rate or plan.training.learning_rate
         return {"client_learning_rate": rate, "q": config.q, "train_loss_key": LOSS}
 

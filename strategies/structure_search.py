@@ -7,7 +7,8 @@ Out: a `Structure` under the budget, with its gates and how it was found.
 
 A round is one of `SparseFedAvg`: the same requests, frames, checks, refusals, quorum and books.
 What is averaged, weighted by rows over those who answered, is alpha and the candidates' values
-(fedpet/search/local.py says what a client does). After it the server solves zeta anew, so that the
+(fedpet/search/on_client.py says what a client does). After it the server solves zeta anew, so that
+the
 expected size is the budget, and makes the choice that selection would make now.
 
     over when   the choices of settled_rounds rounds in a row each had a Jaccard index of at least
@@ -38,23 +39,23 @@ from flwr.serverapp import Grid
 
 from fedpet.config import SearchConfig, StrategyConfig
 from fedpet.errors import RunError
-from fedpet.ledger import Ledger
-from fedpet.plan import Plan
-from fedpet.population import Population
+from fedpet.pet.structure import Structure
+from fedpet.pet.tiers import Tier
+from fedpet.protocol.ledger import Ledger
+from fedpet.protocol.plan import Plan
 from fedpet.search import (
     Space,
+    candidate_records,
     chosen_size,
-    deciding,
     deviations,
     probabilities,
+    reproducible_settings,
     select,
     temperature,
-    told_candidates,
 )
-from fedpet.structure import Structure
-from fedpet.tiers import Tier
+from fedpet.server.arrays import from_arrays, to_arrays
+from fedpet.server.client_pool import ClientPool
 
-from .arrays import to_arrays, values_of
 from .rules import SparseFedAvg
 
 __all__ = ["StructureSearch", "overlap"]
@@ -90,7 +91,7 @@ class StructureSearch(SparseFedAvg):
         *,
         plan: Plan,
         tiers: Sequence[Tier],
-        population: Population,
+        population: ClientPool,
         config: StrategyConfig,
         ledger: Ledger,
         space: Space,
@@ -164,7 +165,7 @@ class StructureSearch(SparseFedAvg):
         """Average alpha and values; then choose."""
         arrays, metrics = super().aggregate_train(server_round, replies)
         if arrays is not None:
-            self.values = values_of(arrays)
+            self.values = from_arrays(arrays)
             self.averaged += 1
             self._choices = [*self._choices, self.choice()][-self.search.settled_rounds - 1 :]
             self.ledger.current.overlap = self.overlaps[-1] if self.overlaps else None
@@ -192,7 +193,7 @@ class StructureSearch(SparseFedAvg):
             "method": "s3pet",
             "federated": True,
             "deviations": [*deviations(config, self._logit_adjustment), *DEVIATIONS],
-            "settings": deciding(config),
+            "settings": reproducible_settings(config),
             "budget": int(config.budget),
             "values": chosen_size(chosen, space.sizes, space.tensors),
             "space": {"name": space.name, "values": space.num_values},
@@ -210,7 +211,7 @@ class StructureSearch(SparseFedAvg):
                 "downlink_bytes": int(self.ledger.total("downlink_bytes", "search")),
                 "plan_bytes": int(self.ledger.total("plan_bytes", "search")),
             },
-            "candidates": told_candidates(space, p),
+            "candidates": candidate_records(space, p),
             **provenance,
         }
         return replace(

@@ -76,9 +76,9 @@ def answer(code: str, *, cwd: Path, python: Path | str = sys.executable) -> Any:
 
 SAME = (
     "from fedpet.strategies import SparseFedAvg; import fedpet.strategies.rules; "
-    "import fedpet.simulations; import fedpet.simulations.federation; "
+    "import fedpet.run.federate; from fedpet.config.builtin import experiments_folder; "
     "[SparseFedAvg is fedpet.strategies.rules.SparseFedAvg, fedpet.__file__, "
-    "fedpet.strategies.__file__, fedpet.simulations.federation.__file__]"
+    "fedpet.strategies.__file__, str(experiments_folder())]"
 )
 
 
@@ -86,11 +86,11 @@ SAME = (
 
 
 def test_in_a_checkout_the_folders_are_the_packages(repository: Path) -> None:
-    same, package, strategies, simulations = answer(SAME, cwd=repository)
+    same, package, strategies, experiments = answer(SAME, cwd=repository)
     assert same
     assert Path(package) == repository / "fedpet" / "__init__.py"
     assert Path(strategies) == repository / "strategies" / "__init__.py"
-    assert Path(simulations) == repository / "simulations" / "federation.py"
+    assert Path(experiments) == repository / "simulations" / "experiments"
 
 
 def test_a_wheel_puts_nothing_but_fedpet_into_site_packages(wheel: Path) -> None:
@@ -100,12 +100,10 @@ def test_a_wheel_puts_nothing_but_fedpet_into_site_packages(wheel: Path) -> None
 
 def test_a_wheel_holds_each_module_once_and_no_stand_in(wheel: Path, repository: Path) -> None:
     wanted = {path.relative_to(repository) for path in (repository / "fedpet").rglob("*.py")}
-    wanted -= {Path("fedpet", f"{folder}.py") for folder in FOLDERS}
-    wanted |= {
-        Path("fedpet") / path.relative_to(repository)
-        for pattern in ("strategies/**/*.py", "simulations/*.py", "simulations/experiments/*.toml")
-        for path in repository.glob(pattern)
-    }
+    wanted -= {Path("fedpet", "strategies.py")}
+    for folder, pattern in (("", "strategies/**/*.py"), ("simulations", "experiments/*.toml")):
+        parent = repository / folder
+        wanted |= {Path("fedpet") / path.relative_to(parent) for path in parent.glob(pattern)}
     held = {Path(name) for name in zipfile.ZipFile(wheel).namelist() if "dist-info" not in name}
     assert {path for path in held if path.suffix in (".py", ".toml")} == wanted
     assert Path("fedpet/py.typed") in held
@@ -117,7 +115,7 @@ def test_a_wheel_runs_from_an_empty_folder(binaries: Path, tmp_path: Path) -> No
     package = Path(files[0]).parent
     assert binaries.parent in package.parents
     assert Path(files[1]) == package / "strategies" / "__init__.py"
-    assert Path(files[2]) == package / "simulations" / "federation.py"
+    assert Path(files[2]) == package / "experiments"
 
 
 def test_the_command_of_a_wheel_answers_help(binaries: Path, tmp_path: Path) -> None:
@@ -132,7 +130,7 @@ def test_a_bundle_is_small_and_holds_no_tests_or_results(bundle: Path) -> None:
     assert sum(path.stat().st_size for path in files) < 2_000_000  # Flower takes 10 MB, packed
     top = {path.relative_to(bundle).parts[0] for path in files}
     assert top == {"pyproject.toml", "LICENSE", ".info", "fedpet", *FOLDERS}
-    assert not (bundle / "simulations" / "benchmarks").exists()
+    assert not (bundle / "benchmarks").exists()
 
 
 def test_a_bundle_holds_its_own_package_and_both_apps(bundle: Path, tmp_path: Path) -> None:
@@ -164,7 +162,7 @@ def test_the_app_knows_every_key_of_an_experiment_with_its_default(
     assert Experiment.from_run_config(written) == Experiment()
 
 
-@pytest.mark.parametrize("name", ["fedpet", "fedpet.strategies", "fedpet.simulations"])
+@pytest.mark.parametrize("name", ["fedpet", "fedpet.strategies"])
 def test_what_a_package_shows_is_what_its_all_names(name: str) -> None:
     package = importlib.import_module(name)
     shown = {
@@ -232,35 +230,48 @@ def test_every_foreign_import_is_a_declared_dependency(
                 assert provided_by & declared, f"{path.relative_to(repository)} imports {name}"
 
 
-# Who may know whom: imports point left, simulations -> strategies -> fedpet
+# Who may know whom: a stage imports those before it, and no later one
 
-KNOW_FLOWER = {"client", "messages", "ledger", "cli"}
+STAGES = [
+    *("errors", "utils", "config", "data", "backbone", "codec", "pet", "training", "search"),
+    *("protocol", "client", "server", "strategies", "run", "estimate", "report", "deploy", "cli"),
+]
+KNOW_FLOWER = {"protocol", "client", "server", "run", "estimate"}
 
 
-def test_the_stages_before_the_client_do_not_know_flower(repository: Path) -> None:
-    for path in sorted(repository.glob("fedpet/**/*.py")):
-        if path.stem not in KNOW_FLOWER:
+def test_the_stages_before_the_protocol_do_not_know_flower(repository: Path) -> None:
+    for path in sorted(repository.glob("fedpet/*/**/*.py")):
+        if stage_of(path, repository) not in KNOW_FLOWER:
             known = {name.split(".")[0] for name in imports(path)}
             assert not known & {"flwr", "ray"}, path.relative_to(repository)
 
 
-def test_imports_point_left(repository: Path) -> None:
+def test_a_stage_imports_no_later_one(repository: Path) -> None:
     for path in sources(repository):
-        relative = path.relative_to(repository)
-        known = imports(path)
-        beside = {name.split(".")[1] for name in known if name.startswith("fedpet.")}
-        if relative.parts[0] == "fedpet" and relative.name != "cli.py":
-            assert not beside & set(FOLDERS), relative
-        if relative.parts[0] == "strategies":
-            assert "simulations" not in beside, relative
-        assert "cli" not in beside, relative
-        assert not {name.split(".")[0] for name in known} & set(FOLDERS), relative
+        stage = stage_of(path, repository)
+        if stage in ("__init__", "simulations"):  # names are imported when they are asked for
+            continue
+        for name in imports(path):
+            if name.startswith("fedpet.") and (other := name.split(".")[1]) in STAGES:
+                later = STAGES.index(other) > STAGES.index(stage)
+                assert not later, f"{path.relative_to(repository)} imports {name}"
+
+
+def test_no_module_name_is_used_twice(repository: Path) -> None:
+    names = [path.stem for path in sources(repository) if not path.stem.startswith("__")]
+    assert sorted({name for name in names if names.count(name) > 1}) == []
+
+
+def stage_of(path: Path, repository: Path) -> str:
+    parts = path.relative_to(repository).with_suffix("").parts
+    return parts[1] if parts[0] == "fedpet" else parts[0]
 
 
 def sources(repository: Path) -> list[Path]:
     """What runs in a federation: benchmarks and tests may ask for more."""
     patterns = ("fedpet/**/*.py", "strategies/**/*.py", "simulations/*.py")
-    return sorted(path for pattern in patterns for path in repository.glob(pattern))
+    found = sorted(path for pattern in patterns for path in repository.glob(pattern))
+    return [path for path in found if path != repository / "fedpet" / "strategies.py"]
 
 
 def imports(path: Path) -> set[str]:

@@ -26,6 +26,6 @@ def test_every_target_it_names_is_in_the_makefile(repository: Path) -> None:
 
 
 def test_what_it_shows_of_make_run_is_a_run_of_the_shipped_experiment(repository: Path) -> None:
-    told = repository / "simulations" / "benchmarks" / "results" / "make-run" / "config.toml"
+    told = repository / "benchmarks" / "results" / "make-run" / "config.toml"
     shipped = repository / "simulations" / "experiments" / "film-reviews.toml"
     assert Experiment.from_file(told) == Experiment.from_file(shipped)

@@ -22,17 +22,14 @@ same bytes on one type of machine, and the same bytes decode to the same bits on
 
 from __future__ import annotations
 
-from fedpet.codec.coding import Coding
-from fedpet.codec.feedback import encode_with_feedback
-from fedpet.codec.frame import Frame, Refusal, pack_frame, pack_refusal, unpack_frames
-from fedpet.codec.names import check_codec, check_codecs, is_lossless, known_codecs
+from fedpet.codec.error_feedback import encode_with_feedback
+from fedpet.codec.index_coding import decode_positions, encode_positions
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
-from fedpet.codec.positions import decode_positions, encode_positions
+from fedpet.codec.spec import check_codec, check_codecs, is_lossless, known_codecs
+from fedpet.codec.vector_codec import VectorCodec
 
 __all__ = [
-    "Coding",
-    "Frame",
-    "Refusal",
+    "VectorCodec",
     "check_codec",
     "check_codecs",
     "decode_positions",
@@ -43,7 +40,4 @@ __all__ = [
     "is_lossless",
     "known_codecs",
     "max_payload_bytes",
-    "pack_frame",
-    "pack_refusal",
-    "unpack_frames",
 ]

@@ -25,11 +25,11 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from fedpet.codec.entropy import Reader, pack_symbols, unpack_symbols
 from fedpet.codec.floats import decode_float32, encode_float32
-from fedpet.codec.levels import levels
+from fedpet.codec.lloyd_max import levels
+from fedpet.codec.random_bits import Purpose, bit_generator
 from fedpet.codec.rotation import rotate, unrotate, window_size
-from fedpet.codec.seeds import Purpose, bit_generator
-from fedpet.codec.wire import Reader, pack_symbols, unpack_symbols
 from fedpet.errors import FrameError, TrainingError
 
 Floats = npt.NDArray[np.float32]

@@ -3,7 +3,7 @@
 In:  finite values (n,), a codec's name, a seed.
 Out: bytes, and the values again up to the error that the codec states.
 
-A federation does the same with `Coding`, which scales groups of values apart.
+A federation does the same with `VectorCodec`, which scales groups of values apart.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.names import check_codec
 from fedpet.codec.pipeline import decode_values, encode_values
+from fedpet.codec.spec import check_codec
 
 if TYPE_CHECKING:
     from torch import Tensor

@@ -23,8 +23,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.seeds import Purpose, Word, random_words
-from fedpet.codec.wire import Reader, pack_bytes, unpack_bytes
+from fedpet.codec.entropy import Reader, pack_bytes, unpack_bytes
+from fedpet.codec.random_bits import Purpose, Word, random_words
 
 Floats = npt.NDArray[np.float32]
 

@@ -20,9 +20,9 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedpet.codec.entropy import Reader, pack_symbols, unpack_symbols
 from fedpet.codec.floats import pack_words, unpack_words, widen
-from fedpet.codec.seeds import Purpose, random_words
-from fedpet.codec.wire import Reader, pack_symbols, unpack_symbols
+from fedpet.codec.random_bits import Purpose, random_words
 from fedpet.errors import FrameError
 
 Floats = npt.NDArray[np.float32]

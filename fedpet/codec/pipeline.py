@@ -16,13 +16,13 @@ import numpy as np
 import numpy.typing as npt
 
 from fedpet.codec.eden import LEAST_ROTATED, decode_eden, encode_eden
+from fedpet.codec.entropy import Reader, stored_bytes, varint
 from fedpet.codec.floats import decode_bfloat16, decode_float32, encode_bfloat16, encode_float32
+from fedpet.codec.index_coding import decode_positions, encode_positions, most_position_bytes
 from fedpet.codec.integers import GRIDS, decode_integers, encode_integers
-from fedpet.codec.names import Codec, parse_codec
-from fedpet.codec.positions import decode_positions, encode_positions, most_position_bytes
 from fedpet.codec.rotation import window_size
+from fedpet.codec.spec import Codec, parse_codec
 from fedpet.codec.topk import largest, num_kept
-from fedpet.codec.wire import Reader, stored_bytes, varint
 from fedpet.errors import FrameError, TrainingError
 
 Floats = npt.NDArray[np.float32]
@@ -100,9 +100,9 @@ def max_payload_bytes(codec: str, groups: Groups) -> int:
     sizes = [stop - start for start, stop in groups if start < stop]
     if not sizes:
         return 0
-    if not parsed.top_ppm:
+    if not parsed.topk_ppm:
         return _most_bytes(parsed, sizes)
-    kept = [num_kept(size, parsed.top_ppm) for size in sizes]
+    kept = [num_kept(size, parsed.topk_ppm) for size in sizes]
     positions = sum(most_position_bytes(size) for size in sizes) + len(groups) - len(sizes)
     return len(varint(positions)) + positions + _most_bytes(parsed, kept)
 
@@ -138,7 +138,7 @@ def _count(groups: Groups) -> int:
 
 def _encode(values: Floats, codec: Codec, groups: Groups, seed: int) -> bytes:
     entropy = codec.entropy
-    if codec.top_ppm:
+    if codec.topk_ppm:
         return _encode_largest(values, codec, groups, seed)
     if codec.base == "float32":
         return encode_float32(values, entropy=entropy)
@@ -151,7 +151,7 @@ def _encode(values: Floats, codec: Codec, groups: Groups, seed: int) -> bytes:
 
 
 def _decode(reader: Reader, codec: Codec, groups: Groups, seed: int) -> Floats:
-    if codec.top_ppm:
+    if codec.topk_ppm:
         return _decode_largest(reader, codec, groups, seed)
     if codec.base == "float32":
         return decode_float32(reader, groups[-1][1])
@@ -165,13 +165,14 @@ def _decode(reader: Reader, codec: Codec, groups: Groups, seed: int) -> Floats:
 
 def _encode_largest(values: Floats, codec: Codec, groups: Groups, seed: int) -> bytes:
     chosen = [
-        largest(values[start:stop], num_kept(stop - start, codec.top_ppm)) for start, stop in groups
+        largest(values[start:stop], num_kept(stop - start, codec.topk_ppm))
+        for start, stop in groups
     ]
     positions = encode_positions(chosen, [stop - start for start, stop in groups])
     kept = np.concatenate(
         [values[start:stop][where] for (start, stop), where in zip(groups, chosen, strict=True)]
     )
-    inner, parts = replace(codec, top_ppm=0), _side_by_side(chosen)
+    inner, parts = replace(codec, topk_ppm=0), _side_by_side(chosen)
     payload = _encode(kept, inner, parts, seed) if len(kept) else b""
     return varint(len(positions)) + positions + payload
 
@@ -180,12 +181,12 @@ def _decode_largest(reader: Reader, codec: Codec, groups: Groups, seed: int) -> 
     sizes = [stop - start for start, stop in groups]
     chosen = decode_positions(reader.take(reader.varint()), sizes)
     for where, size in zip(chosen, sizes, strict=True):
-        most = num_kept(size, codec.top_ppm)
+        most = num_kept(size, codec.topk_ppm)
         if len(where) > most:
             raise FrameError(
                 f"{codec.name} sends at most {most} of a group of {size} values, got {len(where)}."
             )
-    inner, parts = replace(codec, top_ppm=0), _side_by_side(chosen)
+    inner, parts = replace(codec, topk_ppm=0), _side_by_side(chosen)
     values = np.zeros(groups[-1][1], dtype=np.float32)
     if parts[-1][1]:
         kept = _decode(reader, inner, parts, seed)

@@ -17,9 +17,9 @@ import numpy.typing as npt
 _PPM = 1_000_000
 
 
-def num_kept(count: int, top_ppm: int) -> int:
+def num_kept(count: int, topk_ppm: int) -> int:
     """How many of `count` values a share in millionths sends: rounded up, so one at least."""
-    return -(-count * top_ppm // _PPM)
+    return -(-count * topk_ppm // _PPM)
 
 
 def largest(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:

@@ -1,7 +1,7 @@
 """What a user may set: the stages, their keys, and an experiment of all of them."""
 
 from fedpet.config.experiment import Experiment, Scalar
-from fedpet.config.stages import (
+from fedpet.config.schema import (
     DEVICES,
     MAX_TIERS,
     BackboneConfig,

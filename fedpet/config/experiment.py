@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from fedpet.config.stages import (
+from fedpet.config.parsing import read_stage, refuse_unknown, with_overrides
+from fedpet.config.schema import (
     BackboneConfig,
     CodecConfig,
     DataConfig,
@@ -27,10 +28,9 @@ from fedpet.config.stages import (
     StructureConfig,
     TrainingConfig,
 )
-from fedpet.config.tables import read_stage, refuse_unknown, with_overrides
+from fedpet.config.strategy_parameters import ROBUST_STRATEGIES, STRATEGY_PARAMETERS
 from fedpet.errors import ConfigError
-from fedpet.paths import absolute, expand
-from fedpet.rules import COMPARING, RULES
+from fedpet.utils.paths import absolute, expand
 
 Scalar = str | int | float | bool
 
@@ -89,8 +89,8 @@ class Experiment:
                 "has no proximal term: name the strategy 'fedprox', or set it to 0."
             )
         self._check_search()
-        if len(self.mask.tiers) > 1 and self.strategy.name in COMPARING:
-            means = ", ".join(name for name in RULES if name not in COMPARING)
+        if len(self.mask.tiers) > 1 and self.strategy.name in ROBUST_STRATEGIES:
+            means = ", ".join(name for name in STRATEGY_PARAMETERS if name not in ROBUST_STRATEGIES)
             raise ConfigError(
                 f"strategy {self.strategy.name!r} compares whole replies, and clients of several "
                 f"mask.tiers send different entries: take one that averages ({means}), or one tier."
@@ -104,7 +104,7 @@ class Experiment:
                 f"search.federated finds the structure in the run, and structure.file names "
                 f"{self.structure.file!r}: leave one of them out."
             )
-        if self.strategy.name in COMPARING:
+        if self.strategy.name in ROBUST_STRATEGIES:
             raise ConfigError(
                 f"search.federated averages what clients send, and strategy {self.strategy.name!r} "
                 "is there since a mean can be led astray by one of them: search beforehand with "

@@ -7,32 +7,32 @@ Out: a `FederatedData`: the task, the rows to train and evaluate on, the clients
 """
 
 from fedpet.data.classes import ClassCount, count_classes, describe_classes
-from fedpet.data.load import (
-    Census,
+from fedpet.data.dataset import (
+    ClientCounts,
     FederatedData,
     RowBooks,
+    count_clients,
     load_data,
     load_evaluation,
-    take_census,
 )
 from fedpet.data.partition import Client, partition_with
 from fedpet.data.rows import Rows
 from fedpet.data.task import Task
-from fedpet.data.tokenise import hash_tokenizer
+from fedpet.data.tokenize import hash_tokenizer
 
 __all__ = [
-    "Census",
     "ClassCount",
     "Client",
+    "ClientCounts",
     "FederatedData",
     "RowBooks",
     "Rows",
     "Task",
     "count_classes",
+    "count_clients",
     "describe_classes",
     "hash_tokenizer",
     "load_data",
     "load_evaluation",
     "partition_with",
-    "take_census",
 ]

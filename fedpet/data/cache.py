@@ -40,9 +40,7 @@ class Entry:
     meta: Mapping[str, Any]
 
 
-def remembered(
-    cache: Path, kind: str, key: Mapping[str, Any], compute: Callable[[], Entry]
-) -> Entry:
+def cached(cache: Path, kind: str, key: Mapping[str, Any], compute: Callable[[], Entry]) -> Entry:
     """Open the entry of this key, computing and storing it where it is absent or damaged.
 
     Args:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedpet.data.load import FederatedData
+from fedpet.data.dataset import FederatedData
 
 _MOST_SHOWN = 10
 

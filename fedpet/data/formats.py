@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpet.data.separated import parse_separated
-from fedpet.data.table import Piece
+from fedpet.data.split_table import Piece
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 

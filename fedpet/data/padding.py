@@ -6,7 +6,7 @@ Out: a `Padding`, the same on every machine that holds the same checkpoint.
 Attention is masked on padding, so an encoder gives the same logits whatever the token is. A
 classifier that reads the last token of a text (GPT-2, Llama, Mistral, Qwen2) finds it as the last
 that is not `pad_token_id` of its configuration: there both must name one token, or logits depend
-on the batch. `fedpet/inputs.py` sees to that.
+on the batch. `fedpet/training/input_checks.py` sees to that.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ def padding_of(tokenizer: Any, config: Any, where: str) -> Padding:
     The token is the first that can stand for padding, of: the tokeniser's padding token, the
     configuration's, the tokeniser's end token, the configuration's, any special token of the
     tokeniser. So one that both name is kept; where one of them names none, the other's is taken;
-    where they differ, the tokeniser's, and `fedpet/inputs.py` moves the model to it if the model's
+    where they differ, the tokeniser's, and `fedpet/training/input_checks.py` moves the model to it
+    if the model's
     logits ask for that; where neither names one, the end token.
 
     A token can stand for padding if the model has a row for it, and if no text becomes it: GPT-2's

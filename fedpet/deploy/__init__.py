@@ -6,6 +6,6 @@ In:  an experiment, the server's address, the nodes' names.
 Out: a folder `server/` and a folder a node, each to be copied to its machine as it is.
 """
 
-from fedpet.deploy.folder import Deployment, NodePlace, write_deployment
+from fedpet.deploy.deployment import Deployment, NodeSpec, write_deployment
 
-__all__ = ["Deployment", "NodePlace", "write_deployment"]
+__all__ = ["Deployment", "NodeSpec", "write_deployment"]

@@ -14,17 +14,17 @@ updates as the optimiser would make them of random gradients, and has the codec 
 """
 
 from fedpet.estimate.cost import Estimate, estimate
-from fedpet.estimate.layout import Layout, lay_out
 from fedpet.estimate.links import LINKS, Link, find_links
-from fedpet.estimate.outline import outline
+from fedpet.estimate.meta_model import outline
+from fedpet.estimate.value_counts import Layout, count_values
 
 __all__ = [
     "LINKS",
     "Estimate",
     "Layout",
     "Link",
+    "count_values",
     "estimate",
     "find_links",
-    "lay_out",
     "outline",
 ]

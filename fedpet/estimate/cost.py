@@ -18,29 +18,24 @@ from typing import Any
 
 import numpy as np
 
-from fedpet.backbone import Backbone
+from fedpet.backbone.pretrained import Backbone
+from fedpet.client.node_config import make_cache
 from fedpet.codec import check_codecs
-from fedpet.codec.frame import HEADER_BYTES
 from fedpet.codec.integers import GRIDS
-from fedpet.codec.names import parse_codec
+from fedpet.codec.spec import parse_codec
 from fedpet.config import Experiment
-from fedpet.data import Census, Task, take_census
+from fedpet.data import ClientCounts, Task, count_clients
 from fedpet.data.task import check_label_names
 from fedpet.errors import ConfigError, DataError
-from fedpet.estimate.downlink import frames_down
-from fedpet.estimate.draws import Draws, draw
-from fedpet.estimate.layout import LORA_RANK, Layout, lay_out
+from fedpet.estimate.downlink_sizes import frames_down
 from fedpet.estimate.links import LINKS, Link
-from fedpet.estimate.messages import (
-    made_up_plan,
-    reply_bytes,
-    request_bytes,
-    roll_call_bytes,
-)
-from fedpet.estimate.outline import outline
-from fedpet.estimate.updates import is_fixed, local_steps, payloads
-from fedpet.node_settings import make_cache
-from fedpet.plan import Plan
+from fedpet.estimate.message_sizes import made_up_plan, reply_bytes, request_bytes, roll_call_bytes
+from fedpet.estimate.meta_model import outline
+from fedpet.estimate.participants import Draws, draw
+from fedpet.estimate.payload_simulation import is_fixed, local_steps, payloads
+from fedpet.estimate.value_counts import LORA_RANK, Layout, count_values
+from fedpet.protocol.frame import HEADER_BYTES
+from fedpet.protocol.plan import Plan
 
 __all__ = ["Estimate", "estimate"]
 
@@ -117,7 +112,7 @@ def estimate(
     backbone = outline(
         experiment.backbone, num_outputs=task.num_outputs, regression=task.kind == "regression"
     )
-    layout = lay_out(backbone, experiment)
+    layout = count_values(backbone, experiment)
     plan = made_up_plan(experiment, layout, task)
     tiers = [layout.kinds(tier) for tier in range(len(layout.tier_masks))]
     counts = [sum(size for _, size in kinds) for kinds in tiers]
@@ -125,7 +120,7 @@ def estimate(
     up = _mean(
         lengths.up[r, taker.tier] for r, takers in enumerate(draws.rounds) for taker in takers
     )
-    frames = frames_down(lengths, counts, draws.rounds, plan.sends_changes)
+    frames = frames_down(lengths, counts, draws.rounds, plan.is_delta_downlink)
     down = _mean(length for each in frames for length in each)
     uplink = up + reply_bytes(round(up)) - round(up)
     downlink = down + request_bytes(round(down), plan) - round(down)
@@ -186,7 +181,7 @@ def _run(experiment: Experiment, backbone: Backbone, plan: Plan, draws: Draws) -
         "strategy": experiment.strategy.name,
         "codec_up": _named(codec.up, codec.head_up),
         "codec_down": _named(codec.down, codec.head_down),
-        "downlink": "changes" if plan.sends_changes else "values",
+        "downlink": "changes" if plan.is_delta_downlink else "values",
         "error_feedback": codec.error_feedback,
         "rounds": len(draws.rounds),
         "clients": draws.num_clients,
@@ -216,7 +211,7 @@ def _model(
 
 def _census(
     experiment: Experiment, num_clients: int | None, rows_per_client: int | None, notes: list[str]
-) -> Census | None:
+) -> ClientCounts | None:
     """The data's clients; None where the user tells their number, or the configuration does."""
     if num_clients is not None:
         if num_clients < 1 or (rows_per_client is not None and rows_per_client < 1):
@@ -230,7 +225,7 @@ def _census(
             "with it, or leave it out."
         )
     try:
-        return take_census(experiment.data, experiment.population, cache=make_cache(experiment))
+        return count_clients(experiment.data, experiment.population, cache=make_cache(experiment))
     except DataError as error:
         if experiment.population.partition == "column":
             raise DataError(
@@ -304,7 +299,7 @@ def _seconds(
 def _tolerance(plan: Plan, draws: Draws) -> float:
     codec, training = plan.codec, plan.training
     names = [name for name in (codec.up, codec.down, codec.head_up, codec.head_down) if name]
-    if is_fixed(*names) and not plan.sends_changes and draws.known:
+    if is_fixed(*names) and not plan.is_delta_downlink and draws.known:
         return 0.0
     steps = [local_steps(taker.num_rows, training) for takers in draws.rounds for taker in takers]
     single = sum(count == 1 for count in steps) / len(steps)
@@ -313,7 +308,7 @@ def _tolerance(plan: Plan, draws: Draws) -> float:
     return max(
         _TOLERANCE if draws.known else _TOLERANCE_OF_ROWS,
         _TOLERANCE_OF_SCALES * scaled,
-        _TOLERANCE_OF_TAILS * any(codec.top_ppm for codec in parsed),
+        _TOLERANCE_OF_TAILS * any(codec.topk_ppm for codec in parsed),
         _TOLERANCE_OF_TAILS * (scaled and training.optimizer == "sgd"),
         _TOLERANCE_OF_ONE_STEP * single,
     )

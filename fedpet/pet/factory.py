@@ -12,13 +12,13 @@ from typing import TYPE_CHECKING
 
 from torch import nn
 
-from fedpet.backbone import Backbone
-from fedpet.classifier import outside_base
+from fedpet.backbone.classifier import outside_base
+from fedpet.backbone.module_roles import find_target_modules, maskable_weights
+from fedpet.backbone.pretrained import Backbone
 from fedpet.errors import ConfigError, StructureError
-from fedpet.mask import build_mask
-from fedpet.model import PetModel
+from fedpet.pet.mask import build_mask
+from fedpet.pet.model import PetModel
 from fedpet.pet.trainable_model import check_plain
-from fedpet.positions import find_positions, mask_scope
 
 if TYPE_CHECKING:
     from fedpet.pet.pet_config import PetConfig
@@ -62,12 +62,12 @@ def get_pet_model(model: nn.Module, config: PetConfig) -> PetModel:
     """
     check_plain(model)
     head = trained_in_full(model, config.modules_to_save)
-    structure = config.structure(find_positions(model, head))
+    structure = config.structure(find_target_modules(model, head))
     if config.mask is None and not structure.modules and not head:
         raise ConfigError(
             "a PetConfig must name something to train: a mask, modules or modules_to_save."
         )
-    mask = None if config.mask is None else build_mask(mask_scope(model, head), config.mask)
+    mask = None if config.mask is None else build_mask(maskable_weights(model, head), config.mask)
     model.requires_grad_(False)
     backbone = Backbone(
         source=str(getattr(getattr(model, "config", None), "_name_or_path", "")),

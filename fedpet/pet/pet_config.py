@@ -10,12 +10,12 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from fedpet.backbone.module_roles import Position
 from fedpet.config import MaskConfig
 from fedpet.errors import ConfigError, StructureError
-from fedpet.modules.registry import KINDS, PRESETS
+from fedpet.pet.modules.registry import KINDS, PRESETS
+from fedpet.pet.structure import ModuleSpec, Structure, spec_of
 from fedpet.pet.target_modules import TargetModules, choose_targets
-from fedpet.positions import Position
-from fedpet.structure import ModuleSpec, Structure, spec_of
 
 __all__ = [
     "AdapterConfig",

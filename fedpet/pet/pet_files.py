@@ -23,16 +23,16 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from fedpet import __version__
-from fedpet.backbone import Backbone, fingerprint
+from fedpet.backbone.module_roles import maskable_weights
+from fedpet.backbone.pretrained import Backbone, fingerprint
 from fedpet.config import MaskConfig
 from fedpet.errors import BackboneError, InputError
-from fedpet.mask import Mask, build_mask
+from fedpet.pet.mask import Mask, build_mask
+from fedpet.pet.structure import Structure
 from fedpet.pet.trainable_model import check_plain
-from fedpet.positions import mask_scope
-from fedpet.structure import Structure
 
 if TYPE_CHECKING:
-    from fedpet.model import PetModel
+    from fedpet.pet.model import PetModel
 
 __all__ = ["CONFIG_FILE", "VALUES_FILE", "load_pet", "save_pet"]
 
@@ -116,7 +116,7 @@ def load_pet(make: Callable[..., PetModel], model: nn.Module, folder: Path) -> P
     )
     for tier, segments in enumerate(pet.tiers):  # the one that was in use
         if sum(segment.size for segment in segments) == table["num_values"]:
-            pet.use_tier(tier)
+            pet.set_tier(tier)
     parts = [tensors.pop(f"delta/{s.kind}/{s.name}", torch.empty(0)) for s in pet.segments]
     sizes = [segment.size for segment in pet.segments]
     if [part.numel() for part in parts] != sizes or _under("delta/", tensors):
@@ -160,7 +160,7 @@ def _mask(
     """The mask, and the configuration that gives it where there is one."""
     if table is None:
         return None, None
-    scope = mask_scope(model, head)
+    scope = maskable_weights(model, head)
     if not table:
         sizes = {name: weight.numel() for name, weight in scope.items()}
         return Mask(_under("positions/", tensors), sizes), None

@@ -9,8 +9,8 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Collection, Sequence
 
+from fedpet.backbone.module_roles import Position
 from fedpet.errors import StructureError
-from fedpet.positions import Position
 
 __all__ = ["TargetModules", "choose_targets"]
 
@@ -32,7 +32,7 @@ def choose_targets(
     """Choose among the positions that can carry a kind of module.
 
     Args:
-        positions: Of the model, from `find_positions`.
+        positions: Of the model, from `find_target_modules`.
         wanted: See `TargetModules`.
         kinds: Of positions, that can carry the module: "linear", "norm", ...
         usual: Says which are taken where `wanted` is None.

@@ -20,24 +20,24 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from fedpet.backbone.module_roles import find_target_modules
 from fedpet.errors import BackboneError
-from fedpet.layout import Segment, places_of, segments_of
-from fedpet.modules.base import PetModule
-from fedpet.modules.build import build_mask, build_structure
-from fedpet.modules.head import HeadTensor
-from fedpet.modules.product import PRODUCTS
-from fedpet.modules.site import build_sites
-from fedpet.modules.storage import FlatStorage, is_adapted
+from fedpet.pet.kernels.matmul import PRODUCTS
+from fedpet.pet.layers.flat_parameters import FlatParameters, is_adapted
+from fedpet.pet.layers.injection import build_sites
+from fedpet.pet.layout import Segment, segments_of, split_trainables
+from fedpet.pet.modules.base import PetModule
+from fedpet.pet.modules.building import build_mask, build_structure
+from fedpet.pet.modules.head import HeadTensor
+from fedpet.pet.structure import Structure
 from fedpet.pet.wrapper import ModelWrapper
-from fedpet.positions import find_positions
-from fedpet.structure import Structure
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedpet.backbone import Backbone
+    from fedpet.backbone.pretrained import Backbone
     from fedpet.config import MaskConfig
-    from fedpet.mask import Mask
+    from fedpet.pet.mask import Mask
 
 __all__ = ["TrainableModel", "check_dtype", "check_plain"]
 
@@ -81,7 +81,7 @@ class TrainableModel(ModelWrapper):
             seed: Of the frozen down-projections, which every device must draw alike, and of the
                 first start of the adapters on biases.
             products: Whose matrix products dense layers take: "torch", or "onednn", see
-                fedpet/modules/product.py.
+                fedpet/pet/kernels/matmul.py.
             mask_config: Gives the mask, where `save_pretrained` shall be able to say so.
 
         Raises:
@@ -104,7 +104,7 @@ class TrainableModel(ModelWrapper):
         """Put mask, modules and head on the model, at zero values."""
         backbone, mask = self._backbone, self._chosen
         model = backbone.model
-        positions = find_positions(model, backbone.head)
+        positions = find_target_modules(model, backbone.head)
         self._mask = build_mask(model, {} if mask is None else mask.positions)
         tiers = () if mask is None else mask.tiers
         self._structure = build_structure(model, positions, self.structure, self.seed)
@@ -113,8 +113,8 @@ class TrainableModel(ModelWrapper):
         self._pet_modules: list[PetModule] = [*masks, *self._structure, *heads]
         product = PRODUCTS[self._products]
         self._sites = build_sites(model, positions, weights, self._structure, product)
-        earlier: FlatStorage | None = self.__dict__.get("_storage")
-        self._storage = FlatStorage(
+        earlier: FlatParameters | None = self.__dict__.get("_storage")
+        self._storage = FlatParameters(
             model, self._pet_modules, None if earlier is None else earlier.groups
         )
         self._hook = self._storage.hook(model)
@@ -176,7 +176,7 @@ class TrainableModel(ModelWrapper):
     # What is communicated.
 
     @torch.no_grad()
-    def use_tier(self, tier: int) -> None:
+    def set_tier(self, tier: int) -> None:
         """Be the model of one tier from now on: only its prefix of the mask is trained and sent.
 
         The model stands at the checkpoint afterwards, as it would with a mask of that density
@@ -201,9 +201,9 @@ class TrainableModel(ModelWrapper):
         """What is sent: float32, (num_values,), on the CPU, a copy; zeros are the checkpoint."""
         flat = self._storage.flat
         values = flat.new_empty(self.num_values)
-        for place, stretch in self._as_they_lie:
+        for place, stretch in self._direct:
             values[place] = flat[stretch]
-        for module, place in self._own_way:
+        for module, place in self._indirect:
             values[place] = module.read()
         return values.to(device="cpu", dtype=torch.float32)
 
@@ -222,9 +222,9 @@ class TrainableModel(ModelWrapper):
             )
         flat = self._storage.flat
         values = values.to(flat)
-        for place, stretch in self._as_they_lie:
+        for place, stretch in self._direct:
             flat[stretch] = values[place]
-        for module, place in self._own_way:
+        for module, place in self._indirect:
             module.write(values[place], seed)
         self._storage.gradient.zero_()
         self._storage.write()
@@ -296,7 +296,7 @@ class TrainableModel(ModelWrapper):
 
     @torch.no_grad()
     def _go_to(self, tier: int, flat: Tensor, origins: Tensor) -> None:
-        self.use_tier(tier)
+        self.set_tier(tier)
         self._storage.flat.copy_(flat)
         self.set_extra_state(origins)
 
@@ -320,7 +320,7 @@ class TrainableModel(ModelWrapper):
     def _take_layout(self, segments: tuple[Segment, ...]) -> None:
         self.segments = segments
         self.num_values = sum(segment.size for segment in segments)
-        self._as_they_lie, self._own_way = places_of(self._pet_modules)
+        self._direct, self._indirect = split_trainables(self._pet_modules)
 
 
 def check_dtype(what: str, dtype: torch.dtype) -> None:

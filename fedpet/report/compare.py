@@ -19,7 +19,7 @@ from rich.measure import Measurement
 from rich.table import Table
 from rich.text import Text
 
-from fedpet.report.rows import Column, Row, columns_of, compare_rows, notes
+from fedpet.report.comparison import Column, Row, columns_of, compare_rows, notes
 
 __all__ = ["compare_table"]
 

@@ -2,7 +2,7 @@
 
     ... -> strategy -> ledger -> [report]
 
-In:  a `Report` (fedpet/report/reading.py).
+In:  a `Report` (fedpet/report/loading.py).
 Out: one HTML file that loads nothing, or the main plot as PNG.
 
 The plots are drawn beforehand (`fedpet.report.plots`), so the page needs no script. A number that
@@ -16,8 +16,8 @@ from html import escape
 from pathlib import Path
 
 from fedpet.errors import InputError
+from fedpet.report.loading import Report
 from fedpet.report.plots import metric_png
-from fedpet.report.reading import Report
 from fedpet.report.sections import SECTIONS
 
 __all__ = ["page", "write_page", "write_png"]

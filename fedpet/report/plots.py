@@ -28,8 +28,8 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from fedpet.report.books import KINDS, Curve, Point
-from fedpet.units import show_bytes
+from fedpet.report.curves import KINDS, Curve, Point
+from fedpet.utils.formatting import format_bytes
 
 __all__ = ["Line", "bytes_svg", "metric_png", "metric_svg"]
 
@@ -188,7 +188,7 @@ def _draw_metric(
     else:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
-    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: show_bytes(value)))
+    axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     axes.set_xlabel(
         f"{_DIRECTIONS[direction]}{', log scale' if logarithmic else ''}", color=colours["muted"]
     )
@@ -250,10 +250,10 @@ def _draw_bytes(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> dict[str, li
         )
         for number, bar, height in zip(numbers, bars, heights, strict=True):
             bar.set_gid(f"bar-{name}-{number}")
-            told = f"{names[number]}, {name}: {show_bytes(height)}"
+            told = f"{names[number]}, {name}: {format_bytes(height)}"
             titles[f"bar-{name}-{number}"] = [told]
         below = [low + height for low, height in zip(below, heights, strict=True)]
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: show_bytes(value)))
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_locator(MaxNLocator(12, integer=True, min_n_ticks=1))
     if numbers:
@@ -289,7 +289,7 @@ def _gid(index: int) -> str:
 def _told(line: Line, point: Point, metric: str, direction: str) -> str:
     return (
         f"{line.name}, round {point.round}: {metric} {point.metric:.4f} after "
-        f"{show_bytes(_sent(point, direction))}"
+        f"{format_bytes(_sent(point, direction))}"
     )
 
 

@@ -16,7 +16,7 @@ from typing import Any
 
 from fedpet.config import Experiment
 from fedpet.errors import InputError
-from fedpet.report.numbers import show_value
+from fedpet.report.number_format import show_value
 
 __all__ = ["read_results"]
 

@@ -1,6 +1,6 @@
 """The sections of a page, in their order: each takes a report and yields HTML.
 
-In:  a `Report` (fedpet/report/reading.py).
+In:  a `Report` (fedpet/report/loading.py).
 Out: the key figures; the metric against bytes; bytes by round and kind; where it trains; the gates
      of a search; what was refused; the configuration; the versions.
 """
@@ -13,11 +13,13 @@ from typing import Any
 
 import fedpet
 from fedpet.config import Experiment
-from fedpet.report.books import KINDS
-from fedpet.report.gates import gate_html, structure_facts
+from fedpet.report.comparison import Row, columns_of, notes
+from fedpet.report.curves import KINDS
+from fedpet.report.gate_tables import gate_html, structure_facts
+from fedpet.report.heatmaps import density_map, structure_map
 from fedpet.report.html import FULLEST, section, swatch, swatch_of, table
-from fedpet.report.maps import density_map, structure_map
-from fedpet.report.numbers import (
+from fedpet.report.loading import Report
+from fedpet.report.number_format import (
     show_baseline,
     show_percent,
     show_predicted,
@@ -25,10 +27,8 @@ from fedpet.report.numbers import (
     show_value,
 )
 from fedpet.report.plots import bytes_svg, metric_svg
-from fedpet.report.reading import Report
 from fedpet.report.refusals import count_refusals
-from fedpet.report.rows import Row, columns_of, notes
-from fedpet.units import show_bytes, show_seconds
+from fedpet.utils.formatting import format_bytes, show_seconds
 
 __all__ = ["SECTIONS"]
 
@@ -66,11 +66,11 @@ def _key_figures(report: Report) -> Iterator[str]:
         (
             "of dense FedAvg's bytes",
             show_ratio(sent["ratio_to_dense"]),
-            f"{show_bytes(sent['dense_fedavg_total_bytes'])} by formula",
+            f"{format_bytes(sent['dense_fedavg_total_bytes'])} by formula",
         ),
         (
             "sent in total",
-            show_bytes(sent["total_bytes"]),
+            format_bytes(sent["total_bytes"]),
             f"in {rounds} rounds, plan included{_of_search(sent)}",
         ),
         (
@@ -78,9 +78,9 @@ def _key_figures(report: Report) -> Iterator[str]:
             f"{model['communicated_values']:,}",
             f"{show_percent(share)} of the parameters",
         ),
-        ("up, a client and round", show_bytes(sent["uplink_bytes_per_client_round"]), ""),
-        ("down, a client and round", show_bytes(sent["downlink_bytes_per_client_round"]), ""),
-        ("plan, a client, once", show_bytes(sent["plan_bytes_per_client"]), ""),
+        ("up, a client and round", format_bytes(sent["uplink_bytes_per_client_round"]), ""),
+        ("down, a client and round", format_bytes(sent["downlink_bytes_per_client_round"]), ""),
+        ("plan, a client, once", format_bytes(sent["plan_bytes_per_client"]), ""),
         (
             "time",
             show_seconds(result["time"]["total_seconds"]),
@@ -99,7 +99,7 @@ def _of_search(sent: Mapping[str, Any]) -> str:
     search = sent.get("by_kind", {}).get("search")
     if search is None:
         return ""
-    return f"; {show_bytes(search['total_bytes'])} of it in {search['rounds']} rounds of a search"
+    return f"; {format_bytes(search['total_bytes'])} of it in {search['rounds']} rounds of a search"
 
 
 def _quality(report: Report) -> Iterator[str]:
@@ -155,7 +155,7 @@ def _comparison(report: Report, rows: Sequence[Row]) -> str:
 def _bytes(report: Report) -> Iterator[str]:
     sent = report.result["communication"]
     legend = "".join(
-        f"<li>{swatch(name)}{name} {show_bytes(sent[kind])}</li>"
+        f"<li>{swatch(name)}{name} {format_bytes(sent[kind])}</li>"
         for kind, name in zip(KINDS, ("up", "down", "plan"), strict=True)
     )
     parts = [f'<ul class="legend">{legend}</ul>']

@@ -9,26 +9,26 @@ Out: a `SearchResult` with a `Structure`; or a random one under the same budget.
 
 from fedpet.config import SearchConfig
 from fedpet.search.bilevel import BiLevel, StepLosses, hypergradient, virtual_step
-from fedpet.search.gates import concrete, expected_size, probabilities, solve_zeta, uniform
-from fedpet.search.local import SearchModel, client_config, split_in_two
-from fedpet.search.manual import manual_structure
-from fedpet.search.search import (
+from fedpet.search.central import (
     SearchProgress,
     SearchResult,
     Split,
+    candidate_records,
     check_structure,
     random_structure,
     search_structure,
     split_rows,
     step_batches,
-    told_candidates,
 )
+from fedpet.search.gates import concrete, expected_size, probabilities, solve_zeta, uniform
+from fedpet.search.manual import manual_structure
+from fedpet.search.on_client import SearchModel, client_config, split_in_two
 from fedpet.search.select import chosen_size, select, select_at_random
 from fedpet.search.settings import (
     budget_values,
-    deciding,
     deviations,
     faithful,
+    reproducible_settings,
     settle,
     temperature,
 )
@@ -54,11 +54,11 @@ __all__ = [
     "StepLosses",
     "budget_values",
     "build_space",
+    "candidate_records",
     "check_structure",
     "chosen_size",
     "client_config",
     "concrete",
-    "deciding",
     "deviations",
     "expected_size",
     "faithful",
@@ -66,6 +66,7 @@ __all__ = [
     "manual_structure",
     "probabilities",
     "random_structure",
+    "reproducible_settings",
     "search_structure",
     "select",
     "select_at_random",
@@ -77,7 +78,6 @@ __all__ = [
     "split_rows",
     "step_batches",
     "temperature",
-    "told_candidates",
     "uniform",
     "virtual_step",
 ]

@@ -37,15 +37,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedpet.backbone.device import device_of, moved
 from fedpet.config import SearchConfig
-from fedpet.device import device_of, moved
 from fedpet.errors import ConfigError, TrainingError
-from fedpet.model import PetModel
+from fedpet.pet.model import PetModel
 from fedpet.search.gates import concrete, probabilities, uniform
 from fedpet.search.select import select
 from fedpet.search.settings import temperature
 from fedpet.search.space import Space
-from fedpet.seeds import derive_seed
+from fedpet.utils.seeds import derive_seed
 
 __all__ = ["BiLevel", "StepLosses", "hypergradient", "virtual_step"]
 
@@ -325,7 +325,7 @@ class BiLevel:
         return StepLosses(theta_loss, alpha_loss)
 
     @torch.no_grad()
-    def begin_at(self, steps_done: int, alpha: Tensor) -> None:
+    def continue_from(self, steps_done: int, alpha: Tensor) -> None:
         """Take up a search at a step, with an alpha of others; the model has their values.
 
         The optimisers begin anew: their moments are of steps that were taken elsewhere.

@@ -2,7 +2,7 @@
 
     ... -> structure -> [search] -> model -> ...
 
-In:  presets joined by "+" (fedpet/structure.py), a budget in values.
+In:  presets joined by "+" (fedpet/pet/structure.py), a budget in values.
 Out: a `Structure` inside the budget.
 
 Where the presets as a whole fit, they are taken as a whole, ranked modules with the highest rank
@@ -18,11 +18,11 @@ from dataclasses import replace
 
 from torch import nn
 
+from fedpet.backbone.module_roles import find_target_modules
 from fedpet.errors import StructureError
-from fedpet.positions import find_positions
+from fedpet.pet.structure import Structure, preset
 from fedpet.search.select import chosen_size, select
 from fedpet.search.space import Space, space_of_structure
-from fedpet.structure import Structure, preset
 
 __all__ = ["manual_structure"]
 
@@ -51,7 +51,7 @@ def manual_structure(
     Raises:
         StructureError: An unknown preset, or a budget below its smallest module.
     """
-    positions = find_positions(model, head)
+    positions = find_target_modules(model, head)
 
     def at_rank(r: int) -> Space:
         whole = preset(names, positions, rank=r, scale=scale * rank / r)

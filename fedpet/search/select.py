@@ -40,7 +40,7 @@ def select(
         Indices in the order of choice.
     """
     order = sorted(range(len(sizes)), key=lambda index: -p[index])  # stable
-    bill = _Bill(sizes, budget, tensors)
+    bill = _Budget(sizes, budget, tensors)
     return [index for index in order if bill.take(index)]
 
 
@@ -49,7 +49,7 @@ def select_at_random(
 ) -> list[int]:
     """Take candidates uniformly among those that still fit, until none does."""
     generator = np.random.default_rng(seed)
-    bill = _Bill(sizes, budget, tensors)
+    bill = _Budget(sizes, budget, tensors)
     left = list(range(len(sizes)))
     chosen: list[int] = []
     while left := [index for index in left if bill.fits(index)]:
@@ -67,7 +67,7 @@ def chosen_size(
     return sum(dict(zip(names, (sizes[index] for index in chosen), strict=True)).values())
 
 
-class _Bill:
+class _Budget:
     """What is left of a budget, and of the tensors."""
 
     def __init__(

@@ -1,6 +1,6 @@
 """How a search goes: the preset that follows the paper's code, what leaves it, and budgets.
 
-In:  a `SearchConfig` (fedpet/config/stages.py).
+In:  a `SearchConfig` (fedpet/config/schema.py).
 Out: its deviations from the paper in words, and its budget in values.
 
 Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), released code: `faithful`.
@@ -13,10 +13,17 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from fedpet.config import SearchConfig, TrainingConfig
-from fedpet.config.entries import rates_by_kind
+from fedpet.config.value_checks import rates_by_kind
 from fedpet.errors import ConfigError, StructureError
 
-__all__ = ["budget_values", "deciding", "deviations", "faithful", "settle", "temperature"]
+__all__ = [
+    "budget_values",
+    "deviations",
+    "faithful",
+    "reproducible_settings",
+    "settle",
+    "temperature",
+]
 
 _BATCHES = (15, 16, 32)  # of the paper's tasks, its 5 for the longest texts left out
 _NUMBERS = ("rate", "alpha_rate", "clip_norm", "beta", "rank", "scale")
@@ -55,7 +62,7 @@ def deviations(config: SearchConfig, logit_adjustment: float = 0.0) -> tuple[str
     return tuple(text for text, holds in found.items() if holds)
 
 
-def deciding(config: SearchConfig) -> dict[str, Any]:
+def reproducible_settings(config: SearchConfig) -> dict[str, Any]:
     """The settings that a structure tells: those of a federated search where it was one."""
     table = {**asdict(config), "rates": list(config.rates)}
     if not config.federated:

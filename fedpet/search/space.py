@@ -27,11 +27,11 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 
+from fedpet.backbone.module_roles import Position, find_target_modules
 from fedpet.errors import ConfigError, StructureError
-from fedpet.modules.base import output_width
-from fedpet.modules.registry import KINDS
-from fedpet.positions import Position, find_positions
-from fedpet.structure import ModuleSpec, Structure, spec_of
+from fedpet.pet.modules.base import output_width
+from fedpet.pet.modules.registry import KINDS
+from fedpet.pet.structure import ModuleSpec, Structure, spec_of
 
 if TYPE_CHECKING:
     from collections.abc import Collection
@@ -169,7 +169,7 @@ def build_space(
     if rank < 1:
         raise ConfigError(f"the rank of a search's candidates must be at least 1, got {rank}.")
     candidates = []
-    for position in find_positions(model, head):
+    for position in find_target_modules(model, head):
         for kind, wanted in _rules(name):
             if wanted(position):
                 spec = spec_of(kind, position.name, rank=rank, scale=scale)
@@ -197,7 +197,7 @@ def space_of_structure(
     model: nn.Module, structure: Structure, name: str, *, head: Collection[str] = ()
 ) -> Space:
     """The modules of a structure as candidates: what each of them sends, and where it is."""
-    places = {(p.name, p.kind == "block"): p for p in find_positions(model, head)}
+    places = {(p.name, p.kind == "block"): p for p in find_target_modules(model, head)}
     candidates = []
     for spec in structure.modules:
         position = places[spec.target, "block" in KINDS[spec.kind].targets]
@@ -211,7 +211,7 @@ def _candidate(spec: ModuleSpec, position: Position, model: nn.Module) -> Candid
 
 
 def _size(spec: ModuleSpec, position: Position, module: nn.Module) -> int:
-    """Values that a module sends, as `fedpet.modules` lays them out."""
+    """Values that a module sends, as `fedpet.pet.modules` lays them out."""
     d_in, d_out = position.in_features, position.out_features
     if position.kind == "block":
         d_in = d_out = output_width(module)

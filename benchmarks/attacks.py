@@ -1,0 +1,283 @@
+"""Aggregation rules under attack: a fifth of each round's clients lie, and what that costs.
+
+    rules x attacks -> a cell each -> one table
+
+In:  an experiment (the default job on fewer, shorter rows), four rules, what liars send.
+Out: `RESULTS/attacks/RULE-ATTACK.json`, a cell each, and the table's figures in one file.
+
+    python -m benchmarks.attacks --out attacks.json
+
+A liar trains like everyone and then sends, instead of its update u: -10 u ("sign-flip"), Gaussian
+noise of ten times the norm of u ("random"), or NaN. It says so in a proper frame of the right plan,
+round and length, with a checksum that fits. Who lies is drawn anew each round, two of ten clients;
+trimming and Krum are told that number. A cell that is there is not run again.
+
+Everything runs in this process, one client after another: a cell's time is that of one core.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import logging
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from benchmarks.table import Cell, Method, Rate, read_cell, write_cell
+from fedpet.client.node import Node
+from fedpet.client.node_config import NodeSettings
+from fedpet.codec import decode_values, encode_values
+from fedpet.codec.floats import encode_float32
+from fedpet.config import Experiment
+from fedpet.config.builtin import experiment_file
+from fedpet.errors import ConfigError, FedpetError, InputError, RunError
+from fedpet.pet.layout import quantisation_groups
+from fedpet.protocol.frame import Frame, pack_frame, pack_refusal, unpack_frames
+from fedpet.protocol.request import read_request
+from fedpet.report.number_format import show_metric
+from fedpet.run.federate import Prepared, federate, prepare
+from fedpet.run.local_grid import LocalGrid
+from fedpet.run.ray_engine import quiet_flower
+from fedpet.run.run_folder import RunFolder
+from fedpet.utils.seeds import derive_seed
+
+LIARS = 0.2  # fraction of a round's clients, rounded down
+FACTOR = 10.0
+ROUNDS = 15
+CLIENTS = 10
+# A cell of the default job within minutes on one core: its clients with fewer and shorter rows.
+SMALLER = (
+    f"strategy.num-rounds={ROUNDS}",
+    f"strategy.clients-per-round={CLIENTS}",
+    f"strategy.evaluate-every={ROUNDS}",
+    "data.max-train-rows=4000",
+    "data.max-eval-rows=600",
+    "data.max-length=32",
+    "population.min-rows=4",
+    "run.workers=1",
+    "codec.up=float32",  # what is told apart is the rules
+    "codec.down=float32",
+    "codec.downlink=changes",
+    "training.first-token-only=false",  # their cells were run with whole passes
+)
+STRATEGY_PARAMETERS = {
+    "fedavg": (),
+    "fedmedian": (),
+    "fedtrimmedavg": (f"strategy.trim-fraction={LIARS}",),
+    "krum": (f"strategy.num-malicious={int(LIARS * CLIENTS)}",),
+}
+RESULTS = Path(__file__).parent / "results" / "attacks"
+
+Lie = Callable[[np.ndarray, np.random.Generator], np.ndarray]
+
+
+def _sign_flip(update: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    return -FACTOR * update
+
+
+def _random(update: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    noise = generator.normal(size=len(update))
+    return FACTOR * np.linalg.norm(update) / np.linalg.norm(noise) * noise
+
+
+def _nan(update: np.ndarray, generator: np.random.Generator) -> np.ndarray:
+    return np.full_like(update, np.nan)
+
+
+ATTACKS: dict[str, Lie | None] = {
+    "none": None,
+    "sign-flip": _sign_flip,
+    "random": _random,
+    "nan": _nan,
+}
+
+
+class Liars:
+    """A node some of whose clients lie.
+
+    Args:
+        answer: The honest node's.
+        prepared: Of the run: how its frames are coded, and its seed.
+        lie: What a liar makes of its update, float32, (num_values,).
+    """
+
+    def __init__(
+        self, answer: Callable[[bytes], bytes], prepared: Prepared, lie: Lie | None
+    ) -> None:
+        self._answer = answer
+        self._groups = quantisation_groups(prepared.pet.segments)
+        self._seed = prepared.plan.seed
+        self._lie = lie
+
+    def answer(self, payload: bytes) -> bytes:
+        """What the node sends back."""
+        whole = self._answer(payload)
+        if self._lie is None:
+            return whole
+        clients = sorted(read_request(payload).clients)
+        parts = list(unpack_frames(whole, max_frames=len(clients), max_payload_bytes=len(whole)))
+        liars = self._liars(clients, parts[0].server_round)
+        return b"".join(
+            pack_refusal(part)
+            if not isinstance(part, Frame)
+            else pack_frame(self._twisted(part) if part.client in liars else part)
+            for part in parts
+        )
+
+    def _liars(self, clients: Sequence[int], server_round: int) -> set[int]:
+        generator = np.random.default_rng(derive_seed("liars", self._seed, server_round))
+        drawn = generator.choice(len(clients), int(LIARS * len(clients)), replace=False)
+        return {clients[index] for index in drawn}
+
+    def _twisted(self, frame: Frame) -> Frame:
+        assert self._lie is not None
+        seed = derive_seed("client", self._seed, frame.server_round, frame.client)
+        seed = derive_seed("encode", seed)
+        update = decode_values(frame.payload, frame.codec, self._groups, seed=seed)
+        generator = np.random.default_rng(derive_seed("lie", seed))
+        twisted = self._lie(update, generator).astype(np.float32)
+        if np.isfinite(twisted).all():
+            payload = encode_values(twisted, frame.codec, self._groups, seed=seed)
+        else:  # the codec refuses to write it: a liar's own does not
+            assert frame.codec == "float32", "NaN is sent by the lossless codec"
+            payload = encode_float32(twisted)
+        return replace(frame, payload=payload)
+
+
+def cells(
+    experiment: str, overrides: Sequence[str], results: Path, seed: int
+) -> Iterator[tuple[str, str, Cell]]:
+    """Every rule under every attack, with the cell that holds what came out."""
+    for rule, parameters in STRATEGY_PARAMETERS.items():
+        for attack in ATTACKS:
+            settings = Experiment.from_file(
+                experiment_file(experiment),
+                (*SMALLER, *overrides, f"strategy.name={rule}", *parameters, f"run.seed={seed}"),
+            )
+            name = f"{rule}-{attack}"
+            rate = Rate(settings.training.learning_rate, settings.training.learning_rates)
+            method = Method(name, "fedpet", parameters, (rate,))
+            yield rule, attack, Cell(results / f"{name}-seed{seed}.json", method, rate, settings)
+
+
+class _Silent:
+    def say(self, text: str) -> None: ...
+    def round_done(self, record: object, ledger: object) -> None: ...
+
+
+def run_cell(settings: Experiment, attack: str, folder: Path) -> dict[str, Any]:
+    """Run one cell in this process; a run that learned nothing is a result too."""
+    settings = replace(settings, run=replace(settings.run, out=str(folder)))
+    prepared = prepare(settings, _Silent())
+    assert isinstance(prepared, Prepared), "no search comes before it"
+    liars = Liars(Node(NodeSettings.of(settings)).answer, prepared, ATTACKS[attack])
+    try:
+        with quiet_flower():
+            federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), _Silent())
+    except RunError:
+        if not (folder / "result.json").exists():
+            raise
+    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+    return {**result, "attack": {"kind": attack, "liars": LIARS, "factor": FACTOR}}
+
+
+def run_missing(all_cells: Sequence[tuple[str, str, Cell]], say: Callable[[str], None]) -> None:
+    """Run the cells that are not there yet. All that are there are looked at first."""
+    missing = [entry for entry in all_cells if read_cell(entry[2]) is None]
+    for number, (_, attack, cell) in enumerate(missing, 1):
+        started = time.perf_counter()
+        with tempfile.TemporaryDirectory(prefix="fedpet-cell-") as folder:
+            result = run_cell(cell.experiment, attack, Path(folder))
+        write_cell(cell, result)
+        seconds = time.perf_counter() - started
+        quality = result["quality"]
+        say(
+            f"[{number}/{len(missing)}] {cell.method.name}: {quality['metric']} "
+            f"{show_metric(quality['final'])}, {len(result['refused'])} refused, {seconds:.0f} s"
+        )
+
+
+def summary(all_cells: Sequence[tuple[str, str, Cell]]) -> dict[str, Any]:
+    """The figures of the table: rule -> attack -> what came out."""
+    table: dict[str, Any] = {}
+    for rule, attack, cell in all_cells:
+        result = read_cell(cell)
+        if result is not None:
+            table.setdefault(rule, {})[attack] = {
+                "final": result["quality"]["final"],
+                "before": result["quality"]["before"],
+                "refused": len(result["refused"]),
+                "status": result["run"]["status"],
+                "final_values_sha256": result["final_values_sha256"],
+            }
+    _, _, first = all_cells[0]
+    return {
+        "metric": first.experiment.data.metric,
+        "rounds": first.experiment.strategy.num_rounds,
+        "clients_per_round": first.experiment.strategy.clients_per_round,
+        "liars": LIARS,
+        "factor": FACTOR,
+        "table": table,
+    }
+
+
+def as_text(found: dict[str, Any]) -> str:
+    """The table in Markdown."""
+    lines = [
+        f"{found['metric']} after {found['rounds']} rounds, {found['liars']:.0%} of "
+        f"{found['clients_per_round']} clients a round lie",
+        "",
+        "| rule | " + " | ".join(ATTACKS) + " |",
+        "|---|" + "---:|" * len(ATTACKS),
+    ]
+    for rule in STRATEGY_PARAMETERS:
+        shown = [found["table"].get(rule, {}).get(attack) for attack in ATTACKS]
+        row = ["" if cell is None else show_metric(cell["final"]) for cell in shown]
+        lines.append(f"| {rule} | " + " | ".join(row) + " |")
+    return "\n".join(lines)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.attacks",
+        description="Accuracy of four rules while a fifth of each round's clients lie.",
+    )
+    parser.add_argument("--out", type=Path, required=True, help="the table's figures, JSON")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells")
+    parser.add_argument("--experiment", default="film-reviews")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", dest="overrides")
+    parser.add_argument("--only", action="append", default=[], metavar="RULE-ATTACK")
+    parser.add_argument("--seed", type=int, default=0)
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    all_cells = list(cells(given.experiment, given.overrides, given.results, given.seed))
+    names = [cell.method.name for _, _, cell in all_cells]
+    for name in given.only:
+        if name not in names:
+            raise ConfigError(f"there is no cell {name!r}. Known are: {', '.join(names)}.")
+    chosen = [c for c in all_cells if not given.only or c[2].method.name in given.only]
+    run_missing(chosen, lambda line: print(line, file=sys.stderr, flush=True))
+    found = summary(all_cells)
+    given.out.parent.mkdir(parents=True, exist_ok=True)
+    given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    print(as_text(found))
+    return 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("Interrupted; the same command goes on from here.", file=sys.stderr)
+        sys.exit(130)
+    except FedpetError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)

@@ -1,0 +1,21 @@
+"""What a Flower user does without fedpet, run and metered as fedpet is.
+
+methods -> client -> rounds, and `run` around them
+"""
+
+from benchmarks.baselines.client import reply
+from benchmarks.baselines.ledger import DenseLedger
+from benchmarks.baselines.methods import METHODS, Baseline
+from benchmarks.baselines.rounds import DenseFedAvg
+from benchmarks.baselines.run import federate_baseline, prepare_baseline, run_baseline
+
+__all__ = [
+    "METHODS",
+    "Baseline",
+    "DenseFedAvg",
+    "DenseLedger",
+    "federate_baseline",
+    "prepare_baseline",
+    "reply",
+    "run_baseline",
+]

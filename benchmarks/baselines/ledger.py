@@ -1,0 +1,70 @@
+"""What the baselines' messages weigh, counted as fedpet's are.
+
+In:  messages with ordinary ArrayRecords.
+Out: the same books as fedpet's own (fedpet/protocol/ledger.py).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from flwr.app import Array, ArrayRecord, Message, RecordDict
+from flwr.app.message import make_message
+
+from fedpet.protocol.ledger import Ledger
+from fedpet.protocol.request import single_client_bytes, to_record, wire_bytes
+
+
+@dataclass
+class DenseLedger(Ledger):
+    """A ledger that weighs the arrays of one message a round and direction, not of every one.
+
+    What a tensor weighs depends on its shape alone (two tensors of equal bytes in one message
+    are one object to Flower and weigh once, as LoRA's up-projections do before the first round).
+    Serialising and hashing each of a round's messages of 91 MB would take longer than some
+    rounds' training, so the arrays of the first message down and of the first up stand for
+    those of all others; everything else of a message is weighed on that message.
+    """
+
+    _arrays_bytes: dict[tuple[int, bool], int] = field(default_factory=dict)
+
+    def add_message(self, message: Message) -> None:
+        """Count a message as it is sent or received."""
+        if message.has_error():
+            super().add_message(message)
+            return
+        is_reply = bool(message.metadata.reply_to_message_id)
+        envelope = make_message(message.metadata, content=to_record(b""))
+        self.current.wire_bytes += wire_bytes(envelope) - _content_bytes(to_record(b""))
+        self.current.wire_bytes += self.weigh(message.content, is_reply=is_reply)
+        self.current.messages += 1
+
+    def weigh_alone(self, content: RecordDict, *, is_reply: bool) -> int:
+        """What a message with this content weighs to or from one device alone."""
+        envelope = single_client_bytes(b"", reply=is_reply) - _content_bytes(to_record(b""))
+        return envelope + self.weigh(content, is_reply=is_reply)
+
+    def weigh(self, content: RecordDict, *, is_reply: bool) -> int:
+        """Bytes of a message's records, arrays and their headers included."""
+        (arrays,) = content.array_records.values()
+        key = (self.current.round, is_reply)
+        if key not in self._arrays_bytes:
+            # New Array objects over the same bytes: weighing leaves chunks in an object, which
+            # would then travel a second time.
+            copied = {
+                name: Array(array.dtype, array.shape, array.stype, array.data)
+                for name, array in arrays.items()
+            }
+            self._arrays_bytes[key] = wire_bytes(ArrayRecord(copied))  # type: ignore[arg-type]
+        others = RecordDict(
+            {
+                name: ArrayRecord() if isinstance(record, ArrayRecord) else record
+                for name, record in content.items()
+            }
+        )
+        empty = wire_bytes(ArrayRecord())  # type: ignore[arg-type]
+        return _content_bytes(others) - empty + self._arrays_bytes[key]
+
+
+def _content_bytes(content: RecordDict) -> int:
+    return wire_bytes(content)  # type: ignore[arg-type]

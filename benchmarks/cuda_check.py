@@ -1,0 +1,180 @@
+"""fedpet on a GPU, looked at once: is it right there, and where does its time go?
+
+    python -m benchmarks.cuda_check --out FOLDER [--minutes 8] [--sections laws steps]
+    python -m benchmarks.cuda_check --out FOLDER --device cpu --tiny      # a rehearsal
+
+Each section is a process of its own with a limit of its own, so that one that fails or hangs takes
+nothing from the others. What it finds goes into FOLDER/cuda_check.json at once; what that file
+holds already of other sections stays. The sections stand in
+`cuda_laws.py` (is it right?) and `cuda_costs.py` (where does the time go?).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+ROOT = Path(__file__).resolve().parents[2]
+FILE = "cuda_check.json"
+# By value. Sections of one group are not timed and run side by side; each with its share of the
+# time. A share is a limit: what a section leaves of it the next ones have.
+GROUPS = (
+    {"environment": 0.15},
+    {"laws": 0.3, "suite": 0.3, "run": 0.3},
+    {"steps": 0.4},
+    {"profile": 0.15},
+    {"sampled": 0.15},
+    {"precision": 0.15},
+    {"rotation": 0.1},
+)
+SPARE = 10.0  # s that a section is given to stop by itself, before it is stopped
+
+
+class Results:
+    """The file: a section's findings by name, written whole after each."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        self._lock = threading.Lock()
+        self.sections: dict[str, dict[str, Any]] = {}
+        if path.exists():
+            self.sections = json.loads(path.read_text(encoding="utf-8"))
+
+    def begin(self, section: str) -> None:
+        """Forget what an earlier run found of this section."""
+        self.sections[section] = {"status": "running"}
+
+    def put(self, section: str, name: str, value: Any) -> None:
+        """Keep one finding."""
+        with self._lock:
+            self.sections[section][name] = value
+            whole = self._path.with_suffix(".part")
+            whole.write_text(json.dumps(self.sections, indent=1) + "\n", encoding="utf-8")
+            whole.replace(self._path)
+
+
+def _watch(pipe: IO[str], section: str, results: Results, shown: list[str]) -> None:
+    """Keep the findings that a section prints, as JSON lines; everything else is its log."""
+    for line in pipe:
+        if line.startswith('{"finding": '):
+            found = json.loads(line)
+            results.put(section, found["finding"], found["value"])
+        else:
+            shown.append(line)
+            del shown[:-200]
+
+
+def _run_group(group: Sequence[str], limit: float, options: Any, results: Results) -> None:
+    running = []
+    for section in group:
+        results.begin(section)
+        command = [sys.executable, "-u", "-m", __spec__.name, "--section", section]
+        command += ["--seconds", str(limit), "--device", options.device]
+        command += ["--out", str(options.out)] + ["--tiny"] * options.tiny
+        process = subprocess.Popen(
+            command,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+        shown: list[str] = []
+        assert process.stdout is not None
+        reader = threading.Thread(
+            target=_watch, args=(process.stdout, section, results, shown), daemon=True
+        )
+        reader.start()
+        running.append((section, process, reader, shown))
+    started = time.monotonic()
+    for section, process, reader, shown in running:
+        status = "done"
+        try:
+            code = process.wait(max(limit + SPARE - (time.monotonic() - started), 0.1))
+            if code:
+                status = f"failed, exit code {code}"
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, 9)
+            process.wait()
+            status = f"stopped after {limit + SPARE:.0f} s"
+        reader.join(5)
+        results.put(section, "seconds", round(time.monotonic() - started, 1))
+        if status != "done":
+            results.put(section, "log", "".join(shown)[-6000:])
+        results.put(section, "status", status)
+        print(f"{section}: {status}, {time.monotonic() - started:.0f} s", flush=True)
+
+
+def _one_section(options: Any) -> int:
+    """In a section's own process: look, print what is found."""
+
+    def found(name: str, value: Any) -> None:
+        print(json.dumps({"finding": name, "value": value}), flush=True)
+
+    try:
+        from benchmarks.cuda_models import Place
+        from benchmarks.cuda_sections import SECTIONS
+
+        place = Place(options.device, options.tiny, time.monotonic() + options.seconds, found)
+        SECTIONS[options.section](place)
+    except Exception:
+        found("error", traceback.format_exc()[-6000:])
+        return 1
+    return 0
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Look at everything there is time for; 0 if every section came to its end."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=8)
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    parser.add_argument("--tiny", action="store_true", help="small models, few steps")
+    parser.add_argument("--sections", nargs="+", default=[s for group in GROUPS for s in group])
+    parser.add_argument("--section", help="of this process alone")
+    parser.add_argument("--seconds", type=float, default=60)
+    options = parser.parse_args(arguments)
+    if options.section:
+        return _one_section(options)
+    options.out.mkdir(parents=True, exist_ok=True)
+    results = Results(options.out / FILE)
+    whole = 60 * options.minutes
+    finish = time.monotonic() + whole
+    for group in GROUPS:
+        wanted = [section for section in group if section in options.sections]
+        if not wanted:
+            continue
+        limit = min(max(map(group.__getitem__, wanted)) * whole, finish - time.monotonic() - SPARE)
+        if limit < 10:
+            for section in wanted:
+                results.begin(section)
+                results.put(section, "status", "no time was left")
+            continue
+        _run_group(wanted, limit, options, results)
+    print(json.dumps(_summary(results.sections)), flush=True)
+    return int(any(found["status"] != "done" for found in results.sections.values()))
+
+
+def _summary(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
+    """What is read first, and survives a log that is cut: each section's short findings."""
+    return {
+        section: {
+            name: value
+            for name, value in found.items()
+            if name in ("status", "error") or len(json.dumps(value)) < 250
+        }
+        for section, found in sections.items()
+    }
+
+
+if __name__ == "__main__":
+    sys.exit(main())

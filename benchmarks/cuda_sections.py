@@ -1,0 +1,20 @@
+"""The sections of `cuda_check` by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from benchmarks import cuda_costs, cuda_laws
+from benchmarks.cuda_models import Place
+
+SECTIONS: dict[str, Callable[[Place], None]] = {
+    "environment": cuda_laws.environment,
+    "laws": cuda_laws.laws,
+    "suite": cuda_laws.suite,
+    "run": cuda_laws.run,
+    "steps": cuda_costs.steps,
+    "profile": cuda_costs.profile,
+    "sampled": cuda_costs.sampled,
+    "precision": cuda_costs.precision,
+    "rotation": cuda_costs.rotation_there,
+}

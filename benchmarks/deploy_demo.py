@@ -1,0 +1,182 @@
+"""What is simulated is what is deployed: one federation on Ray, and on real nodes over TLS.
+
+    python -m benchmarks.deploy_demo [--rounds 5] [--eval-rows 256]
+
+A SuperLink and three SuperNodes on the loopback, with certificates and node keys as `fedpet deploy`
+makes them; each node has a file with the reviews of a third of the films. Shown, and each a reason
+to exit with 1 if it is not so: plain HTTP is refused, an unregistered node is turned away, all
+films are found by the roll call, and the final values are those of the simulation, bit for bit.
+Every process is ended and every file removed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from benchmarks.real_nodes import RealNodes, free_ports, plain_http_is_refused
+from fedpet.config import Experiment
+from fedpet.data.sources import open_source
+from fedpet.deploy import Deployment, NodeSpec, write_deployment
+from fedpet.deploy.certificates import make_node_key
+from fedpet.protocol.ledger import Ledger, RoundRecord
+from fedpet.run.ray_engine import simulate
+
+NODES = ("attic", "barn", "cellar")
+INTRUDER = "intruder"
+EXPERIMENT = Path(__file__).parents[1] / "simulations" / "experiments" / "film-reviews.toml"
+RUN_SECONDS = 1800.0
+TURNED_AWAY_SECONDS = 120.0
+
+
+class Told:
+    """Prints what is found, and remembers whether all of it was as it should be."""
+
+    def __init__(self) -> None:
+        self._started = time.monotonic()
+        self.failed = False
+
+    def say(self, text: str) -> None:
+        """Show the stage that begins."""
+        print(f"[{time.monotonic() - self._started:5.0f} s] {text}", flush=True)
+
+    def check(self, text: str, holds: bool, otherwise: str = "") -> None:
+        """Show one finding."""
+        self.failed |= not holds
+        self.say(f"{'yes' if holds else 'NO '}  {text}")
+        if not holds and otherwise:
+            print(otherwise, flush=True)
+
+    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+        """The simulation's rounds are not shown."""
+
+
+def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
+    """Run both, compare. True if everything was as it should be."""
+    told = Told()
+    experiment = Experiment.from_file(
+        EXPERIMENT,
+        [
+            f"strategy.num-rounds={rounds}",
+            f"strategy.evaluate-every={rounds}",
+            f"data.max-eval-rows={eval_rows}",
+            f"run.out='{folder}/simulated'",
+            f"run.cache='{folder}/cache'",
+        ],
+    )
+    told.say(f"simulating {rounds} rounds on Ray")
+    simulated, _ = simulate(experiment, told)
+    clients = simulated["data"]["clients"]
+
+    port, *node_ports = free_ports(2 + len(NODES))
+    deployment = Deployment(
+        experiment=experiment,
+        host="127.0.0.1",
+        bind="127.0.0.1",
+        port=port,
+        node_port=node_ports[0],
+        nodes=tuple(NodeSpec(name) for name in NODES),
+        client_column="film",
+        clients=clients,
+    )
+    write_deployment(deployment, folder / "deployment")
+    rows = write_thirds(folder / "deployment" / "nodes", experiment)
+    told.say(f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}")
+    with RealNodes(folder / "deployment", port) as real:
+        real.start_server()
+        told.check("plain HTTP is refused", plain_http_is_refused(port))
+        real.register()
+        for name in NODES:
+            real.start_node(name)
+        make_intruder(folder / "deployment", node_ports[0], node_ports[-1])
+        told.check("a node that is not registered is turned away", *_turned_away(real))
+        told.say(f"running {rounds} rounds on {len(NODES)} nodes")
+        done = real.run(limit_seconds=RUN_SECONDS)
+        log = (done.stdout + done.stderr)[-4000:]
+        told.check("the run ends with exit code 0", done.returncode == 0, log)
+        if done.returncode == 0:
+            _compare(told, simulated, real.result(f"{experiment.run.name}-1"))
+    return not told.failed
+
+
+def _compare(told: Told, simulated: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
+    found, known = (
+        (result["data"]["clients"], result["data"]["train_rows"])
+        for result in (deployed, simulated)
+    )
+    told.check(
+        f"the roll call finds all {known[0]} films with {known[1]} reviews",
+        found == known,
+        f"{found} instead of {known}",
+    )
+    told.check("nobody was refused", not deployed["refused"], str(deployed["refused"]))
+    told.check(
+        f"final values {deployed['final_values_sha256'][:16]}... are the simulation's",
+        deployed["final_values_sha256"] == simulated["final_values_sha256"],
+        f"simulated: {simulated['final_values_sha256']}",
+    )
+    quality, seconds = deployed["quality"], deployed["time"]["rounds_seconds"]
+    told.say(f"{quality['metric']} {quality['final']:.4f}; {seconds:.1f} s of rounds")
+
+
+def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
+    """Each node's file: the training reviews of every third film, in their order.
+
+    Returns:
+        Node -> rows.
+    """
+    data = experiment.data
+    table = open_source(data.source).read(data.train_split)
+    names = ("text", "label", experiment.population.client_column)
+    columns = [table.column(name, "", "the embedded data set") for name in names]
+    films = sorted(set(columns[2]))
+    home = {film: NODES[index % len(NODES)] for index, film in enumerate(films)}
+    lines: dict[str, list[str]] = {name: [] for name in NODES}
+    for text, label, film in zip(*columns, strict=True):
+        lines[home[film]].append(json.dumps({"text": text, "label": label, "film": film}))
+    for name, own in lines.items():
+        (folder / name / "data.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
+    return {name: len(own) for name, own in lines.items()}
+
+
+def make_intruder(folder: Path, first_port: int, port: int) -> None:
+    """A node like the first, but with a key that nobody registered."""
+    place = folder / "nodes" / INTRUDER
+    shutil.copytree(folder / "nodes" / NODES[0], place)
+    (place / "node.key").write_bytes(make_node_key()[0])
+    script = place / "supernode.sh"
+    text = script.read_text(encoding="utf-8")
+    script.write_text(text.replace(f"--port {first_port}", f"--port {port}"), encoding="utf-8")
+
+
+def _turned_away(real: RealNodes) -> tuple[bool, str]:
+    process = real.start_node(INTRUDER)
+    limit = time.monotonic() + TURNED_AWAY_SECONDS
+    while process.poll() is None and time.monotonic() < limit:
+        time.sleep(0.2)
+    return process.poll() not in (None, 0), real.log(INTRUDER)[-2000:]
+
+
+def main() -> None:
+    """Demonstrate; exits with 1 if anything was not as it should be."""
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--eval-rows", type=int, default=256)
+    arguments = parser.parse_args()
+    folder = Path(tempfile.mkdtemp(prefix="fedpet-demo-"))
+    try:
+        held = demonstrate(arguments.rounds, arguments.eval_rows, folder)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(0 if held else 1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""What a cell does: searches a structure, or trains one from scratch and evaluates it.
+
+In:  a `Cell`, the folder of the data sets.
+Out: its result, numbers and names that JSON holds.
+
+Rows and backbone stay in the process, so that a cell costs its own steps only. The backbone is the
+checkpoint again after each cell.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+import math
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from benchmarks.search_table.cell import Cell, Rows
+from fedpet.backbone.device import device_of
+from fedpet.backbone.pretrained import Backbone, load_backbone, locate
+from fedpet.config import BackboneConfig, DataConfig, PopulationConfig, TrainingConfig
+from fedpet.data import FederatedData, Task, load_data
+from fedpet.data import Rows as TokenisedRows
+from fedpet.errors import ConfigError, TrainingError
+from fedpet.pet.model import PetModel
+from fedpet.pet.structure import Structure
+from fedpet.run.central_search import find_structure
+from fedpet.search import check_structure, settle
+from fedpet.training.loop import batches, inputs_of, local_loss, predict
+from fedpet.training.metrics import metric_value
+from fedpet.utils.seeds import derive_seed
+
+_EVERYBODY = PopulationConfig(partition="iid", num_clients=1, min_rows=1)
+
+
+def run_cell(cell: Cell, folder: Path, cache: Path) -> dict[str, Any]:
+    """Run a cell.
+
+    Args:
+        cell: What to do.
+        folder: Of the data sets; only read.
+        cache: For tokenised rows.
+    """
+    torch.set_num_threads(1)
+    started = time.perf_counter()
+    splits = cell.rows.eval_splits or ("train",)
+    parts = [load_rows(cell.rows, split, folder, cell.backbone, cache) for split in splits]
+    data = parts[0]
+    backbone = _backbone(cell.backbone, data.task.num_outputs, data.task.kind == "regression")
+    train, held = sample(cell.rows, len(data.train))
+    if cell.found_by is not None:
+        if not cell.found_by.exists():
+            raise ConfigError(
+                f"{cell.name} trains the structure of {cell.found_by.stem!r}, which has not been "
+                "searched. Run the phase 'structures' first."
+            )
+        found = json.loads(cell.found_by.read_text(encoding="utf-8"))["result"]
+        structure = Structure.from_json(json.dumps(found["structure"]))
+        check_structure(structure, backbone.fingerprint)
+    else:
+        structure = _find(cell, backbone, data, train)
+    seconds = {"search_seconds": round(time.perf_counter() - started, 2)}
+    if cell.training is None:
+        text = structure.to_json()
+        return {
+            "structure": json.loads(text),
+            "values": structure.provenance["values"],
+            "score": structure.provenance["checkpoint"][cell.rows.metric],
+            "sha256": hashlib.sha256(text.encode()).hexdigest(),
+            **seconds,
+        }
+    started = time.perf_counter()
+    pet = PetModel(backbone, None, structure, seed=cell.seed)
+    try:
+        training = replace(cell.training, logit_adjustment=cell.rows.logit_adjustment)
+        loss = train_structure(pet, data.train, train, data.task, training, seed=cell.seed)
+        values = pet.values().numpy().astype("<f4")
+        if cell.rows.eval_splits:
+            told = [(predict(pet.model, part.evaluation), part.evaluation.labels) for part in parts]
+        else:
+            told = [(predict(pet.model, data.train.take(held)), data.train.labels[held])]
+        logits = np.concatenate([logits for logits, _ in told])
+        labels = np.concatenate([np.asarray(labels) for _, labels in told])
+        sizes: dict[str, int] = {}
+        for segment in pet.segments:
+            sizes[segment.kind] = sizes.get(segment.kind, 0) + segment.size
+    finally:
+        pet.restore()
+    return {
+        "score": metric_value(data.task, logits, labels),
+        "loss": loss,
+        "evaluated_rows": len(labels),
+        "structure_values": sum(size for kind, size in sizes.items() if kind != "head"),
+        "values_by_kind": sizes,
+        "modules": [[spec.kind, spec.target, spec.rank] for spec in structure.modules],
+        "sha256": hashlib.sha256(values.tobytes()).hexdigest(),
+        "train_seconds": round(time.perf_counter() - started, 2),
+    }
+
+
+def train_structure(
+    pet: PetModel,
+    rows: TokenisedRows,
+    indices: np.ndarray,
+    task: Task,
+    config: TrainingConfig,
+    *,
+    seed: int,
+) -> float:
+    """Train centrally: AdamW, rates falling linearly to 0, `config.local_epochs` epochs.
+
+    Returns:
+        The mean loss of the last epoch.
+
+    Raises:
+        TrainingError: The loss is not a number.
+    """
+    groups = pet.parameter_groups()
+    tables = [{"params": [g], "lr": config.rate_of(kind)} for kind, g in groups.items()]
+    optimiser = torch.optim.AdamW(tables, weight_decay=config.weight_decay, fused=True)
+    per_epoch = -(-len(indices) // config.batch_size)
+    total = config.local_epochs * per_epoch
+    falling = torch.optim.lr_scheduler.LambdaLR(optimiser, lambda step: 1 - step / total)
+    generator = np.random.default_rng(derive_seed("batches", seed))
+    torch.manual_seed(derive_seed("dropout", seed))
+    pet.model.train(config.dropout)
+    device = device_of(pet.model)
+    loss_of = local_loss(rows.labels[indices], task, config.logit_adjustment, device)
+    losses: list[float] = []
+    for _ in range(config.local_epochs):
+        losses = []
+        for chosen in batches(indices, rows.lengths, config.batch_size, generator):
+            batch, labels = inputs_of(rows, chosen, device)
+            pet.zero_grad()
+            logits = pet.model(**batch).logits
+            loss = loss_of(logits, labels)
+            loss.backward()
+            if config.clip_norm:
+                nn.utils.clip_grad_norm_(groups.values(), config.clip_norm)
+            optimiser.step()
+            falling.step()
+            pet.after_step()
+            losses.append(float(loss.detach()))
+            if not math.isfinite(losses[-1]):
+                raise TrainingError(f"the loss became {losses[-1]}: lower the learning rate.")
+    pet.model.eval()
+    return sum(losses) / len(losses)
+
+
+def sample(rows: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Indices of the rows to train on and of those held out, the same for every seed."""
+    order = np.random.default_rng(derive_seed("search table", rows.dataset)).permutation(count)
+    return order[: rows.train_rows], order[rows.train_rows : rows.train_rows + rows.held_rows]
+
+
+@functools.cache
+def load_rows(
+    rows: Rows, split: str, folder: Path, backbone: BackboneConfig, cache: Path
+) -> FederatedData:
+    """The training split, and one to evaluate on."""
+    config = DataConfig(
+        source=str(folder / rows.dataset),
+        eval_split=split,
+        text_columns=rows.text_columns,
+        metric=rows.metric,
+        task="regression" if rows.metric == "pearson" else "classification",
+        max_length=rows.max_length,
+    )
+    return load_data(config, _EVERYBODY, locate(backbone), cache=cache)
+
+
+@functools.cache
+def _backbone(config: BackboneConfig, num_outputs: int, regression: bool) -> Backbone:
+    return load_backbone(config, num_outputs=num_outputs, regression=regression)
+
+
+def _find(cell: Cell, backbone: Backbone, data: FederatedData, train: np.ndarray) -> Structure:
+    names = set(backbone.head)
+    count = sum(p.numel() for name, p in backbone.model.named_parameters() if name not in names)
+    training = cell.training or TrainingConfig()
+    config = settle(cell.search, training, backbone_parameters=count)
+    return find_structure(
+        backbone, data, config, logit_adjustment=cell.rows.logit_adjustment, indices=train
+    )

@@ -1,0 +1,1 @@
+"""A pretrained checkpoint: its weights, its device, which of its modules can be adapted."""

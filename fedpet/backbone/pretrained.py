@@ -1,0 +1,327 @@
+"""The pretrained transformer that a federation shares, loaded and frozen.
+
+    checkpoint -> [backbone] -> mask -> structure -> search -> model -> codec
+             -> plan -> client -> strategy -> ledger -> report
+
+In:  a hub name, a folder, or `package:NAME` for a Python package that ships weights.
+Out: a `Backbone`: the frozen model of a task with its head, and the checkpoint's fingerprint.
+
+What of the head is drawn anew is a function of a seed and of the parameters' names, so that every
+device draws the same, whatever it has drawn before. The fingerprint covers what came from the
+checkpoint, a head with which it starts too, and leaves out what is drawn. The encoder itself is
+never drawn: a mask over random numbers would mean nothing.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from fedpet.backbone.checkpoint import locate
+from fedpet.backbone.classifier import (
+    REGRESSION_NAMES,
+    class_names,
+    head_names,
+    lost_names,
+    output_layer,
+    rows_of,
+)
+from fedpet.config import BackboneConfig
+from fedpet.errors import BackboneError
+from fedpet.utils.gc_paused import gc_paused
+from fedpet.utils.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedpet.data import Task
+
+__all__ = ["Backbone", "Origin", "fingerprint", "load_backbone", "load_for_task", "locate"]
+
+
+@dataclass(frozen=True)
+class Origin:
+    """What a model's parameters came from.
+
+    Attributes:
+        loaded: Tensors that the checkpoint gave.
+        head_loaded: Names of those that are of the head.
+        drawn: Names of the head's that were drawn from the seed.
+        left_out: Tensors of the checkpoint that the model has no place for.
+        classes: What was made of the checkpoint's classes where they are not the task's; or "".
+    """
+
+    loaded: int = 0
+    head_loaded: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
+    left_out: tuple[str, ...] = ()
+    classes: str = ""
+
+    def lines(self) -> list[str]:
+        """The same in words, a line each for what a user may not expect."""
+        told = f"{self.loaded} tensors come from the checkpoint"
+        if self.head_loaded:
+            told += f", of the head {_listed(self.head_loaded)}"
+        if self.drawn:
+            told += f"; of the head drawn anew: {_listed(self.drawn)}"
+        lines = [told]
+        if self.classes:
+            lines.append(self.classes)
+        if self.left_out:
+            lines.append(
+                f"{len(self.left_out)} tensors of the checkpoint are left out, since the model "
+                f"has no place for them: {_listed(self.left_out)}"
+            )
+        return lines
+
+    def to_json(self) -> dict[str, Any]:
+        """What `result.json` holds of it."""
+        return asdict(self)
+
+
+@dataclass
+class Backbone:
+    """A frozen pretrained model.
+
+    Attributes:
+        source: As the user named it.
+        folder: Where its files lie: configuration, weights, tokeniser.
+        model: float32, in evaluation mode, no parameter asks for a gradient.
+        head: Names of the head's parameters, see fedpet/backbone/classifier.py; no mask or module
+        acts on
+            them.
+        fingerprint: SHA-256 (64 hex digits) of the names, shapes, dtypes and values that came
+            from the checkpoint.
+        trains_head: Whether the head is trained, in full; else it stays the checkpoint's.
+        origin: What came from the checkpoint, and what did not.
+    """
+
+    source: str
+    folder: Path
+    model: PreTrainedModel
+    head: tuple[str, ...]
+    fingerprint: str
+    trains_head: bool = True
+    origin: Origin = Origin()
+
+    @property
+    def trained_head(self) -> tuple[str, ...]:
+        """Names of the head's parameters that are trained, all of them or none."""
+        return self.head if self.trains_head else ()
+
+    @property
+    def pretrained_parameters(self) -> int:
+        """Numbers in the model, a head that is trained not counted."""
+        head = set(self.trained_head)
+        return sum(p.numel() for name, p in self.model.named_parameters() if name not in head)
+
+
+def load_backbone(
+    config: BackboneConfig,
+    *,
+    num_outputs: int,
+    regression: bool = False,
+    label_names: Sequence[str] = (),
+    device: str = "cpu",
+) -> Backbone:
+    """Load a checkpoint for classification, or for regression with one output.
+
+    Args:
+        config: Which checkpoint, and what is made of its head.
+        num_outputs: Of the head.
+        regression: Whether the one output is a number, and not a class.
+        label_names: Of the classes, by index; () where they have none.
+        device: Where its model is to lie, see fedpet/backbone/device.py.
+
+    Raises:
+        BackboneError: The checkpoint is absent, out of reach, damaged, not of a kind that
+            classifies sequences, lacks some of its encoder, or lacks a head that is to be kept.
+    """
+    folder = locate(config)
+    names = tuple(label_names) or (
+        REGRESSION_NAMES if regression else tuple(f"LABEL_{i}" for i in range(num_outputs))
+    )
+    with gc_paused():
+        backbone = _load(config, folder, names, regression)
+        cast(Any, backbone.model).to(device)  # typed as if it took no name of a device
+        return backbone
+
+
+def load_for_task(config: BackboneConfig, task: Task, *, device: str = "cpu") -> Backbone:
+    """Load a checkpoint for a task, whose classes its model carries by name.
+
+    Raises:
+        BackboneError: As `load_backbone`.
+    """
+    return load_backbone(
+        config,
+        num_outputs=task.num_outputs,
+        regression=task.kind == "regression",
+        label_names=task.label_names,
+        device=device,
+    )
+
+
+def _load(
+    config: BackboneConfig, folder: Path, names: tuple[str, ...], regression: bool
+) -> Backbone:
+    from transformers import AutoConfig, AutoModelForSequenceClassification
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        theirs = class_names(model_config)
+        model_config.id2label = dict(enumerate(names))
+        model_config.label2id = {name: index for index, name in enumerate(names)}
+        model_config.problem_type = "regression" if regression else "single_label_classification"
+        model, info = AutoModelForSequenceClassification.from_pretrained(
+            folder,
+            config=model_config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+        )
+    except Exception as error:  # transformers raises many kinds, of several libraries
+        raise _unusable(config.model, error) from None
+    missing = set(info["missing_keys"])
+    lacking = missing | {entry[0] for entry in info["mismatched_keys"]}
+    if lost := lost_names(model, lacking):
+        raise _incomplete(config.model, model, lost, info)
+    has_output_layer = not missing.issuperset(output_layer(model))
+    head = head_names(model, lacking, has_output_layer=has_output_layer)
+    drawn, classes = _settle_head(config, model, head, lacking, theirs, names)
+    _init_head(model, drawn, config.head_seed)
+    model.requires_grad_(False)
+    model.eval()
+    taken = [(name, p) for name, p in model.named_parameters() if name not in drawn]
+    return Backbone(
+        source=config.model,
+        folder=folder,
+        model=model,
+        head=head,
+        fingerprint=fingerprint(taken),
+        trains_head=config.head != "keep",
+        origin=Origin(
+            loaded=len(taken),
+            head_loaded=tuple(name for name in head if name not in drawn),
+            drawn=drawn,
+            left_out=tuple(sorted(info["unexpected_keys"])),
+            classes=classes,
+        ),
+    )
+
+
+def _settle_head(
+    config: BackboneConfig,
+    model: PreTrainedModel,
+    head: tuple[str, ...],
+    lacking: set[str],
+    theirs: tuple[str, ...],
+    ours: tuple[str, ...],
+) -> tuple[tuple[str, ...], str]:
+    """Decide what of the head is drawn anew; bring a checkpoint's rows into the classes' order.
+
+    Returns:
+        The names to draw, and what to tell of the classes.
+    """
+    output = set(output_layer(model))
+    if config.head == "new":
+        return head, ""
+    absent = tuple(name for name in head if name in lacking)
+    if config.head == "keep" and absent:
+        raise BackboneError(
+            f"backbone.head = 'keep' leaves the checkpoint's head as it is, and {config.model!r} "
+            f"has none for {len(ours)} outputs: {_listed(absent)} is not there in that shape. "
+            "Take backbone.head = 'train'."
+        )
+    if output & lacking:  # another number of classes, or none at all
+        return absent, ""
+    rows = rows_of(theirs, ours)
+    if rows is None:
+        told = f"the checkpoint's classes are {_listed(theirs)} and the task's {_listed(ours)}"
+        if config.head == "keep":
+            raise BackboneError(
+                f"backbone.head = 'keep' leaves the checkpoint's head as it is, and {told}: give "
+                "the rows' labels the checkpoint's names, or take backbone.head = 'train'."
+            )
+        return tuple(n for n in head if n in lacking or n in output), f"{told}: drawn anew"
+    if rows == tuple(range(len(ours))):
+        return absent, ""
+    with torch.no_grad():
+        for name in output:
+            parameter = model.get_parameter(name)
+            parameter.copy_(parameter[list(rows)])
+    return absent, (
+        f"the checkpoint's classes are in the order {_listed(theirs)}: its output layer's rows "
+        f"were brought into the task's, {_listed(ours)}"
+    )
+
+
+def _unusable(source: str, error: Exception) -> BackboneError:
+    """In words that do not ask for what fedpet has not."""
+    reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
+    if type(error).__name__ in ("SafetensorError", "UnpicklingError", "EOFError"):
+        return BackboneError(
+            f"the weights of {source!r} are damaged or cut short ({reason}): download them anew."
+        )
+    return BackboneError(
+        f"{source!r} could not be loaded as a model that classifies sequences ({reason})."
+    )
+
+
+def _incomplete(
+    source: str, model: PreTrainedModel, lost: tuple[str, ...], info: Mapping[str, Any]
+) -> BackboneError:
+    shapes = {name: (stored, wanted) for name, stored, wanted in info["mismatched_keys"]}
+    if of_other_shape := [name for name in lost if name in shapes]:
+        stored, wanted = (tuple(shape) for shape in shapes[of_other_shape[0]])
+        reason = f"{of_other_shape[0]} is {stored} in the weights, {wanted} by config.json"
+    elif info["unexpected_keys"]:
+        reason = f"the weights have names such as {_listed(sorted(info['unexpected_keys']))}"
+    else:
+        reason = "nothing stands in their place"
+    total = sum(1 for _ in model.named_parameters())
+    return BackboneError(
+        f"the checkpoint {source!r} lacks {len(lost)} of the {total} tensors of a "
+        f"{type(model).__name__} outside its head ({_listed(lost)}); {reason}. A mask over random "
+        "numbers means nothing: give a config.json and weights that belong together, with the "
+        "names that `save_pretrained` writes."
+    )
+
+
+def _listed(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
+    """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(parameters, key=lambda item: item[0]):
+        digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
+        raw = tensor.detach().cpu().contiguous().reshape(-1)
+        digest.update(raw.view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _init_head(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
+    """Matrices normal with the model's own standard deviation, biases 0, gains 1."""
+    deviation = float(getattr(model.config, "initializer_range", None) or 0.02)
+    parameters = dict(model.named_parameters())
+    with torch.no_grad():
+        for name in names:
+            parameter = parameters[name]
+            if parameter.dim() > 1:
+                generator = torch.Generator().manual_seed(derive_seed("head", seed, name))
+                parameter.normal_(0.0, deviation, generator=generator)
+            else:
+                parameter.fill_(1.0 if name.endswith("weight") else 0.0)

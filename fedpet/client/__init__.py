@@ -1,0 +1,1 @@
+"""One node: it keeps plans and client state, and trains its clients."""

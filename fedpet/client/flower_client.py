@@ -1,0 +1,46 @@
+"""Make the ClientApp of a node: each message is answered by the node resident in this process.
+
+What a SuperNode was started with (`--node-config`) stands above the run's settings: a device knows
+best where its own rows, checkpoint and cache are.
+"""
+
+from flwr.app import Context, Message
+from flwr.clientapp import ClientApp
+
+from fedpet.utils.gc_paused import gc_paused
+
+with gc_paused():  # torch is imported here
+    from fedpet.client.node import reply
+    from fedpet.client.node_config import NodeSettings
+    from fedpet.config import Experiment
+    from fedpet.utils.source_digest import check_source_digest
+
+
+def make_client_app(code: str = "") -> ClientApp:
+    """The app of a node.
+
+    Args:
+        code: Digest of the fedpet that a run is of; each message is refused where this one has
+            another, and the server is told why. "" takes this one.
+    """
+    made = ClientApp()
+
+    @made.train()
+    def train(message: Message, context: Context) -> Message:
+        """Train the clients that the message names."""
+        return _answer(message, context, code)
+
+    @made.query()
+    def query(message: Message, context: Context) -> Message:
+        """Say who lives here."""
+        return _answer(message, context, code)
+
+    return made
+
+
+def _answer(message: Message, context: Context, code: str) -> Message:
+    if code:
+        check_source_digest(code)
+    experiment = Experiment.from_run_config(context.run_config)
+    settings = NodeSettings.of(experiment, context.node_config).on(context.node_config)
+    return reply(message, settings)

@@ -1,0 +1,139 @@
+"""Which codec writes which values: one for all, or one for the head and one for the rest.
+
+    backbone -> mask -> structure -> search -> model -> [codec]
+             -> plan -> client -> strategy -> ledger -> report
+
+In:  values, float32 (n,); the codecs' names; the groups, and which of them are the head's.
+Out: one payload, and the values again, or a `FrameError`.
+
+    payload := values                                       where one codec writes all of them
+             | bytes of the rest (varint) | rest | head     where the head has a codec of its own
+
+A head is new, small beside a mask, and its deltas are the loudest of all: what is lost of it is
+lost to every class. So it may be worth more bits than the rest. A frame names the codec of the
+rest; that of the head is in the plan, whose digest the frame carries.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import numpy.typing as npt
+
+from fedpet.codec.entropy import Reader, varint
+from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
+from fedpet.codec.spec import is_lossless
+from fedpet.utils.seeds import derive_seed
+
+__all__ = ["VectorCodec"]
+
+Floats = npt.NDArray[np.float32]
+Groups = Sequence[tuple[int, int]]
+
+
+@dataclass(frozen=True)
+class VectorCodec:
+    """How one vector is written and read.
+
+    Attributes:
+        codec: Of the values, but for the head's where `head_codec` is another.
+        groups: (start, stop) of the parts that are scaled and rotated apart, from 0 to n.
+        head_groups: Those of them that are the head's.
+        head_codec: Of the head's values; "" is as `codec`.
+    """
+
+    codec: str
+    groups: tuple[tuple[int, int], ...]
+    head_groups: tuple[tuple[int, int], ...] = ()
+    head_codec: str = ""
+
+    @classmethod
+    def of(
+        cls, groups: Groups, head_groups: Groups = (), *, codec: str, head_codec: str = ""
+    ) -> VectorCodec:
+        """A coding from lists of groups."""
+        return cls(codec, tuple(groups), tuple(head_groups), head_codec)
+
+    @property
+    def count(self) -> int:
+        """How many values there are."""
+        return self.groups[-1][1] if self.groups else 0
+
+    @property
+    def is_lossless(self) -> bool:
+        """Whether every value comes back to the bit."""
+        return all(is_lossless(part.codec) for part in self._parts)
+
+    @property
+    def max_payload_bytes(self) -> int:
+        """The most that `encode` can write."""
+        sizes = [max_payload_bytes(part.codec, part.groups) for part in self._parts]
+        return sum(sizes) + (len(varint(sizes[0])) if len(sizes) > 1 else 0)
+
+    def encode(self, values: npt.NDArray[np.floating], *, seed: int) -> bytes:
+        """Write values, see `fedpet.codec.encode_values`.
+
+        Args:
+            values: Finite, (n,).
+            seed: Of rounding and rotation; a new one for each run, round and client.
+        """
+        if values.shape != (self.count,):
+            raise ValueError(f"groups end at {self.count}, values are of shape {values.shape}.")
+        payloads = [
+            encode_values(values[part.where], part.codec, part.groups, seed=part.seed(seed))
+            for part in self._parts
+        ]
+        if len(payloads) == 1:
+            return payloads[0]
+        return b"".join((varint(len(payloads[0])), *payloads))
+
+    def decode(self, payload: bytes | memoryview, *, seed: int) -> Floats:
+        """Read values, see `fedpet.codec.decode_values`.
+
+        Returns:
+            float32 (n,), finite.
+
+        Raises:
+            FrameError: The payload is anything but what `encode` writes.
+        """
+        if len(self._parts) == 1:
+            [part] = self._parts
+            return decode_values(payload, part.codec, part.groups, seed=part.seed(seed))
+        reader = Reader(payload)
+        payloads = (reader.take(reader.varint()), reader.rest())
+        values = np.empty(self.count, dtype=np.float32)
+        for part, own in zip(self._parts, payloads, strict=True):
+            values[part.where] = decode_values(own, part.codec, part.groups, seed=part.seed(seed))
+        return values
+
+    @cached_property
+    def _parts(self) -> tuple[_Part, ...]:
+        if not self.head_groups or self.head_codec in ("", self.codec):
+            return (_Part(self.codec, list(self.groups), slice(None)),)
+        rest = [group for group in self.groups if group not in self.head_groups]
+        return (_part(self.codec, rest), _part(self.head_codec, self.head_groups, "head"))
+
+
+@dataclass(frozen=True)
+class _Part:
+    """The values of one codec: where they lie, and their groups when they lie side by side."""
+
+    codec: str
+    groups: list[tuple[int, int]]
+    where: npt.NDArray[np.int64] | slice
+    name: str = ""
+
+    def seed(self, seed: int) -> int:
+        """Parts share no randomness; the first has what a vector of one part has."""
+        return derive_seed(self.name, seed) if self.name else seed
+
+
+def _part(codec: str, groups: Groups, name: str = "") -> _Part:
+    pieces = [np.arange(start, stop, dtype=np.int64) for start, stop in groups]
+    stops = np.cumsum([0, *map(len, pieces)]).tolist()
+    where = np.concatenate([np.empty(0, dtype=np.int64), *pieces])
+    return _Part(codec, list(itertools.pairwise(stops)), where, name)

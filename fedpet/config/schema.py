@@ -1,0 +1,356 @@
+"""The stages of an experiment: a frozen dataclass each, its keys, their defaults, what they may be.
+
+In:  values of the right types (fedpet/config/parsing.py).
+Out: a stage that can be used, or one sentence on what is wrong.
+
+Every key is a field below with its default, and every field is a key: there is no second list. The
+type of a number states its range, which `Stage` checks.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Annotated
+
+from fedpet.config.ranges import (
+    AnyInteger,
+    Count,
+    FromZero,
+    Positive,
+    Range,
+    Stage,
+    Whole,
+)
+from fedpet.config.strategy_parameters import (
+    STRATEGY_PARAMETERS,
+    check_parameters,
+    min_usable_replies,
+)
+from fedpet.config.value_checks import check_choice, density_and_share, rates_by_kind
+from fedpet.errors import ConfigError
+
+MAX_TIERS = 16
+LEAST_BETA = 1e-3  # of a search's temperature
+
+# Ranges of one key or two, with what to do instead.
+_HELD_OUT = "It is the fraction of rows held out where no evaluation split is named."
+_DENSITY = (
+    "It is a fraction of the entries in scope: to train half a percent, give 0.005; to train none, "
+    "give mask.enabled = false."
+)
+_BUDGET = "It is a number of values, or below 1 a fraction of the backbone."
+_SHARP = "Below that gates are 0 or 1 to all digits."
+_VALIDATION = "It is the fraction of the rows that picks the checkpoint."
+_OVERLAP = "It is the fraction of the modules chosen in either of two rounds that both chose."
+_QUORUM = "It is the fraction of a round's clients that must give a usable reply."
+EvalFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_HELD_OUT)]
+Density = Annotated[float, Range(0, 1, above=True, advice=_DENSITY)]
+Budget = Annotated[str | int | float, Range(0, above=True, advice=_BUDGET)]
+Temperature = Annotated[float, Range(LEAST_BETA, advice=_SHARP)]
+TemperatureOrZero = Annotated[float, Range(LEAST_BETA, zero=True, advice=_SHARP)]
+ValidationFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_VALIDATION)]
+Overlap = Annotated[float, Range(0, 1, above=True, advice=_OVERLAP)]
+Quorum = Annotated[float, Range(0, 1, advice=_QUORUM)]
+Momentum = Annotated[float, Range(0, 1, below=True)]
+Tau = Annotated[float, Range(1e-12, advice="It is added below a root that may be 0.")]
+TrimFraction = Annotated[float, Range(0, 0.5, below=True)]
+Threads = Annotated[int, Range(1, 1024)]
+HEADS = ("train", "new", "keep")
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneConfig(Stage):
+    model: str = "embedded"  # "embedded", a hub name, a folder, or "package:NAME"
+    revision: str = ""  # a hub commit; "" takes the newest
+    head: str = "train"  # from the checkpoint's where that fits; "new" is drawn; "keep" is frozen
+    head_seed: AnyInteger = 0  # of the newly initialised parameters; the same on every device
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("backbone.head", self.head, HEADS)
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(Stage):
+    source: str = "embedded"  # "embedded", a hub name, a folder with split files, or a file
+    train_split: str = "train"  # a file or folder of this name in the source
+    eval_split: str = "test"  # "" takes eval-fraction of the training rows, by a hash of the text
+    eval_fraction: EvalFraction = 0.2  # of the training rows, where eval-split is ""
+    text_columns: tuple[str, ...] = ("text",)  # one, or two for pairs
+    label_column: str = "label"  # classes by name or number; a number for regression
+    label_names: tuple[str, ...] = ()  # [] reads them off the training rows, sorted
+    task: str = "classification"  # or "regression"
+    metric: str = "accuracy"  # accuracy, f1, matthews, pearson
+    max_length: Annotated[int, Range(8)] = 64  # tokens a row, special ones counted
+    max_train_rows: Whole = 0  # 0 takes all
+    max_eval_rows: Whole = 0  # 0 takes all
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("data.task", self.task, ("classification", "regression"))
+        check_choice("data.metric", self.metric, ("accuracy", "f1", "matthews", "pearson"))
+        if (self.metric == "pearson") != (self.task == "regression"):
+            raise ConfigError(
+                f"data.metric {self.metric!r} does not measure a {self.task} task: take 'pearson' "
+                "for regression, and accuracy, f1 or matthews for classification."
+            )
+        if not 1 <= len(self.text_columns) <= 2:
+            raise ConfigError(
+                f"data.text-columns must name one column, or two for pairs of texts, got "
+                f"{list(self.text_columns)}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class PopulationConfig(Stage):
+    partition: str = "column"  # column, dirichlet, shards, iid; nodes: each brings its own clients
+    client_column: str = "client"  # with partition "column", and for nodes that name no other
+    num_clients: Count = 40  # to make; with partition "nodes" to wait for before the first round
+    alpha: Positive = 0.3  # Dirichlet concentration over labels
+    shards_per_client: Count = 2  # of the rows sorted by label; with partition "shards"
+    min_rows: Count = 8  # a client with fewer takes no part; how many were left out is reported
+    seed: Whole = 0  # of the partition
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = ("column", "dirichlet", "shards", "iid", "nodes")
+        check_choice("population.partition", self.partition, known)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskConfig(Stage):
+    density: Density = 0.005  # fraction of the entries in scope; 0.005 is half a percent
+    rule: str = "smallest"  # smallest (PaFi), largest, random
+    granularity: str = "global"  # or "per-tensor"
+    broadcast: str = "derived"  # the rule and a hash, or "explicit": coded positions
+    tiers: tuple[
+        str, ...
+    ] = ()  # of devices: "density=share of the clients", see fedpet/pet/tiers.py
+    seed: AnyInteger = 0  # of the rule "random", and of which client is of which tier
+    enabled: bool = True  # false leaves the weights alone: structure and head only
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("mask.rule", self.rule, ("smallest", "largest", "random"))
+        check_choice("mask.granularity", self.granularity, ("global", "per-tensor"))
+        check_choice("mask.broadcast", self.broadcast, ("derived", "explicit"))
+        if self.tiers:
+            self._check_tiers()
+
+    @property
+    def tier_shares(self) -> tuple[tuple[float, float], ...]:
+        """(density, share of the clients) of each tier, rising; one where none is named."""
+        if not self.tiers:
+            return ((self.density, 1.0),)
+        return tuple(sorted(density_and_share(entry) for entry in self.tiers))
+
+    @property
+    def tier_densities(self) -> tuple[float, ...]:
+        """Density of each tier, rising; the last is that of the whole mask."""
+        return tuple(density for density, _ in self.tier_shares)
+
+    def _check_tiers(self) -> None:
+        densities = self.tier_densities
+        if len(set(densities)) < len(densities) or len(densities) > MAX_TIERS:
+            raise ConfigError(
+                f"mask.tiers must have distinct densities, at most {MAX_TIERS}, got "
+                f"{list(self.tiers)}."
+            )
+        if densities[-1] != self.density:
+            raise ConfigError(
+                f"the largest of mask.tiers must be mask.density, which is {self.density!r}, got "
+                f"{densities[-1]!r}: the mask is what the strongest devices train, and a tier a "
+                "prefix of it."
+            )
+        total = sum(share for _, share in self.tier_shares)
+        if abs(total - 1) > 1e-6:
+            raise ConfigError(
+                f"the shares of mask.tiers must add up to 1, got {total:g}. They are fractions of "
+                "the clients; a tier that only nodes name for themselves has the share 0."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructureConfig(Stage):
+    preset: str = "lnfit"  # names joined by "+", or "none"; see fedpet/pet/structure.py
+    file: str = ""  # a structure found by `fedpet search`; stands instead of the preset
+    rank: Count = 8  # of lora and hiwi
+    scale: Positive = 2.0  # of lora: what alpha / rank is elsewhere
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingConfig(Stage):
+    learning_rate: Positive = 1e-3  # of every kind that learning-rates does not name
+    learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
+    optimizer: str = "adamw"  # or "sgd"; fresh in every round
+    schedule: str = "constant"  # over the rounds; "linear" falls to 0 after the last
+    local_epochs: Whole = 1  # passes over a client's rows a round; 0 trains nothing
+    batch_size: Count = 8  # rows
+    weight_decay: FromZero = 0.0  # of the communicated deltas: towards the checkpoint
+    clip_norm: FromZero = 1.0  # L2 norm of the whole gradient; 0 leaves it alone
+    logit_adjustment: FromZero = 0.0  # times the log of the client's label shares; 1 counters skew
+    proximal_mu: FromZero = 0.0  # FedProx: pulls a client towards the global values
+    dropout: bool = False  # the checkpoint's own, in training
+    # Leaves out what a classifier that reads only the first token never reads: the same up to
+    # rounding, and a sixth of the products of six blocks less; see fedpet/training/cls_only.py.
+    first_token_only: bool = False
+    # Of dense layers: "torch", or "onednn", which is faster on AMD's CPUs and the same up to
+    # rounding; see fedpet/pet/kernels/matmul.py.
+    products: str = "torch"
+    threads: Threads = 1  # torch threads a client
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
+        check_choice("training.schedule", self.schedule, ("constant", "linear"))
+        check_choice("training.products", self.products, ("torch", "onednn"))
+        rates_by_kind(self.learning_rates, "training.learning-rates")
+
+    def rate_of(self, kind: str) -> float:
+        """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
+        rates = rates_by_kind(self.learning_rates, "training.learning-rates")
+        return rates.get(kind, self.learning_rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class SearchConfig(Stage):
+    """Everything that decides a search, beside the rows and the backbone."""
+
+    method: str = "s3pet"  # "random", or a manual structure: presets joined by "+"
+    space: str = "mergeable"  # or s3pet-mix, s3pet-lora
+    rank: Count = 1  # of LoRA, HiWi and the adapter's factors
+    scale: Positive = 16.0  # of LoRA; the paper's alpha of 16 at rank 1
+    # Of the chosen structure, the head not counted: values (2000), a fraction of the backbone
+    # (0.001), or a client's upload a round ("8kB").
+    budget: Budget = 0.001
+    mask_in_budget: bool = False  # the budget holds the mask's values too
+    epochs: Count = 5  # over half of the rows
+    max_steps: Whole = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
+    batch_size: Count = 32  # rows of either half
+    rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
+    rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
+    alpha_rate: Positive = 0.1  # of the gates' logits
+    clip_norm: FromZero = 2.0  # of both gradients; 0 leaves them alone
+    beta: Temperature = 1.0  # temperature at the start
+    beta_end: TemperatureOrZero = 0.0  # falls geometrically to this; 0 keeps beta, as in the paper
+    order: str = "second"  # "first" is a deviation: no unrolled step
+    virtual: str = "adamw"  # the unrolled step; see fedpet/search/bilevel.py
+    hard: bool = False  # gates of 0 and 1 with a straight-through gradient
+    dropout: bool = False  # the checkpoint's own; the paper has it on
+    validation_fraction: ValidationFraction = 0.1  # of the rows; picks the checkpoint
+    evaluate_every: Count = 50  # steps; the last is always evaluated
+    checkpoint: str = "best"  # by validation, as in the paper; or "last"
+    seed: AnyInteger = 0  # of gates' noise, batches, and the halves of the rows
+    # Together on the clients' own rows, before the first training round; see
+    # strategies/structure_search.py. Epochs, validation and checkpoint have no meaning then.
+    federated: bool = False
+    rounds: Count = 20  # of the search, at most; the rates fall to 0 over them
+    local_steps: Count = 5  # of each client, a round
+    settled_overlap: Overlap = 0.9  # Jaccard index of two rounds' choices that counts as settled
+    settled_rounds: Count = 3  # as often in a row, and the search is over
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("search.space", self.space, ("mergeable", "s3pet-mix", "s3pet-lora"))
+        check_choice("search.order", self.order, ("second", "first"))
+        check_choice("search.virtual", self.virtual, ("adamw", "adamw-exact", "sgd"))
+        check_choice("search.checkpoint", self.checkpoint, ("best", "last"))
+        if self.federated and self.method != "s3pet":
+            raise ConfigError(
+                f"search.federated searches by 's3pet', got search.method = {self.method!r}: make "
+                "that structure with `fedpet search` and name its file as structure.file."
+            )
+        rates_by_kind(self.rates, "search.rates")
+
+    def rate_of(self, kind: str) -> float:
+        """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
+        return rates_by_kind(self.rates, "search.rates").get(kind, self.rate)
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig(Stage):
+    name: str = "fedavg"  # one of fedpet/config/strategy_parameters.py
+    num_rounds: Count = 10  # of training
+    clients_per_round: Count = 20  # drawn anew for each; all there are, where they are fewer
+    quorum: Quorum = 0.5  # fraction of the round's clients that must give a usable reply
+    min_replies: Count = 1  # usable ones, below which a round changes nothing
+    round_deadline_seconds: Positive = 3600.0  # replies that come later are refused
+    node_wait_seconds: FromZero = 300.0  # for the first node, and for a deployment's clients
+    evaluate_every: Count = 1  # rounds; the last is always evaluated
+    # Parameters of single rules; one that the chosen rule does not take stays as it is here.
+    server_learning_rate: FromZero = 0.0  # fedavgm, fedadam, fedyogi, fedadagrad; 0 is Flower's own
+    server_momentum: Momentum = 0.0  # fedavgm
+    beta_1: Momentum = 0.9  # fedadam, fedyogi: of the mean update
+    beta_2: Momentum = 0.99  # fedadam, fedyogi: of its square
+    tau: Tau = 1e-3  # fedadam, fedyogi, fedadagrad: added to the root of the square
+    trim_fraction: TrimFraction = 0.2  # fedtrimmedavg: cut from either end; Flower's beta
+    num_malicious: Whole = 0  # krum, multikrum, bulyan: liars a round that are reckoned with
+    num_selected: Count = 1  # multikrum: replies that are averaged
+    q: FromZero = 0.1  # qfedavg: the more, the more a client with a high loss weighs
+    client_learning_rate: FromZero = 0.0  # qfedavg: 1 / L; 0 is training.learning-rate
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("strategy.name", self.name, STRATEGY_PARAMETERS)
+        self._check_parameters()
+        if self.clients_per_round < self.min_usable_replies:
+            raise ConfigError(
+                f"strategy {self.name!r} with these parameters, and min-replies, need "
+                f"{self.min_usable_replies} usable replies a round, and "
+                f"strategy.clients-per-round is "
+                f"{self.clients_per_round}: raise it."
+            )
+
+    @property
+    def min_usable_replies(self) -> int:
+        """Usable replies below which a round changes nothing, however small the quorum."""
+        rule = min_usable_replies(
+            self.name, self.num_malicious, self.num_selected, self.trim_fraction
+        )
+        return max(rule, self.min_replies)
+
+    def _check_parameters(self) -> None:
+        defaults = {
+            entry.name: entry.default
+            for entry in dataclasses.fields(self)
+            if getattr(self, entry.name) == entry.default
+        }
+        given = {name: value for name, value in vars(self).items() if name not in defaults}
+        check_parameters(self.name, given)
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecConfig(Stage):
+    # float32, bfloat16, int8, int4, eden-1 ... eden-8; "topk-0.1+" in front sends the tenth that is
+    # largest, "-raw" behind leaves the entropy coding out.
+    up: str = "float32"  # clients to server
+    down: str = "float32"  # server to clients
+    head_up: str = ""  # of the head's values; "" is as up
+    head_down: str = ""  # "" is as `down`
+    # What a lossy down codes: "changes" of a public reference, small and fed back, for clients
+    # that come often; the "values" anew each round, for a few of many. See
+    # fedpet/protocol/shared_reference.py.
+    downlink: str = "changes"
+    error_feedback: bool = False  # clients keep what a lossy up loses, for their next round
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("codec.downlink", self.downlink, ("changes", "values"))
+
+
+DEVICES = ("cpu", "cuda")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Stage):
+    name: str = "film-reviews"  # of the run folder, and of the table a run is compared in
+    seed: AnyInteger = 0  # sampling of clients, batches, adapters, stochastic rounding
+    workers: Count = 2  # Ray actors, each with training.threads
+    device: str = "cpu"  # of the server and of simulated clients; or "cuda", untested as yet
+    cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
+    out: str = ""  # the run folder; "" takes the next free runs/NAME-N
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_choice("run.device", self.device, DEVICES)

@@ -1,0 +1,83 @@
+"""What the value of a key may be, and how an entry such as "kind=number" is read.
+
+In:  the name of a key as a user writes it, its value.
+Out: what it means, or one sentence on what is wrong.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+from fedpet.errors import ConfigError
+
+__all__ = ["check_choice", "density_and_share", "rates_by_kind"]
+
+
+def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
+    """Refuse what is not one of these."""
+    allowed = list(allowed)
+    if value not in allowed:
+        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+
+
+def density_and_share(entry: str) -> tuple[float, float]:
+    """Of one of `mask.tiers`: "0.005=0.3" is (0.005, 0.3)."""
+    density, _, share = entry.partition("=")
+    try:
+        numbers = float(density), float(share)
+    except ValueError:
+        numbers = 0.0, 0.0
+    if not (0 < numbers[0] <= 1 and 0 <= numbers[1] <= 1):
+        raise ConfigError(
+            f"mask.tiers must hold entries such as '0.005=0.3', a density in (0, 1] and the share "
+            f"of the clients that train it in [0, 1], got {entry!r}."
+        )
+    return numbers
+
+
+def rates_by_kind(entries: Iterable[str], key: str) -> dict[str, float]:
+    """Read entries "kind=rate".
+
+    Args:
+        entries: Of `training.learning-rates` or `search.rates`.
+        key: Which of the two, for messages.
+
+    Raises:
+        ConfigError: An entry that does not read, a kind that does not exist, or one given twice.
+
+    Example:
+        >>> rates_by_kind(["head=0.01", "mask = 0.002"], "training.learning-rates")
+        {'head': 0.01, 'mask': 0.002}
+    """
+    rates: dict[str, float] = {}
+    for entry in entries:
+        name, _, text = entry.partition("=")
+        kind = name.strip()
+        try:
+            value = float(text)
+        except ValueError:
+            value = -1.0
+        if not 0 < value < math.inf:
+            raise ConfigError(
+                f"{key} must hold entries such as 'head=0.01', a kind of module and a finite rate "
+                f"above 0, got {entry!r}."
+            )
+        _check_kind(kind, entry, key)
+        if kind in rates:
+            raise ConfigError(f"{key} names the kind {kind!r} twice, in {entry!r} again: keep one.")
+        rates[kind] = value
+    return rates
+
+
+def _check_kind(kind: str, entry: str, key: str) -> None:
+    """Refuse a kind of module that no model has."""
+    from fedpet.pet.structure import (
+        KINDS,  # stands above the config, and knows the registered kinds
+    )
+
+    known = ("mask", "head", *sorted(KINDS))
+    if kind not in known:
+        raise ConfigError(
+            f"{key} must name kinds of modules, which are {', '.join(known)}, got {entry!r}."
+        )

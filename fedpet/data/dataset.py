@@ -1,0 +1,453 @@
+"""The data room's one entry: a configuration in, rows and clients out.
+
+In:  `DataConfig`, `PopulationConfig`, the tokeniser's folder, the cache's root.
+Out: a `FederatedData`.
+
+Each split is tokenised once. Its entry in the cache is named after the source's bytes, the
+tokeniser's bytes and the settings that decide a token or a label, so a second start opens it and
+reads no text. Nothing that depends on the population is kept: clients are dealt out each time.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import importlib.metadata
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedpet.config import DataConfig, PopulationConfig
+from fedpet.data.cache import Entry, cached
+from fedpet.data.partition import (
+    Client,
+    drop_small_clients,
+    group_rows,
+    name_of_client,
+    partition,
+    partition_with,
+)
+from fedpet.data.rows import Rows, no_rows
+from fedpet.data.sources import Files, Source, open_source
+from fedpet.data.split_table import Table
+from fedpet.data.task import Task, check_label_names, encode_labels, read_off_label_names
+from fedpet.data.tokenize import check_texts, hash_tokenizer, hash_tokenizer_files, tokenize_rows
+from fedpet.errors import ConfigError, DataError
+
+
+@dataclass(frozen=True)
+class RowBooks:
+    """Where the rows of a split went; what is used and what is left out add up to what was read."""
+
+    read: int
+    used: int
+    left_out: Mapping[str, int]  # by the reason
+
+
+@dataclass(frozen=True, eq=False)
+class FederatedData:
+    """All a federation's data, as one process sees it."""
+
+    task: Task
+    train: Rows
+    evaluation: Rows
+    clients: tuple[Client, ...]  # sorted by id; their rows are of `train`
+    left_out_clients: int  # with fewer than min_rows rows
+    left_out_rows: int  # of `train`, that no client holds
+    tokenizer_hash: str  # 64 hex digits
+    books: Mapping[str, RowBooks] = field(default_factory=dict)  # of "train" and "evaluation"
+
+
+def load_data(
+    data: DataConfig,
+    population: PopulationConfig,
+    tokenizer_folder: Path,
+    *,
+    cache: Path,
+    evaluation: bool = True,
+    all_rows: bool = False,
+    partitioner: Any = None,
+) -> FederatedData:
+    """Load, tokenise and deal out the rows of an experiment.
+
+    Args:
+        data: What to read. With `eval_split` "" or a single file, `eval_fraction` of the rows
+            are held out by a hash of their text, so equal texts fall on the same side. A limit
+            on rows takes those with the smallest such hashes: a sample, the same everywhere.
+        population: How rows become clients.
+        tokenizer_folder: The backbone's local folder.
+        cache: Root of the cache.
+        evaluation: False leaves `FederatedData.evaluation` empty and its split unread. The
+            training rows are the same either way.
+        all_rows: True trains on every row of the training split, or of the single file: a node's
+            own rows, with the evaluation rows elsewhere.
+        partitioner: Any object with flwr-datasets' interface; deals the rows out in place of
+            `population.partition`.
+
+    Returns:
+        The rows of both splits and the clients that take part.
+
+    Raises:
+        DataError: Rows, columns, labels or clients that cannot be used.
+        ConfigError: Settings that contradict each other or the data.
+    """
+    if population.partition == "nodes":
+        raise ConfigError(
+            'population.partition is "nodes", which leaves the clients to nodes with rows of their '
+            "own: give each node its rows with --node-config 'data=\"FILE\"', or name another "
+            "partition to simulate."
+        )
+    cache, tokenizer_folder = Path(cache), Path(tokenizer_folder)
+    tokenizer_hash = hash_tokenizer(tokenizer_folder)
+    source = open_source(data.source)
+    if all_rows:
+        assert not evaluation, "rows that are all trained on leave none to evaluate on"
+        train_split = held_split = _Split(source, data.train_split, "all", data.max_train_rows)
+    else:
+        train_split, held_split = _splits(source, data)
+    source.check(train_split.name)
+    if evaluation:
+        source.check(held_split.name)
+
+    task = Task(data.task, _label_names(train_split, data, cache), data.metric)
+    tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
+
+    def rows_entry(split: _Split) -> Entry:
+        return _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
+
+    train_entry = rows_entry(train_split)
+    train = _rows(train_entry)
+    held_entry = rows_entry(held_split) if evaluation else None
+    held = _rows(held_entry) if held_entry else no_rows(train)
+
+    if partitioner is not None:
+        dataset = source.read(data.train_split).dataset()
+        parts = partition_with(partitioner, dataset.select(train_entry.arrays["numbers"]))
+    elif population.partition == "column":
+        parts = _natural_clients(train_split, train_entry, population.client_column, cache)
+    else:
+        parts = partition(train.labels, population)
+    kept = drop_small_clients(parts, len(train), population)
+    unowned = len(train) - sum(map(len, parts.values()))
+    books = {
+        "train": _books(
+            train_entry,
+            "data.max-train-rows",
+            {
+                "of no client": unowned,
+                "of clients below population.min-rows": kept.left_out_rows - unowned,
+            },
+        )
+    }
+    if held_entry:
+        books["evaluation"] = _books(held_entry, "data.max-eval-rows")
+    return FederatedData(
+        task=task,
+        train=train,
+        evaluation=held,
+        clients=kept.clients,
+        left_out_clients=kept.left_out_clients,
+        left_out_rows=kept.left_out_rows,
+        tokenizer_hash=tokenizer_hash,
+        books=books,
+    )
+
+
+def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) -> FederatedData:
+    """Load a server's rows, where the training rows are on the nodes: it evaluates on them.
+
+    Args:
+        data: What to read: the whole of a single file, or `eval_split`; where that is "", the rows
+            of `train_split` that a simulation would hold out. Without `label_names`, the classes
+            are read off these rows.
+        tokenizer_folder: The backbone's local folder.
+        cache: Root of the cache.
+
+    Returns:
+        Evaluation rows; no training rows, and no clients.
+
+    Raises:
+        DataError: Rows, columns or labels that cannot be used.
+    """
+    source = open_source(data.source)
+    single = isinstance(source, Files) and "" in source.files
+    part = "all" if single or data.eval_split else "held out"
+    split = _Split(source, data.eval_split or data.train_split, part, data.max_eval_rows)
+    source.check(split.name)
+    task = Task(data.task, _label_names(split, data, cache), data.metric)
+    tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
+    entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
+    held, books = _rows(entry), {"evaluation": _books(entry, "data.max-eval-rows")}
+    tokenizer_hash = hash_tokenizer(tokenizer_folder)
+    return FederatedData(task, no_rows(held), held, (), 0, 0, tokenizer_hash, books)
+
+
+@dataclass(frozen=True)
+class ClientCounts:
+    """Who would take part in a run: clients and classes, and no text."""
+
+    task: Task
+    num_rows: Mapping[str, int]  # client -> rows it holds, clients in alphabetical order
+
+
+def count_clients(data: DataConfig, population: PopulationConfig, *, cache: Path) -> ClientCounts:
+    """Count the clients that `load_data` would find, without a tokeniser.
+
+    Args:
+        data: What to read, as in `load_data`.
+        population: How rows become clients.
+        cache: Root of the cache.
+
+    Raises:
+        DataError: Rows, columns, labels or clients that cannot be used.
+        ConfigError: Settings that contradict each other or the data.
+    """
+    cache = Path(cache)
+    source = open_source(data.source)
+    train, _ = _splits(source, data)
+    source.check(train.name)
+    task = Task(data.task, _label_names(train, data, cache), data.metric)
+
+    def compute() -> Entry:
+        texts, labels = train.texts(data.text_columns), train.labels(data.label_column)
+        for name, column in zip(data.text_columns, texts, strict=True):
+            check_texts(column, name, train.where)
+        encoded = encode_labels(labels, task.kind, task.label_names, train.where)
+        numbers = _choose(texts, train.part, data.eval_fraction, train.max_rows)
+        return Entry({"labels": encoded[numbers], "numbers": numbers}, {})
+
+    entry = cached(cache, "census", _rows_key(train, data, task), compute)
+    if population.partition == "column":
+        parts = _natural_clients(train, entry, population.client_column, cache)
+    else:
+        parts = partition(entry.arrays["labels"], population)
+    kept = drop_small_clients(parts, len(entry.arrays["labels"]), population)
+    return ClientCounts(task, {client.id: len(client.rows) for client in kept.clients})
+
+
+@dataclass(frozen=True)
+class _Split:
+    """Some rows of a source."""
+
+    source: Source
+    name: str
+    part: str  # "all", or by the hash of the text "kept" or "held out"
+    max_rows: int  # 0 takes all
+
+    @property
+    def where(self) -> str:
+        if isinstance(self.source, Files) and "" in self.source.files:
+            return self.source.description
+        return f"split {self.name!r} of {self.source.description}"
+
+    def read(self) -> Table:
+        return self.source.read(self.name)
+
+    def texts(self, columns: Sequence[str]) -> list[list[Any]]:
+        """The columns of texts.
+
+        Raises:
+            DataError: A column that is not there, or whose entries are numbers all.
+        """
+        table = self.read()
+        texts = [table.column(name, "data.text-columns", self.where) for name in columns]
+        for name, column in zip(columns, texts, strict=True):
+            if not table.typed and all(text and _is_number(text) for text in column):
+                raise DataError(
+                    f"row 1 of {self.where} has {column[0]} in column {name!r}, and every row a "
+                    "number, where a text should be: check data.text-columns."
+                )
+        return texts
+
+    def labels(self, column: str) -> list[Any]:
+        """All labels; a class index of the source's own numbering is the name it stands for."""
+        return self.read().labels(column, "data.label-column", self.where)
+
+
+def _is_number(text: str) -> bool:
+    try:
+        float(text)
+    except ValueError:
+        return False
+    return True
+
+
+def _splits(source: Source, data: DataConfig) -> tuple[_Split, _Split]:
+    """The rows to train on, and those to evaluate on."""
+    if not data.eval_split or (isinstance(source, Files) and "" in source.files):
+        return (
+            _Split(source, data.train_split, "kept", data.max_train_rows),
+            _Split(source, data.train_split, "held out", data.max_eval_rows),
+        )
+    return (
+        _Split(source, data.train_split, "all", data.max_train_rows),
+        _Split(source, data.eval_split, "all", data.max_eval_rows),
+    )
+
+
+def _label_names(train: _Split, data: DataConfig, cache: Path) -> tuple[str, ...]:
+    """As configured, as the source says, or read off the training split; () for regression."""
+    check_label_names(data)
+    if data.label_names or data.task == "regression":
+        return data.label_names
+
+    def compute() -> Entry:
+        labels = train.labels(data.label_column)
+        known = train.read().label_names(data.label_column)
+        return Entry({}, {"label_names": read_off_label_names(labels, train.where, known)})
+
+    key = {**train.source.identity(train.name), "label_column": data.label_column}
+    return tuple(cached(cache, "labels", key, compute).meta["label_names"])
+
+
+def _versions() -> list[str]:
+    """A library that is updated may cut a text into other tokens."""
+    return [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
+
+
+def _rows_key(split: _Split, data: DataConfig, task: Task) -> dict[str, Any]:
+    """What decides which rows a split has, and their labels."""
+    return {
+        **split.source.identity(split.name),
+        "part": split.part,
+        "max_rows": split.max_rows,
+        "eval_fraction": None if split.part == "all" else data.eval_fraction,
+        "text_columns": data.text_columns,
+        "label_column": data.label_column,
+        "label_names": task.label_names,
+        "task": task.kind,
+    }
+
+
+def _rows_entry(
+    split: _Split,
+    data: DataConfig,
+    task: Task,
+    tokenizer_folder: Path,
+    tokens_key: dict[str, Any],
+    cache: Path,
+) -> Entry:
+    key = {**tokens_key, **_rows_key(split, data, task), "max_length": data.max_length}
+
+    def compute() -> Entry:
+        where = split.where
+        texts, labels = split.texts(data.text_columns), split.labels(data.label_column)
+        for name, column in zip(data.text_columns, texts, strict=True):
+            check_texts(column, name, where)
+            _check_unicode(column, name, where)
+        encoded = encode_labels(labels, task.kind, task.label_names, where)
+        numbers = _choose(texts, split.part, data.eval_fraction, split.max_rows)
+        if not len(numbers):
+            raise DataError(
+                f"no row of the {len(labels)} in {where} is {split.part} at data.eval-fraction "
+                f"{data.eval_fraction}: change the fraction, or add rows."
+            )
+        chosen = [[column[i] for i in numbers] for column in texts]
+        arrays, padding = tokenize_rows(chosen, tokenizer_folder, data.max_length, where)
+        told = {
+            "padding": asdict(padding),
+            "part": split.part,
+            "num_rows": len(labels),
+            "num_rows_of_part": len(_choose(texts, split.part, data.eval_fraction, 0)),
+            "left_out": split.read().left_out,
+        }
+        return Entry(arrays | {"labels": encoded[numbers], "numbers": numbers}, told)
+
+    return cached(cache, "rows", key, compute)
+
+
+def _check_unicode(texts: Sequence[str], column: str, where: str) -> None:
+    """Refuse the first text with half a surrogate pair, which no tokeniser takes."""
+    for row, text in enumerate(texts):
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            raise DataError(
+                f"row {row + 1} of {where} has a text in column {column!r} that is no Unicode, "
+                f"{text[:40]!a}: mend or remove the row."
+            ) from None
+
+
+_OTHER_PART = {"kept": "held out to evaluate on", "held out": "kept to train on"}
+
+
+def _books(entry: Entry, limit: str, more: Mapping[str, int] | None = None) -> RowBooks:
+    """Where the rows of a split went.
+
+    Args:
+        entry: Of the split.
+        limit: The setting that limits its rows.
+        more: Rows of the entry that are not used, by the reason.
+    """
+    told, num_rows = entry.meta, len(entry.arrays["labels"])
+    left_out = {
+        **told["left_out"],
+        _OTHER_PART.get(told["part"], ""): told["num_rows"] - told["num_rows_of_part"],
+        f"beyond {limit}": told["num_rows_of_part"] - num_rows,
+        **(more or {}),
+    }
+    return RowBooks(
+        read=told["num_rows"] + sum(told["left_out"].values()),
+        used=num_rows - sum((more or {}).values()),
+        left_out={reason: count for reason, count in left_out.items() if count},
+    )
+
+
+def _choose(
+    texts: Sequence[Sequence[str]], part: str, eval_fraction: float, max_rows: int
+) -> np.ndarray:
+    """Row numbers of a part, int64 (k,), ascending."""
+    num_rows = len(texts[0])
+    numbers = np.arange(num_rows)
+    if part == "all" and not 0 < max_rows < num_rows:
+        return numbers
+    draws = np.asarray([_draw(row) for row in zip(*texts, strict=True)])  # (n,) in [0, 1)
+    if part != "all":
+        numbers = np.flatnonzero((draws < eval_fraction) == (part == "held out"))
+    if 0 < max_rows < len(numbers):
+        smallest = np.argsort(draws[numbers], kind="stable")[:max_rows]
+        numbers = np.sort(numbers[smallest])
+    return numbers
+
+
+def _draw(row: Sequence[str]) -> float:
+    """A number in [0, 1) that depends on the row's text alone."""
+    digest = hashlib.sha256("\x1f".join(row).encode("utf-8", "surrogatepass")).digest()
+    return int.from_bytes(digest[:6], "big") / 2**48
+
+
+def _rows(entry: Entry) -> Rows:
+    return Rows(
+        tokens=entry.arrays["tokens"],
+        offsets=entry.arrays["offsets"],
+        labels=entry.arrays["labels"],
+        types=entry.arrays.get("types"),
+        pad_id=entry.meta["padding"]["token"],
+        pad_left=entry.meta["padding"]["left"],
+    )
+
+
+def _natural_clients(
+    split: _Split, rows_entry: Entry, column: str, cache: Path
+) -> dict[str, np.ndarray]:
+    numbers = rows_entry.arrays["numbers"]
+
+    def compute() -> Entry:
+        values = split.read().column(
+            column, "population.client-column, or another population.partition", split.where
+        )
+        ids = [name_of_client(value) for value in values]
+        if None in ids:
+            raise DataError(
+                f"row {ids.index(None) + 1} of {split.where} names no client in column "
+                f"{column!r}: give every row a client, or take another population.partition."
+            )
+        names, codes = np.unique([ids[i] for i in numbers], return_inverse=True)
+        return Entry({"codes": codes.astype(np.int32)}, {"names": names.tolist()})
+
+    digest = hashlib.sha256(numbers.tobytes()).hexdigest()
+    key = {**split.source.identity(split.name), "numbers": digest, "column": column}
+    entry = cached(cache, "clients", key, compute)
+    return group_rows(entry.arrays["codes"], tuple(entry.meta["names"]))

@@ -1,0 +1,131 @@
+"""A backbone without its weights: the architecture, built on torch's meta device.
+
+    [outline] -> layout -> draws -> updates -> messages -> cost
+
+In:  a configuration: its file, a folder with it, a hub name, or `package:NAME`.
+Out: a `Backbone` whose parameters have shapes and no numbers, and whose head is known.
+
+Which parameters are the head is read off the checkpoint where one lies beside the configuration:
+its header names tensors and shapes. Where there is none, the head is what the task's class adds to
+the architecture's base model; a pooler of the base model then counts as pretrained, and a head that
+is to be kept as there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fedpet.backbone.checkpoint import CONFIG_FILE, resolve_config, weight_files
+from fedpet.backbone.classifier import head_names, lost_names, output_layer, outside_base
+from fedpet.backbone.pretrained import Backbone
+from fedpet.config import BackboneConfig
+from fedpet.errors import BackboneError
+
+__all__ = ["outline"]
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def outline(config: BackboneConfig, *, num_outputs: int, regression: bool = False) -> Backbone:
+    """Build a backbone's outline for classification, or for regression with one output.
+
+    Args:
+        config: Its model may name a folder without weights, or a config.json.
+        num_outputs: Of the head.
+        regression: Whether the one output is a value and no class.
+
+    Returns:
+        The backbone on the meta device. Its fingerprint is "": there are no numbers to take it of.
+
+    Raises:
+        BackboneError: There is no such configuration, or none that a class can be built from.
+    """
+    from transformers import AutoConfig
+    from transformers.utils import logging as transformers_logging
+
+    file = resolve_config(config)
+    transformers_logging.set_verbosity_error()
+    try:
+        model_config = AutoConfig.from_pretrained(file, trust_remote_code=False)
+        model_config.num_labels = num_outputs
+        model_config.problem_type = "regression" if regression else "single_label_classification"
+        with torch.device("meta"):
+            model = _class_for(model_config).from_config(model_config, dtype=torch.float32)
+    except Exception as error:  # transformers raises many kinds, of several libraries
+        reason = " ".join(str(error).split())
+        raise BackboneError(
+            f"{config.model!r} is no configuration of a model that classifies "
+            f"({type(error).__name__}: {reason[:200]}). Give a config.json as `save_pretrained` "
+            "writes it."
+        ) from None
+    model.requires_grad_(False)
+    model.eval()
+    stored = _stored_shapes(file.parent) if file.name == CONFIG_FILE else None
+    head = _head(model, stored)
+    return Backbone(config.model, file.parent, model, head, "", trains_head=config.head != "keep")
+
+
+def _class_for(config: Any) -> Any:
+    """The class that classifies texts, or images where the architecture reads those."""
+    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+
+    images = AutoModelForImageClassification._model_mapping
+    texts = AutoModelForSequenceClassification._model_mapping
+    if type(config) in images and type(config) not in texts:
+        return AutoModelForImageClassification
+    return AutoModelForSequenceClassification
+
+
+def _head(model: Any, stored: Shapes | None) -> tuple[str, ...]:
+    """Names of the head's parameters, in the order of the model."""
+    if stored is None:
+        return outside_base(model)
+    prefix = f"{model.base_model_prefix}."
+    lacking = {
+        name
+        for name, parameter in model.named_parameters()
+        if not any(stored.get(n) == tuple(parameter.shape) for n in _spellings(name, prefix))
+    }
+    # transformers renames tensors of some old checkpoints while it loads them. Where the body
+    # seems to be missing, its names were other ones: go by the architecture.
+    if lost_names(model, lacking):
+        return outside_base(model)
+    has_output_layer = any(
+        spelling in stored for name in output_layer(model) for spelling in _spellings(name, prefix)
+    )
+    return head_names(model, lacking, has_output_layer=has_output_layer)
+
+
+def _spellings(name: str, prefix: str) -> tuple[str, ...]:
+    """What a parameter may be called in a checkpoint: with or without the base model's prefix."""
+    plain = name.removeprefix(prefix)
+    old = plain.replace("LayerNorm.weight", "LayerNorm.gamma")
+    old = old.replace("LayerNorm.bias", "LayerNorm.beta")
+    return (name, plain, prefix + plain, old, prefix + old)
+
+
+def _stored_shapes(folder: Path) -> Shapes | None:
+    """Shapes of a checkpoint's tensors by name, from its header; None where there is none."""
+    from safetensors import safe_open
+
+    shapes: dict[str, tuple[int, ...]] = {}
+    try:
+        files = weight_files(folder)
+        for file in files:
+            if file.suffix == ".bin":
+                stored = torch.load(file, map_location="meta", mmap=True, weights_only=True)
+                shapes |= {name: tuple(tensor.shape) for name, tensor in stored.items()}
+                continue
+            with safe_open(file, framework="pt") as tensors:
+                for name in tensors.keys():  # noqa: SIM118 - it is no dict
+                    shapes[name] = tuple(tensors.get_slice(name).get_shape())
+        return shapes if files else None
+    except Exception as error:  # a damaged file raises kinds of three libraries
+        raise BackboneError(
+            f"the checkpoint in {str(folder)!r} does not read ({type(error).__name__}: "
+            f"{str(error)[:160]}). Mend or remove it: the config.json alone is enough here."
+        ) from None

@@ -1,0 +1,1 @@
+"""Adapted layers: their forward and backward passes, and how they are put in place."""

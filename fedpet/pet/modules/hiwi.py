@@ -1,0 +1,170 @@
+"""HiWi: adapters that read pretrained weights and biases, and are thrown away.
+
+In:  a dense module of the feed-forward part, with weight W0 (d_in, d_out) or bias b0 (d,).
+Out: on a bias, b' = b + scale * f(b Wd) Wu; what is sent is b' - b0, (d,), whatever the rank.
+     On a weight, W' = W0 + scale * f(W0 Wd) Wu; what is sent is Wu, (r, d_out).
+
+On a bias, the adapter starts again at every start of a client's work, on the bias as it then is:
+Wd drawn anew, Wu zero. So what is sent is always a bias, and averages exactly.
+
+On a weight, Wd is frozen and drawn from the shared seed, and W0 is the pretrained weight, never
+a masked or merged one. Then C = f(W0 Wd), (d_in, r), is a constant and the change C Wu is linear
+in Wu: a LoRA whose down-projection was read off the weight. It costs no product of the size of W0.
+
+f is ReLU. A bias that is zero everywhere could never move, since f(0 Wd) = 0 and so is the
+gradient of Wu. The rule: where the pretrained bias is all zeros the adapter gets inner biases,
+b' = b + scale * (f(b Wd + c) Wu + e), c uniform at the start and e zero.
+
+Source: Liao, Meng and Monz, ACL 2023, arXiv:2305.16742 (an adapter whose input is a weight or a
+bias of a feed-forward layer, discarded after training). Ours: ReLU, one adapter a tensor, no inner
+bias unless it is needed, and the exact federated forms.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from fedpet.errors import StructureError
+from fedpet.pet.modules.base import GatedModule, dense_sizes, is_transposed, kaiming_uniform, seeded
+from fedpet.pet.modules.lora import LowRankBranch
+from fedpet.pet.modules.registry import DENSE, FFN, linears, register_module
+
+if TYPE_CHECKING:
+    from fedpet.pet.structure import ModuleSpec
+
+__all__ = ["HiwiBias", "HiwiWeight"]
+
+
+@register_module(
+    "hiwi-bias",
+    targets=DENSE,
+    usual=lambda p: linears(*FFN)(p) and p.has_bias,
+    size=lambda d_in, d_out, rank: d_out,
+    ranked=True,
+    tensor="bias",
+    gradient=1e-3,
+    spread=0.35,
+)
+class HiwiBias(GatedModule):
+    """An adapter on a bias. Exact: it sends the merged change and starts anew each time."""
+
+    place = "bias"
+
+    def __init__(
+        self, target: str, module: nn.Module, rank: int, scale: float, inner: bool | None = None
+    ) -> None:
+        """Read the pretrained bias.
+
+        Args:
+            target: Path of the module.
+            module: Has a bias (d,).
+            rank: r.
+            scale: Of the change.
+            inner: Whether there are inner biases c and e; None goes by the rule above, and is
+                no where the bias is on the meta device and has no numbers.
+
+        Raises:
+            StructureError: The module has no bias.
+        """
+        super().__init__("hiwi-bias", target)
+        bias = getattr(module, "bias", None)
+        if not isinstance(bias, Tensor):
+            raise StructureError(
+                f"a 'hiwi-bias' module reads a bias, and {target!r} has none. Put it on another "
+                "layer, or take 'hiwi-weight'."
+            )
+        self.carried = False  # a BitFit on the same bias holds and sends the change
+        self._rank = rank
+        self._scale = scale
+        if inner is None:
+            inner = not bias.is_meta and bool((bias == 0).all())
+        self._inner = inner
+        self._pretrained = bias.detach().clone()
+        self._origin = torch.zeros_like(self._pretrained)  # the values at the last start
+        self._base = self._origin  # those of them that this module sends
+        self._current = self._pretrained  # what the adapter reads
+
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> HiwiBias:
+        return cls(spec.target, module, spec.rank, spec.scale)
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        d, r = len(self._pretrained), self._rank
+        return ((d, r), (r, d), (r,), (d,)) if self._inner else ((d, r), (r, d))
+
+    @property
+    def num_values(self) -> int:
+        return 0 if self.carried else len(self._pretrained)
+
+    def write(self, values: Tensor, seed: int) -> None:
+        """Start anew at the bias `pretrained + values`, (d,)."""
+        d, r = len(self._pretrained), self._rank
+        self.count_from(values)
+        generator = seeded(seed, self.target, "hiwi-bias")
+        down, *others = (trainable.detach() for trainable in self.trainables)
+        down.copy_(kaiming_uniform((d, r), d, generator))
+        for other in others:
+            other.zero_()
+        if self._inner:
+            others[1].copy_(kaiming_uniform((r,), d, generator, a=math.sqrt(5)))
+
+    @property
+    def origin(self) -> Tensor:
+        """The values at the last start, (d,)."""
+        return self._origin
+
+    def count_from(self, origin: Tensor) -> None:
+        self._origin = origin.to(self._pretrained, copy=True)
+        self._current = self._pretrained + self._origin
+        if not self.carried:
+            self._base = self._origin
+
+    @property
+    def sends_trainables(self) -> bool:
+        return False
+
+    def sent(self) -> Tensor:
+        return self.effect(None)
+
+    def effect(self, x: Tensor | None) -> Tensor:
+        if self._inner:
+            down, up, inner_down, inner_up = self.trainables
+            change = torch.relu(self._current @ down + inner_down) @ up + inner_up
+        else:
+            down, up = self.trainables
+            change = torch.relu(self._current @ down) @ up
+        change = change * self._scale
+        return change if self.carried else self._base + change
+
+    def merge(self, module: nn.Module) -> None:
+        assert isinstance(module.bias, Tensor)
+        module.bias.add_(self.effect(None))
+
+
+@register_module(
+    "hiwi-weight",
+    targets=DENSE,
+    usual=linears(*FFN),
+    size=lambda d_in, d_out, rank: rank * d_out,  # the down-projection is frozen
+    ranked=True,
+)
+class HiwiWeight(LowRankBranch):
+    """An adapter on a weight, its down-projection frozen and seeded. Exact."""
+
+    def __init__(self, target: str, module: nn.Module, rank: int, scale: float, seed: int) -> None:
+        _, d_out = dense_sizes(module)
+        weight = module.weight
+        assert isinstance(weight, Tensor)
+        rows = weight.detach() if is_transposed(module) else weight.detach().T  # (d_in, d_out)
+        down = kaiming_uniform((d_out, rank), d_out, seeded(seed, target, "hiwi-weight"))
+        constant = torch.relu(rows @ down.to(weight))  # C, (d_in, r)
+        super().__init__("hiwi-weight", target, constant.T.contiguous(), d_out, scale)
+
+    @classmethod
+    def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> HiwiWeight:
+        return cls(spec.target, module, spec.rank, spec.scale, seed)

@@ -1,0 +1,204 @@
+"""The mask: a few entries of the dense weights, trained without a dense gradient.
+
+In:  the dense weights, and for each the flat positions that may move, in the order of their rank.
+Out: the change at each position, as values in that order, weight by weight.
+
+The weight holds w0 + v in place, so the forward pass is that of a plain layer. Backward computes
+the weight's gradient at the positions only, a sampled product of the output gradient and the
+input; a gradient of the weight's shape never exists. After the optimiser's step the entries are
+written as w0 + v from the saved w0: nothing drifts, and no other entry is ever written.
+
+Source: PaFi (Liao, Meng and Monz, ACL 2023, arXiv:2305.16742): the entries; the compact vector
+and the sampled product are ours.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from fedpet.pet.kernels.input_recompute import Kept, to_columns
+from fedpet.pet.kernels.sparse_index import BLOCK_ROWS, ConcatenatedIndex, SparseIndex
+from fedpet.pet.modules.base import PetModule
+
+__all__ = ["MaskedWeight", "MaskedWeights"]
+
+
+class MaskedWeights(PetModule):
+    """Changes of a few entries of many dense weights. Exact.
+
+    A trainable a weight, in the order in which it holds the entries, all one behind the other;
+    values, in the order of rank, go in and out by one choice of places for all.
+    """
+
+    place = "mask"
+
+    def __init__(self, weights: Sequence[MaskedWeight]) -> None:
+        super().__init__("mask", "")
+        self.weights = tuple(weights)
+        self._flat_weights = [part.weight.detach().view(-1) for part in weights]
+        self._tiers: dict[tuple[int, ...], ConcatenatedIndex] = {}
+        self._whole = self._take(ConcatenatedIndex.of([part.entries for part in weights]))
+
+    @property
+    def parts(self) -> tuple[tuple[str, int], ...]:
+        return tuple((part.name, part.num_values) for part in self.weights)
+
+    def use(self, counts: Mapping[str, int]) -> None:
+        """Train of each weight only so many entries, those of the lowest rank; none if not named.
+
+        All other entries hold w0 again. `bind` comes next: the trainable has another length.
+        """
+        self.restore()
+        wanted = tuple(counts.get(part.name, 0) for part in self.weights)
+        entries = self._tiers.get(wanted)
+        if entries is None:
+            pairs = zip(self.weights, self._whole.parts, wanted, strict=True)
+            entries = ConcatenatedIndex.of(
+                [whole.prefix(count, part.weight) for part, whole, count in pairs]
+            )
+        self._take(entries)
+
+    def _take(self, entries: ConcatenatedIndex) -> ConcatenatedIndex:
+        self._entries = entries
+        self._tiers[tuple(len(part.flat) for part in entries.parts)] = entries
+        self._sizes = [len(part.flat) for part in entries.parts]
+        for part, own in zip(self.weights, entries.parts, strict=True):
+            part.entries = own
+        return entries
+
+    @property
+    def shapes(self) -> tuple[tuple[int, ...], ...]:
+        return tuple((size,) for size in self._sizes)
+
+    def bind(self, trainables: Sequence[Tensor]) -> None:
+        super().bind(trainables)
+        for part, trainable in zip(self.weights, trainables, strict=True):
+            part.bind(trainable)
+        # They lie one behind the other: one tensor for what is done to all.
+        first, size = trainables[0].detach(), (sum(self._sizes),)
+        self._changes = first.as_strided(size, (1,), first.storage_offset())
+
+    def write(self, values: Tensor, seed: int) -> None:
+        torch.index_select(values, 0, self._entries.rank, out=self._changes)
+
+    def read(self) -> Tensor:
+        places = self._entries.rank.to(torch.int64)
+        return torch.empty_like(self._changes).index_copy_(0, places, self._changes)
+
+    def write_weights(self) -> None:
+        """Write w0 + v into the weights, under no_grad."""
+        self._put(self._entries.start + self._changes)
+
+    def is_written(self) -> bool:
+        """Whether the weights hold w0 + v."""
+        changed = self._entries.start + self._changes
+        return torch.equal(changed, torch.cat([w[p] for w, p in self._places()]))
+
+    def restore(self) -> None:
+        """Write w0 back."""
+        self._put(self._entries.start)
+
+    def _put(self, entries: Tensor) -> None:
+        changed = torch.split(entries, self._sizes)
+        for (weight, places), numbers in zip(self._places(), changed, strict=True):
+            weight.index_copy_(0, places, numbers)
+
+    def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
+        """Each weight, flat, and the positions of its entries, int64."""
+        places = torch.split(self._entries.flat.to(torch.int64), self._sizes)
+        return zip(self._flat_weights, places, strict=True)
+
+    def merge(self, module: nn.Module) -> None:
+        """Nothing to do: the weights hold the changes already."""
+
+
+class MaskedWeight:
+    """One weight of the mask: its entries, and their gradient."""
+
+    def __init__(self, name: str, weight: Tensor, positions: Tensor, transposed: bool) -> None:
+        """Prepare one weight.
+
+        Args:
+            name: Of the parameter.
+            weight: (out, in), or (in, out) where `transposed`. Written in place from now on.
+            positions: int64, (k,), flat, in the order of rank.
+        """
+        self.name = name
+        self.transposed = transposed
+        self.weight = weight
+        self.entries = SparseIndex.of(weight, positions.to(weight.device))
+        # Whether backward adds to the gradient's storage itself, or gives autograd a gradient.
+        self.in_place = False
+
+    @property
+    def num_values(self) -> int:
+        return len(self.entries.flat)
+
+    def bind(self, trainable: Tensor) -> None:
+        """Take this weight's changes, (k,), ascending by position."""
+        self.trainable = trainable
+        gradient = trainable.grad
+        if gradient is None:
+            gradient = torch.zeros_like(self.entries.start)
+        with warnings.catch_warnings():  # "sparse CSR is in beta", once a process
+            warnings.simplefilter("ignore")
+            self._gradient = torch.sparse_csr_tensor(  # a view: its values are `gradient`
+                self.entries.crow, self.entries.columns, gradient, self.weight.shape
+            )
+
+    def gradient(self, kept: Kept, source: Tensor, g: Tensor, live: Tensor | None) -> Tensor | None:
+        """The weight's gradient at the positions, ascending: (k,); None where `in_place`.
+
+        Args:
+            kept: Input of the layer,
+            source: and what it is made from.
+            g: Gradient of its output, (tokens, out).
+            live: The tokens that `g` is given for; None where it is given for all.
+        """
+        dtype = self.weight.dtype
+        if g.dtype != dtype:
+            g = g.to(dtype)
+        if self.entries.blocks is not None:
+            return self.sampled(kept.rows(source, dtype, live).t(), g.t())
+        if live is None:
+            x = kept.columns(source, dtype)
+        else:
+            x = to_columns(kept.rows(source, dtype, live))
+        return self.sampled(x, to_columns(g))
+
+    def sampled(self, x: Tensor, g: Tensor) -> Tensor | None:
+        """The product of both at the positions: as `gradient`, of columns.
+
+        Args:
+            x: Input of the layer, (in, tokens); contiguous, but for entries in blocks.
+            g: Gradient of its output, (out, tokens), likewise.
+        """
+        left, right = (x, g) if self.transposed else (g, x)  # (rows, tokens), (columns, tokens)
+        if self.entries.blocks is not None:
+            return self._by_blocks(left, right, self.entries.blocks)
+        if self.in_place:
+            into = self._gradient
+            torch.sparse.sampled_addmm(into, left, right.t(), beta=1.0, out=into)
+            return None
+        sampled: Tensor = torch.sparse.sampled_addmm(self._gradient, left, right.t(), beta=0.0)
+        return sampled.values()
+
+    def _by_blocks(self, left: Tensor, right: Tensor, ends: Sequence[int]) -> Tensor | None:
+        """The same for many positions: dense products of a few rows at a time, then a choice."""
+        gradient = torch.empty_like(self.entries.start)
+        columns = self.weight.shape[1]
+        start = 0
+        for block, stop in enumerate(ends):
+            row = block * BLOCK_ROWS
+            dense = left[row : row + BLOCK_ROWS] @ right.t()  # (BLOCK_ROWS, columns)
+            chosen = self.entries.flat[start:stop] - row * columns  # index_select takes int32
+            torch.index_select(dense.view(-1), 0, chosen, out=gradient[start:stop])
+            start = stop
+        if self.in_place:
+            self._gradient.values().add_(gradient)
+            return None
+        return gradient

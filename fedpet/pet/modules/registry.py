@@ -1,0 +1,171 @@
+"""Register kinds of PET modules: all that the package knows of a kind stands at its class.
+
+In:  a `GatedModule` class and its facts.
+Out: `KINDS` and `PRESETS`, which structure, build, search, estimate and report read.
+
+See `register_module` for an example.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, TypeVar
+
+from torch import nn
+
+from fedpet.backbone.module_roles import Position
+from fedpet.errors import ConfigError
+
+if TYPE_CHECKING:
+    from fedpet.pet.modules.base import GatedModule
+    from fedpet.pet.structure import ModuleSpec
+
+__all__ = [
+    "DENSE",
+    "FFN",
+    "KINDS",
+    "PRESETS",
+    "ModuleKind",
+    "linears",
+    "register_module",
+    "register_preset",
+]
+
+DENSE = frozenset({"linear", "conv1d"})  # kinds of positions
+FFN = ("ffn-up", "ffn-gate", "ffn-down")  # roles
+
+_Wanted = Callable[[Position], bool]
+
+
+@dataclass(frozen=True)
+class ModuleKind:
+    """The facts of one kind of module.
+
+    Attributes:
+        build: Makes one from its spec, its target module and the seed of the federation.
+        exact: Whether averaging what it sends is averaging models (law 3).
+        targets: Kinds of positions that can carry it.
+        size: Values that it sends, of the target's input and output widths and the rank.
+        ranked: Whether it has a rank.
+        scaled: Whether `structure.scale` multiplies it; the scale of others is 1.
+        tensor: The target's tensor that it changes, where other kinds change the same one: then
+            that is sent once. "" where it shares none.
+        spaces: Search spaces that it joins behind their own kinds, and on which positions.
+        gradient: Typical standard deviation of its gradient's entries, and
+        spread: how that differs between entries, in decades: both for `fedpet estimate`.
+    """
+
+    build: Callable[[ModuleSpec, nn.Module, int], GatedModule]
+    exact: bool
+    targets: frozenset[str]
+    size: Callable[[int, int, int], int]
+    ranked: bool
+    scaled: bool
+    tensor: str
+    spaces: dict[str, _Wanted]
+    gradient: float
+    spread: float
+
+
+KINDS: dict[str, ModuleKind] = {}
+# name -> (kind, its usual positions); a kind's own name is one
+PRESETS: dict[str, tuple[str, _Wanted]] = {}
+
+_Class = TypeVar("_Class", bound="type[GatedModule]")
+
+
+def register_module(
+    kind: str,
+    *,
+    targets: Collection[str],
+    usual: _Wanted,
+    size: Callable[[int, int, int], int],
+    ranked: bool = False,
+    scaled: bool = False,
+    tensor: str = "",
+    spaces: dict[str, _Wanted] | None = None,
+    gradient: float = 2e-4,
+    spread: float = 0.1,
+) -> Callable[[_Class], _Class]:
+    """Make a `GatedModule` class known under a name.
+
+    Its `build` is called with a `ModuleSpec`, the target and a seed; `exact` stands on the class.
+
+    Args:
+        kind: The name in structures, presets and learning rates.
+        targets: Kinds of positions that can carry it: "linear", "conv1d", "norm", "block".
+        usual: The positions that the preset of that name takes.
+        size: Values that it sends, of (input width, output width, rank).
+        ranked: See `ModuleKind`, as the others.
+
+    Raises:
+        ConfigError: The name is taken by another class.
+
+    Example:
+        (IA)^3 on any dense layer: its output times 1 + v, which folds into weight and bias.
+
+        >>> @register_module("ia3", targets={"linear"}, usual=linears("key", "value", "ffn-up"),
+        ...                  size=lambda d_in, d_out, rank: d_out)
+        ... class Ia3(GatedModule):
+        ...     place = "sequential"
+        ...     def __init__(self, target, width):
+        ...         super().__init__("ia3", target)
+        ...         self._width = width
+        ...     @classmethod
+        ...     def build(cls, spec, module, seed):
+        ...         return cls(spec.target, module.out_features)
+        ...     @property
+        ...     def shapes(self):
+        ...         return ((self._width,),)
+        ...     def effect(self, output):
+        ...         return output * self.trainables[0]
+        ...     def merge(self, module):
+        ...         module.weight.mul_(1 + self.trainables[0][:, None])
+        ...         if module.bias is not None:
+        ...             module.bias.mul_(1 + self.trainables[0])
+        >>> CustomModuleConfig(kind="ia3").kind
+        'ia3'
+    """
+
+    def register(cls: _Class) -> _Class:
+        facts = ModuleKind(
+            cls.build,
+            cls.exact,
+            frozenset(targets),
+            size,
+            ranked,
+            scaled,
+            tensor,
+            dict(spaces or {}),
+            gradient,
+            spread,
+        )
+        known = KINDS.get(kind)
+        if known is not None and known.build.__qualname__ != cls.build.__qualname__:
+            raise ConfigError(
+                f"a kind of module must have a name of its own, and {kind!r} is "
+                f"{known.build.__qualname__.removesuffix('.build')}. Take another."
+            )
+        KINDS[kind] = facts
+        register_preset(kind, kind, usual)
+        return cls
+
+    return register
+
+
+def register_preset(name: str, kind: str, usual: _Wanted) -> None:
+    """Name positions on which a registered kind may be put."""
+    PRESETS[name] = (kind, usual)
+
+
+def linears(*roles: str) -> _Wanted:
+    """Dense layers of these roles; all, where none is named.
+
+    Example:
+        >>> from fedpet.backbone.module_roles import Position
+        >>> query = Position("layer.0.query", "linear", "query", 0, "encoder", 8, 8, True)
+        >>> linears("query", "value")(query), linears("ffn-up")(query), linears()(query)
+        (True, False, True)
+    """
+    return lambda p: p.kind in DENSE and (not roles or p.role in roles)

@@ -1,0 +1,267 @@
+"""A frame: one client's values, or its reason for sending none, around a codec's payload.
+
+    backbone -> mask -> structure -> search -> model -> [codec]
+             -> plan -> client -> strategy -> ledger -> report
+
+In:  a `Frame` or a `Refusal`.
+Out: bytes; a reply holds one frame a client, one behind the other.
+
+The header, little-endian, 68 bytes:
+
+    magic "FP", version, kind               2 + 1 + 1
+    plan digest                            16          the first half of its SHA-256
+    round, client                           4 + 8      client 0 is the server
+    codec, count                            4 + 4
+    examples, loss, train seconds           4 + 8 + 8
+    payload length                          4
+    CRC-32 of all before and the payload    4
+
+A header is read, and everything in it held against a bound, before anything is allocated. The
+checksum finds damage on the way; it proves no honesty, so the values are checked again when they
+are decoded, and the digest, round and client by whoever knows which ones are due.
+"""
+
+from __future__ import annotations
+
+import struct
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from fedpet.codec.spec import codec_from_number, parse_codec
+from fedpet.errors import FrameError
+
+VERSION = 1
+HEADER_BYTES = 68
+MAX_REASON_BYTES = 500
+DIGEST_BYTES = 16
+# Sums and means of what clients tell stay finite: no more than a float32 of loss, 30 years.
+MAX_LOSS = 3.4028234663852886e38
+MAX_SECONDS = 1e9
+
+_MAGIC = b"FP"
+_VALUES, _REFUSAL = 1, 2
+_HEAD = struct.Struct("<2sBB16sIQIIIddI")
+_CHECKSUM = struct.Struct("<I")
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One client's values, or the server's.
+
+    Attributes:
+        plan_digest: The first 16 bytes of the plan's SHA-256.
+        server_round: Counted from 1.
+        client: 64 bits that name the client; 0 is the server.
+        codec: Name of the payload's codec.
+        count: How many values the payload decodes to.
+        num_examples: Rows the client trained on.
+        loss: Mean training loss, at most a float32's largest in magnitude.
+        train_seconds: Time the client trained, at most 1e9.
+        payload: What `encode_values` wrote; a view of the buffer where it was read as one.
+    """
+
+    plan_digest: bytes
+    server_round: int
+    client: int
+    codec: str
+    count: int
+    num_examples: int
+    loss: float
+    train_seconds: float
+    payload: bytes | memoryview
+
+    @property
+    def num_bytes(self) -> int:
+        """What `pack_frame` makes of it weighs."""
+        return HEADER_BYTES + len(self.payload)
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a client could not train, in at most 500 bytes of UTF-8."""
+
+    plan_digest: bytes
+    server_round: int
+    client: int
+    reason: str
+
+    @property
+    def num_bytes(self) -> int:
+        """What `pack_refusal` makes of it weighs, where the reason is not too long."""
+        return HEADER_BYTES + len(self.reason.encode())
+
+
+def pack_frame(frame: Frame) -> bytes:
+    """Write a frame.
+
+    Raises:
+        ConfigError: There is no such codec.
+        ValueError: A number does not fit its field, or is not finite.
+    """
+    return _pack(
+        _VALUES,
+        frame.plan_digest,
+        frame.server_round,
+        frame.client,
+        parse_codec(frame.codec).number,
+        frame.count,
+        frame.num_examples,
+        frame.loss,
+        frame.train_seconds,
+        frame.payload,
+    )
+
+
+def pack_refusal(refusal: Refusal) -> bytes:
+    """Write a refusal. A longer reason is cut to 500 bytes, at a whole character."""
+    reason = refusal.reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
+    reason = reason.decode("utf-8", "ignore").encode("utf-8")
+    return _pack(
+        _REFUSAL,
+        refusal.plan_digest,
+        refusal.server_round,
+        refusal.client,
+        *(0, 0, 0, 0.0, 0.0),
+        reason,
+    )
+
+
+def unpack_frames(
+    buffer: Any, *, max_frames: int, max_payload_bytes: int, views: bool = False
+) -> Iterator[Frame | Refusal]:
+    """Read frames one after the other, each checked before the next is looked at.
+
+    Args:
+        buffer: Bytes, or anything with their buffer: a uint8 array, a memoryview.
+        max_frames: How many there may be.
+        max_payload_bytes: How long each payload may be. No more than the buffer's size is copied.
+        views: Leave payloads where they are, as views that keep the buffer alive.
+
+    Yields:
+        Each frame in order. A wrong one raises after the right ones before it.
+
+    Raises:
+        FrameError: The bytes are anything but at most `max_frames` whole frames.
+    """
+    view = memoryview(buffer).cast("B")
+    offset = number = 0
+    while offset < len(view):
+        if number >= max_frames:
+            raise FrameError(
+                f"a reply may hold {max_frames} frames: {len(view) - offset} bytes follow the last."
+            )
+        frame, size = _unpack(view[offset:], max_payload_bytes, views)
+        yield frame
+        offset += size
+        number += 1
+
+
+def _pack(
+    kind: int,
+    digest: bytes,
+    server_round: int,
+    client: int,
+    codec: int,
+    count: int,
+    num_examples: int,
+    loss: float,
+    train_seconds: float,
+    payload: bytes | memoryview,
+) -> bytes:
+    if len(digest) != DIGEST_BYTES:
+        raise ValueError(f"a plan's digest takes {DIGEST_BYTES} bytes, got {len(digest)}.")
+    if not _is_reportable(loss, train_seconds):
+        raise ValueError(
+            f"a frame's loss and time must be finite, up to {MAX_LOSS:g} and {MAX_SECONDS:g} "
+            f"seconds, got {loss!r} and {train_seconds!r}. Where training went wrong, send a "
+            "refusal."
+        )
+    numbers = (server_round, client, codec, count, num_examples, loss, train_seconds, len(payload))
+    try:
+        head = _HEAD.pack(_MAGIC, VERSION, kind, digest, *numbers)
+    except struct.error as error:
+        raise ValueError(
+            f"a frame's round, count, examples and payload length take 32 bits and its client 64, "
+            f"got round {server_round}, count {count}, {num_examples} examples, {len(payload)} "
+            f"bytes, client {client}: {error}."
+        ) from None
+    return b"".join((head, _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(head))), payload))
+
+
+def _unpack(view: memoryview, max_payload_bytes: int, views: bool) -> tuple[Frame | Refusal, int]:
+    if len(view) < HEADER_BYTES:
+        raise FrameError(f"a frame has {HEADER_BYTES} bytes of header, {len(view)} are left.")
+    magic, version, kind, digest, server_round, client, *numbers = _HEAD.unpack_from(view)
+    codec, count, num_examples, loss, train_seconds, payload_bytes = numbers
+    if magic != _MAGIC:
+        raise FrameError(f"a frame opens with {_MAGIC!r}, got {bytes(magic)!r}.")
+    if version != VERSION:
+        raise FrameError(
+            f"frames here are of version {VERSION}, got version {version}: run one version of "
+            "fedpet on all nodes."
+        )
+    if kind not in (_VALUES, _REFUSAL):
+        raise FrameError(f"a frame holds values (1) or a refusal (2), got kind {kind}.")
+    bound = max_payload_bytes if kind == _VALUES else MAX_REASON_BYTES
+    if payload_bytes > bound:
+        raise FrameError(
+            f"the frame of client {client:016x} may have a payload of {bound} bytes, it announces "
+            f"{payload_bytes}."
+        )
+    if payload_bytes > len(view) - HEADER_BYTES:
+        raise FrameError(
+            f"the frame of client {client:016x} announces {payload_bytes} bytes of payload, "
+            f"{len(view) - HEADER_BYTES} are left: it is cut short."
+        )
+    payload = view[HEADER_BYTES : HEADER_BYTES + payload_bytes]
+    (expected,) = _CHECKSUM.unpack_from(view, _HEAD.size)
+    checksum = zlib.crc32(payload, zlib.crc32(view[: _HEAD.size]))
+    if checksum != expected:
+        raise FrameError(
+            f"the checksum of the frame of client {client:016x} must be {checksum:08x}, it is "
+            f"{expected:08x}: it was damaged on the way."
+        )
+    if not _is_reportable(loss, train_seconds):
+        raise FrameError(
+            f"the frame of client {client:016x} must have a finite loss and time, up to "
+            f"{MAX_LOSS:g} and {MAX_SECONDS:g} seconds, got {loss!r} and {train_seconds!r}."
+        )
+    size = HEADER_BYTES + payload_bytes
+    if kind == _REFUSAL:
+        return _refusal(digest, server_round, client, numbers[:5], payload), size
+    name = codec_from_number(codec).name
+    frame = Frame(
+        digest,
+        server_round,
+        client,
+        name,
+        count,
+        num_examples,
+        loss,
+        train_seconds,
+        payload if views else bytes(payload),
+    )
+    return frame, size
+
+
+def _is_reportable(loss: float, train_seconds: float) -> bool:
+    return abs(loss) <= MAX_LOSS and 0 <= train_seconds <= MAX_SECONDS  # no NaN passes
+
+
+def _refusal(
+    digest: bytes, server_round: int, client: int, unused: list[float], payload: memoryview
+) -> Refusal:
+    if any(unused):
+        raise FrameError(
+            f"the refusal of client {client:016x} must leave codec, count, examples, loss and time "
+            f"at 0, got {unused}."
+        )
+    try:
+        reason = bytes(payload).decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise FrameError(
+            f"the refusal of client {client:016x} must be UTF-8: {error.reason}."
+        ) from None
+    return Refusal(digest, server_round, client, reason)

@@ -1,0 +1,208 @@
+"""Every byte that is sent: by round, node, direction and kind.
+
+    ... -> client -> strategy -> [ledger] -> report
+
+In:  messages on their way, and what each device alone would have sent and received.
+Out: `rounds.jsonl`, a line a round as it happens, and the sums for `result.json`.
+
+Two counts, never mixed. `wire_bytes` is what this run's messages weigh as Flower serialises them,
+a message a node. All others are what the devices would have sent and received, each client alone
+with its own message and framing; where every node is one client the two agree.
+
+Rounds are of two kinds, "training" and "search", each counted from 1; lines of training do not name
+theirs.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from flwr.app import Message
+
+from fedpet.errors import ConfigError, RunError
+from fedpet.protocol.request import plan_bytes_of, wire_bytes
+
+TRAINING, SEARCH = "training", "search"
+PLAN = "plan down"  # in whichever message it travels
+MAX_REASON = 600  # characters of why a reply was refused
+
+
+def one_line(words: str) -> str:
+    """A stranger's words as one printable line of bounded length: for logs and terminals."""
+    line = "".join(c if c.isprintable() else " " for c in words[:MAX_REASON])
+    return line if len(words) <= MAX_REASON else f"{line} ..."
+
+
+@dataclass
+class RoundRecord:
+    """What one round cost and gave; a line of `rounds.jsonl`. Bytes and seconds.
+
+    `newcomers` are the clients that are sent the plan. `train_seconds` is the longest node's local
+    training: what the round would take if nothing but training took time. `wire_by_node` has
+    `wire_bytes` by node, and for each by kind and direction: "train down", "search up", "query up",
+    and "plan down", whichever message it is in.
+    `overlap`, of a round of a search, is how much of its choice was that of the round before
+    (Jaccard index).
+    """
+
+    round: int
+    clients: int = 0
+    newcomers: int = 0
+    replies: int = 0
+    refused: list[dict[str, str]] = field(default_factory=list)
+    aggregated: bool = False
+    loss: float | None = None
+    metric: float | None = None
+    uplink_bytes: int = 0
+    downlink_bytes: int = 0
+    plan_bytes: int = 0
+    wire_bytes: int = 0
+    wire_by_node: dict[str, dict[str, int]] = field(default_factory=dict)
+    messages: int = 0
+    train_seconds: float = 0.0
+    round_seconds: float = 0.0
+    evaluation_seconds: float = 0.0
+    kind: str = TRAINING
+    overlap: float | None = None
+
+    def to_line(self) -> dict[str, Any]:
+        """What is written of it."""
+        line = asdict(self)
+        if self.kind == TRAINING:
+            del line["kind"], line["overlap"]
+        return line
+
+
+@dataclass
+class Ledger:
+    """The books of one run.
+
+    Attributes:
+        path: Where each round's line is appended, or None to keep them in memory only.
+        rounds: The lines so far: those of a search first, then training's with round 0, the
+            evaluation before it.
+        kind: Of the rounds that are begun from now on.
+
+    Example:
+        >>> ledger = Ledger()
+        >>> record = ledger.begin(1)
+        >>> for client in range(10):
+        ...     ledger.count_client(down=400, up=120)
+        >>> ledger.total("uplink_bytes"), ledger.total_bytes
+        (1200.0, 5200)
+    """
+
+    path: Path | None = None
+    rounds: list[RoundRecord] = field(default_factory=list)
+    kind: str = TRAINING
+
+    def begin(self, server_round: int) -> RoundRecord:
+        """Open a round's record."""
+        self.rounds.append(RoundRecord(round=server_round, kind=self.kind))
+        return self.current
+
+    @property
+    def current(self) -> RoundRecord:
+        """The round that is open."""
+        return self.rounds[-1]
+
+    @classmethod
+    def reopen(cls, path: Path, length: int) -> Ledger:
+        """Take up the books of a run that was cut short, lines after the first `length` bytes off.
+
+        Args:
+            path: The lines' file; it need not exist where `length` is 0.
+            length: Bytes that a journal vouches for.
+
+        Raises:
+            ConfigError: The file is shorter, or its lines do not read.
+        """
+        whole = path.read_bytes() if path.exists() else b""
+        try:
+            if len(whole) < length:
+                raise ValueError(f"it has {len(whole)} bytes instead of {length}")
+            rounds = [RoundRecord(**json.loads(line)) for line in whole[:length].splitlines()]
+        except (ValueError, TypeError) as error:
+            raise ConfigError(
+                f"{str(path)!r} is not what the run's journal was written beside: {error}."
+            ) from None
+        if len(whole) > length:
+            os.truncate(path, length)
+        return cls(path, rounds)
+
+    def close(self) -> int:
+        """Write the open round's line, flushed, so that a killed run leaves its lines.
+
+        Returns:
+            The length of the file afterwards, bytes.
+        """
+        if self.path is None:
+            return 0
+        try:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(self.current.to_line()) + "\n")
+                file.flush()
+                return file.tell()
+        except OSError as error:
+            raise RunError(
+                f"{str(self.path)!r} cannot be written: {error.strerror or error}. Make room; the "
+                "run goes on from its last round with `fedpet simulate --resume`."
+            ) from None
+
+    def refuse(self, who: str, reason: str, node: int | None = None) -> None:
+        """Note a client whose reply is not averaged, why, and from which node, where one is known.
+
+        Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation.
+        """
+        known = {} if node is None else {"node": str(node)}
+        self.current.refused.append({"who": who, **known, "reason": one_line(reason)})
+
+    def add_message(self, message: Message) -> None:
+        """Count a message as it is sent or received; what of it is the plan, apart."""
+        count, metadata = wire_bytes(message), message.metadata
+        is_reply = bool(metadata.reply_to_message_id)
+        node = str(metadata.src_node_id if is_reply else metadata.dst_node_id)
+        plan = 0 if is_reply else plan_bytes_of(message.content)
+        kind = metadata.message_type.partition(".")[0]
+        if kind == "train" and self.current.kind == SEARCH:
+            kind = SEARCH
+        counts = self.current.wire_by_node.setdefault(node, {})
+        for name, part in ((f"{kind} {'up' if is_reply else 'down'}", count - plan), (PLAN, plan)):
+            if part:
+                counts[name] = counts.get(name, 0) + part
+        self.current.wire_bytes += count
+        self.current.messages += 1
+
+    @property
+    def wire_by_kind(self) -> dict[str, int]:
+        """`wire_bytes` of all rounds by kind of message and direction."""
+        sums: Counter[str] = Counter()
+        for record in self.rounds:
+            for counts in record.wire_by_node.values():
+                sums.update(counts)
+        return dict(sorted(sums.items()))
+
+    def add_client_bytes(self, *, down: int = 0, up: int = 0, plan: int = 0) -> None:
+        """Count what one device alone receives and sends."""
+        self.current.downlink_bytes += down
+        self.current.uplink_bytes += up
+        self.current.plan_bytes += plan
+
+    def of_kind(self, kind: str) -> list[RoundRecord]:
+        """The rounds of one kind, in their order."""
+        return [record for record in self.rounds if record.kind == kind]
+
+    @property
+    def total_bytes(self) -> int:
+        """All that the devices sent and received, each alone: values both ways, and the plan."""
+        return sum(r.uplink_bytes + r.downlink_bytes + r.plan_bytes for r in self.rounds)
+
+    def total(self, name: str, kind: str = "") -> float:
+        """Sum of a numeric field over all rounds, or those of one kind."""
+        rounds = self.of_kind(kind) if kind else self.rounds
+        return float(sum(getattr(record, name) for record in rounds))

@@ -1,0 +1,146 @@
+"""The end of a run in the terminal: what was learned, what was sent, what it took.
+
+    ... -> strategy -> ledger -> [report]
+
+In:  what `result.json` holds.
+Out: a Rich table that reads in 80 columns, in a terminal and in a file.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from rich import box
+from rich.console import RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from fedpet.report.number_format import (
+    show_baseline,
+    show_count,
+    show_percent,
+    show_predicted,
+    show_ratio,
+)
+from fedpet.utils.formatting import format_bytes, show_seconds
+
+__all__ = ["run_table"]
+
+MAX_REFUSALS = 3  # shown in full; the others are in result.json
+
+Row = tuple[str, str]
+
+
+def run_table(result: dict[str, Any]) -> RenderableType:
+    """Show one run.
+
+    Args:
+        result: The content of `result.json`, schema 1.
+    """
+    run = result["run"]
+    table = Table(
+        title=Text(
+            f"{run['experiment']}: {run['method']}, {run['backbone']}, seed {run['seed']}",
+            style="bold",
+            no_wrap=True,  # a path stays whole, in a log too
+            overflow="ignore",
+        ),
+        title_justify="left",
+        box=box.SIMPLE,
+        show_edge=False,
+        show_header=False,
+        pad_edge=False,
+    )
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column(overflow="fold")
+    for section in (_quality, _values, _bytes, _time, _trouble):
+        rows = list(section(result))
+        for name, value in rows:
+            table.add_row(Text(name), Text(value))
+        if rows:
+            table.add_section()
+    return table
+
+
+def _quality(result: dict[str, Any]) -> Iterator[Row]:
+    quality, data = result["quality"], result["data"]
+    metric = quality["metric"]
+    if quality["before"] is not None:
+        yield (
+            f"{metric} before",
+            f"{quality['before']:.4f}   ({data['evaluation_rows']:,} evaluation rows)",
+        )
+    rounds = max((point["round"] for point in quality["by_round"]), default=0)
+    yield (
+        f"{metric} after",
+        f"{quality['final']:.4f}   ({rounds} rounds, {data['clients']:,} clients)",
+    )
+    if "majority_baseline" in quality:  # the result of an older fedpet has none
+        yield "majority baseline", show_baseline(quality)
+    if quality.get("predicted"):
+        yield "predicted", show_predicted(quality["predicted"])
+
+
+def _values(result: dict[str, Any]) -> Iterator[Row]:
+    model = result["model"]
+    count = model["communicated_values"]
+    everything = model["backbone_parameters"] + model["head_values"]
+    yield (
+        "values communicated",
+        f"{count:,}   ({show_percent(count / everything)} of {show_count(everything)} parameters)",
+    )
+    kinds = model["values_by_kind"]
+    if len(kinds) > 1:
+        yield "  by kind", ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
+    if inexact := model.get("inexact_kinds"):
+        yield "  not averaged exactly", f"{', '.join(inexact)}: the mean of factors"
+    for tier in model.get("tiers", ()):
+        name = f"  tier {tier['density']:g}"
+        yield name, f"{tier['values']:,} values, {tier['clients']:,} clients"
+
+
+def _bytes(result: dict[str, Any]) -> Iterator[Row]:
+    sent = result["communication"]
+    yield "up, a client and round", format_bytes(sent["uplink_bytes_per_client_round"])
+    yield "down, a client and round", format_bytes(sent["downlink_bytes_per_client_round"])
+    yield "plan, a client, once", format_bytes(sent["plan_bytes_per_client"])
+    yield (
+        "sent in total",
+        f"{format_bytes(sent['total_bytes'])}   (up {format_bytes(sent['uplink_bytes'])}, "
+        f"down {format_bytes(sent['downlink_bytes'])}, plan {format_bytes(sent['plan_bytes'])})",
+    )
+    for kind, books in sent.get("by_kind", {}).items():
+        yield f"  of {kind}", f"{format_bytes(books['total_bytes'])} in {books['rounds']} rounds"
+    yield "dense FedAvg would send", format_bytes(sent["dense_fedavg_total_bytes"])
+    yield "ratio", f"{show_ratio(sent['ratio_to_dense'])} of dense FedAvg"
+
+
+def _time(result: dict[str, Any]) -> Iterator[Row]:
+    time = result["time"]
+    yield (
+        "time",
+        f"{show_seconds(time['total_seconds'])}   (rounds {show_seconds(time['rounds_seconds'])}, "
+        f"evaluation {show_seconds(time['evaluation_seconds'])})",
+    )
+    outside = time["outside_training_fraction"]
+    if outside is not None:
+        yield (
+            "rounds outside training",
+            f"{show_percent(outside)} of local training, from round 2 on",
+        )
+
+
+def _trouble(result: dict[str, Any]) -> Iterator[Row]:
+    if result["run"]["status"] != "ok":
+        yield "status", result["run"]["status"]
+    for warning in result["quality"].get("warnings", ()):
+        yield "warning", warning
+    refused = result["refused"]
+    if refused:
+        yield "replies refused", f"{len(refused):,}"
+    for entry in refused[:MAX_REFUSALS]:
+        kind = f"{entry['kind']} " if "kind" in entry else ""
+        yield f"  {kind}round {entry['round']}", f"{entry['who']}: {entry['reason']}"
+    if len(refused) > MAX_REFUSALS:
+        yield "", f"and {len(refused) - MAX_REFUSALS:,} more in result.json"

@@ -1,0 +1,1 @@
+"""One run: prepare, federate, write checkpoints and results, on Ray or any Grid."""

@@ -1,0 +1,247 @@
+"""`fedpet search`: an experiment's training rows in, a structure's file out.
+
+    backbone -> mask -> structure -> [search] -> model -> ...
+
+In:  an experiment; its clients play no part, all training rows are searched on together.
+Out: `structure.json`, which `structure.file` takes in any experiment of the same backbone.
+
+While a search goes on its state lies beside the file, as FILE.state: the same command goes on from
+there and ends with the same bytes. Nothing in the file depends on when or how fast it was made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from fedpet.backbone.device import check_device
+from fedpet.backbone.module_roles import maskable_weights
+from fedpet.backbone.pretrained import Backbone, load_for_task, locate
+from fedpet.client.node_config import make_cache
+from fedpet.codec.spec import parse_codec
+from fedpet.config import Experiment, PopulationConfig, SearchConfig
+from fedpet.data import FederatedData, load_data
+from fedpet.errors import ConfigError
+from fedpet.pet.mask import Mask, build_mask
+from fedpet.pet.structure import PRESETS, Structure
+from fedpet.run.run_folder import versions
+from fedpet.search import (
+    SearchProgress,
+    build_space,
+    manual_structure,
+    random_structure,
+    search_structure,
+    settle,
+)
+from fedpet.training.input_checks import check_inputs
+from fedpet.utils.atomic_write import atomic_write
+from fedpet.utils.lock import LOCK_FILE, locked, made_folder
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+
+_EVERYBODY = PopulationConfig(partition="iid", num_clients=1, min_rows=1)
+
+
+class Listener(Protocol):
+    """Whoever wants to see a search go on."""
+
+    def say(self, text: str) -> None:
+        """A stage begins."""
+
+    def step(self, progress: SearchProgress) -> None:
+        """A step of the search is over."""
+
+
+def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+    """Find the structure that `experiment.search` asks for, and leave its file.
+
+    Args:
+        experiment: Its backbone, data, mask, rates and search are read.
+        out: The file to make.
+        listener: Is told of stages and steps.
+
+    Raises:
+        InputError: The experiment, the budget or the data cannot be used, or `out` is there.
+    """
+    with claimed_file(out):
+        return _search(experiment, out, listener)
+
+
+def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+    device = check_device(experiment.run.device)
+    listener.say("reading and tokenising the rows")
+    data = load_data(
+        experiment.data,
+        _EVERYBODY,
+        locate(experiment.backbone),
+        cache=make_cache(experiment),
+        evaluation=False,
+    )
+    listener.say(f"loading the backbone {experiment.backbone.model!r}")
+    backbone = load_for_task(experiment.backbone, data.task, device=device)
+    check_inputs(backbone.model, data.train, experiment.data.max_length)
+    for line in backbone.origin.lines():
+        listener.say(line)
+    mask = None
+    if experiment.mask.enabled:
+        mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
+    config = settled_search(experiment, backbone, mask)
+    origin = origin_of(experiment, rows=len(data.train), masked=mask is not None)
+    structure = find_structure(
+        backbone,
+        data,
+        config,
+        mask=mask,
+        logit_adjustment=experiment.training.logit_adjustment,
+        products=experiment.training.products,
+        state=state_file(out),
+        origin=origin,
+        listener=listener,
+    )
+    write_file(out, structure.to_json())
+    state_file(out).unlink(missing_ok=True)
+    return structure
+
+
+def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None) -> SearchConfig:
+    """The experiment's search with its rates, and its budget in values.
+
+    Raises:
+        InputError: The budget does not read, or the mask fills it.
+    """
+    budget = str(experiment.search.budget).strip()
+    in_bytes = budget[-1:].isalpha()
+    return settle(
+        experiment.search,
+        experiment.training,
+        backbone_parameters=backbone.pretrained_parameters,
+        bytes_per_value=bytes_per_value(experiment.codec.up) if in_bytes else 4.0,
+        mask_values=mask.num_values if mask is not None else 0,
+    )
+
+
+def origin_of(experiment: Experiment, *, rows: int, masked: bool) -> dict[str, Any]:
+    """What a structure tells of where it was found."""
+    return {
+        "experiment": experiment.run.name,
+        "backbone": experiment.backbone.model,
+        "data": {
+            "source": experiment.data.source,
+            "split": experiment.data.train_split,
+            "rows": rows,
+        },
+        "mask": asdict(experiment.mask) if masked else None,
+        "asked_budget": experiment.search.budget,
+        "mask_in_budget": masked and experiment.search.mask_in_budget,
+        "versions": {name: versions()[name] for name in ("fedpet", "torch", "transformers")},
+    }
+
+
+def find_structure(
+    backbone: Backbone,
+    data: FederatedData,
+    config: SearchConfig,
+    *,
+    mask: Mask | None = None,
+    logit_adjustment: float = 0.0,
+    products: str = "torch",
+    indices: np.ndarray | None = None,
+    state: Path | None = None,
+    origin: Mapping[str, Any] | None = None,
+    listener: Listener | None = None,
+) -> Structure:
+    """A structure by the settled `config.method`: searched, random, or manual.
+
+    Args:
+        logit_adjustment: Of a search's losses, as in training.
+        products: Of its dense layers, as in training.
+        indices: Of the training rows; None takes all.
+        origin: What else the structure says about where it came from.
+
+    Raises:
+        ConfigError: There is no such method.
+    """
+    model, head, origin = backbone.model, backbone.head, dict(origin or {})
+    if config.method == "s3pet":
+        return search_structure(
+            backbone,
+            data.train,
+            np.arange(len(data.train)) if indices is None else indices,
+            data.task,
+            config,
+            mask=mask,
+            logit_adjustment=logit_adjustment,
+            products=products,
+            state_file=state,
+            progress=None if listener is None else listener.step,
+            provenance=origin,
+        ).structure
+    budget, rank, scale = float(config.budget), config.rank, config.scale
+    if config.method == "random":
+        space = build_space(model, config.space, head=head, rank=rank, scale=scale)
+        structure = random_structure(
+            space, budget, seed=config.seed, fingerprint=backbone.fingerprint
+        )
+    else:
+        if not set(map(str.strip, config.method.split("+"))) <= set(PRESETS):
+            raise ConfigError(
+                f"search.method must be s3pet, random, or presets joined by '+' (of "
+                f"{', '.join(PRESETS)}), got {config.method!r}."
+            )
+        structure = manual_structure(
+            model,
+            config.method,
+            budget,
+            head=head,
+            rank=rank,
+            scale=scale,
+            fingerprint=backbone.fingerprint,
+        )
+    return replace(structure, provenance={**structure.provenance, **origin})
+
+
+def bytes_per_value(codec: str) -> float:
+    """What a codec makes of a value before its entropy stage, scales and framing left out."""
+    parsed = parse_codec(codec)
+    if parsed.topk_ppm:
+        raise ConfigError(
+            f"a budget in bytes needs a codec that sends every value, got codec.up = {codec!r}. "
+            "Give search.budget as a number of values, or as a fraction."
+        )
+    return parsed.bits / 8
+
+
+def state_file(out: Path) -> Path:
+    """Where the state of a search that makes `out` lies."""
+    return out.with_name(out.name + ".state")
+
+
+@contextmanager
+def claimed_file(out: Path) -> Iterator[None]:
+    """Lock the search that makes `out`, in a folder that is made for it where it is absent.
+
+    Raises:
+        ConfigError: `out` is there, another process makes it, or it cannot be written.
+    """
+    with made_folder(out.parent), locked(out.with_name(f".{out.name}{LOCK_FILE}"), out):
+        if out.exists():
+            raise ConfigError(f"the file {str(out)!r} is there already: name another with --out.")
+        yield
+
+
+def write_file(path: Path, text: str) -> None:
+    """Leave a file, whole or not at all.
+
+    Raises:
+        ConfigError: It cannot be written.
+    """
+    try:
+        atomic_write(path, text.encode())
+    except OSError as error:
+        raise ConfigError(f"the file {str(path)!r} cannot be written: {error}.") from None

@@ -1,0 +1,176 @@
+"""A run from end to end, on any Grid: simulated, deployed, or in one process.
+
+    backbone -> mask -> structure -> model -> codec
+             -> plan -> client -> strategy -> ledger -> report
+
+Everything that decides the run is settled before the first message (`prepared`); but where clients
+search the structure, that comes first (`federated_search`) and training's plan is settled after it.
+The rounds are Flower's own loop; afterwards the values are folded into a plain model, and the books
+are closed.
+
+A run fails, and `run.status` in `result.json` says so, where no round came to an average, or the
+last one did not: everything is written nonetheless, with the values of the last average. It stops
+before its end where several rounds in a row came to none (`state.STALLED_ROUNDS`).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import shutil
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from flwr.serverapp import Grid
+
+from fedpet.backbone.pretrained import locate
+from fedpet.client.node_config import cache_folder
+from fedpet.client.state_store import state_folder
+from fedpet.data import Client, FederatedData, count_classes
+from fedpet.errors import RunError
+from fedpet.pet.tiers import tiers_of
+from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
+from fedpet.run.checkpoint_file import RunCheckpoint, remove_journal
+from fedpet.run.federated_search import make_client_pool, search_in_rounds, with_registry
+from fedpet.run.prepare import Listener, Prepared, PreparedSearch, is_deployed, prepare
+from fedpet.run.quality import refuse_diverged
+from fedpet.run.result import count_by_kind, summarise
+from fedpet.run.run_folder import RunFolder
+from fedpet.run.run_state import RunState
+from fedpet.server.client_pool import ClientPool, ConnectedClientPool
+from fedpet.strategies import STRATEGIES, TierAssignment, to_arrays
+from fedpet.utils.cores import usable_cores
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Listener", "Prepared", "PreparedSearch", "federate", "is_deployed", "prepare"]
+
+
+def federate(
+    grid: Grid,
+    prepared: Prepared | PreparedSearch,
+    out: RunFolder,
+    listener: Listener,
+    journal: RunCheckpoint | None = None,
+) -> dict[str, Any]:
+    """Run the rounds and leave the run folder.
+
+    Args:
+        grid: Reaches the nodes.
+        prepared: What to run; its model, or backbone, is used up.
+        out: Where everything goes that the run leaves.
+        listener: Is told of stages and rounds.
+        journal: Where a run that was cut short goes on from; None begins at the beginning.
+
+    Returns:
+        What `result.json` holds.
+
+    Raises:
+        RunError: No round came to an average, or the last one did not, or the final model's outputs
+            are not finite.
+        Stalled: Many in a row did not; nothing is finished, and the run can be gone on with.
+        ConfigError: The folder's books are not those that the journal was written beside.
+    """
+    experiment, resumed = prepared.experiment, 0
+    torch.set_num_threads(usable_cores())  # the server evaluates while the nodes are idle
+    if journal is not None:
+        resumed = journal.resumed + 1
+        prepared = replace(prepared, started=prepared.started - journal.elapsed_seconds)
+    out.write_inputs(experiment, prepared.plan)
+    if classes := count_classes(prepared.data):
+        out.write_classes(classes)
+    ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
+    population = make_client_pool(prepared)
+    if isinstance(prepared, PreparedSearch):
+        structure = search_in_rounds(
+            grid, prepared, population, ledger, out, listener, journal, resumed=resumed
+        )
+        prepared, journal = prepared.found(structure), None
+        out.write_inputs(experiment, prepared.plan)
+    elif journal is not None and journal.kind == SEARCH:
+        journal = None  # the search was over, and training had not begun
+    out.write_structure(prepared.structure)
+    plan, pet = prepared.plan, prepared.pet
+    strategy = STRATEGIES[experiment.strategy.name](
+        plan=plan,
+        tiers=tiers_of(pet, plan.mask),
+        population=population,
+        config=experiment.strategy,
+        ledger=ledger,
+    )
+    grid = with_registry(grid, strategy, population, experiment)
+    state = RunState(prepared, strategy, ledger, out, listener, journal, resumed=resumed)
+    listener.say("starting the rounds" if journal is None else "going on with the rounds")
+    if state.rounds_left:
+        strategy.start(
+            grid,
+            to_arrays(state.values),
+            num_rounds=state.rounds_left,
+            timeout=experiment.strategy.round_deadline_seconds,
+            evaluate_fn=state.round_over,
+        )
+    model = state.final_model()
+    # Where nodes share this machine's cache, what they kept for the rounds to come goes with them.
+    kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
+    shutil.rmtree(kept, ignore_errors=True)
+    listener.say("writing the plain model")
+    out.write_outputs(state.values, model, locate(experiment.backbone))
+    summary = summarise(
+        experiment,
+        method="fedpet",
+        ledger=ledger,
+        data=_with_clients(prepared.data, population),
+        fingerprint=plan.fingerprint,
+        plan_digest=strategy.digest.hex(),
+        values_by_kind=count_by_kind(pet.segments),
+        tiers=_tiers(strategy.tiers),
+        pretrained_parameters=prepared.pretrained_parameters,
+        added_parameters=_num_parameters(model) - prepared.all_parameters,
+        inexact_kinds=pet.inexact_kinds,
+        values_sha256=hashlib.sha256(state.values.astype("<f4").tobytes()).hexdigest(),
+        final=state.final_assessment(),
+        total_seconds=time.perf_counter() - prepared.started,
+        resumed=resumed,
+        origin=prepared.origin,
+    )
+    out.write_result(summary)
+    remove_journal(out.path)
+    averaged = [record.round for record in ledger.of_kind(TRAINING) if record.aggregated]
+    if not averaged:
+        raise RunError(
+            f"no round met its quorum of usable replies, so nothing was learned; "
+            f"{out.path / 'rounds.jsonl'} says who was refused, and why."
+        )
+    refuse_diverged(summary)
+    if averaged[-1] != ledger.current.round:
+        raise RunError(
+            f"the last round that met its quorum of usable replies is round {averaged[-1]} of "
+            f"{ledger.current.round}, and {out.path / 'model'} is the model after it; "
+            f"{out.path / 'rounds.jsonl'} says who was refused since, and why."
+        )
+    return summary
+
+
+def _with_clients(data: FederatedData, population: ClientPool) -> FederatedData:
+    """Of a deployment with all that ever came; their rows are counted from 0, each on its node."""
+    if not isinstance(population, ConnectedClientPool):
+        return data
+    rows = sorted(population.num_rows.items())
+    return replace(data, clients=tuple(Client(name, np.arange(count)) for name, count in rows))
+
+
+def _num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _tiers(book: TierAssignment) -> list[dict[str, Any]]:
+    """What clients of each strength send, and how many there are; [] where all are alike."""
+    if len(book.tiers) == 1:
+        return []
+    return [
+        {"density": tier.density, "values": tier.count, "clients": clients}
+        for tier, clients in zip(book.tiers, book.num_clients(), strict=True)
+    ]

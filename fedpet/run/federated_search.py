@@ -1,0 +1,134 @@
+"""The rounds of a search before those of training.
+
+    backbone -> mask -> structure -> [search, in rounds] -> model -> ... -> report
+
+In:  a Grid, the search's plan, the run's folder.
+Out: the structure, with how it was found; the search's lines in `rounds.jsonl`, and a journal after
+     each round, from which a search that was cut short goes on.
+
+The journal of the last round stays until training writes its own: whoever finds it beside a
+`structure.json` of the same plan knows that the search is over, and how long its lines are.
+"""
+
+from __future__ import annotations
+
+import shutil
+from typing import TYPE_CHECKING
+
+from flwr.serverapp import Grid
+
+from fedpet.client.node_config import cache_folder
+from fedpet.client.state_store import state_folder
+from fedpet.config import Experiment
+from fedpet.pet.structure import Structure
+from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
+from fedpet.run.central_search import origin_of
+from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
+from fedpet.run.resume import journal_after, restore_strategy
+from fedpet.run.run_folder import RunFolder
+from fedpet.run.run_state import refuse_stalled
+from fedpet.server.client_pool import ClientPool, ConnectedClientPool
+from fedpet.strategies import NodeRegistry, SparseStrategy, StructureSearch
+from fedpet.utils.gc_paused import kept_from_collection
+
+if TYPE_CHECKING:
+    from fedpet.run.prepare import Listener, PreparedSearch, RunInputs
+
+__all__ = ["make_client_pool", "search_in_rounds", "with_registry"]
+
+
+def search_in_rounds(
+    grid: Grid,
+    to_search: PreparedSearch,
+    population: ClientPool,
+    ledger: Ledger,
+    out: RunFolder,
+    listener: Listener,
+    journal: RunCheckpoint | None = None,
+    *,
+    resumed: int = 0,
+) -> Structure:
+    """Search until the structure has settled, and leave `structure.json`.
+
+    Args:
+        grid: Reaches the nodes.
+        to_search: What to search.
+        population: The clients; in a deployment it grows as nodes come.
+        ledger: Its next rounds are the search's; what follows is training's again.
+        out: Where `structure.json` and the journal go.
+        listener: Is told of each round.
+        journal: Of this search, where it goes on from; None begins at the beginning.
+        resumed: How often the run has been gone on with.
+
+    Raises:
+        RunError: No round came to an average, or many in a row to none (`Stalled`).
+    """
+    experiment = to_search.experiment
+    strategy = StructureSearch(
+        plan=to_search.plan,
+        tiers=to_search.tiers,
+        population=population,
+        config=experiment.strategy,
+        ledger=ledger,
+        space=to_search.space,
+    )
+    grid = with_registry(grid, strategy, population, experiment)
+    if journal is not None:
+        strategy.values = restore_strategy(journal, strategy)
+    listener.say("searching the structure on the clients")
+    ledger.kind = SEARCH
+    with kept_from_collection():
+        while not strategy.is_over:
+            strategy.run_round(grid)
+            ledger_bytes = ledger.close()
+            if ledger.current.aggregated or strategy.is_over:
+                after = journal_after(
+                    to_search,
+                    strategy,
+                    server_round=strategy.rounds_done,
+                    values=strategy.values,
+                    ledger_bytes=ledger_bytes,
+                    resumed=resumed,
+                )
+                write_journal(out.path, after, ledger.path)
+            listener.round_done(ledger.current, ledger)
+            if not strategy.is_over:
+                refuse_stalled(ledger)
+    ledger.kind = TRAINING
+    # Where nodes share this machine's cache, what they kept for the search goes with it.
+    kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
+    shutil.rmtree(kept, ignore_errors=True)
+    rows, masked = sum(population.num_rows.values()), to_search.plan.mask is not None
+    structure = strategy.structure(
+        {
+            "inexact_kinds": list(to_search.inexact_kinds),
+            **origin_of(experiment, rows=rows, masked=masked),
+        }
+    )
+    out.write_structure(structure)
+    return structure
+
+
+def make_client_pool(prepared: RunInputs) -> ClientPool:
+    """The clients of the data; in a deployment none as yet."""
+    if prepared.experiment.population.partition == "nodes":
+        return ConnectedClientPool()
+    clients = prepared.data.clients
+    return ClientPool({client.id: len(client.rows) for client in clients}, homes={})
+
+
+def with_registry(
+    grid: Grid, strategy: SparseStrategy, population: ClientPool, experiment: Experiment
+) -> Grid:
+    """The Grid of a strategy's rounds: in a deployment a roll call stands before it."""
+    if not isinstance(population, ConnectedClientPool):
+        return grid
+    return NodeRegistry(
+        grid,
+        plan=strategy.plan.to_bytes(),
+        residents=population,
+        holders=strategy.requests.holders,
+        expected=experiment.population.num_clients,
+        wait_seconds=experiment.strategy.node_wait_seconds,
+        ledger=strategy.ledger,
+    )

@@ -1,0 +1,214 @@
+"""What is settled before the first message: rows, clients, the backbone, a plan.
+
+    backbone -> mask -> structure -> model -> codec -> [plan] -> client -> ...
+
+In:  an experiment.
+Out: `Prepared` for the training rounds; or `PreparedSearch`, where clients search the structure
+     first.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Protocol
+
+import numpy as np
+
+from fedpet.backbone.device import check_device, device_of
+from fedpet.backbone.module_roles import find_target_modules, maskable_weights
+from fedpet.backbone.pretrained import Backbone, Origin, load_for_task, locate
+from fedpet.client.node_config import make_cache
+from fedpet.codec import check_codecs
+from fedpet.config import Experiment
+from fedpet.data import (
+    FederatedData,
+    count_classes,
+    describe_classes,
+    load_data,
+    load_evaluation,
+)
+from fedpet.errors import ConfigError
+from fedpet.pet.mask import build_mask
+from fedpet.pet.model import PetModel
+from fedpet.pet.structure import Structure, load_structure
+from fedpet.pet.tiers import Tier, tiers_of
+from fedpet.protocol.ledger import Ledger, RoundRecord
+from fedpet.protocol.plan import Plan
+from fedpet.protocol.plan_making import make_plan, make_search_plan
+from fedpet.run.central_search import settled_search
+from fedpet.search import Space, check_structure
+from fedpet.training.cls_only import check_first_token
+from fedpet.training.input_checks import check_inputs
+from fedpet.training.loop import inputs_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+__all__ = ["Listener", "Prepared", "PreparedSearch", "is_deployed", "prepare"]
+
+
+class Listener(Protocol):
+    """Whoever wants to see a run go on."""
+
+    def say(self, text: str) -> None:
+        """A stage begins; or, where the text is a sentence, something to be read."""
+
+    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+        """A round, or the evaluation before the first, is over."""
+
+
+@dataclass(frozen=True)
+class RunInputs:
+    """What any run stands on."""
+
+    experiment: Experiment
+    data: FederatedData
+    all_parameters: int  # of the backbone and its head
+    pretrained_parameters: int
+    origin: Origin  # of the parameters: checkpoint or seed
+    started: float  # on `time.perf_counter`'s clock
+
+
+@dataclass(frozen=True)
+class Prepared(RunInputs):
+    """Of the training rounds."""
+
+    structure: Structure  # with what a search tells of it; the plan has its modules alone
+    plan: Plan
+    pet: PetModel  # the server's own
+
+
+@dataclass(frozen=True)
+class PreparedSearch(RunInputs):
+    """Of the rounds of a search, after which the training's plan can be settled."""
+
+    backbone: Backbone  # the checkpoint, for the training's plan
+    plan: Plan
+    space: Space
+    tiers: tuple[Tier, ...]
+    inexact_kinds: tuple[str, ...]  # of the space's modules
+
+    def found(self, structure: Structure) -> Prepared:
+        """Settle the training's plan. The backbone is used up."""
+        return _settle(self, self.backbone, structure)
+
+
+def prepare(
+    experiment: Experiment, listener: Listener, *, found: Structure | None = None
+) -> Prepared | PreparedSearch:
+    """Read the rows, load the backbone, find the structure or the space, settle the plan.
+
+    Args:
+        experiment: What to run.
+        listener: Is told of stages.
+        found: What a search of this run has found already.
+
+    Raises:
+        InputError: The experiment, the checkpoint or the data cannot be used.
+    """
+    started = time.perf_counter()
+    experiment = experiment.located()
+    check_codecs(experiment.codec)
+    device = check_device(experiment.run.device)
+    listener.say("reading and tokenising the rows")
+    folder, cache = locate(experiment.backbone), make_cache(experiment)
+    if is_deployed(experiment):
+        data = load_evaluation(experiment.data, folder, cache=cache)
+    else:
+        data = load_data(experiment.data, experiment.population, folder, cache=cache)
+    for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
+        listener.say(line)
+    listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
+    backbone = load_for_task(experiment.backbone, data.task, device=device)
+    for line in backbone.origin.lines():
+        listener.say(line)
+    ground = RunInputs(
+        experiment,
+        data,
+        _num_parameters(backbone.model),
+        backbone.pretrained_parameters,
+        backbone.origin,
+        started,
+    )
+    _check_enough_clients(experiment, data)
+    check_inputs(backbone.model, data.evaluation, experiment.data.max_length)
+    if experiment.training.first_token_only:
+        one, _ = inputs_of(data.evaluation, np.arange(1), device_of(backbone.model))
+        check_first_token(backbone.model, one)
+    if experiment.search.federated and found is None:
+        return _to_search(ground, backbone)
+    if found is None:
+        positions = find_target_modules(backbone.model, backbone.head)
+        found = load_structure(experiment.structure, positions)
+    return _settle(ground, backbone, found)
+
+
+def is_deployed(experiment: Experiment) -> bool:
+    """Whether the nodes bring the clients, and the server knows of none beforehand."""
+    return experiment.population.partition == "nodes"
+
+
+def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prepared:
+    """With the training's plan, of a structure of this backbone."""
+    check_structure(structure, backbone.fingerprint)
+    data = ground.data
+    plan, pet = make_plan(ground.experiment, backbone, structure, data.task, data.tokenizer_hash)
+    if not plan.num_values:
+        raise ConfigError(
+            "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
+            "is empty. Enable one of them."
+        )
+    return Prepared(
+        ground.experiment,
+        data,
+        ground.all_parameters,
+        ground.pretrained_parameters,
+        ground.origin,
+        ground.started,
+        structure,
+        plan,
+        pet,
+    )
+
+
+def _to_search(ground: RunInputs, backbone: Backbone) -> PreparedSearch:
+    """With the search's plan; the backbone is the checkpoint again."""
+    experiment, data = ground.experiment, ground.data
+    mask = None
+    if experiment.mask.enabled:
+        mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
+    search = settled_search(experiment, backbone, mask)
+    plan, model = make_search_plan(experiment, search, backbone, data.task, data.tokenizer_hash)
+    tiers, inexact = tiers_of(model, plan.mask), model.inexact_kinds
+    model.pet.restore()
+    return PreparedSearch(
+        experiment,
+        data,
+        ground.all_parameters,
+        ground.pretrained_parameters,
+        ground.origin,
+        ground.started,
+        backbone,
+        plan,
+        model.space,
+        tiers,
+        inexact,
+    )
+
+
+def _num_parameters(model: PreTrainedModel) -> int:
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:
+    """Refuse a run none of whose rounds could have the replies that its rule needs."""
+    least = experiment.strategy.min_usable_replies
+    clients = experiment.population.num_clients if is_deployed(experiment) else len(data.clients)
+    if clients < least:
+        raise ConfigError(
+            f"strategy {experiment.strategy.name!r} with these parameters, and min-replies, need "
+            f"{least} usable replies a round, and there are {clients} clients "
+            f"({data.left_out_clients} have too few rows): take another strategy or other "
+            "parameters."
+        )

@@ -1,0 +1,199 @@
+"""The books of a run added up: what `result.json` holds, for fedpet and for every baseline.
+
+README, "The run folder", says what each field means. Bytes are counted on the serialised
+messages; a share is a fraction; seconds are wall time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from fedpet.config import Experiment
+from fedpet.data import count_classes
+from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger, RoundRecord
+from fedpet.run.quality import quality_of, status_of
+from fedpet.run.run_folder import machine, versions
+from fedpet.training.metrics import Assessment
+
+if TYPE_CHECKING:
+    from fedpet.backbone.pretrained import Origin
+    from fedpet.data import FederatedData
+    from fedpet.pet.layout import Segment
+
+BYTES_PER_FLOAT = 4
+
+
+def summarise(
+    experiment: Experiment,
+    *,
+    method: str,
+    ledger: Ledger,
+    data: FederatedData,
+    fingerprint: str,
+    plan_digest: str,
+    values_by_kind: dict[str, int],
+    pretrained_parameters: int,
+    added_parameters: int = 0,
+    inexact_kinds: Sequence[str] = (),
+    values_sha256: str,
+    final: Assessment,
+    total_seconds: float,
+    resumed: int = 0,
+    tiers: Sequence[dict[str, Any]] = (),
+    origin: Origin,
+) -> dict[str, Any]:
+    """Make the content of `result.json`.
+
+    Args:
+        experiment: What was run.
+        method: "fedpet", or the baseline's name.
+        ledger: The closed books.
+        data: What was trained and evaluated on.
+        fingerprint: Of the checkpoint.
+        plan_digest: Of the plan, hex; empty for a baseline.
+        values_by_kind: Communicated values by kind; "mask" and "head" are told apart.
+        pretrained_parameters: Of the backbone, its new head not counted.
+        added_parameters: That the merged model has beyond the backbone and its head.
+        inexact_kinds: Whose average is not the average of models.
+        values_sha256: Of the final communicated values, float32, little-endian.
+        final: The merged model's outputs on the evaluation rows, measured.
+        total_seconds: From the first stage to the last, the time that nothing ran left out.
+        resumed: How often the run was cut short and gone on with.
+        tiers: Density, values and clients of each tier, where devices differ in strength.
+        origin: What of the model came from the checkpoint, and what did not.
+    """
+    rounds = [record for record in ledger.of_kind(TRAINING) if record.round > 0]
+    num_values = sum(values_by_kind.values())
+    head, mask = values_by_kind.get("head", 0), values_by_kind.get("mask", 0)
+    return {
+        "schema": 1,
+        "run": {
+            "experiment": experiment.run.name,
+            "method": method,
+            "seed": experiment.run.seed,
+            "backbone": experiment.backbone.model,
+            "fingerprint": fingerprint,
+            "plan_digest": plan_digest,
+            "versions": versions(),
+            "machine": machine(experiment.run.device),
+            "status": status_of(rounds, final),
+            "resumed": resumed,
+        },
+        "model": {
+            "backbone_parameters": pretrained_parameters,
+            "communicated_values": num_values,
+            "mask_values": mask,
+            "structure_values": num_values - mask - head,
+            "head_values": head,
+            "values_by_kind": values_by_kind,
+            "inexact_kinds": list(inexact_kinds),
+            "inference_parameters_added": added_parameters,
+            "tiers": list(tiers),
+            "head": experiment.backbone.head,
+            "origin": origin.to_json(),
+        },
+        "data": {
+            "clients": len(data.clients),
+            "clients_left_out": data.left_out_clients,
+            "train_rows": sum(len(client.rows) for client in data.clients),
+            "train_rows_left_out": data.left_out_rows,
+            "evaluation_rows": len(data.evaluation),
+            "classes": [asdict(one) for one in count_classes(data)],
+            "rows": {split: asdict(books) for split, books in data.books.items()},
+        },
+        "quality": quality_of(
+            experiment,
+            ledger.of_kind(TRAINING),
+            final,
+            metric=data.task.metric,
+            num_rows=len(data.evaluation),
+            trained_kinds=[*values_by_kind] if method == "fedpet" else None,
+        ),
+        "communication": _communication(ledger, pretrained_parameters + head),
+        "time": {
+            "total_seconds": total_seconds,
+            "rounds_seconds": ledger.total("round_seconds", TRAINING),
+            "local_training_seconds": ledger.total("train_seconds", TRAINING),
+            "evaluation_seconds": ledger.total("evaluation_seconds"),
+            "first_round_seconds": rounds[0].round_seconds,
+            "outside_training_fraction": _outside_training(rounds[1:]),
+            **_search_seconds(ledger),
+        },
+        "refused": [
+            {**_when(record), **refused}
+            for record in (*ledger.of_kind(SEARCH), *rounds)
+            for refused in record.refused
+        ],
+        "final_values_sha256": values_sha256,
+    }
+
+
+def count_by_kind(segments: Sequence[Segment]) -> dict[str, int]:
+    """Communicated values by kind, in the order of the layout."""
+    counts: dict[str, int] = {}
+    for segment in segments:
+        counts[segment.kind] = counts.get(segment.kind, 0) + segment.size
+    return counts
+
+
+def _when(record: RoundRecord) -> dict[str, Any]:
+    when: dict[str, Any] = {"round": record.round}
+    return when if record.kind == TRAINING else {"kind": record.kind, **when}
+
+
+_SUMS = ("uplink_bytes", "downlink_bytes", "plan_bytes", "wire_bytes", "messages")
+
+
+def _communication(ledger: Ledger, dense_parameters: int) -> dict[str, Any]:
+    """Bytes of the run, a search of the structure included.
+
+    Means are over the training rounds. Dense FedAvg, which searches nothing, is of those rounds: 4
+    bytes a parameter, no framing.
+    """
+    sums = {name: int(ledger.total(name)) for name in _SUMS}
+    asked, answered = (int(ledger.total(name, TRAINING)) for name in ("clients", "replies"))
+    total = sums["uplink_bytes"] + sums["downlink_bytes"] + sums["plan_bytes"]
+    dense = BYTES_PER_FLOAT * dense_parameters * (asked + answered)
+    up, down, plan = (ledger.total(name, TRAINING) for name in _SUMS[:3])
+    books: dict[str, Any] = {
+        "plan_bytes_per_client": plan / max(int(ledger.total("newcomers", TRAINING)), 1),
+        "uplink_bytes": sums["uplink_bytes"],
+        "downlink_bytes": sums["downlink_bytes"],
+        "plan_bytes": sums["plan_bytes"],
+        "total_bytes": total,
+        "messages": sums["messages"],
+        "uplink_bytes_per_client_round": up / max(answered, 1),
+        "downlink_bytes_per_client_round": down / max(asked, 1),
+        "dense_fedavg_total_bytes": dense,
+        "ratio_to_dense": total / dense,
+        "wire_bytes": sums["wire_bytes"],
+        "wire_by_kind": ledger.wire_by_kind,
+    }
+    if ledger.of_kind(SEARCH):
+        books["by_kind"] = {kind: _of_kind(ledger, kind) for kind in (SEARCH, TRAINING)}
+    return books
+
+
+def _of_kind(ledger: Ledger, kind: str) -> dict[str, int]:
+    """The bytes of one kind of rounds, and how many there were."""
+    sums = {name: int(ledger.total(name, kind)) for name in _SUMS}
+    total = sums["uplink_bytes"] + sums["downlink_bytes"] + sums["plan_bytes"]
+    rounds = sum(record.round > 0 for record in ledger.of_kind(kind))
+    return {"rounds": rounds, "total_bytes": total, **sums}
+
+
+def _search_seconds(ledger: Ledger) -> dict[str, float]:
+    """Of the rounds of a search, where there was one."""
+    if not ledger.of_kind(SEARCH):
+        return {}
+    return {"search_rounds_seconds": ledger.total("round_seconds", SEARCH)}
+
+
+def _outside_training(rounds: Sequence[RoundRecord]) -> float | None:
+    """Seconds of rounds that are not local training, as a fraction of those that are."""
+    training = sum(record.train_seconds for record in rounds)
+    if not training:
+        return None
+    return sum(record.round_seconds - record.train_seconds for record in rounds) / training

@@ -1,0 +1,226 @@
+"""What a run leaves behind: one folder, written as it happens, every file whole or absent."""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import io
+import json
+import math
+import os
+import platform
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import tomli_w
+
+from fedpet.backbone.classifier import class_names
+from fedpet.config import Experiment
+from fedpet.data.saved_tokenizer import save_tokenizer
+from fedpet.errors import ConfigError, RunError
+from fedpet.utils.atomic_write import atomic_write, whole_folder
+from fedpet.utils.lock import locked_folder, make_folder
+from fedpet.utils.paths import expand
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedpet.data import ClassCount
+    from fedpet.pet.structure import Structure
+    from fedpet.protocol.plan import Plan
+
+PACKAGES = ("fedpet", "flwr", "torch", "transformers", "datasets", "numpy", "ray", "zstandard")
+
+
+@dataclass(frozen=True)
+class RunFolder:
+    """A run's folder; `path` exists."""
+
+    path: Path
+
+    def write_inputs(self, experiment: Experiment, plan: Plan) -> None:
+        """Leave what decides the run, before the first round."""
+        text = tomli_w.dumps(experiment.to_tables())
+        self._write("config.toml", text.encode())
+        self._write("plan.bin", plan.to_bytes())
+
+    def write_classes(self, classes: Sequence[ClassCount]) -> None:
+        """Leave the classes in their order, with their rows: entry i is output i of the model."""
+        content = json.dumps([asdict(one) for one in classes], indent=2)
+        self._write("classes.json", (content + "\n").encode())
+
+    def write_structure(self, structure: Structure) -> None:
+        """Leave the structure that is trained."""
+        self._write("structure.json", structure.to_json().encode())
+
+    def write_outputs(self, values: np.ndarray, model: PreTrainedModel, tokenizer: Path) -> None:
+        """Leave the communicated values and the plain model with its tokeniser."""
+        array = io.BytesIO()
+        np.save(array, values.astype("<f4"))
+        try:
+            self.path.joinpath("checkpoint").mkdir(exist_ok=True)
+        except OSError as error:
+            raise _no_room(self.path / "checkpoint", error) from None
+        self._write("checkpoint/values.npy", array.getvalue())
+        write_model(model, tokenizer, self.path / "model")
+
+    def write_result(self, result: dict[str, Any]) -> None:
+        """Leave `result.json`: the last file of a run. A number that is none, NaN, is null."""
+        text = json.dumps(_strict(result), indent=2, allow_nan=False)
+        self._write("result.json", f"{text}\n".encode())
+
+    def _write(self, name: str, content: bytes) -> None:
+        path = self.path / name
+        try:
+            atomic_write(path, content, durable=True)
+        except OSError as error:
+            raise _no_room(path, error) from None
+
+
+def _strict(value: Any) -> Any:
+    """The same as JSON can hold it."""
+    if isinstance(value, dict):
+        return {key: _strict(inner) for key, inner in value.items()}
+    if isinstance(value, list | tuple):
+        return [_strict(inner) for inner in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _no_room(path: Path, error: Exception) -> RunError:
+    reason = getattr(error, "strerror", None) or error
+    return RunError(
+        f"{str(path)!r} cannot be written: {reason}. Make room and do it again; a run that "
+        "was cut short goes on with `fedpet simulate --resume RUN`."
+    )
+
+
+def write_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
+    """Save a plain model as a Hugging Face folder, whole or not at all.
+
+    Args:
+        model: Its config names the classes.
+        tokenizer: The checkpoint's folder, whose tokeniser goes beside it.
+        folder: To make; one of a run that was cut short is replaced.
+
+    Raises:
+        RunError: The disk does not take it.
+    """
+    from safetensors import SafetensorError
+
+    try:
+        with whole_folder(folder) as building:
+            model.save_pretrained(building)
+            _write_class_names(building / "config.json", model)
+            save_tokenizer(tokenizer, building)
+    except (OSError, SafetensorError) as error:  # the latter of its own files, and no OSError
+        raise _no_room(folder, error) from None
+
+
+def _write_class_names(file: Path, model: PreTrainedModel) -> None:
+    """Put the classes into config.json where transformers leaves them out.
+
+    It leaves out names that it makes itself, and some architectures then take another number.
+    """
+    config, names = json.loads(file.read_text(encoding="utf-8")), class_names(model.config)
+    if "id2label" not in config:
+        config["id2label"] = dict(enumerate(names))
+        config["label2id"] = {name: index for index, name in enumerate(names)}
+        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+@contextmanager
+def claimed_run(experiment: Experiment) -> Iterator[RunFolder]:
+    """Make the folder that `run.out` names, or the next free `runs/NAME-N`, and lock it.
+
+    A folder that was made and stays empty, since the run did not start, goes again.
+
+    Raises:
+        ConfigError: The folder holds a run already, another process works in it, or it cannot be
+            made.
+    """
+    if experiment.run.out:
+        path = expand(experiment.run.out)
+        with locked_folder(path):
+            _refuse_run(path)
+            yield RunFolder(path)
+        return
+    with ExitStack() as held:
+        while True:
+            path = _next_free(experiment.run.name)
+            try:
+                held.enter_context(locked_folder(path, new=True))
+                break
+            except FileExistsError:
+                continue  # another process was faster
+        yield RunFolder(path)
+
+
+def new_run_folder(experiment: Experiment) -> RunFolder:
+    """Make the same folder, for a run that no other process can meet: it is not locked.
+
+    Raises:
+        ConfigError: It holds a run already, or cannot be made.
+    """
+    out, name = experiment.run.out, experiment.run.name
+    path = expand(out) if out else _next_free(name)
+    _refuse_run(path)
+    make_folder(path)
+    return RunFolder(path)
+
+
+def _next_free(name: str) -> Path:
+    number = 1
+    while (path := Path("runs") / f"{name}-{number}").exists():
+        number += 1
+    return path
+
+
+def _refuse_run(path: Path) -> None:
+    if (path / "config.toml").exists():
+        raise ConfigError(f"the folder {str(path)!r} holds a run already: name another with --out.")
+
+
+@functools.cache
+def versions() -> dict[str, str]:
+    """Versions of what ran."""
+    found = {"python": platform.python_version()}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+@functools.cache
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """On what it ran: processor, cores, memory, system; the GPU where models lay on one."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    gpu = {}
+    if device == "cuda":
+        import torch
+
+        gpu["gpu"] = torch.cuda.get_device_name()
+    return {
+        **gpu,
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "memory_gib": round(memory / 2**30, 1),
+        "system": f"{platform.system()} {platform.machine()}",
+    }
+
+
+def _processor() -> str:
+    """Its type, on which alone the same seed gives the same bytes: a name covers several."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
+    except OSError:
+        return platform.processor()
+    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = told.get("model name", "") or platform.processor()
+    numbers = [f"{key} {told[key]}" for key in ("cpu family", "model") if key in told]
+    return f"{name} ({', '.join(numbers)})" if numbers else name

@@ -1,0 +1,154 @@
+"""A run between its rounds: what is evaluated, written and kept when a round is over.
+
+    ... -> client -> strategy -> [ledger, journal] -> next round
+
+In:  the global values after a round, from Flower's loop.
+Out: the round's metric, its line in `rounds.jsonl`, and after that the journal that vouches for it.
+
+A round that came to no average has no journal: a run goes on after the last that had one. Where
+`STALLED_ROUNDS` in a row had none the run stops, and can be gone on with.
+"""
+
+from __future__ import annotations
+
+import time
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from flwr.app import ArrayRecord, MetricRecord
+
+from fedpet.errors import Stalled
+from fedpet.protocol.ledger import Ledger
+from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
+from fedpet.run.resume import journal_after, restore_strategy
+from fedpet.run.run_folder import RunFolder
+from fedpet.strategies import SparseStrategy, from_arrays
+from fedpet.training.loop import assess_rows
+from fedpet.training.metrics import Assessment
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedpet.run.prepare import Listener, Prepared
+
+STALLED_ROUNDS = 5  # in a row
+
+
+class RunState:
+    """Where a run stands.
+
+    Attributes:
+        values: Global values, float32, (num_values,).
+        rounds_left: To be run from here on.
+    """
+
+    def __init__(
+        self,
+        prepared: Prepared,
+        strategy: SparseStrategy,
+        ledger: Ledger,
+        out: RunFolder,
+        listener: Listener,
+        journal: RunCheckpoint | None,
+        *,
+        resumed: int = 0,
+    ) -> None:
+        """Begin, or take up what a journal holds and hand the strategy its part.
+
+        Args:
+            prepared: What to run.
+            strategy: Runs the rounds.
+            ledger: Takes their lines.
+            out: Takes the journal.
+            listener: Is told of each round.
+            journal: Of training rounds; None begins at the beginning.
+            resumed: How often the run has been gone on with.
+        """
+        self._prepared = prepared
+        self._strategy = strategy
+        self._ledger = ledger
+        self._out = out
+        self._listener = listener
+        self._last_round = prepared.experiment.strategy.num_rounds
+        self._merged: PreTrainedModel | None = None
+        self._assessed: Assessment | None = None  # the last evaluation of this process
+        self._goes_on, self._resumed = journal is not None, resumed
+        self.values = np.zeros(prepared.plan.num_values, dtype=np.float32)
+        if journal is not None:
+            self.values = restore_strategy(journal, strategy)
+        self.rounds_left = self._last_round - strategy.rounds_done
+
+    def round_over(self, loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
+        """What Flower's loop calls before its first round, as round 0, and after each.
+
+        Args:
+            loop_round: Counted by Flower's loop, from where the run was taken up.
+            arrays: The global values.
+        """
+        if loop_round == 0 and self._goes_on:
+            return None  # that round was over before
+        experiment, data = self._prepared.experiment, self._prepared.data
+        server_round = loop_round + self._strategy.rounds_done
+        self.values = from_arrays(arrays)
+        record = self._ledger.begin(0) if server_round == 0 else self._ledger.current
+        last = server_round == self._last_round
+        if last or server_round % experiment.strategy.evaluate_every == 0:
+            clock = time.perf_counter()
+            self._load_values()
+            model = self.final_model() if last else self._prepared.pet.model
+            self._assessed = assess_rows(model, data.evaluation, data.task)
+            record.metric = self._assessed.value
+            record.evaluation_seconds = time.perf_counter() - clock
+        ledger_bytes = self._ledger.close()
+        if record.aggregated or last or server_round == 0:
+            self._write_journal(server_round, ledger_bytes)
+        self._listener.round_done(record, self._ledger)
+        if not last:
+            refuse_stalled(self._ledger)
+        return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
+
+    def final_model(self) -> PreTrainedModel:
+        """The plain model with the values folded in; made once, after the last round."""
+        if self._merged is None:
+            self._load_values()
+            self._merged = self._prepared.pet.merged()
+        return self._merged
+
+    def final_assessment(self) -> Assessment:
+        """Of the final model; evaluated anew where the run was taken up after its last round."""
+        if self._assessed is None:
+            data = self._prepared.data
+            self._assessed = assess_rows(self.final_model(), data.evaluation, data.task)
+        return self._assessed
+
+    def _load_values(self) -> None:
+        values = torch.from_numpy(self.values.copy())
+        self._prepared.pet.load_values(values, seed=self._prepared.plan.seed)
+
+    def _write_journal(self, server_round: int, ledger_bytes: int) -> None:
+        journal = journal_after(
+            self._prepared,
+            self._strategy,
+            server_round=server_round,
+            values=self.values,
+            ledger_bytes=ledger_bytes,
+            resumed=self._resumed,
+        )
+        write_journal(self._out.path, journal, self._ledger.path)
+
+
+def refuse_stalled(ledger: Ledger) -> None:
+    """Stop where the last rounds came to no average.
+
+    Raises:
+        Stalled: There were `STALLED_ROUNDS` of them in a row.
+    """
+    rounds = ledger.of_kind(ledger.current.kind)[-STALLED_ROUNDS:]
+    if len(rounds) < STALLED_ROUNDS or any(r.aggregated or r.round == 0 for r in rounds):
+        return
+    raise Stalled(
+        f"rounds {rounds[0].round} to {rounds[-1].round} met no quorum of usable replies, and the "
+        f"run stops here: {ledger.path} says who was refused, and why. Mend that first; what goes "
+        "on then goes on after the last round that came to an average."
+    )

@@ -1,0 +1,387 @@
+"""S3PET: which small module goes where, searched by gradient under an exact budget.
+
+    backbone -> mask -> structure -> [search] -> model -> codec -> plan -> client -> ...
+
+In:  a backbone, labelled rows, a budget.
+Out: a `SearchResult`: a `Structure` with its gates and where it came from, ready to be trained from
+     scratch, and how likely every other candidate was.
+
+The rows are split once, by the seed: some to pick the checkpoint, half of the rest to move the
+candidates' values, half to move alpha. Each step is that of `fedpet.search.bilevel`; every so many
+steps the validation rows are scored with the gates at p, and the last of the best checkpoints gives
+alpha. Selection walks its candidates from the likeliest down.
+
+Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), released code. Ours: the head, which the
+paper's text-to-text models lack, is trained with the candidates' values and is not gated;
+validation rows are taken from the rows given, so that the evaluation rows stay unseen.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpet.backbone.device import device_of
+from fedpet.config import SearchConfig
+from fedpet.data.rows import Rows
+from fedpet.errors import ConfigError, DataError, RunError, StructureError
+from fedpet.pet.model import PetModel
+from fedpet.pet.structure import Structure
+from fedpet.search.bilevel import BiLevel
+from fedpet.search.select import chosen_size, select_at_random
+from fedpet.search.settings import deviations, reproducible_settings
+from fedpet.search.space import Space, build_space
+from fedpet.training.loop import batches, local_loss, predict
+from fedpet.training.metrics import metric_value
+from fedpet.utils.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from fedpet.backbone.pretrained import Backbone
+    from fedpet.data import Task
+    from fedpet.pet.mask import Mask
+
+__all__ = [
+    "SearchProgress",
+    "SearchResult",
+    "Split",
+    "candidate_records",
+    "check_structure",
+    "random_structure",
+    "search_structure",
+    "split_rows",
+    "step_batches",
+]
+
+
+SAVE_SECONDS = 15.0  # of work that a kill may cost
+
+
+@dataclass(frozen=True)
+class Split:
+    """Which rows do what: int64 indices, no row in two of them."""
+
+    theta: np.ndarray  # move the candidates' values
+    alpha: np.ndarray  # move alpha; as many
+    validation: np.ndarray  # pick the checkpoint
+
+
+@dataclass(frozen=True)
+class SearchProgress:
+    """One step, as a listener sees it."""
+
+    step: int
+    total_steps: int
+    theta_loss: float
+    alpha_loss: float
+    score: float | None  # of the validation rows, where this step was evaluated
+    best_score: float | None
+
+
+@dataclass(frozen=True)
+class SearchResult:
+    """What a search found."""
+
+    structure: Structure
+    space: Space
+    probabilities: tuple[float, ...]  # of every candidate, at the checkpoint
+    alpha: tuple[float, ...]
+    chosen: tuple[int, ...]  # of the space's candidates, likeliest first
+    step: int  # of the checkpoint
+    score: float  # its validation score
+    history: tuple[Mapping[str, float], ...]  # an entry an evaluation
+    seconds: float  # wall time of this process's part
+
+
+def search_structure(
+    backbone: Backbone,
+    rows: Rows,
+    indices: np.ndarray,
+    task: Task,
+    config: SearchConfig,
+    *,
+    mask: Mask | None = None,
+    logit_adjustment: float = 0.0,
+    products: str = "torch",
+    state_file: Path | None = None,
+    progress: Callable[[SearchProgress], None] | None = None,
+    provenance: Mapping[str, Any] | None = None,
+) -> SearchResult:
+    """Search one structure on labelled rows.
+
+    Args:
+        backbone: Is changed in place during the search and is the checkpoint again after it.
+        rows: All tokenised rows here.
+        indices: Those to search on, (n,).
+        task: Says which loss and which validation metric.
+        config: Settled (`fedpet.search.settle`): its budget is in values.
+        mask: Trained beside the candidates and not gated; None for none.
+        logit_adjustment: Of both losses, for the rows' labels, as in training.
+        products: Of dense layers, as in training; see `PetModel`.
+        state_file: Written at every evaluation and every few seconds; a search that finds its
+            own goes on from there, bit for bit.
+        progress: Told of every step.
+        provenance: What else the structure should say about where it came from.
+
+    Raises:
+        StructureError: The budget does not fit the space, or the space this backbone.
+        ConfigError: `state_file` belongs to another search.
+        DataError: Too few rows to split.
+        RunError: The model's outputs are not finite, at whichever checkpoint.
+    """
+    started = time.perf_counter()
+    space = build_space(
+        backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
+    )
+    budget = float(config.budget)
+    space.check_budget(budget)
+    split = split_rows(indices, config)
+    an_epoch = -(-len(split.theta) // config.batch_size)
+    total = config.epochs * an_epoch
+    total = min(total, config.max_steps or total)
+    seed = derive_seed("search", config.seed)
+    pet = PetModel(backbone, mask, space.structure(), seed=seed, products=products)
+    try:
+        loss = local_loss(rows.labels[indices], task, logit_adjustment, device_of(backbone.model))
+        search = BiLevel(pet, space, config, total_steps=total, loss=loss)
+        saved = _Saved(
+            state_file,
+            _digest(config, logit_adjustment, products, backbone, rows.take(indices), task, mask),
+        )
+        best, history = saved.load(search)
+        validation = rows.take(split.validation)
+        for theta_batch, alpha_batch in step_batches(rows, split, config, search.steps_done, total):
+            losses = search.step(theta_batch, alpha_batch)
+            step, score = search.steps_done, None
+            if step % config.evaluate_every == 0 or step == total:
+                score = _score(search, validation, task)
+                if not best or config.checkpoint == "last" or _beats(score, best["score"]):
+                    best = {
+                        "score": score,
+                        "step": step,
+                        "alpha": search.alpha.detach().clone(),
+                        "p": search.probabilities().detach(),
+                        "chosen": search.choice(),
+                    }
+                history.append(
+                    {"step": step, "score": score, "theta": losses.theta, "alpha": losses.alpha}
+                )
+                saved.save(search, best, history)
+            elif time.monotonic() - saved.at > SAVE_SECONDS:
+                saved.save(search, best, history)
+            if progress is not None:
+                known = float(best["score"]) if best else None
+                progress(SearchProgress(step, total, losses.theta, losses.alpha, score, known))
+    finally:
+        pet.restore()
+
+    if math.isnan(best["score"]):
+        raise RunError(
+            f"the search came to no model that can be measured: at step {best['step']} the "
+            f"{task.metric} of the validation rows is NaN, its outputs are not finite. Lower "
+            "search.rate, search.rates or search.alpha-rate."
+        )
+    chosen, p = best["chosen"], best["p"].tolist()
+    structure = replace(
+        space.structure(chosen),
+        fingerprint=backbone.fingerprint,
+        gates=tuple(p[index] for index in sorted(chosen)),
+        provenance={
+            "method": "s3pet",
+            "deviations": list(deviations(config, logit_adjustment)),
+            "settings": reproducible_settings(config),
+            "budget": int(budget),
+            "values": chosen_size(chosen, space.sizes, space.tensors),
+            "space": {"name": space.name, "values": space.num_values},
+            "rows": {name: len(part) for name, part in vars(split).items()},
+            "checkpoint": {"step": best["step"], "of": total, task.metric: best["score"]},
+            "history": history,
+            "candidates": candidate_records(space, p),
+            **(provenance or {}),
+        },
+    )
+    return SearchResult(
+        structure=structure,
+        space=space,
+        probabilities=tuple(p),
+        alpha=tuple(best["alpha"].tolist()),
+        chosen=tuple(chosen),
+        step=int(best["step"]),
+        score=float(best["score"]),
+        history=tuple(history),
+        seconds=time.perf_counter() - started,
+    )
+
+
+def random_structure(space: Space, budget: float, *, seed: int, fingerprint: str = "") -> Structure:
+    """A random structure of a space under a budget: what a searched one must beat.
+
+    Raises:
+        StructureError: The budget does not fit the space.
+    """
+    space.check_budget(budget)
+    drawn = derive_seed("random structure", seed)
+    chosen = select_at_random(space.sizes, budget, seed=drawn, tensors=space.tensors)
+    return replace(
+        space.structure(chosen),
+        fingerprint=fingerprint,
+        provenance={
+            "method": "random",
+            "seed": seed,
+            "budget": budget,
+            "values": chosen_size(chosen, space.sizes, space.tensors),
+            "space": {"name": space.name, "values": space.num_values},
+        },
+    )
+
+
+def check_structure(structure: Structure, fingerprint: str) -> None:
+    """Refuse a structure that was found on another backbone.
+
+    Raises:
+        StructureError: The fingerprints differ. A structure without one fits any backbone that
+            has its targets.
+    """
+    if structure.fingerprint and structure.fingerprint != fingerprint:
+        raise StructureError(
+            f"a searched structure belongs to its backbone: this one was found on the checkpoint "
+            f"{structure.fingerprint:.12}, the backbone here is {fingerprint:.12}. Take that "
+            "checkpoint, or search again on this one."
+        )
+
+
+def split_rows(indices: np.ndarray, config: SearchConfig) -> Split:
+    """Split rows at random, by the seed, into validation and two halves of equal size.
+
+    Raises:
+        DataError: Fewer than three rows.
+    """
+    if len(indices) < 3:
+        raise DataError(
+            f"a search splits its rows in three, and got {len(indices)}. Give it more rows."
+        )
+    order = np.random.default_rng(derive_seed("split", config.seed)).permutation(indices)
+    held = min(max(1, round(config.validation_fraction * len(order))), len(order) - 2)
+    half = (len(order) - held) // 2
+    return Split(
+        theta=order[held : held + half],
+        alpha=order[held + half : held + 2 * half],
+        validation=order[:held],
+    )
+
+
+def step_batches(
+    rows: Rows, split: Split, config: SearchConfig, done: int, total: int
+) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
+    """Pairs of batches, theta's and alpha's, of the steps from `done` to before `total`.
+
+    Each epoch over the two halves has its own order.
+    """
+    per_epoch = -(-len(split.theta) // config.batch_size)
+    step = done // per_epoch * per_epoch
+    while step < total:
+        parts = []
+        for name, part in (("theta", split.theta), ("alpha", split.alpha)):
+            seed = derive_seed("order", config.seed, step // per_epoch, name)
+            generator = np.random.default_rng(seed)
+            parts.append(list(batches(part, rows.lengths, config.batch_size, generator)))
+        for theta, alpha in zip(*parts, strict=True):
+            if done <= step < total:
+                yield rows.batch(theta), rows.batch(alpha)
+            step += 1
+
+
+def _score(search: BiLevel, validation: Rows, task: Task) -> float:
+    search.open_gates()
+    logits = predict(search.pet.model, validation)
+    return metric_value(task, logits, np.asarray(validation.labels))
+
+
+def _beats(score: float, best: float) -> bool:
+    """Whether a later checkpoint is at least as good. Any number beats NaN."""
+    return math.isnan(best) or score >= best
+
+
+def candidate_records(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:
+    """Every candidate with its place and gate: what a picture of the search is made from."""
+    return [
+        {
+            "kind": candidate.spec.kind,
+            "target": candidate.spec.target,
+            "role": candidate.position.role,
+            "stack": candidate.position.stack,
+            "layer": candidate.position.layer,
+            "size": candidate.size,
+            "gate": gate,
+        }
+        for candidate, gate in zip(space.candidates, p, strict=True)
+    ]
+
+
+def _digest(
+    config: SearchConfig,
+    logit_adjustment: float,
+    products: str,
+    backbone: Backbone,
+    rows: Rows,
+    task: Task,
+    mask: Mask | None,
+) -> str:
+    """Of all that a search's steps depend on."""
+    masked = None if mask is None else mask.digest()
+    settings = (sorted(reproducible_settings(config).items()), logit_adjustment, products)
+    digest = hashlib.sha256(repr((settings, backbone.fingerprint, task, masked)).encode())
+    for part in (rows.tokens, rows.offsets, rows.labels):
+        digest.update(np.ascontiguousarray(part).tobytes())
+    return digest.hexdigest()
+
+
+class _Saved:
+    """A search's state on disk, under the digest of what it searches."""
+
+    def __init__(self, path: Path | None, digest: str) -> None:
+        self._path, self._digest = path, digest
+        self.at = time.monotonic()  # of the last saving
+
+    def load(self, search: BiLevel) -> tuple[dict[str, Any], list[dict[str, float]]]:
+        """Go on from the file where there is one; give the best checkpoint and the history."""
+        if self._path is None or not self._path.exists():
+            return {}, []
+        try:
+            table = torch.load(self._path, weights_only=True)
+            digest = table["digest"]
+        except Exception as error:  # torch names no class for what a file may not be
+            raise ConfigError(
+                f"{str(self._path)!r} is not the state of a search "
+                f"({type(error).__name__}): remove it, or name another file."
+            ) from None
+        if digest != self._digest:
+            raise ConfigError(
+                f"{str(self._path)!r} is the state of a search with other settings, rows or "
+                "backbone: remove it, or name another file."
+            )
+        search.load_state(table["search"])
+        return table["best"], table["history"]
+
+    def save(self, search: BiLevel, best: dict[str, Any], history: list[dict[str, float]]) -> None:
+        if self._path is None:
+            return
+        table = {
+            "digest": self._digest,
+            "search": search.state(),
+            "best": best,
+            "history": history,
+        }
+        new = self._path.with_name(self._path.name + ".new")
+        torch.save(table, new)
+        os.replace(new, self._path)
+        self.at = time.monotonic()

@@ -1,0 +1,194 @@
+"""One client's part of a federated search: a few bi-level steps on its own rows.
+
+    space -> gates -> bilevel -> [local], on every client; the server averages, then selects
+
+In:  the average so far, of alpha and of the candidates' values; a client's rows; the round.
+Out: the client's own, some steps on. What is sent is the difference, as in training.
+
+A client's steps are those that a central search on its rows alone would take at this point of the
+search: the same gates, batches, rates and temperature, by the number of the step. Only alpha and
+the values come from the average, and the moments of both AdamWs begin anew each round, since a
+client comes by seldom and keeps nothing. So AdamW's first steps of a round are about its rate in
+size, whatever the gradient. A mask and the head are trained beside the candidates, ungated.
+
+The rows are split once, by the seed and the client, into two halves: one moves the values, the
+other alpha, and neither ever does the other's part. Of an odd number one row is left out. With a
+single row there are not two levels, and the client is refused.
+
+Source: ours; the steps are S3PET's (Hu et al., NeurIPS 2022, arXiv:2206.07382). What is averaged is
+alpha, not the probabilities: a shift of alpha changes no probability, so clients need not agree on
+one. Deviations: the moments; alpha travels as float32; the average of values under gates is not the
+average of models; HiWi on a bias that BitFit has too goes on as BitFit's (one vector is sent).
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedpet.backbone.device import device_of
+from fedpet.config import SearchConfig
+from fedpet.errors import TrainingError
+from fedpet.pet.layout import Segment
+from fedpet.pet.model import PetModel
+from fedpet.search.bilevel import BiLevel
+from fedpet.search.central import Split, step_batches
+from fedpet.search.space import Space, build_space
+from fedpet.training.loop import TrainResult, local_loss
+from fedpet.utils.seeds import derive_seed
+
+if TYPE_CHECKING:
+    from fedpet.backbone.pretrained import Backbone
+    from fedpet.data import Task
+    from fedpet.data.rows import Rows
+    from fedpet.pet.mask import Mask
+
+__all__ = ["ALPHA", "SearchModel", "client_config", "split_in_two"]
+
+ALPHA = "alpha"  # the kind of segment that it is
+
+
+class SearchModel:
+    """A model with a whole space on it, and alpha: the face of a `PetModel`, for a search.
+
+    What is communicated is the model's values and then alpha, one number a candidate. Zeros are the
+    checkpoint, and gates that are all alike.
+
+    Law: `search_rows` depends on what was loaded, on the rows, the round and the seed alone.
+
+    Args:
+        pet: Made with `space.structure()`.
+        space: The candidates.
+    """
+
+    def __init__(self, pet: PetModel, space: Space) -> None:
+        self.pet, self.space = pet, space
+        self.model = pet.model
+        self.alpha = torch.zeros(len(space.candidates), dtype=torch.float64)
+        self.tiers = tuple(self._layout(segments) for segments in pet.tiers)
+        self.segments = self.tiers[-1]
+
+    @classmethod
+    def of(
+        cls,
+        backbone: Backbone,
+        mask: Mask | None,
+        config: SearchConfig,
+        *,
+        seed: int,
+        products: str = "torch",
+    ) -> SearchModel:
+        """Put the whole space of a search on a backbone, in place.
+
+        Raises:
+            InputError: The backbone has no such space, or the budget does not fit it.
+        """
+        space = build_space(
+            backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
+        )
+        space.check_budget(float(config.budget))
+        pet = PetModel(backbone, mask, space.structure(), seed=seed, products=products)
+        return cls(pet, space)
+
+    @property
+    def num_values(self) -> int:
+        """Of the layout in use, alpha included."""
+        return self.pet.num_values + len(self.alpha)
+
+    @property
+    def inexact_kinds(self) -> tuple[str, ...]:
+        """See `PetModel`; beside these, nothing is exact under gates."""
+        return self.pet.inexact_kinds
+
+    def set_tier(self, tier: int) -> None:
+        """See `PetModel.set_tier`."""
+        self.pet.set_tier(tier)
+        self.segments = self.tiers[tier]
+
+    def values(self) -> Tensor:
+        """What is sent: float32, (num_values,), on the CPU, a copy."""
+        return torch.cat([self.pet.values(), self.alpha.float()])
+
+    def load_values(self, values: Tensor, *, seed: int) -> None:
+        """Set model and alpha to the point `values`, see `PetModel.load_values`."""
+        of_model = len(values) - len(self.alpha)
+        self.pet.load_values(values[:of_model], seed=seed)
+        self.alpha = values[of_model:].double()
+
+    def search_rows(
+        self,
+        rows: Rows,
+        indices: np.ndarray,
+        task: Task,
+        config: SearchConfig,
+        *,
+        server_round: int,
+        logit_adjustment: float = 0.0,
+    ) -> TrainResult:
+        """Take the bi-level steps of one round.
+
+        Args:
+            rows: All tokenised rows here.
+            indices: The client's among them, (n,).
+            task: Says which loss.
+            config: Settled, with the client's own seed: see `client_config`.
+            server_round: Of the search, from 1: which of its steps these are.
+            logit_adjustment: Of both losses, for the client's labels, as in training.
+
+        Returns:
+            The weight in the average, n; the mean theta loss before each step.
+
+        Raises:
+            TrainingError: There are too few rows, or a loss is not a number.
+        """
+        started = time.perf_counter()
+        split = split_in_two(indices, config.seed)
+        first = (server_round - 1) * config.local_steps
+        total = config.rounds * config.local_steps
+        loss = local_loss(rows.labels[indices], task, logit_adjustment, device_of(self.model))
+        search = BiLevel(self.pet, self.space, config, total_steps=total, loss=loss)
+        search.continue_from(first, self.alpha)
+        losses = [
+            search.step(theta_batch, alpha_batch).theta
+            for theta_batch, alpha_batch in step_batches(
+                rows, split, config, first, first + config.local_steps
+            )
+        ]
+        self.alpha = search.alpha.detach().clone()
+        mean = sum(losses) / len(losses)
+        return TrainResult(len(indices), mean, time.perf_counter() - started)
+
+    def _layout(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
+        start = sum(segment.size for segment in segments)
+        return (*segments, Segment(ALPHA, self.space.name, start, len(self.alpha)))
+
+
+def client_config(config: SearchConfig, client: int) -> SearchConfig:
+    """The search's settings with a client's own seed: the same in every round.
+
+    Args:
+        config: The plan's.
+        client: Its number, see `fedpet.utils.seeds.client_id64`.
+    """
+    return replace(config, seed=derive_seed("federated search", config.seed, client))
+
+
+def split_in_two(indices: np.ndarray, seed: int) -> Split:
+    """Split a client's rows at random, by the seed, into two halves of equal size.
+
+    Raises:
+        TrainingError: There are fewer than two rows.
+    """
+    if len(indices) < 2:
+        raise TrainingError(
+            f"a search needs two rows of a client at least, one a level, and this one has "
+            f"{len(indices)}. Raise population.min-rows."
+        )
+    order = np.random.default_rng(derive_seed("split", seed)).permutation(indices)
+    half = len(order) // 2
+    return Split(theta=order[:half], alpha=order[half : 2 * half], validation=order[:0])

@@ -1,0 +1,83 @@
+"""Replies are taken as they come, so that the server never holds those of a whole round.
+
+In:  Flower's Grid, which gives a round's replies in one list.
+Out: the same Grid, whose replies go to `take` one by one while others are still awaited; and the
+     `SpooledPayloads` on which what has to wait for the round's end does so, on disk past a few
+     megabytes.
+"""
+
+from __future__ import annotations
+
+import math
+import tempfile
+import time
+import weakref
+from collections.abc import Callable, Iterable
+
+from flwr.app import Message
+from flwr.serverapp import Grid
+
+from fedpet.errors import RunError
+from fedpet.server.grid_wrapper import GridWrapper
+from fedpet.server.pending_messages import PendingMessages
+
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds
+IN_MEMORY_BYTES = 8 << 20
+
+
+class StreamingGrid(GridWrapper):
+    """A Grid that hands each reply to `take` when it comes, and sends what that gives in return."""
+
+    def __init__(self, grid: Grid, take: Callable[[Message], Iterable[Message]]) -> None:
+        super().__init__(grid)
+        self._mailbox = PendingMessages(grid)
+        self._take = take
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send one by one; take what comes in time. Nothing is left to return."""
+        limit = math.inf if timeout is None else time.monotonic() + timeout
+        mailbox = self._mailbox
+        mailbox.forget()  # what comes too late is not waited for
+        mailbox.send(messages)
+        while mailbox:
+            taken, asked_at = 0, time.monotonic()
+            for reply in mailbox.collect():
+                taken += 1
+                mailbox.send(self._take(reply))
+            if not mailbox or time.monotonic() > limit:
+                break
+            # Where asking in vain costs time, as over a network, it is not done all the time.
+            spent = 0.0 if taken else time.monotonic() - asked_at
+            time.sleep(min(max(SHORTEST_PAUSE, 4 * spent), LONGEST_PAUSE))
+        return []
+
+
+class SpooledPayloads:
+    """Keeps bytes until they are asked for, once: in memory while they are few, then on disk."""
+
+    def __init__(self) -> None:
+        self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115
+        self._end = 0
+        self.close = weakref.finalize(self, self._file.close)  # of itself where a round is cut off
+
+    def put(self, data: bytes | memoryview) -> tuple[int, int]:
+        """Keep `data`; gives where, for `get`."""
+        try:
+            self._file.seek(self._end)
+            self._file.write(data)
+        except OSError as error:
+            raise RunError(
+                f"a round's replies wait in {tempfile.gettempdir()!r}, which takes no more: "
+                f"{error.strerror or error}. Make room, or set TMPDIR to another folder."
+            ) from None
+        place = (self._end, len(data))
+        self._end += len(data)
+        return place
+
+    def get(self, place: tuple[int, int]) -> bytes:
+        """What was put there."""
+        start, size = place
+        self._file.seek(start)
+        return self._file.read(size)

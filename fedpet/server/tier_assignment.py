@@ -1,0 +1,66 @@
+"""Which tier each client is of, as the server knows it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+
+from fedpet.config import MaskConfig
+from fedpet.pet.tiers import Tier, draw_tier
+from fedpet.protocol.request import OTHER_TIER
+from fedpet.utils.seeds import client_id64
+
+
+class TierAssignment:
+    """Drawn from the client's name, unless its node says otherwise.
+
+    What a node said is remembered for the rounds to come, but may be forgotten, as by a server that
+    takes up a run where another left it: the node says it again, within the round, when it is asked
+    for another tier. That costs it a message, and changes no result.
+
+    Args:
+        tiers: Of the plan, weakest first; mostly one.
+        config: The plan's mask.
+        names: All clients; in a deployment those that are known from the start, maybe none.
+    """
+
+    def __init__(
+        self, tiers: Sequence[Tier], config: MaskConfig | None, names: Iterable[str]
+    ) -> None:
+        self.tiers = tuple(tiers)
+        self._config = config
+        self._index = {name: self._draw(name) for name in names}
+
+    def index(self, name: str) -> int:
+        """Of a client's tier among `tiers`."""
+        if name not in self._index:
+            self._index[name] = self._draw(name)
+        return self._index[name]
+
+    def of(self, name: str) -> Tier:
+        """A client's tier."""
+        return self.tiers[self.index(name)]
+
+    def told(self, name: str, reason: str) -> bool:
+        """Note a node's answer that it trains this client at another tier than it was asked for.
+
+        Returns:
+            Whether it was such an answer, and names another tier of the plan.
+        """
+        if not reason.startswith(OTHER_TIER):
+            return False
+        named = reason.removeprefix(OTHER_TIER)
+        for index, tier in enumerate(self.tiers):
+            if repr(tier.density) == named and index != self.index(name):
+                self._index[name] = index
+                return True
+        return False
+
+    def num_clients(self) -> list[int]:
+        """Clients of each tier."""
+        counts = [0] * len(self.tiers)
+        for index in self._index.values():
+            counts[index] += 1
+        return counts
+
+    def _draw(self, name: str) -> int:
+        return draw_tier(self._config, client_id64(name))

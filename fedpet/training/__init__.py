@@ -1,0 +1,1 @@
+"""A client's epochs in plain torch. Knows no Flower."""

@@ -1,0 +1,199 @@
+"""Training passes that leave out what the classifier never reads.
+
+    ... -> model -> [training] -> client -> ...
+
+In:  an encoder whose classifier reads its first token ([CLS], <s>) and no other.
+Out: passes whose last block computes what that token needs and no more.
+
+What the last attention makes of the other tokens nobody reads; and what follows it (its output
+projection, norm, feed-forward part, norm) acts on each token by itself. So all of the last block's
+products are taken of one vector a text, or one a text and head, and not of one a token: a sixth of
+all products in six blocks, forward and backward. Logits and gradients are the same up to the order
+in which sums are rounded.
+
+The block goes on as if it had all tokens: what attention makes of the first is given out for all,
+without a copy. That is done where attention is the sdpa function of `transformers` or MPNet's own,
+see `fedpet/training/cls_attention.py`; in DeBERTa's, queries, keys and values stay whole.
+
+Whether a model is of that kind is not looked up but tried, once a model: what the last block gives
+for the other tokens is replaced by NaN, which reaches the logits wherever anything reads it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+from weakref import WeakKeyDictionary
+
+import torch
+from torch import Tensor, nn
+
+from fedpet.backbone.module_roles import Position, find_target_modules
+from fedpet.errors import ConfigError
+from fedpet.training.cls_attention import (
+    Attention,
+    asks_queries_apart,
+    first_query,
+    keep_first_token,
+)
+
+__all__ = ["check_first_token", "first_token_only"]
+
+_PROJECTIONS = ("query", "key", "value")
+_AFTER = ("attention-output", "attention-norm")
+_CLOSENESS = 1e-3  # of the block's outputs for the first token, relative; wrong ones differ by 1
+
+
+@dataclass(frozen=True)
+class _CutPoints:
+    """Where the last block of a model is cut."""
+
+    after: tuple[nn.Module, ...]  # the last attention's output projection and norm
+    attention: Attention | None = None  # itself, where only its first query need be asked
+
+
+_known: WeakKeyDictionary[nn.Module, _CutPoints | None] = WeakKeyDictionary()
+
+
+def check_first_token(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
+    """Refuse a model whose passes cannot be cut.
+
+    Args:
+        model: Left as it is.
+        batch: What it is called with; a row is enough.
+
+    Raises:
+        ConfigError: The classifier reads other tokens, or the last block cannot be cut.
+    """
+    if _places_of(model, batch) is None:
+        raise ConfigError(
+            "training.first-token-only needs an encoder that normalises after each residual sum, "
+            "and a classifier that reads its first token alone, as BERT's do; "
+            f"{type(model).__name__} is no such model: leave the key out, or set it to false."
+        )
+
+
+@contextmanager
+def first_token_only(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within it, passes compute of the last block what the first token needs.
+
+    Args:
+        model: In training or evaluation mode.
+        batch: What it is called with, to try it on; a row is enough.
+
+    Raises:
+        ConfigError: See `check_first_token`.
+    """
+    check_first_token(model, batch)
+    places = _known[model]
+    assert places is not None
+    with _cut(places):
+        yield
+
+
+def _places_of(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | None:
+    """What `_find` found for this model, once."""
+    if model not in _known:
+        _known[model] = _find(model, batch)
+    return _known[model]
+
+
+@contextmanager
+def _cut(places: _CutPoints) -> Iterator[None]:
+    """These modules see the first token alone.
+
+    Where the output projection gives one token, the residual sum repeats it for all, and the norm
+    is given the first of the sum.
+    """
+    with ExitStack() as stack:
+        for place in places.after:
+            stack.enter_context(place.register_forward_pre_hook(keep_first_token))
+        if places.attention is not None:
+            stack.enter_context(first_query(places.attention))
+        yield
+
+
+@torch.no_grad()
+def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | None:
+    """The places in the last block; None where cutting there changes logits."""
+    found = {
+        position.role: position
+        for position in find_target_modules(model)
+        if position.role in (*_PROJECTIONS, *_AFTER) and position.kind != "block"
+    }
+    if not {*_AFTER} <= {*found} or any(p.stack != "encoder" for p in found.values()):
+        return None
+    after = tuple(model.get_submodule(found[role].name) for role in _AFTER)
+    norm = found["attention-norm"]
+    block = model.get_submodule(_block_of(norm.name, norm.layer))
+    mode = model.training
+    model.eval()
+    try:
+        with block.register_forward_hook(_nan_beyond_first):
+            logits = model(**batch).logits
+        whole = _output(model, block, batch)
+        if whole is None or not bool(logits.isfinite().all()):
+            return None
+        for places in (_CutPoints(after, _attention(model, found)), _CutPoints(after)):
+            if _gives(whole[:, :1], places, model, block, batch):
+                return places
+        return None
+    finally:
+        model.train(mode)
+
+
+def _attention(model: nn.Module, found: Mapping[str, Position]) -> Attention | None:
+    """The attention of the last block, where its first query can be asked alone."""
+    if not {*_PROJECTIONS} <= {*found}:
+        return None
+    module = model.get_submodule(found["query"].name.rpartition(".")[0])
+    if not asks_queries_apart(module):
+        return None
+    roles = (*_PROJECTIONS, "attention-output")
+    return Attention(module, *(model.get_submodule(found[role].name) for role in roles))
+
+
+def _gives(
+    whole: Tensor,
+    places: _CutPoints,
+    model: nn.Module,
+    block: nn.Module,
+    batch: Mapping[str, Tensor],
+) -> bool:
+    """Whether the block, cut there, gives this."""
+    try:
+        with _cut(places):
+            cut = _output(model, block, batch)
+    except (RuntimeError, ValueError, IndexError):
+        return False  # a block that cannot be cut says so by a shape that does not fit
+    if cut is None or cut.shape != whole.shape:
+        return False
+    return bool((cut - whole).norm() <= _CLOSENESS * whole.norm())
+
+
+def _block_of(name: str, layer: int | None) -> str:
+    """`a.layer.5` of `a.layer.5.attention.norm`: up to the number of the layer."""
+    parts = name.split(".")
+    return ".".join(parts[: parts.index(str(layer)) + 1])
+
+
+def _output(model: nn.Module, block: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
+    """What a block gives when the model is called; None where it is not called."""
+    seen: list[Tensor] = []
+    with block.register_forward_hook(lambda _, __, out: seen.append(_hidden(out))):
+        model(**batch)
+    return seen[-1] if seen else None
+
+
+def _hidden(output: Any) -> Tensor:
+    hidden = output[0] if isinstance(output, tuple) else output
+    assert isinstance(hidden, Tensor)
+    return hidden
+
+
+def _nan_beyond_first(module: nn.Module, args: Any, output: Any) -> Any:
+    hidden = _hidden(output).clone()
+    hidden[:, 1:] = torch.nan
+    return (hidden, *output[1:]) if isinstance(output, tuple) else hidden

@@ -1,0 +1,140 @@
+"""What a backbone takes: how its rows are filled up, and how long a text may be.
+
+    [backbone, rows] -> mask -> structure -> ...
+
+In:  a model as loaded, and the rows it is to be called with.
+Out: the model, its configuration naming the rows' padding where the model goes by it; or a refusal.
+
+Law: a row's logits do not depend on the rows it shares a batch with.
+
+Whether a model goes by `pad_token_id` is not looked up but tried, where the checkpoint's tokeniser
+and configuration differ: RoBERTa counts positions from it, so that it must stay, and Llama's
+classifier looks for it in the rows, so that it must be theirs.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedpet.backbone.device import device_of
+from fedpet.errors import BackboneError, ConfigError
+from fedpet.training.loop import inputs_of
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from fedpet.data import Rows
+
+__all__ = ["check_inputs", "max_tokens", "settle_padding"]
+
+# Of logits that should be alike: float32 and another shape of the batch part them by some 1e-6.
+_RELATIVE, _ABSOLUTE = 1e-3, 1e-5
+
+
+def settle_padding(model: PreTrainedModel, rows: Rows) -> None:
+    """Have the configuration name the rows' padding, where it names none or another.
+
+    Where it names another, it is left alone if the logits do not depend on that.
+
+    Args:
+        model: Of the rows' checkpoint, before modules act on it. Its configuration may be changed,
+            and is saved with it.
+        rows: At least one.
+
+    Raises:
+        BackboneError: The model cannot be called with a row.
+    """
+    config: Any = model.config.get_text_config()
+    stated = getattr(config, "pad_token_id", None)
+    if stated == rows.pad_id:
+        return
+    if stated is None or stated < 0 or not _pads_freely(model, rows):
+        config.pad_token_id = rows.pad_id
+
+
+def check_inputs(model: PreTrainedModel, rows: Rows, max_length: int) -> None:
+    """Settle the padding, and refuse a model that cannot take such rows.
+
+    Args:
+        model: As in `settle_padding`.
+        rows: At least one.
+        max_length: Tokens a row, special ones counted.
+
+    Raises:
+        BackboneError: The model cannot be called with a row, or a row's logits depend on its batch.
+        ConfigError: `max_length` is more than the model has positions.
+    """
+    limit = max_tokens(model)
+    if limit is not None and max_length > limit:
+        raise ConfigError(
+            f"data.max-length is {max_length} tokens, and this backbone has positions for at most "
+            f"{limit}: lower it."
+        )
+    settle_padding(model, rows)
+    if not _pads_freely(model, rows):
+        raise BackboneError(
+            f"the logits of {type(model).__name__} for a text depend on the texts beside it: they "
+            f"change with padding (token {rows.pad_id}, on the {_side(rows)}). Take a backbone "
+            "that masks its padding."
+        )
+
+
+def max_tokens(model: nn.Module) -> int | None:
+    """The most tokens a model has learned positions for; None where positions are computed.
+
+    Rotary and relative positions (Llama, T5, DeBERTa) go on beyond `max_position_embeddings`, and
+    data.max-length may: what the model makes of such a text is the user's to judge.
+    """
+    limits = [
+        _num_positions(table)
+        for name, table in model.named_modules()
+        if isinstance(table, nn.Embedding) and _is_of_positions(name.rpartition(".")[2])
+    ]
+    return min(limits, default=None)
+
+
+def _is_of_positions(name: str) -> bool:
+    """Of the last part of a module's name: BERT's, BART's, GPT-2's, GPT's."""
+    return name in ("position_embeddings", "embed_positions", "wpe", "positions_embed")
+
+
+def _num_positions(table: nn.Embedding) -> int:
+    """Less the rows before that of the first token: BART's two, or RoBERTa's padding and those."""
+    if isinstance(offset := getattr(table, "offset", None), int):
+        return table.num_embeddings - offset
+    return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
+
+
+@torch.no_grad()
+def _pads_freely(model: nn.Module, rows: Rows) -> bool:
+    """Whether the shortest row has the same logits alone and with one column of padding."""
+    shortest = np.asarray([np.argmin(rows.lengths)])
+    batch, _ = inputs_of(rows, shortest, device_of(model))
+    if batch["input_ids"].shape[1] > 2:  # make room: it may be as long as the model takes
+        batch = {name: torch.cat([x[:, :1], x[:, 2:]], 1) for name, x in batch.items()}
+    fill = {"input_ids": rows.pad_id}
+    padded = {name: _filled(x, fill.get(name, 0), rows.pad_left) for name, x in batch.items()}
+    try:
+        alone, beside = (model(**inputs).logits for inputs in (batch, padded))
+    except Exception as error:  # whatever a model raises at its first text
+        reason = " ".join(str(error).split())
+        raise BackboneError(
+            f"{type(model).__name__} cannot be called with a text of the data "
+            f"({type(error).__name__}: {reason[:200]}): mend the checkpoint's config.json or take "
+            "another backbone."
+        ) from None
+    atol = _ABSOLUTE + _RELATIVE * float(alone.abs().max())
+    return torch.allclose(alone, beside, rtol=0, atol=atol, equal_nan=True)
+
+
+def _filled(tensor: Tensor, value: int, left: bool) -> Tensor:
+    """With a column before, or after. `tensor`: (1, tokens)."""
+    return nn.functional.pad(tensor, (1, 0) if left else (0, 1), value=value)
+
+
+def _side(rows: Rows) -> str:
+    return "left" if rows.pad_left else "right"

@@ -1,0 +1,42 @@
+"""Loading, and running with what is loaded, without looking through it for garbage.
+
+Importing torch and transformers makes objects by the hundred thousand, all of which stay; Python's
+cyclic collector goes through them again and again, for a sixth of the time. A device pays that for
+every message, since Flower starts a process for each. And Flower collects by itself: every round,
+and with some rules for every reply.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+
+@contextmanager
+def gc_paused() -> Iterator[None]:
+    """Leave the cyclic collector off inside; on again afterwards if it was on."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
+
+
+@contextmanager
+def kept_from_collection() -> Iterator[None]:
+    """Leave what exists now out of every collection inside.
+
+    Afterwards it is looked through again, unless somebody had things left out before.
+    """
+    before = gc.get_freeze_count()
+    if not before:
+        gc.collect()
+    gc.freeze()
+    try:
+        yield
+    finally:
+        if not before:
+            gc.unfreeze()

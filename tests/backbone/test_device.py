@@ -1,0 +1,183 @@
+"""A model on another device computes what it computes on the processor, and so does a whole run.
+
+`second_device` stands for a GPU where there is none; where there is one, the same runs on it too.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from architectures import ARCHITECTURES, backbone, batch, mask_of, structure_of
+from fake_gpu import second_device
+from in_process_run import run, threads_as_before
+from safetensors.numpy import load_file
+from torch import Tensor
+
+from fedpet.backbone.device import check_device, device_of
+from fedpet.backbone.module_roles import maskable_weights
+from fedpet.client.node_config import NodeSettings
+from fedpet.config import MaskConfig
+from fedpet.errors import ConfigError, RunError
+from fedpet.pet.mask import build_mask
+from fedpet.pet.model import PetModel
+from fedpet.run.local_grid import LocalGrid
+from fedpet.run.ray_engine import gpu_share
+
+_one_thread = pytest.fixture(autouse=True)(threads_as_before)
+
+STRUCTURES = ("none", "lora-factors+lnfit", "lora+lnfit", "hiwi-weight+lowrank-adapter")
+with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
+DEVICES = ["second", pytest.param("cuda", marks=with_gpu)]
+
+
+def _on(device: str) -> AbstractContextManager[torch.device]:
+    return second_device() if device == "second" else nullcontext(torch.device(device))
+
+
+def _trained(name: str, structure: str, device: torch.device) -> tuple[Tensor, Tensor, Tensor]:
+    """Logits, gradients and values after two steps, from a point that is not the checkpoint."""
+    base = backbone(name)
+    base.model.to(device)
+    pet = PetModel(base, mask_of(base), structure_of(base, structure), seed=3)
+    inputs = {key: tensor.to(device) for key, tensor in batch(name).items()}
+    start = torch.randn(pet.num_values, generator=torch.Generator().manual_seed(1))
+    pet.load_values(0.1 * start, seed=5)
+    optimiser = torch.optim.SGD(pet.parameter_groups().values(), lr=1e-3)
+    for _ in range(2):
+        pet.zero_grad()
+        logits = pet.model(**inputs).logits
+        logits.square().sum().backward()
+        optimiser.step()
+        pet.after_step()
+    groups = pet.parameter_groups().values()
+    gradients = torch.cat([group.grad.cpu() for group in groups if group.grad is not None])
+    return logits.detach().cpu(), gradients, pet.values()
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("structure", STRUCTURES)
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_training_is_the_same_there(name: str, structure: str, device: str) -> None:
+    expected = _trained(name, structure, torch.device("cpu"))
+    with _on(device) as there:
+        found = _trained(name, structure, there)
+    for one, other in zip(expected, found, strict=True):
+        torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5 * float(one.abs().max()))
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_the_mask_of_weights_that_lie_there_is_the_same(device: str) -> None:
+    base = backbone("bert")
+    config = MaskConfig(density=0.1, tiers=("0.01=0.5", "0.1=0.5"))
+    expected = build_mask(maskable_weights(base.model, base.head), config)
+    with _on(device) as there:
+        base.model.to(there)
+        found = build_mask(maskable_weights(base.model, base.head), config)
+        assert found.digest() == expected.digest()
+    assert found.tiers == expected.tiers
+
+
+_WHOLE_RUNS: dict[str, dict[str, Any]] = {
+    "as it comes": {},
+    "cut passes, tiers, proximal term, adjusted logits": {
+        "structure_preset": "lnfit+hiwi-bias",
+        "mask_tiers": ["0.01=0.5", "0.05=0.5"],
+        "training_first_token_only": True,
+        "strategy_name": "fedprox",
+        "training_proximal_mu": 0.1,
+        "training_logit_adjustment": 1.0,
+        "training_products": "onednn",
+    },
+    "a search on the clients": {
+        "structure_preset": "none",
+        "search_federated": True,
+        "search_rounds": 2,
+        "search_local_steps": 2,
+        "search_budget": 200,
+        "search_batch_size": 4,
+    },
+}
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize("changes", _WHOLE_RUNS.values(), ids=_WHOLE_RUNS)
+def test_a_whole_run_is_the_same_there(
+    experiment: Any, changes: dict[str, Any], device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, found = experiment(**changes), experiment(**changes)
+    before = run(expected)
+    with _on(device) as there:
+        for module in ("client", "fedpet.run.prepare"):
+            monkeypatch.setattr(f"fedpet.{module}.check_device", lambda _: str(there))
+        after = run(found)
+    assert after["refused"] == before["refused"] == []
+    assert after["communication"]["messages"] == before["communication"]["messages"]
+    close = 1e-5 if device == "second" else 2e-3  # AdamW makes steps of what is rounding
+    one, other = (load_file(Path(e.run.out) / "model/model.safetensors") for e in (expected, found))
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        np.testing.assert_allclose(other[name], tensor, atol=close, err_msg=name)
+
+
+def test_the_second_device_refuses_what_a_gpu_refuses() -> None:
+    with second_device() as there:
+        moved = torch.ones(3).to(there)
+        assert device_of(torch.nn.Linear(2, 2).to(there)) == moved.device == there
+        assert (moved * 2.0 + torch.tensor(1.0)).cpu().tolist() == [3.0, 3.0, 3.0]
+        with pytest.raises(RuntimeError, match="two devices"):
+            moved + torch.ones(3)
+        with pytest.raises((RuntimeError, TypeError)):
+            moved.numpy()
+
+
+# -- what cannot be ---------------------------------------------------------------------------
+
+
+without_gpu = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+NONE = "'cuda' needs a GPU .* sees none"
+
+
+@without_gpu
+def test_a_device_that_is_not_there_is_refused_in_a_sentence(experiment: Any) -> None:
+    with pytest.raises(ConfigError, match=NONE):
+        run(experiment(run_device="cuda"))
+
+
+@without_gpu
+def test_a_node_without_the_gpu_that_it_claims_is_refused_by_name(experiment: Any) -> None:
+    settings = experiment()
+    strong = replace(NodeSettings.of(settings), device="cuda")
+    with pytest.raises(RunError, match="nothing was learned"):
+        run(settings, LocalGrid.of(strong, 1))
+    lines = (Path(settings.run.out) / "rounds.jsonl").read_text().splitlines()
+    refused = [one["reason"] for line in lines for one in json.loads(line)["refused"]]
+    assert len(refused) == 12
+    assert all(re.search(NONE, reason) for reason in refused)
+
+
+def test_other_names_are_refused(experiment: Any) -> None:
+    with pytest.raises(ConfigError, match=r"run\.device must be .*cuda.*'tpu'"):
+        experiment(run_device="tpu")
+    with pytest.raises(ConfigError, match="one of cpu, cuda, got 'cuda:1'"):
+        check_device("cuda:1")
+
+
+def test_a_real_node_says_itself_that_it_has_a_gpu(experiment: Any) -> None:
+    simulated = NodeSettings.of(experiment(run_device="cuda"))
+    real = NodeSettings.of(experiment(run_device="cuda", population_partition="nodes"))
+    assert (simulated.device, real.device) == ("cuda", "cpu")
+    assert real.on({"device": "cuda"}).device == "cuda"
+
+
+def test_workers_share_the_gpus_and_a_worker_has_one_at_most() -> None:
+    assert [gpu_share(gpus, 8) for gpus in (1, 2, 3, 8, 9)] == [1 / 8, 1 / 4, 1 / 3, 1, 1]
+    with pytest.raises(ConfigError, match="knows of no GPU"):
+        gpu_share(0, 2)

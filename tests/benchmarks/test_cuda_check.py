@@ -1,0 +1,80 @@
+"""The check of a GPU, rehearsed on the processor: it sees what is wrong, and one failure is one."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from in_process_run import threads_as_before
+
+from benchmarks import cuda_check, cuda_laws, cuda_models, cuda_sections
+from fedpet.pet.model import PetModel
+
+_one_thread = pytest.fixture(autouse=True)(threads_as_before)
+
+
+def _found(section: str) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    place = cuda_models.Place("cpu", True, math.inf, found.__setitem__)
+    cuda_sections.SECTIONS[section](place)
+    return found
+
+
+def test_all_laws_hold_on_the_processor() -> None:
+    found = _found("laws")
+    assert found["laws that do not hold"] == []
+    assert all(found["tiny: masks are the same to the bit"].values())
+    assert {f"tiny: {name}" for name in cuda_laws.LAWS} <= found.keys()
+
+
+def test_a_law_that_does_not_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda_laws, "LAWS", {"mask": (0.01, "none"), "lora": (0.0, "lora")})
+    plain = PetModel.merged
+
+    def forgets(pet: PetModel) -> Any:
+        merged = plain(pet)
+        merged.get_parameter("bert.embeddings.LayerNorm.weight").data[:] += 1.0
+        return merged
+
+    monkeypatch.setattr(PetModel, "merged", forgets)
+    wrong = _found("laws")["laws that do not hold"]
+    for name in ("mask", "lora"):
+        assert f"tiny: {name}: merged equals adapted to 1e-5" in wrong
+        assert f"tiny: {name}: untouched is bit-identical" in wrong
+
+
+def test_the_rotation_by_torch_gives_the_bits_of_numpy() -> None:
+    assert _found("rotation")["1000 values"]["the same bits"]
+
+
+def test_the_sampled_product_is_compared_with_the_dense_one() -> None:
+    for row in _found("sampled").values():
+        assert row["sampled_addmm"]["error"] < 1e-5
+
+
+def test_a_section_that_fails_says_so_and_leaves_the_others_findings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def breaks(place: cuda_models.Place) -> None:
+        place.found("before", 1)
+        raise RuntimeError("an illegal access")
+
+    monkeypatch.setitem(cuda_sections.SECTIONS, "rotation", breaks)
+    assert cuda_check.main(["--out", str(tmp_path), "--section", "rotation"]) == 1
+    lines = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    assert lines[0] == {"finding": "before", "value": 1}
+    assert "an illegal access" in lines[1]["value"]
+
+
+def test_the_file_keeps_what_an_earlier_call_found_of_other_sections(tmp_path: Path) -> None:
+    path = tmp_path / cuda_check.FILE
+    results = cuda_check.Results(path)
+    results.begin("laws")
+    results.put("laws", "mask", True)
+    again = cuda_check.Results(path)
+    again.begin("steps")
+    again.put("steps", "full", 1.0)
+    assert json.loads(path.read_text())["laws"]["mask"] is True

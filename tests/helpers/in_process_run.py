@@ -1,0 +1,29 @@
+"""Whole runs of a small experiment, on nodes in this process: real model, strategy and frames."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from tiny import Silent
+
+from fedpet.client.node_config import NodeSettings
+from fedpet.config import Experiment
+from fedpet.run.federate import federate, prepare
+from fedpet.run.local_grid import LocalGrid
+from fedpet.run.run_folder import new_run_folder
+
+Handler = Callable[[bytes], bytes]
+
+
+def run(experiment: Experiment, grid: LocalGrid | None = None, nodes: int = 1) -> dict[str, Any]:
+    grid = grid or LocalGrid.of(NodeSettings.of(experiment), nodes)
+    return federate(grid, prepare(experiment, Silent()), new_run_folder(experiment), Silent())
+
+
+def threads_as_before() -> Iterator[None]:
+    """For a fixture: nodes and server set torch's threads for the process, which has more tests."""
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)

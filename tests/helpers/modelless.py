@@ -1,0 +1,191 @@
+"""A federation without a model: real nodes, requests and strategies, training by a formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from flwr.app import Message
+
+from fedpet.client import node as client_module
+from fedpet.client.node import LoadedPlan, Node
+from fedpet.client.node_config import NodeSettings
+from fedpet.config import (
+    BackboneConfig,
+    CodecConfig,
+    DataConfig,
+    MaskConfig,
+    PopulationConfig,
+    StrategyConfig,
+    TrainingConfig,
+)
+from fedpet.data import Task
+from fedpet.errors import PlanError
+from fedpet.pet.layout import Segment
+from fedpet.pet.structure import Structure
+from fedpet.pet.tiers import tiers_of
+from fedpet.protocol.ledger import Ledger
+from fedpet.protocol.plan import Plan
+from fedpet.protocol.request import PLAN_MISSING
+from fedpet.run.local_grid import LocalGrid
+from fedpet.server.client_pool import ClientPool
+from fedpet.strategies import STRATEGIES, SparseStrategy, from_arrays, to_arrays
+from fedpet.training.loop import TrainResult
+from fedpet.utils.seeds import client_id64, derive_seed
+
+CLIENTS = tuple(f"client {letter}" for letter in "abcdefgh")
+ROWS = {name: 3 + 2 * index for index, name in enumerate(CLIENTS)}
+NUMBERS = {client_id64(name): name for name in CLIENTS}
+SEED = 11
+TWO_TIERS = MaskConfig(density=0.02, tiers=("0.005=0.5", "0.02=0.5"))
+
+
+def layout(*sizes: tuple[str, str, int]) -> tuple[Segment, ...]:
+    """Segments side by side, from (kind, name, size)."""
+    stops = np.cumsum([size for *_, size in sizes]).tolist()
+    return tuple(
+        Segment(kind, name, stop - size, size)
+        for (kind, name, size), stop in zip(sizes, stops, strict=True)
+    )
+
+
+WHOLE = layout(("mask", "a", 240), ("mask", "b", 80), ("lnfit", "n", 40), ("head", "h", 60))
+WEAK = layout(("mask", "a", 30), ("mask", "b", 10), ("lnfit", "n", 40), ("head", "h", 60))
+NUM_VALUES = 420
+
+
+def make_plan(codec: CodecConfig, mask: MaskConfig | None = None) -> Plan:
+    """A plan of `NUM_VALUES` values that belongs to no model."""
+    return Plan(
+        fingerprint="0" * 64,
+        head_seed=0,
+        task=Task("classification", ("bad", "good"), "accuracy"),
+        max_length=8,
+        tokenizer_hash="",
+        mask=mask,
+        mask_sha256="",
+        mask_positions=b"",
+        structure=Structure(()),
+        num_values=NUM_VALUES,
+        layout="",
+        codec=codec,
+        training=TrainingConfig(),
+        num_rounds=4,
+        seed=SEED,
+    )
+
+
+class FakePet:
+    """Values of a layout, and nothing else of a model."""
+
+    def __init__(self, plan: Plan) -> None:
+        several = plan.mask is not None and len(plan.mask.tiers) > 1
+        self.tiers = (WEAK, WHOLE) if several else (WHOLE,)
+        self.model = self
+        self.after_step = None
+        self.set_tier(len(self.tiers) - 1)
+
+    def set_tier(self, tier: int) -> None:
+        self.segments = self.tiers[tier]
+        self.num_values = sum(segment.size for segment in self.segments)
+
+    def parameter_groups(self) -> dict[str, Any]:
+        return {}
+
+    def proximal(self, mu: float) -> None:
+        return None
+
+    def load_values(self, values: torch.Tensor, *, seed: int) -> None:
+        self._values = values.clone()
+
+    def values(self) -> torch.Tensor:
+        return self._values
+
+    def train(self, client: int, seed: int) -> None:
+        own = np.random.default_rng(derive_seed("target", client)).normal(size=self.num_values)
+        noise = np.random.default_rng(seed).normal(size=self.num_values)
+        pull = torch.from_numpy((own + 0.1 * noise).astype(np.float32))
+        self._values += 0.2 * (pull - self._values)
+
+
+class FakeNode(Node):
+    """A node whose model is a `FakePet`; use it under `train_by_formula`."""
+
+    def _prepare(self, digest: bytes) -> LoadedPlan:
+        path = self._plan_path(digest)
+        if not path.exists():
+            raise PlanError(PLAN_MISSING)
+        plan = Plan.from_bytes(path.read_bytes())
+        rows = {number: np.array([number], dtype=np.uint64) for number in NUMBERS}
+        return LoadedPlan(digest, plan, FakePet(plan), SimpleNamespace(train=None), rows)
+
+
+def train_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Put the formula in the place of local training."""
+
+    def train(
+        pet: FakePet, groups: Any, rows: Any, indices: np.ndarray, *args: Any, **named: Any
+    ) -> TrainResult:
+        number = int(indices[0])
+        pet.train(number, named["seed"])
+        return TrainResult(ROWS[NUMBERS[number]], 0.5, 0.0)
+
+    monkeypatch.setattr(client_module, "train_rows", train)
+
+
+def node_settings(cache: Path) -> NodeSettings:
+    return NodeSettings(
+        backbone=BackboneConfig(), data=DataConfig(), population=PopulationConfig(), cache=cache
+    )
+
+
+class Forgetful:
+    """A device whose process ends after every message: its disk is all that it remembers."""
+
+    def __init__(self, cache: Path) -> None:
+        self._settings = node_settings(cache)
+
+    def answer(self, payload: bytes) -> bytes:
+        return FakeNode(self._settings).answer(payload)
+
+
+def make_strategy(plan: Plan, **changes: Any) -> SparseStrategy:
+    settings: dict[str, Any] = {"clients_per_round": 5, **changes}
+    return STRATEGIES[settings.pop("name", "fedavg")](
+        plan=plan,
+        tiers=tiers_of(FakePet(plan), plan.mask),  # type: ignore[arg-type]
+        population=ClientPool(ROWS, homes=settings.pop("homes", {})),
+        config=StrategyConfig(**settings),
+        ledger=Ledger(),
+    )
+
+
+Handler = Callable[[bytes], bytes]
+
+
+class Shuffled(LocalGrid):
+    """Nodes whose replies come in a seeded disorder."""
+
+    def pull_messages(self, message_ids: Iterable[str]) -> list[Message]:
+        replies = list(super().pull_messages(message_ids))
+        generator = np.random.default_rng(len(replies))
+        return [replies[index] for index in generator.permutation(len(replies))]
+
+
+def start(
+    strategy: SparseStrategy,
+    handlers: dict[int, Handler],
+    num_rounds: int,
+    values: np.ndarray | None = None,
+) -> np.ndarray:
+    """Run rounds, and give the values that they come to; the old ones where none was averaged."""
+    before = np.zeros(NUM_VALUES, dtype=np.float32) if values is None else values
+    result = strategy.start(
+        Shuffled(handlers), to_arrays(before), num_rounds=num_rounds, timeout=60.0
+    )
+    return from_arrays(result.arrays) if result.arrays else before

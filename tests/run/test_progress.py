@@ -1,0 +1,48 @@
+"""Progress: what a run tells while it goes on, where there is no terminal to redraw a line in."""
+
+from __future__ import annotations
+
+import time
+
+import pytest
+
+from fedpet.protocol.ledger import Ledger
+from fedpet.run.progress import Progress
+from fedpet.utils.formatting import show_seconds
+
+
+def test_a_line_is_printed_for_stages_and_evaluated_rounds_alone(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    ledger = Ledger()
+    with Progress(4, "f1") as progress:
+        progress.say("starting the rounds")
+        for server_round, metric in enumerate((0.5, None, 0.625, None, 0.75)):
+            record = ledger.begin(server_round)
+            record.metric = metric
+            ledger.add_client_bytes(down=1000 * server_round, up=500 * server_round)
+            progress.round_done(record, ledger)
+    stage, before, second, last = capsys.readouterr().err.splitlines()
+    assert stage == "starting the rounds"
+    assert before == "round 0/4: f1 0.5000, 0 B"
+    assert second.startswith("round 2/4: f1 0.6250, 4.5 kB, ")
+    assert second.endswith(" left")
+    assert last.startswith("round 4/4: f1 0.7500, 15 kB")
+
+
+def test_a_resumed_run_tells_the_time_left_from_its_own_rounds(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [1_000_000.0]  # of a machine that has been up for days
+    monkeypatch.setattr(time, "monotonic", lambda: clock[0])
+    ledger = Ledger()
+    with Progress(10, "f1") as progress:
+        for server_round in (7, 8, 9):
+            record = ledger.begin(server_round)
+            record.metric = 0.5
+            progress.round_done(record, ledger)
+            clock[0] += 30.0
+    first, second, third = capsys.readouterr().err.splitlines()
+    assert "left" not in first
+    assert second.endswith(f"{show_seconds(60.0)} left")
+    assert third.endswith(f"{show_seconds(30.0)} left")

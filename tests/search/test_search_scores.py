@@ -1,0 +1,68 @@
+"""A search's checkpoint: a validation score that is no number loses to any that is."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+from tiny import make_backbone, make_rows
+
+from fedpet.backbone.pretrained import load_backbone
+from fedpet.config import BackboneConfig, DataConfig, PopulationConfig, SearchConfig
+from fedpet.data import FederatedData, load_data
+from fedpet.errors import RunError
+from fedpet.search import SearchResult, central, search_structure
+
+CONFIG = SearchConfig(
+    budget=700, max_steps=3, batch_size=8, rate=0.01, evaluate_every=1, validation_fraction=0.2
+)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_backbone(tmp_path_factory.mktemp("backbone"))
+
+
+@pytest.fixture(scope="module")
+def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FederatedData:
+    rows = make_rows(tmp_path_factory.mktemp("rows"))
+    population = PopulationConfig(client_column="client", min_rows=2)
+    source = DataConfig(source=str(rows), max_length=16)
+    return load_data(source, population, folder, cache=rows / "cache")
+
+
+def run(folder: Path, data: FederatedData) -> SearchResult:
+    backbone = load_backbone(BackboneConfig(model=str(folder)), num_outputs=2)
+    return search_structure(backbone, data.train, np.arange(len(data.train)), data.task, CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("scores", "best"),
+    [
+        ([math.nan, 0.4, 0.3], 2),
+        ([math.nan, math.nan, 0.1], 3),
+        ([0.4, math.nan, 0.3], 1),
+        ([0.3, math.nan, 0.3], 3),  # of equals the later one
+    ],
+)
+def test_the_checkpoint_is_the_best_of_the_scores_that_are_numbers(
+    folder: Path,
+    data: FederatedData,
+    monkeypatch: pytest.MonkeyPatch,
+    scores: list[float],
+    best: int,
+) -> None:
+    given = iter(scores)
+    monkeypatch.setattr(central, "_score", lambda *_: next(given))
+    found = run(folder, data)
+    assert (found.step, found.score) == (best, scores[best - 1])
+
+
+def test_a_search_without_one_score_that_is_a_number_fails_and_says_what_to_lower(
+    folder: Path, data: FederatedData, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(central, "_score", lambda *_: math.nan)
+    with pytest.raises(RunError, match=r"validation rows is NaN.*Lower search\.rate"):
+        run(folder, data)

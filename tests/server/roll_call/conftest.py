@@ -1,0 +1,19 @@
+"""What the tests of the roll call share: an experiment whose clients live on the nodes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+
+import pytest
+from in_process_run import threads_as_before
+from roll_call_runs import on_nodes
+
+from fedpet.config import Experiment
+
+_one_thread = pytest.fixture(autouse=True)(threads_as_before)
+
+
+@pytest.fixture
+def deployed(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
+    return partial(on_nodes, experiment)
