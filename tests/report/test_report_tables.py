@@ -93,7 +93,7 @@ def test_a_row_is_the_mean_over_the_seeds_of_a_method(three_methods: Path) -> No
     rows = {row.group.method: row for row in compare_rows(read_results([three_methods]))}
     assert list(rows) == ["full", "peft-lora", "fedpet"]
     fedpet, full = rows["fedpet"], rows["full"]
-    assert (fedpet.utils.seeds, fedpet.runs) == (3, 3)
+    assert (fedpet.seeds, fedpet.runs) == (3, 3)
     assert fedpet.mean == pytest.approx(0.81)
     assert fedpet.deviation == pytest.approx(0.01)  # of a sample: n - 1
     assert fedpet.fraction_of_full == pytest.approx(0.81 / 0.82)
