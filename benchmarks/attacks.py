@@ -60,12 +60,12 @@ SMALLER = (
     "data.max-train-rows=4000",
     "data.max-eval-rows=600",
     "data.max-length=32",
-    "population.min-rows=4",
+    "clients.min-rows=4",
     "run.workers=1",
-    "codec.up=float32",  # what is told apart is the rules
-    "codec.down=float32",
-    "codec.downlink=changes",
-    "training.first-token-only=false",  # their cells were run with whole passes
+    "codec.uplink=float32",  # what is told apart is the rules
+    "codec.downlink=float32",
+    "codec.downlink-mode=delta",
+    "training.cls-only=false",  # their cells were run with whole passes
 )
 STRATEGY_PARAMETERS = {
     "fedavg": (),

@@ -69,7 +69,7 @@ def prepare_baseline(method: str, experiment: Experiment, listener: Listener) ->
     listener.say("reading and tokenising the rows")
     data = load_data(
         experiment.data,
-        experiment.population,
+        experiment.clients,
         locate(experiment.backbone),
         cache=cache_folder(experiment),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import ROOT, Work
+from benchmarks.cells import ROOT, Work, with_new_fields
 from benchmarks.federated_search.file import FederatedSearchTable
 from benchmarks.table.cell import Run, fingerprint, run_in_process, work_of
 from benchmarks.table.file import Cell, Rate
@@ -25,7 +25,12 @@ from fedpet.utils.formatting import format_bytes
 
 PHASES = ("structures", "tune", "final")
 METHODS = ("federated", "central", "random")
-_SETTLED = ("budget", "rate", "rates", "mask_in_budget")  # of a search, filled in when it begins
+_SETTLED = (
+    "budget",
+    "learning_rate",
+    "learning_rates",
+    "mask_in_budget",
+)  # of a search, filled in when it begins
 
 
 @dataclass
@@ -91,7 +96,10 @@ class FederatedSearchRun:
             same = (told.get("seed"), told.get("asked_budget")) == (config.seed, config.budget)
         else:
             wanted = {**reproducible_settings(config), "asked_budget": config.budget}
-            before = {**settings, "asked_budget": told.get("asked_budget")}
+            before = {
+                **with_new_fields("search", settings),
+                "asked_budget": told.get("asked_budget"),
+            }
             same = all(before.get(key) == wanted[key] for key in wanted if key not in _SETTLED)
         if not same:
             raise ConfigError(

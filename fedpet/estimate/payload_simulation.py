@@ -108,7 +108,8 @@ def payloads(
     """
     codec = plan.codec
     up_is_fixed, down_is_fixed = (
-        is_fixed(*names) for names in ((codec.up, codec.head_up), (codec.down, codec.head_down))
+        is_fixed(*names)
+        for names in ((codec.uplink, codec.head_uplink), (codec.downlink, codec.head_downlink))
     )
     fixed = [_codings(plan, kinds) for kinds in tiers]
     shape = (len(rounds), len(tiers))

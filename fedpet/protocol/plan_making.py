@@ -41,7 +41,7 @@ def make_plan(
         mask,
         structure,
         seed=experiment.run.seed,
-        products=experiment.training.products,
+        products=experiment.training.matmul_backend,
         mask_config=None if mask is None else experiment.mask,
     )
     plan = _plan(
@@ -81,7 +81,9 @@ def make_search_plan(
     """
     mask = _mask_of(experiment, backbone)
     seed = derive_seed("structure search", experiment.run.seed, search.seed)
-    model = SearchModel.of(backbone, mask, search, seed=seed, products=experiment.training.products)
+    model = SearchModel.of(
+        backbone, mask, search, seed=seed, products=experiment.training.matmul_backend
+    )
     plan = _plan(
         experiment,
         backbone.fingerprint,
@@ -116,7 +118,7 @@ def _plan(
     seed: int,
     search: SearchConfig | None = None,
 ) -> Plan:
-    explicit = mask is not None and experiment.mask.broadcast == "explicit"
+    explicit = mask is not None and experiment.mask.broadcast == "send"
     return Plan(
         fingerprint=fingerprint,
         head_seed=experiment.backbone.head_seed,

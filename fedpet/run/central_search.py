@@ -24,7 +24,7 @@ from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import Backbone, load_for_task, locate
 from fedpet.client.node_config import make_cache
 from fedpet.codec.spec import parse_codec
-from fedpet.config import Experiment, PopulationConfig, SearchConfig
+from fedpet.config import ClientsConfig, Experiment, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError
 from fedpet.pet.mask import Mask, build_mask
@@ -45,7 +45,7 @@ from fedpet.utils.lock import LOCK_FILE, locked, made_folder
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_EVERYBODY = PopulationConfig(partition="iid", num_clients=1, min_rows=1)
+_EVERYBODY = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 
 class Listener(Protocol):
@@ -99,7 +99,7 @@ def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         config,
         mask=mask,
         logit_adjustment=experiment.training.logit_adjustment,
-        products=experiment.training.products,
+        products=experiment.training.matmul_backend,
         state=state_file(out),
         origin=origin,
         listener=listener,
@@ -121,7 +121,7 @@ def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None
         experiment.search,
         experiment.training,
         backbone_parameters=backbone.pretrained_parameters,
-        bytes_per_value=bytes_per_value(experiment.codec.up) if in_bytes else 4.0,
+        bytes_per_value=bytes_per_value(experiment.codec.uplink) if in_bytes else 4.0,
         mask_values=mask.num_values if mask is not None else 0,
     )
 
@@ -211,8 +211,8 @@ def bytes_per_value(codec: str) -> float:
     parsed = parse_codec(codec)
     if parsed.topk_ppm:
         raise ConfigError(
-            f"a budget in bytes needs a codec that sends every value, got codec.up = {codec!r}. "
-            "Give search.budget as a number of values, or as a fraction."
+            f"a budget in bytes needs a codec that sends every value, got "
+            f"codec.uplink = {codec!r}. Give search.budget as a number of values, or as a fraction."
         )
     return parsed.bits / 8
 

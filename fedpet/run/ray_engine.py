@@ -162,7 +162,7 @@ def _search_on_ray(prepared: PreparedSearch, folder: RunFolder, listener: Listen
 def _refuse_nodes(experiment: Experiment) -> None:
     if is_deployed(experiment):
         raise ConfigError(
-            'population.partition is "nodes": real nodes bring their clients, and a simulation has '
+            'clients.partition is "nodes": real nodes bring their clients, and a simulation has '
             "none. Name another partition, or run it on nodes (`fedpet deploy`)."
         )
 

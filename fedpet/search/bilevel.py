@@ -218,8 +218,8 @@ class BiLevel:
             StructureError: The budget does not fit the space.
             ConfigError: The rate of the candidates' values is 0.
         """
-        if not config.rate > 0:
-            raise ConfigError(f"a search's rate must be above 0, got {config.rate!r}.")
+        if not config.learning_rate > 0:
+            raise ConfigError(f"a search's rate must be above 0, got {config.learning_rate!r}.")
         self.budget = float(config.budget)
         space.check_budget(self.budget)
         self.pet, self.space, self.config = pet, space, config
@@ -235,7 +235,7 @@ class BiLevel:
         ]
         self._theta = torch.optim.AdamW(tables, betas=(0.9, 0.999), weight_decay=0.0)
         self._alpha = torch.optim.AdamW(
-            [self.alpha], lr=config.alpha_rate, betas=(0.9, 0.999), weight_decay=0.0
+            [self.alpha], lr=config.gate_learning_rate, betas=(0.9, 0.999), weight_decay=0.0
         )
         self._rates = [
             (group, float(group["lr"]))

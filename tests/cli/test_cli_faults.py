@@ -154,8 +154,8 @@ def test_an_output_without_room_is_one_sentence(run_folder: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("mask", "embedded", "--out", "absent/x"),
-        ("mask", "embedded", "--out", "."),
+        ("mask", "bundled", "--out", "absent/x"),
+        ("mask", "bundled", "--out", "."),
         ("estimate", "--json", "absent/x"),
         ("estimate", "--json", "."),
         ("report", "run", "--out", "absent/x"),

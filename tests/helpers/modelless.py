@@ -17,10 +17,10 @@ from fedpet.client.node import LoadedPlan, Node
 from fedpet.client.node_config import NodeSettings
 from fedpet.config import (
     BackboneConfig,
+    ClientsConfig,
     CodecConfig,
     DataConfig,
     MaskConfig,
-    PopulationConfig,
     StrategyConfig,
     TrainingConfig,
 )
@@ -140,7 +140,7 @@ def train_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def node_settings(cache: Path) -> NodeSettings:
     return NodeSettings(
-        backbone=BackboneConfig(), data=DataConfig(), population=PopulationConfig(), cache=cache
+        backbone=BackboneConfig(), data=DataConfig(), population=ClientsConfig(), cache=cache
     )
 
 

@@ -184,7 +184,7 @@ def test_a_cell_file_holds_its_result_beside_its_settings(tmp_path: Path) -> Non
     folder.mkdir(parents=True)
     for codec in ("float32", "eden-4"):
         cell = {
-            "settings": {"overrides": [f"codec.up={codec}", "run.seed=0"], "method": "fedpet"},
+            "settings": {"overrides": [f"codec.uplink={codec}", "run.seed=0"], "method": "fedpet"},
             "commit": codec,
             "result": make_result(message_bytes=len(codec) * 1000),
         }
@@ -192,8 +192,8 @@ def test_a_cell_file_holds_its_result_beside_its_settings(tmp_path: Path) -> Non
     (folder / "notes.json").write_text('{"machine": "two cores"}', encoding="utf-8")
     rows = compare_rows(read_results([tmp_path / "results"]))
     assert {row.group.settings for row in rows} == {
-        (("codec.up", "float32"),),
-        (("codec.up", "eden-4"),),
+        (("codec.uplink", "float32"),),
+        (("codec.uplink", "eden-4"),),
     }
 
 
