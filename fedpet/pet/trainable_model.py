@@ -17,10 +17,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedpet.backbone.module_roles import find_target_modules
+from fedpet.backbone.pretrained import fingerprint
 from fedpet.errors import BackboneError
 from fedpet.pet.kernels.matmul import PRODUCTS
 from fedpet.pet.layers.flat_parameters import FlatParameters, is_adapted
@@ -229,6 +231,25 @@ class TrainableModel(ModelWrapper):
         self._storage.gradient.zero_()
         self._storage.write()
 
+    def get_delta(self) -> Tensor:
+        """Return the communicated values, float32 (num_values,) on the CPU; zeros: the checkpoint.
+
+        They stand in the order of `segments`: mask, modules, head.
+        """
+        return self.values()
+
+    def set_delta(self, delta: Tensor | np.ndarray, *, seed: int = 0) -> None:
+        """Set the model to the point `delta`, whatever it was before.
+
+        Args:
+            delta: (num_values,), as `get_delta` gives it.
+            seed: HiWi's adapters on biases start anew, drawn from it.
+
+        Raises:
+            ValueError: Another length.
+        """
+        self.load_values(torch.as_tensor(delta), seed=seed)
+
     @property
     def inexact_kinds(self) -> tuple[str, ...]:
         """Kinds in use whose average is not the average of models; mostly none."""
@@ -238,6 +259,40 @@ class TrainableModel(ModelWrapper):
     def added_parameters(self) -> tuple[str, ...]:
         """Parameters that the merged model has and the pretrained one has not; mostly none."""
         return tuple(name for m in self._structure for name in m.added_parameters)
+
+    # Where it stands.
+
+    @property
+    def mask(self) -> Mask | None:
+        """The entries of the dense weights that may move, of the strongest tier."""
+        return self._chosen
+
+    @property
+    def source(self) -> str:
+        """The backbone's name, as it was loaded."""
+        return self._backbone.source
+
+    def head_starts(self) -> dict[str, Tensor]:
+        """Return the start of each parameter that trains in full: its values count from there."""
+        heads = [module for module in self._pet_modules if isinstance(module, HeadTensor)]
+        return {head.target: head.pretrained for head in heads if head.pretrained is not None}
+
+    def fingerprint(self) -> str:
+        """Take the SHA-256 of the model as it was, but for what trains in full; once.
+
+        It is `Backbone.fingerprint` where a checkpoint lacks just that.
+        """
+        if not self._fingerprint:
+            head = self._backbone.trained_head
+            with self._taken_off():
+                named = self.model.named_parameters()
+                self._fingerprint = fingerprint((n, p) for n, p in named if n not in head)
+        return self._fingerprint
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Parameters of the head, trained or not: no mask or module acts on them."""
+        return self._backbone.head
 
     # Gates, for the search.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from fedpet.backbone.module_roles import Position
+from fedpet.config.module_kinds import add_kind
 from fedpet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -148,6 +149,7 @@ def register_module(
                 f"{known.build.__qualname__.removesuffix('.build')}. Take another."
             )
         KINDS[kind] = facts
+        add_kind(kind)
         register_preset(kind, kind, usual)
         return cls
 
