@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     )
     from fedpet.pet.structure import ModuleSpec, Structure
     from fedpet.protocol.ledger import Ledger
+    from fedpet.training.loss import register_loss
+    from fedpet.training.metrics import register_metric
 
 __version__ = "0.1.0"
 
@@ -61,6 +63,8 @@ _HOME = {
         "PetConfig",
     ),
     "fedpet.pet.structure": ("ModuleSpec", "Structure"),
+    "fedpet.training.loss": ("register_loss",),
+    "fedpet.training.metrics": ("register_metric",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -89,6 +93,8 @@ __all__ = [
     "get_pet_model",
     "linears",
     "pafi_mask",
+    "register_loss",
+    "register_metric",
     "register_module",
 ]
 

@@ -145,35 +145,19 @@ class TrainableModel(ModelWrapper):
         """
         self._storage.write()
 
-    def proximal(self, mu: float) -> Callable[[], None] | None:
-        """What adds the gradient of mu / 2 |values - values now|^2 to the gradients in place.
+    def sent_values(self) -> tuple[list[nn.Parameter], list[Callable[[], Tensor]]]:
+        """Split what is sent: trainables as they are, and functions of trainables.
 
-        Exact in the communicated values: where they are not the trainables themselves, as of an
-        adapter on a bias, the term goes back to the trainables by autograd.
-
-        Returns:
-            To be called after each backward pass; None where mu is 0.
+        FedProx's term is exact in the values that are sent. Those of an adapter on a bias are
+        computed from what is trained, and each such function gives its module's, (n,).
         """
-        if not mu:
-            return None
-        indirect = {m.kind for m in self._pet_modules if not m.sends_trainables}
-        direct = [
-            (group, group.detach().clone())
-            for kind, group in self._storage.groups.items()
-            if kind not in indirect
-        ]
-        senders = (m for m in self._pet_modules if m.kind in indirect and m.num_values)
-        through = [(module, module.read().clone()) for module in senders]
-
-        def add() -> None:
-            for group, start in direct:
-                assert group.grad is not None
-                group.grad.add_(group.detach() - start, alpha=mu)
-            for module, start in through:
-                term = mu / 2 * (module.sent() - start).square().sum()
-                term.backward()
-
-        return add
+        senders = [m for m in self._pet_modules if not m.sends_trainables]
+        indirect = {module.kind for module in senders}
+        groups = self._storage.groups.items()
+        return (
+            [group for kind, group in groups if kind not in indirect],
+            [m.sent for m in self._pet_modules if m.kind in indirect and m.num_values],
+        )
 
     # What is communicated.
 

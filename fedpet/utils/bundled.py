@@ -15,7 +15,7 @@ def name_of(requirement: str) -> str:
 
 
 def pinned_requirement(package: str) -> str:
-    """Return the requirement of a package: the version that fedpet is known to work with, if any."""
+    """Return a package at the version that fedpet is known to work with, if any."""
     return next((whole for whole in (MODEL, REVIEWS) if name_of(whole) == package), package)
 
 

@@ -27,7 +27,8 @@ from fedpet.pet.pet_config import (
     LoraConfig,
     PetConfig,
 )
-from fedpet.training.loop import batches, train_rows
+from fedpet.training.batching import batches
+from fedpet.training.loop import train_rows
 from fedpet.utils.seeds import derive_seed
 
 TASK = Task("classification", ("bad", "good"), "accuracy")
