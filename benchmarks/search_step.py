@@ -63,6 +63,10 @@ def make_plain(backbone: Backbone, space: Space, batch: Batch, gated: bool) -> C
     return step
 
 
+def _loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs.logits, labels)
+
+
 def make_search(
     backbone: Backbone, space: Space, batches: tuple[Batch, Batch], order: str
 ) -> Callable[[], None]:
@@ -71,7 +75,7 @@ def make_search(
         space=space.name, budget=space.num_values // 10, learning_rate=1e-4, order=order
     )
     pet = PetModel(backbone, None, space.structure(), seed=0)
-    search = BiLevel(pet, space, config, total_steps=10**6, loss=nn.functional.cross_entropy)
+    search = BiLevel(pet, space, config, total_steps=10**6, loss=_loss)
 
     def step() -> None:
         search.step(*batches)

@@ -57,6 +57,12 @@ Tau = Annotated[float, Range(1e-12, advice="It is added below a root that may be
 TrimFraction = Annotated[float, Range(0, 0.5, below=True)]
 Threads = Annotated[int, Range(1, 1024)]
 HEADS = ("train", "new", "keep")
+METRICS = {  # built in, by kind of task
+    "classification": (
+        *("accuracy", "f1", "macro_f1", "weighted_f1", "balanced_accuracy", "matthews"),
+    ),
+    "regression": ("pearson", "mae"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +87,11 @@ class DataConfig(Stage):
     label_column: str = "label"  # classes by name or number; a number for regression
     label_names: tuple[str, ...] = ()  # [] reads them off the training rows, sorted
     task: str = "classification"  # or "regression"
-    metric: str = "accuracy"  # accuracy, f1, matthews, pearson
+    # The one that decides. Of a classification accuracy, f1, macro_f1, weighted_f1,
+    # balanced_accuracy, matthews; of a regression pearson, mae; or one that data.metrics return.
+    metric: str = "accuracy"
+    # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
+    metrics: tuple[str, ...] = ()
     max_length: Annotated[int, Range(8)] = 64  # tokens a row, special ones counted
     max_train_rows: Whole = 0  # 0 takes all
     max_eval_rows: Whole = 0  # 0 takes all
@@ -89,11 +99,11 @@ class DataConfig(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("data.task", self.task, ("classification", "regression"))
-        check_choice("data.metric", self.metric, ("accuracy", "f1", "matthews", "pearson"))
-        if (self.metric == "pearson") != (self.task == "regression"):
+        if self.metric not in METRICS[self.task] and not self.metrics:
             raise ConfigError(
-                f"data.metric {self.metric!r} does not measure a {self.task} task: take 'pearson' "
-                "for regression, and accuracy, f1 or matthews for classification."
+                f"data.metric {self.metric!r} does not measure a {self.task}: take "
+                f"{', '.join(METRICS[self.task])}, name a function that returns it in "
+                "data.metrics, or set data.task to classification or regression."
             )
         if not 1 <= len(self.text_columns) <= 2:
             raise ConfigError(
@@ -189,6 +199,9 @@ class TrainingConfig(Stage):
     batch_size: Count = 8  # rows
     weight_decay: FromZero = 0.0  # of the communicated deltas: towards the checkpoint
     clip_norm: FromZero = 1.0  # L2 norm of the whole gradient; 0 leaves it alone
+    # "" is the task's: cross-entropy, or squared error. Else a registered name, or
+    # "package.module:function", which nodes import; see fedpet/training/loss.py.
+    loss: str = ""
     logit_adjustment: FromZero = 0.0  # times the log of the client's label shares; 1 counters skew
     proximal_mu: FromZero = 0.0  # FedProx: pulls a client towards the global values
     dropout: bool = False  # the checkpoint's own, in training

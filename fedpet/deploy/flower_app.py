@@ -18,10 +18,10 @@ from typing import Any
 import tomli_w
 
 import fedpet
-from fedpet.backbone import bundled
 from fedpet.backbone.checkpoint import package_name
 from fedpet.config import Experiment
 from fedpet.config.builtin import experiments_folder
+from fedpet.utils import bundled
 from fedpet.utils.source_digest import code_digest, strategies_folder
 
 PACKAGES_FILE = "packages.txt"

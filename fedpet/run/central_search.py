@@ -99,6 +99,7 @@ def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         config,
         mask=mask,
         logit_adjustment=experiment.training.logit_adjustment,
+        loss=experiment.training.loss,
         products=experiment.training.matmul_backend,
         state=state_file(out),
         origin=origin,
@@ -150,6 +151,7 @@ def find_structure(
     *,
     mask: Mask | None = None,
     logit_adjustment: float = 0.0,
+    loss: str = "",
     products: str = "torch",
     indices: np.ndarray | None = None,
     state: Path | None = None,
@@ -160,6 +162,7 @@ def find_structure(
 
     Args:
         logit_adjustment: Of a search's losses, as in training.
+        loss: Of a search, as in training.
         products: Of its dense layers, as in training.
         indices: Of the training rows; None takes all.
         origin: What else the structure says about where it came from.
@@ -177,6 +180,7 @@ def find_structure(
             config,
             mask=mask,
             logit_adjustment=logit_adjustment,
+            loss=loss,
             products=products,
             state_file=state,
             progress=None if listener is None else listener.step,

@@ -38,9 +38,9 @@ from fedpet.protocol.plan import Plan
 from fedpet.protocol.plan_making import make_plan, make_search_plan
 from fedpet.run.central_search import settled_search
 from fedpet.search import Space, check_structure
+from fedpet.training.batching import inputs_of
 from fedpet.training.cls_only import check_first_token
 from fedpet.training.input_checks import check_inputs
-from fedpet.training.loop import inputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -21,8 +21,8 @@ from fedpet.errors import BackboneError, DataError
 from fedpet.run.federate import prepare
 from fedpet.run.merge import merge_run
 from fedpet.run.run_folder import write_model
+from fedpet.training.evaluation import predict
 from fedpet.training.input_checks import check_inputs
-from fedpet.training.loop import predict
 
 NUM_ROWS = 24
 

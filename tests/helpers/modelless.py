@@ -97,8 +97,8 @@ class FakePet:
     def parameter_groups(self) -> dict[str, Any]:
         return {}
 
-    def proximal(self, mu: float) -> None:
-        return None
+    def sent_values(self) -> tuple[list[Any], list[Any]]:
+        return [], []
 
     def load_values(self, values: torch.Tensor, *, seed: int) -> None:
         self._values = values.clone()
