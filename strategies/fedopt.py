@@ -32,8 +32,8 @@ class FedAvgM(Strategy):
         0.9
     """
 
-    server_learning_rate: FromZero = 0.0  # of the server's optimiser; 0 is Flower's own
-    server_momentum: Momentum = 0.0  # fedavgm
+    server_learning_rate: FromZero = 0.0  # fedavgm, fedadam, fedyogi, fedadagrad; 0 is Flower's own
+    server_momentum: Momentum = 0.0  # fedavgm: of the mean updates before
     has_server_optimizer = True
 
     def flower_strategy(self, training: TrainingConfig) -> FlowerStrategy:
@@ -52,11 +52,11 @@ class FedAdam(Strategy):
         0.99
         >>> FedAdam(tau=0)
         Traceback (most recent call last):
-        fedpet.errors.ConfigError: strategy.tau must be at least 1e-12 and finite, got 0.0. It is \
+        fedpet.errors.ConfigError: strategy.tau must be at least 1e-12, got 0.0. It is \
 added below a root that may be 0.
     """
 
-    server_learning_rate: FromZero = 0.0  # of the server's optimiser; 0 is Flower's own
+    server_learning_rate: FromZero = 0.0  # fedavgm, fedadam, fedyogi, fedadagrad; 0 is Flower's own
     beta_1: Momentum = 0.9  # fedadam, fedyogi: of the mean update
     beta_2: Momentum = 0.99  # fedadam, fedyogi: of its square
     tau: Tau = 1e-3  # fedadam, fedyogi, fedadagrad: added to the root of the square
@@ -78,7 +78,7 @@ class FedYogi(Strategy):
         0.001
     """
 
-    server_learning_rate: FromZero = 0.0  # of the server's optimiser; 0 is Flower's own
+    server_learning_rate: FromZero = 0.0  # fedavgm, fedadam, fedyogi, fedadagrad; 0 is Flower's own
     beta_1: Momentum = 0.9  # of the mean update
     beta_2: Momentum = 0.99  # of its square
     tau: Tau = 1e-3  # added to the root of the square
@@ -100,7 +100,7 @@ class FedAdagrad(Strategy):
         0.001
     """
 
-    server_learning_rate: FromZero = 0.0  # of the server's optimiser; 0 is Flower's own
+    server_learning_rate: FromZero = 0.0  # fedavgm, fedadam, fedyogi, fedadagrad; 0 is Flower's own
     tau: Tau = 1e-3  # added to the root of the sum of squares
     has_server_optimizer = True
 

@@ -91,7 +91,7 @@ def register(name: str) -> Callable[[R], R]:
     """
 
     def registered(rule: R) -> R:
-        rule.__annotations__["name"] = "str"
+        rule.__annotations__["name"] = str
         rule.name = name
         dataclass(frozen=True, kw_only=True)(rule)  # in place
         check_stated(rule)
@@ -122,6 +122,10 @@ def wrap(
     Returns:
         A strategy as those of this package. A run that is resumed must be given it again.
 
+    Raises:
+        TypeError: The class takes no such argument.
+        ConfigError: A key of every strategy has a bad value.
+
     Example:
         >>> import fedpet
         >>> from flwr.serverapp.strategy import FedAvgM
@@ -132,6 +136,7 @@ def wrap(
         ('slow', 10)
     """
     common = {name: settings.pop(name) for name in list(settings) if name in _COMMON}
+    flower(**settings)  # what it does not take is refused now, not when the rounds begin
     return _Wrapped(
         **{"name": flower.__name__.lower(), **common},
         flower=flower,
@@ -147,7 +152,7 @@ _COMMON = frozenset(StrategyConfig.__dataclass_fields__)
 class _Wrapped(Strategy):
     """A strategy around a Flower class that is not registered."""
 
-    flower: type[FlowerStrategy] = field(metadata={"is_key": False})
+    flower: type[Any] = field(metadata={"is_key": False})
     comparing: bool = field(metadata={"is_key": False})
     arguments: tuple[tuple[str, Any], ...] = field(metadata={"is_key": False})
 
@@ -160,4 +165,5 @@ class _Wrapped(Strategy):
         """Take any: the class is at hand."""
 
     def flower_strategy(self, training: TrainingConfig) -> FlowerStrategy:
-        return self.flower(**dict(self.arguments))
+        made: FlowerStrategy = self.flower(**dict(self.arguments))
+        return made

@@ -118,9 +118,8 @@ class MaskConfig(Stage):
     rule: str = "smallest"  # smallest (PaFi), largest, random
     granularity: str = "global"  # or "per-tensor"
     broadcast: str = "derived"  # the rule and a hash, or "explicit": coded positions
-    tiers: tuple[
-        str, ...
-    ] = ()  # of devices: "density=share of the clients", see fedpet/pet/tiers.py
+    # of devices: "density=share of the clients", see fedpet/pet/tiers.py
+    tiers: tuple[str, ...] = ()
     seed: AnyInteger = 0  # of the rule "random", and of which client is of which tier
     enabled: bool = True  # false leaves the weights alone: structure and head only
 
