@@ -21,7 +21,7 @@ from fedpet.cli.faults import report_fault
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
 from fedpet.run import ray_engine
-from fedpet.run.live_line import LiveLine
+from fedpet.run.progress import LiveLine
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -262,7 +262,7 @@ def test_a_live_line_shows_markup_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     shown = Console(force_terminal=True, record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr("fedpet.run.live_line.Console", lambda **_: shown)
     with LiveLine("rounds") as line:
-        line.say("loading the backbone 'a[b]c[/d]'")
+        line.on_stage("loading the backbone 'a[b]c[/d]'")
         line._show("resuming x[b]", 1, 2, "state [/]")
         line._bar.refresh()
     shown.file.close()
