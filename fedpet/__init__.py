@@ -18,7 +18,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
-    from fedpet.config import MaskConfig
+    from fedpet.config import Experiment, MaskConfig
+    from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
     from fedpet.errors import FedpetError, InputError
     from fedpet.pet.factory import get_pet_model
     from fedpet.pet.mask import Mask, build_mask, pafi_mask
@@ -37,12 +38,16 @@ if TYPE_CHECKING:
     )
     from fedpet.pet.structure import ModuleSpec, Structure
     from fedpet.protocol.ledger import Ledger
+    from fedpet.run.callbacks import Callback
+    from fedpet.run.finished import Run
+    from fedpet.run.simulate import resume, simulate
 
 __version__ = "0.1.0"
 
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
-    "fedpet.config": ("MaskConfig",),
+    "fedpet.config": ("Experiment", "MaskConfig"),
+    "fedpet.data.federated_dataset": ("FederatedDataset", "load_federated_dataset"),
     "fedpet.errors": ("FedpetError", "InputError"),
     "fedpet.protocol.ledger": ("Ledger",),
     "fedpet.pet.mask": ("Mask", "build_mask", "pafi_mask"),
@@ -61,13 +66,19 @@ _HOME = {
         "PetConfig",
     ),
     "fedpet.pet.structure": ("ModuleSpec", "Structure"),
+    "fedpet.run.callbacks": ("Callback",),
+    "fedpet.run.finished": ("Run",),
+    "fedpet.run.simulate": ("resume", "simulate"),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
 __all__ = [
     "AdapterConfig",
     "BitFitConfig",
+    "Callback",
     "CustomModuleConfig",
+    "Experiment",
+    "FederatedDataset",
     "FedpetError",
     "GatedModule",
     "HiwiConfig",
@@ -81,6 +92,7 @@ __all__ = [
     "ModuleSpec",
     "PetConfig",
     "PetModel",
+    "Run",
     "Structure",
     "__version__",
     "build_mask",
@@ -88,12 +100,17 @@ __all__ = [
     "encode",
     "get_pet_model",
     "linears",
+    "load_federated_dataset",
     "pafi_mask",
     "register_module",
+    "resume",
+    "simulate",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "strategies":
+        return importlib.import_module("fedpet.strategies")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
@@ -102,4 +119,4 @@ def __getattr__(name: str) -> Any:
 
 
 def __dir__() -> list[str]:
-    return [*__all__]
+    return [*__all__, "strategies"]

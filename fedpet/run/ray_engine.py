@@ -39,6 +39,7 @@ from fedpet.run.checkpoint_file import RunCheckpoint
 from fedpet.run.federate import federate
 from fedpet.run.federated_search import make_client_pool, search_in_rounds
 from fedpet.run.interrupts import Heeding, Terminated, stoppable
+from fedpet.run.local_grid import LocalGrid
 from fedpet.run.prepare import Prepared, PreparedSearch, is_deployed, prepare
 from fedpet.run.ray_cluster import PREFIX, cluster_address, ray_folder
 from fedpet.run.ray_workers import RESTARTS, workers_end_with_ray
@@ -48,8 +49,23 @@ from fedpet.run.run_folder import RunFolder, claimed_run
 Result = TypeVar("Result")
 
 
-def simulate(experiment: Experiment, callback: Callback) -> tuple[dict[str, Any], RunFolder]:
+BACKENDS = ("ray", "in-process")
+
+
+def simulate(
+    experiment: Experiment,
+    callback: Callback,
+    *,
+    backend: str = "ray",
+    check: Callable[[Prepared | PreparedSearch], None] | None = None,
+) -> tuple[dict[str, Any], RunFolder]:
     """Run an experiment on Ray. Bad input is found before Ray starts, and leaves no run folder.
+
+    Args:
+        experiment: What to run.
+        callback: Is called at stages, rounds and the end.
+        backend: "ray", or "in-process" for one node in this process.
+        check: Is given what was prepared, and raises where that is not what was meant.
 
     Returns:
         What `result.json` holds, and the run folder.
@@ -60,7 +76,7 @@ def simulate(experiment: Experiment, callback: Callback) -> tuple[dict[str, Any]
         Interrupted: It was stopped; the message says whether the folder can be resumed.
     """
     _refuse_nodes(experiment)
-    _check_ray()
+    _check_backend(backend)
     out: RunFolder | None = None
 
     def how_to_go_on() -> str:
@@ -69,11 +85,21 @@ def simulate(experiment: Experiment, callback: Callback) -> tuple[dict[str, Any]
         return _resume_sentence(out.path)
 
     with stoppable(how_to_go_on), claimed_run(experiment) as out:  # noqa: F811 - known from here on
-        return _simulate(prepare(experiment, callback), out, callback), out
+        prepared = prepare(experiment, callback)
+        if check is not None:
+            check(prepared)
+        return _simulate(prepared, out, callback, backend), out
 
 
-def resume(run: Path, callback: Callback) -> tuple[dict[str, Any], RunFolder]:
+def resume(
+    run: Path, callback: Callback, *, backend: str = "ray"
+) -> tuple[dict[str, Any], RunFolder]:
     """Go on with a run that was cut short, from the last round that its journal holds.
+
+    Args:
+        run: Its folder.
+        callback: Is called at stages, rounds and the end.
+        backend: As in `simulate`.
 
     Returns:
         What `result.json` holds, the same as of a run that was never cut short, and the folder.
@@ -84,7 +110,7 @@ def resume(run: Path, callback: Callback) -> tuple[dict[str, Any], RunFolder]:
         RunError: Ray does not start, nothing was learned, or the last rounds came to no average.
         Interrupted: It was stopped once more.
     """
-    _check_ray()
+    _check_backend(backend)
     with stoppable(lambda: _resume_sentence(run)), cut_short(run) as experiment:
         prepared = prepare(experiment, callback, found=searched_structure(run))
         journal = check_journal(run, prepared)
@@ -96,7 +122,7 @@ def resume(run: Path, callback: Callback) -> tuple[dict[str, Any], RunFolder]:
                 f"resuming {run} after round {done} of {experiment.strategy.num_rounds}"
             )
         out = RunFolder(run)
-        return _simulate(prepared, out, callback, journal), out
+        return _simulate(prepared, out, callback, backend, journal), out
 
 
 def search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
@@ -177,6 +203,13 @@ def _resume_sentence(run: Path) -> str:
     return f"The run was over by then, and lies in {quote(str(run))}."
 
 
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend == "ray":
+        _check_ray()
+
+
 def _check_ray() -> None:
     """Find out first, and in seconds, whether Ray could not start."""
     if cluster_address() is None:
@@ -198,9 +231,14 @@ def _simulate(
     prepared: Prepared | PreparedSearch,
     out: RunFolder,
     callback: Callback,
+    backend: str,
     journal: RunCheckpoint | None = None,
 ) -> dict[str, Any]:
     experiment = prepared.experiment
+    if backend == "in-process":
+        with quiet_flower(), threads_as_before():
+            grid = LocalGrid.of(NodeSettings.of(experiment), 1)
+            return federate(Heeding(grid), prepared, out, callback, journal)
     callback.on_stage(f"starting Ray with {experiment.run.workers} workers")
     return run_on_ray(
         experiment,
@@ -312,6 +350,18 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def threads_as_before() -> Iterator[None]:
+    """Set torch's threads of this process back: nodes and server each take their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 @contextmanager
