@@ -1,16 +1,13 @@
 """fedpet: federated parameter-efficient fine-tuning on Flower.
 
-    backbone -> mask -> structure -> search -> model -> codec
-             -> plan -> client -> strategy -> ledger -> report
-
     import fedpet
 
     model = fedpet.get_pet_model(base, fedpet.PetConfig(
         mask=fedpet.MaskConfig(density=0.001),
         modules=[fedpet.LoraConfig(r=8, target_modules=["query", "value"])]))
+    run = fedpet.simulate(model, fedpet.load_federated_dataset(rows, client_column="client"))
 
-Names are imported when they are first asked for, so that the command line answers `--help`
-without waiting for torch.
+Names are imported on first use, so that the command line answers `--help` without torch.
 """
 
 import importlib
@@ -19,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
     from fedpet.config import Experiment, MaskConfig
+    from fedpet.data.bundled_data import bundled_model, bundled_reviews
     from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
     from fedpet.errors import FedpetError, InputError
     from fedpet.pet.factory import get_pet_model
@@ -47,6 +45,7 @@ __version__ = "0.1.0"
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
     "fedpet.config": ("Experiment", "MaskConfig"),
+    "fedpet.data.bundled_data": ("bundled_model", "bundled_reviews"),
     "fedpet.data.federated_dataset": ("FederatedDataset", "load_federated_dataset"),
     "fedpet.errors": ("FedpetError", "InputError"),
     "fedpet.protocol.ledger": ("Ledger",),
@@ -96,6 +95,8 @@ __all__ = [
     "Structure",
     "__version__",
     "build_mask",
+    "bundled_model",
+    "bundled_reviews",
     "decode",
     "encode",
     "get_pet_model",
@@ -114,7 +115,7 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value  # asked for once
+    globals()[name] = value  # the next access finds it
     return value
 
 

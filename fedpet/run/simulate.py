@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, get_type_hints
 
@@ -54,8 +54,8 @@ def simulate(
             checkpoint's name (a folder, a hub name, "embedded"); it stays as it is. Without `data`
             (or with a dict for it): an experiment file, a built-in one's name, or an `Experiment`.
         data: What `load_federated_dataset` gives or takes as its first argument.
-        strategy: Of `fedpet.strategies` ("fedadam", or an object), or keys of the table [strategy]
-            as a dict or a `StrategyConfig`.
+        strategy: An object of `fedpet.strategies`, which stands for the whole table [strategy]; or
+            a name ("fedadam"), or a dict of keys.
         num_rounds: Of training: `strategy.num-rounds`.
         callbacks: Objects of subclasses of `Callback`, or names of trackers ("tensorboard").
         pet_config: What trains of a model that `get_pet_model` has not adapted.
@@ -82,10 +82,8 @@ def simulate(
         for name, value in settings.items()
         if not isinstance(value, Structure)
     }
-    if strategy is not None:
-        given["strategy"] = {**given.get("strategy", {}), **_strategy_table(strategy)}
-    if num_rounds is not None:
-        given.setdefault("strategy", {})["num_rounds"] = num_rounds
+    if not isinstance(strategy, StrategyConfig):
+        given["strategy"] = _strategy_table(strategy, num_rounds)
     if out:
         given.setdefault("run", {})["out"] = str(out)
     objects = [one for one in _listed(callbacks) if not isinstance(one, str)]
@@ -113,6 +111,9 @@ def simulate(
         cache = make_cache(Experiment.from_tables({"run": _cache_key(given)}))
         given["structure"] = structure_table(structure, cache)
     experiment = Experiment.from_tables(_laid_over(tables, given))
+    if isinstance(strategy, StrategyConfig):
+        rounds = {} if num_rounds is None else {"num_rounds": num_rounds}
+        experiment = replace(experiment, strategy=replace(strategy, **rounds))
     with ExitStack() as shown:
         bars = [shown.enter_context(Progress.of(experiment))] if progress else []
         every = Callbacks([*bars, *objects, *experiment.run.callbacks])
@@ -179,18 +180,14 @@ def _table(stage: str, config: type, value: Any) -> dict[str, Any]:
     }
 
 
-def _strategy_table(strategy: Any) -> dict[str, Any]:
-    """Return the keys of [strategy] that a strategy stands for."""
+def _strategy_table(strategy: Any, num_rounds: int | None) -> dict[str, Any]:
+    """Return the keys of [strategy] that a strategy's name or its keys stand for."""
+    table = {} if num_rounds is None else {"num_rounds": num_rounds}
+    if strategy is None:
+        return table
     if isinstance(strategy, str):
-        return {"name": strategy}
-    config = getattr(strategy, "config", strategy)
-    if isinstance(config, StrategyConfig):
-        return {
-            entry.name: getattr(config, entry.name)
-            for entry in fields(config)
-            if entry.name == "name" or getattr(config, entry.name) != entry.default
-        }
-    return _table("strategy", StrategyConfig, strategy)
+        return {"name": strategy, **table}
+    return {**_table("strategy", StrategyConfig, strategy), **table}
 
 
 def _cache_key(given: Tables) -> dict[str, Any]:
