@@ -39,13 +39,13 @@ from fedpet.config import Experiment
 from fedpet.config.builtin import experiment_file
 from fedpet.errors import ConfigError, FedpetError, InputError, RunError
 from fedpet.pet.layout import quantisation_groups
+from fedpet.protocol.flower_compat import quiet_flower
 from fedpet.protocol.frame import Frame, pack_frame, pack_refusal, unpack_frames
 from fedpet.protocol.request import read_request
 from fedpet.report.number_format import show_metric
 from fedpet.run.callbacks import Callback
 from fedpet.run.federate import Prepared, federate, prepare
 from fedpet.run.local_grid import LocalGrid
-from fedpet.run.ray_engine import quiet_flower
 from fedpet.run.run_folder import RunFolder
 from fedpet.utils.seeds import derive_seed
 

@@ -75,9 +75,9 @@ def answer(code: str, *, cwd: Path, python: Path | str = sys.executable) -> Any:
 
 
 SAME = (
-    "from fedpet.strategies import SparseFedAvg; import fedpet.strategies.rules; "
+    "from fedpet.strategies import FedAvg; import fedpet.strategies.fedavg; "
     "import fedpet.run.federate; from fedpet.config.builtin import experiments_folder; "
-    "[SparseFedAvg is fedpet.strategies.rules.SparseFedAvg, fedpet.__file__, "
+    "[FedAvg is fedpet.strategies.fedavg.FedAvg, fedpet.__file__, "
     "fedpet.strategies.__file__, str(experiments_folder())]"
 )
 

@@ -117,7 +117,7 @@ def payloads(
     whole = np.zeros(shape)
     if up_is_fixed and down_is_fixed and not plan.is_delta_downlink:
         return Payloads(up, down, whole)
-    federation = _Federation(tiers, plan, ServerRule(strategy), seed)
+    federation = _Federation(tiers, plan, ServerRule(strategy, plan.training), seed)
     played = _played_rounds(len(rounds))
     for index, server_round in enumerate(played):
         following = played[index + 1] if index + 1 < len(played) else server_round + 1

@@ -29,7 +29,9 @@ from fedpet.run.resume import journal_after, restore_strategy
 from fedpet.run.run_folder import RunFolder
 from fedpet.run.run_state import refuse_stalled
 from fedpet.server.client_pool import ClientPool, ConnectedClientPool
-from fedpet.strategies import NodeRegistry, SparseStrategy, StructureSearch
+from fedpet.server.node_registry import NodeRegistry
+from fedpet.server.rounds import SparseStrategy
+from fedpet.strategies import StructureSearch
 from fedpet.utils.gc_paused import kept_from_collection
 
 if TYPE_CHECKING:

@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -32,6 +31,7 @@ from fedpet.client.node_config import NodeSettings
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
+from fedpet.protocol.flower_compat import RESTARTS, quiet_flower, workers_end_with_ray
 from fedpet.protocol.ledger import SEARCH, Ledger
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import claimed_file, state_file, write_file
@@ -42,7 +42,6 @@ from fedpet.run.interrupts import Heeding, Terminated, stoppable
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.prepare import Prepared, PreparedSearch, is_deployed, prepare
 from fedpet.run.ray_cluster import PREFIX, cluster_address, ray_folder
-from fedpet.run.ray_workers import RESTARTS, workers_end_with_ray
 from fedpet.run.resume import check_journal, cut_short, is_cut_short, searched_structure
 from fedpet.run.run_folder import RunFolder, claimed_run
 
@@ -362,19 +361,3 @@ def threads_as_before() -> Iterator[None]:
         yield
     finally:
         torch.set_num_threads(before)
-
-
-@contextmanager
-def quiet_flower() -> Iterator[None]:
-    """Keep Flower's log to errors: progress and refusals are told by fedpet."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="flwr")
-            yield
-        logger.setLevel(level)
-    except Exception:
-        logger.setLevel(level)
-        raise  # an interrupt keeps it off for longer, see `stoppable`

@@ -24,7 +24,8 @@ from fedpet.run.callbacks import Callback, Evaluation
 from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
 from fedpet.run.resume import journal_after, restore_strategy
 from fedpet.run.run_folder import RunFolder
-from fedpet.strategies import SparseStrategy, from_arrays
+from fedpet.server.aggregation import from_arrays
+from fedpet.server.rounds import SparseStrategy
 from fedpet.training.loop import assess_rows
 from fedpet.training.metrics import Assessment
 

@@ -72,7 +72,10 @@ FLOWERS: dict[str, tuple[type[flower.FedAvg], dict[str, float]]] = {
 def test_the_server_is_taken_to_move_as_flower_s_does(name: str) -> None:
     LocalGrid({})  # names the run that messages are of
     kind, parameters = FLOWERS[name]
-    theirs, ours = kind(**parameters), ServerRule(StrategyConfig(name=name, **parameters))
+    theirs, ours = (
+        kind(**parameters),
+        ServerRule(StrategyConfig(name=name, **parameters), TrainingConfig()),
+    )
     theirs.fraction_train = 0.0
     random = np.random.default_rng(0)
     start = random.standard_normal(50, dtype=np.float32)
