@@ -43,6 +43,7 @@ from fedpet.protocol.flower_compat import quiet_flower
 from fedpet.protocol.frame import Frame, pack_frame, pack_refusal, unpack_frames
 from fedpet.protocol.request import read_request
 from fedpet.report.number_format import show_metric
+from fedpet.run.callbacks import Callback
 from fedpet.run.federate import Prepared, federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.run_folder import RunFolder
@@ -167,20 +168,15 @@ def cells(
             yield rule, attack, Cell(results / f"{name}-seed{seed}.json", method, rate, settings)
 
 
-class _Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
 def run_cell(settings: Experiment, attack: str, folder: Path) -> dict[str, Any]:
     """Run one cell in this process; a run that learned nothing is a result too."""
     settings = replace(settings, run=replace(settings.run, out=str(folder)))
-    prepared = prepare(settings, _Silent())
+    prepared = prepare(settings, Callback())
     assert isinstance(prepared, Prepared), "no search comes before it"
     liars = Liars(Node(NodeSettings.of(settings)).answer, prepared, ATTACKS[attack])
     try:
         with quiet_flower():
-            federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), _Silent())
+            federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), Callback())
     except RunError:
         if not (folder / "result.json").exists():
             raise

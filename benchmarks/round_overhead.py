@@ -21,6 +21,7 @@ from typing import Any
 
 from fedpet.config import Experiment
 from fedpet.protocol.ledger import Ledger, RoundRecord
+from fedpet.run.callbacks import Callback
 from fedpet.run.ray_engine import simulate
 from fedpet.run.run_folder import machine, versions
 
@@ -31,16 +32,16 @@ CODECS = {
 }
 
 
-class Seconds:
+class Seconds(Callback):
     """Keeps each round's seconds."""
 
     def __init__(self) -> None:
         self.rounds: list[float] = []
 
-    def say(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         """Stages are not timed."""
 
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+    def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Note a round's wall time."""
         if record.round:
             self.rounds.append(record.round_seconds)

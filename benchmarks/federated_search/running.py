@@ -19,7 +19,7 @@ from benchmarks.table.running import best_rate
 from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
 from fedpet.run.central_search import search_centrally
-from fedpet.run.search_progress import SearchProgress
+from fedpet.run.progress import SearchBar
 from fedpet.search import reproducible_settings
 from fedpet.utils.formatting import format_bytes
 
@@ -87,7 +87,7 @@ class FederatedSearchRun:
         if not path.exists():
             self.say(f"structures/{path.stem} ...")
             path.parent.mkdir(parents=True, exist_ok=True)
-            with SearchProgress() as progress:
+            with SearchBar() as progress:
                 return search_centrally(experiment, path, progress)
         structure = Structure.from_json(path.read_text(encoding="utf-8"))
         told, config = structure.provenance, experiment.search
