@@ -63,7 +63,7 @@ def run_table(result: Mapping[str, Any]) -> RenderableType:
     return table
 
 
-def _quality(result: dict[str, Any]) -> Iterator[Row]:
+def _quality(result: Mapping[str, Any]) -> Iterator[Row]:
     quality, data = result["quality"], result["data"]
     metric = quality["metric"]
     if quality["before"] is not None:
@@ -82,7 +82,7 @@ def _quality(result: dict[str, Any]) -> Iterator[Row]:
         yield "predicted", show_predicted(quality["predicted"])
 
 
-def _values(result: dict[str, Any]) -> Iterator[Row]:
+def _values(result: Mapping[str, Any]) -> Iterator[Row]:
     model = result["model"]
     count = model["communicated_values"]
     everything = model["backbone_parameters"] + model["head_values"]
@@ -100,7 +100,7 @@ def _values(result: dict[str, Any]) -> Iterator[Row]:
         yield name, f"{tier['values']:,} values, {tier['clients']:,} clients"
 
 
-def _bytes(result: dict[str, Any]) -> Iterator[Row]:
+def _bytes(result: Mapping[str, Any]) -> Iterator[Row]:
     sent = result["communication"]
     yield "up, a client and round", format_bytes(sent["uplink_bytes_per_client_round"])
     yield "down, a client and round", format_bytes(sent["downlink_bytes_per_client_round"])
@@ -116,7 +116,7 @@ def _bytes(result: dict[str, Any]) -> Iterator[Row]:
     yield "ratio", f"{show_ratio(sent['ratio_to_dense'])} of dense FedAvg"
 
 
-def _time(result: dict[str, Any]) -> Iterator[Row]:
+def _time(result: Mapping[str, Any]) -> Iterator[Row]:
     time = result["time"]
     yield (
         "time",
@@ -131,7 +131,7 @@ def _time(result: dict[str, Any]) -> Iterator[Row]:
         )
 
 
-def _trouble(result: dict[str, Any]) -> Iterator[Row]:
+def _trouble(result: Mapping[str, Any]) -> Iterator[Row]:
     if result["run"]["status"] != "ok":
         yield "status", result["run"]["status"]
     for warning in result["quality"].get("warnings", ()):

@@ -64,8 +64,8 @@ def simulate(
             process, as a debugger likes it. The values are the same.
         progress: Show how far the run is: a bar in a terminal or a notebook, else lines.
         settings: The other stages of an experiment by name, each a dict of its keys or its
-            dataclass: training={"learning_rate": 0.01, "batch_size": 8}, codec={"uplink": "eden-3"},
-            run={"seed": 1}. README's table of settings lists them; an unknown one is refused.
+            dataclass: training={"learning_rate": 0.01, "batch_size": 8},
+            codec={"uplink": "eden-3"}, run={"seed": 1}. README's table of settings lists them; an unknown one is refused.
 
     Returns:
         The run: metrics, history, ledger, model and folder.
