@@ -112,8 +112,9 @@ def test_a_wheel_holds_each_module_once_and_no_stand_in(wheel: Path, repository:
 def test_a_wheel_holds_every_template_and_style_of_the_package(
     wheel: Path, repository: Path
 ) -> None:
-    beside = {path for suffix in ("j2", "css", "md") for path in repository.glob(f"fedpet/**/*.{suffix}")}
-    assert {path.suffix for path in beside} == {".j2", ".css", ".md"}
+    suffixes = (".j2", ".css", ".md")
+    beside = [path for path in repository.glob("fedpet/**/*.*") if path.suffix in suffixes]
+    assert {path.suffix for path in beside} == {*suffixes}
     held = set(zipfile.ZipFile(wheel).namelist())
     assert {path.relative_to(repository).as_posix() for path in beside} <= held
 
@@ -248,7 +249,18 @@ def test_every_foreign_import_is_a_declared_dependency(
 
 STAGES = [
     *("errors", "utils", "config", "data", "backbone", "codec", "pet", "training", "search"),
-    *("protocol", "client", "server", "strategies", "export", "run", "estimate", "report", "deploy", "cli"),
+    *(
+        "protocol",
+        "client",
+        "server",
+        "strategies",
+        "export",
+        "run",
+        "estimate",
+        "report",
+        "deploy",
+        "cli",
+    ),
 ]
 KNOW_FLOWER = {"protocol", "client", "server", "run", "estimate"}
 

@@ -24,10 +24,10 @@ import tomli_w
 
 from fedpet.config import Experiment
 from fedpet.deploy.certificates import make_certificates, make_node_key
-from fedpet.deploy.flower_app import PACKAGES_FILE, packages, write_app
-from fedpet.deploy.templating import render
+from fedpet.deploy.flower_app import PACKAGES_FILE, TEMPLATES, packages, write_app
 from fedpet.errors import ConfigError
 from fedpet.utils.paths import absolute, expand
+from fedpet.utils.templating import render
 
 LOCAL = ("localhost", "127.0.0.1")  # the server's own processes reach it here
 NODE_PORT = 8100
@@ -192,7 +192,7 @@ def _write_all(deployment: Deployment, folder: Path) -> None:
         "waits_for": deployment.clients or len(deployment.nodes),
     }
     for name in ("Dockerfile", "compose.yaml", "README.md"):
-        _write(folder / name, render(name, **facts))
+        _write(folder / name, render(TEMPLATES / f"{name}.j2", **facts))
     server = folder / "server"
     _write(server / "ca.crt", certificates.authority)
     _write(server / "server.pem", certificates.server)
@@ -208,17 +208,18 @@ def _write_all(deployment: Deployment, folder: Path) -> None:
 
 
 def _write_server(deployment: Deployment, folder: Path) -> None:
-    superlink = render("superlink.sh", bind=deployment.bind, port=deployment.port)
+    superlink = render(TEMPLATES / "superlink.sh.j2", bind=deployment.bind, port=deployment.port)
     _write(folder / "superlink.sh", superlink, mode=0o755)
     for name in ("register.sh", "run.sh"):
-        _write(folder / name, render(name, address=deployment.own_address), mode=0o755)
+        script = render(TEMPLATES / f"{name}.j2", address=deployment.own_address)
+        _write(folder / name, script, mode=0o755)
     _write_unit(deployment, folder, "superlink", "server", "the server (Flower SuperLink)")
     write_app(folder / "app", deployment.server_experiment())
 
 
 def _write_node(deployment: Deployment, node: NodeSpec, folder: Path, port: int) -> None:
     _write(folder / "node.toml", tomli_w.dumps(deployment.node_config(node)).encode())
-    supernode = render("supernode.sh", server=deployment.address, port=port)
+    supernode = render(TEMPLATES / "supernode.sh.j2", server=deployment.address, port=port)
     _write(folder / "supernode.sh", supernode, mode=0o755)
     what = f"the node {node.name} (Flower SuperNode)"
     _write_unit(deployment, folder, "supernode", f"nodes/{node.name}", what)
@@ -230,7 +231,7 @@ def _write_unit(
     """Write the systemd unit that starts a program's script where its folder is installed."""
     file = f"fedpet-{program}.service"
     unit = render(
-        "systemd.service",
+        TEMPLATES / "systemd.service.j2",
         file=file,
         folder=f"{deployment.install}/{place}",
         venv=f"{deployment.install}/venv",

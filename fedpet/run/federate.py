@@ -136,6 +136,7 @@ def federate(
         resumed=resumed,
         origin=prepared.origin,
     )
+    out.write_card(experiment, summary)
     out.write_result(summary)
     remove_journal(out.path)
     averaged = [record.round for record in ledger.of_kind(TRAINING) if record.aggregated]

@@ -11,7 +11,8 @@ from jinja2 import UndefinedError
 
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodeSpec, write_deployment
-from fedpet.deploy.templating import render
+from fedpet.deploy.flower_app import TEMPLATES
+from fedpet.utils.templating import render
 
 # Of the files that string formatting wrote, before there were templates.
 BEFORE = {
@@ -93,8 +94,8 @@ def test_every_script_parses_as_bash(folder: Path) -> None:
 
 def test_a_template_that_lacks_a_value_is_refused() -> None:
     with pytest.raises(UndefinedError, match="'port' is undefined"):
-        render("superlink.sh", bind="0.0.0.0")
+        render(TEMPLATES / "superlink.sh.j2", bind="0.0.0.0")
 
 
 def test_a_value_with_a_space_is_one_word_of_the_script() -> None:
-    assert b"--host 'a b' --port 1 " in render("superlink.sh", bind="a b", port=1)
+    assert b"--host 'a b' --port 1 " in render(TEMPLATES / "superlink.sh.j2", bind="a b", port=1)
