@@ -350,6 +350,7 @@ class RunConfig(Stage):
     device: str = "cpu"  # of the server and of simulated clients; or "cuda", untested as yet
     cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
+    start: str = ""  # a finished run, or a saved PetModel, whose values are those of round 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

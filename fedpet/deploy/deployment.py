@@ -132,7 +132,7 @@ class Deployment:
         clients = self.clients or len(self.nodes)
         return replace(
             given,
-            run=replace(given.run, out="", cache="cache"),
+            run=replace(given.run, out="", cache="cache", start=_whole(given.run.start)),
             backbone=replace(given.backbone, model=_whole(given.backbone.model)),
             data=replace(given.data, source=_whole(given.data.source)),
             structure=replace(given.structure, file=_whole(given.structure.file)),

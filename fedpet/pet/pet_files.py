@@ -34,7 +34,7 @@ from fedpet.pet.trainable_model import check_plain
 if TYPE_CHECKING:
     from fedpet.pet.model import PetModel
 
-__all__ = ["CONFIG_FILE", "VALUES_FILE", "load_pet", "save_pet"]
+__all__ = ["CONFIG_FILE", "VALUES_FILE", "load_pet", "read_pet", "save_pet"]
 
 VALUES_FILE = "pet_model.safetensors"
 CONFIG_FILE = "pet_config.json"
@@ -82,7 +82,7 @@ def load_pet(make: Callable[..., PetModel], model: nn.Module, folder: Path) -> P
         InputError: The folder does not hold such files, or they do not belong together.
     """
     check_plain(model)
-    table, tensors = _read(folder)
+    table, tensors = read_pet(folder)
     parameters = dict(model.named_parameters())
     starts = _under("start/", tensors)
     found = fingerprint((n, p) for n, p in parameters.items() if n not in starts)
@@ -128,7 +128,12 @@ def load_pet(make: Callable[..., PetModel], model: nn.Module, folder: Path) -> P
     return pet
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_pet(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read both files.
+
+    Raises:
+        InputError: The folder does not hold such files.
+    """
     try:
         table = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if not isinstance(table, dict) or table.get("schema") != SCHEMA:
