@@ -2,6 +2,8 @@
 
     what trains                          what peft calls it
     LoRA, exact or both factors          LORA: A and B; biases of dense layers by `bias="all"`
+    HiWi on weights                      LORA too: it is a change of low rank
+    biases of dense layers alone         BEFT
     a mask, with LoRA or without         SUPERTUNING: positions and values of each dense weight
     norms alone                          LN_TUNING
     norms and the head, beside those     `modules_to_save`
@@ -16,7 +18,7 @@ peft's defaults, `adapter_model.safetensors` the tensors by peft's names.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +33,6 @@ from fedpet.errors import ConfigError
 from fedpet.export.model_card import hub_name, write_adapter_card
 from fedpet.export.plain_model import no_room
 from fedpet.pet.modules.base import is_transposed
-from fedpet.pet.modules.bitfit import BitFit
 from fedpet.pet.modules.lora import LowRankBranch
 from fedpet.utils.paths import expand
 
@@ -52,6 +53,7 @@ _TASKS = {
     "LMHeadModel": "CAUSAL_LM",
     "ForConditionalGeneration": "SEQ_2_SEQ_LM",
 }
+_NEEDS = "It needs peft 0.21.2 or newer."
 _INSTEAD = "Write the whole model instead: --format merged, or merge_and_unload() in Python."
 
 
@@ -63,7 +65,7 @@ def export_peft(model: PetModel, folder: str | Path) -> str:
         folder: Made where it is absent.
 
     Returns:
-        The adapter's type: "LORA", "SUPERTUNING" or "LN_TUNING".
+        The adapter's type: "LORA", "SUPERTUNING", "BEFT" or "LN_TUNING".
 
     Raises:
         ConfigError: peft cannot express what trains; the message says what, and what to do.
@@ -144,7 +146,7 @@ class _Adapter:
 def _adapter_of(pet: PetModel) -> _Adapter:
     plain = pet.merged()
     loras: dict[str, LowRankBranch] = {}
-    biases: list[str] = []
+    biases: dict[str, list[Tensor]] = {}
     norms: list[str] = []
     refused: list[str] = []
     for module in pet.structure_modules:
@@ -155,8 +157,8 @@ def _adapter_of(pet: PetModel) -> _Adapter:
             refused.append(f"{module.kind} on {module.target!r}, which adds to the model's own")
         elif not is_dense(target):
             norms.append(module.target)
-        elif isinstance(module, BitFit):
-            biases.append(module.target)
+        elif module.place == "bias":
+            biases.setdefault(module.target, []).append(module.gated(None))
         else:
             refused.append(f"{module.kind} on {module.target!r}")
     if refused:
@@ -168,7 +170,11 @@ def _adapter_of(pet: PetModel) -> _Adapter:
     elif loras:
         _lora(adapter, plain, loras, biases)
     elif biases:
-        raise _beyond_peft("peft keeps biases of dense layers beside LoRA alone, and none trains")
+        _refuse_others("BEFT, which biases alone would be,", plain, biases)
+        adapter.config = {"peft_type": "BEFT", "target_modules": sorted(biases)}
+        adapter.notes.append(_NEEDS)
+        for name, changes in biases.items():
+            adapter.tensors[f"{name}.beft_bias"] = torch.stack(changes).sum(dim=0)[None]
     elif norms:
         adapter.config = {"peft_type": "LN_TUNING", "target_modules": sorted(set(norms))}
     else:
@@ -223,21 +229,16 @@ def _supertuning(
     pet: PetModel,
     mask: Mapping[str, tuple[Tensor, Tensor]],
     loras: Mapping[str, LowRankBranch],
-    biases: Sequence[str],
+    biases: Collection[str],
 ) -> None:
     """SUPERTUNING: the mask, filled up to one density; LoRA, filled up to one rank."""
     if biases:
         raise _beyond_peft(
             f"peft's SUPERTUNING, which a mask would be, has no place for the bias of "
-            f"{biases[0]!r}, nor has its LoRA for a mask"
+            f"{next(iter(biases))!r}, nor has its LoRA for a mask"
         )
     targets = {name: pet.model.get_submodule(name) for name in sorted({*mask, *loras})}
-    for name, module in targets.items():
-        if type(module) is not nn.Linear:
-            raise _beyond_peft(
-                f"peft's SUPERTUNING, which a mask would be, acts on torch.nn.Linear alone, and "
-                f"{name!r} is a {type(module).__name__}"
-            )
+    _refuse_others("SUPERTUNING, which a mask would be,", pet.model, targets)
     sizes = {name: _weight(module).numel() for name, module in targets.items()}
     wanted = {name: len(mask[name][0]) if name in mask else 0 for name in targets}
     sparsity = _sparsity([(sizes[name], max(wanted[name], 1)) for name in targets])
@@ -272,7 +273,7 @@ def _supertuning(
         "save_precomputed_indices": True,
         "select_top": pet.mask_config is not None and pet.mask_config.rule == "largest",
     }
-    adapter.notes.append("It needs peft 0.21.2 or newer.")
+    adapter.notes.append(_NEEDS)
     if added:
         total = sum(wanted.values())
         adapter.notes.append(
@@ -284,6 +285,16 @@ def _supertuning(
             f"Its LoRA of rank {rank} is zero on {len(targets) - len(loras)} of the "
             f"{len(targets)} layers."
         )
+
+
+def _refuse_others(adapter: str, model: nn.Module, targets: Iterable[str]) -> None:
+    """Refuse targets of an adapter that acts on `nn.Linear` alone."""
+    for name in targets:
+        if not isinstance(module := model.get_submodule(name), nn.Linear):
+            raise _beyond_peft(
+                f"peft's {adapter} acts on torch.nn.Linear alone, and {name!r} is a "
+                f"{type(module).__name__}"
+            )
 
 
 def _mask_values(pet: PetModel) -> dict[str, tuple[Tensor, Tensor]]:
