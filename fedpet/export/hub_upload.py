@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedpet.errors import RunError
+from fedpet.errors import InputError, RunError
 
 __all__ = ["push_to_hub"]
-
-_PRIVATE_FILES = [".*"]  # locks
 
 
 def push_to_hub(folder: str | Path, name: str, *, private: bool = True) -> str:
@@ -23,13 +21,18 @@ def push_to_hub(folder: str | Path, name: str, *, private: bool = True) -> str:
         Its address.
 
     Raises:
+        InputError: There is no such folder.
         RunError: The hub is out of reach or refuses, or there is no token.
     """
-    from huggingface_hub import HfApi, constants
+    from huggingface_hub import HfApi, constants, get_token
 
     folder = Path(folder)
+    if not folder.is_dir():
+        raise InputError(f"there is no folder {str(folder)!r} to upload to {name!r}.")
     if constants.HF_HUB_OFFLINE:
-        raise _not_pushed(folder, name, "HF_HUB_OFFLINE is set: unset it")
+        raise _not_uploaded(folder, name, "HF_HUB_OFFLINE is set: unset it")
+    if get_token() is None:
+        raise _not_uploaded(folder, name, "there is no token: run `hf auth login`, or set HF_TOKEN")
     hub = HfApi()
     try:
         made = hub.create_repo(name, private=private, exist_ok=True)
@@ -37,22 +40,13 @@ def push_to_hub(folder: str | Path, name: str, *, private: bool = True) -> str:
             repo_id=made.repo_id,
             folder_path=folder,
             commit_message="Upload a model trained by fedpet",
-            ignore_patterns=_PRIVATE_FILES,
+            ignore_patterns=[".*"],  # locks
         )
     except Exception as error:  # the hub's client raises a dozen kinds, of four libraries
-        reason = " ".join(str(error).split())[:200]
-        if not hub.token and constants.HF_TOKEN_PATH and _is_refusal(error):
-            reason = "there is no token: `hf auth login` keeps one, or set HF_TOKEN"
-        raise _not_pushed(folder, name, reason) from None
+        reason = f"{type(error).__name__}: {' '.join(str(error).split())[:200]}"
+        raise _not_uploaded(folder, name, reason.rstrip(".")) from None
     return str(made)
 
 
-def _is_refusal(error: Exception) -> bool:
-    from huggingface_hub.errors import LocalTokenNotFoundError
-
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    return isinstance(error, LocalTokenNotFoundError) or status in (401, 403)
-
-
-def _not_pushed(folder: Path, name: str, reason: str) -> RunError:
-    return RunError(f"{str(folder)!r} was written, and not uploaded to {name!r}: {reason}.")
+def _not_uploaded(folder: Path, name: str, reason: str) -> RunError:
+    return RunError(f"{str(folder)!r} was not uploaded to {name!r}: {reason}.")
