@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
     from fedpet.config import MaskConfig
     from fedpet.errors import FedpetError, InputError
-    from fedpet.export import export_peft, export_run, push_to_hub
+    from fedpet.export import export_peft
     from fedpet.pet.factory import get_pet_model
     from fedpet.pet.mask import Mask, build_mask, pafi_mask
     from fedpet.pet.model import PetModel
@@ -45,7 +45,7 @@ _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
     "fedpet.config": ("MaskConfig",),
     "fedpet.errors": ("FedpetError", "InputError"),
-    "fedpet.export": ("export_peft", "export_run", "push_to_hub"),
+    "fedpet.export": ("export_peft",),
     "fedpet.protocol.ledger": ("Ledger",),
     "fedpet.pet.mask": ("Mask", "build_mask", "pafi_mask"),
     "fedpet.pet.model": ("PetModel",),
@@ -89,11 +89,9 @@ __all__ = [
     "decode",
     "encode",
     "export_peft",
-    "export_run",
     "get_pet_model",
     "linears",
     "pafi_mask",
-    "push_to_hub",
     "register_module",
 ]
 

@@ -23,13 +23,13 @@ def threads() -> Iterator[None]:
 
 
 @pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[Path, dict[str, Any]]]:
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any]]:
     folder = tmp_path_factory.mktemp("card")
     backbone, rows = tiny.make_backbone(folder / "bert"), tiny.make_rows(folder / "secret rows")
     experiment = tiny.make_experiment(
         backbone, rows, folder / "run", strategy_num_rounds=1, structure_preset="lnfit"
     )
-    yield folder / "run", in_process_run.run(experiment)
+    return folder / "run", in_process_run.run(experiment)
 
 
 def test_a_runs_model_has_a_card_with_its_figures(run: tuple[Path, dict[str, Any]]) -> None:
