@@ -173,7 +173,7 @@ def _write(
 
 
 def _number(value: float | None) -> str:
-    """Four digits; "" for none, and for NaN."""
+    """Format four digits; "" for none, and for NaN."""
     return "" if value is None or value != value else f"{value:.4f}"
 
 

@@ -199,7 +199,7 @@ def _save_whole(adapter: _Adapter, plain: nn.Module, name: str, stored_as: str) 
 def _lora(
     adapter: _Adapter, plain: nn.Module, loras: Mapping[str, LowRankBranch], biases: Iterable[str]
 ) -> None:
-    """LORA: rank and scale by module, where they are not all alike."""
+    """Write LORA: rank and scale by module, where they are not all alike."""
     ranks, alphas = {}, {}
     for target, lora in loras.items():
         down, up = lora.factors()
@@ -231,7 +231,7 @@ def _supertuning(
     loras: Mapping[str, LowRankBranch],
     biases: Collection[str],
 ) -> None:
-    """SUPERTUNING: the mask, filled up to one density; LoRA, filled up to one rank."""
+    """Write SUPERTUNING: the mask, filled up to one density; LoRA, filled up to one rank."""
     if biases:
         raise _beyond_peft(
             f"peft's SUPERTUNING, which a mask would be, has no place for the bias of "
@@ -298,7 +298,7 @@ def _refuse_others(adapter: str, model: nn.Module, targets: Iterable[str]) -> No
 
 
 def _mask_values(pet: PetModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """Positions and changes of the mask, by the path of the module whose weight they are of."""
+    """Return positions and changes of the mask, by the path of the module whose weight they are of."""
     if pet.mask is None:
         return {}
     delta = pet.get_delta()
@@ -312,7 +312,7 @@ def _mask_values(pet: PetModel) -> dict[str, tuple[Tensor, Tensor]]:
 
 
 def _sparsity(weights: Sequence[tuple[int, int]]) -> float:
-    """The greatest sparsity, up to rounding, at which each (size, least entries) is satisfied."""
+    """Return the greatest sparsity, up to rounding, that leaves each size its least entries."""
     sparsity = max(1.0 - max(least / size for size, least in weights), 0.0)
     step = 2.0**-52
     while sparsity > 0 and any(_entries(size, sparsity) < least for size, least in weights):
@@ -321,12 +321,12 @@ def _sparsity(weights: Sequence[tuple[int, int]]) -> float:
 
 
 def _entries(size: int, sparsity: float) -> int:
-    """As peft counts them."""
+    """Count the entries of a weight as peft does."""
     return int(size * (1 - sparsity))
 
 
 def _head_modules(pet: PetModel) -> set[str]:
-    """The outermost modules that hold parameters of the head and no others."""
+    """List the outermost modules that hold parameters of the head and no others."""
     head = set(pet.head)
     found: set[str] = set()
     for path, module in pet.model.named_modules():

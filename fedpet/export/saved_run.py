@@ -94,7 +94,7 @@ class SavedRun:
 
     @property
     def values(self) -> np.ndarray:
-        """The last global values, float32, (num_values,)."""
+        """Return the last global values, float32, (num_values,)."""
         values: np.ndarray = np.load(self.path / VALUES_FILE, allow_pickle=False)
         return values
 

@@ -112,12 +112,12 @@ def _specs(structure: Structure) -> set[Any]:
 
 
 def _is_drawn(structure: Structure) -> bool:
-    """Whether modules have parts that are drawn from the seed and count with the values."""
+    """Tell whether modules have parts that are drawn from the seed and count with the values."""
     return any(spec.rank and spec.kind != "hiwi-bias" for spec in structure.modules)
 
 
 def _same_rank(theirs: MaskConfig | None, ours: MaskConfig | None) -> bool:
-    """Whether two masks rank their entries by the same rule."""
+    """Tell whether two masks rank their entries by the same rule."""
     if theirs is None or ours is None:
         return theirs is ours
     return theirs.rule == ours.rule and (ours.rule != "random" or theirs.seed == ours.seed)
