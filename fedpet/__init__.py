@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from fedpet.data.bundled_data import bundled_model, bundled_reviews
     from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
     from fedpet.errors import FedpetError, InputError
+    from fedpet.export import export_peft
     from fedpet.pet.factory import get_pet_model
     from fedpet.pet.mask import Mask, build_mask, pafi_mask
     from fedpet.pet.model import PetModel
@@ -47,6 +48,7 @@ _HOME = {
     "fedpet.data.bundled_data": ("bundled_model", "bundled_reviews"),
     "fedpet.data.federated_dataset": ("FederatedDataset", "load_federated_dataset"),
     "fedpet.errors": ("FedpetError", "InputError"),
+    "fedpet.export": ("export_peft",),
     "fedpet.protocol.ledger": ("Ledger",),
     "fedpet.pet.mask": ("Mask", "build_mask", "pafi_mask"),
     "fedpet.pet.model": ("PetModel",),
@@ -97,6 +99,7 @@ __all__ = [
     "bundled_reviews",
     "decode",
     "encode",
+    "export_peft",
     "get_pet_model",
     "linears",
     "load_federated_dataset",

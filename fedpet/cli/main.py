@@ -240,11 +240,32 @@ def merge(
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to make.")],
 ) -> None:
     """Fold a run's values into a plain Hugging Face model."""
-    from fedpet.run.merge import merge_run
+    export(run, out)
+
+
+@app.command(epilog="Example: fedpet export runs/film-reviews-1 --format peft --out my-adapter")
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder.")],
+    out: Annotated[Path, typer.Option(help="The folder to make.")],
+    format: Annotated[
+        str,
+        typer.Option(help="merged, a plain Hugging Face model; or peft, an adapter of peft."),
+    ] = "merged",
+    push_to_hub: Annotated[
+        str, typer.Option(metavar="NAME", help="Upload it to this repository of the Hub too.")
+    ] = "",
+    public: Annotated[
+        bool, typer.Option("--public", help="Let a repository that is made now be public.")
+    ] = False,
+) -> None:
+    """Write what a run has trained for other tools: a plain model, or an adapter of peft."""
+    from fedpet import export as exporting
 
     run, out = expand(run), expand(out)
-    merge_run(run, out)
-    print(f"Plain model: {out}")
+    exporting.export_run(run, out, format)
+    print(f"{'Adapter of peft' if format == 'peft' else 'Plain model'}: {out}")
+    if push_to_hub:
+        print(f"Uploaded: {exporting.push_to_hub(out, push_to_hub, private=not public)}")
 
 
 @app.command(epilog="Example: fedpet compare runs/a runs/b benchmarks/results/default")

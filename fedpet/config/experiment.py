@@ -35,7 +35,7 @@ from fedpet.utils.paths import absolute, expand
 
 Scalar = str | int | float | bool
 
-_PATHS = (("run", "cache"), ("run", "out"), ("structure", "file"))
+_PATHS = (("run", "cache"), ("run", "out"), ("run", "start"), ("structure", "file"))
 _PATHS_OR_NAMES = (("backbone", "model"), ("data", "source"))  # a name, where no file is there
 
 
@@ -95,6 +95,11 @@ class Experiment:
     def _check_search(self) -> None:
         if not self.search.federated:
             return
+        if self.run.start:
+            raise ConfigError(
+                "search.federated finds the structure in the run, and run.start names values of a "
+                "structure that is settled: leave one of them out."
+            )
         if self.structure.file:
             raise ConfigError(
                 f"search.federated finds the structure in the run, and structure.file names "

@@ -392,6 +392,7 @@ class RunConfig(Stage):
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
     # Trackers: tensorboard, wandb, mlflow, trackio, where their package is installed.
     callbacks: tuple[str, ...] = ()
+    start: str = ""  # a finished run, or a saved PetModel, whose values are those of round 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -31,7 +31,7 @@ from fedpet.pet.mask import Mask, build_mask
 from fedpet.pet.structure import Structure
 from fedpet.pet.trainable_model import TrainableModel, check_plain
 
-__all__ = ["CONFIG_FILE", "VALUES_FILE", "load_pet", "save_pet"]
+__all__ = ["CONFIG_FILE", "VALUES_FILE", "load_pet", "read_pet", "save_pet"]
 
 VALUES_FILE = "pet_model.safetensors"
 CONFIG_FILE = "pet_config.json"
@@ -81,7 +81,7 @@ def load_pet(make: Callable[..., _Model], model: nn.Module, folder: Path) -> _Mo
         InputError: The folder does not hold such files, or they do not belong together.
     """
     check_plain(model)
-    table, tensors = _read(folder)
+    table, tensors = read_pet(folder)
     parameters = dict(model.named_parameters())
     starts = _under("start/", tensors)
     found = fingerprint((n, p) for n, p in parameters.items() if n not in starts)
@@ -127,7 +127,12 @@ def load_pet(make: Callable[..., _Model], model: nn.Module, folder: Path) -> _Mo
     return pet
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_pet(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read both files.
+
+    Raises:
+        InputError: The folder does not hold such files.
+    """
     try:
         table = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if not isinstance(table, dict) or table.get("schema") != SCHEMA:

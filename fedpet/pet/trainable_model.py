@@ -28,7 +28,7 @@ from fedpet.pet.kernels.matmul import PRODUCTS
 from fedpet.pet.layers.flat_parameters import FlatParameters, is_adapted
 from fedpet.pet.layers.injection import build_sites
 from fedpet.pet.layout import Segment, segments_of, split_trainables
-from fedpet.pet.modules.base import PetModule
+from fedpet.pet.modules.base import GatedModule, PetModule
 from fedpet.pet.modules.building import build_mask, build_structure
 from fedpet.pet.modules.head import HeadTensor
 from fedpet.pet.structure import Structure
@@ -233,6 +233,11 @@ class TrainableModel(ModelWrapper):
             ValueError: Another length.
         """
         self.load_values(torch.as_tensor(delta), seed=seed)
+
+    @property
+    def structure_modules(self) -> tuple[GatedModule, ...]:
+        """The modules that the structure names, in its order."""
+        return tuple(self._structure)
 
     @property
     def inexact_kinds(self) -> tuple[str, ...]:

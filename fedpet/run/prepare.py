@@ -29,6 +29,7 @@ from fedpet.data import (
     load_evaluation,
 )
 from fedpet.errors import ConfigError
+from fedpet.export.start_values import start_values
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure, load_structure
@@ -41,6 +42,7 @@ from fedpet.search import Space, check_structure
 from fedpet.training.batching import inputs_of
 from fedpet.training.cls_only import check_first_token
 from fedpet.training.input_checks import check_inputs
+from fedpet.utils.paths import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -67,6 +69,7 @@ class Prepared(RunInputs):
     structure: Structure  # with what a search tells of it; the plan has its modules alone
     plan: Plan
     pet: PetModel  # the server's own
+    start: np.ndarray | None = None  # values of round 0; None: zeros, the checkpoint
 
 
 @dataclass(frozen=True)
@@ -149,6 +152,7 @@ def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prep
             "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
             "is empty. Enable one of them."
         )
+    folder = ground.experiment.run.start
     return Prepared(
         ground.experiment,
         data,
@@ -159,6 +163,7 @@ def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prep
         structure,
         plan,
         pet,
+        start_values(expand(folder), plan, pet) if folder else None,
     )
 
 

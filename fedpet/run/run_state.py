@@ -76,7 +76,8 @@ class RunState:
         self._merged: PreTrainedModel | None = None
         self._assessed: Assessment | None = None  # the last evaluation of this process
         self._goes_on, self._resumed = journal is not None, resumed
-        self.values = np.zeros(prepared.plan.num_values, dtype=np.float32)
+        start = prepared.start
+        self.values = np.zeros(prepared.plan.num_values, np.float32) if start is None else start
         if journal is not None:
             self.values = restore_strategy(journal, strategy)
         self.rounds_left = self._last_round - strategy.rounds_done

