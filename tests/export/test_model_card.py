@@ -92,8 +92,8 @@ def test_a_run_without_a_result_and_one_that_diverged_have_cards_too(
 
 
 def test_only_a_name_on_the_hub_is_the_base_model(tmp_path: Path) -> None:
-    assert hub_name("embedded") == hub_name(f"package:{bundled.name_of(bundled.MODEL)}")
-    assert hub_name("embedded") == "sentence-transformers/all-MiniLM-L6-v2"
+    assert hub_name("bundled") == hub_name(f"package:{bundled.name_of(bundled.MODEL)}")
+    assert hub_name("bundled") == "sentence-transformers/all-MiniLM-L6-v2"
     assert hub_name("org/model") == "org/model"
     assert hub_name("bert-base-uncased") == "bert-base-uncased"
     for local in (str(tmp_path), "./here", "~/model", "package:other", "a/b/c", ""):
