@@ -391,6 +391,8 @@ def _method(name: str, table: Any, shared: tuple[Rate, ...]) -> Method:
             f"{where} runs {method.runs!r}. Known are: {', '.join((FEDPET, *METHODS))}; name one "
             "with runs where the row has a name of its own."
         )
+    if method.rates and other:
+        raise ConfigError(f"{where} must have learning-rates or rates-of, got both.")
     if not method.rates and not other:
         raise ConfigError(f"{where} lacks the key 'learning-rates', as does the table file.")
     return method

@@ -90,6 +90,13 @@ class Grid(ABC):
                 f"tune.seed {self.tune_seed} is one of final.seeds: rates must be chosen by runs "
                 "that no result is reported of."
             )
+        tuned = {method.name for method in self.tuned}
+        for method in self.methods:
+            if unknown := set(method.rates_of) - tuned:
+                raise ConfigError(
+                    f"{method.name!r} takes the rate of {unknown.pop()!r}, which has no rates of "
+                    f"its own. Known are: {', '.join(sorted(tuned))}."
+                )
         sizes = {method.name: len(method.rates) for method in self.tuned}
         if len(set(sizes.values())) > 1 or 0 in sizes.values():
             raise ConfigError(
