@@ -38,6 +38,8 @@ def recorded(folder: Path) -> Iterator[tuple[str, Experiment, dict[str, Any]]]:
             continue  # checks.json: cells that were run again
         if content.get("runs") == FEDPET and content["result"]["run"]["status"] == "ok":
             experiment = stored_experiment(content["settings"])
+            if experiment.search.federated:
+                continue  # no estimate foresees a structure
             name = str(path.relative_to(folder).with_suffix(""))
             yield name, experiment, content["result"]["communication"]
 

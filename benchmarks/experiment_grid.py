@@ -349,10 +349,14 @@ class ExperimentGrid(Grid):
 def stored_experiment(tables: Mapping[str, Any]) -> Experiment:
     """Return the experiment of a stored cell; a key that it lacks has its default.
 
+    Cells name their structures below the checkout, where benchmarks once lay in another folder.
+
     Raises:
         ConfigError: The settings do not read any more.
     """
-    return Experiment.from_tables(tables)
+    experiment = Experiment.from_tables(tables)
+    file = experiment.structure.file.removeprefix("simulations/")
+    return replace(experiment, structure=replace(experiment.structure, file=file))
 
 
 def bytes_of(result: Result, kind: str) -> int:
