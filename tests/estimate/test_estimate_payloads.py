@@ -21,7 +21,6 @@ from fedpet.estimate import estimate, outline
 from fedpet.estimate.message_sizes import CHUNK_BYTES, made_up_plan, message_bytes
 from fedpet.estimate.participants import Participant
 from fedpet.estimate.payload_simulation import Payloads, Server, payloads
-
 from fedpet.pet.structure import Structure
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import single_client_bytes
