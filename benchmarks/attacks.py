@@ -37,12 +37,12 @@ from fedpet.config import Experiment
 from fedpet.config.builtin import experiment_file
 from fedpet.errors import ConfigError, FedpetError, InputError, RunError
 from fedpet.pet.layout import quantisation_groups
+from fedpet.protocol.flower_compat import quiet_flower
 from fedpet.protocol.frame import Frame, pack_frame, pack_refusal, unpack_frames
 from fedpet.protocol.request import read_request
 from fedpet.report.number_format import show_metric
 from fedpet.run.federate import Prepared, federate, prepare
 from fedpet.run.local_grid import LocalGrid
-from fedpet.run.ray_engine import quiet_flower
 from fedpet.run.run_folder import RunFolder
 from fedpet.utils.seeds import derive_seed
 
@@ -58,12 +58,12 @@ SMALLER = (
     "data.max-train-rows=4000",
     "data.max-eval-rows=600",
     "data.max-length=32",
-    "population.min-rows=4",
+    "clients.min-rows=4",
     "run.workers=1",
-    "codec.up=float32",  # what is told apart is the rules
-    "codec.down=float32",
-    "codec.downlink=changes",
-    "training.first-token-only=false",  # their cells were run with whole passes
+    "codec.uplink=float32",  # what is told apart is the rules
+    "codec.downlink=float32",
+    "codec.downlink-mode=delta",
+    "training.cls-only=false",  # their cells were run with whole passes
 )
 STRATEGY_PARAMETERS = {
     "fedavg": (),

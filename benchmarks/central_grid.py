@@ -22,6 +22,7 @@ from typing import Any
 
 from benchmarks.cell import Cell, Result
 from benchmarks.central_training import Rows, run_centrally
+from benchmarks.experiment_grid import with_new_fields
 from benchmarks.grid import Grid, Method
 from benchmarks.rate import Rate
 from benchmarks.table_keys import Keys, rates_of
@@ -74,7 +75,7 @@ class CentralCell(Cell):
         defaults = json.loads(json.dumps(_DEFAULTS))
         return {
             stage: {**defaults.get(stage, {}), **value} if isinstance(value, dict) else value
-            for stage, value in stored.items()
+            for stage, value in with_new_fields(stored).items()
         }
 
     def run(self) -> Result:

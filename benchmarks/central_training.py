@@ -23,8 +23,8 @@ from fedpet.backbone.device import device_of
 from fedpet.backbone.pretrained import Backbone, load_backbone, locate
 from fedpet.config import (
     BackboneConfig,
+    ClientsConfig,
     DataConfig,
-    PopulationConfig,
     SearchConfig,
     TrainingConfig,
 )
@@ -35,11 +35,13 @@ from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
 from fedpet.run.central_search import find_structure
 from fedpet.search import check_structure, settle
-from fedpet.training.loop import batches, inputs_of, local_loss, predict
+from fedpet.training.batching import batches, inputs_of
+from fedpet.training.evaluation import predict
+from fedpet.training.loss import client_loss
 from fedpet.training.metrics import metric_value
 from fedpet.utils.seeds import derive_seed
 
-_EVERYBODY = PopulationConfig(partition="iid", num_clients=1, min_rows=1)
+_EVERYBODY = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 
 @dataclass(frozen=True)
@@ -167,15 +169,14 @@ def train_structure(
     torch.manual_seed(derive_seed("dropout", seed))
     pet.model.train(config.dropout)
     device = device_of(pet.model)
-    loss_of = local_loss(rows.labels[indices], task, config.logit_adjustment, device)
+    loss_of = client_loss(rows.labels[indices], task, config.logit_adjustment, device)
     losses: list[float] = []
     for _ in range(config.local_epochs):
         losses = []
         for chosen in batches(indices, rows.lengths, config.batch_size, generator):
             batch, labels = inputs_of(rows, chosen, device)
             pet.zero_grad()
-            logits = pet.model(**batch).logits
-            loss = loss_of(logits, labels)
+            loss = loss_of(pet.model(**batch), labels)
             loss.backward()
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(groups.values(), config.clip_norm)

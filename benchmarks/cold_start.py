@@ -177,9 +177,11 @@ def _request(plan: Any, groups: list[tuple[int, int]], client: str, server_round
 
     values = np.zeros(plan.num_values, dtype=np.float32)
     seed = derive_seed("downlink", plan.seed, server_round)
-    payload = encode_values(values, plan.codec.down, groups, seed=seed)
+    payload = encode_values(values, plan.codec.downlink, groups, seed=seed)
     digest = plan.digest(plan.to_bytes())
-    frame = Frame(digest, server_round, 0, plan.codec.down, plan.num_values, 0, 0.0, 0.0, payload)
+    frame = Frame(
+        digest, server_round, 0, plan.codec.downlink, plan.num_values, 0, 0.0, 0.0, payload
+    )
     return write_request(Request((client_id64(client),), pack_frame(frame)))
 
 
@@ -263,7 +265,7 @@ def _train_whole(folder: Path, *, lora: bool) -> dict[str, float]:
     experiment = _experiment(folder)
     data = load_data(
         experiment.data,
-        experiment.population,
+        experiment.clients,
         locate(experiment.backbone),
         cache=cache_folder(experiment),
         evaluation=False,

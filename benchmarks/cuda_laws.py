@@ -233,12 +233,12 @@ def run(place: Place) -> None:
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "mask and lora, eden-3": {
         "structure": {"preset": "lnfit+lora", "rank": 4},
-        "codec": {"up": "eden-3", "down": "eden-5", "downlink": "values"},
+        "codec": {"uplink": "eden-3", "downlink": "eden-5", "downlink-mode": "full"},
     },
     "first token, tiers": {
         "structure": {"preset": "lnfit"},
         "mask": {"density": 0.02, "tiers": ["0.005=0.5", "0.02=0.5"]},
-        "training": {"first-token-only": True},
+        "training": {"cls-only": True},
     },
 }
 
@@ -257,7 +257,7 @@ def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict
             "run": {"name": "check", "out": str(out), "device": where, "cache": str(folder / "c")},
             "backbone": {"model": str(folder / size)},
             "data": {"source": str(folder / "rows"), "max-length": 32},
-            "population": {"client-column": "client", "min-rows": 2},
+            "clients": {"client-column": "client", "min-rows": 2},
             "mask": {"density": 0.02},
             "training": {"learning-rate": 0.002, "batch-size": 8, "threads": 4},
             "strategy": {"num-rounds": 3, "clients-per-round": 4},

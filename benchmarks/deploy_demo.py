@@ -134,8 +134,8 @@ def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
     """
     data = experiment.data
     table = open_source(data.source).read(data.train_split)
-    names = ("text", "label", experiment.population.client_column)
-    columns = [table.column(name, "", "the embedded data set") for name in names]
+    names = ("text", "label", experiment.clients.client_column)
+    columns = [table.column(name, "", "the bundled data set") for name in names]
     films = sorted(set(columns[2]))
     home = {film: NODES[index % len(NODES)] for index, film in enumerate(films)}
     lines: dict[str, list[str]] = {name: [] for name in NODES}

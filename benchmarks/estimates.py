@@ -47,7 +47,7 @@ def recorded(folder: Path) -> Iterator[tuple[str, Experiment, dict[str, Any]]]:
 def has_its_data(experiment: Experiment) -> bool:
     """Tell whether the rows of a recorded run can be read here."""
     source = experiment.data.source
-    return source == "embedded" or Path(source).exists()
+    return source == "bundled" or Path(source).exists()
 
 
 def deviations(experiment: Experiment, communication: dict[str, Any]) -> dict[str, float]:
@@ -76,9 +76,9 @@ def main() -> None:
         codec = experiment.codec
         table.add_row(
             name,
-            codec.up + (f", head {codec.head_up}" if codec.head_up else ""),
-            codec.down + (f", head {codec.head_down}" if codec.head_down else ""),
-            codec.downlink + (", feedback" if codec.error_feedback else ""),
+            codec.uplink + (f", head {codec.head_uplink}" if codec.head_uplink else ""),
+            codec.downlink + (f", head {codec.head_downlink}" if codec.head_downlink else ""),
+            codec.downlink_mode + (", feedback" if codec.error_feedback else ""),
             *(f"{found[key]:+.2%}" for key in NAMES),
         )
     Console().print(table)

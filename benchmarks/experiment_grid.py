@@ -36,6 +36,7 @@ from benchmarks.rate import Rate
 from benchmarks.table_keys import Keys, rates_of, strings
 from fedpet.config import Experiment
 from fedpet.config.builtin import experiment_file
+from fedpet.config.renamed import with_new_names
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
 from fedpet.report.number_format import show_metric
@@ -45,7 +46,8 @@ FEDPET = "fedpet"
 # Stages that a baseline does not read, and keys that decide where a run is done and not what.
 _FEDPET_STAGES = ("mask", "structure", "search", "codec")
 _PLACE_KEYS = ("name", "workers", "cache", "out")
-_SETTLED = ("budget", "rate", "rates", "mask_in_budget")  # of a search, filled in when it begins
+# Of a search, filled in when it begins.
+_SETTLED = ("budget", "learning_rate", "learning_rates", "mask_in_budget")
 
 
 @dataclass(frozen=True)
@@ -186,7 +188,8 @@ class StructureFile(Cell):
             same = (stored.get("seed"), stored.get("asked_budget")) == (config.seed, config.budget)
         else:
             wanted = {**reproducible_settings(config), "asked_budget": config.budget}
-            before = {**settings, "asked_budget": stored.get("asked_budget")}
+            before = with_new_fields({"search": settings})["search"]
+            before["asked_budget"] = stored.get("asked_budget")
             same = all(before.get(key) == wanted[key] for key in wanted if key not in _SETTLED)
         if not same:
             raise ConfigError(
@@ -354,9 +357,19 @@ def stored_experiment(tables: Mapping[str, Any]) -> Experiment:
     Raises:
         ConfigError: The settings do not read any more.
     """
-    experiment = Experiment.from_tables(tables)
+    experiment = Experiment.from_tables(with_new_names(tables))
     file = experiment.structure.file.removeprefix("simulations/")
     return replace(experiment, structure=replace(experiment.structure, file=file))
+
+
+def with_new_fields(stages: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the fields of stored stages under their present names."""
+    return {
+        stage: {key.replace("-", "_"): value for key, value in fields.items()}
+        if isinstance(fields, dict)
+        else fields
+        for stage, fields in with_new_names(stages).items()
+    }
 
 
 def bytes_of(result: Result, kind: str) -> int:

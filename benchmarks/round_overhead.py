@@ -35,7 +35,7 @@ from fedpet.run.run_folder import machine, new_run_folder, versions
 
 EXPERIMENTS = Path(__file__).parents[1] / "simulations" / "experiments"
 CODECS = {
-    "lossless": ("codec.up=float32", "codec.down=float32", "codec.downlink=changes"),
+    "lossless": ("codec.uplink=float32", "codec.downlink=float32", "codec.downlink-mode=delta"),
     "default": (),
 }
 
@@ -105,9 +105,9 @@ def measure(clients: int, rounds: int, codec: Sequence[str]) -> dict[str, Any]:
         experiment = Experiment.from_file(
             EXPERIMENTS / "film-reviews.toml",
             [
-                "population.partition=iid",
-                f"population.num-clients={clients}",
-                "population.min-rows=1",
+                "clients.partition=iid",
+                f"clients.num-clients={clients}",
+                "clients.min-rows=1",
                 f"strategy.clients-per-round={clients}",
                 f"strategy.num-rounds={rounds}",
                 f"strategy.evaluate-every={rounds}",

@@ -23,20 +23,19 @@ if TYPE_CHECKING:
     from fedpet.pet.factory import get_pet_model
     from fedpet.pet.mask import Mask, build_mask, pafi_mask
     from fedpet.pet.model import PetModel
+    from fedpet.pet.modules.adapter import AdapterConfig
     from fedpet.pet.modules.base import GatedModule
-    from fedpet.pet.modules.registry import linears, register_module
-    from fedpet.pet.pet_config import (
-        AdapterConfig,
-        BitFitConfig,
-        CustomModuleConfig,
-        HiwiConfig,
-        LayerNormConfig,
-        LoraConfig,
-        ModuleConfig,
-        PetConfig,
-    )
-    from fedpet.pet.structure import ModuleSpec, Structure
+    from fedpet.pet.modules.bitfit import BitFitConfig
+    from fedpet.pet.modules.hiwi import HiwiConfig
+    from fedpet.pet.modules.layernorm import LayerNormConfig
+    from fedpet.pet.modules.lora import LoraConfig
+    from fedpet.pet.modules.module_config import CustomModuleConfig, ModuleConfig
+    from fedpet.pet.modules.registry import ModuleSpec, linears, register_module
+    from fedpet.pet.pet_config import PetConfig
+    from fedpet.pet.structure import Structure
     from fedpet.protocol.ledger import Ledger
+    from fedpet.training.loss import register_loss
+    from fedpet.training.metrics import register_metric
 
 __version__ = "0.1.0"
 
@@ -48,19 +47,18 @@ _HOME = {
     "fedpet.pet.mask": ("Mask", "build_mask", "pafi_mask"),
     "fedpet.pet.model": ("PetModel",),
     "fedpet.pet.modules.base": ("GatedModule",),
-    "fedpet.pet.modules.registry": ("linears", "register_module"),
+    "fedpet.pet.modules.registry": ("ModuleSpec", "linears", "register_module"),
     "fedpet.pet.factory": ("get_pet_model",),
-    "fedpet.pet.pet_config": (
-        "AdapterConfig",
-        "BitFitConfig",
-        "CustomModuleConfig",
-        "HiwiConfig",
-        "LayerNormConfig",
-        "LoraConfig",
-        "ModuleConfig",
-        "PetConfig",
-    ),
-    "fedpet.pet.structure": ("ModuleSpec", "Structure"),
+    "fedpet.pet.modules.adapter": ("AdapterConfig",),
+    "fedpet.pet.modules.bitfit": ("BitFitConfig",),
+    "fedpet.pet.modules.hiwi": ("HiwiConfig",),
+    "fedpet.pet.modules.layernorm": ("LayerNormConfig",),
+    "fedpet.pet.modules.lora": ("LoraConfig",),
+    "fedpet.pet.modules.module_config": ("CustomModuleConfig", "ModuleConfig"),
+    "fedpet.pet.pet_config": ("PetConfig",),
+    "fedpet.pet.structure": ("Structure",),
+    "fedpet.training.loss": ("register_loss",),
+    "fedpet.training.metrics": ("register_metric",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -89,11 +87,15 @@ __all__ = [
     "get_pet_model",
     "linears",
     "pafi_mask",
+    "register_loss",
+    "register_metric",
     "register_module",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "strategies":
+        return importlib.import_module("fedpet.strategies")
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)

@@ -53,10 +53,11 @@ from fedpet.search import (
     select,
     temperature,
 )
-from fedpet.server.arrays import from_arrays, to_arrays
+from fedpet.server.aggregation import from_arrays, to_arrays
 from fedpet.server.client_pool import ClientPool
+from fedpet.server.rounds import SparseStrategy
 
-from .rules import SparseFedAvg
+from .fedavg import FedAvg
 
 __all__ = ["StructureSearch", "overlap"]
 
@@ -70,7 +71,7 @@ DEVIATIONS = (
 _CHOICES, _AVERAGED = "search/choices", "search/averaged"
 
 
-class StructureSearch(SparseFedAvg):
+class StructureSearch(SparseStrategy):
     """Rounds of a search, until the choice has settled.
 
     Args:
@@ -105,7 +106,7 @@ class StructureSearch(SparseFedAvg):
             ledger=ledger,
         )
         self.search: SearchConfig = plan.search
-        self._logit_adjustment = plan.training.logit_adjustment
+        self._losses = plan.training.logit_adjustment, plan.training.loss
         self.space = space
         self.averaged = 0
         self.values = np.zeros(plan.num_values, dtype=np.float32)
@@ -192,7 +193,7 @@ class StructureSearch(SparseFedAvg):
         told = {
             "method": "s3pet",
             "federated": True,
-            "deviations": [*deviations(config, self._logit_adjustment), *DEVIATIONS],
+            "deviations": [*deviations(config, *self._losses), *DEVIATIONS],
             "settings": reproducible_settings(config),
             "budget": int(config.budget),
             "values": chosen_size(chosen, space.sizes, space.tensors),
@@ -247,7 +248,7 @@ def overlap(one: Iterable[int], other: Iterable[int]) -> float:
 
 def _averaging(config: StrategyConfig, search: SearchConfig) -> StrategyConfig:
     """The rounds of training's strategy, with a plain average as their rule."""
-    return StrategyConfig(
+    return FedAvg(
         num_rounds=search.rounds,
         clients_per_round=config.clients_per_round,
         quorum=config.quorum,

@@ -38,7 +38,7 @@ from fedpet.run.ray_engine import run_on_ray
 from fedpet.run.result import summarise
 from fedpet.run.run_folder import RunFolder, new_run_folder
 from fedpet.server.client_pool import ClientPool
-from fedpet.training.loop import assess_rows
+from fedpet.training.evaluation import assess_rows
 from fedpet.training.metrics import Assessment
 from fedpet.utils.cores import usable_cores
 
@@ -69,7 +69,7 @@ def prepare_baseline(method: str, experiment: Experiment, listener: Listener) ->
     listener.say("reading and tokenising the rows")
     data = load_data(
         experiment.data,
-        experiment.population,
+        experiment.clients,
         locate(experiment.backbone),
         cache=cache_folder(experiment),
     )

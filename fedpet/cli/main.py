@@ -154,11 +154,11 @@ def search(
     print(f"Structure: {out}   Train it: --set structure.file={quote(str(out))}")
 
 
-@app.command(epilog="Example: fedpet mask embedded --density 0.005")
+@app.command(epilog="Example: fedpet mask bundled --density 0.005")
 def mask(
     model: Annotated[
-        str, typer.Argument(help="embedded, a hub name, a folder, or package:NAME.")
-    ] = "embedded",
+        str, typer.Argument(help="bundled, a hub name, a folder, or package:NAME.")
+    ] = "bundled",
     density: Annotated[float, typer.Option(help="Fraction of the entries in scope.")] = 0.005,
     rule: Annotated[str, typer.Option(help="smallest (PaFi), largest or random.")] = "smallest",
     granularity: Annotated[str, typer.Option(help="global or per-tensor.")] = "global",
@@ -303,7 +303,7 @@ def report(
 
 
 @app.command(
-    epilog="Example: fedpet estimate --model config.json --clients 1000 --set codec.up=eden-4"
+    epilog="Example: fedpet estimate --model config.json --clients 1000 --set codec.uplink=eden-4"
 )
 def estimate(
     experiment: Annotated[

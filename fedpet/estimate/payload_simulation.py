@@ -14,7 +14,6 @@ round correlate by 0.1, of two rounds by 0.02); how sizes differ between entries
 
 from __future__ import annotations
 
-import inspect
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -23,17 +22,19 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import torch
-from flwr.app import Array, ArrayRecord, ConfigRecord
-from flwr.serverapp.strategy import FedAdagrad, FedAdam, FedAvg, FedAvgM, FedYogi
+from flwr.app import ConfigRecord
 
 from fedpet.codec import VectorCodec, encode_with_feedback
 from fedpet.codec.spec import parse_codec
 from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.estimate.participants import Participant
 from fedpet.pet.modules.registry import KINDS
+from fedpet.protocol.flower_compat import quiet_flower
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.shared_reference import Reference, encode_full
-from fedpet.training.loop import make_optimizer
+from fedpet.server.aggregation import aggregate, to_arrays, train_message
+from fedpet.server.rounds import make_rule
+from fedpet.training.optimizer import make_optimizer, rate_factor
 
 __all__ = ["Kinds", "Payloads", "is_fixed", "local_steps", "payloads"]
 
@@ -55,10 +56,6 @@ _STRETCH, _STRETCH_SPREAD = 256, 0.3
 _STEP_SPREAD = 0.15
 _SIGNAL = 0.15  # shared by steps and clients of a round, relative to the rest
 _CORRELATION = 0.1  # of the updates of one round
-
-# Rules that move the values by more than the mean update.
-_RULES = {"fedavgm": FedAvgM, "fedadam": FedAdam, "fedyogi": FedYogi, "fedadagrad": FedAdagrad}
-_PARAMETERS = ("server_momentum", "beta_1", "beta_2", "tau")
 
 
 @dataclass(frozen=True)
@@ -105,8 +102,8 @@ def payloads(
         seed: Of the gradients.
     """
     codec = plan.codec
-    up_is_fixed = is_fixed(codec.up, codec.head_up)
-    down_is_fixed = is_fixed(codec.down, codec.head_down) and not plan.is_delta_downlink
+    up_is_fixed = is_fixed(codec.uplink, codec.head_uplink)
+    down_is_fixed = is_fixed(codec.downlink, codec.head_downlink) and not plan.is_delta_downlink
     shape = (len(rounds), len(tiers))
     lengths = Payloads(np.empty(shape), np.empty(shape), np.zeros(shape))
     for index, kinds in enumerate(tiers):
@@ -124,7 +121,7 @@ def payloads(
         if not up_is_fixed and tier.up_lengths:
             sent = tier.up_lengths
             lengths.up[:, index] = np.interp(every, list(sent), list(sent.values()))
-        if not is_fixed(codec.down, codec.head_down):
+        if not is_fixed(codec.downlink, codec.head_downlink):
             lengths.down[:, index] = _from_round_2(tier.down_lengths, every)
         if plan.is_delta_downlink:
             lengths.whole[:, index] = _from_round_2(tier.whole_lengths, every)
@@ -132,56 +129,28 @@ def payloads(
 
 
 class Server:
-    """A strategy's rule on a vector, as Flower has it.
+    """A strategy's rule on a vector, as Flower has it."""
 
-    Attributes:
-        is_mean: Whether the values move by the mean update.
-    """
+    def __init__(self, config: StrategyConfig, training: TrainingConfig) -> None:
+        self._config, self._rule = config, make_rule(config, training)
 
-    def __init__(self, config: StrategyConfig) -> None:
-        self._config = config
-        kind = _RULES.get(config.name)
-        self.is_mean = kind is None
-        if kind is None:
-            self._rule: Any = _Mean()
-            return
-        takes = inspect.signature(kind).parameters
-        given = {name: getattr(config, name) for name in _PARAMETERS if name in takes}
-        if config.server_learning_rate:  # else Flower's own
-            name = "eta" if "eta" in takes else "server_learning_rate"
-            given[name] = config.server_learning_rate
-        self._rule = type(kind.__name__, (kind, _Mean), {})(**given)
+    @property
+    def is_mean(self) -> bool:
+        """Tell whether the values move by the mean update."""
+        return not self._config.has_server_optimizer
 
     def num_averaged(self, num_replies: int) -> int:
         """Return of how many updates the rule takes the mean, or something as quiet."""
-        config = self._config
-        count = {
-            "krum": 1,
-            "multikrum": config.num_selected,
-            "bulyan": num_replies - 4 * config.num_malicious,
-        }.get(config.name, num_replies)
-        return min(max(count, 1), num_replies)
+        return min(max(self._config.num_averaged(num_replies), 1), num_replies)
 
     def move(self, values: Floats, mean: Floats, server_round: int) -> Floats:
         """Return the values after a round, float32 (n,)."""
-        self._rule.current_arrays = None
-        self._rule.configure_train(server_round, _record(values), ConfigRecord(), None)
-        moved, _ = self._rule.aggregate_train(server_round, _record(values + mean))
-        return np.asarray(moved["values"].numpy(), dtype=np.float32)
-
-
-class _Mean(FedAvg):
-    """Takes an average in the place of replies: the base of a rule that moves by one."""
-
-    def configure_train(self, *args: Any) -> Any:
-        return []
-
-    def aggregate_train(self, server_round: int, replies: Any) -> Any:
-        return replies, None
-
-
-def _record(values: Floats) -> ArrayRecord:
-    return ArrayRecord({"values": Array(values)})
+        if self.is_mean:
+            return values + mean
+        reply = train_message(values + mean, num_examples=1, loss=0.0)
+        with quiet_flower():
+            self._rule.configure_train(server_round, to_arrays(values), ConfigRecord(), None)  # type: ignore[arg-type]  # no grid: nobody is sampled
+            return aggregate(self._rule, server_round, values, [reply])[0]
 
 
 class _Tier:
@@ -214,7 +183,7 @@ class _Federation:
     def __init__(
         self, tiers: Sequence[Kinds], plan: Plan, strategy: StrategyConfig, seed: int
     ) -> None:
-        self._plan, self._server = plan, Server(strategy)
+        self._plan, self._server = plan, Server(strategy, plan.training)
         self._random = np.random.default_rng(seed)
         largest = tiers[-1]
         self._kinds = [(k, size) for (k, _), size in zip(largest, _shrunk(largest), strict=True)]
@@ -278,9 +247,13 @@ class _Federation:
         groups: dict[str, list[Any]] = {}
         for (kind, _), part in zip(self._kinds, parts, strict=True):
             groups.setdefault(kind, []).append(part)
-        linear = training.schedule == "linear"
-        decay = 1.0 - self._plan.progress(server_round) if linear else 1.0
-        optimiser = make_optimizer(groups, training, decay)
+        factor = rate_factor(training.schedule, self._plan.progress(server_round))
+        optimiser = make_optimizer(
+            groups,
+            lambda kind: training.rate_of(kind) * factor,
+            name=training.optimizer,
+            weight_decay=training.weight_decay,
+        )
         for _ in range(min(local_steps(taker.num_rows, training), MAX_STEPS)):
             loud = np.float32(10 ** (_STEP_SPREAD * self._random.standard_normal()))
             gradient = torch.from_numpy((self._normal() + signal) * (self._deviations * loud))

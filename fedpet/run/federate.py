@@ -39,8 +39,10 @@ from fedpet.run.quality import refuse_diverged
 from fedpet.run.result import count_by_kind, summarise
 from fedpet.run.run_folder import RunFolder
 from fedpet.run.run_state import RunState
+from fedpet.server.aggregation import to_arrays
 from fedpet.server.client_pool import ClientPool, ConnectedClientPool
-from fedpet.strategies import STRATEGIES, TierAssignment, to_arrays
+from fedpet.server.rounds import SparseStrategy
+from fedpet.server.tier_assignment import TierAssignment
 from fedpet.utils.cores import usable_cores
 
 if TYPE_CHECKING:
@@ -94,7 +96,7 @@ def federate(
         journal = None  # the search was over, and training had not begun
     out.write_structure(prepared.structure)
     plan, pet = prepared.plan, prepared.pet
-    strategy = STRATEGIES[experiment.strategy.name](
+    strategy = SparseStrategy(
         plan=plan,
         tiers=tiers_of(pet, plan.mask),
         population=population,

@@ -28,7 +28,9 @@ from fedpet.run.resume import journal_after, restore_strategy
 from fedpet.run.run_folder import RunFolder
 from fedpet.run.run_state import refuse_stalled
 from fedpet.server.client_pool import ClientPool, ConnectedClientPool
-from fedpet.strategies import NodeRegistry, SparseStrategy, StructureSearch
+from fedpet.server.node_registry import NodeRegistry
+from fedpet.server.rounds import SparseStrategy
+from fedpet.strategies import StructureSearch
 from fedpet.utils.gc_paused import kept_from_collection
 
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ def search_in_rounds(
 
 def make_client_pool(prepared: RunInputs) -> ClientPool:
     """The clients of the data; in a deployment none as yet."""
-    if prepared.experiment.population.partition == "nodes":
+    if prepared.experiment.clients.partition == "nodes":
         return ConnectedClientPool()
     clients = prepared.data.clients
     return ClientPool({client.id: len(client.rows) for client in clients}, homes={})
@@ -128,7 +130,7 @@ def with_registry(
         plan=strategy.plan.to_bytes(),
         residents=population,
         holders=strategy.requests.holders,
-        expected=experiment.population.num_clients,
+        expected=experiment.clients.num_clients,
         wait_seconds=experiment.strategy.node_wait_seconds,
         ledger=strategy.ledger,
     )

@@ -38,9 +38,9 @@ from fedpet.protocol.plan import Plan
 from fedpet.protocol.plan_making import make_plan, make_search_plan
 from fedpet.run.central_search import settled_search
 from fedpet.search import Space, check_structure
+from fedpet.training.batching import inputs_of
 from fedpet.training.cls_only import check_first_token
 from fedpet.training.input_checks import check_inputs
-from fedpet.training.loop import inputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -116,7 +116,7 @@ def prepare(
     if is_deployed(experiment):
         data = load_evaluation(experiment.data, folder, cache=cache)
     else:
-        data = load_data(experiment.data, experiment.population, folder, cache=cache)
+        data = load_data(experiment.data, experiment.clients, folder, cache=cache)
     for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
         listener.say(line)
     listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
@@ -133,7 +133,7 @@ def prepare(
     )
     _check_enough_clients(experiment, data)
     check_inputs(backbone.model, data.evaluation, experiment.data.max_length)
-    if experiment.training.first_token_only:
+    if experiment.training.cls_only:
         one, _ = inputs_of(data.evaluation, np.arange(1), device_of(backbone.model))
         check_first_token(backbone.model, one)
     if experiment.search.federated and found is None:
@@ -146,7 +146,7 @@ def prepare(
 
 def is_deployed(experiment: Experiment) -> bool:
     """Whether the nodes bring the clients, and the server knows of none beforehand."""
-    return experiment.population.partition == "nodes"
+    return experiment.clients.partition == "nodes"
 
 
 def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prepared:
@@ -204,7 +204,7 @@ def _num_parameters(model: PreTrainedModel) -> int:
 def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:
     """Refuse a run none of whose rounds could have the replies that its rule needs."""
     least = experiment.strategy.min_usable_replies
-    clients = experiment.population.num_clients if is_deployed(experiment) else len(data.clients)
+    clients = experiment.clients.num_clients if is_deployed(experiment) else len(data.clients)
     if clients < least:
         raise ConfigError(
             f"strategy {experiment.strategy.name!r} with these parameters, and min-replies, need "

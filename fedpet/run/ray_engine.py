@@ -15,7 +15,6 @@ import signal
 import sys
 import tempfile
 import threading
-import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import replace
@@ -32,6 +31,7 @@ from fedpet.client.node_config import NodeSettings
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
+from fedpet.protocol.flower_compat import RESTARTS, quiet_flower, workers_end_with_ray
 from fedpet.protocol.ledger import SEARCH, Ledger
 from fedpet.run.central_search import claimed_file, state_file, write_file
 from fedpet.run.checkpoint_file import RunCheckpoint
@@ -39,7 +39,6 @@ from fedpet.run.federate import Listener, Prepared, PreparedSearch, federate, is
 from fedpet.run.federated_search import make_client_pool, search_in_rounds
 from fedpet.run.interrupts import Heeding, Terminated, stoppable
 from fedpet.run.ray_cluster import PREFIX, cluster_address, ray_folder
-from fedpet.run.ray_workers import RESTARTS, workers_end_with_ray
 from fedpet.run.resume import check_journal, cut_short, is_cut_short, searched_structure
 from fedpet.run.run_folder import RunFolder, claimed_run
 
@@ -162,7 +161,7 @@ def _search_on_ray(prepared: PreparedSearch, folder: RunFolder, listener: Listen
 def _refuse_nodes(experiment: Experiment) -> None:
     if is_deployed(experiment):
         raise ConfigError(
-            'population.partition is "nodes": real nodes bring their clients, and a simulation has '
+            'clients.partition is "nodes": real nodes bring their clients, and a simulation has '
             "none. Name another partition, or run it on nodes (`fedpet deploy`)."
         )
 
@@ -308,19 +307,3 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
-
-
-@contextmanager
-def quiet_flower() -> Iterator[None]:
-    """Keep Flower's log to errors: progress and refusals are told by fedpet."""
-    logger = logging.getLogger("flwr")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", category=DeprecationWarning, module="flwr")
-            yield
-        logger.setLevel(level)
-    except Exception:
-        logger.setLevel(level)
-        raise  # an interrupt keeps it off for longer, see `stoppable`

@@ -33,7 +33,7 @@ from fedpet.utils.lock import locked_folder
 if TYPE_CHECKING:
     from fedpet.data import FederatedData
     from fedpet.run.prepare import Prepared, PreparedSearch
-    from fedpet.strategies import SparseStrategy
+    from fedpet.server.rounds import SparseStrategy
 
 __all__ = [
     "check_journal",

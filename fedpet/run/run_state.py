@@ -23,8 +23,9 @@ from fedpet.protocol.ledger import Ledger
 from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
 from fedpet.run.resume import journal_after, restore_strategy
 from fedpet.run.run_folder import RunFolder
-from fedpet.strategies import SparseStrategy, from_arrays
-from fedpet.training.loop import assess_rows
+from fedpet.server.aggregation import from_arrays
+from fedpet.server.rounds import SparseStrategy
+from fedpet.training.evaluation import assess_rows
 from fedpet.training.metrics import Assessment
 
 if TYPE_CHECKING:
@@ -99,6 +100,7 @@ class RunState:
             model = self.final_model() if last else self._prepared.pet.model
             self._assessed = assess_rows(model, data.evaluation, data.task)
             record.metric = self._assessed.value
+            record.metrics = dict(self._assessed.metrics)
             record.evaluation_seconds = time.perf_counter() - clock
         ledger_bytes = self._ledger.close()
         if record.aggregated or last or server_round == 0:
@@ -106,7 +108,7 @@ class RunState:
         self._listener.round_done(record, self._ledger)
         if not last:
             refuse_stalled(self._ledger)
-        return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
+        return None if record.metric is None else MetricRecord({**record.metrics})
 
     def final_model(self) -> PreTrainedModel:
         """The plain model with the values folded in; made once, after the last round."""

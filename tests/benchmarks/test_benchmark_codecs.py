@@ -36,6 +36,6 @@ def test_one_data_set_has_natural_clients_and_one_is_under_dirichlet_a_tenth() -
         assert len(shipped.seeds) == 3
         method = shipped.methods[0]
         cell = shipped.final_cells(method)[0]
-        populations.append(Experiment.from_tables(cell.settings()).population)
+        populations.append(Experiment.from_tables(cell.settings()).clients)
     assert [p.partition for p in populations] == ["column", "dirichlet"]
-    assert populations[1].alpha == 0.1
+    assert populations[1].dirichlet_alpha == 0.1

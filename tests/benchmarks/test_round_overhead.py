@@ -27,7 +27,7 @@ def bytes_up(settings: Any) -> tuple[float, str]:
 def test_updates_of_noise_are_as_long_as_trained_ones_and_the_same_each_time(
     experiment: Any, codec: str, tmp_path: Any
 ) -> None:
-    same = {"codec_up": codec, "mask_density": 0.5, "training_learning_rate": 0.01}
+    same = {"codec_uplink": codec, "mask_density": 0.5, "training_learning_rate": 0.01}
     trained, _ = bytes_up(experiment(**same, run_out=str(tmp_path / "trained")))
     idle = {**same, "training_local_epochs": 0}
     nothing, _ = bytes_up(experiment(**idle, run_out=str(tmp_path / "nothing")))
