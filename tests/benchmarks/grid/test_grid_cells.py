@@ -6,9 +6,9 @@ import json
 from typing import Any
 
 import pytest
-from table_jobs import Fake, job
+from grid_jobs import Fake, job
 
-from benchmarks.table import Cell, TableFile, read_cell
+from benchmarks.cell import Cell
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
 
@@ -17,7 +17,7 @@ def test_tuning_runs_every_rate_once_on_the_tuning_split_and_evaluates_at_the_en
     table_file: Any,
 ) -> None:
     fake = Fake()
-    job(table_file(), fake).tune()
+    job(table_file(), fake).complete(["tune"])
     assert fake.ran == [
         "tune/full-lr0.001",
         "tune/full-lr0.01",
@@ -33,11 +33,11 @@ def test_tuning_runs_every_rate_once_on_the_tuning_split_and_evaluates_at_the_en
 def test_a_second_start_runs_only_what_is_missing(table_file: Any) -> None:
     path = table_file()
     first = Fake()
-    job(path, first).tune()
+    job(path, first).complete(["tune"])
     victim = path.parent / "results" / "small" / "tune" / "narrow-lr0.1.json"
     victim.unlink()
     second = Fake()
-    job(path, second).tune()
+    job(path, second).complete(["tune"])
     assert second.ran == ["tune/narrow-lr0.1"]
 
 
@@ -49,50 +49,50 @@ def test_a_cell_that_fails_leaves_no_file_and_the_others_stay(table_file: Any) -
 
     path = table_file()
     with pytest.raises(RunError):
-        job(path, Fake(score)).tune()
+        job(path, Fake(score)).complete(["tune"])
     there = [file.name for file in (path.parent / "results" / "small" / "tune").iterdir()]
     assert there == ["full-lr0.001.json"]
 
 
 def test_a_cell_run_with_other_settings_is_refused_with_what_differs(table_file: Any) -> None:
-    job(table_file(), Fake()).tune()
+    job(table_file(), Fake()).complete(["tune"])
     again = Fake()
     changed = table_file(set=["training.batch-size=16"])
     with pytest.raises(ConfigError, match=r"training\.batch-size was 4, is 16.*Remove"):
-        job(changed, again).tune()
+        job(changed, again).complete(["tune"])
     assert again.ran == []
 
 
 def test_the_mask_is_a_setting_of_fedpets_cells_and_not_of_a_baselines(table_file: Any) -> None:
-    job(table_file(), Fake()).tune()
+    job(table_file(), Fake()).complete(["tune"])
     changed = table_file(set=["mask.density=0.25"])
-    read = TableFile.read(changed)
-    full, narrow = read.methods
-    assert all(read_cell(cell) is not None for cell in read.tune_cells(full))
+    grid = job(changed, Fake())
+    full, narrow = grid.methods
+    assert all(cell.read() is not None for cell in grid.tune_cells(full))
     with pytest.raises(ConfigError, match=r"mask\.density was 0\.05, is 0\.25"):
-        read_cell(read.tune_cells(narrow)[0])
+        grid.tune_cells(narrow)[0].read()
 
 
 def test_another_cache_or_number_of_workers_is_no_other_setting(table_file: Any) -> None:
-    job(table_file(), Fake()).tune()
+    job(table_file(), Fake()).complete(["tune"])
     again = Fake()
-    job(table_file(set=["run.workers=7", "run.cache=elsewhere"]), again).tune()
+    job(table_file(set=["run.workers=7", "run.cache=elsewhere"]), again).complete(["tune"])
     assert again.ran == []
 
 
 def test_a_key_that_a_stored_cell_did_not_know_had_its_default(table_file: Any) -> None:
     path = table_file()
-    job(path, Fake()).tune()
+    job(path, Fake()).complete(["tune"])
     file = path.parent / "results" / "small" / "tune" / "full-lr0.001.json"
     content = json.loads(file.read_text())
     default = Experiment().training.weight_decay
     assert content["settings"]["training"].pop("weight-decay") == default
     file.write_text(json.dumps(content))
     again = Fake()
-    job(path, again).tune()
+    job(path, again).complete(["tune"])
     assert again.ran == []
     with pytest.raises(ConfigError, match="weight-decay"):
-        job(table_file(set=["training.weight-decay=0.1"]), again).tune()
+        job(table_file(set=["training.weight-decay=0.1"]), again).complete(["tune"])
 
 
 def test_a_file_that_is_no_cell_is_refused(table_file: Any) -> None:
@@ -101,4 +101,4 @@ def test_a_file_that_is_no_cell_is_refused(table_file: Any) -> None:
     file.parent.mkdir(parents=True)
     file.write_text("{}")
     with pytest.raises(ConfigError, match="no cell of a table"):
-        job(path, Fake()).tune()
+        job(path, Fake()).complete(["tune"])

@@ -16,21 +16,14 @@ import tomli_w
 from report_runs import to_text
 
 from benchmarks import search_step
-from benchmarks.search_table import (
-    PHASES,
-    Cell,
-    SearchTable,
-    SearchTableRun,
-    final_table,
-    read_cell,
-    summary,
-    tuning_table,
-)
-from benchmarks.search_table.training import run_cell, sample
-from benchmarks.table import Rate
+from benchmarks.central_grid import CentralCell, CentralGrid, Place
+from benchmarks.central_training import sample
+from benchmarks.grid import PHASES, Method
+from benchmarks.rate import Rate
+from benchmarks.tables import final_table, read_grid, summary, tuning_table
 from fedpet.errors import ConfigError
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -75,11 +68,11 @@ def table_file(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
 class Fake:
     """Stands for training: a score by the cell's name, and which cells were asked for."""
 
-    def __init__(self, score: Callable[[Cell], float] = lambda cell: 0.5) -> None:
+    def __init__(self, score: Callable[[CentralCell], float] = lambda cell: 0.5) -> None:
         self.score = score
-        self.cells: list[Cell] = []
+        self.cells: list[CentralCell] = []
 
-    def __call__(self, cell: Cell, data: Path, cache: Path) -> dict[str, Any]:
+    def __call__(self, cell: Any) -> dict[str, Any]:
         self.cells.append(cell)
         modules = [{"kind": "lnfit", "target": f"layer.{cell.search.seed}"}]
         return {
@@ -94,8 +87,15 @@ class Fake:
         return [cell.name for cell in self.cells]
 
 
-def job(path: Path, run: Any = run_cell, data: Path = Path("nowhere")) -> SearchTableRun:
-    return SearchTableRun(SearchTable.read(path), data, path.parent / "cache", print, run=run)
+def job(path: Path, run: Any = None, data: Path = Path("nowhere")) -> CentralGrid:
+    grid = read_grid(path, data=data, run=run)
+    assert isinstance(grid, CentralGrid)
+    grid.cache = path.parent / "cache"
+    return grid
+
+
+def row(grid: CentralGrid, name: str) -> Method:
+    return next(method for method in (*grid.methods, *grid.tuned) if method.name == name)
 
 
 def test_every_method_has_the_same_grid_and_the_final_runs_every_seed(table_file: Any) -> None:
@@ -107,7 +107,7 @@ def test_every_method_has_the_same_grid_and_the_final_runs_every_seed(table_file
     assert len(by_phase["structures"]) == 2 * 3  # data sets, seeds and that of tuning
     assert len(by_phase["tune"]) == 2 * 4 * 2  # searched, random, two presets; rates
     assert len(by_phase["final"]) == 2 * 2 * (1 + 2 + 1 + 1)
-    assert [row["method"] for row in summary(whole)] == [
+    assert [row["method"] for place in whole.places for row in summary(whole, place)] == [
         "searched", "random", "manual", "transfer",
     ] * 2  # fmt: skip
 
@@ -136,12 +136,12 @@ def test_the_manual_structure_and_every_rate_are_the_best_of_tuning(table_file: 
     fake = Fake(lambda c: next((s for end, s in scores.items() if c.path.stem.endswith(end)), 0.5))
     whole = job(table_file(), fake)
     whole.complete()
-    dataset = whole.table.datasets[0]
+    place = whole.places[0]
     high = Rate(0.1, ("head=0.01",))
-    assert whole.settled(dataset, 400, "manual") == ("lora", high)
-    assert whole.settled(dataset, 400, "searched")[1] == high
-    assert whole.settled(dataset, 400, "transfer")[1] == high
-    assert whole.settled(dataset, 400, "random")[1] == Rate(0.01)  # of equals the smaller
+    assert whole.settled(row(whole, "manual"), place) == ("lora", high)
+    assert whole.settled(row(whole, "searched"), place)[1] == high
+    assert whole.settled(row(whole, "transfer"), place)[1] == high
+    assert whole.settled(row(whole, "random"), place)[1] == Rate(0.01)  # of equals the smaller
     [manual, _] = [c for c in fake.cells if c.path.stem.startswith("one-b400-manual")]
     assert manual.search.method == "lora"
     assert manual.training is not None
@@ -153,7 +153,7 @@ def test_the_manual_structure_and_every_rate_are_the_best_of_tuning(table_file: 
 def test_transfer_trains_the_other_data_set_s_structure_of_the_same_seed(table_file: Any) -> None:
     fake = Fake()
     job(table_file(), fake).complete()
-    sources = {c.path.stem: c.found_by for c in fake.cells if "-from-" in c.path.stem}
+    sources = {c.path.stem: c.needs for c in fake.cells if "-from-" in c.path.stem}
     assert {
         name: path.stem for name, path in sources.items() if path is not None
     } == {
@@ -172,12 +172,12 @@ def test_a_variant_of_the_search_is_a_row_of_its_own_at_the_searched_ones_rate(
     searches = {c.path.stem: c.search for c in fake.cells if c.name.startswith("structures")}
     assert searches["one-b400-annealed-seed0"] == replace(searches["one-b400-seed0"], beta_end=0.1)
     final = {c.path.stem: c for c in fake.cells if c.name.startswith("final/one")}
-    found_by = final["one-b400-annealed-seed1"].found_by
+    found_by = final["one-b400-annealed-seed1"].needs
     assert found_by is not None
     assert found_by.stem == "one-b400-annealed-seed1"
     assert not any("annealed" in c.name for c in fake.cells if c.name.startswith("tune"))
-    [row] = [r for r in summary(whole) if (r["dataset"], r["method"]) == ("one", "annealed")]
-    assert row["mean"] == pytest.approx(0.6)
+    [found] = [r for r in summary(whole, whole.places[0]) if r["method"] == "annealed"]
+    assert found["mean"] == pytest.approx(0.6)
     assert "+0.1000" in to_text(final_table(whole), 160)
 
 
@@ -203,13 +203,13 @@ def test_a_key_that_a_stored_cell_did_not_know_had_its_default(table_file: Any) 
     content = json.loads(cell.path.read_text())
     del content["settings"]["search"]["hard"]
     cell.path.write_text(json.dumps(content))
-    assert read_cell(cell) is not None
+    assert cell.read() is not None
 
 
 def test_final_runs_before_tuning_are_refused(table_file: Any) -> None:
     with pytest.raises(ConfigError, match="Run the phase 'tune' first"):
         job(table_file(), Fake()).complete(["final"])
-    assert job(table_file(), Fake()).known("final") == []
+    assert job(table_file(), Fake()).known_cells("final") == []
 
 
 def test_a_check_notes_whether_cells_come_out_the_same(table_file: Any) -> None:
@@ -232,11 +232,11 @@ def test_a_check_notes_whether_cells_come_out_the_same(table_file: Any) -> None:
 )
 def test_a_table_that_would_mislead_is_refused(table_file: Any, changes: Any, word: str) -> None:
     with pytest.raises(ConfigError, match=word):
-        SearchTable.read(table_file(**changes))
+        read_grid(table_file(**changes))
 
 
 def test_the_table_in_the_repository_reads_and_its_data_are_not_in_it() -> None:
-    table = SearchTable.read(REPOSITORY / "benchmarks" / "search.toml")
+    table = job(REPOSITORY / "benchmarks" / "search.toml")
     assert [dataset.name for dataset in table.datasets] == ["sst2", "cola"]
     assert table.train_rows == 2000
     assert len(table.seeds) == table.random_structures == 3
@@ -245,20 +245,19 @@ def test_the_table_in_the_repository_reads_and_its_data_are_not_in_it() -> None:
 def test_real_cells_keep_the_budget_and_come_out_again_to_the_bit(
     table_file: Any, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    cache = tmp_path / "cache"
-    whole = job(table_file(), run_cell, files[1])
-    one = whole.table.datasets[0]
-    found = whole.structure_cell(one, 400, 7)
-    with pytest.raises(ConfigError, match="has not been searched"):
-        run_cell(whole.tune_cells(one, 400, "searched")[0], files[1], cache)
-    result = run_cell(found, files[1], cache)
+    whole = job(table_file(), data=files[1])
+    place = Place(whole.datasets[0], 400)
+    found = whole.structure_cell(place, 7)
+    with pytest.raises(ConfigError, match="Run the phase 'structures' first"):
+        whole.complete(["tune"])
+    result = found.run()
     assert 0 < result["values"] <= 400
-    assert run_cell(found, files[1], cache)["sha256"] == result["sha256"]
+    assert found.run()["sha256"] == result["sha256"]
     found.path.parent.mkdir(parents=True)
     found.path.write_text(json.dumps({"result": result}))
     for method in ("searched", "random", "lora"):
-        cell = whole.tune_cells(one, 400, method)[1]
-        first, second = (run_cell(cell, files[1], cache) for _ in range(2))
+        cell = whole.tune_cells(row(whole, method), place)[1]
+        first, second = (cell.run() for _ in range(2))
         assert first["sha256"] == second["sha256"]
         assert 0 < first["structure_values"] <= 400
         assert first["values_by_kind"]["head"] == 2 * 32 + 2

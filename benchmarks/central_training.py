@@ -1,10 +1,7 @@
-"""What a cell does: searches a structure, or trains one from scratch and evaluates it.
+"""Search a structure, or train one from scratch and evaluate it, on all rows together.
 
-In:  a `Cell`, the folder of the data sets.
-Out: its result, numbers and names that JSON holds.
-
-Rows and backbone stay in the process, so that a cell costs its own steps only. The backbone is the
-checkpoint again after each cell.
+Rows and backbone stay in the process, so that a call costs its own steps only. The backbone is the
+checkpoint again after each call.
 """
 
 from __future__ import annotations
@@ -14,7 +11,7 @@ import hashlib
 import json
 import math
 import time
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +19,18 @@ import numpy as np
 import torch
 from torch import nn
 
-from benchmarks.search_table.cell import Cell, Rows
 from fedpet.backbone.device import device_of
 from fedpet.backbone.pretrained import Backbone, load_backbone, locate
-from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, TrainingConfig
+from fedpet.config import (
+    BackboneConfig,
+    ClientsConfig,
+    DataConfig,
+    SearchConfig,
+    TrainingConfig,
+)
 from fedpet.data import FederatedData, Task, load_data
 from fedpet.data import Rows as TokenisedRows
-from fedpet.errors import ConfigError, TrainingError
+from fedpet.errors import TrainingError
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
 from fedpet.run.central_search import find_structure
@@ -42,54 +44,87 @@ from fedpet.utils.seeds import derive_seed
 _EVERYBODY = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 
-def run_cell(cell: Cell, folder: Path, cache: Path) -> dict[str, Any]:
-    """Run a cell.
+@dataclass(frozen=True)
+class Rows:
+    """A sample of a data set's training split, and the rows to evaluate on."""
+
+    dataset: str
+    metric: str
+    text_columns: tuple[str, ...]
+    max_length: int
+    train_rows: int
+    held_rows: int  # the next ones of the sample, for tuning
+    eval_splits: tuple[str, ...]  # () evaluates on the held rows
+    logit_adjustment: float = 0.0
+
+
+def run_centrally(
+    backbone_config: BackboneConfig,
+    rows: Rows,
+    search: SearchConfig,
+    training: TrainingConfig | None,
+    seed: int,
+    *,
+    found_by: Path | None,
+    folder: Path,
+    cache: Path,
+) -> dict[str, Any]:
+    """Search a structure, and train it where `training` is given.
 
     Args:
-        cell: What to do.
+        backbone_config: The checkpoint.
+        rows: Trained and evaluated on.
+        search: How the structure is found.
+        training: How it is trained; None returns the structure.
+        seed: Of the training.
+        found_by: File of an earlier call's structure, to train that one.
         folder: Of the data sets; only read.
         cache: For tokenised rows.
+
+    Returns:
+        Numbers and names that JSON holds.
     """
     torch.set_num_threads(1)
     started = time.perf_counter()
-    splits = cell.rows.eval_splits or ("train",)
-    parts = [load_rows(cell.rows, split, folder, cell.backbone, cache) for split in splits]
+    splits = rows.eval_splits or ("train",)
+    parts = [load_rows(rows, split, folder, backbone_config, cache) for split in splits]
     data = parts[0]
-    backbone = _backbone(cell.backbone, data.task.num_outputs, data.task.kind == "regression")
-    train, held = sample(cell.rows, len(data.train))
-    if cell.found_by is not None:
-        if not cell.found_by.exists():
-            raise ConfigError(
-                f"{cell.name} trains the structure of {cell.found_by.stem!r}, which has not been "
-                "searched. Run the phase 'structures' first."
-            )
-        found = json.loads(cell.found_by.read_text(encoding="utf-8"))["result"]
+    backbone = _backbone(backbone_config, data.task.num_outputs, data.task.kind == "regression")
+    train, held = sample(rows, len(data.train))
+    if found_by is not None:
+        found = json.loads(found_by.read_text(encoding="utf-8"))["result"]
         structure = Structure.from_json(json.dumps(found["structure"]))
         check_structure(structure, backbone.fingerprint)
     else:
-        structure = _find(cell, backbone, data, train)
+        names = set(backbone.head)
+        parameters = backbone.model.named_parameters()
+        count = sum(p.numel() for name, p in parameters if name not in names)
+        config = settle(search, training or TrainingConfig(), backbone_parameters=count)
+        structure = find_structure(
+            backbone, data, config, logit_adjustment=rows.logit_adjustment, indices=train
+        )
     seconds = {"search_seconds": round(time.perf_counter() - started, 2)}
-    if cell.training is None:
+    if training is None:
         text = structure.to_json()
         return {
             "structure": json.loads(text),
             "values": structure.provenance["values"],
-            "score": structure.provenance["checkpoint"][cell.rows.metric],
+            "score": structure.provenance["checkpoint"][rows.metric],
             "sha256": hashlib.sha256(text.encode()).hexdigest(),
             **seconds,
         }
     started = time.perf_counter()
-    pet = PetModel(backbone, None, structure, seed=cell.seed)
+    pet = PetModel(backbone, None, structure, seed=seed)
     try:
-        training = replace(cell.training, logit_adjustment=cell.rows.logit_adjustment)
-        loss = train_structure(pet, data.train, train, data.task, training, seed=cell.seed)
+        training = replace(training, logit_adjustment=rows.logit_adjustment)
+        loss = train_structure(pet, data.train, train, data.task, training, seed=seed)
         values = pet.values().numpy().astype("<f4")
-        if cell.rows.eval_splits:
-            told = [(predict(pet.model, part.evaluation), part.evaluation.labels) for part in parts]
+        if rows.eval_splits:
+            evaluated = [part.evaluation for part in parts]
         else:
-            told = [(predict(pet.model, data.train.take(held)), data.train.labels[held])]
-        logits = np.concatenate([logits for logits, _ in told])
-        labels = np.concatenate([np.asarray(labels) for _, labels in told])
+            evaluated = [data.train.take(held)]
+        logits = np.concatenate([predict(pet.model, part) for part in evaluated])
+        labels = np.concatenate([np.asarray(part.labels) for part in evaluated])
         sizes: dict[str, int] = {}
         for segment in pet.segments:
             sizes[segment.kind] = sizes.get(segment.kind, 0) + segment.size
@@ -156,7 +191,7 @@ def train_structure(
 
 
 def sample(rows: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Indices of the rows to train on and of those held out, the same for every seed."""
+    """Return indices of the rows to train on and of those held out, the same for every seed."""
     order = np.random.default_rng(derive_seed("search table", rows.dataset)).permutation(count)
     return order[: rows.train_rows], order[rows.train_rows : rows.train_rows + rows.held_rows]
 
@@ -165,7 +200,7 @@ def sample(rows: Rows, count: int) -> tuple[np.ndarray, np.ndarray]:
 def load_rows(
     rows: Rows, split: str, folder: Path, backbone: BackboneConfig, cache: Path
 ) -> FederatedData:
-    """The training split, and one to evaluate on."""
+    """Read the training split and one to evaluate on."""
     config = DataConfig(
         source=str(folder / rows.dataset),
         eval_split=split,
@@ -180,13 +215,3 @@ def load_rows(
 @functools.cache
 def _backbone(config: BackboneConfig, num_outputs: int, regression: bool) -> Backbone:
     return load_backbone(config, num_outputs=num_outputs, regression=regression)
-
-
-def _find(cell: Cell, backbone: Backbone, data: FederatedData, train: np.ndarray) -> Structure:
-    names = set(backbone.head)
-    count = sum(p.numel() for name, p in backbone.model.named_parameters() if name not in names)
-    training = cell.training or TrainingConfig()
-    config = settle(cell.search, training, backbone_parameters=count)
-    return find_structure(
-        backbone, data, config, logit_adjustment=cell.rows.logit_adjustment, indices=train
-    )

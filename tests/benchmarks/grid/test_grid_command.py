@@ -13,9 +13,10 @@ from typing import Any
 import pytest
 from baseline_runs import run
 
-from benchmarks import table
 from benchmarks.__main__ import main
-from benchmarks.table import Rate, TableFile
+from benchmarks.experiment_grid import ExperimentCell
+from benchmarks.rate import Rate
+from benchmarks.tables import read_grid
 from fedpet.errors import RunError
 
 REPOSITORY = Path(__file__).resolve().parents[3]
@@ -24,11 +25,12 @@ REPOSITORY = Path(__file__).resolve().parents[3]
 def test_a_run_that_leaves_no_result_is_told_with_its_last_lines(
     table_file: Any, tmp_path: Path
 ) -> None:
-    read = TableFile.read(table_file())
-    cell = read.tune_cells(read.methods[0])[0]
+    grid = read_grid(table_file())
+    cell = grid.tune_cells(grid.methods[0])[0]
+    assert isinstance(cell, ExperimentCell)
     broken = replace(cell.experiment, backbone=replace(cell.experiment.backbone, model="/nowhere"))
     with pytest.raises(RunError, match=r"(?s)exit code 2.*no folder '/nowhere'"):
-        table.run_in_process(replace(cell, experiment=broken), tmp_path, 100)
+        replace(cell, experiment=broken).run_in(tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -38,7 +40,7 @@ def test_a_run_that_leaves_no_result_is_told_with_its_last_lines(
         (["run", "full", "absent"], "film-reviews"),
         (["run", "full", "--set", "mask.density=2"], "a fraction of the entries"),
         (["table", "absent.toml"], "no table file"),
-        (["table", "absent.toml", "--phase", "last"], "tune, final"),
+        (["table", "absent.toml", "--phase", "last"], "structures, tune, final"),
         (["table"], "FILE"),
     ],
 )
@@ -81,12 +83,15 @@ def test_a_table_of_one_cell_runs_on_ray_and_is_not_run_again(table_file: Any) -
     assert cell["result"]["run"]["status"] == "ok"
     assert cell["result"]["communication"]["messages"] == 8
     assert "head" in done.stdout
-    again = _command(["table", str(path), "--phase", "final"])
-    assert again.returncode == 0, again.stderr
-    assert "1 of 1 cells are there already" in again.stderr
+    second = _command(["table", str(path), "--phase", "final"])
+    assert second.returncode == 0, second.stderr
+    assert "1 of 1 cells are there already" in second.stderr
 
     # The same settings on a grid in this process: the same bytes.
-    read = TableFile.read(path)
-    settings = read.final_cells(read.methods[0], Rate(0.1))[0].experiment
+    grid = read_grid(path)
+    [again] = grid.final_cells(grid.methods[0])
+    assert isinstance(again, ExperimentCell)
+    assert again.rate == Rate(0.1)
+    settings = again.experiment
     settings = replace(settings, run=replace(settings.run, out=str(path.parent / "here")))
     assert run("head", settings)["final_values_sha256"] == cell["result"]["final_values_sha256"]

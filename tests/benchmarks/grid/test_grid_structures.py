@@ -2,25 +2,19 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import tiny
 
-from benchmarks.federated_search import (
-    METHODS,
-    FederatedSearchRun,
-    FederatedSearchTable,
-    overlaps,
-    summary,
-)
-from benchmarks.table.file import Cell
+from benchmarks.cell import Cell
+from benchmarks.experiment_grid import ExperimentCell
+from benchmarks.tables import overlaps, read_grid, summary
 from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
 
-REPOSITORY = Path(__file__).resolve().parents[2]
+REPOSITORY = Path(__file__).resolve().parents[3]
 
 SHIPPED = REPOSITORY / "benchmarks" / "federated_search.toml"
 
@@ -48,7 +42,19 @@ seed = 3
 [final]
 split = "test"
 seeds = [0, 1]
-random-structures = 2
+[methods.federated]
+runs = "fedpet"
+set = ["search.federated=true", "search.seed={seed}"]
+rates-of = "central"
+[methods.central]
+runs = "fedpet"
+set = ["search.seed={seed}"]
+structure = "searched"
+[methods.random]
+runs = "fedpet"
+set = ["search.method=random", "search.seed={draw}"]
+structure = "drawn"
+draws = 2
 """,
         encoding="utf-8",
     )
@@ -56,25 +62,24 @@ random-structures = 2
 
 
 def test_the_methods_differ_in_their_structure_alone() -> None:
-    table = FederatedSearchTable.read(SHIPPED)
-    cells = {
-        method: table.cell("final", method, table.rates[0], 1, table.final_split).settings()
-        for method in METHODS
-    }
+    grid = read_grid(SHIPPED)
+    cells = {method.name: grid.final_cells(method)[1].settings() for method in grid.methods}
     for settings in cells.values():
         assert settings["run"] == {"seed": 1, "device": "cpu"}
+        assert settings["search"]["budget"] == 0.001
         settings.pop("search")
         settings["structure"].pop("file")
     assert cells["federated"] == cells["central"] == cells["random"]
-    for method in METHODS:
-        assert table.searching(method, 1).search.budget == 0.001
 
 
 def test_a_table_is_worked_off_cell_by_cell_and_says_what_was_sent_and_shared(file: Path) -> None:
     ran: list[str] = []
 
-    def run(cell: Cell, folder: Path) -> dict[str, Any]:
+    def run(cell: Cell) -> dict[str, Any]:
+        if not isinstance(cell, ExperimentCell):
+            return cell.run()
         ran.append(cell.name)
+        assert cell.rate is not None
         search = cell.experiment.search
         if search.federated:
             modules, sent = [["lnfit", "a"], ["lora", f"b{search.seed}"]], 1000
@@ -94,9 +99,7 @@ def test_a_table_is_worked_off_cell_by_cell_and_says_what_was_sent_and_shared(fi
         }
 
     said: list[str] = []
-    job = FederatedSearchRun(FederatedSearchTable.read(file), said.append, run)
-    with pytest.raises(ConfigError, match="Run the phase 'structures' first"):
-        job.complete(("tune",))
+    job = read_grid(file, say=said.append, run=run)
     job.complete()
     tuned = {name.partition("-")[0] for name in ran if name.startswith("tune/")}
     assert tuned == {"tune/central", "tune/random0"}  # "federated" takes the rate of "central"
@@ -110,25 +113,40 @@ def test_a_table_is_worked_off_cell_by_cell_and_says_what_was_sent_and_shared(fi
     job.complete()
     assert not ran
     rows = {row["method"]: row for row in summary(job)}
-    assert rows["federated"]["search_bytes"] == 1000
-    assert rows["central"]["search_bytes"] == 0
-    assert {row["training_bytes"] for row in rows.values()} == {500}
-    assert {row["rate"] for row in rows.values()} == {"0.03"}
+    assert rows["federated"]["search"] == 1000
+    assert rows["central"]["search"] == 0
+    assert {row["training"] for row in rows.values()} == {500}
+    assert {row["set_to"] for row in rows.values()} == {"0.03"}
     alike = dict(overlaps(job))
     assert alike["federated, seeds"] == pytest.approx(1 / 3)
     assert alike["central, seeds"] == 1.0
     assert alike["federated and central"] == pytest.approx(1 / 3)
     assert job.check(2, ("final",))
-    job.find("central", 0, 0)
-    other = replace(job.table, overrides=(*job.table.overrides, "search.batch-size=4"))
-    changed = FederatedSearchRun(other, said.append, run)
-    with pytest.raises(ConfigError, match="was made with other settings: remove it"):
-        changed.find("central", 0, 0)
+    text = file.read_text(encoding="utf-8")
+    other = file.with_name("table.toml")  # the same results
+    other.write_text(text.replace("search.epochs=1", "search.epochs=2"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="was made with other settings"):
+        read_grid(other, say=said.append, run=run).complete(("structures",))
+    other.write_text(text, encoding="utf-8")
+
+
+def test_runs_before_their_structures_are_refused(file: Path, tmp_path: Path) -> None:
+    other = file.with_name("elsewhere.toml")
+    other.write_text(file.read_text(encoding="utf-8"), encoding="utf-8")
+    with pytest.raises(ConfigError, match="Run the phase 'structures' first"):
+        read_grid(other).complete(("tune",))
+
+
+def test_the_shipped_cells_read_although_the_folder_of_the_benchmarks_has_moved() -> None:
+    """Their settings name structures below a folder that was elsewhere when they were run."""
+    grid = read_grid(SHIPPED)
+    assert [row["method"] for row in summary(grid)] == ["federated", "central", "random"]
+    assert len(overlaps(grid)) == 6
 
 
 def test_rates_that_would_be_settled_on_results_are_refused(file: Path) -> None:
     text = file.read_text(encoding="utf-8")
     other = file.with_name("other.toml")
     other.write_text(text.replace('"validation"', '"test"'), encoding="utf-8")
-    with pytest.raises(ConfigError, match="rates must be settled on rows and by a seed"):
-        FederatedSearchTable.read(other)
+    with pytest.raises(ConfigError, match="no result is reported on"):
+        read_grid(other)
