@@ -11,6 +11,7 @@ import sys
 import tomllib
 from collections.abc import Iterable, Iterator
 from html.parser import HTMLParser
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote
@@ -96,7 +97,7 @@ def test_every_line_of_data_that_is_shown_is_json(block: Block) -> None:
 def test_every_setting_that_a_page_names_exists(page: Path) -> None:
     for code in inline_code(page):
         key = re.match(r"(\w+)\.([a-z][a-z0-9-]*)(?: = (.+))?$", code)
-        if key is None or key[1] not in STAGES or key[2] in ("json", "toml", "bin"):
+        if key is None or key[1] not in STAGES or key[2] in ("json", "toml", "bin", "sh"):
             continue
         if key[1] == "run" and key[2] in ("status", "resumed", "metrics", "ledger", "model"):
             continue  # fields of result.json, and of a run in Python
@@ -136,8 +137,7 @@ def _check_fedpet(words: list[str]) -> None:
     known = {option for one in commands[words[1]].params for option in one.opts} | {"--help"}
     options = [word.partition("=")[0] for word in words if word.startswith("--")]
     assert set(options) <= known, (words, set(options) - known)
-    overrides = [value for name, value in zip(words, words[1:], strict=False) if name == "--set"]
-    _check_overrides(overrides)
+    _check_overrides(value for name, value in pairwise(words) if name == "--set")
 
 
 def _check_overrides(overrides: Iterable[str]) -> None:
@@ -160,9 +160,8 @@ def _check_command(words: list[str]) -> None:
         path = REPOSITORY / words[2].replace(".", "/")
         assert path.is_dir() or path.with_suffix(".py").is_file(), words
     elif words[:2] == ["flwr", "run"] and "--run-config" in words:
-        given = tomllib.loads(
-            "\n".join(shlex.split(words[words.index("--run-config") + 1], posix=False))
-        )
+        config = words[words.index("--run-config") + 1]
+        given = tomllib.loads("\n".join(shlex.split(config, posix=False)))
         assert given.keys() <= Experiment().to_run_config().keys(), words
 
 
@@ -240,9 +239,8 @@ def test_every_link_inside_the_site_leads_somewhere(site: Path) -> None:
             if re.match(r"[a-z]+:", link) or link.startswith("data:"):
                 continue
             target = (page.parent / path).resolve() if path else page
-            if not target.exists():
-                broken.append(f"{page.name}: {link}")
-            elif anchor and target in pages and unquote(anchor) not in pages[target].anchors:
+            anchors = pages[target].anchors if target in pages else {unquote(anchor)}
+            if not target.exists() or (anchor and unquote(anchor) not in anchors):
                 broken.append(f"{page.name}: {link}")
     assert not broken
 
