@@ -16,6 +16,8 @@ without waiting for torch.
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedpet.utils.telemetry import turn_off_telemetry
+
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
     from fedpet.config import MaskConfig
@@ -39,6 +41,8 @@ if TYPE_CHECKING:
     from fedpet.protocol.ledger import Ledger
 
 __version__ = "0.1.0"
+
+turn_off_telemetry()
 
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from fedpet.backbone.module_roles import Position
+from fedpet.config.value_checks import MODULE_KINDS
 from fedpet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -147,6 +148,7 @@ def register_module(
                 f"a kind of module must have a name of its own, and {kind!r} is "
                 f"{known.build.__qualname__.removesuffix('.build')}. Take another."
             )
+        MODULE_KINDS.add(kind)
         KINDS[kind] = facts
         register_preset(kind, kind, usual)
         return cls
