@@ -13,6 +13,8 @@ Names are imported on first use, so that the command line answers `--help` witho
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedpet.utils.telemetry import turn_off_telemetry
+
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
     from fedpet.config import Experiment, MaskConfig
@@ -41,6 +43,8 @@ if TYPE_CHECKING:
     from fedpet.training.metrics import register_metric
 
 __version__ = "0.1.0"
+
+turn_off_telemetry()
 
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),

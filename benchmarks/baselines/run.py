@@ -160,6 +160,7 @@ def federate_baseline(
         total_seconds=time.perf_counter() - prepared.started,
         origin=baseline.origin,
     )
+    summary["run"]["codec"] = "float32 arrays"  # as Flower sends them
     out.write_result(summary)
     if not learned:
         raise RunError(

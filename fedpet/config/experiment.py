@@ -1,4 +1,4 @@
-"""An experiment: a field a stage, read once, and checked where stages depend on each other.
+"""Read an experiment, a field a stage, and check what stages ask of each other.
 
 In:  a TOML file with a table a stage, `--set stage.key=value`, or Flower's flat run config
      (`stage-key`).
@@ -11,7 +11,7 @@ import dataclasses
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -40,7 +40,7 @@ _PATHS_OR_NAMES = (("backbone", "model"), ("data", "source"))  # a name, where n
 
 
 def located(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """An experiment's tables with absolute paths."""
+    """Return an experiment's tables with absolute paths."""
     found = {stage: dict(table) for stage, table in tables.items()}
     for (stage, key), value in _local_paths(tables):
         found[stage][key] = str(absolute(value))
@@ -50,7 +50,7 @@ def located(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
 def _local_paths(
     tables: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[tuple[str, str], str]]:
-    """Keys whose value is a path here, with it."""
+    """Yield the keys whose value is a path on this machine, and the path."""
     for stage, key in (*_PATHS, *_PATHS_OR_NAMES):
         value = tables.get(stage, {}).get(key)
         if value and ((stage, key) in _PATHS or _is_path(value)):
@@ -58,7 +58,7 @@ def _local_paths(
 
 
 def _is_path(value: str) -> bool:
-    """Whether what may be a file or a name is a file; what cannot be a name is meant as one."""
+    """Return True for a file, and for what cannot be a name."""
     if value == "bundled" or value.startswith("package:"):
         return False
     return value.startswith((".", "~", "/")) or os.path.exists(expand(value))
@@ -134,14 +134,23 @@ class Experiment:
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
-        """Read a TOML file; `overrides` are `stage.key=value` strings, the last one wins."""
+        """Read a TOML file, and name the run by the file's stem where nothing names it.
+
+        Args:
+            path: The file.
+            overrides: `stage.key=value` strings; the last one wins.
+        """
         try:
             tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
         except FileNotFoundError:
             raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
         except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
             raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
-        return cls.from_tables(with_overrides(tables, overrides, get_type_hints(cls)))
+        experiment = cls.from_tables(with_overrides(tables, overrides, get_type_hints(cls)))
+        if experiment.run.name == RunConfig.name:
+            run = replace(experiment.run, name=Path(path).stem)
+            experiment = replace(experiment, run=run)
+        return experiment
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Scalar]) -> Experiment:
@@ -153,7 +162,7 @@ class Experiment:
         return cls.from_tables(tables)
 
     def located(self) -> Experiment:
-        """The same with absolute paths: what is relative is so to the current directory."""
+        """Return the same with absolute paths; relative ones start at the current directory."""
         tables = located(self.to_tables())
         stages = {
             name: read_stage(type(config), name, tables[name])
@@ -163,18 +172,18 @@ class Experiment:
         return dataclasses.replace(self, **stages)
 
     def relative_paths(self) -> Iterator[tuple[str, str]]:
-        """Keys and values that the current directory gives a meaning."""
+        """Yield the keys and values of relative paths."""
         tables = self.to_tables()
         for key, value in _local_paths(tables):
             if not expand(value).is_absolute():
                 yield ".".join(key), value
 
     def to_tables(self) -> dict[str, dict[str, Any]]:
-        """Nested tables with kebab-case keys: what `from_tables` takes."""
+        """Return nested tables with kebab-case keys, as `from_tables` takes them."""
         return {stage: config.to_table() for stage, config in vars(self).items()}
 
     def to_run_config(self) -> dict[str, Scalar]:
-        """Flower's flat form: a list becomes one string, its entries joined by commas."""
+        """Return Flower's flat form; a list becomes one string, its entries joined by commas."""
         return {
             f"{stage}-{key}": ",".join(value) if isinstance(value, list) else value
             for stage, table in self.to_tables().items()

@@ -363,19 +363,25 @@ class StrategyConfig(Stage):
 class CodecConfig(Stage):
     # float32, bfloat16, int8, int4, eden-1 ... eden-8; "topk-0.1+" in front sends the tenth that is
     # largest, "-raw" behind leaves the entropy coding out.
-    uplink: str = "float32"  # clients to server
-    downlink: str = "float32"  # server to clients
+    uplink: str = "eden-3"  # clients to server
+    downlink: str = "eden-5"  # server to clients
     head_uplink: str = ""  # of the head's values; "" is as uplink
     head_downlink: str = ""  # "" is as downlink
     # What a lossy downlink codes: the "delta" to a public reference, small and fed back, for
     # clients that come often; the "full" values anew each round, for a few of many. See
     # fedpet/protocol/shared_reference.py.
-    downlink_mode: str = "delta"
+    downlink_mode: str = "full"
     error_feedback: bool = False  # clients keep what a lossy uplink loses, for their next round
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("codec.downlink-mode", self.downlink_mode, ("delta", "full"))
+
+    def __str__(self) -> str:
+        """Name both codecs, as the first line of a result does."""
+        up = self.uplink + (f" (head {self.head_uplink})" if self.head_uplink else "")
+        down = self.downlink + (f" (head {self.head_downlink})" if self.head_downlink else "")
+        return f"{up} up, {down} down"
 
 
 DEVICES = ("cpu", "cuda")
@@ -384,7 +390,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Stage):
-    name: str = "film-reviews"  # of the run folder, and of the table a run is compared in
+    name: str = "experiment"  # of the run folder and of tables; a file's stem where it says none
     seed: AnyInteger = 0  # sampling of clients, batches, adapters, stochastic rounding
     workers: Count = 2  # Ray actors, each with training.threads
     device: str = "cpu"  # of the server and of simulated clients; or "cuda", untested as yet

@@ -41,7 +41,8 @@ def run_table(result: Mapping[str, Any]) -> RenderableType:
     run = result["run"]
     table = Table(
         title=Text(
-            f"{run['experiment']}: {run['method']}, {run['backbone']}, seed {run['seed']}",
+            f"{run['experiment']}: {run['method']}, {run['backbone']}, seed {run['seed']}"
+            + (f", {run['codec']}" if "codec" in run else ""),
             style="bold",
             no_wrap=True,  # a path stays whole, in a log too
             overflow="ignore",

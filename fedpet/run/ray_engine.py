@@ -312,7 +312,6 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
     """
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's default to come
     inherited = {name: os.environ[name] for name in ("FEDPET_CACHE",) if name in os.environ}
     environment = {

@@ -8,7 +8,7 @@ import pytest
 
 from benchmarks.tables import read_grid
 from fedpet.codec import check_codecs
-from fedpet.config import CodecConfig, Experiment
+from fedpet.config import Experiment
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ def test_rows_differ_in_their_codec_and_nothing_else(name: str) -> None:
     assert [table.pop("codec") for table in tables]
     assert all(table == tables[0] for table in tables)
     assert len(rates) == 1
-    assert codecs[0] == CodecConfig()
+    assert {codecs[0].uplink, codecs[0].downlink} == {"float32"}
     assert len(set(codecs)) == len(codecs) >= 8
 
 

@@ -12,10 +12,11 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sending import codec_of
 from tiny import Silent
 
 from fedpet.codec import encode_positions, max_payload_bytes
-from fedpet.config import CodecConfig, Experiment, StrategyConfig, TrainingConfig
+from fedpet.config import Experiment, StrategyConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.estimate import estimate, outline
 from fedpet.estimate.message_sizes import CHUNK_BYTES, made_up_plan, message_bytes
@@ -49,7 +50,7 @@ def lengths_of(
         structure=Structure(),
         num_values=sum(size for _, size in kinds),
         layout="",
-        codec=CodecConfig(uplink=codec, downlink=codec, downlink_mode="full"),
+        codec=codec_of(uplink=codec, downlink=codec, downlink_mode="full"),
         training=training or TrainingConfig(),
         num_rounds=len(rows),
         seed=0,

@@ -10,18 +10,17 @@ from typing import Any
 
 import numpy as np
 from modelless import FakeNode, Forgetful, Handler, make_plan, make_strategy, node_settings, start
+from sending import codec_of
 
 from fedpet.config import CodecConfig, MaskConfig
 
-CHANGES = CodecConfig(uplink="eden-4", downlink="eden-3")
-VALUES = CodecConfig(
-    uplink="eden-3", downlink="eden-5", downlink_mode="full"
-)  # what `make run` sends
+CHANGES = codec_of(uplink="eden-4", downlink="eden-3")
+VALUES = codec_of(uplink="eden-3", downlink="eden-5", downlink_mode="full")  # what `make run` sends
 VALUES_FEEDBACK = replace(
     VALUES, uplink="topk-0.1+eden-4", head_downlink="int8", error_feedback=True
 )
-FEEDBACK = CodecConfig(uplink="topk-0.1+eden-4", error_feedback=True)
-ALL = CodecConfig(
+FEEDBACK = codec_of(uplink="topk-0.1+eden-4", error_feedback=True)
+ALL = codec_of(
     uplink="topk-0.1+eden-4",
     head_uplink="int8",
     downlink="eden-2",
