@@ -9,9 +9,7 @@ from pathlib import Path
 
 import pytest
 
-PUBLIC = re.compile(
-    r"flwr(\.(app|clientapp|simulation|serverapp(\.(strategy|exception))?))?"
-)
+PUBLIC = re.compile(r"flwr(\.(app|clientapp|simulation|serverapp(\.(strategy|exception))?))?")
 COMPAT = Path("fedpet", "protocol", "flower_compat.py")
 
 
