@@ -61,7 +61,7 @@ def make_plan(num_values: int, codec: str) -> Plan:
         structure=Structure(()),
         num_values=num_values,
         layout="",
-        codec=CodecConfig(up=codec),
+        codec=CodecConfig(uplink=codec),
         training=TrainingConfig(),
         num_rounds=1,
         seed=SEED,
@@ -78,13 +78,13 @@ def answer(payload: bytes, plan: Plan) -> bytes:
         seed = derive_seed("client", SEED, asked.server_round, client)
         values = np.random.default_rng(seed).normal(size=plan.num_values).astype(np.float32)
         groups = [(0, plan.num_values)]
-        encoded = encode_values(values, plan.codec.up, groups, seed=derive_seed("encode", seed))
+        encoded = encode_values(values, plan.codec.uplink, groups, seed=derive_seed("encode", seed))
         frames += pack_frame(
             Frame(
                 plan_digest=asked.plan_digest,
                 server_round=asked.server_round,
                 client=client,
-                codec=plan.codec.up,
+                codec=plan.codec.uplink,
                 count=plan.num_values,
                 num_examples=1,
                 loss=0.0,

@@ -102,7 +102,7 @@ class StructureSearch(SparseStrategy):
             ledger=ledger,
         )
         self.search: SearchConfig = plan.search
-        self._logit_adjustment = plan.training.logit_adjustment
+        self._losses = plan.training.logit_adjustment, plan.training.loss
         self.space = space
         self.averaged = 0
         self.values = np.zeros(plan.num_values, dtype=np.float32)
@@ -189,7 +189,7 @@ class StructureSearch(SparseStrategy):
         found = {
             "method": "s3pet",
             "federated": True,
-            "deviations": [*deviations(config, self._logit_adjustment), *DEVIATIONS],
+            "deviations": [*deviations(config, *self._losses), *DEVIATIONS],
             "settings": reproducible_settings(config),
             "budget": int(config.budget),
             "values": chosen_size(chosen, space.sizes, space.tensors),

@@ -207,7 +207,7 @@ def test_every_dependency_is_pinned_within_its_range(
 
 
 def test_what_is_installed_names_no_index_and_no_host(repository: Path) -> None:
-    for name in ("constraints.txt", "requirements-embedded.txt"):
+    for name in ("constraints.txt", "requirements-bundled.txt"):
         for line in (repository / name).read_text().splitlines():
             assert line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+", line), f"{name}: {line}"
     for name in ("Makefile", "scripts/install", "pyproject.toml"):

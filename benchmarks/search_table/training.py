@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.search_table.cell import Cell, Rows
 from fedpet.backbone.device import device_of
 from fedpet.backbone.pretrained import Backbone, load_backbone, locate
-from fedpet.config import BackboneConfig, DataConfig, PopulationConfig, TrainingConfig
+from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, TrainingConfig
 from fedpet.data import FederatedData, Task, load_data
 from fedpet.data import Rows as TokenisedRows
 from fedpet.errors import ConfigError, TrainingError
@@ -33,11 +33,13 @@ from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
 from fedpet.run.central_search import find_structure
 from fedpet.search import check_structure, settle
-from fedpet.training.loop import batches, inputs_of, local_loss, predict
+from fedpet.training.batching import batches, inputs_of
+from fedpet.training.evaluation import predict
+from fedpet.training.loss import client_loss
 from fedpet.training.metrics import metric_value
 from fedpet.utils.seeds import derive_seed
 
-_EVERYBODY = PopulationConfig(partition="iid", num_clients=1, min_rows=1)
+_EVERYBODY = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 
 def run_cell(cell: Cell, folder: Path, cache: Path) -> dict[str, Any]:
@@ -132,15 +134,14 @@ def train_structure(
     torch.manual_seed(derive_seed("dropout", seed))
     pet.model.train(config.dropout)
     device = device_of(pet.model)
-    loss_of = local_loss(rows.labels[indices], task, config.logit_adjustment, device)
+    loss_of = client_loss(rows.labels[indices], task, config.logit_adjustment, device)
     losses: list[float] = []
     for _ in range(config.local_epochs):
         losses = []
         for chosen in batches(indices, rows.lengths, config.batch_size, generator):
             batch, labels = inputs_of(rows, chosen, device)
             pet.zero_grad()
-            logits = pet.model(**batch).logits
-            loss = loss_of(logits, labels)
+            loss = loss_of(pet.model(**batch), labels)
             loss.backward()
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(groups.values(), config.clip_norm)

@@ -16,12 +16,13 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedpet.config.parsing import read_stage, refuse_unknown, with_overrides
+from fedpet.config.renamed import refuse_former_names
 from fedpet.config.schema import (
     BackboneConfig,
+    ClientsConfig,
     CodecConfig,
     DataConfig,
     MaskConfig,
-    PopulationConfig,
     RunConfig,
     SearchConfig,
     StrategyConfig,
@@ -58,7 +59,7 @@ def _local_paths(
 
 def _is_path(value: str) -> bool:
     """Whether what may be a file or a name is a file; what cannot be a name is meant as one."""
-    if value == "embedded" or value.startswith("package:"):
+    if value == "bundled" or value.startswith("package:"):
         return False
     return value.startswith((".", "~", "/")) or os.path.exists(expand(value))
 
@@ -70,7 +71,7 @@ class Experiment:
     run: RunConfig = field(default_factory=RunConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    population: PopulationConfig = field(default_factory=PopulationConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     structure: StructureConfig = field(default_factory=StructureConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -114,6 +115,7 @@ class Experiment:
             ConfigError: An unknown table or key (the known ones are named), or a bad value.
         """
         stages = get_type_hints(cls)
+        refuse_former_names(tables)
         refuse_unknown("table", tables, stages)
         built = {}
         for name, table in tables.items():

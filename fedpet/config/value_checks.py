@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 
+from fedpet.config.module_kinds import known_kinds
 from fedpet.errors import ConfigError
 
 __all__ = ["check_choice", "density_and_share", "rates_by_kind"]
@@ -40,7 +41,7 @@ def rates_by_kind(entries: Iterable[str], key: str) -> dict[str, float]:
     """Read entries "kind=rate".
 
     Args:
-        entries: Of `training.learning-rates` or `search.rates`.
+        entries: Of `training.learning-rates` or `search.learning-rates`.
         key: Which of the two, for messages.
 
     Raises:
@@ -72,11 +73,7 @@ def rates_by_kind(entries: Iterable[str], key: str) -> dict[str, float]:
 
 def _check_kind(kind: str, entry: str, key: str) -> None:
     """Refuse a kind of module that no model has."""
-    from fedpet.pet.structure import (
-        KINDS,  # stands above the config, and knows the registered kinds
-    )
-
-    known = ("mask", "head", *sorted(KINDS))
+    known = known_kinds()
     if kind not in known:
         raise ConfigError(
             f"{key} must name kinds of modules, which are {', '.join(known)}, got {entry!r}."

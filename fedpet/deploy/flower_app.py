@@ -18,10 +18,10 @@ from typing import Any
 import tomli_w
 
 import fedpet
-from fedpet.backbone import bundled
 from fedpet.backbone.checkpoint import package_name
 from fedpet.config import Experiment
 from fedpet.config.builtin import experiments_folder
+from fedpet.utils import bundled
 from fedpet.utils.source_digest import code_digest, strategies_folder
 
 PACKAGES_FILE = "packages.txt"
@@ -107,7 +107,7 @@ def packages(experiment: Experiment) -> list[str]:
     found = []
     if package := package_name(experiment.backbone.model):
         found.append(bundled.pinned_requirement(package))
-    if experiment.data.source == "embedded":
+    if experiment.data.source == "bundled":
         found.append(bundled.REVIEWS)
     return found
 

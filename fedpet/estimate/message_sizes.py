@@ -79,7 +79,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
     """
     mask = experiment.mask if experiment.mask.enabled else None
     positions = b""
-    if mask is not None and mask.broadcast == "explicit":
+    if mask is not None and mask.broadcast == "send":
         positions = bytes(_positions_bytes(layout.scope, mask.density))
     return Plan(
         fingerprint=_hash("fingerprint"),

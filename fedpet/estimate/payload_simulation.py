@@ -60,7 +60,7 @@ _STRETCH = 256  # entries
 _STRETCH_SPREAD = 0.3
 _STEP_SPREAD = 0.15  # decades, of a whole gradient's size from step to step
 _SIGNAL = 0.15  # what steps and clients of a round share, against what they do not
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch's AdamW, as fedpet.training.loop asks for it
+_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch's AdamW, as fedpet.training.optimizer makes it
 
 
 @dataclass(frozen=True)
@@ -108,7 +108,8 @@ def payloads(
     """
     codec = plan.codec
     up_is_fixed, down_is_fixed = (
-        is_fixed(*names) for names in ((codec.up, codec.head_up), (codec.down, codec.head_down))
+        is_fixed(*names)
+        for names in ((codec.uplink, codec.head_uplink), (codec.downlink, codec.head_downlink))
     )
     fixed = [_codings(plan, kinds) for kinds in tiers]
     shape = (len(rounds), len(tiers))

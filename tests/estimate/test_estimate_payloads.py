@@ -50,7 +50,7 @@ def lengths_of(
         structure=Structure(),
         num_values=sum(size for _, size in kinds),
         layout="",
-        codec=CodecConfig(up=codec, down=codec, downlink="values"),
+        codec=CodecConfig(uplink=codec, downlink=codec, downlink_mode="full"),
         training=training or TrainingConfig(),
         num_rounds=len(rows),
         seed=0,
@@ -164,7 +164,7 @@ def test_a_large_model_is_estimated_in_seconds(tmp_path: Path) -> None:
 
     LlamaConfig().save_pretrained(tmp_path)
     settings = Experiment.from_tables(
-        {"backbone": {"model": str(tmp_path / "config.json")}, "codec": {"up": "eden-2"}}
+        {"backbone": {"model": str(tmp_path / "config.json")}, "codec": {"uplink": "eden-2"}}
     )
     tracemalloc.start()
     try:

