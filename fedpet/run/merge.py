@@ -35,7 +35,7 @@ def load_trained(run: Path) -> PetModel:
         PlanError: The checkpoint here is another than the run's.
     """
     _check_finished(run)
-    experiment = Experiment.from_file(run / "config.toml")
+    experiment = Experiment.of_run(run)
     plan = Plan.from_bytes((run / "plan.bin").read_bytes())
     backbone = load_for_task(plan.backbone(experiment.backbone), plan.task)
     settle_padding(backbone.model, probe_rows(locate(experiment.backbone)))
@@ -58,7 +58,7 @@ def merge_run(run: Path, out: Path) -> None:
     with locked_folder(out):
         if any(path.name != LOCK_FILE for path in out.iterdir()):
             raise ConfigError(f"the folder {str(out)!r} is not empty: name another with --out.")
-        experiment = Experiment.from_file(run / "config.toml")
+        experiment = Experiment.of_run(run)
         write_model(load_trained(run).merged(), locate(experiment.backbone), out)
 
 
