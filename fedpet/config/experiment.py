@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedpet.config.parsing import read_stage, refuse_unknown, with_overrides
+from fedpet.config.ranges import kebab_case
 from fedpet.config.renamed import refuse_former_names
 from fedpet.config.schema import (
     BackboneConfig,
@@ -28,6 +29,7 @@ from fedpet.config.schema import (
     StrategyConfig,
     StructureConfig,
     TrainingConfig,
+    UnregisteredStrategy,
 )
 from fedpet.config.strategy_registry import registered_rules, rule_of_table
 from fedpet.errors import ConfigError
@@ -62,6 +64,15 @@ def _is_path(value: str) -> bool:
     if value == "bundled" or value.startswith("package:"):
         return False
     return value.startswith((".", "~", "/")) or os.path.exists(expand(value))
+
+
+def _read_toml(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,8 +124,14 @@ class Experiment:
             )
 
     @classmethod
-    def from_tables(cls, tables: Mapping[str, Any]) -> Experiment:
+    def from_tables(
+        cls, tables: Mapping[str, Any], *, strategy: StrategyConfig | None = None
+    ) -> Experiment:
         """Build from nested tables with kebab-case or snake_case keys.
+
+        Args:
+            tables: A table a stage.
+            strategy: An object of `fedpet.strategies`, which stands for the table [strategy].
 
         Raises:
             ConfigError: An unknown table or key (the known ones are named), or a bad value.
@@ -122,15 +139,29 @@ class Experiment:
         stages = get_type_hints(cls)
         refuse_former_names(tables)
         refuse_unknown("table", tables, stages)
-        built = {}
+        built: dict[str, Any] = {}
         for name, table in tables.items():
+            if name == "strategy" and strategy is not None:
+                continue
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{name!r} must be a table of keys, got {table!r}.")
             stage = stages[name]
             if name == "strategy":
                 stage, table = rule_of_table(table)
             built[name] = read_stage(stage, name, table)
-        return cls(**built)
+        return cls(**built) if strategy is None else cls(**built, strategy=strategy)
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Experiment:
+        """Read the experiment of a finished run, whose rule need not be registered here."""
+        path = folder / "config.toml"
+        table = _read_toml(path).get("strategy", {})
+        if not isinstance(table, dict) or table.get("name", "fedavg") in registered_rules():
+            return cls.from_file(path)
+        known = kebab_case(StrategyConfig.__dataclass_fields__)
+        common = {key: value for key, value in table.items() if key in known}
+        rule = read_stage(UnregisteredStrategy, "strategy", common)
+        return cls.from_tables(_read_toml(path), strategy=rule)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
@@ -140,12 +171,7 @@ class Experiment:
             path: The file.
             overrides: `stage.key=value` strings; the last one wins.
         """
-        try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
+        tables = _read_toml(path)
         experiment = cls.from_tables(with_overrides(tables, overrides, get_type_hints(cls)))
         if experiment.run.name == RunConfig.name:
             run = replace(experiment.run, name=Path(path).stem)

@@ -360,6 +360,14 @@ class StrategyConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnregisteredStrategy(StrategyConfig):
+    """Stand for the rule of a finished run that no class here has the name of; it runs nothing."""
+
+    def check_name(self) -> None:
+        """Take any."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CodecConfig(Stage):
     # float32, bfloat16, int8, int4, eden-1 ... eden-8; "topk-0.1+" in front sends the tenth that is
     # largest, "-raw" behind leaves the entropy coding out.

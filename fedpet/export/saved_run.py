@@ -86,7 +86,7 @@ class SavedRun:
 
     @property
     def experiment(self) -> Experiment:
-        return Experiment.from_file(self.path / "config.toml")
+        return Experiment.of_run(self.path)
 
     @property
     def plan(self) -> Plan:

@@ -97,6 +97,8 @@ def simulate(
         if pet_config is not None:
             raise ConfigError("pet_config goes with a model, and an experiment was given.")
         base = model if isinstance(model, Experiment) else load_experiment(str(model))
+        if strategy is None:
+            strategy = base.strategy
         tables = base.to_tables()
         if data is not None:
             given["data"] = _table("data", names["data"], data)
@@ -111,11 +113,10 @@ def simulate(
     if isinstance(structure := settings.get("structure"), Structure):
         cache = make_cache(Experiment.from_tables({"run": _cache_key(given)}))
         given["structure"] = structure_table(structure, cache)
-    experiment = Experiment.from_tables(_laid_over(tables, given))
-    if isinstance(strategy, StrategyConfig):
-        if num_rounds is not None:
-            strategy = replace(strategy, num_rounds=num_rounds)
-        experiment = replace(experiment, strategy=strategy)
+    rule = strategy if isinstance(strategy, StrategyConfig) else None
+    if rule is not None and num_rounds is not None:
+        rule = replace(rule, num_rounds=num_rounds)
+    experiment = Experiment.from_tables(_laid_over(tables, given), strategy=rule)
     with ExitStack() as shown:
         bars = [shown.enter_context(Progress.of(experiment))] if progress else []
         every = Callbacks([*bars, *objects, *experiment.run.callbacks])
