@@ -1,4 +1,4 @@
-"""Flower's simulation on Ray: the one module that knows how it is started.
+"""Start Flower's simulation on Ray; no other module does.
 
 `run_simulation` is deprecated upstream, and is today the one way that takes a remote Ray cluster
 and an app with its settings inside; what the rest of fedpet sees of it is `simulate`. Ray is
@@ -290,7 +290,7 @@ def run_on_ray(
 
 
 def gpu_share(gpus: float, workers: int) -> float:
-    """What of a GPU each worker has: a whole one at most, or as many workers on each as needed.
+    """Return each worker's share of a GPU: a whole one at most.
 
     Raises:
         ConfigError: There is no GPU.

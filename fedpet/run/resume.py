@@ -1,4 +1,4 @@
-"""A run that was cut short, taken up where its journal left it.
+"""Resume a run that was cut short, after the last round in its journal.
 
 In:  a run folder without a result.
 Out: its experiment, what was settled of it, and the journal, once they are known to belong
@@ -52,12 +52,12 @@ _PLACE_KEYS = ("name", "workers", "cache", "out", "callbacks")
 
 
 def is_cut_short(run: Path) -> bool:
-    """Whether a folder holds a run without a result."""
+    """Tell a folder that holds a run without a result."""
     return (run / "config.toml").is_file() and not (run / "result.json").exists()
 
 
 def read_cut_short(run: Path) -> Experiment:
-    """The experiment of a run that has no result yet, with the run's folder as its place.
+    """Read the experiment of a run that has no result yet, with the run's folder as its place.
 
     Raises:
         ConfigError: The folder holds no run, or one that is finished.
@@ -86,7 +86,7 @@ def cut_short(run: Path) -> Iterator[Experiment]:
 
 
 def searched_structure(run: Path) -> Structure | None:
-    """What the search of a cut-short run found; None where it has not ended, or there is none.
+    """Read the structure that a cut-short run searched; None where it has none yet.
 
     Raises:
         InputError: The journal or the structure cannot be read.
@@ -101,7 +101,7 @@ def searched_structure(run: Path) -> Structure | None:
 
 
 def check_journal(run: Path, prepared: Prepared | PreparedSearch) -> RunCheckpoint | None:
-    """The journal of a run, if it belongs to what was prepared; None where there is none.
+    """Read the journal of a run and compare it with what was prepared; None where there is none.
 
     Where a search has ended and training has not begun, it is the search's last.
 
@@ -144,7 +144,7 @@ def journal_after(
     ledger_bytes: int,
     resumed: int,
 ) -> RunCheckpoint:
-    """Where a run stands when a round is over.
+    """Take down where a run stands when a round is over.
 
     Args:
         prepared: What is run.
@@ -181,7 +181,7 @@ def restore_strategy(journal: RunCheckpoint, strategy: SparseStrategy) -> np.nda
 
 
 def deciding_settings(experiment: Experiment) -> dict[str, Any]:
-    """The tables of an experiment without the keys that only say where it is run."""
+    """Return the tables of an experiment without the keys that only say where it is run."""
     tables = experiment.to_tables()
     for key in _PLACE_KEYS:
         del tables["run"][key]
@@ -195,7 +195,7 @@ def client_hash(data: FederatedData) -> str:
 
 
 def _searched_by(structure: Structure) -> str:
-    """The digest of the plan that a structure was searched by, hex; "" where it was not."""
+    """Return the digest (hex) of the plan by which a structure was searched; "" for none."""
     search = structure.provenance.get("search")
     return str(search.get("plan_digest", "")) if isinstance(search, dict) else ""
 

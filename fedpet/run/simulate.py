@@ -112,8 +112,9 @@ def simulate(
         given["structure"] = structure_table(structure, cache)
     experiment = Experiment.from_tables(_laid_over(tables, given))
     if isinstance(strategy, StrategyConfig):
-        rounds = {} if num_rounds is None else {"num_rounds": num_rounds}
-        experiment = replace(experiment, strategy=replace(strategy, **rounds))
+        if num_rounds is not None:
+            strategy = replace(strategy, num_rounds=num_rounds)
+        experiment = replace(experiment, strategy=strategy)
     with ExitStack() as shown:
         bars = [shown.enter_context(Progress.of(experiment))] if progress else []
         every = Callbacks([*bars, *objects, *experiment.run.callbacks])
@@ -151,7 +152,7 @@ def resume(
 
 
 def _is_experiment(model: Any, data: Any) -> bool:
-    """Whether `model` is an experiment, and `data` at most keys of its table [data]."""
+    """Tell an experiment, with at most keys of [data] beside it, from a model and rows."""
     if isinstance(model, Experiment):
         return True
     if not isinstance(model, str | Path):
