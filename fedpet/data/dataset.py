@@ -288,7 +288,7 @@ def _splits(source: Source, data: DataConfig) -> tuple[_Split, _Split]:
 
 
 def _label_names(train: _Split, data: DataConfig, cache: Path) -> tuple[str, ...]:
-    """Return the classes as configured, by the source, or of the training rows; () for a regression."""
+    """Return the classes as configured, by the source, or of the rows; () for a regression."""
     check_label_names(data)
     if data.label_names or data.task == "regression":
         return data.label_names

@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpet.config import Experiment
+from fedpet.config import Experiment, StrategyConfig
 from fedpet.config.experiment import located
 from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
@@ -56,8 +57,12 @@ def is_cut_short(run: Path) -> bool:
     return (run / "config.toml").is_file() and not (run / "result.json").exists()
 
 
-def read_cut_short(run: Path) -> Experiment:
+def read_cut_short(run: Path, strategy: StrategyConfig | None = None) -> Experiment:
     """Read the experiment of a run that has no result yet, with the run's folder as its place.
+
+    Args:
+        run: Its folder.
+        strategy: Of a run whose strategy is a class of the user's own, which no file holds.
 
     Raises:
         ConfigError: The folder holds no run, or one that is finished.
@@ -69,20 +74,25 @@ def read_cut_short(run: Path) -> Experiment:
         )
     if (run / "result.json").exists():
         raise ConfigError(f"the run in {str(run)!r} is finished: there is nothing to resume.")
-    experiment = Experiment.from_file(run / "config.toml")
+    if strategy is None:
+        experiment = Experiment.from_file(run / "config.toml")
+    else:
+        tables = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        del tables["strategy"]
+        experiment = replace(Experiment.from_tables(tables), strategy=strategy)
     return replace(experiment, run=replace(experiment.run, out=str(run)))
 
 
 @contextmanager
-def cut_short(run: Path) -> Iterator[Experiment]:
+def cut_short(run: Path, strategy: StrategyConfig | None = None) -> Iterator[Experiment]:
     """Lock the folder of a run that was cut short; gives its experiment.
 
     Raises:
         ConfigError: The folder holds no run, one that is finished, or one that still goes on.
     """
-    read_cut_short(run)  # what is no run's folder gets no lock
+    read_cut_short(run, strategy)  # what is no run's folder gets no lock
     with locked_folder(run):
-        yield read_cut_short(run)
+        yield read_cut_short(run, strategy)
 
 
 def searched_structure(run: Path) -> Structure | None:
