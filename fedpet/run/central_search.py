@@ -1,7 +1,5 @@
 """`fedpet search`: an experiment's training rows in, a structure's file out.
 
-    backbone -> mask -> structure -> [search] -> model -> ...
-
 In:  an experiment; its clients play no part, all training rows are searched on together.
 Out: `structure.json`, which `structure.file` takes in any experiment of the same backbone.
 
@@ -101,7 +99,7 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
 
 
 def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None) -> SearchConfig:
-    """The experiment's search with its rates, and its budget in values.
+    """Return the experiment's search with its rates, and its budget in values.
 
     Raises:
         InputError: The budget does not read, or the mask fills it.
@@ -118,7 +116,7 @@ def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None
 
 
 def origin_of(experiment: Experiment, *, rows: int, masked: bool) -> dict[str, Any]:
-    """What a structure tells of where it was found."""
+    """Return the provenance of a structure: experiment, backbone, data, mask, versions."""
     return {
         "experiment": experiment.run.name,
         "backbone": experiment.backbone.model,
@@ -148,7 +146,7 @@ def find_structure(
     origin: Mapping[str, Any] | None = None,
     callback: Callback | None = None,
 ) -> Structure:
-    """A structure by the settled `config.method`: searched, random, or manual.
+    """Find a structure by `config.method`: searched, random, or manual.
 
     Args:
         logit_adjustment: Of a search's losses, as in training.
@@ -201,7 +199,7 @@ def find_structure(
 
 
 def bytes_per_value(codec: str) -> float:
-    """What a codec makes of a value before its entropy stage, scales and framing left out."""
+    """Return a codec's bytes a value before its entropy stage, without scales and framing."""
     parsed = parse_codec(codec)
     if parsed.topk_ppm:
         raise ConfigError(
@@ -212,7 +210,7 @@ def bytes_per_value(codec: str) -> float:
 
 
 def state_file(out: Path) -> Path:
-    """Where the state of a search that makes `out` lies."""
+    """Return the file of the state of a search that makes `out`."""
     return out.with_name(out.name + ".state")
 
 

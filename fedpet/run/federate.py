@@ -1,10 +1,7 @@
-"""A run from end to end, on any Grid: simulated, deployed, or in one process.
+"""Run a federation from end to end, on any Grid: simulated, deployed, or in one process.
 
-    backbone -> mask -> structure -> model -> codec
-             -> plan -> client -> strategy -> ledger -> report
-
-Everything that decides the run is settled before the first message (`prepared`); but where clients
-search the structure, that comes first (`federated_search`) and training's plan is settled after it.
+Everything that decides the run is known before the first message (`prepare`); where clients search
+the structure, that comes first (`federated_search`) and training's plan is made after it.
 The rounds are Flower's own loop; afterwards the values are folded into a plain model, and the books
 are closed.
 
@@ -164,7 +161,7 @@ def federate(
 
 
 def _with_clients(data: FederatedData, population: ClientPool) -> FederatedData:
-    """Of a deployment with all that ever came; their rows are counted from 0, each on its node."""
+    """Add the clients that nodes of a deployment brought; their rows are counted from 0."""
     if not isinstance(population, ConnectedClientPool):
         return data
     rows = sorted(population.num_rows.items())
@@ -176,7 +173,7 @@ def _num_parameters(model: PreTrainedModel) -> int:
 
 
 def _tiers(book: TierAssignment) -> list[dict[str, Any]]:
-    """What clients of each strength send, and how many there are; [] where all are alike."""
+    """Return density, values and clients of each tier; [] where there is one."""
     if len(book.tiers) == 1:
         return []
     return [

@@ -1,6 +1,4 @@
-"""The rounds of a search before those of training.
-
-    backbone -> mask -> structure -> [search, in rounds] -> model -> ... -> report
+"""Run the rounds of a search before those of training.
 
 In:  a Grid, the search's plan, the run's folder.
 Out: the structure, with how it was found; the search's lines in `rounds.jsonl`, and a journal after
@@ -113,7 +111,7 @@ def search_in_rounds(
 
 
 def make_client_pool(prepared: RunInputs) -> ClientPool:
-    """The clients of the data; in a deployment none as yet."""
+    """Return the clients of the data; in a deployment none as yet."""
     if prepared.experiment.clients.partition == "nodes":
         return ConnectedClientPool()
     clients = prepared.data.clients
@@ -123,7 +121,7 @@ def make_client_pool(prepared: RunInputs) -> ClientPool:
 def with_registry(
     grid: Grid, strategy: SparseStrategy, population: ClientPool, experiment: Experiment
 ) -> Grid:
-    """The Grid of a strategy's rounds: in a deployment a roll call stands before it."""
+    """Return the Grid of a strategy's rounds: in a deployment a roll call stands before it."""
     if not isinstance(population, ConnectedClientPool):
         return grid
     return NodeRegistry(

@@ -9,7 +9,6 @@ from __future__ import annotations
 import functools
 import importlib
 import json
-from collections.abc import Mapping
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
@@ -70,7 +69,7 @@ class Run:
         self.folder = Path(folder)
         try:
             text = (self.folder / "result.json").read_text(encoding="utf-8")
-            self.result: Mapping[str, Any] = json.loads(text)
+            self.result: dict[str, Any] = json.loads(text)
         except (OSError, ValueError) as error:
             raise ConfigError(
                 f"{str(self.folder)!r} is no folder of a finished run: result.json does not read "
@@ -83,13 +82,13 @@ class Run:
 
     @property
     def metrics(self) -> dict[str, float]:
-        """The final model's metrics on the evaluation rows, by name."""
+        """Return the final model's metrics on the evaluation rows, by name."""
         quality = self.result["quality"]
         return {quality["metric"]: quality["final"], **quality.get("metrics", {})}
 
     @functools.cached_property
     def history(self) -> History:
-        """The rounds of training, a row each."""
+        """Return the rounds of training, a row each."""
         path = self.folder / "rounds.jsonl"
         length = path.stat().st_size
         metric, total, rows = self.result["quality"]["metric"], 0, History()
@@ -118,7 +117,7 @@ class Run:
 
     @property
     def ledger(self) -> SimpleNamespace:
-        """The books of the run, the table "communication" of `result.json` as attributes.
+        """Return the table "communication" of `result.json`, its keys as attributes.
 
         `total_bytes`, `uplink_bytes`, `downlink_bytes`, `plan_bytes`: what the devices sent and
         received, each client alone. `ratio_to_dense`: the total against FedAvg of all parameters
@@ -128,7 +127,7 @@ class Run:
 
     @functools.cached_property
     def model(self) -> PetModel:
-        """The backbone with the final values on it: `merge_and_unload()` gives the plain model.
+        """Load the backbone with the final values; `merge_and_unload()` gives the plain model.
 
         Raises:
             BackboneError: The checkpoint is not to be had here.

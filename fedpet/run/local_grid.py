@@ -1,4 +1,4 @@
-"""A Grid in this process: the same strategy and client code, no Ray and no network.
+"""Answer messages in this process: a Grid with the same client code, no Ray and no network.
 
 For tests and debugging. Nodes answer one after another, in the order of the messages; what they
 hold is a `Node` each, so plans and refusals behave as they do between machines.
@@ -36,7 +36,7 @@ class LocalGrid(Grid):
 
     @classmethod
     def of(cls, settings: NodeSettings, num_nodes: int) -> LocalGrid:
-        """A grid of nodes that all hold every client's rows."""
+        """Make a grid of nodes that all hold every client's rows."""
         return cls({number: Node(settings).answer for number in range(1, num_nodes + 1)})
 
     def get_node_ids(self) -> Iterable[int]:

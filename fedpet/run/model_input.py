@@ -172,7 +172,7 @@ def _of_pet_model(pet: PetModel, tokenizer: Any, cache: Path) -> ModelInput:
 
 
 def _trainables(model: nn.Module, config: PetConfig) -> _Trainables:
-    """What a PetConfig makes trainable of a plain model, which stays as it is."""
+    """Return what a PetConfig trains of a plain model, which stays as it is."""
     head = trained_in_full(model, config.modules_to_save)
     structure = config.structure(find_target_modules(model, head))
     return _Trainables(config.mask, structure, config.seed, head)
@@ -242,7 +242,7 @@ def _store(model: nn.Module, tokenizer: Any, cache: Path) -> dict[str, Any]:
 
 
 def _tokenizer_of(source: str, tokenizer: Any) -> Any:
-    """The tokeniser's object: as it was given, by its name, or as it lies beside the checkpoint."""
+    """Return the tokeniser: as given, by its name, or as it lies beside the checkpoint."""
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
         return tokenizer
     name = str(tokenizer or source)
@@ -258,7 +258,7 @@ def _tokenizer_of(source: str, tokenizer: Any) -> Any:
 
 
 def _is_checkpoint(source: str, model: nn.Module, tokenizer: Any) -> bool:
-    """Whether the folder that a model was loaded from holds all its weights, the head's too."""
+    """Compare a model with the folder it was loaded from: are all weights there, the head's too."""
     folder = Path(source).expanduser()
     if not source or not folder.is_dir():
         return False

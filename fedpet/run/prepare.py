@@ -1,6 +1,4 @@
-"""What is settled before the first message: rows, clients, the backbone, a plan.
-
-    backbone -> mask -> structure -> model -> codec -> [plan] -> client -> ...
+"""Prepare a run before its first message: rows, clients, the backbone, a plan.
 
 In:  an experiment.
 Out: `Prepared` for the training rounds; or `PreparedSearch`, where clients search the structure
@@ -52,7 +50,7 @@ __all__ = ["Prepared", "PreparedSearch", "is_deployed", "prepare"]
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What any run stands on."""
+    """Inputs that every run has."""
 
     experiment: Experiment
     data: FederatedData
@@ -64,7 +62,7 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class Prepared(RunInputs):
-    """Of the training rounds."""
+    """Inputs of the training rounds."""
 
     structure: Structure  # with what a search tells of it; the plan has its modules alone
     plan: Plan
@@ -74,7 +72,7 @@ class Prepared(RunInputs):
 
 @dataclass(frozen=True)
 class PreparedSearch(RunInputs):
-    """Of the rounds of a search, after which the training's plan can be settled."""
+    """Inputs of the rounds of a search, after which the training's plan is made."""
 
     backbone: Backbone  # the checkpoint, for the training's plan
     plan: Plan
@@ -138,12 +136,12 @@ def prepare(
 
 
 def is_deployed(experiment: Experiment) -> bool:
-    """Whether the nodes bring the clients, and the server knows of none beforehand."""
+    """Tell a deployment, whose nodes bring the clients, from a simulation."""
     return experiment.clients.partition == "nodes"
 
 
 def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prepared:
-    """With the training's plan, of a structure of this backbone."""
+    """Make the training's plan of a structure of this backbone."""
     check_structure(structure, backbone.fingerprint)
     data = ground.data
     plan, pet = make_plan(ground.experiment, backbone, structure, data.task, data.tokenizer_hash)
@@ -168,7 +166,7 @@ def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prep
 
 
 def _to_search(ground: RunInputs, backbone: Backbone) -> PreparedSearch:
-    """With the search's plan; the backbone is the checkpoint again."""
+    """Make the search's plan; the backbone is the checkpoint again."""
     experiment, data = ground.experiment, ground.data
     mask = None
     if experiment.mask.enabled:

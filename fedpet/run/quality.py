@@ -1,4 +1,4 @@
-"""The quality of a run: its metric by round, what it is to be compared with, and warnings.
+"""Judge a run: its metric by round, a baseline to compare it with, and warnings.
 
 In:  the rounds' records and the assessment of the final model.
 Out: "quality" of `result.json`, and the run's status.

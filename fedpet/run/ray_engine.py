@@ -1,4 +1,4 @@
-"""Flower's simulation on Ray: the one module that knows how it is started.
+"""Start Flower's simulation on Ray; no other module does.
 
 `run_simulation` is deprecated upstream, and is today the one way that takes a remote Ray cluster
 and an app with its settings inside; what the rest of fedpet sees of it is `simulate`. Ray is
@@ -28,7 +28,7 @@ from flwr.serverapp import Grid, ServerApp
 
 from fedpet.client.node import reply
 from fedpet.client.node_config import NodeSettings
-from fedpet.config import Experiment
+from fedpet.config import Experiment, StrategyConfig
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
 from fedpet.protocol.flower_compat import RESTARTS, quiet_flower, workers_end_with_ray
@@ -91,7 +91,11 @@ def simulate(
 
 
 def resume(
-    run: Path, callback: Callback, *, backend: str = "ray"
+    run: Path,
+    callback: Callback,
+    *,
+    backend: str = "ray",
+    strategy: StrategyConfig | None = None,
 ) -> tuple[dict[str, Any], RunFolder]:
     """Go on with a run that was cut short, from the last round that its journal holds.
 
@@ -99,6 +103,7 @@ def resume(
         run: Its folder.
         callback: Is called at stages, rounds and the end.
         backend: As in `simulate`.
+        strategy: Of a run whose strategy is a class of the user's own.
 
     Returns:
         What `result.json` holds, the same as of a run that was never cut short, and the folder.
@@ -110,7 +115,7 @@ def resume(
         Interrupted: It was stopped once more.
     """
     _check_backend(backend)
-    with stoppable(lambda: _resume_sentence(run)), cut_short(run) as experiment:
+    with stoppable(lambda: _resume_sentence(run)), cut_short(run, strategy) as experiment:
         prepared = prepare(experiment, callback, found=searched_structure(run))
         journal = check_journal(run, prepared)
         done, kind = (0, "") if journal is None else (journal.server_round, journal.kind)
@@ -290,7 +295,7 @@ def run_on_ray(
 
 
 def gpu_share(gpus: float, workers: int) -> float:
-    """What of a GPU each worker has: a whole one at most, or as many workers on each as needed.
+    """Return each worker's share of a GPU: a whole one at most.
 
     Raises:
         ConfigError: There is no GPU.

@@ -1,4 +1,4 @@
-"""What a run leaves behind: one folder, written as it happens, every file whole or absent."""
+"""Write the folder of a run as it happens, every file whole or absent."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class RunFolder:
 
 
 def _strict(value: Any) -> Any:
-    """The same as JSON can hold it."""
+    """Return the same as JSON can hold it."""
     if isinstance(value, dict):
         return {key: _strict(inner) for key, inner in value.items()}
     if isinstance(value, list | tuple):
@@ -177,7 +177,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 
 
 def _processor() -> str:
-    """Its type, on which alone the same seed gives the same bytes: a name covers several."""
+    """Return the processor's type, on which the same seed gives the same bytes."""
     try:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:

@@ -1,6 +1,4 @@
-"""A run between its rounds: what is evaluated, written and kept when a round is over.
-
-    ... -> client -> strategy -> [ledger, journal] -> next round
+"""Evaluate the model after a round, write its line and the journal, and call the callbacks.
 
 In:  the global values after a round, from Flower's loop.
 Out: the round's metric, its line in `rounds.jsonl`, and after that the journal that vouches for it.
@@ -83,7 +81,7 @@ class RunState:
         self.rounds_left = self._last_round - strategy.rounds_done
 
     def round_over(self, loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """What Flower's loop calls before its first round, as round 0, and after each.
+        """Close a round; Flower's loop calls it before its first one, as round 0, and after each.
 
         Args:
             loop_round: Counted by Flower's loop, from where the run was taken up.
@@ -118,14 +116,14 @@ class RunState:
         return None if record.metric is None else MetricRecord({**record.metrics})
 
     def final_model(self) -> PreTrainedModel:
-        """The plain model with the values folded in; made once, after the last round."""
+        """Return the plain model with the values folded in; made once, after the last round."""
         if self._merged is None:
             self._load_values()
             self._merged = self._prepared.pet.merged()
         return self._merged
 
     def final_assessment(self) -> Assessment:
-        """Of the final model; evaluated anew where the run was taken up after its last round."""
+        """Return the final model's evaluation; made anew for a run resumed after its last round."""
         if self._assessed is None:
             data = self._prepared.data
             self._assessed = assess_rows(self.final_model(), data.evaluation, data.task)

@@ -83,6 +83,8 @@ def simulate(
         for name, value in settings.items()
         if not isinstance(value, Structure)
     }
+    if strategy is None and isinstance(model, Experiment):
+        strategy = model.strategy
     if not isinstance(strategy, StrategyConfig):
         given["strategy"] = _strategy_table(strategy, num_rounds)
     if out:
@@ -100,6 +102,8 @@ def simulate(
         if strategy is None:
             strategy = base.strategy
         tables = base.to_tables()
+        if isinstance(strategy, StrategyConfig):
+            del tables["strategy"]
         if data is not None:
             given["data"] = _table("data", names["data"], data)
     else:
@@ -128,6 +132,7 @@ def resume(
     folder: str | Path,
     *,
     callbacks: Iterable[Callback | str] = (),
+    strategy: Any = None,
     backend: str = "ray",
     progress: bool = True,
 ) -> Run:
@@ -136,6 +141,7 @@ def resume(
     Args:
         folder: The run folder; everything else is read from it.
         callbacks: As in `simulate`, beside the trackers that the run began with.
+        strategy: Again the object that the run began with, where it wraps a class of your own.
         backend: As in `simulate`; it may be another than the run began with.
         progress: Show how far the run is.
 
@@ -145,16 +151,16 @@ def resume(
         RunInterrupted: It was stopped once more.
     """
     folder = Path(folder)
-    experiment = read_cut_short(folder)
+    experiment = read_cut_short(folder, strategy)
     with ExitStack() as shown:
         bars = [shown.enter_context(Progress.of(experiment))] if progress else []
         every = Callbacks([*bars, *_listed(callbacks), *experiment.run.callbacks])
-        ray_engine.resume(folder, every, backend=backend)
+        ray_engine.resume(folder, every, backend=backend, strategy=strategy)
     return Run(folder)
 
 
 def _is_experiment(model: Any, data: Any) -> bool:
-    """Whether `model` is an experiment, and `data` at most keys of its table [data]."""
+    """Tell an experiment, with at most keys of [data] beside it, from a model and rows."""
     if isinstance(model, Experiment):
         return True
     if not isinstance(model, str | Path):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 import sqlite3
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -102,10 +103,7 @@ def test_what_is_no_callback_is_refused_before_anything_is_read(experiment: Make
 def test_a_tracker_whose_package_is_absent_says_what_to_install(
     name: str, experiment: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def absent(package: str) -> Any:
-        raise ModuleNotFoundError(f"No module named {package!r}")
-
-    monkeypatch.setattr(trackers.importlib, "import_module", absent)
+    monkeypatch.setitem(sys.modules, trackers.TRACKERS[name].package, None)  # type: ignore[attr-defined]
     for given in ({"callbacks": [name]}, {"run": {"callbacks": [name]}}):
         with pytest.raises(ConfigError, match=f"`pip install {name}`"):
             fedpet.simulate(experiment(), **given, **HERE)
