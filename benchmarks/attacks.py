@@ -98,7 +98,7 @@ ATTACKS: dict[str, Lie | None] = {
 
 
 class Liars:
-    """A node with clients that lie.
+    """Answer as a node with clients that lie.
 
     Args:
         answer: The honest node's.
@@ -151,7 +151,7 @@ class Liars:
 
 @dataclass(frozen=True)
 class AttackCell(ExperimentCell):
-    """One rule under one attack, run in this process."""
+    """Run one rule under one attack in this process."""
 
     rule: str = ""
     attack: str = "none"

@@ -33,7 +33,7 @@ Run = Callable[["Cell"], Result]
 
 @dataclass(frozen=True)
 class Cell(ABC):
-    """One piece of work and its file, RESULTS/PHASE/NAME.json.
+    """Define one piece of work and its file, RESULTS/PHASE/NAME.json.
 
     Attributes:
         path: The file.

@@ -34,7 +34,7 @@ WORDS = ["good", "bad", "fine", "dull", "film", "plot", "cast", "score", "the", 
 
 
 def environment(place: Place) -> None:
-    """What is on the machine."""
+    """Report versions, GPU and memory."""
     place.found("python", sys.version)
     place.found("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
     place.found("cores", os.cpu_count())
@@ -216,7 +216,7 @@ class _Silent:
 
 
 def run(place: Place) -> None:
-    """A whole federation in this process, there twice and on the processor."""
+    """Run a whole federation in this process, twice on the GPU and once on the processor."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_rows(folder / "rows")

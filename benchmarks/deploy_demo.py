@@ -1,4 +1,4 @@
-"""What is simulated is what is deployed: one federation on Ray, and on real nodes over TLS.
+"""Compare one federation on Ray with the same on real nodes over TLS, bit for bit.
 
     python -m benchmarks.deploy_demo [--rounds 5] [--eval-rows 256]
 
@@ -55,7 +55,7 @@ class Told:
             print(otherwise, flush=True)
 
     def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
-        """The simulation's rounds are not shown."""
+        """Show nothing of the simulation's rounds."""
 
 
 def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
@@ -147,7 +147,7 @@ def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
 
 
 def make_intruder(folder: Path, first_port: int, port: int) -> None:
-    """A node like the first, but with a key that nobody registered."""
+    """Start a node like the first, but with a key that nobody registered."""
     place = folder / "nodes" / INTRUDER
     shutil.copytree(folder / "nodes" / NODES[0], place)
     (place / "node.key").write_bytes(make_node_key()[0])

@@ -1,4 +1,4 @@
-"""What the server's memory takes as a round has more clients: replies, decoding, averaging.
+"""Measure the server's memory by clients of a round: replies, decoding, averaging.
 
     python -m benchmarks.server_memory --out server_memory.json
 
@@ -48,7 +48,7 @@ SEED = 0
 
 
 def make_plan(num_values: int, codec: str) -> Plan:
-    """A plan of so many values that belongs to no model."""
+    """Make a plan of so many values that belongs to no model."""
     return Plan(
         fingerprint="",
         head_seed=0,
@@ -69,7 +69,7 @@ def make_plan(num_values: int, codec: str) -> Plan:
 
 
 def answer(payload: bytes, plan: Plan) -> bytes:
-    """A node's answer: noise for each client of its cohort."""
+    """Answer as a node: noise for each client of its cohort."""
     request = read_request(payload)
     asked = next(unpack_frames(request.frame, max_frames=1, max_payload_bytes=len(payload)))
     assert isinstance(asked, Frame)
@@ -96,7 +96,7 @@ def answer(payload: bytes, plan: Plan) -> bytes:
 
 
 class PostOffice(LocalGrid):
-    """A grid whose replies lie outside the server's memory until they are pulled."""
+    """Hold replies outside the server's memory until they are pulled."""
 
     def __init__(self, handlers: dict[int, Callable[[bytes], bytes]]) -> None:
         super().__init__(handlers)

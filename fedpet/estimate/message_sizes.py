@@ -87,17 +87,17 @@ def frames_down(
         return [[float(frame[r, t.tier]) for t in takers] for r, takers in enumerate(rounds)]
     first = [_first_stored(frame[:, tier], 4 * count + 1024) for tier, count in enumerate(counts)]
     until = np.vstack([np.zeros(len(counts)), np.cumsum(frame, axis=0)])  # sums before a round
-    held: dict[int, int] = {}  # client -> the round whose reference it holds, from 1
+    known: dict[int, int] = {}  # client -> the round whose reference it holds, from 1
     sent = []
     for r, takers in enumerate(rounds):
         each = []
         for taker in takers:
-            since = min(held.get(taker.client, 0), r)  # changes from here on are missed
+            since = min(known.get(taker.client, 0), r)  # changes from here on are missed
             chain = float(until[r + 1, taker.tier] - until[since, taker.tier])
-            kept = since >= first[taker.tier][r]
+            stored = since >= first[taker.tier][r]
             shorter = since == r or chain <= whole[r, taker.tier]
-            each.append(chain if kept and shorter else float(whole[r, taker.tier]))
-            held[taker.client] = r + 1
+            each.append(chain if stored and shorter else float(whole[r, taker.tier]))
+            known[taker.client] = r + 1
         sent.append(each)
     return sent
 
@@ -165,11 +165,11 @@ def _hash(of: str) -> str:
 
 def _first_stored(frames: npt.NDArray[np.float64], most: int) -> list[int]:
     """Return for each round, from 0, the first one whose change is still stored."""
-    first, kept, total = [], 0, 0.0
+    first, oldest, total = [], 0, 0.0
     for r, length in enumerate(frames):
         total += length
-        while total > most or r - kept + 1 > MAX_CHANGES:
-            total -= frames[kept]
-            kept += 1
-        first.append(kept)
+        while total > most or r - oldest + 1 > MAX_CHANGES:
+            total -= frames[oldest]
+            oldest += 1
+        first.append(oldest)
     return first
