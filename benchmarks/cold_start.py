@@ -39,7 +39,7 @@ CHILD_SECONDS = 900.0
 
 
 def main() -> None:
-    """Measure, print, and keep where asked."""
+    """Measure, print, and write the file of --out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the measurement to this JSON file")

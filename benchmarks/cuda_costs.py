@@ -181,7 +181,7 @@ def _warm_up(device: str) -> None:
 
 
 def _clear(place: Place) -> int:
-    """Give memory back; bytes that are still held."""
+    """Give memory back; return the bytes that stay."""
     _warm_up("cpu" if place.tiny else place.device)
     gc.collect()
     if place.device != "cuda":
@@ -282,9 +282,9 @@ def _parts(place: Place, stepper: Stepper) -> dict[str, float]:
 
 def _tops(events: Any, steps: int) -> dict[str, Any]:
     """Return the first entries of a profile, by kernel, by operation, and by processor time."""
-    told = [event for event in events if not getattr(event, "is_user_annotation", False)]
-    kernels = [event for event in told if event.device_type.name != "CPU"]
-    calls = [event for event in told if event.device_type.name == "CPU"]
+    real = [event for event in events if not getattr(event, "is_user_annotation", False)]
+    kernels = [event for event in real if event.device_type.name != "CPU"]
+    calls = [event for event in real if event.device_type.name == "CPU"]
 
     def rows(of: list[Any], key: str, most: int = 16) -> list[dict[str, Any]]:
         ordered = sorted(of, key=lambda event: -getattr(event, key))[:most]

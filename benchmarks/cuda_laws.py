@@ -50,8 +50,8 @@ def environment(place: Place) -> None:
         place.found("memory", torch.cuda.mem_get_info())
         with noted(place, "driver"):
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            place.found("driver", asked.stdout.strip())
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            place.found("driver", done.stdout.strip())
 
 
 LAWS = {

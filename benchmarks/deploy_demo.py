@@ -36,7 +36,7 @@ RUN_SECONDS = 1800.0
 TURNED_AWAY_SECONDS = 120.0
 
 
-class Told:
+class Report:
     """Prints what is found, and remembers whether all of it was as it should be."""
 
     def __init__(self) -> None:
@@ -60,7 +60,7 @@ class Told:
 
 def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     """Run both, compare. True if everything was as it should be."""
-    told = Told()
+    report = Report()
     experiment = Experiment.from_file(
         EXPERIMENT,
         [
@@ -71,8 +71,8 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
             f"run.cache='{folder}/cache'",
         ],
     )
-    told.say(f"simulating {rounds} rounds on Ray")
-    simulated, _ = simulate(experiment, told)
+    report.say(f"simulating {rounds} rounds on Ray")
+    simulated, _ = simulate(experiment, report)
     clients = simulated["data"]["clients"]
 
     port, *node_ports = free_ports(2 + len(NODES))
@@ -88,42 +88,42 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     )
     write_deployment(deployment, folder / "deployment")
     rows = write_thirds(folder / "deployment" / "nodes", experiment)
-    told.say(f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}")
+    report.say(f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}")
     with RealNodes(folder / "deployment", port) as real:
         real.start_server()
-        told.check("plain HTTP is refused", plain_http_is_refused(port))
+        report.check("plain HTTP is refused", plain_http_is_refused(port))
         real.register()
         for name in NODES:
             real.start_node(name)
         make_intruder(folder / "deployment", node_ports[0], node_ports[-1])
-        told.check("a node that is not registered is turned away", *_turned_away(real))
-        told.say(f"running {rounds} rounds on {len(NODES)} nodes")
+        report.check("a node that is not registered is turned away", *_turned_away(real))
+        report.say(f"running {rounds} rounds on {len(NODES)} nodes")
         done = real.run(limit_seconds=RUN_SECONDS)
         log = (done.stdout + done.stderr)[-4000:]
-        told.check("the run ends with exit code 0", done.returncode == 0, log)
+        report.check("the run ends with exit code 0", done.returncode == 0, log)
         if done.returncode == 0:
-            _compare(told, simulated, real.result(f"{experiment.run.name}-1"))
-    return not told.failed
+            _compare(report, simulated, real.result(f"{experiment.run.name}-1"))
+    return not report.failed
 
 
-def _compare(told: Told, simulated: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
+def _compare(report: Report, simulated: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
     found, known = (
         (result["data"]["clients"], result["data"]["train_rows"])
         for result in (deployed, simulated)
     )
-    told.check(
+    report.check(
         f"the roll call finds all {known[0]} films with {known[1]} reviews",
         found == known,
         f"{found} instead of {known}",
     )
-    told.check("nobody was refused", not deployed["refused"], str(deployed["refused"]))
-    told.check(
+    report.check("nobody was refused", not deployed["refused"], str(deployed["refused"]))
+    report.check(
         f"final values {deployed['final_values_sha256'][:16]}... are the simulation's",
         deployed["final_values_sha256"] == simulated["final_values_sha256"],
         f"simulated: {simulated['final_values_sha256']}",
     )
     quality, seconds = deployed["quality"], deployed["time"]["rounds_seconds"]
-    told.say(f"{quality['metric']} {quality['final']:.4f}; {seconds:.1f} s of rounds")
+    report.say(f"{quality['metric']} {quality['final']:.4f}; {seconds:.1f} s of rounds")
 
 
 def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
@@ -172,10 +172,10 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fedpet-demo-"))
     try:
-        held = demonstrate(arguments.rounds, arguments.eval_rows, folder)
+        holds = demonstrate(arguments.rounds, arguments.eval_rows, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    sys.exit(0 if held else 1)
+    sys.exit(0 if holds else 1)
 
 
 if __name__ == "__main__":

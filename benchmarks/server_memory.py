@@ -71,18 +71,18 @@ def make_plan(num_values: int, codec: str) -> Plan:
 def answer(payload: bytes, plan: Plan) -> bytes:
     """Answer as a node: noise for each client of its cohort."""
     request = read_request(payload)
-    asked = next(unpack_frames(request.frame, max_frames=1, max_payload_bytes=len(payload)))
-    assert isinstance(asked, Frame)
+    wanted = next(unpack_frames(request.frame, max_frames=1, max_payload_bytes=len(payload)))
+    assert isinstance(wanted, Frame)
     frames = bytearray()
     for client in request.clients:
-        seed = derive_seed("client", SEED, asked.server_round, client)
+        seed = derive_seed("client", SEED, wanted.server_round, client)
         values = np.random.default_rng(seed).normal(size=plan.num_values).astype(np.float32)
         groups = [(0, plan.num_values)]
         encoded = encode_values(values, plan.codec.uplink, groups, seed=derive_seed("encode", seed))
         frames += pack_frame(
             Frame(
-                plan_digest=asked.plan_digest,
-                server_round=asked.server_round,
+                plan_digest=wanted.plan_digest,
+                server_round=wanted.server_round,
                 client=client,
                 codec=plan.codec.uplink,
                 count=plan.num_values,
@@ -117,8 +117,8 @@ class PostOffice(LocalGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Make the replies to these messages."""
-        asked = [self._asked.pop(number) for number in message_ids]
-        return [Message(to_record(self._shelf.get(place)), reply_to=m) for m, place in asked]
+        wanted = [self._asked.pop(number) for number in message_ids]
+        return [Message(to_record(self._shelf.get(place)), reply_to=m) for m, place in wanted]
 
 
 def peak_mb(strategy: str, codec: str, num_values: int, num_clients: int, rounds: int) -> float:

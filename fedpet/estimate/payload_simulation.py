@@ -43,7 +43,7 @@ Floats = npt.NDArray[np.float32]
 
 # The part that is played through; beyond it, lengths are scaled (values) or interpolated (rounds).
 MAX_VALUES = 1 << 16
-MAX_ROUNDS = 20
+MAX_ROUNDS = 12
 MAX_CLIENTS = 8
 MAX_STEPS = 16
 MAX_MOVES = 50  # of a server with momentum, between two rounds that are played through
