@@ -8,7 +8,7 @@ fewer, shorter rows. The table's figures go into one file.
 A liar trains like everyone and then sends, instead of its update u: -10 u ("sign-flip"), Gaussian
 noise of ten times the norm of u ("random"), or NaN. It says so in a proper frame of the right plan,
 round and length, with a checksum that fits. Who lies is drawn anew each round, two of ten clients;
-trimming and Krum are told that number. A cell that is there is not run again.
+trimming and Krum know that number. A cell that is there is not run again.
 
 Everything runs in this process, one client after another: a cell's time is that of one core.
 """
@@ -61,7 +61,7 @@ SMALLER = (
     "data.max-length=32",
     "clients.min-rows=4",
     "run.workers=1",
-    "codec.uplink=float32",  # what is told apart is the rules
+    "codec.uplink=float32",  # the rules are compared, not codecs
     "codec.downlink=float32",
     "codec.downlink-mode=delta",
     "training.cls-only=false",  # their cells were run with whole passes
@@ -99,7 +99,7 @@ ATTACKS: dict[str, Lie | None] = {
 
 
 class Liars:
-    """A node with clients that lie.
+    """Answer as a node with clients that lie.
 
     Args:
         answer: The honest node's.
@@ -152,7 +152,7 @@ class Liars:
 
 @dataclass(frozen=True)
 class AttackCell(ExperimentCell):
-    """One rule under one attack, run in this process."""
+    """Run one rule under one attack in this process."""
 
     rule: str = ""
     attack: str = "none"

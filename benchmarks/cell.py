@@ -33,7 +33,7 @@ Run = Callable[["Cell"], Result]
 
 @dataclass(frozen=True)
 class Cell(ABC):
-    """One piece of work and its file, RESULTS/PHASE/NAME.json.
+    """Define one piece of work and its file, RESULTS/PHASE/NAME.json.
 
     Attributes:
         path: The file.
@@ -170,9 +170,9 @@ def check(
         same = before == after
         all_same &= same
         checks = json.loads(notes.read_text(encoding="utf-8")) if notes.exists() else []
-        told = {"cell": cell.name, "same": same, "before": before, "after": after}
+        outcome = {"cell": cell.name, "same": same, "before": before, "after": after}
         date = time.strftime("%Y-%m-%d", time.gmtime())
-        write_json(notes, [*checks, {**told, "date": date, **_provenance()}])
+        write_json(notes, [*checks, {**outcome, "date": date, **_provenance()}])
         say(f"check {cell.name}: {'the same' if same else f'{before} before, {after} now'}")
     return all_same
 

@@ -39,7 +39,7 @@ _DEFAULTS: dict[str, dict[str, Any]] = {
 
 @dataclass(frozen=True)
 class CentralCell(Cell):
-    """One search, or one training of one structure.
+    """Search a structure, or train one.
 
     Attributes:
         backbone: The checkpoint.
@@ -102,7 +102,7 @@ class CentralCell(Cell):
 
 @dataclass(frozen=True)
 class Dataset:
-    """A folder of split files."""
+    """Describe a folder of split files."""
 
     name: str
     metric: str
@@ -113,7 +113,7 @@ class Dataset:
 
 @dataclass(frozen=True)
 class Place:
-    """A data set and the budget of a structure on it."""
+    """Name a data set and the budget of a structure on it."""
 
     dataset: Dataset
     budget: str | int | float
@@ -121,7 +121,7 @@ class Place:
 
 @dataclass
 class CentralGrid(Grid):
-    """A table of searched structures.
+    """Lay out a table of searched structures.
 
     Attributes:
         datasets: In the file's order.
@@ -206,7 +206,7 @@ class CentralGrid(Grid):
 
     @property
     def places(self) -> Sequence[Place]:
-        """Every data set under every budget."""
+        """Return every data set under every budget."""
         return [Place(dataset, budget) for dataset in self.datasets for budget in self.budgets]
 
     def structure_cells(self, place: Place) -> Iterator[Cell]:

@@ -46,7 +46,7 @@ _EVERYBODY = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 @dataclass(frozen=True)
 class Rows:
-    """A sample of a data set's training split, and the rows to evaluate on."""
+    """Name a sample of a data set's training split, and the rows to evaluate on."""
 
     dataset: str
     metric: str

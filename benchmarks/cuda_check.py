@@ -41,7 +41,7 @@ SPARE = 10.0  # s that a section is given to stop by itself, before it is stoppe
 
 
 class Results:
-    """A file of findings by section and name, written whole after each."""
+    """Write findings by section and name to a file, whole after each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path

@@ -34,7 +34,7 @@ WORDS = ["good", "bad", "fine", "dull", "film", "plot", "cast", "score", "the", 
 
 
 def environment(place: Place) -> None:
-    """What is on the machine."""
+    """Report versions, GPU and memory."""
     place.found("python", sys.version)
     place.found("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
     place.found("cores", os.cpu_count())
@@ -50,8 +50,8 @@ def environment(place: Place) -> None:
         place.found("memory", torch.cuda.mem_get_info())
         with noted(place, "driver"):
             command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
-            asked = subprocess.run(command, capture_output=True, text=True, timeout=20)
-            place.found("driver", asked.stdout.strip())
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            place.found("driver", done.stdout.strip())
 
 
 LAWS = {
@@ -211,7 +211,7 @@ def _path() -> list[str]:
 
 
 def run(place: Place) -> None:
-    """A whole federation in this process, there twice and on the processor."""
+    """Run a whole federation in this process, twice on the GPU and once on the processor."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_rows(folder / "rows")

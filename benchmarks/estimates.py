@@ -52,16 +52,16 @@ def has_its_data(experiment: Experiment) -> bool:
 
 def deviations(experiment: Experiment, communication: dict[str, Any]) -> dict[str, float]:
     """Return an estimate's deviations from a ledger, and the allowed one, as fractions of bytes."""
-    told = estimate(experiment)
-    off = {name: told.communication[name] / communication[name] - 1 for name in NAMES}
-    return {**off, "tolerance": told.tolerance}
+    estimated = estimate(experiment)
+    off = {name: estimated.communication[name] / communication[name] - 1 for name in NAMES}
+    return {**off, "tolerance": estimated.tolerance}
 
 
 def main() -> None:
     """Compare, print, exit with 1 if an estimate is off."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("folder", type=Path, nargs="?", default=RESULTS)
-    parser.add_argument("--cache", default="", help="where tokenised data are kept")
+    parser.add_argument("--cache", default="", help="where tokenised data are stored")
     arguments = parser.parse_args()
     table = Table("cell", "up", "down", "downlink", *NAMES)
     worst, wrong = 0.0, 0
@@ -82,7 +82,7 @@ def main() -> None:
             *(f"{found[key]:+.2%}" for key in NAMES),
         )
     Console().print(table)
-    print(f"the total farthest off: {worst:.2%}; farther than told: {wrong}")
+    print(f"the total farthest off: {worst:.2%}; farther than allowed: {wrong}")
     sys.exit(1 if wrong else 0)
 
 

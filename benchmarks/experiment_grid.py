@@ -52,7 +52,7 @@ _SETTLED = ("budget", "learning_rate", "learning_rates", "mask_in_budget")
 
 @dataclass(frozen=True)
 class ExperimentCell(Cell):
-    """One federated run.
+    """Run one federated experiment.
 
     Attributes:
         experiment: Fully resolved.
@@ -159,7 +159,7 @@ class ExperimentCell(Cell):
 
 @dataclass(frozen=True)
 class StructureFile(Cell):
-    """The file of a structure that `fedpet search` makes, as it writes it."""
+    """Make the file of a structure as `fedpet search` does."""
 
     experiment: Experiment
 
@@ -225,7 +225,7 @@ class StructureFile(Cell):
 
 @dataclass
 class ExperimentGrid(Grid):
-    """A table of federated runs.
+    """Lay out a table of federated runs.
 
     Attributes:
         experiment: The file of the experiment that all methods run.

@@ -24,12 +24,12 @@ PHASES = ("structures", "tune", "final")
 
 
 class UnsettledError(ConfigError):
-    """The rate of a method is not chosen yet."""
+    """Raised where the rate of a method is not chosen yet."""
 
 
 @dataclass(frozen=True)
 class Method:
-    """A row of a table.
+    """Describe a row of a table.
 
     Attributes:
         name: Of the row.
@@ -52,7 +52,7 @@ class Method:
 
 @dataclass
 class Grid(ABC):
-    """A table's cells.
+    """Lay out a table's cells, and work them off.
 
     Attributes:
         results: Folder of the cells.
@@ -106,7 +106,7 @@ class Grid(ABC):
 
     @property
     def places(self) -> Sequence[Any]:
-        """Where every method is tuned and run; a table of experiments has one place."""
+        """Return the places at which every method is tuned and run: one for experiments."""
         return (None,)
 
     @abstractmethod

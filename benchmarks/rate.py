@@ -10,7 +10,7 @@ from fedpet.errors import ConfigError
 
 @dataclass(frozen=True, order=True)
 class Rate:
-    """Learning rates, written `0.001` or `"0.001 head=0.01"`. Sorts by size."""
+    """Hold learning rates, written `0.001` or `"0.001 head=0.01"`. Sorts by size."""
 
     learning_rate: float
     by_kind: tuple[str, ...] = ()
@@ -39,5 +39,5 @@ class Rate:
 
     @property
     def file_name(self) -> str:
-        """The rate as part of a file's name: `0.001-head0.01`."""
+        """Return the rate as part of a file's name: `0.001-head0.01`."""
         return str(self).replace(" ", "-").replace("=", "")

@@ -134,7 +134,7 @@ def measure(clients: int, rounds: int, codec: Sequence[str]) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure, print, and keep where asked."""
+    """Measure, print, and write the file of --out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clients", type=int, default=1000)
     parser.add_argument("--rounds", type=int, default=6)

@@ -1,13 +1,9 @@
-"""What a Flower user does without fedpet: full fine-tuning, peft's LoRA, and the head alone.
+"""Run a baseline on an experiment of fedpet's: full fine-tuning, peft's LoRA, or the head alone.
 
-    backbone -> data -> [baseline] -> client -> Flower's FedAvg -> ledger -> result.json
-
-In:  an experiment, the same that fedpet runs.
-Out: the same `config.toml`, `rounds.jsonl` and `result.json`; no model.
-
-The same as in fedpet's run: checkpoint and start of the head, rows and clients, the clients drawn
-each round, the order of a client's batches, the local training loop, rounds, evaluation. Other
-than there: what is trained, and how it travels. Trainable tensors go as an ordinary ArrayRecord,
+It leaves the same `config.toml`, `rounds.jsonl` and `result.json`, and no model. As in fedpet's run
+are the checkpoint and start of the head, rows and clients, the clients drawn each round, the order
+of a client's batches, the local training loop, rounds and evaluation. Its own are the trained
+tensors and their messages. Trainable tensors go as an ordinary ArrayRecord,
 one array a tensor, in one message a client, and `flwr.serverapp.strategy.FedAvg` averages them.
 """
 
@@ -45,7 +41,7 @@ from fedpet.utils.cores import usable_cores
 
 @dataclass(frozen=True)
 class PreparedBaseline:
-    """What is settled before the first message: rows, clients, the server's model."""
+    """Hold rows, clients and the server's model, ready before the first message."""
 
     method: str
     experiment: Experiment

@@ -43,8 +43,8 @@ Floats = npt.NDArray[np.float32]
 
 # The part that is played through; beyond it, lengths are scaled (values) or interpolated (rounds).
 MAX_VALUES = 1 << 16
-MAX_ROUNDS = 20
-MAX_CLIENTS = 10
+MAX_ROUNDS = 12
+MAX_CLIENTS = 8
 MAX_STEPS = 16
 MAX_MOVES = 50  # of a server with momentum, between two rounds that are played through
 LEAST_VALUES = 4096  # of a kind, where it has as many: a window of a rotation
@@ -129,7 +129,7 @@ def payloads(
 
 
 class Server:
-    """A strategy's rule on a vector, as Flower has it."""
+    """Apply a strategy's rule, as Flower has it, to a vector."""
 
     def __init__(self, config: StrategyConfig, training: TrainingConfig) -> None:
         self._config, self._rule = config, make_rule(config, training)
@@ -154,7 +154,7 @@ class Server:
 
 
 class _Tier:
-    """The values of one tier among those that are played through, and the lengths of its payloads.
+    """Hold the values of one tier, and the lengths of its payloads.
 
     Attributes:
         where: Which values are the tier's, bool (n,).
@@ -178,7 +178,7 @@ class _Tier:
 
 
 class _Federation:
-    """A few thousand values, moved as a run's are."""
+    """Move a few thousand values as a run does."""
 
     def __init__(
         self, tiers: Sequence[Kinds], plan: Plan, strategy: StrategyConfig, seed: int
