@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
-    from fedpet.config import MaskConfig
+    from fedpet.config import MaskConfig, SearchConfig, TrainingConfig
     from fedpet.errors import FedpetError, InputError
-    from fedpet.pet.factory import get_pet_model
+    from fedpet.pet.factory import get_pet_model, preset_structure
     from fedpet.pet.mask import Mask, build_mask, pafi_mask
     from fedpet.pet.model import PetModel
     from fedpet.pet.modules.adapter import AdapterConfig
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
     from fedpet.pet.pet_config import PetConfig
     from fedpet.pet.structure import Structure
     from fedpet.protocol.ledger import Ledger
+    from fedpet.search.from_dataset import search_structure
     from fedpet.training.loss import register_loss
     from fedpet.training.metrics import register_metric
 
@@ -41,14 +42,14 @@ __version__ = "0.1.0"
 
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
-    "fedpet.config": ("MaskConfig",),
+    "fedpet.config": ("MaskConfig", "SearchConfig", "TrainingConfig"),
     "fedpet.errors": ("FedpetError", "InputError"),
     "fedpet.protocol.ledger": ("Ledger",),
     "fedpet.pet.mask": ("Mask", "build_mask", "pafi_mask"),
     "fedpet.pet.model": ("PetModel",),
     "fedpet.pet.modules.base": ("GatedModule",),
     "fedpet.pet.modules.registry": ("ModuleSpec", "linears", "register_module"),
-    "fedpet.pet.factory": ("get_pet_model",),
+    "fedpet.pet.factory": ("get_pet_model", "preset_structure"),
     "fedpet.pet.modules.adapter": ("AdapterConfig",),
     "fedpet.pet.modules.bitfit": ("BitFitConfig",),
     "fedpet.pet.modules.hiwi": ("HiwiConfig",),
@@ -57,6 +58,7 @@ _HOME = {
     "fedpet.pet.modules.module_config": ("CustomModuleConfig", "ModuleConfig"),
     "fedpet.pet.pet_config": ("PetConfig",),
     "fedpet.pet.structure": ("Structure",),
+    "fedpet.search.from_dataset": ("search_structure",),
     "fedpet.training.loss": ("register_loss",),
     "fedpet.training.metrics": ("register_metric",),
 }
@@ -79,7 +81,9 @@ __all__ = [
     "ModuleSpec",
     "PetConfig",
     "PetModel",
+    "SearchConfig",
     "Structure",
+    "TrainingConfig",
     "__version__",
     "build_mask",
     "decode",
@@ -87,9 +91,11 @@ __all__ = [
     "get_pet_model",
     "linears",
     "pafi_mask",
+    "preset_structure",
     "register_loss",
     "register_metric",
     "register_module",
+    "search_structure",
 ]
 
 

@@ -83,7 +83,7 @@ def run_cell(cell: Cell, folder: Path, cache: Path) -> dict[str, Any]:
     try:
         training = replace(cell.training, logit_adjustment=cell.rows.logit_adjustment)
         loss = train_structure(pet, data.train, train, data.task, training, seed=cell.seed)
-        values = pet.values().numpy().astype("<f4")
+        values = pet.get_delta().numpy().astype("<f4")
         if cell.rows.eval_splits:
             told = [(predict(pet.model, part.evaluation), part.evaluation.labels) for part in parts]
         else:
@@ -94,7 +94,7 @@ def run_cell(cell: Cell, folder: Path, cache: Path) -> dict[str, Any]:
         for segment in pet.segments:
             sizes[segment.kind] = sizes.get(segment.kind, 0) + segment.size
     finally:
-        pet.restore()
+        pet.unload()
     return {
         "score": metric_value(data.task, logits, labels),
         "loss": loss,

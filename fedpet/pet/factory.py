@@ -18,12 +18,13 @@ from fedpet.backbone.pretrained import Backbone
 from fedpet.errors import ConfigError, StructureError
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
+from fedpet.pet.structure import Structure, preset
 from fedpet.pet.trainable_model import check_plain
 
 if TYPE_CHECKING:
     from fedpet.pet.pet_config import PetConfig
 
-__all__ = ["get_pet_model", "trained_in_full"]
+__all__ = ["get_pet_model", "preset_structure", "trained_in_full"]
 
 # What a class is called whose head a checkpoint of the encoder lacks.
 _NEW_HEADS = ("Classification", "Regression", "QuestionAnswering", "MultipleChoice")
@@ -77,6 +78,34 @@ def get_pet_model(model: nn.Module, config: PetConfig) -> PetModel:
         fingerprint="",  # over all weights: taken when it is asked for
     )
     return PetModel(backbone, mask, structure, seed=config.seed, mask_config=config.mask)
+
+
+def preset_structure(
+    model: nn.Module, names: str, *, rank: int = 8, scale: float = 2.0
+) -> Structure:
+    """Name the modules of presets in a model.
+
+    Args:
+        model: A transformer; its weights are not read.
+        names: Of registered kinds and presets, joined by "+": "lnfit+lora".
+        rank: Of the modules that have one.
+        scale: Of LoRA: what alpha / rank is elsewhere.
+
+    Raises:
+        StructureError: An unknown name, or one that finds nothing to act on in this model.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> found = preset_structure(BertForSequenceClassification(small), "lora", rank=2)
+        >>> [(spec.kind, spec.target, spec.rank) for spec in found.modules][:1]
+        [('lora', 'bert.encoder.layer.0.attention.self.query', 2)]
+        >>> Structure.from_json(found.to_json()) == found
+        True
+    """
+    positions = find_target_modules(model, trained_in_full(model, None))
+    return preset(names, positions, rank=rank, scale=scale)
 
 
 def trained_in_full(model: nn.Module, modules_to_save: Sequence[str] | None) -> tuple[str, ...]:

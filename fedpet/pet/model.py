@@ -155,11 +155,6 @@ class PetModel(TrainableModel):
         self._storage.release(merged=True)
         return self.model
 
-    def unload(self) -> PreTrainedModel:
-        """Take every change off and give the model back as it was; this object is done."""
-        self.restore()
-        return self.model
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trainables alone, see fedpet/pet/pet_files.py: a few MB at most.
 

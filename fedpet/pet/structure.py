@@ -35,7 +35,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Structure:
-    """The modules of a federation, and where the choice came from."""
+    """The modules of a federation, and where the choice came from.
+
+    Example:
+        >>> gain = ModuleSpec("lnfit", "encoder.norm")
+        >>> update = ModuleSpec("lora", "encoder.query", rank=2, scale=8.0)
+        >>> structure = Structure((gain, update))
+        >>> Structure.from_json(structure.to_json()) == structure
+        True
+    """
 
     modules: tuple[ModuleSpec, ...] = ()
     fingerprint: str = ""  # of the backbone it was found on; "" fits any with these targets

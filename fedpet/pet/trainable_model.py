@@ -48,8 +48,8 @@ class TrainableModel(ModelWrapper):
     """A transformer whose trainables are a mask, small modules and a head.
 
     Laws: merged outputs equal adapted ones (1); what no module names stays bit-identical (2);
-    values are linear in the model for every exact module (3); `load_values` forgets what was
-    loaded before; `values()` right after it gives back the same bits.
+    values are linear in the model for every exact module (3); `set_delta` forgets what was
+    loaded before; `get_delta` right after it gives back the same bits.
 
     Attributes:
         model: The adapted model. `merge_and_unload` and `unload` make it a plain one again.
@@ -126,7 +126,7 @@ class TrainableModel(ModelWrapper):
         of_tiers = (segments_of(self._pet_modules, tier) for tier in tiers)
         self.tiers = tuple(of_tiers) or (segments_of(self._pet_modules, None),)
         self._take_layout(self.tiers[-1])
-        self.load_values(torch.zeros(self.num_values), seed=self.seed)
+        self.set_delta(torch.zeros(self.num_values), seed=self.seed)
 
     # What the optimiser and the training loop see.
 
@@ -180,11 +180,14 @@ class TrainableModel(ModelWrapper):
         for site in self._sites:
             if site.mask is not None:
                 site.install(self._gated)
-        self.load_values(torch.zeros(self.num_values), seed=0)
+        self.set_delta(torch.zeros(self.num_values), seed=0)
 
     @torch.no_grad()
-    def values(self) -> Tensor:
-        """What is sent: float32, (num_values,), on the CPU, a copy; zeros are the checkpoint."""
+    def get_delta(self) -> Tensor:
+        """Return the communicated values: float32, (num_values,), on the CPU, a copy.
+
+        They stand in the order of `segments`: mask, modules, head. Zeros are the checkpoint.
+        """
         flat = self._storage.flat
         values = flat.new_empty(self.num_values)
         for place, stretch in self._direct:
@@ -194,13 +197,17 @@ class TrainableModel(ModelWrapper):
         return values.to(device="cpu", dtype=torch.float32)
 
     @torch.no_grad()
-    def load_values(self, values: Tensor, *, seed: int) -> None:
-        """Set the model to the point `values`, whatever was loaded before.
+    def set_delta(self, delta: Tensor | np.ndarray, *, seed: int = 0) -> None:
+        """Set the model to the point `delta`, whatever it was before.
 
         Args:
-            values: (num_values,), as `values()` gives them.
-            seed: Of this piece of work; adapters on biases are drawn anew from it.
+            delta: (num_values,), as `get_delta` gives it.
+            seed: HiWi's adapters on biases start anew, drawn from it.
+
+        Raises:
+            ValueError: Another length.
         """
+        values = torch.as_tensor(delta)
         if values.shape != (self.num_values,):
             raise ValueError(
                 f"values must have the shape ({self.num_values},) of this model's layout, got "
@@ -214,25 +221,6 @@ class TrainableModel(ModelWrapper):
             module.write(values[place], seed)
         self._storage.gradient.zero_()
         self._storage.write()
-
-    def get_delta(self) -> Tensor:
-        """Return the communicated values, float32 (num_values,) on the CPU; zeros: the checkpoint.
-
-        They stand in the order of `segments`: mask, modules, head.
-        """
-        return self.values()
-
-    def set_delta(self, delta: Tensor | np.ndarray, *, seed: int = 0) -> None:
-        """Set the model to the point `delta`, whatever it was before.
-
-        Args:
-            delta: (num_values,), as `get_delta` gives it.
-            seed: HiWi's adapters on biases start anew, drawn from it.
-
-        Raises:
-            ValueError: Another length.
-        """
-        self.load_values(torch.as_tensor(delta), seed=seed)
 
     @property
     def inexact_kinds(self) -> tuple[str, ...]:
@@ -306,20 +294,21 @@ class TrainableModel(ModelWrapper):
     # Off the model and on again.
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Take everything off: the backbone is the checkpoint again, and this object is done."""
+    def unload(self) -> PreTrainedModel:
+        """Take every change off and give the model back as it was; this object is done."""
         self._hook.remove()
         for site in self._sites:
             site.remove()
         if self._mask is not None:
             self._mask.restore()
         self._storage.release()
+        return self.model
 
     @contextmanager
     def _taken_off(self) -> Iterator[None]:
         """Within it, the model is the plain checkpoint; afterwards all is as it was."""
         point = self._point()
-        self.restore()
+        self.unload()
         try:
             yield
         finally:

@@ -94,7 +94,7 @@ class Ledger:
         >>> ledger = Ledger()
         >>> record = ledger.begin(1)
         >>> for client in range(10):
-        ...     ledger.count_client(down=400, up=120)
+        ...     ledger.add_client_bytes(down=400, up=120)
         >>> ledger.total("uplink_bytes"), ledger.total_bytes
         (1200.0, 5200)
     """

@@ -48,5 +48,5 @@ def _merge(run: Path, out: Path) -> None:
     settle_padding(backbone.model, probe_rows(folder))
     pet = plan.build(backbone)
     values = np.load(run / VALUES_FILE, allow_pickle=False)
-    pet.load_values(torch.from_numpy(values), seed=plan.seed)
+    pet.set_delta(torch.from_numpy(values), seed=plan.seed)
     write_model(pet.merged(), folder, out)

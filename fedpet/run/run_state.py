@@ -125,7 +125,7 @@ class RunState:
 
     def _load_values(self) -> None:
         values = torch.from_numpy(self.values.copy())
-        self._prepared.pet.load_values(values, seed=self._prepared.plan.seed)
+        self._prepared.pet.set_delta(values, seed=self._prepared.plan.seed)
 
     def _write_journal(self, server_round: int, ledger_bytes: int) -> None:
         journal = journal_after(

@@ -59,7 +59,7 @@ __all__ = [
     "candidate_records",
     "check_structure",
     "random_structure",
-    "search_structure",
+    "run_search",
     "split_rows",
     "step_batches",
 ]
@@ -104,7 +104,7 @@ class SearchResult:
     seconds: float  # wall time of this process's part
 
 
-def search_structure(
+def run_search(
     backbone: Backbone,
     rows: Rows,
     indices: np.ndarray,
@@ -194,7 +194,7 @@ def search_structure(
                 known = float(best["score"]) if best else None
                 progress(SearchProgress(step, total, losses.theta, losses.alpha, score, known))
     finally:
-        pet.restore()
+        pet.unload()
 
     if math.isnan(best["score"]):
         raise RunError(
@@ -235,10 +235,19 @@ def search_structure(
 
 
 def random_structure(space: Space, budget: float, *, seed: int, fingerprint: str = "") -> Structure:
-    """A random structure of a space under a budget: what a searched one must beat.
+    """Draw a structure of a space under a budget: what a searched one must beat.
 
     Raises:
         StructureError: The budget does not fit the space.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = BertForSequenceClassification(small)
+        >>> drawn = random_structure(build_space(model), budget=300, seed=0)
+        >>> drawn.provenance["values"] <= 300
+        True
     """
     space.check_budget(budget)
     drawn = derive_seed("random structure", seed)

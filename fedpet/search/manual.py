@@ -50,6 +50,15 @@ def manual_structure(
 
     Raises:
         StructureError: An unknown preset, or a budget below its smallest module.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = BertForSequenceClassification(small)
+        >>> found = manual_structure(model, "lora", budget=1000)
+        >>> found.provenance["rank"], found.provenance["values"]
+        (7, 896)
     """
     positions = find_target_modules(model, head)
 

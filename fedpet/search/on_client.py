@@ -111,14 +111,14 @@ class SearchModel:
         self.pet.set_tier(tier)
         self.segments = self.tiers[tier]
 
-    def values(self) -> Tensor:
+    def get_delta(self) -> Tensor:
         """What is sent: float32, (num_values,), on the CPU, a copy."""
-        return torch.cat([self.pet.values(), self.alpha.float()])
+        return torch.cat([self.pet.get_delta(), self.alpha.float()])
 
-    def load_values(self, values: Tensor, *, seed: int) -> None:
-        """Set model and alpha to the point `values`, see `PetModel.load_values`."""
+    def set_delta(self, values: Tensor, *, seed: int) -> None:
+        """Set model and alpha to the point `values`, see `PetModel.set_delta`."""
         of_model = len(values) - len(self.alpha)
-        self.pet.load_values(values[:of_model], seed=seed)
+        self.pet.set_delta(values[:of_model], seed=seed)
         self.alpha = values[of_model:].double()
 
     def search_rows(

@@ -124,6 +124,15 @@ def build_space(
     Raises:
         ConfigError: An unknown space, or a rank below 1.
         StructureError: The model has no candidate of this space.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = BertForSequenceClassification(small)
+        >>> space = build_space(model, "mergeable")
+        >>> len(space.candidates), space.candidates[0].spec.kind, space.candidates[0].size
+        (40, 'lora', 32)
     """
     if name not in SPACES:
         raise ConfigError(f"a search space must be one of {', '.join(SPACES)}, got {name!r}.")
@@ -144,7 +153,17 @@ def build_space(
 def space_of_structure(
     model: nn.Module, structure: Structure, name: str, *, head: Collection[str] = ()
 ) -> Space:
-    """The modules of a structure as candidates: what each of them sends, and where it is."""
+    """Take the modules of a structure as candidates: what each of them sends, and where it is.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = BertForSequenceClassification(small)
+        >>> structure = preset_structure(model, "lnfit")
+        >>> space_of_structure(model, structure, "norms").num_values
+        128
+    """
     places = {(p.name, p.kind == "block"): p for p in find_target_modules(model, head)}
     candidates = []
     for spec in structure.modules:

@@ -49,7 +49,7 @@ def _trained(name: str, structure: str, device: torch.device) -> tuple[Tensor, T
     pet = PetModel(base, mask_of(base), structure_of(base, structure), seed=3)
     inputs = {key: tensor.to(device) for key, tensor in batch(name).items()}
     start = torch.randn(pet.num_values, generator=torch.Generator().manual_seed(1))
-    pet.load_values(0.1 * start, seed=5)
+    pet.set_delta(0.1 * start, seed=5)
     optimiser = torch.optim.SGD(pet.parameter_groups().values(), lr=1e-3)
     for _ in range(2):
         pet.zero_grad()
@@ -59,7 +59,7 @@ def _trained(name: str, structure: str, device: torch.device) -> tuple[Tensor, T
         pet.after_step()
     groups = pet.parameter_groups().values()
     gradients = torch.cat([group.grad.cpu() for group in groups if group.grad is not None])
-    return logits.detach().cpu(), gradients, pet.values()
+    return logits.detach().cpu(), gradients, pet.get_delta()
 
 
 @pytest.mark.parametrize("device", DEVICES)
