@@ -1,7 +1,4 @@
-"""The pretrained transformer that a federation shares, loaded and frozen.
-
-    checkpoint -> [backbone] -> mask -> structure -> search -> model -> codec
-             -> plan -> client -> strategy -> ledger -> report
+"""Load and freeze the pretrained transformer that a federation shares.
 
 In:  a hub name, a folder, or `package:NAME` for a Python package that ships weights.
 Out: a `Backbone`: the frozen model of a task with its head, and the checkpoint's fingerprint.
@@ -47,7 +44,7 @@ __all__ = ["Backbone", "Origin", "fingerprint", "load_backbone", "load_for_task"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model's parameters came from.
+    """The sources of a model's parameters.
 
     Attributes:
         loaded: Tensors that the checkpoint gave.
@@ -64,7 +61,7 @@ class Origin:
     classes: str = ""
 
     def lines(self) -> list[str]:
-        """The same in words, a line each for what a user may not expect."""
+        """Say the same in words, a line for each thing that a user may not expect."""
         told = f"{self.loaded} tensors come from the checkpoint"
         if self.head_loaded:
             told += f", of the head {_listed(self.head_loaded)}"
@@ -81,7 +78,7 @@ class Origin:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """What `result.json` holds of it."""
+        """Make its entry of `result.json`."""
         return asdict(self)
 
 
@@ -304,7 +301,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
+    """Hash names, dtypes, shapes and values, in the order of the names: SHA-256."""
     digest = hashlib.sha256()
     for name, tensor in sorted(parameters, key=lambda item: item[0]):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())

@@ -156,7 +156,7 @@ def _mask(
     model: nn.Module,
     head: tuple[str, ...],
 ) -> tuple[Mask | None, MaskConfig | None]:
-    """The mask, and the configuration that gives it where there is one."""
+    """Return the mask, and the configuration that gives it where there is one."""
     if table is None:
         return None, None
     scope = maskable_weights(model, head)

@@ -8,7 +8,7 @@ instance, and only where its plain forward would not do. What the model computes
 from pretrained + change, so nothing drifts and whatever no module names stays bit-identical
 (law 2). That is done before a forward pass, by a hook on the backbone, where a trainable was
 moved: a training loop calls nothing of ours. Where trainables and values lie:
-`modules/storage.py` and `layout.py`.
+`layers/flat_parameters.py` and `layout.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedpet.pet.layers.flat_parameters import FlatParameters, is_adapted
 from fedpet.pet.layers.injection import build_sites
 from fedpet.pet.layout import Segment, segments_of, split_trainables
 from fedpet.pet.modules.base import PetModule
-from fedpet.pet.modules.building import build_mask, build_structure
+from fedpet.pet.modules.building import build_masked_weights, build_structure
 from fedpet.pet.modules.head import HeadTensor
 from fedpet.pet.structure import Structure
 from fedpet.pet.wrapper import ModelWrapper
@@ -107,7 +107,7 @@ class TrainableModel(ModelWrapper):
         backbone, mask = self._backbone, self._chosen
         model = backbone.model
         positions = find_target_modules(model, backbone.head)
-        self._mask = build_mask(model, {} if mask is None else mask.positions)
+        self._mask = build_masked_weights(model, {} if mask is None else mask.positions)
         tiers = () if mask is None else mask.tiers
         self._structure = build_structure(model, positions, self.structure, self.seed)
         heads = [HeadTensor(name, model.get_parameter(name)) for name in backbone.trained_head]
@@ -131,7 +131,7 @@ class TrainableModel(ModelWrapper):
     # What the optimiser and the training loop see.
 
     def parameter_groups(self) -> dict[str, nn.Parameter]:
-        """The trainables by kind of module, each one flat parameter with its gradient in place."""
+        """Return the trainables by kind of module, one flat parameter each, with its gradient."""
         return dict(self._storage.groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -236,12 +236,12 @@ class TrainableModel(ModelWrapper):
 
     @property
     def mask(self) -> Mask | None:
-        """The entries of the dense weights that may move, of the strongest tier."""
+        """Return the entries of the dense weights that may move, of the strongest tier."""
         return self._chosen
 
     @property
     def source(self) -> str:
-        """The backbone's name, as it was loaded."""
+        """Return the backbone's name, as it was loaded."""
         return self._backbone.source
 
     def head_starts(self) -> dict[str, Tensor]:
@@ -256,7 +256,7 @@ class TrainableModel(ModelWrapper):
         """
         if not self._fingerprint:
             head = self._backbone.trained_head
-            with self._taken_off():
+            with self._plain():
                 named = self.model.named_parameters()
                 self._fingerprint = fingerprint((n, p) for n, p in named if n not in head)
         return self._fingerprint
@@ -305,7 +305,7 @@ class TrainableModel(ModelWrapper):
         return self.model
 
     @contextmanager
-    def _taken_off(self) -> Iterator[None]:
+    def _plain(self) -> Iterator[None]:
         """Within it, the model is the plain checkpoint; afterwards all is as it was."""
         point = self._point()
         self.unload()
@@ -318,7 +318,7 @@ class TrainableModel(ModelWrapper):
             self._go_to(*point)
 
     def _point(self) -> tuple[int, Tensor, Tensor]:
-        """Tier, trainables and what they count from."""
+        """Return the tier, the trainables and the points they count from."""
         tier = next(i for i, own in enumerate(self.tiers) if own is self.segments)
         return tier, self._storage.flat.clone(), self.get_extra_state()
 
@@ -329,7 +329,7 @@ class TrainableModel(ModelWrapper):
         self.set_extra_state(origins)
 
     def get_extra_state(self) -> Tensor:
-        """What the trainables count from, for `state_dict`: one vector.
+        """Return the points that trainables count from, for `state_dict`: one vector.
 
         That is the head's start and the biases on which HiWi's adapters last started.
         """

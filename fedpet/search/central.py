@@ -1,6 +1,4 @@
-"""S3PET: which small module goes where, searched by gradient under an exact budget.
-
-    backbone -> mask -> structure -> [search] -> model -> codec -> plan -> client -> ...
+"""Run a whole search on one machine (S3PET): by gradient, under an exact budget.
 
 In:  a backbone, labelled rows, a budget.
 Out: a `SearchResult`: a `Structure` with its gates and where it came from, ready to be trained from
@@ -70,7 +68,7 @@ SAVE_SECONDS = 15.0  # of work that a kill may cost
 
 @dataclass(frozen=True)
 class Split:
-    """Which rows do what: int64 indices, no row in two of them."""
+    """The rows of each part: int64 indices, no row in two of them."""
 
     theta: np.ndarray  # move the candidates' values
     alpha: np.ndarray  # move alpha; as many
@@ -91,7 +89,7 @@ class SearchProgress:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """The outcome of a search."""
 
     structure: Structure
     space: Space
@@ -303,7 +301,7 @@ def split_rows(indices: np.ndarray, config: SearchConfig) -> Split:
 def step_batches(
     rows: Rows, split: Split, config: SearchConfig, done: int, total: int
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Pairs of batches, theta's and alpha's, of the steps from `done` to before `total`.
+    """Yield pairs of batches, theta's and alpha's, of the steps from `done` to before `total`.
 
     Each epoch over the two halves has its own order.
     """
@@ -334,7 +332,7 @@ def _beats(score: float, best: float, metric: str) -> bool:
 
 
 def candidate_records(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:
-    """Every candidate with its place and gate: what a picture of the search is made from."""
+    """List every candidate with its place and gate: a picture of the search is made from these."""
     return [
         {
             "kind": candidate.spec.kind,

@@ -1,6 +1,4 @@
-"""Gates: probabilities that meet a budget in expectation, and the soft switches drawn from them.
-
-    ... -> structure -> [search] -> model -> ...
+"""Compute probabilities that meet a budget in expectation, and draw soft gates from them.
 
 In:  one structural parameter alpha a candidate, the candidates' sizes, a budget, a temperature.
 Out: probabilities p with the paper's gradient, and relaxed 0/1 gates z drawn from them.

@@ -1,6 +1,4 @@
-"""Structures that a person would write down, under a budget: what a searched one must beat.
-
-    ... -> structure -> [search] -> model -> ...
+"""Put presets that a person would write down under a budget: what a searched one must beat.
 
 In:  presets joined by "+" (fedpet/pet/structure.py), a budget in values.
 Out: a `Structure` inside the budget.

@@ -1,4 +1,4 @@
-"""Selection: from probabilities to a set of candidates inside the budget.
+"""Select a set of candidates inside the budget, by their probabilities.
 
 In:  a probability and a size a candidate, a budget.
 Out: the chosen candidates' indices, likeliest first; or a random set under the same budget.

@@ -1,4 +1,4 @@
-"""How a search goes: the preset that follows the paper's code, what leaves it, and budgets.
+"""Settle a search: the paper's own settings, deviations from them, and budgets.
 
 In:  a `SearchConfig` (fedpet/config/schema.py).
 Out: its deviations from the paper in words, and its budget in values.
@@ -72,8 +72,8 @@ def deviations(
     }
     paper = faithful()
     for name in _NUMBERS:
-        told, its = getattr(config, name), getattr(paper, name)
-        found[f"{name.replace('_', ' ')} {told:g} for {its:g}"] = told != its
+        value, papers = getattr(config, name), getattr(paper, name)
+        found[f"{name.replace('_', ' ')} {value:g} for {papers:g}"] = value != papers
     return tuple(text for text, holds in found.items() if holds)
 
 

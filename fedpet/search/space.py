@@ -1,6 +1,4 @@
-"""The space: every small module that a search may choose, and what each one sends.
-
-    ... -> structure -> [search] -> model -> ...
+"""List every small module that a search may choose, and the values each one sends: the space.
 
 In:  a model, or its configuration alone (no weights: torch's meta device), and a space's name.
 Out: a `Space`: candidates with exact sizes, in values.
@@ -71,11 +69,11 @@ class Space:
 
     @property
     def num_values(self) -> int:
-        """Sum of all sizes: what the expected size is counted with."""
+        """Sum all sizes, as the expected size does."""
         return sum(self.sizes)
 
     def structure(self, chosen: Sequence[int] | None = None) -> Structure:
-        """The chosen candidates in the space's order; None takes all."""
+        """Return the chosen candidates in the space's order; None takes all."""
         indices = range(len(self.candidates)) if chosen is None else sorted(chosen)
         return Structure(tuple(self.candidates[index].spec for index in indices))
 

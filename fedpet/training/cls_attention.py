@@ -1,9 +1,7 @@
-"""An attention of which only the first token's query is asked.
-
-    ... -> model -> [training] -> client -> ...
+"""Compute attention for the query of the first token alone.
 
 In:  the attention of a block, its query, key and value projections.
-Out: what attention makes of the first token, given out for all: a view, not a copy.
+Out: the attention of the first token, repeated for all as a view.
 
 The query of the other tokens is not computed. Nor are keys and values, where nothing but a mask,
 a bias or a low-rank branch acts on their projections K and V: the score of a token x is
@@ -84,17 +82,17 @@ class _Folded:
 
 
 def asks_queries_apart(module: nn.Module) -> bool:
-    """Whether an attention is one of those whose first query can be asked alone."""
+    """Tell whether attention of the first query alone can be computed for this module."""
     return _is_sdpa(module) or _is_biased(module)
 
 
 def _is_sdpa(module: nn.Module) -> bool:
-    """Whether it calls the function that its config names, and that is sdpa."""
+    """Tell whether it calls the function that its config names, and that is sdpa."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
 
 
 def _is_biased(module: nn.Module) -> bool:
-    """Whether it is given the bias of each pair of positions, as MPNet's is."""
+    """Tell whether it takes the bias of each pair of positions, as MPNet's does."""
     names = inspect.signature(type(module).forward).parameters
     return {"hidden_states", "attention_mask", "position_bias"} <= {*names}
 
@@ -115,12 +113,12 @@ def first_query(attention: Attention) -> Iterator[None]:
 
 
 def keep_first_token(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A forward pre-hook that leaves of (rows, tokens, ...) the first token."""
+    """Leave of (rows, tokens, ...) the first token: a forward pre-hook."""
     return (args[0][:, :1].contiguous(), *args[1:])  # a view would hold all tokens in memory
 
 
 class _BroadcastFirst:
-    """A projection of the first token, given out for all."""
+    """A projection of the first token, repeated for all."""
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self._tokens = args[0].shape[1]
@@ -131,7 +129,7 @@ class _BroadcastFirst:
 
 
 def _fold(attention: Attention) -> _Folded | None:
-    """What keys and values are replaced by; None where they must be made.
+    """Fold keys and values into their projections; None where they must be made.
 
     Dropped weights do not add up to 1, and half precision is left to torch.
     """
@@ -163,7 +161,7 @@ def _attend_with_bias(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor]:
-    """The forward of an attention that computes itself: what its output makes of the first token.
+    """Compute the output for the first token, in an attention that takes a bias.
 
     Args:
         attention: With its projections.
@@ -195,7 +193,7 @@ class _Tokens:
         return x.new_zeros(()).expand(*x.shape[:-1], len(self.folded.key.weight))
 
     def taken(self) -> Tensor:
-        """The tokens, once."""
+        """Return the tokens, once."""
         x, self._tokens = self._tokens, None
         assert x is not None
         return x
@@ -206,7 +204,7 @@ _not_made: WeakKeyDictionary[nn.Module, _Tokens] = WeakKeyDictionary()
 
 @contextmanager
 def _through_transformers(attention: Attention, folded: _Folded | None) -> Iterator[None]:
-    """The attention's config names `_attend`."""
+    """Name `_attend` in the attention's config."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _attend)
@@ -231,7 +229,7 @@ def _attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`transformers`' sdpa attention of the first query, given out for all.
+    """Compute `transformers`' sdpa attention of the first query, and repeat it for all.
 
     Args:
         module: The attention.

@@ -1,6 +1,4 @@
-"""Training passes that leave out what the classifier never reads.
-
-    ... -> model -> [training] -> client -> ...
+"""Skip in training passes the tokens of the last block that the classifier never reads.
 
 In:  an encoder whose classifier reads its first token ([CLS], <s>) and no other.
 Out: passes whose last block computes what that token needs and no more.
@@ -48,7 +46,7 @@ _CLOSENESS = 1e-3  # of the block's outputs for the first token, relative; wrong
 
 @dataclass(frozen=True)
 class _CutPoints:
-    """Where the last block of a model is cut."""
+    """The modules at which the last block of a model is cut."""
 
     after: tuple[nn.Module, ...]  # the last attention's output projection and norm
     attention: Attention | None = None  # itself, where only its first query need be asked
@@ -94,7 +92,7 @@ def first_token_only(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[
 
 
 def _places_of(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | None:
-    """What `_find` found for this model, once."""
+    """Return the result of `_find` for this model, computed once."""
     if model not in _known:
         _known[model] = _find(model, batch)
     return _known[model]
@@ -117,7 +115,7 @@ def _cut(places: _CutPoints) -> Iterator[None]:
 
 @torch.no_grad()
 def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | None:
-    """The places in the last block; None where cutting there changes logits."""
+    """Find the places in the last block; None where cutting there changes logits."""
     found = {
         position.role: position
         for position in find_target_modules(model)
@@ -145,7 +143,7 @@ def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | None:
 
 
 def _attention(model: nn.Module, found: Mapping[str, Position]) -> Attention | None:
-    """The attention of the last block, where its first query can be asked alone."""
+    """Return the attention of the last block, where its first query can be computed alone."""
     if not {*_PROJECTIONS} <= {*found}:
         return None
     module = model.get_submodule(found["query"].name.rpartition(".")[0])
@@ -162,7 +160,7 @@ def _gives(
     block: nn.Module,
     batch: Mapping[str, Tensor],
 ) -> bool:
-    """Whether the block, cut there, gives this."""
+    """Tell whether the block, cut there, gives this."""
     try:
         with _cut(places):
             cut = _output(model, block, batch)
@@ -174,13 +172,13 @@ def _gives(
 
 
 def _block_of(name: str, layer: int | None) -> str:
-    """`a.layer.5` of `a.layer.5.attention.norm`: up to the number of the layer."""
+    """Cut `a.layer.5.attention.norm` to `a.layer.5`, up to the number of the layer."""
     parts = name.split(".")
     return ".".join(parts[: parts.index(str(layer)) + 1])
 
 
 def _output(model: nn.Module, block: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """What a block gives when the model is called; None where it is not called."""
+    """Return the output of a block when the model is called; None where it is not called."""
     seen: list[Tensor] = []
     with block.register_forward_hook(lambda _, __, out: seen.append(_hidden(out))):
         model(**batch)

@@ -1,4 +1,4 @@
-"""BitFit: a change of a bias.
+"""Change a bias: BitFit.
 
 In:  a dense module or a norm.
 Out: a vector added to its output, values (d_out,).
@@ -65,7 +65,7 @@ class BitFit(GatedModule):
     """A change of a bias, or a bias where there is none. Exact."""
 
     place = "bias"
-    held = True
+    as_leaf = True
 
     def __init__(self, target: str, module: nn.Module, kind: str = "bitfit") -> None:
         super().__init__(kind, target)

@@ -1,4 +1,4 @@
-"""LNFit: a change of the gain of a LayerNorm or an RMS norm.
+"""Change the gain of a LayerNorm or an RMS norm: LNFit.
 
 In:  a norm.
 Out: a change of its weight, values (d,).
@@ -70,7 +70,7 @@ class LNFit(GatedModule):
     """A change of a norm's gain. Exact."""
 
     place = "weight"
-    held = True
+    as_leaf = True
 
     def __init__(self, target: str, module: nn.Module) -> None:
         super().__init__("lnfit", target)

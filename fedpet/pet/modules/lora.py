@@ -1,4 +1,4 @@
-"""LoRA: a low-rank change of a dense weight.
+"""Change a dense weight by a matrix of low rank: LoRA.
 
 In:  a dense module with input d_in and output d_out.
 Out: scale * (x A^T) B^T beside it. A (r, d_in) is Kaiming-uniform, B (d_out, r) starts at zero.
@@ -46,7 +46,7 @@ class LowRankBranch(GatedModule):
         return (self._up_shape,)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, d_in) and B (d_out, r)."""
+        """Return A (r, d_in) and B (d_out, r)."""
         return self._down, self.trainables[0]
 
     def effect(self, x: Tensor | None) -> Tensor:
@@ -56,14 +56,14 @@ class LowRankBranch(GatedModule):
         return linear(linear(x, down) * self.scale, up)
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + gate * scale * (x A^T) B^T: the gate meets r numbers a token and not d_out."""
+        """Compute y + gate * scale * (x A^T) B^T; the gate meets r numbers a token."""
         down, up = self.factors()
         inner = self.scaled(nn.functional.linear(x, down))
         rows = inner.reshape(-1, inner.shape[-1])
         return torch.addmm(y.reshape(-1, y.shape[-1]), rows, up.t()).view(y.shape)
 
     def scaled(self, inner: Tensor) -> Tensor:
-        """What lies between the factors, times the scale and the gate."""
+        """Multiply the inner numbers, between the factors, by the scale and the gate."""
         inner = inner * self.scale
         return inner if self.gate is None else inner * self.gate
 
