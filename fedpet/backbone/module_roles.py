@@ -228,7 +228,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def _repeated_blocks(modules: dict[str, nn.Module]) -> list[str]:
-    """Names of the outermost lists of layers: `bert.encoder.layer`, `transformer.h`, ..."""
+    """Name the outermost lists of layers: `bert.encoder.layer`, `transformer.h`, ..."""
     names: list[str] = []
     for name, module in modules.items():
         if not name or any(name.startswith(f"{outer}.") for outer in names):
@@ -243,7 +243,7 @@ def _repeated_blocks(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _decoder_prefixes(modules: dict[str, nn.Module]) -> list[str]:
-    """Parts that are decoders: named so, or else all of a model that attends causally."""
+    """List the parts that are decoders: named so, or else all of a model that attends causally."""
     named = [name for name in modules if name.rpartition(".")[2] == "decoder"]
     if named:
         return named

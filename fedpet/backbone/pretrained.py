@@ -109,12 +109,12 @@ class Backbone:
 
     @property
     def trained_head(self) -> tuple[str, ...]:
-        """Names of the head's parameters that are trained, all of them or none."""
+        """Name the head's parameters that are trained, all of them or none."""
         return self.head if self.trains_head else ()
 
     @property
     def pretrained_parameters(self) -> int:
-        """Numbers in the model, a head that is trained not counted."""
+        """Count the numbers in the model, without a head that is trained."""
         head = set(self.trained_head)
         return sum(p.numel() for name, p in self.model.named_parameters() if name not in head)
 
@@ -225,7 +225,7 @@ def _settle_head(
     theirs: tuple[str, ...],
     ours: tuple[str, ...],
 ) -> tuple[tuple[str, ...], str]:
-    """Decide what of the head is drawn anew; bring a checkpoint's rows into the classes' order.
+    """Split the head into drawn and loaded; bring a checkpoint's rows into the classes' order.
 
     Returns:
         The names to draw, and what to tell of the classes.
@@ -264,7 +264,7 @@ def _settle_head(
 
 
 def _unusable(source: str, error: Exception) -> BackboneError:
-    """In words that do not ask for what fedpet has not."""
+    """Make the error, in words that do not ask for anything that fedpet has not."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if type(error).__name__ in ("SafetensorError", "UnpicklingError", "EOFError"):
         return BackboneError(
@@ -311,7 +311,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _init_head(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
-    """Matrices normal with the model's own standard deviation, biases 0, gains 1."""
+    """Draw matrices normal with the model's own standard deviation; set biases 0, gains 1."""
     deviation = float(getattr(model.config, "initializer_range", None) or 0.02)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -109,7 +109,7 @@ def preset_structure(
 
 
 def trained_in_full(model: nn.Module, modules_to_save: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the parameters that train in full.
+    """Name the parameters that train in full.
 
     Args:
         model: A transformer.

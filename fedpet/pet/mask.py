@@ -200,7 +200,7 @@ def _score(weight: Tensor, config: MaskConfig, name: str, every: int = 1) -> Ten
 def _ranked(
     params: Mapping[str, Tensor], names: Sequence[str], config: MaskConfig, num: int
 ) -> dict[str, Tensor]:
-    """Of the tensors' entries the `num` of the lowest scores, lowest first, ties to the earlier.
+    """Choose the `num` entries of the lowest scores, lowest first, ties to the earlier.
 
     The tensors are gone through one by one: only entries that may be among the lowest are kept, so
     that an edge device never holds the scores of all.

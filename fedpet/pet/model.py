@@ -83,7 +83,7 @@ class PetModel(TrainableModel):
         return twin
 
     def __reduce__(self) -> tuple[Callable[..., PetModel], tuple[Any, ...]]:
-        """For pickle and torch.save: the plain model, and what to put on it."""
+        """Return the plain model, and what to put on it: for pickle and torch.save."""
         point = self._point()
         with self._plain():
             backbone = dataclasses.replace(self._backbone, model=copy.deepcopy(self.model))

@@ -224,12 +224,12 @@ class TrainableModel(ModelWrapper):
 
     @property
     def inexact_kinds(self) -> tuple[str, ...]:
-        """Kinds in use whose average is not the average of models; mostly none."""
+        """List the kinds in use whose average is not the average of models; mostly none."""
         return tuple(dict.fromkeys(m.kind for m in self._structure if not m.exact))
 
     @property
     def added_parameters(self) -> tuple[str, ...]:
-        """Parameters that the merged model has and the pretrained one has not; mostly none."""
+        """Name parameters that the merged model has and the pretrained one has not; mostly none."""
         return tuple(name for m in self._structure for name in m.added_parameters)
 
     # Where it stands.
@@ -263,7 +263,7 @@ class TrainableModel(ModelWrapper):
 
     @property
     def head(self) -> tuple[str, ...]:
-        """Parameters of the head, trained or not: no mask or module acts on them."""
+        """Name the parameters of the head, trained or not: no mask or module acts on them."""
         return self._backbone.head
 
     # Gates, for the search.
@@ -306,7 +306,7 @@ class TrainableModel(ModelWrapper):
 
     @contextmanager
     def _plain(self) -> Iterator[None]:
-        """Within it, the model is the plain checkpoint; afterwards all is as it was."""
+        """Make the model the plain checkpoint within this context; afterwards all is as it was."""
         point = self._point()
         self.unload()
         try:

@@ -331,7 +331,7 @@ class BiLevel:
         self.alpha.copy_(alpha)
 
     def state(self) -> dict[str, Any]:
-        """All that a search needs to go on, as tensors, numbers and names."""
+        """Return all that a search needs to continue, as tensors, numbers and names."""
         return {
             "steps_done": self.steps_done,
             "alpha": self.alpha.detach().clone(),

@@ -356,7 +356,7 @@ def _digest(
     task: Task,
     mask: Mask | None,
 ) -> str:
-    """Of all that a search's steps depend on."""
+    """Hash all that a search's steps depend on."""
     masked = None if mask is None else mask.digest()
     settings = (sorted(reproducible_settings(config).items()), losses, products)
     digest = hashlib.sha256(repr((settings, backbone.fingerprint, task, masked)).encode())

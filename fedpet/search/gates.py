@@ -8,10 +8,10 @@ Out: probabilities p with the paper's gradient, and relaxed 0/1 gates z drawn fr
 zeta is a constant to the gradient; a detached renormalisation, of value 1, lets the candidates
 compete: dp_i/dalpha_k = delta_ik s_i - p_i s_k / sum(p), with s = p (1 - p) / beta.
 
-Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382) and its released code. Ours: zeta is
-found by bisection inside a bracket that always holds the root, where the release asks a
-quasi-Newton solver from the last zeta and ignores its failures; it solves for the budget itself
-and not for a ten-millionth less.
+Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382) and its released code; binary concrete is
+that of Maddison et al., ICLR 2017, arXiv:1611.00712. Ours: bisection computes zeta inside a bracket
+that always has the root, where the release starts a quasi-Newton solver at the last zeta and
+ignores its failures; and it solves for the budget itself, not for a ten-millionth less.
 """
 
 from __future__ import annotations

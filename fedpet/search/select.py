@@ -82,7 +82,7 @@ def chosen_size(
 
 
 class _Budget:
-    """What is left of a budget, and of the tensors."""
+    """The rest of a budget, and the tensors not yet taken."""
 
     def __init__(
         self, sizes: Sequence[int], budget: float, tensors: Sequence[str] | None = None

@@ -176,7 +176,7 @@ def _candidate(spec: ModuleSpec, position: Position, model: nn.Module) -> Candid
 
 
 def _size(spec: ModuleSpec, position: Position, module: nn.Module) -> int:
-    """Values that a module sends, as `fedpet.pet.modules` lays them out."""
+    """Count the values that a module sends."""
     d_in, d_out = position.in_features, position.out_features
     if position.kind == "block":
         d_in = d_out = output_width(module)

@@ -5,13 +5,14 @@ Out: the attention of the first token, repeated for all as a view.
 
 The query of the other tokens is not computed. Nor are keys and values, where nothing but a mask,
 a bias or a low-rank branch acts on their projections K and V: the score of a token x is
-q . (K x + b) = (K^T q) . x + q . b, of which the last is the same for all tokens and falls out of
-the softmax; and the mean of V x + b over tokens, weighted to 1, is V times the mean of x, plus b.
+q . (K x + b) = (K^T q) . x + q . b, whose last term is the same for all tokens, so that softmax
+cancels it; and the mean of V x + b over tokens, weighted to 1, is V times the mean of x, plus b.
 One vector a text and head is multiplied with each, instead of one a token.
 
-Where attention is the sdpa function of `transformers`, or computes itself with a bias of relative
-positions, as MPNet's; `fedpet/training/cls_only.py` tries whether a model's attention does nothing
-else.
+It serves attention that is the sdpa function of `transformers`, and MPNet's own with its bias of
+relative positions; `fedpet/training/cls_only.py` tests that a model's attention does nothing else.
+
+Source: ours.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class _Folded:
     def attend(
         self, x: Tensor, query: Tensor, bias: Tensor | None, scaling: float | None = None
     ) -> Tensor:
-        """Attention of one query a text over the tokens themselves.
+        """Compute attention of one query a text over the tokens themselves.
 
         Args:
             x: The tokens, (rows, tokens, in).
@@ -99,7 +100,7 @@ def _is_biased(module: nn.Module) -> bool:
 
 @contextmanager
 def first_query(attention: Attention) -> Iterator[None]:
-    """Within it, this attention is that of the first token for all."""
+    """Replace this attention, within the context, by that of the first token for all."""
     query, folded = _BroadcastFirst(), _fold(attention)
     with ExitStack() as stack:
         stack.enter_context(attention.query.register_forward_pre_hook(query.before))
@@ -188,7 +189,7 @@ class _Tokens:
         self._tokens: Tensor | None = None
 
     def stand_in(self, x: Tensor) -> Tensor:
-        """Zeros of the shape of the keys, which take no memory; the tokens are remembered."""
+        """Remember the tokens, and return zeros of the keys' shape, which take no memory."""
         self._tokens = x
         return x.new_zeros(()).expand(*x.shape[:-1], len(self.folded.key.weight))
 

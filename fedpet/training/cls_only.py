@@ -1,20 +1,21 @@
 """Skip in training passes the tokens of the last block that the classifier never reads.
 
 In:  an encoder whose classifier reads its first token ([CLS], <s>) and no other.
-Out: passes whose last block computes what that token needs and no more.
+Out: passes whose last block computes the part that this token needs.
 
-What the last attention makes of the other tokens nobody reads; and what follows it (its output
-projection, norm, feed-forward part, norm) acts on each token by itself. So all of the last block's
-products are taken of one vector a text, or one a text and head, and not of one a token: a sixth of
-all products in six blocks, forward and backward. Logits and gradients are the same up to the order
-in which sums are rounded.
+After the last attention each token goes its own way: output projection, norm and feed-forward part
+act on single tokens. So the last block multiplies one vector a text, or one a text and head, instead
+of one a token: a sixth less products in six blocks, forward and backward. Logits and gradients are
+the same up to the order in which sums are rounded.
 
-The block goes on as if it had all tokens: what attention makes of the first is given out for all,
-without a copy. That is done where attention is the sdpa function of `transformers` or MPNet's own,
-see `fedpet/training/cls_attention.py`; in DeBERTa's, queries, keys and values stay whole.
+The shapes stay: the result for the first token is repeated for all as a view. Attention itself is
+cut where it is the sdpa function of `transformers` or MPNet's own, see
+`fedpet/training/cls_attention.py`; DeBERTa's stays whole.
 
-Whether a model is of that kind is not looked up but tried, once a model: what the last block gives
-for the other tokens is replaced by NaN, which reaches the logits wherever anything reads it.
+A model qualifies by a test, run once: the last block's outputs for other tokens are replaced by NaN,
+which reaches the logits if anything reads them.
+
+Source: ours.
 """
 
 from __future__ import annotations
@@ -75,7 +76,7 @@ def check_first_token(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def first_token_only(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, passes compute of the last block what the first token needs.
+    """Compute of the last block, within this context, the part that the first token needs.
 
     Args:
         model: In training or evaluation mode.
@@ -100,7 +101,7 @@ def _places_of(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | No
 
 @contextmanager
 def _cut(places: _CutPoints) -> Iterator[None]:
-    """These modules see the first token alone.
+    """Give these modules the first token alone.
 
     Where the output projection gives one token, the residual sum repeats it for all, and the norm
     is given the first of the sum.

@@ -101,7 +101,7 @@ def _is_of_positions(name: str) -> bool:
 
 
 def _num_positions(table: nn.Embedding) -> int:
-    """Less the rows before that of the first token: BART's two, or RoBERTa's padding and those."""
+    """Count a table's rows from that of the first token: without BART's two, or RoBERTa's."""
     if isinstance(offset := getattr(table, "offset", None), int):
         return table.num_embeddings - offset
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
@@ -130,7 +130,7 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
 
 
 def _filled(tensor: Tensor, value: int, left: bool) -> Tensor:
-    """With a column before, or after. `tensor`: (1, tokens)."""
+    """Add a column before, or after. `tensor`: (1, tokens)."""
     return nn.functional.pad(tensor, (1, 0) if left else (0, 1), value=value)
 
 

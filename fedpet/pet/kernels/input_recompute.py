@@ -3,18 +3,19 @@
 In:  the input of a dense layer, in the forward pass.
 Out: the same numbers in the backward pass, as rows or as columns, for the sampled product.
 
-A layer whose weight is frozen keeps nothing; a masked one needs its input again. Most inputs are
-the output of a norm or of an activation, whose own input autograd keeps anyway: such an output is
-marked with how to make it again, and only that is saved. Making it again is elementwise work, a
-percent or two of a step, and the memory of training stays that of frozen weights.
+A layer with a frozen weight stores no input; a masked one needs its input again. Most inputs are the
+output of a norm or an activation, whose own input autograd stores anyway: such an output carries the
+function that makes it, and that alone is stored. To run it again is elementwise work, a percent or
+two of a step, and training takes the memory of frozen weights.
 
-Layers that read one input (query, key, value) share one `SavedInput`,
-which is made, and transposed, once.
+Layers that read one input (query, key, value) share one `SavedInput`, which is made, and transposed,
+once.
 
-The sampled product wants both factors as columns, each (features, tokens) and contiguous.
-Transposing the wide inner activations of a feed-forward part would cost more than the product, so
-there the layers write their output in columns to begin with (see `dense`), and the activation in
-between is applied to the columns.
+The sampled product wants both factors as contiguous columns, (features, tokens). To transpose the
+wide inner activations of a feed-forward part would cost more than the product, so there the layers
+write their output in columns (see `dense`), and the activation in between takes columns.
+
+Source: ours.
 """
 
 from __future__ import annotations
@@ -143,7 +144,7 @@ def to_columns(rows: Tensor) -> Tensor:
 
 
 def _shuffled(rows: Tensor, pixels: int) -> Tensor:
-    """Each of so many runs of rows transposed, one behind the other: flat."""
+    """Transpose each of so many runs of rows, and lay them one behind the other: flat."""
     size = rows.numel() // pixels
     image = rows.as_strided((1, size, 1, pixels), (rows.numel(), 1, rows.numel(), size))
     shuffled = nn.functional.channel_shuffle(image, len(rows) // pixels)

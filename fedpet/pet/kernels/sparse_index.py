@@ -38,7 +38,7 @@ class SparseIndex:
 
     @classmethod
     def of(cls, weight: Tensor, positions: Tensor) -> SparseIndex:
-        """Entries of `weight` at `positions`, int64, (k,), flat, in the order of rank."""
+        """Index entries of `weight` at `positions`, int64, (k,), flat, in the order of rank."""
         rank = torch.argsort(positions)
         flat = positions[rank]
         rows, columns = weight.shape

@@ -37,9 +37,7 @@ class Site:
     module: nn.Module
     mask: MaskedWeight | None = None
     effects: list[GatedModule] = field(default_factory=list)
-    marks: Callable[[Forward], Forward] | None = (
-        None  # for `input_recompute`
-    )
+    marks: Callable[[Forward], Forward] | None = None  # for `input_recompute`
     columns: bool = False  # lays its output in columns, for an activation that takes them
     product: Product = torch_matmul
 
@@ -139,7 +137,7 @@ class Site:
     def _other(
         self, tensors: dict[str, list[GatedModule]], sequential: Sequence[GatedModule]
     ) -> Forward:
-        """Of a norm, or of a block: its own forward, with other tensors and more after it."""
+        """Return the forward of a norm or a block, with changed tensors and more after it."""
         own: dict[str, Any] = self.module._parameters
         plain = self._plain()
         replaced = {name: effects for name, effects in tensors.items() if own.get(name) is not None}
@@ -172,7 +170,7 @@ def build_sites(
     structure: Sequence[GatedModule],
     product: Product,
 ) -> list[Site]:
-    """Modules that something acts on, and those whose output a masked layer need not keep.
+    """Build a site for each module that something acts on, or whose output is recomputed.
 
     All dense ones too, where their products are not torch's.
     """

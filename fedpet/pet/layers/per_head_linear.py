@@ -36,7 +36,7 @@ class PerHeadLinear:
     branches: Sequence[LowRankBranch] = ()
 
     def to_inputs(self, z: Tensor) -> Tensor:
-        """Each head's z times its rows of the weight.
+        """Multiply each head's z by its rows of the weight.
 
         Args:
             z: (heads, n, out / heads).
@@ -51,7 +51,7 @@ class PerHeadLinear:
         return y
 
     def to_outputs(self, z: Tensor) -> Tensor:
-        """Each head's rows of the weight times its z, without the bias.
+        """Multiply each head's rows of the weight by its z, without the bias.
 
         Args:
             z: (heads, n, in).

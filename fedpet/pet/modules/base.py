@@ -69,7 +69,7 @@ class PetModule(ABC):
     @property
     @abstractmethod
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the trainables."""
+        """Return the shapes of the trainables."""
 
     @property
     def num_values(self) -> int:
@@ -82,7 +82,7 @@ class PetModule(ABC):
 
     @property
     def added_parameters(self) -> tuple[str, ...]:
-        """Names that the merged model has and the pretrained one has not; () for most.
+        """Name parameters that the merged model has and the pretrained one has not; () for most.
 
         A model that has some computes more than the pretrained one.
         """

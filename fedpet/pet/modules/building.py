@@ -54,7 +54,7 @@ def build_masked_weights(model: nn.Module, positions: Mapping[str, Tensor]) -> M
 def build_structure(
     model: nn.Module, positions: Sequence[Position], structure: Structure, seed: int
 ) -> list[GatedModule]:
-    """One `GatedModule` for each spec, in the order of the structure.
+    """Build a `GatedModule` for each spec, in the order of the structure.
 
     Raises:
         StructureError: A target that is absent, or cannot carry the kind of module.
@@ -81,7 +81,7 @@ def build_structure(
 
 
 def _share_bias(modules: Sequence[GatedModule]) -> None:
-    """One bias is sent once: a BitFit holds and sends what a HiWi adapter beside it does.
+    """Send one bias once: a BitFit stores and sends the change of a HiWi adapter beside it.
 
     Raises:
         StructureError: Two modules of the kind that hold the same bias.

@@ -37,4 +37,4 @@ class HeadTensor(PetModule):
         self.pretrained.copy_(origin)
 
     def merge(self, module: nn.Module) -> None:
-        """Nothing to do: the parameter holds the change already."""
+        """Do nothing: the parameter has the change already."""

@@ -89,4 +89,4 @@ class LNFit(GatedModule):
         return self.trainables[0]
 
     def merge(self, module: nn.Module) -> None:
-        """Nothing to do: the model's gain holds the change already."""
+        """Do nothing: the model's gain has the change already."""

@@ -8,7 +8,8 @@ change of the weight is linear in B, so averaging values is averaging models (la
 both factors is not, since mean(B) mean(A) is not mean(B A): that is `LoRAFactors`, kept because
 it is what the papers train.
 
-Source: Hu et al., ICLR 2022, arXiv:2106.09685.
+Source: Hu et al., ICLR 2022, arXiv:2106.09685; the frozen A is that of FFA-LoRA (Sun et al., ICLR
+2024, arXiv:2403.12313). Ours: each device draws A from one seed, and it is never sent.
 """
 
 from __future__ import annotations
@@ -70,7 +71,7 @@ class LowRankBranch(GatedModule):
     def gradient(
         self, inner: Tensor, g: Tensor, grad_x: Tensor | None, gate: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of B, (d_out, r), or None where it was added to what B holds; and of the gate.
+        """Compute the gradients of B, (d_out, r), and of the gate; None of B if added in place.
 
         Args:
             inner: x A^T, (tokens, r).

@@ -108,12 +108,12 @@ class MaskedWeights(PetModule):
             weight.index_copy_(0, places, numbers)
 
     def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each weight, flat, and the positions of its entries, int64."""
+        """Yield each weight, flat, and the positions of its entries, int64."""
         places = torch.split(self._entries.flat.to(torch.int64), self._sizes)
         return zip(self._flat_weights, places, strict=True)
 
     def merge(self, module: nn.Module) -> None:
-        """Nothing to do: the weights hold the changes already."""
+        """Do nothing: the weights have the changes already."""
 
 
 class MaskedWeight:
