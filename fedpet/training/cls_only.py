@@ -4,16 +4,16 @@ In:  an encoder whose classifier reads its first token ([CLS], <s>) and no other
 Out: passes whose last block computes the part that this token needs.
 
 After the last attention each token goes its own way: output projection, norm and feed-forward part
-act on single tokens. So the last block multiplies one vector a text, or one a text and head, instead
-of one a token: a sixth less products in six blocks, forward and backward. Logits and gradients are
-the same up to the order in which sums are rounded.
+act on single tokens. So the last block multiplies one vector a text, or one a text and head,
+instead of one a token: a sixth less products in six blocks, forward and backward. Logits and
+gradients are the same up to the order in which sums are rounded.
 
 The shapes stay: the result for the first token is repeated for all as a view. Attention itself is
 cut where it is the sdpa function of `transformers` or MPNet's own, see
 `fedpet/training/cls_attention.py`; DeBERTa's stays whole.
 
-A model qualifies by a test, run once: the last block's outputs for other tokens are replaced by NaN,
-which reaches the logits if anything reads them.
+A model qualifies by a test, run once: the last block's outputs for other tokens are replaced by
+NaN, which reaches the logits if anything reads them.
 
 Source: ours.
 """

@@ -3,13 +3,13 @@
 In:  the input of a dense layer, in the forward pass.
 Out: the same numbers in the backward pass, as rows or as columns, for the sampled product.
 
-A layer with a frozen weight stores no input; a masked one needs its input again. Most inputs are the
-output of a norm or an activation, whose own input autograd stores anyway: such an output carries the
-function that makes it, and that alone is stored. To run it again is elementwise work, a percent or
-two of a step, and training takes the memory of frozen weights.
+A layer with a frozen weight stores no input; a masked one needs its input again. Most inputs are
+the output of a norm or an activation, whose own input autograd stores anyway: such an output
+carries the function that makes it, and that alone is stored. To run it again is elementwise work,
+a percent or two of a step, and training takes the memory of frozen weights.
 
-Layers that read one input (query, key, value) share one `SavedInput`, which is made, and transposed,
-once.
+Layers that read one input (query, key, value) share one `SavedInput`, which is made, and
+transposed, once.
 
 The sampled product wants both factors as contiguous columns, (features, tokens). To transpose the
 wide inner activations of a feed-forward part would cost more than the product, so there the layers
