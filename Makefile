@@ -37,7 +37,7 @@ deploy-demo: $(STAMP) ## real nodes over TLS on this machine end with the simula
 check: $(STAMP) ## format, lint, types
 	@scripts/check
 
-$(STAMP): pyproject.toml $(PINS) requirements-embedded.txt scripts/install
+$(STAMP): pyproject.toml $(PINS) requirements-bundled.txt scripts/install
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/install $(VENV) $(PINS)
 	@touch $@
 

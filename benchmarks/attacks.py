@@ -39,12 +39,13 @@ from fedpet.config import Experiment
 from fedpet.config.builtin import experiment_file
 from fedpet.errors import ConfigError, FedpetError, InputError, RunError
 from fedpet.pet.layout import quantisation_groups
+from fedpet.protocol.flower_compat import quiet_flower
 from fedpet.protocol.frame import Frame, pack_frame, pack_refusal, unpack_frames
 from fedpet.protocol.request import read_request
 from fedpet.report.number_format import show_metric
+from fedpet.run.callbacks import Callback
 from fedpet.run.federate import Prepared, federate, prepare
 from fedpet.run.local_grid import LocalGrid
-from fedpet.run.ray_engine import quiet_flower
 from fedpet.run.run_folder import RunFolder
 from fedpet.utils.seeds import derive_seed
 
@@ -60,12 +61,12 @@ SMALLER = (
     "data.max-train-rows=4000",
     "data.max-eval-rows=600",
     "data.max-length=32",
-    "population.min-rows=4",
+    "clients.min-rows=4",
     "run.workers=1",
-    "codec.up=float32",  # what is told apart is the rules
-    "codec.down=float32",
-    "codec.downlink=changes",
-    "training.first-token-only=false",  # their cells were run with whole passes
+    "codec.uplink=float32",  # what is told apart is the rules
+    "codec.downlink=float32",
+    "codec.downlink-mode=delta",
+    "training.cls-only=false",  # their cells were run with whole passes
 )
 STRATEGY_PARAMETERS = {
     "fedavg": (),
@@ -167,20 +168,15 @@ def cells(
             yield rule, attack, Cell(results / f"{name}-seed{seed}.json", method, rate, settings)
 
 
-class _Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
 def run_cell(settings: Experiment, attack: str, folder: Path) -> dict[str, Any]:
     """Run one cell in this process; a run that learned nothing is a result too."""
     settings = replace(settings, run=replace(settings.run, out=str(folder)))
-    prepared = prepare(settings, _Silent())
+    prepared = prepare(settings, Callback())
     assert isinstance(prepared, Prepared), "no search comes before it"
     liars = Liars(Node(NodeSettings.of(settings)).answer, prepared, ATTACKS[attack])
     try:
         with quiet_flower():
-            federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), _Silent())
+            federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), Callback())
     except RunError:
         if not (folder / "result.json").exists():
             raise

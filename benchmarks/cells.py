@@ -12,12 +12,13 @@ import json
 import random
 import subprocess
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, Protocol, TypeVar
 
+from fedpet.config.renamed import with_new_names
 from fedpet.errors import ConfigError
 from fedpet.run.run_folder import machine, versions
 from fedpet.utils.atomic_write import atomic_write
@@ -147,3 +148,9 @@ def commit() -> str:
     except (OSError, subprocess.CalledProcessError):
         return "unknown"
     return done.stdout.strip()
+
+
+def with_new_fields(stage: str, fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a stage's fields, as a cell of before has them, under their present names."""
+    (table,) = with_new_names({stage: dict(fields)}).values()
+    return {key.replace("-", "_"): value for key, value in table.items()}

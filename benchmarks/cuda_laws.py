@@ -207,11 +207,6 @@ def _path() -> list[str]:
     return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
-class _Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
 def run(place: Place) -> None:
     """A whole federation in this process, there twice and on the processor."""
     with tempfile.TemporaryDirectory() as name:
@@ -230,12 +225,12 @@ def run(place: Place) -> None:
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "mask and lora, eden-3": {
         "structure": {"preset": "lnfit+lora", "rank": 4},
-        "codec": {"up": "eden-3", "down": "eden-5", "downlink": "values"},
+        "codec": {"uplink": "eden-3", "downlink": "eden-5", "downlink-mode": "full"},
     },
     "first token, tiers": {
         "structure": {"preset": "lnfit"},
         "mask": {"density": 0.02, "tiers": ["0.005=0.5", "0.02=0.5"]},
-        "training": {"first-token-only": True},
+        "training": {"cls-only": True},
     },
 }
 
@@ -243,6 +238,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict[str, Any]:
     # Here, so that the other sections need neither Flower nor `datasets`.
     from fedpet.client.node_config import NodeSettings
+    from fedpet.run.callbacks import Callback
     from fedpet.run.federate import federate, prepare
     from fedpet.run.local_grid import LocalGrid
     from fedpet.run.run_folder import new_run_folder
@@ -254,7 +250,7 @@ def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict
             "run": {"name": "check", "out": str(out), "device": where, "cache": str(folder / "c")},
             "backbone": {"model": str(folder / size)},
             "data": {"source": str(folder / "rows"), "max-length": 32},
-            "population": {"client-column": "client", "min-rows": 2},
+            "clients": {"client-column": "client", "min-rows": 2},
             "mask": {"density": 0.02},
             "training": {"learning-rate": 0.002, "batch-size": 8, "threads": 4},
             "strategy": {"num-rounds": 3, "clients-per-round": 4},
@@ -264,7 +260,7 @@ def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict
         experiment = Experiment.from_tables(tables)
         grid = LocalGrid.of(NodeSettings.of(experiment), 1)
         result = federate(
-            grid, prepare(experiment, _Silent()), new_run_folder(experiment), _Silent()
+            grid, prepare(experiment, Callback()), new_run_folder(experiment), Callback()
         )
         key = f"{where} {number}"
         results[key] = {

@@ -27,6 +27,7 @@ from fedpet.data.sources import open_source
 from fedpet.deploy import Deployment, NodeSpec, write_deployment
 from fedpet.deploy.certificates import make_node_key
 from fedpet.protocol.ledger import Ledger, RoundRecord
+from fedpet.run.callbacks import Callback
 from fedpet.run.ray_engine import simulate
 
 NODES = ("attic", "barn", "cellar")
@@ -36,25 +37,25 @@ RUN_SECONDS = 1800.0
 TURNED_AWAY_SECONDS = 120.0
 
 
-class Told:
+class Told(Callback):
     """Prints what is found, and remembers whether all of it was as it should be."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self.failed = False
 
-    def say(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         """Show the stage that begins."""
         print(f"[{time.monotonic() - self._started:5.0f} s] {text}", flush=True)
 
     def check(self, text: str, holds: bool, otherwise: str = "") -> None:
         """Show one finding."""
         self.failed |= not holds
-        self.say(f"{'yes' if holds else 'NO '}  {text}")
+        self.on_stage(f"{'yes' if holds else 'NO '}  {text}")
         if not holds and otherwise:
             print(otherwise, flush=True)
 
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+    def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """The simulation's rounds are not shown."""
 
 
@@ -71,7 +72,7 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
             f"run.cache='{folder}/cache'",
         ],
     )
-    told.say(f"simulating {rounds} rounds on Ray")
+    told.on_stage(f"simulating {rounds} rounds on Ray")
     simulated, _ = simulate(experiment, told)
     clients = simulated["data"]["clients"]
 
@@ -88,7 +89,7 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     )
     write_deployment(deployment, folder / "deployment")
     rows = write_thirds(folder / "deployment" / "nodes", experiment)
-    told.say(f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}")
+    told.on_stage(f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}")
     with RealNodes(folder / "deployment", port) as real:
         real.start_server()
         told.check("plain HTTP is refused", plain_http_is_refused(port))
@@ -97,7 +98,7 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
             real.start_node(name)
         make_intruder(folder / "deployment", node_ports[0], node_ports[-1])
         told.check("a node that is not registered is turned away", *_turned_away(real))
-        told.say(f"running {rounds} rounds on {len(NODES)} nodes")
+        told.on_stage(f"running {rounds} rounds on {len(NODES)} nodes")
         done = real.run(limit_seconds=RUN_SECONDS)
         log = (done.stdout + done.stderr)[-4000:]
         told.check("the run ends with exit code 0", done.returncode == 0, log)
@@ -123,7 +124,7 @@ def _compare(told: Told, simulated: Mapping[str, Any], deployed: Mapping[str, An
         f"simulated: {simulated['final_values_sha256']}",
     )
     quality, seconds = deployed["quality"], deployed["time"]["rounds_seconds"]
-    told.say(f"{quality['metric']} {quality['final']:.4f}; {seconds:.1f} s of rounds")
+    told.on_stage(f"{quality['metric']} {quality['final']:.4f}; {seconds:.1f} s of rounds")
 
 
 def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
@@ -134,8 +135,8 @@ def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
     """
     data = experiment.data
     table = open_source(data.source).read(data.train_split)
-    names = ("text", "label", experiment.population.client_column)
-    columns = [table.column(name, "", "the embedded data set") for name in names]
+    names = ("text", "label", experiment.clients.client_column)
+    columns = [table.column(name, "", "the bundled data set") for name in names]
     films = sorted(set(columns[2]))
     home = {film: NODES[index % len(NODES)] for index, film in enumerate(films)}
     lines: dict[str, list[str]] = {name: [] for name in NODES}

@@ -24,6 +24,7 @@ from rich.table import Table
 
 from benchmarks.table import FEDPET
 from fedpet.config import Experiment
+from fedpet.config.renamed import with_new_names
 from fedpet.estimate import estimate
 
 RESULTS = Path(__file__).parent / "results"
@@ -37,7 +38,7 @@ def recorded(folder: Path) -> Iterator[tuple[str, Experiment, dict[str, Any]]]:
         if not isinstance(content, dict) or "attacks" in path.parts:
             continue  # checks.json: cells that were run again
         if content.get("runs") == FEDPET and content["result"]["run"]["status"] == "ok":
-            experiment = Experiment.from_tables(content["settings"])
+            experiment = Experiment.from_tables(with_new_names(content["settings"]))
             name = str(path.relative_to(folder).with_suffix(""))
             yield name, experiment, content["result"]["communication"]
 
@@ -45,7 +46,7 @@ def recorded(folder: Path) -> Iterator[tuple[str, Experiment, dict[str, Any]]]:
 def has_its_data(experiment: Experiment) -> bool:
     """Whether the rows of a recorded run can be read here, where it is run."""
     source = experiment.data.source
-    return source == "embedded" or Path(source).exists()
+    return source == "bundled" or Path(source).exists()
 
 
 def deviations(experiment: Experiment, communication: dict[str, Any]) -> dict[str, float]:
@@ -74,9 +75,9 @@ def main() -> None:
         codec = experiment.codec
         table.add_row(
             name,
-            codec.up + (f", head {codec.head_up}" if codec.head_up else ""),
-            codec.down + (f", head {codec.head_down}" if codec.head_down else ""),
-            codec.downlink + (", feedback" if codec.error_feedback else ""),
+            codec.uplink + (f", head {codec.head_uplink}" if codec.head_uplink else ""),
+            codec.downlink + (f", head {codec.head_downlink}" if codec.head_downlink else ""),
+            codec.downlink_mode + (", feedback" if codec.error_feedback else ""),
             *(f"{found[key]:+.2%}" for key in NAMES),
         )
     Console().print(table)

@@ -21,26 +21,27 @@ from typing import Any
 
 from fedpet.config import Experiment
 from fedpet.protocol.ledger import Ledger, RoundRecord
+from fedpet.run.callbacks import Callback
 from fedpet.run.ray_engine import simulate
 from fedpet.run.run_folder import machine, versions
 
 EXPERIMENTS = Path(__file__).parents[1] / "simulations" / "experiments"
 CODECS = {
-    "lossless": ("codec.up=float32", "codec.down=float32", "codec.downlink=changes"),
+    "lossless": ("codec.uplink=float32", "codec.downlink=float32", "codec.downlink-mode=delta"),
     "default": (),
 }
 
 
-class Seconds:
+class Seconds(Callback):
     """Keeps each round's seconds."""
 
     def __init__(self) -> None:
         self.rounds: list[float] = []
 
-    def say(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         """Stages are not timed."""
 
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+    def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Note a round's wall time."""
         if record.round:
             self.rounds.append(record.round_seconds)
@@ -53,8 +54,8 @@ def measure(clients: int, rounds: int, codec: Sequence[str]) -> dict[str, Any]:
             EXPERIMENTS / "film-reviews.toml",
             [
                 "population.partition=iid",
-                f"population.num-clients={clients}",
-                "population.min-rows=1",
+                f"clients.num-clients={clients}",
+                "clients.min-rows=1",
                 f"strategy.clients-per-round={clients}",
                 f"strategy.num-rounds={rounds}",
                 f"strategy.evaluate-every={rounds}",

@@ -71,7 +71,9 @@ def make_search(
     backbone: Backbone, space: Space, batches: tuple[Batch, Batch], order: str
 ) -> Callable[[], None]:
     """A search step."""
-    config = SearchConfig(space=space.name, budget=space.num_values // 10, rate=1e-4, order=order)
+    config = SearchConfig(
+        space=space.name, budget=space.num_values // 10, learning_rate=1e-4, order=order
+    )
     pet = PetModel(backbone, None, space.structure(), seed=0)
     search = BiLevel(pet, space, config, total_steps=10**6, loss=_loss)
 
@@ -160,7 +162,7 @@ def _table(row: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; `--out` keeps the numbers. 1 where a search step costs too much."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--model", default="bundled")
     parser.add_argument("--spaces", nargs="+", default=list(SPACES))
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind")
     parser.add_argument("--batch", default="32x32", help="rows x tokens")

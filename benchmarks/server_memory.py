@@ -31,16 +31,17 @@ from fedpet.config import CodecConfig, StrategyConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.pet.structure import Structure
 from fedpet.pet.tiers import Tier
+from fedpet.protocol.flower_compat import quiet_flower, set_message_id
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import from_record, read_request, to_record
 from fedpet.run.local_grid import LocalGrid
-from fedpet.run.ray_engine import quiet_flower
 from fedpet.run.run_folder import machine, versions
+from fedpet.server.aggregation import to_arrays
 from fedpet.server.client_pool import ClientPool
 from fedpet.server.reply_stream import SpooledPayloads
-from fedpet.strategies import STRATEGIES, to_arrays
+from fedpet.server.rounds import SparseStrategy
 from fedpet.utils.seeds import derive_seed
 
 SEED = 0
@@ -60,7 +61,7 @@ def make_plan(num_values: int, codec: str) -> Plan:
         structure=Structure(()),
         num_values=num_values,
         layout="",
-        codec=CodecConfig(up=codec),
+        codec=CodecConfig(uplink=codec),
         training=TrainingConfig(),
         num_rounds=1,
         seed=SEED,
@@ -77,13 +78,13 @@ def answer(payload: bytes, plan: Plan) -> bytes:
         seed = derive_seed("client", SEED, asked.server_round, client)
         values = np.random.default_rng(seed).normal(size=plan.num_values).astype(np.float32)
         groups = [(0, plan.num_values)]
-        encoded = encode_values(values, plan.codec.up, groups, seed=derive_seed("encode", seed))
+        encoded = encode_values(values, plan.codec.uplink, groups, seed=derive_seed("encode", seed))
         frames += pack_frame(
             Frame(
                 plan_digest=asked.plan_digest,
                 server_round=asked.server_round,
                 client=client,
-                codec=plan.codec.up,
+                codec=plan.codec.uplink,
                 count=plan.num_values,
                 num_examples=1,
                 loss=0.0,
@@ -107,7 +108,7 @@ class PostOffice(LocalGrid):
         numbers = []
         for message in messages:
             number = f"message-{len(self._asked)}"
-            message.metadata.__dict__["_message_id"] = number
+            set_message_id(message, number)
             reply = self._handlers[message.metadata.dst_node_id](from_record(message.content))
             message.content.clear()
             self._asked[number] = message, self._shelf.put(reply)
@@ -123,7 +124,7 @@ class PostOffice(LocalGrid):
 def peak_mb(strategy: str, codec: str, num_values: int, num_clients: int, rounds: int) -> float:
     """Run rounds of so many clients; the peak of this process's memory, since it began."""
     plan = make_plan(num_values, codec)
-    made = STRATEGIES[strategy](
+    made = SparseStrategy(
         plan=plan,
         tiers=[Tier(0.0, 1.0, slice(None), num_values, [(0, num_values)])],
         population=ClientPool({f"client {n}": 1 for n in range(num_clients)}, homes={}),

@@ -245,7 +245,7 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
             f"run.cache='{folder}/cache'",
         ],
     )
-    films = count_clients(experiment.data, experiment.population, cache=folder / "cache").num_rows
+    films = count_clients(experiment.data, experiment.clients, cache=folder / "cache").num_rows
     port, first_node_port, *_ = free_ports(1 + len(NODES))
     deployment = Deployment(
         experiment=experiment,

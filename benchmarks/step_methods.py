@@ -4,8 +4,8 @@ In:  a loaded backbone.
 Out: the model to call, what to optimise, how gradients are set to zero, what follows a step.
 
 ", first token" is a method whose passes leave out what the classifier never reads
-(`training.first-token-only`); ", oneDNN" is one whose dense layers are multiplied by oneDNN
-(`training.products`), which the others are given too.
+(`training.cls-only`); ", oneDNN" is one whose dense layers are multiplied by oneDNN
+(`training.matmul-backend`), which the others are given too.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedpet.pet.structure import preset
 __all__ = ["FIRST_TOKEN", "ONEDNN", "Method", "backbone", "methods"]
 
 DENSITIES = (0.001, 0.005, 0.02, 0.05)
-FIRST_TOKEN = ", first token"  # of methods whose passes training.first-token-only cuts
+FIRST_TOKEN = ", first token"  # of methods whose passes training.cls-only cuts
 ONEDNN = ", oneDNN"  # of methods whose dense layers oneDNN multiplies
 Step = Callable[[], None]
 Method = Callable[[Backbone], tuple[Any, Iterable[nn.Parameter], Step, Step]]

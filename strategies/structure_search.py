@@ -53,10 +53,11 @@ from fedpet.search import (
     select,
     temperature,
 )
-from fedpet.server.arrays import from_arrays, to_arrays
+from fedpet.server.aggregation import from_arrays, to_arrays
 from fedpet.server.client_pool import ClientPool
+from fedpet.server.rounds import SparseStrategy
 
-from .rules import SparseFedAvg
+from .fedavg import FedAvg
 
 __all__ = ["StructureSearch", "overlap"]
 
@@ -70,7 +71,7 @@ DEVIATIONS = (
 _CHOICES, _AVERAGED = "search/choices", "search/averaged"
 
 
-class StructureSearch(SparseFedAvg):
+class StructureSearch(SparseStrategy):
     """Rounds of a search, until the choice has settled.
 
     Args:
@@ -247,7 +248,7 @@ def overlap(one: Iterable[int], other: Iterable[int]) -> float:
 
 def _averaging(config: StrategyConfig, search: SearchConfig) -> StrategyConfig:
     """The rounds of training's strategy, with a plain average as their rule."""
-    return StrategyConfig(
+    return FedAvg(
         num_rounds=search.rounds,
         clients_per_round=config.clients_per_round,
         quorum=config.quorum,

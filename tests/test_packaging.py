@@ -75,9 +75,9 @@ def answer(code: str, *, cwd: Path, python: Path | str = sys.executable) -> Any:
 
 
 SAME = (
-    "from fedpet.strategies import SparseFedAvg; import fedpet.strategies.rules; "
+    "from fedpet.strategies import FedAvg; import fedpet.strategies.fedavg; "
     "import fedpet.run.federate; from fedpet.config.builtin import experiments_folder; "
-    "[SparseFedAvg is fedpet.strategies.rules.SparseFedAvg, fedpet.__file__, "
+    "[FedAvg is fedpet.strategies.fedavg.FedAvg, fedpet.__file__, "
     "fedpet.strategies.__file__, str(experiments_folder())]"
 )
 
@@ -207,7 +207,7 @@ def test_every_dependency_is_pinned_within_its_range(
 
 
 def test_what_is_installed_names_no_index_and_no_host(repository: Path) -> None:
-    for name in ("constraints.txt", "requirements-embedded.txt"):
+    for name in ("constraints.txt", "requirements-bundled.txt"):
         for line in (repository / name).read_text().splitlines():
             assert line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+", line), f"{name}: {line}"
     for name in ("Makefile", "scripts/install", "pyproject.toml"):

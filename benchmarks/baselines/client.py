@@ -40,7 +40,7 @@ class _Resident:
 def _resident(method: str, experiment: Experiment) -> _Resident:
     data = load_data(
         experiment.data,
-        experiment.population,
+        experiment.clients,
         locate(experiment.backbone),
         cache=cache_folder(experiment),
         evaluation=False,

@@ -6,11 +6,15 @@ Out: the same books as fedpet's own (fedpet/protocol/ledger.py).
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.app.message import make_message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
 
+from fedpet.protocol.flower_compat import make_message
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.request import single_client_bytes, to_record, wire_bytes
 
@@ -68,3 +72,38 @@ class DenseLedger(Ledger):
 
 def _content_bytes(content: RecordDict) -> int:
     return wire_bytes(content)  # type: ignore[arg-type]
+
+
+class LedgerMixin(FedAvg):
+    """Count each round's messages and seconds into `ledger`, in front of a strategy.
+
+    A round's seconds run from before its messages are made until its replies are averaged.
+    Evaluation is not among them.
+    """
+
+    ledger: Ledger
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self.ledger.begin(server_round)
+        self._round_started = time.perf_counter()
+        return self._counted(super().configure_train(server_round, arrays, config, grid))
+
+    def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Count messages as they are taken: a message that is sent need not be held."""
+        for message in messages:
+            self.ledger.add_message(message)
+            yield message
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        replies = list(replies)
+        for reply in replies:
+            self.ledger.add_message(reply)
+        averaged = super().aggregate_train(server_round, replies)
+        record = self.ledger.current
+        record.aggregated = averaged[0] is not None
+        record.round_seconds = time.perf_counter() - self._round_started
+        return averaged

@@ -13,12 +13,11 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from benchmarks.baselines.ledger import DenseLedger
+from benchmarks.baselines.ledger import DenseLedger, LedgerMixin
 from fedpet.config import Experiment
 from fedpet.errors import RunError
 from fedpet.protocol.ledger import Ledger
 from fedpet.server.client_pool import ClientPool
-from fedpet.strategies import LedgerMixin
 
 
 class _ClientRounds(FedAvg):

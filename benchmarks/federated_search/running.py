@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import ROOT, Work
+from benchmarks.cells import ROOT, Work, with_new_fields
 from benchmarks.federated_search.file import FederatedSearchTable
 from benchmarks.table.cell import Run, fingerprint, run_in_process, work_of
 from benchmarks.table.file import Cell, Rate
@@ -19,13 +19,18 @@ from benchmarks.table.running import best_rate
 from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
 from fedpet.run.central_search import search_centrally
-from fedpet.run.search_progress import SearchProgress
+from fedpet.run.progress import SearchBar
 from fedpet.search import reproducible_settings
 from fedpet.utils.formatting import format_bytes
 
 PHASES = ("structures", "tune", "final")
 METHODS = ("federated", "central", "random")
-_SETTLED = ("budget", "rate", "rates", "mask_in_budget")  # of a search, filled in when it begins
+_SETTLED = (
+    "budget",
+    "learning_rate",
+    "learning_rates",
+    "mask_in_budget",
+)  # of a search, filled in when it begins
 
 
 @dataclass
@@ -82,7 +87,7 @@ class FederatedSearchRun:
         if not path.exists():
             self.say(f"structures/{path.stem} ...")
             path.parent.mkdir(parents=True, exist_ok=True)
-            with SearchProgress() as progress:
+            with SearchBar() as progress:
                 return search_centrally(experiment, path, progress)
         structure = Structure.from_json(path.read_text(encoding="utf-8"))
         told, config = structure.provenance, experiment.search
@@ -91,7 +96,10 @@ class FederatedSearchRun:
             same = (told.get("seed"), told.get("asked_budget")) == (config.seed, config.budget)
         else:
             wanted = {**reproducible_settings(config), "asked_budget": config.budget}
-            before = {**settings, "asked_budget": told.get("asked_budget")}
+            before = {
+                **with_new_fields("search", settings),
+                "asked_budget": told.get("asked_budget"),
+            }
             same = all(before.get(key) == wanted[key] for key in wanted if key not in _SETTLED)
         if not same:
             raise ConfigError(

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from benchmarks.cells import commit, write_json
+from benchmarks.cells import commit, with_new_fields, write_json
 from fedpet.config import BackboneConfig, SearchConfig, TrainingConfig
 from fedpet.errors import ConfigError
 from fedpet.run.run_folder import machine, versions
@@ -113,6 +113,8 @@ def _differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str
     found = []
     for stage, value in wanted.items():
         before = stored.get(stage)
+        if isinstance(before, dict):
+            before = with_new_fields(stage, before)
         if isinstance(value, dict) and isinstance(before, dict):
             table = {**json.loads(json.dumps(defaults.get(stage, {}))), **before}
             found += [

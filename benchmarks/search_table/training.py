@@ -25,7 +25,7 @@ from torch import nn
 from benchmarks.search_table.cell import Cell, Rows
 from fedpet.backbone.device import device_of
 from fedpet.backbone.pretrained import Backbone, load_backbone, locate
-from fedpet.config import BackboneConfig, DataConfig, PopulationConfig, TrainingConfig
+from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, TrainingConfig
 from fedpet.data import FederatedData, Task, load_data
 from fedpet.data import Rows as TokenisedRows
 from fedpet.errors import ConfigError, TrainingError
@@ -39,7 +39,7 @@ from fedpet.training.loss import client_loss
 from fedpet.training.metrics import metric_value
 from fedpet.utils.seeds import derive_seed
 
-_EVERYBODY = PopulationConfig(partition="iid", num_clients=1, min_rows=1)
+_EVERYBODY = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 
 def run_cell(cell: Cell, folder: Path, cache: Path) -> dict[str, Any]:

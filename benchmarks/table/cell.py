@@ -21,6 +21,7 @@ import tomli_w
 from benchmarks.cells import ROOT, Work, commit, write_json
 from benchmarks.table.file import Cell, Rate
 from fedpet.config import Experiment
+from fedpet.config.renamed import with_new_names
 from fedpet.errors import ConfigError, FedpetError, RunError
 
 SCHEMA = 1
@@ -91,7 +92,7 @@ def write_cell(cell: Cell, result: dict[str, Any]) -> None:
 def _differing(stored: Mapping[str, Any], wanted: Mapping[str, Any]) -> list[str]:
     """What tells two settings apart; a key that one lacks has its default there."""
     try:
-        before = Experiment.from_tables(stored).to_tables()
+        before = Experiment.from_tables(with_new_names(stored)).to_tables()
     except FedpetError as error:
         return [f"they do not read any more ({error})"]
     after = Experiment.from_tables(wanted).to_tables()

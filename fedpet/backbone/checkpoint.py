@@ -104,7 +104,7 @@ def resolve_config(config: BackboneConfig) -> Path:
 
 def package_name(model: str) -> str:
     """Return the package that `backbone.model` names; "" where it names none."""
-    if model == "embedded":
+    if model == "bundled":
         return bundled.name_of(bundled.MODEL)
     return model.removeprefix("package:") if model.startswith("package:") else ""
 

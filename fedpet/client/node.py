@@ -167,7 +167,7 @@ class Node:
                 plan_digest=digest,
                 server_round=server_round,
                 client=client,
-                codec=plan.codec.up,
+                codec=plan.codec.uplink,
                 count=pet.num_values,
                 num_examples=trained.num_examples,
                 loss=trained.loss,

@@ -16,19 +16,20 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedpet.config.parsing import read_stage, refuse_unknown, with_overrides
+from fedpet.config.renamed import refuse_former_names
 from fedpet.config.schema import (
     BackboneConfig,
+    ClientsConfig,
     CodecConfig,
     DataConfig,
     MaskConfig,
-    PopulationConfig,
     RunConfig,
     SearchConfig,
     StrategyConfig,
     StructureConfig,
     TrainingConfig,
 )
-from fedpet.config.strategy_parameters import ROBUST_STRATEGIES, STRATEGY_PARAMETERS
+from fedpet.config.strategy_registry import registered_rules, rule_of_table
 from fedpet.errors import ConfigError
 from fedpet.utils.paths import absolute, expand
 
@@ -58,7 +59,7 @@ def _local_paths(
 
 def _is_path(value: str) -> bool:
     """Whether what may be a file or a name is a file; what cannot be a name is meant as one."""
-    if value == "embedded" or value.startswith("package:"):
+    if value == "bundled" or value.startswith("package:"):
         return False
     return value.startswith((".", "~", "/")) or os.path.exists(expand(value))
 
@@ -70,7 +71,7 @@ class Experiment:
     run: RunConfig = field(default_factory=RunConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    population: PopulationConfig = field(default_factory=PopulationConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     structure: StructureConfig = field(default_factory=StructureConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -79,18 +80,13 @@ class Experiment:
     codec: CodecConfig = field(default_factory=CodecConfig)
 
     def __post_init__(self) -> None:
-        if self.strategy.name == "fedprox" and not self.training.proximal_mu:
-            raise ConfigError(
-                "strategy 'fedprox' needs training.proximal-mu above 0: at 0 it is 'fedavg'."
-            )
-        if self.strategy.name == "fedavg" and self.training.proximal_mu:
-            raise ConfigError(
-                f"training.proximal-mu is {self.training.proximal_mu!r}, and strategy 'fedavg' "
-                "has no proximal term: name the strategy 'fedprox', or set it to 0."
-            )
+        strategy, training = self.strategy.with_training(self.training)
+        object.__setattr__(self, "strategy", strategy)
+        object.__setattr__(self, "training", training)
         self._check_search()
-        if len(self.mask.tiers) > 1 and self.strategy.name in ROBUST_STRATEGIES:
-            means = ", ".join(name for name in STRATEGY_PARAMETERS if name not in ROBUST_STRATEGIES)
+        if len(self.mask.tiers) > 1 and self.strategy.compares_replies:
+            rules = registered_rules().items()
+            means = ", ".join(name for name, rule in rules if not rule.compares_replies)
             raise ConfigError(
                 f"strategy {self.strategy.name!r} compares whole replies, and clients of several "
                 f"mask.tiers send different entries: take one that averages ({means}), or one tier."
@@ -104,7 +100,7 @@ class Experiment:
                 f"search.federated finds the structure in the run, and structure.file names "
                 f"{self.structure.file!r}: leave one of them out."
             )
-        if self.strategy.name in ROBUST_STRATEGIES:
+        if self.strategy.compares_replies:
             raise ConfigError(
                 f"search.federated averages what clients send, and strategy {self.strategy.name!r} "
                 "is there since a mean can be led astray by one of them: search beforehand with "
@@ -119,12 +115,16 @@ class Experiment:
             ConfigError: An unknown table or key (the known ones are named), or a bad value.
         """
         stages = get_type_hints(cls)
+        refuse_former_names(tables)
         refuse_unknown("table", tables, stages)
         built = {}
         for name, table in tables.items():
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{name!r} must be a table of keys, got {table!r}.")
-            built[name] = read_stage(stages[name], name, table)
+            stage = stages[name]
+            if name == "strategy":
+                stage, table = rule_of_table(table)
+            built[name] = read_stage(stage, name, table)
         return cls(**built)
 
     @classmethod
@@ -149,7 +149,13 @@ class Experiment:
 
     def located(self) -> Experiment:
         """The same with absolute paths: what is relative is so to the current directory."""
-        return self.from_tables(located(self.to_tables()))
+        tables = located(self.to_tables())
+        stages = {
+            name: read_stage(type(config), name, tables[name])
+            for name, config in vars(self).items()
+            if name != "strategy"  # an object of the user's own has no table
+        }
+        return dataclasses.replace(self, **stages)
 
     def relative_paths(self) -> Iterator[tuple[str, str]]:
         """Keys and values that the current directory gives a meaning."""
@@ -160,13 +166,7 @@ class Experiment:
 
     def to_tables(self) -> dict[str, dict[str, Any]]:
         """Nested tables with kebab-case keys: what `from_tables` takes."""
-        return {
-            stage: {
-                key.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-                for key, value in dataclasses.asdict(config).items()
-            }
-            for stage, config in vars(self).items()
-        }
+        return {stage: config.to_table() for stage, config in vars(self).items()}
 
     def to_run_config(self) -> dict[str, Scalar]:
         """Flower's flat form: a list becomes one string, its entries joined by commas."""

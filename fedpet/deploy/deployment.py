@@ -135,7 +135,7 @@ class Deployment:
             backbone=replace(given.backbone, model=_whole(given.backbone.model)),
             data=replace(given.data, source=_whole(given.data.source)),
             structure=replace(given.structure, file=_whole(given.structure.file)),
-            population=replace(given.population, partition="nodes", num_clients=clients),
+            clients=replace(given.clients, partition="nodes", num_clients=clients),
         )
 
     def node_config(self, node: NodeSpec) -> dict[str, str | int]:

@@ -107,7 +107,7 @@ def packages(experiment: Experiment) -> list[str]:
     found = []
     if package := package_name(experiment.backbone.model):
         found.append(bundled.pinned_requirement(package))
-    if experiment.data.source == "embedded":
+    if experiment.data.source == "bundled":
         found.append(bundled.REVIEWS)
     return found
 

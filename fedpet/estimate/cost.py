@@ -125,7 +125,7 @@ def estimate(
     uplink = up + reply_bytes(round(up)) - round(up)
     downlink = down + request_bytes(round(down), plan) - round(down)
     plan_length = len(plan.to_bytes())
-    if experiment.population.partition == "nodes":  # all are asked who they are, once
+    if experiment.clients.partition == "nodes":  # all are asked who they are, once
         plan_sent = roll_call_bytes(plan_length)
         draws = dataclasses.replace(draws, newcomers=float(draws.num_clients))
     else:
@@ -179,9 +179,9 @@ def _run(experiment: Experiment, backbone: Backbone, plan: Plan, draws: Draws) -
         "backbone": experiment.backbone.model,
         "architecture": type(backbone.model).__name__,
         "strategy": experiment.strategy.name,
-        "codec_up": _named(codec.up, codec.head_up),
-        "codec_down": _named(codec.down, codec.head_down),
-        "downlink": "changes" if plan.is_delta_downlink else "values",
+        "codec_uplink": _named(codec.uplink, codec.head_uplink),
+        "codec_downlink": _named(codec.downlink, codec.head_downlink),
+        "downlink": "delta" if plan.is_delta_downlink else "full",
         "error_feedback": codec.error_feedback,
         "rounds": len(draws.rounds),
         "clients": draws.num_clients,
@@ -225,14 +225,14 @@ def _census(
             "with it, or leave it out."
         )
     try:
-        return count_clients(experiment.data, experiment.population, cache=make_cache(experiment))
+        return count_clients(experiment.data, experiment.clients, cache=make_cache(experiment))
     except DataError as error:
-        if experiment.population.partition == "column":
+        if experiment.clients.partition == "column":
             raise DataError(
                 f"the clients cannot be counted: {str(error).rstrip('.')}. To estimate without "
                 "the data, give their number by --clients."
             ) from None
-        notes.append(f"The data were not read, so population.num-clients counts ({error})")
+        notes.append(f"The data were not read, so clients.num-clients counts ({error})")
         return None
 
 
@@ -298,7 +298,11 @@ def _seconds(
 
 def _tolerance(plan: Plan, draws: Draws) -> float:
     codec, training = plan.codec, plan.training
-    names = [name for name in (codec.up, codec.down, codec.head_up, codec.head_down) if name]
+    names = [
+        name
+        for name in (codec.uplink, codec.downlink, codec.head_uplink, codec.head_downlink)
+        if name
+    ]
     if is_fixed(*names) and not plan.is_delta_downlink and draws.known:
         return 0.0
     steps = [local_steps(taker.num_rows, training) for takers in draws.rounds for taker in takers]
@@ -333,9 +337,9 @@ def _explain(experiment: Experiment, draws: Draws, tolerance: float, notes: list
             "strategy, these learning rates and steps, random gradients. In total within about "
             f"{tolerance:.0%} of {'a run' if draws.known else 'such a run'}'s."
         )
-    if experiment.population.partition == "nodes":
+    if experiment.clients.partition == "nodes":
         notes.append("Every client there is, is sent the plan: nodes are asked who lives on them.")
-    if experiment.mask.enabled and experiment.mask.broadcast == "explicit":
+    if experiment.mask.enabled and experiment.mask.broadcast == "send":
         notes.append(
             "The explicit mask is reckoned as equally dense everywhere, which is the dearest; a "
             "real one is coded in a few percent less."

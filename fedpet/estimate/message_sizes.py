@@ -15,7 +15,6 @@ import hashlib
 from collections import Counter
 
 import numpy as np
-from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
 
 from fedpet.codec import encode_positions
 from fedpet.config import Experiment
@@ -23,6 +22,7 @@ from fedpet.data import Task
 from fedpet.estimate.value_counts import Layout
 from fedpet.pet.mask import mask_size
 from fedpet.pet.structure import Structure
+from fedpet.protocol.flower_compat import CHUNK_BYTES
 from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.registration import encode_registration
@@ -79,7 +79,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
     """
     mask = experiment.mask if experiment.mask.enabled else None
     positions = b""
-    if mask is not None and mask.broadcast == "explicit":
+    if mask is not None and mask.broadcast == "send":
         positions = bytes(_positions_bytes(layout.scope, mask.density))
     return Plan(
         fingerprint=_hash("fingerprint"),

@@ -71,7 +71,7 @@ def draw(
     Args:
         experiment: Its strategy says how many and how often, its seed which, its mask the tiers.
         census: The data's clients; None where they are not known.
-        num_clients: How many there are, without a census; None is population.num-clients.
+        num_clients: How many there are, without a census; None is clients.num-clients.
         rows_per_client: That each of them holds.
     """
     strategy, seed = experiment.strategy, experiment.run.seed
@@ -89,7 +89,7 @@ def draw(
         ]
         newcomers = float(len({taker.client for takers in drawn for taker in takers}))
         return Draws(len(census.num_rows), drawn, newcomers, known=True)
-    num_clients = num_clients or experiment.population.num_clients
+    num_clients = num_clients or experiment.clients.num_clients
     taking_part = min(strategy.clients_per_round, num_clients)
     num_rows = rows_per_client or ROWS_PER_CLIENT
     drawn = []

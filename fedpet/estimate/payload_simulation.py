@@ -108,7 +108,8 @@ def payloads(
     """
     codec = plan.codec
     up_is_fixed, down_is_fixed = (
-        is_fixed(*names) for names in ((codec.up, codec.head_up), (codec.down, codec.head_down))
+        is_fixed(*names)
+        for names in ((codec.uplink, codec.head_uplink), (codec.downlink, codec.head_downlink))
     )
     fixed = [_codings(plan, kinds) for kinds in tiers]
     shape = (len(rounds), len(tiers))
@@ -117,7 +118,7 @@ def payloads(
     whole = np.zeros(shape)
     if up_is_fixed and down_is_fixed and not plan.is_delta_downlink:
         return Payloads(up, down, whole)
-    federation = _Federation(tiers, plan, ServerRule(strategy), seed)
+    federation = _Federation(tiers, plan, ServerRule(strategy, plan.training), seed)
     played = _played_rounds(len(rounds))
     for index, server_round in enumerate(played):
         following = played[index + 1] if index + 1 < len(played) else server_round + 1

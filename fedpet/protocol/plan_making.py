@@ -43,7 +43,7 @@ def make_plan(
         mask,
         structure,
         seed=experiment.run.seed,
-        products=experiment.training.products,
+        products=experiment.training.matmul_backend,
         mask_config=None if mask is None else experiment.mask,
     )
     plan = _plan(
@@ -83,7 +83,9 @@ def make_search_plan(
     """
     mask = _mask_of(experiment, backbone)
     seed = derive_seed("structure search", experiment.run.seed, search.seed)
-    model = SearchModel.of(backbone, mask, search, seed=seed, products=experiment.training.products)
+    model = SearchModel.of(
+        backbone, mask, search, seed=seed, products=experiment.training.matmul_backend
+    )
     plan = _plan(
         experiment,
         backbone.fingerprint,
@@ -127,7 +129,7 @@ def _plan(
     seed: int,
     search: SearchConfig | None = None,
 ) -> Plan:
-    explicit = mask is not None and experiment.mask.broadcast == "explicit"
+    explicit = mask is not None and experiment.mask.broadcast == "send"
     return Plan(
         fingerprint=fingerprint,
         head_seed=experiment.backbone.head_seed,

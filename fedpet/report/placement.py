@@ -109,7 +109,7 @@ def _checkpoint_at_hand(config: BackboneConfig, plan: Plan) -> tuple[Backbone | 
 
     try:
         source = config.model
-        if not (source == "embedded" or source.startswith("package:") or Path(source).exists()):
+        if not (source == "bundled" or source.startswith("package:") or Path(source).exists()):
             source = _cached(config)
         own = dataclasses.replace(config, model=source)
         backbone = load_for_task(plan.backbone(own), plan.task)

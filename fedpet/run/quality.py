@@ -15,7 +15,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedpet.config import Experiment
-from fedpet.config.strategy_parameters import STRATEGY_PARAMETERS
 from fedpet.config.value_checks import rates_by_kind
 from fedpet.errors import RunError
 from fedpet.protocol.ledger import RoundRecord
@@ -150,8 +149,8 @@ def _lower_rates(experiment: Experiment) -> str:
     rates = [f"training.learning-rate = {training.learning_rate:g}"]
     if training.learning_rates:
         rates.append(f"training.learning-rates = {list(training.learning_rates)}")
-    if "server_learning_rate" in STRATEGY_PARAMETERS[strategy.name]:
-        rates.append(f"strategy.server-learning-rate = {strategy.server_learning_rate:g}")
+    if (server_rate := getattr(strategy, "server_learning_rate", None)) is not None:
+        rates.append(f"strategy.server-learning-rate = {server_rate:g}")
     return f"try lower rates ({', '.join(rates)})"
 
 

@@ -33,7 +33,7 @@ from fedpet.utils.lock import locked_folder
 if TYPE_CHECKING:
     from fedpet.data import FederatedData
     from fedpet.run.prepare import Prepared, PreparedSearch
-    from fedpet.strategies import SparseStrategy
+    from fedpet.server.rounds import SparseStrategy
 
 __all__ = [
     "check_journal",
@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 # Keys that say where a run is done, and what it is called; not what comes out.
-_PLACE_KEYS = ("name", "workers", "cache", "out")
+_PLACE_KEYS = ("name", "workers", "cache", "out", "callbacks")
 
 
 def is_cut_short(run: Path) -> bool:

@@ -220,8 +220,8 @@ class BiLevel:
             StructureError: The budget does not fit the space.
             ConfigError: The rate of the candidates' values is 0.
         """
-        if not config.rate > 0:
-            raise ConfigError(f"a search's rate must be above 0, got {config.rate!r}.")
+        if not config.learning_rate > 0:
+            raise ConfigError(f"a search's rate must be above 0, got {config.learning_rate!r}.")
         self.budget = float(config.budget)
         space.check_budget(self.budget)
         self.pet, self.space, self.config = pet, space, config
@@ -233,7 +233,9 @@ class BiLevel:
         self.alpha = nn.Parameter(torch.zeros(len(space.candidates), dtype=torch.float64))
         self._groups = pet.parameter_groups()
         self._theta = make_optimizer(self._groups, config.rate_of, fused=None)
-        self._alpha = make_optimizer({"alpha": self.alpha}, lambda _: config.alpha_rate, fused=None)
+        self._alpha = make_optimizer(
+            {"alpha": self.alpha}, lambda _: config.gate_learning_rate, fused=None
+        )
         self._rates = [
             (group, float(group["lr"]))
             for optimiser in (self._theta, self._alpha)

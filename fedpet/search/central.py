@@ -198,7 +198,7 @@ def run_search(
         raise RunError(
             f"the search came to no model that can be measured: at step {best['step']} the "
             f"{task.metric} of the validation rows is NaN, its outputs are not finite. Lower "
-            "search.rate, search.rates or search.alpha-rate."
+            "search.learning-rate, search.learning-rates or search.gate-learning-rate."
         )
     chosen, p = best["chosen"], best["p"].tolist()
     structure = replace(

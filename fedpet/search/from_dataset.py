@@ -102,7 +102,7 @@ def search_structure(
             mask=chosen,
             logit_adjustment=training.logit_adjustment,
             loss=training.loss,
-            products=training.products,
+            products=training.matmul_backend,
         ).structure
     finally:
         model.train(was_training)

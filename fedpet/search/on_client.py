@@ -190,7 +190,7 @@ def split_in_two(indices: np.ndarray, seed: int) -> Split:
     if len(indices) < 2:
         raise TrainingError(
             f"a search needs two rows of a client at least, one a level, and this one has "
-            f"{len(indices)}. Raise population.min-rows."
+            f"{len(indices)}. Raise clients.min-rows."
         )
     order = np.random.default_rng(derive_seed("split", seed)).permutation(indices)
     half = len(order) // 2

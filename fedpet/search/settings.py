@@ -26,7 +26,7 @@ __all__ = [
 ]
 
 _BATCHES = (15, 16, 32)  # of the paper's tasks, its 5 for the longest texts left out
-_NUMBERS = ("rate", "alpha_rate", "clip_norm", "beta", "rank", "scale")
+_NUMBERS = ("learning_rate", "gate_learning_rate", "clip_norm", "beta", "rank", "scale")
 _FEDERATED = ("federated", "rounds", "local_steps", "settled_overlap", "settled_rounds")
 
 
@@ -37,7 +37,7 @@ def faithful(**changes: Any) -> SearchConfig:
         >>> deviations(faithful()), deviations(faithful(order="first"))
         ((), ('first-order gradient of alpha',))
     """
-    paper: dict[str, Any] = {"space": "s3pet-mix", "rate": 3e-4, "dropout": True}
+    paper: dict[str, Any] = {"space": "s3pet-mix", "learning_rate": 3e-4, "dropout": True}
     return SearchConfig(**{**paper, **changes})
 
 
@@ -64,7 +64,7 @@ def deviations(
         "last checkpoint": config.checkpoint == "last" or config.federated,
         f"space {config.space}": not config.space.startswith("s3pet"),
         "batches of another size": config.batch_size not in _BATCHES,
-        "rates by kind": bool(config.rates),
+        "rates by kind": bool(config.learning_rates),
         f"logits adjusted by {logit_adjustment:g} for label shares": bool(
             logit_adjustment and not loss
         ),
@@ -84,7 +84,7 @@ def reproducible_settings(config: SearchConfig) -> dict[str, Any]:
         >>> "rounds" in reproducible_settings(SearchConfig())
         False
     """
-    table = {**asdict(config), "rates": list(config.rates)}
+    table = {**asdict(config), "learning_rates": list(config.learning_rates)}
     if not config.federated:
         for name in _FEDERATED:
             del table[name]
@@ -128,7 +128,7 @@ def settle(
 
     Example:
         >>> ready = settle(SearchConfig(budget=0.001), TrainingConfig(), backbone_parameters=10**6)
-        >>> ready.budget, ready.rate
+        >>> ready.budget, ready.learning_rate
         (1000, 0.001)
     """
     budget = budget_values(
@@ -142,15 +142,15 @@ def settle(
                 "search.mask-in-budget = false."
             )
         budget -= mask_values
-    if not config.rate:
-        own = rates_by_kind(config.rates, "search.rates")
+    if not config.learning_rate:
+        own = rates_by_kind(config.learning_rates, "search.learning-rates")
         taken = [
             entry
             for entry in training.learning_rates
             if rates_by_kind([entry], "training.learning-rates").keys().isdisjoint(own)
         ]
-        rates = (*taken, *config.rates)
-        config = replace(config, rate=training.learning_rate, rates=rates)
+        rates = (*taken, *config.learning_rates)
+        config = replace(config, learning_rate=training.learning_rate, learning_rates=rates)
     return replace(config, budget=budget, mask_in_budget=False)
 
 

@@ -37,8 +37,8 @@ from fedpet.protocol.request import (
 )
 from fedpet.server.client_pool import ConnectedClientPool
 from fedpet.server.client_records import ClientRecords
-from fedpet.server.grid_wrapper import GridWrapper
 from fedpet.server.pending_messages import PendingMessages
+from fedpet.server.reply_stream import GridWrapper
 
 MAX_ASKS = 3  # of a node whose answers are errors, before it is left alone
 POLL_SECONDS = 0.5

@@ -11,15 +11,14 @@ question was put to.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import httpx
 from flwr.app import Error, Message, RecordDict
-from flwr.app.message import make_message
-from flwr.app.metadata import Metadata
 from flwr.serverapp import Grid
+
+from fedpet.protocol.flower_compat import make_reply, set_sender
 
 AT_ONCE = 16  # answers pulled at most before they are handed on
 UNREADABLE = 1001  # Flower's error codes below are its own
@@ -91,21 +90,10 @@ def _of(asked: _Asked, answer: Message) -> Message:
     if not answer.has_error() and not isinstance(content, RecordDict):
         number = answer.metadata.reply_to_message_id
         return _error(asked, number, "its reply holds no records.")
-    answer.metadata.__dict__["_src_node_id"] = asked.node
-    answer.metadata.__dict__["_message_type"] = asked.kind
+    set_sender(answer, asked.node, asked.kind)
     return answer
 
 
 def _error(asked: _Asked, number: str, reason: str) -> Message:
-    metadata = Metadata(
-        run_id=0,
-        message_id="",
-        src_node_id=asked.node,
-        dst_node_id=0,
-        reply_to_message_id=number,
-        group_id="",
-        created_at=time.time(),
-        ttl=1.0,
-        message_type=asked.kind,
-    )
-    return make_message(metadata=metadata, error=Error(UNREADABLE, reason))
+    error = Error(UNREADABLE, reason)
+    return make_reply(error, node=asked.node, kind=asked.kind, asked=number)

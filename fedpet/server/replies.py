@@ -258,10 +258,10 @@ class Replies:
         if part.server_round != self._round:
             raise FrameError(f"the frame is of round {part.server_round}, this is {self._round}.")
         expected = self._tiers.of(name).count
-        if part.codec != self._plan.codec.up or part.count != expected:
+        if part.codec != self._plan.codec.uplink or part.count != expected:
             raise FrameError(
-                f"the plan asks this client for {expected} values by {self._plan.codec.up!r}, the "
-                f"frame holds {part.count} by {part.codec!r}."
+                f"the plan asks this client for {expected} values by "
+                f"{self._plan.codec.uplink!r}, the frame holds {part.count} by {part.codec!r}."
             )
         rows = self._num_rows[name]
         if not 1 <= part.num_examples <= rows:

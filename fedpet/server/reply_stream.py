@@ -13,16 +13,58 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpet.errors import RunError
-from fedpet.server.grid_wrapper import GridWrapper
 from fedpet.server.pending_messages import PendingMessages
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds
 IN_MEMORY_BYTES = 8 << 20
+
+
+class GridWrapper(Grid):
+    """Wrap another Grid and delegate every call to it."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the nodes."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages; return the replies that come in time."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Return what Flower knows of its nodes."""
+        return self._grid.get_nodes()
+
+    def set_run(self, run: Any) -> None:
+        """Hand the run on to the grid."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Run of the grid."""
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Make a message; deprecated in Flower, for `Message`."""
+        return self._grid.create_message(*args, **kwargs)
 
 
 class StreamingGrid(GridWrapper):

@@ -112,7 +112,7 @@ def train_rows(
         model.train(config.dropout)
     total_loss, seen = 0.0, 0
     passes: AbstractContextManager[None] = nullcontext()
-    if config.first_token_only:
+    if config.cls_only:
         passes = first_token_only(model, inputs_of(rows, indices[:1], device)[0])
     with passes:
         for chosen in _epochs(indices, rows.lengths, config, generator):

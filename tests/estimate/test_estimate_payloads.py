@@ -50,7 +50,7 @@ def lengths_of(
         structure=Structure(),
         num_values=sum(size for _, size in kinds),
         layout="",
-        codec=CodecConfig(up=codec, down=codec, downlink="values"),
+        codec=CodecConfig(uplink=codec, downlink=codec, downlink_mode="full"),
         training=training or TrainingConfig(),
         num_rounds=len(rows),
         seed=0,
@@ -72,7 +72,10 @@ FLOWERS: dict[str, tuple[type[flower.FedAvg], dict[str, float]]] = {
 def test_the_server_is_taken_to_move_as_flower_s_does(name: str) -> None:
     LocalGrid({})  # names the run that messages are of
     kind, parameters = FLOWERS[name]
-    theirs, ours = kind(**parameters), ServerRule(StrategyConfig(name=name, **parameters))
+    theirs, ours = (
+        kind(**parameters),
+        ServerRule(StrategyConfig(name=name, **parameters), TrainingConfig()),
+    )
     theirs.fraction_train = 0.0
     random = np.random.default_rng(0)
     start = random.standard_normal(50, dtype=np.float32)
@@ -161,7 +164,7 @@ def test_a_large_model_is_estimated_in_seconds(tmp_path: Path) -> None:
 
     LlamaConfig().save_pretrained(tmp_path)
     settings = Experiment.from_tables(
-        {"backbone": {"model": str(tmp_path / "config.json")}, "codec": {"up": "eden-2"}}
+        {"backbone": {"model": str(tmp_path / "config.json")}, "codec": {"uplink": "eden-2"}}
     )
     tracemalloc.start()
     try:

@@ -17,10 +17,10 @@ from fedpet.client.node import LoadedPlan, Node
 from fedpet.client.node_config import NodeSettings
 from fedpet.config import (
     BackboneConfig,
+    ClientsConfig,
     CodecConfig,
     DataConfig,
     MaskConfig,
-    PopulationConfig,
     StrategyConfig,
     TrainingConfig,
 )
@@ -33,8 +33,9 @@ from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import PLAN_MISSING
 from fedpet.run.local_grid import LocalGrid
+from fedpet.server.aggregation import from_arrays, to_arrays
 from fedpet.server.client_pool import ClientPool
-from fedpet.strategies import STRATEGIES, SparseStrategy, from_arrays, to_arrays
+from fedpet.server.rounds import SparseStrategy
 from fedpet.training.loop import TrainResult
 from fedpet.utils.seeds import client_id64, derive_seed
 
@@ -140,7 +141,7 @@ def train_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def node_settings(cache: Path) -> NodeSettings:
     return NodeSettings(
-        backbone=BackboneConfig(), data=DataConfig(), population=PopulationConfig(), cache=cache
+        backbone=BackboneConfig(), data=DataConfig(), population=ClientsConfig(), cache=cache
     )
 
 
@@ -156,7 +157,7 @@ class Forgetful:
 
 def make_strategy(plan: Plan, **changes: Any) -> SparseStrategy:
     settings: dict[str, Any] = {"clients_per_round": 5, **changes}
-    return STRATEGIES[settings.pop("name", "fedavg")](
+    return SparseStrategy(
         plan=plan,
         tiers=tiers_of(FakePet(plan), plan.mask),  # type: ignore[arg-type]
         population=ClientPool(ROWS, homes=settings.pop("homes", {})),

@@ -13,10 +13,15 @@ from fedpet.cli import main
 from fedpet.config import Experiment
 from fedpet.pet.structure import Structure
 from fedpet.run import central_search
-from fedpet.run.search_progress import SearchProgress
+from fedpet.run.progress import SearchBar
 
 BUDGET = 600
-SEARCH = ("search.epochs=2", "search.batch-size=8", "search.evaluate-every=3", "search.rate=0.01")
+SEARCH = (
+    "search.epochs=2",
+    "search.batch-size=8",
+    "search.evaluate-every=3",
+    "search.learning-rate=0.01",
+)
 
 Search = Callable[..., Structure]
 
@@ -40,7 +45,7 @@ model = "{backbone}"
 [data]
 source = "{rows}"
 max-length = 16
-[population]
+[clients]
 client-column = "nobody"
 [mask]
 enabled = false
@@ -59,7 +64,7 @@ def arguments(experiment: Path, out: Path, *sets: str) -> list[str]:
 def search_once(experiment: Path, out: Path) -> Path:
     """The file of an uninterrupted search."""
     settings = Experiment.from_file(experiment, SEARCH)
-    with SearchProgress() as progress:
+    with SearchBar() as progress:
         central_search.search_centrally(settings, out, progress)
     return out
 

@@ -9,13 +9,11 @@ import numpy as np
 import torch
 
 from fedpet.config import Experiment
+from fedpet.run.callbacks import Callback
 
 
-class Silent:
-    """Progress that nobody sees."""
-
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
+class Silent(Callback):
+    """Shows nothing."""
 
 
 WORDS = ["good", "bad", "fine", "dull", "bright", "grim", "film", "plot", "cast", "score", "the"]
@@ -93,7 +91,7 @@ def make_experiment(backbone: Path, rows: Path, out: Path, **changes: object) ->
         "run": {"name": "tiny", "out": str(out), "workers": 2, "cache": str(out.parent / "cache")},
         "backbone": {"model": str(backbone)},
         "data": {"source": str(rows), "max-length": 16},
-        "population": {"client-column": "client", "min-rows": 2},
+        "clients": {"client-column": "client", "min-rows": 2},
         "mask": {"density": 0.05},
         "structure": {"preset": "lnfit+ln-bias+hiwi-bias+lora", "rank": 2},
         "training": {"learning-rate": 0.01, "batch-size": 4},

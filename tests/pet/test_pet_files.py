@@ -98,7 +98,7 @@ def test_a_mask_that_no_configuration_gives_is_saved_with_its_positions(tmp_path
     assert torch.equal(again.get_delta(), pet.get_delta())
 
 
-@pytest.mark.parametrize("broadcast", ["derived", "explicit"])
+@pytest.mark.parametrize("broadcast", ["recompute", "send"])
 def test_the_model_of_a_run_is_saved_and_loaded_on_a_model_of_the_user_s_own(
     broadcast: str, experiment: Callable[..., Experiment], files: tuple[Path, Path], tmp_path: Path
 ) -> None:

@@ -51,9 +51,9 @@ def test_a_wire_that_remembers_gives_the_same_on_any_nodes_and_leaves_nothing_be
     experiment: Any,
 ) -> None:
     lossy = {
-        "codec_up": "topk-0.1+eden-4",
-        "codec_head_up": "int8",
-        "codec_down": "eden-2",
+        "codec_uplink": "topk-0.1+eden-4",
+        "codec_head_uplink": "int8",
+        "codec_downlink": "eden-2",
         "codec_error_feedback": True,
     }
     settings = [experiment(**lossy) for _ in range(2)]

@@ -135,8 +135,8 @@ def test_with_one_client_a_node_the_bytes_are_those_on_the_wire(run: Any) -> Non
 
 def test_changes_cost_what_their_codec_does_where_everyone_is_there_each_time(run: Any) -> None:
     everyone = {"clients_per_round": 8, "rounds": 8}
-    _, changes, _ = run(CodecConfig(down="eden-2"), **everyone)
-    _, values, _ = run(CodecConfig(down="eden-2", downlink="values"), **everyone)
+    _, changes, _ = run(CodecConfig(downlink="eden-2"), **everyone)
+    _, values, _ = run(CodecConfig(downlink="eden-2", downlink_mode="full"), **everyone)
     _, plain, _ = run(CodecConfig(), **everyone)
     down = [ledger.total("downlink_bytes") for ledger in (changes, values, plain)]
     assert down[0] < 1.05 * down[1] < down[2]
@@ -146,7 +146,7 @@ def test_changes_cost_what_their_codec_does_where_everyone_is_there_each_time(ru
 
 
 def test_a_plan_without_the_new_keys_is_the_plan_it_was() -> None:
-    plan = make_plan(CodecConfig(up="int8"))
+    plan = make_plan(CodecConfig(uplink="int8"))
     import json
 
     import zstandard
@@ -154,7 +154,7 @@ def test_a_plan_without_the_new_keys_is_the_plan_it_was() -> None:
     header = plan.to_bytes()[16:]
     codec = json.loads(zstandard.ZstdDecompressor().decompress(header))["codec"]
     assert codec == {"up": "int8", "down": "float32"}
-    for codec_ in (CHANGES, FEEDBACK, ALL, CodecConfig(down="int8", downlink="values")):
+    for codec_ in (CHANGES, FEEDBACK, ALL, CodecConfig(downlink="int8", downlink_mode="full")):
         again = Plan.from_bytes(make_plan(codec_).to_bytes())
         assert asdict(again.codec) == asdict(codec_)
 
@@ -162,6 +162,6 @@ def test_a_plan_without_the_new_keys_is_the_plan_it_was() -> None:
 def test_a_head_sent_without_loss_comes_without_loss(run: Any) -> None:
     rounds = {"clients_per_round": 8, "rounds": 3}
     exact, _, _ = run(CodecConfig(), **rounds)
-    mixed, _, _ = run(CodecConfig(up="eden-1", head_up="float32"), **rounds)
+    mixed, _, _ = run(CodecConfig(uplink="eden-1", head_uplink="float32"), **rounds)
     assert mixed[360:].tobytes() == exact[360:].tobytes()
     assert (mixed[:360] != exact[:360]).mean() > 0.9
