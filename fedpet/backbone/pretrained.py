@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpet.backbone.checkpoint import locate
 from fedpet.backbone.classifier import (
@@ -91,8 +91,7 @@ class Backbone:
         folder: Where its files lie: configuration, weights, tokeniser.
         model: float32, in evaluation mode, no parameter asks for a gradient.
         head: Names of the head's parameters, see fedpet/backbone/classifier.py; no mask or module
-        acts on
-            them.
+            acts on them.
         fingerprint: SHA-256 (64 hex digits) of the names, shapes, dtypes and values that came
             from the checkpoint.
         trains_head: Whether the head is trained, in full; else it stays the checkpoint's.
@@ -106,6 +105,35 @@ class Backbone:
     fingerprint: str
     trains_head: bool = True
     origin: Origin = Origin()
+
+    @classmethod
+    def of_model(
+        cls,
+        model: nn.Module,
+        head: tuple[str, ...],
+        *,
+        fingerprint: str = "",
+        source: str = "",
+        trains_head: bool = True,
+    ) -> Backbone:
+        """Take a user's own model, which is frozen, in the place of a checkpoint's.
+
+        Args:
+            model: Any module with a transformer's parts.
+            head: See the attributes, as the others.
+            fingerprint: "" where it is computed when it is needed.
+            source: "" takes the name in the model's configuration.
+            trains_head: See the attributes.
+        """
+        model.requires_grad_(False)
+        return cls(
+            source=source or str(getattr(getattr(model, "config", None), "_name_or_path", "")),
+            folder=Path(),  # the model is at hand, and nothing more is read
+            model=cast("PreTrainedModel", model),
+            head=head,
+            fingerprint=fingerprint,
+            trains_head=trains_head,
+        )
 
     @property
     def trained_head(self) -> tuple[str, ...]:

@@ -7,7 +7,6 @@ Out: the same object, wrapped: what the configuration names trains, all else is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -69,14 +68,7 @@ def get_pet_model(model: nn.Module, config: PetConfig) -> PetModel:
             "a PetConfig must name something to train: a mask, modules or modules_to_save."
         )
     mask = None if config.mask is None else build_mask(maskable_weights(model, head), config.mask)
-    model.requires_grad_(False)
-    backbone = Backbone(
-        source=str(getattr(getattr(model, "config", None), "_name_or_path", "")),
-        folder=Path(),  # the model is at hand, and nothing more is read
-        model=model,  # type: ignore[arg-type]  # any module with a transformer's parts will do
-        head=head,
-        fingerprint="",  # over all weights: taken when it is asked for
-    )
+    backbone = Backbone.of_model(model, head)
     return PetModel(backbone, mask, structure, seed=config.seed, mask_config=config.mask)
 
 

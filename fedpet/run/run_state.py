@@ -107,7 +107,8 @@ class RunState:
         if record.aggregated or last or server_round == 0:
             self._write_journal(server_round, ledger_bytes)
         if record.metric is not None:
-            seconds, metrics = record.evaluation_seconds, {data.task.metric: record.metric}
+            seconds = record.evaluation_seconds
+            metrics = {data.task.metric: record.metric, **record.metrics}
             self._callback.on_evaluate(
                 Evaluation(round=server_round, metrics=metrics, seconds=seconds)
             )

@@ -7,7 +7,6 @@ Out: a `Structure`, which `PetConfig(modules=...)` puts on the model; the model 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -76,14 +75,7 @@ def search_structure(
     head = trained_in_full(model, modules_to_save)
     named = [(n, p) for n, p in model.named_parameters() if n not in head]
     rows = rows_from_dataset(dataset, model)
-    model.requires_grad_(False)
-    backbone = Backbone(
-        source=str(getattr(getattr(model, "config", None), "_name_or_path", "")),
-        folder=Path(),  # the model is at hand, and nothing more is read
-        model=model,  # type: ignore[arg-type]  # any module with a transformer's parts will do
-        head=head,
-        fingerprint=fingerprint(named),
-    )
+    backbone = Backbone.of_model(model, head, fingerprint=fingerprint(named))
     chosen = None if mask is None else build_mask(maskable_weights(model, head), mask)
     settled = settle(
         config,
