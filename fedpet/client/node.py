@@ -146,9 +146,9 @@ class Node:
             seed = derive_seed("client", plan.seed, server_round, client)
             pet.set_tier(start.tier)
             residual = residuals.last(pet.num_values)
-            pet.load_values(torch.from_numpy(start.values), seed=seed)
+            pet.set_delta(torch.from_numpy(start.values), seed=seed)
             trained = _moved(resident, client, server_round, seed)
-            update = pet.values().numpy() - start.values  # (values of the tier,)
+            update = pet.get_delta().numpy() - start.values  # (values of the tier,)
             if not np.isfinite(update).all():
                 raise TrainingError(
                     "the trained values hold NaN or infinity: lower training.learning-rate."

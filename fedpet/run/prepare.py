@@ -174,7 +174,7 @@ def _to_search(ground: RunInputs, backbone: Backbone) -> PreparedSearch:
     search = settled_search(experiment, backbone, mask)
     plan, model = make_search_plan(experiment, search, backbone, data.task, data.tokenizer_hash)
     tiers, inexact = tiers_of(model, plan.mask), model.inexact_kinds
-    model.pet.restore()
+    model.pet.unload()
     return PreparedSearch(
         experiment,
         data,

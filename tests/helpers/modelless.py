@@ -101,10 +101,10 @@ class FakePet:
     def sent_values(self) -> tuple[list[Any], list[Any]]:
         return [], []
 
-    def load_values(self, values: torch.Tensor, *, seed: int) -> None:
+    def set_delta(self, values: torch.Tensor, *, seed: int) -> None:
         self._values = values.clone()
 
-    def values(self) -> torch.Tensor:
+    def get_delta(self) -> torch.Tensor:
         return self._values
 
     def train(self, client: int, seed: int) -> None:

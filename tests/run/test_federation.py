@@ -148,7 +148,7 @@ def test_with_every_linear_in_scope_and_density_1_the_result_is_flower_s_fedavg(
     for frame in kept:  # each client's whole model, as a Flower user would send it
         seed = derive_seed("encode", derive_seed("client", plan.seed, 1, frame.client))
         update = decode_values(frame.payload, frame.codec, groups, seed=seed)
-        pet.load_values(torch.from_numpy(update.copy()), seed=0)
+        pet.set_delta(torch.from_numpy(update.copy()), seed=0)
         content = RecordDict(
             {
                 "arrays": ArrayRecord(pet.merged().state_dict()),
@@ -159,7 +159,7 @@ def test_with_every_linear_in_scope_and_density_1_the_result_is_flower_s_fedavg(
     expected, _ = FedAvg(min_available_nodes=1).aggregate_train(1, replies)
     assert expected is not None
     values = np.load(Path(settings.run.out) / "checkpoint" / "values.npy")
-    pet.load_values(torch.from_numpy(values), seed=0)
+    pet.set_delta(torch.from_numpy(values), seed=0)
     for name, tensor in pet.merged().state_dict().items():
         difference = np.abs(tensor.numpy() - expected[name].numpy()).max()
         assert difference < 1e-6, (name, difference)

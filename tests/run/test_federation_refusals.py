@@ -101,7 +101,7 @@ def _poison(monkeypatch: pytest.MonkeyPatch, whom: Callable[[int], bool]) -> Non
         trained = honest(resident, client, *args)
         if whom(client):
             nan = torch.full((resident.pet.num_values,), math.nan)
-            resident.pet.load_values(nan, seed=0)
+            resident.pet.set_delta(nan, seed=0)
         return trained
 
     monkeypatch.setattr(client_module, "_moved", diverged)

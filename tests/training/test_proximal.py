@@ -43,7 +43,7 @@ def test_the_gradient_is_that_of_the_squared_distance_of_the_values(
     pet = make(folder, structure)
     generator = torch.Generator().manual_seed(1)
     start = 0.1 * torch.randn(pet.num_values, generator=generator)
-    pet.load_values(start, seed=5)
+    pet.set_delta(start, seed=5)
     before = sent(pet)
     add = proximal_gradient(0.7, *pet.sent_values())
     groups = list(pet.parameter_groups().values())
@@ -75,7 +75,7 @@ def sent(pet: PetModel) -> torch.Tensor:
 
 def test_the_gradient_vanishes_at_the_global_values(folder: Path) -> None:
     pet = make(folder, "hiwi-bias")
-    pet.load_values(torch.ones(pet.num_values), seed=5)
+    pet.set_delta(torch.ones(pet.num_values), seed=5)
     add = proximal_gradient(3.0, *pet.sent_values())
     add()
     gradients = [group.grad for group in pet.parameter_groups().values()]

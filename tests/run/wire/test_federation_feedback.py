@@ -54,9 +54,9 @@ def test_error_feedback_is_that_of_a_plain_simulation_also_when_a_round_is_not_a
         for name in CLIENTS:
             number = client_id64(name)
             seed = derive_seed("client", SEED, server_round, number)
-            pet.load_values(torch.from_numpy(expected), seed=seed)
+            pet.set_delta(torch.from_numpy(expected), seed=seed)
             pet.train(number, seed)
-            wanted = pet.values().numpy() - expected
+            wanted = pet.get_delta().numpy() - expected
             if name in residuals:
                 wanted = wanted + residuals[name]
             encode_seed = derive_seed("encode", seed)

@@ -85,7 +85,7 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
     values = np.zeros(plan.num_values, dtype=np.float32)
     for number_of_round in (1, 2):
         seed = derive_seed("client", plan.seed, number_of_round, number)
-        model.pet.load_values(torch.from_numpy(values[: model.pet.num_values]), seed=seed)
+        model.pet.set_delta(torch.from_numpy(values[: model.pet.num_values]), seed=seed)
         total = config.rounds * config.local_steps
         loss = client_loss(
             data.train.labels[client.rows], data.task, adjustment, torch.device("cpu")
@@ -97,7 +97,7 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
             if done <= step < done + config.local_steps:
                 central.step(*batch)
         alpha = central.alpha.detach().float()
-        values = torch.cat([model.pet.values(), alpha]).numpy()
+        values = torch.cat([model.pet.get_delta(), alpha]).numpy()
         strategy.run_round(grid)
         if number_of_round == 1:
             assert np.array_equal(strategy.values, values)
