@@ -32,7 +32,7 @@ import numpy as np
 
 from benchmarks.table import Cell, Method, Rate, read_cell, write_cell
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.codec import decode_values, encode_values
 from fedpet.codec.floats import encode_float32
 from fedpet.config import Experiment
@@ -177,7 +177,7 @@ def run_cell(settings: Experiment, attack: str, folder: Path) -> dict[str, Any]:
     settings = replace(settings, run=replace(settings.run, out=str(folder)))
     prepared = prepare(settings, _Silent())
     assert isinstance(prepared, Prepared), "no search comes before it"
-    liars = Liars(Node(NodeSettings.of(settings)).answer, prepared, ATTACKS[attack])
+    liars = Liars(Node(NodeConfig.from_experiment(settings)).answer, prepared, ATTACKS[attack])
     try:
         with quiet_flower():
             federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), _Silent())

@@ -1,8 +1,5 @@
 """The codecs "eden-1" to "eden-8": a random rotation, Lloyd-Max levels, an unbiased scale.
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
 In:  values, float32 (n,), finite, below 1e30 in magnitude, in groups that are rotated apart.
 Out: a float32 scale for each window of 4096 values, and b bits a value.
 
@@ -25,15 +22,13 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
+from fedpet.codec.arrays import Floats, Groups
 from fedpet.codec.entropy import Reader, pack_symbols, unpack_symbols
 from fedpet.codec.floats import decode_float32, encode_float32
 from fedpet.codec.lloyd_max import levels
 from fedpet.codec.random_bits import Purpose, bit_generator
 from fedpet.codec.rotation import rotate, unrotate, window_size
 from fedpet.errors import FrameError, TrainingError
-
-Floats = npt.NDArray[np.float32]
-Groups = list[tuple[int, int]]
 
 LEAST_ROTATED = 32  # values; smaller groups are sent as they are
 LARGEST = 1e30

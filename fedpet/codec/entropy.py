@@ -1,8 +1,5 @@
 """Bytes and symbols on the wire: how every codec writes its parts, and reads them safely.
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
 In:  byte planes, and streams of small symbols.
 Out: sections: one mode byte, a length where it is not known beforehand, the data.
 

@@ -1,8 +1,5 @@
 """Error feedback: what a codec loses in one round is added to what it sends in the next.
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
 In:  values, and the residual of the sender's last settled round.
 Out: a payload, and the residual to keep if the receiver takes it.
 
@@ -15,12 +12,10 @@ Source: Seide et al. 2014; Karimireddy et al., ICML 2019, arXiv:1901.09847.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
+from fedpet.codec.arrays import Floats
 from fedpet.codec.vector_codec import VectorCodec
 from fedpet.errors import TrainingError
-
-Floats = npt.NDArray[np.float32]
 
 
 def encode_with_feedback(

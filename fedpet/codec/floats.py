@@ -1,8 +1,5 @@
 """The codecs "float32", to the bit, and "bfloat16", the upper half of it.
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
 In:  values, float32 (n,), finite.
 Out: byte planes, compressed where that pays. A trained vector takes about 26.5 of 32 bits, or 10.5
      of 16, which is within 0.5 % of what its exponents allow; zeros take next to nothing.
@@ -23,10 +20,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
+from fedpet.codec.arrays import Floats
 from fedpet.codec.entropy import Reader, pack_bytes, unpack_bytes
 from fedpet.codec.random_bits import Purpose, Word, random_words
-
-Floats = npt.NDArray[np.float32]
 
 _SLAB = 1 << 16  # words
 _LARGEST_BFLOAT16 = np.uint32(0x7F7F0000).view(np.float32)

@@ -1,8 +1,5 @@
 """The positions of a sparse vector, or of an explicit mask, near their entropy.
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
 In:  sorted flat positions, a tensor at a time, and the tensors' sizes.
 Out: bytes: for each tensor its count, one Rice parameter, and its gaps.
 

@@ -1,8 +1,5 @@
 """The codecs "int8" and "int4": whole multiples of a block's scale, rounded without bias.
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
 In:  values, float32 (n,), finite, in groups that share no block.
 Out: a scale a block (bfloat16), and a symbol a value: 255 levels in blocks of 1024, or 15 in
      blocks of 64.
@@ -20,13 +17,11 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
+from fedpet.codec.arrays import Floats, Groups
 from fedpet.codec.entropy import Reader, pack_symbols, unpack_symbols
 from fedpet.codec.floats import pack_words, unpack_words, widen
 from fedpet.codec.random_bits import Purpose, random_words
 from fedpet.errors import FrameError
-
-Floats = npt.NDArray[np.float32]
-Groups = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)

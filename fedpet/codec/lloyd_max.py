@@ -1,8 +1,5 @@
 """Lloyd-Max levels: where 2^b values stand for a unit normal one with the least squared error.
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
 In:  a number of bits, 1 to 8.
 Out: the levels, ascending.
 

@@ -1,20 +1,17 @@
 """Values to a payload and back, under the codec that a name asks for.
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
 In:  values, float32 (n,), finite; the codec's name; groups; a seed.
 Out: bytes. The reader knows the codec, the groups and the seed, and with them n.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
+from fedpet.codec.arrays import Floats, Groups
 from fedpet.codec.eden import LEAST_ROTATED, decode_eden, encode_eden
 from fedpet.codec.entropy import Reader, stored_bytes, varint
 from fedpet.codec.floats import decode_bfloat16, decode_float32, encode_bfloat16, encode_float32
@@ -24,9 +21,6 @@ from fedpet.codec.rotation import window_size
 from fedpet.codec.spec import Codec, parse_codec
 from fedpet.codec.topk import largest, num_kept
 from fedpet.errors import FrameError, TrainingError
-
-Floats = npt.NDArray[np.float32]
-Groups = Sequence[tuple[int, int]]
 
 
 def encode_values(

@@ -1,8 +1,5 @@
 """A seeded random rotation that makes any vector look normal, the same to the bit everywhere.
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
 In:  a group's values, float32 (n,), n >= 2.
 Out: the same number of values, rotated: an orthogonal map, so that lengths and errors stay.
 
@@ -27,7 +24,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from fedpet.codec.arrays import Floats
+
 Packed = npt.NDArray[np.uint8]  # a bit a sign
 
 MAX_WINDOW = 4096  # 64 x 64

@@ -139,7 +139,7 @@ class Deployment:
         )
 
     def node_config(self, node: NodeSpec) -> dict[str, str | int]:
-        """What is in a node's node.toml, see fedpet/client/node_profile.py."""
+        """What is in a node's node.toml, see fedpet/client/node_config.py."""
         config: dict[str, str | int] = {"data": node.data}
         if self.client_column:
             config["client-column"] = self.client_column

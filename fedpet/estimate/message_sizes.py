@@ -26,7 +26,13 @@ from fedpet.pet.structure import Structure
 from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.registration import encode_registration
-from fedpet.protocol.request import Path, Request, single_client_bytes, write_request
+from fedpet.protocol.request import (
+    SOME_CLIENT,
+    Path,
+    Request,
+    single_client_bytes,
+    write_request,
+)
 
 __all__ = ["made_up_plan", "message_bytes", "reply_bytes", "request_bytes", "roll_call_bytes"]
 
@@ -49,8 +55,9 @@ def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
     """
     paths = (Path(1, 0),) if plan.is_delta_downlink else ()
     accepted = (0,) if plan.codec.error_feedback else ()
-    empty = len(write_request(Request((1,), b"", run=1, paths=paths, accepted=accepted)))
-    return message_bytes(empty + with_plan + frames, reply=False)
+    run = 1 << 63 if paths or accepted else 0
+    empty = Request((SOME_CLIENT,), b"", run=run, paths=paths, accepted=accepted)
+    return message_bytes(len(write_request(empty)) + with_plan + frames, reply=False)
 
 
 def roll_call_bytes(plan_length: int) -> int:

@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.protocol.request import from_record, to_record
 
 CLIENT_RAISED = 2  # Flower's code for a ClientApp that raised
@@ -35,7 +35,7 @@ class LocalGrid(Grid):
         TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
 
     @classmethod
-    def of(cls, settings: NodeSettings, num_nodes: int) -> LocalGrid:
+    def of(cls, settings: NodeConfig, num_nodes: int) -> LocalGrid:
         """A grid of nodes that all hold every client's rows."""
         return cls({number: Node(settings).answer for number in range(1, num_nodes + 1)})
 

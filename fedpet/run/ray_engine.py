@@ -28,7 +28,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedpet.client.node import reply
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
@@ -206,7 +206,7 @@ def _simulate(
 
 
 def _client_app(experiment: Experiment) -> ClientApp:
-    settings = NodeSettings.of(experiment)
+    settings = NodeConfig.from_experiment(experiment)
     client_app = ClientApp()
 
     @client_app.train()

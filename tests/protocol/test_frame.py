@@ -10,8 +10,8 @@ import pytest
 from frame_mutations import forge
 from hypothesis import given
 from hypothesis import strategies as st
+from vectors import PLAIN_CODECS
 
-from fedpet.codec import known_codecs
 from fedpet.errors import ConfigError, FrameError
 from fedpet.protocol.frame import (
     HEADER_BYTES,
@@ -41,7 +41,7 @@ def unpack(buffer, max_frames=8, max_payload_bytes=10_000):
         plan_digest=st.binary(min_size=16, max_size=16),
         server_round=st.integers(0, 2**32 - 1),
         client=st.integers(0, 2**64 - 1),
-        codec=st.sampled_from((*known_codecs(), "topk-0.1+eden-4", "topk-0.000001+int8-raw")),
+        codec=st.sampled_from((*PLAIN_CODECS, "topk-0.1+eden-4", "topk-0.000001+int8-raw")),
         count=st.integers(0, 2**32 - 1),
         num_examples=st.integers(0, 2**32 - 1),
         loss=st.floats(-MAX_LOSS, MAX_LOSS),
