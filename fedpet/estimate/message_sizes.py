@@ -53,7 +53,7 @@ def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
         plan: Says what else a request names.
         with_plan: Length of the plan, where the client is sent it.
     """
-    paths = (Path(1, 0),) if plan.is_delta_downlink else ()
+    paths = (Path(1, 1 << 31),) if plan.is_delta_downlink else ()
     accepted = (0,) if plan.codec.error_feedback else ()
     run = 1 << 63 if paths or accepted else 0
     empty = Request((SOME_CLIENT,), b"", run=run, paths=paths, accepted=accepted)
