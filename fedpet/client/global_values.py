@@ -23,7 +23,7 @@ from fedpet.pet.layout import Communicated, head_groups, quantisation_groups
 from fedpet.protocol.frame import Frame, RefusalCode, StateMissingError, unpack_frames
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import Path, Request
-from fedpet.protocol.shared_reference import Reference, decode_whole, follow, seed_of_round
+from fedpet.protocol.shared_reference import Reference, apply_changes, decode_full, seed_of_round
 
 __all__ = ["TierValues", "decode_global_values", "frames_by_tier"]
 
@@ -120,7 +120,7 @@ def _reference(
     """Return the round's reference by the request's path, and store it for the next round."""
     count = coding.count
     if not path.changes:
-        reference = decode_whole(frames[0], count)
+        reference = decode_full(frames[0], count)
         if reference.checksum != path.checksum:
             raise FrameError("the reference does not have the checksum that the request names.")
     else:
@@ -129,7 +129,7 @@ def _reference(
             lambda: state.reference_on_disk(tier, count),
             lambda: Reference.start(count),
         )
-        followed = follow(places, frames, coding, run_seed=seed, checksum=path.checksum)
+        followed = apply_changes(places, frames, coding, run_seed=seed, checksum=path.checksum)
         if followed is None:
             raise StateMissingError(RefusalCode.REFERENCE_MISSING)
         reference = followed

@@ -74,7 +74,7 @@ def decode(
     seed: int = 0,
     groups: Sequence[tuple[int, int]] | None = None,
 ) -> Floats:
-    """Read what `encode` wrote, with the same codec, seed and groups.
+    """Read a payload of `encode`, with the same codec, seed and groups.
 
     Args:
         payload: From `encode`.
@@ -85,7 +85,7 @@ def decode(
 
     Raises:
         ConfigError: No such codec.
-        FrameError: The payload is anything but what `encode` writes.
+        FrameError: The payload is none that `encode` writes.
 
     Example:
         >>> decode(encode([0.5, -1.0, 2.0], "float32"), "float32", count=3)

@@ -1,4 +1,4 @@
-"""Values to a payload and back, under the codec that a name asks for.
+"""Encode values into a payload by a codec's name, and decode them again.
 
 In:  values, float32 (n,), finite; the codec's name; groups; a seed.
 Out: bytes. The reader knows the codec, the groups and the seed, and with them n.
@@ -33,7 +33,7 @@ def encode_values(
         codec: A codec's name.
         groups: (start, stop) of the parts that are scaled and rotated apart. They follow one
             another from 0 to n.
-        seed: Of rounding and rotation; non-negative. Who decodes must have the same. A new one for
+        seed: Of rounding and rotation; non-negative. The decoder must have the same. A new one for
             each run, round and client, or their errors do not average out.
 
     Raises:
@@ -59,7 +59,7 @@ def decode_values(payload: bytes | memoryview, codec: str, groups: Groups, *, se
     """Read values.
 
     Args:
-        payload: What `encode_values` wrote, with the same codec, groups and seed.
+        payload: Bytes of `encode_values`, with the same codec, groups and seed.
 
     Returns:
         float32 (n,), finite.
@@ -85,7 +85,7 @@ def decode_values(payload: bytes | memoryview, codec: str, groups: Groups, *, se
 
 
 def max_payload_bytes(codec: str, groups: Groups) -> int:
-    """The most that `encode_values` can write, to the byte where nothing can be compressed.
+    """Return the longest payload of `encode_values`, to the byte where nothing can be compressed.
 
     Raises:
         ConfigError: There is no such codec.
@@ -115,7 +115,7 @@ def _most_bytes(codec: Codec, sizes: list[int]) -> int:
 
 
 def _words_bytes(count: int, num_planes: int) -> int:
-    """Of floats in byte planes, none compressed: the largest exponent, and each plane's mode."""
+    """Return the bytes of floats in planes, not compressed: exponent, modes and values."""
     return 1 + num_planes * (1 + count) if count else 0
 
 

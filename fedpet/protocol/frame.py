@@ -61,7 +61,7 @@ _REFUSAL_HEAD = struct.Struct("<Bd")
 
 @unique
 class RefusalCode(IntEnum):
-    """Why a client sends no values, as far as a server acts on it."""
+    """Reasons for sending no values, as far as a server acts on them."""
 
     OTHER = 0
     PLAN_MISSING = 1
@@ -79,7 +79,7 @@ _MISSING = {
 
 
 class StateMissingError(PlanError):
-    """A node lacks what the server can send again or do without.
+    """Something is missing on a node that the server can send again or do without.
 
     Attributes:
         code: Of the refusal that says so.
@@ -124,7 +124,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a client could not train.
+    """A client's reason for sending no values.
 
     Attributes:
         plan_digest: As in a frame, like round and client.
@@ -202,7 +202,7 @@ def pack_refusal(refusal: Refusal) -> bytes:
 def unpack_frames(
     buffer: Any, *, max_frames: int, max_payload_bytes: int, views: bool = False
 ) -> Iterator[Frame | Refusal]:
-    """Read frames one after the other, each checked before the next is looked at.
+    """Read frames one after the other, each checked before the next is read.
 
     Args:
         buffer: Bytes, or anything with their buffer: a uint8 array, a memoryview.

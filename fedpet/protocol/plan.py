@@ -59,14 +59,14 @@ MAX_PLAN_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 24
 
 
-class _PlanBytes(WireStruct, tag="FPLN2"):
+class _PlanBytes(WireStruct, frozen=True, tag="FPLN2"):
     header: bytes
     mask: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Name all that a node needs to train for a run, beside its data and the checkpoint.
+    """Everything that a node needs to train for a run, beside its data and the checkpoint.
 
     Attributes:
         fingerprint: Of the checkpoint, see `fedpet.backbone.pretrained.fingerprint`.

@@ -31,7 +31,7 @@ Entry = tuple[
 ]
 
 
-class _Registration(WireStruct, tag="FPRS2"):
+class _Registration(WireStruct, frozen=True, tag="FPRS2"):
     clients: Annotated[tuple[Entry, ...], Meta(min_length=1, max_length=MAX_CLIENTS)]
 
 

@@ -34,8 +34,8 @@ Number = Annotated[int, Meta(ge=0)]  # of 64 bits, as MessagePack has them
 Round = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
-class Path(WireStruct):
-    """Lead a node to one tier's reference of the round.
+class Path(WireStruct, frozen=True):
+    """A node's way to one tier's reference of the round.
 
     Attributes:
         changes: How many frames, each the change of a round; 0 is one frame, the reference itself.
@@ -46,8 +46,8 @@ class Path(WireStruct):
     checksum: Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
-class Request(WireStruct, tag="FPRQ2"):
-    """Ask a node to train these clients from these values.
+class Request(WireStruct, frozen=True, tag="FPRQ2"):
+    """A request to train these clients from these values.
 
     Attributes:
         clients: Numbers of the clients, see `fedpet.utils.seeds.client_id64`.
