@@ -26,12 +26,12 @@ from functools import lru_cache
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.arrays import Floats, Groups
 from fedpet.codec.entropy import Reader, pack_symbols, unpack_symbols
 from fedpet.codec.floats import decode_float32, encode_float32
 from fedpet.codec.lloyd_max import levels
 from fedpet.codec.random_bits import Purpose, bit_generator
 from fedpet.codec.rotation import rotate, unrotate, window_size
+from fedpet.codec.vector_types import Floats, Groups
 from fedpet.errors import FrameError, TrainingError
 
 LEAST_ROTATED = 32  # values; smaller groups are sent as they are

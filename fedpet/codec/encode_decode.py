@@ -14,8 +14,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.arrays import Floats
 from fedpet.codec.pipeline import decode_values, encode_values
+from fedpet.codec.vector_types import Floats
 
 if TYPE_CHECKING:
     from torch import Tensor

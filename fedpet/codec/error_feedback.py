@@ -13,8 +13,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from fedpet.codec.arrays import Floats
 from fedpet.codec.vector_codec import VectorCodec
+from fedpet.codec.vector_types import Floats
 from fedpet.errors import TrainingError
 
 

@@ -20,9 +20,9 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.arrays import Floats
 from fedpet.codec.entropy import Reader, pack_bytes, unpack_bytes
 from fedpet.codec.random_bits import Purpose, Word, random_words
+from fedpet.codec.vector_types import Floats
 
 _SLAB = 1 << 16  # words
 _LARGEST_BFLOAT16 = np.uint32(0x7F7F0000).view(np.float32)

@@ -17,10 +17,10 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.arrays import Floats, Groups
 from fedpet.codec.entropy import Reader, pack_symbols, unpack_symbols
 from fedpet.codec.floats import pack_words, unpack_words, widen
 from fedpet.codec.random_bits import Purpose, random_words
+from fedpet.codec.vector_types import Floats, Groups
 from fedpet.errors import FrameError
 
 

@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.arrays import Floats, Groups
 from fedpet.codec.eden import LEAST_ROTATED, decode_eden, encode_eden
 from fedpet.codec.entropy import Reader, stored_bytes, varint
 from fedpet.codec.floats import decode_bfloat16, decode_float32, encode_bfloat16, encode_float32
@@ -20,6 +19,7 @@ from fedpet.codec.integers import GRIDS, decode_integers, encode_integers
 from fedpet.codec.rotation import window_size
 from fedpet.codec.spec import Codec, parse_codec
 from fedpet.codec.topk import largest, num_kept
+from fedpet.codec.vector_types import Floats, Groups
 from fedpet.errors import FrameError, TrainingError
 
 

@@ -24,7 +24,7 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.arrays import Floats
+from fedpet.codec.vector_types import Floats
 
 Packed = npt.NDArray[np.uint8]  # a bit a sign
 

@@ -20,9 +20,9 @@ from functools import cached_property
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.arrays import Floats, Groups
 from fedpet.codec.entropy import Reader, varint
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
+from fedpet.codec.vector_types import Floats, Groups
 from fedpet.utils.seeds import derive_seed
 
 __all__ = ["VectorCodec"]

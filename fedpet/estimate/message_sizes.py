@@ -14,6 +14,7 @@ from __future__ import annotations
 import hashlib
 from collections import Counter
 
+import msgspec
 import numpy as np
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
 
@@ -56,15 +57,22 @@ def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
     paths = (Path(1, 1 << 31),) if plan.is_delta_downlink else ()
     accepted = (0,) if plan.codec.error_feedback else ()
     run = 1 << 63 if paths or accepted else 0
-    empty = Request((SOME_CLIENT,), b"", run=run, paths=paths, accepted=accepted)
-    return message_bytes(len(write_request(empty)) + with_plan + frames, reply=False)
+    request = Request((SOME_CLIENT,), b"", run=run, paths=paths, accepted=accepted)
+    return message_bytes(_length(request, frames, with_plan), reply=False)
 
 
 def roll_call_bytes(plan_length: int) -> int:
     """What asking one real client for its rows takes, both ways: the plan, and a roster of one."""
-    question = len(write_request(Request((), b""))) + plan_length
+    question = _length(Request((), b""), 0, plan_length)
     answer = len(encode_registration({_NAME: 1}))
     return message_bytes(question, reply=False) + message_bytes(answer, reply=True)
+
+
+def _length(request: Request, frames: int, plan: int) -> int:
+    """Length of a request with so many bytes of frames and plan."""
+    frame, coded = (bytes(min(size, 1 << 16)) for size in (frames, plan))  # beyond, none is dearer
+    whole = msgspec.structs.replace(request, frame=frame, plan=coded)
+    return len(write_request(whole)) + frames + plan - len(frame) - len(coded)
 
 
 def message_bytes(count: int, *, reply: bool) -> int:

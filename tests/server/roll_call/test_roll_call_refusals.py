@@ -35,7 +35,7 @@ def _raises() -> bytes:
 
 
 LIES: dict[str, Callable[[], bytes]] = {
-    "neither a roster|opens with": lambda: b"\x80\x04nonsense" * 30,
+    "registration does not read": lambda: b"\x80\x04nonsense" * 30,
     "control characters": lambda: encode_registration({"xy": 1}).replace(b"y", b"\n"),
     "no room": _raises,
     "I will not": lambda: pack_refusal(Refusal(bytes(16), 0, 0, "I will not.")),
