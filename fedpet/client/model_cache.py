@@ -50,7 +50,7 @@ class ModelCache:
 
     Args:
         config: The node's checkpoint, rows and device.
-        plans: Where the plans' bytes lie.
+        plans: The store of plans.
     """
 
     def __init__(self, config: NodeConfig, plans: PlanStore) -> None:

@@ -42,7 +42,7 @@ class Node:
     """Answer messages, with the plans, the model and the clients' state of one process.
 
     Args:
-        config: Where the node's checkpoint, rows and cache are.
+        config: The node's checkpoint, rows and cache.
     """
 
     def __init__(self, config: NodeConfig) -> None:

@@ -46,11 +46,11 @@ class NodeConfig:
     """The configuration of a node.
 
     Attributes:
-        backbone: Where the node's own copy of the checkpoint is.
-        data: Where its rows are.
-        population: How its rows fall into clients.
+        backbone: The node's own copy of the checkpoint.
+        data: The source of its rows.
+        population: The partition of its rows into clients.
         cache: Folder for tokenised rows and plans.
-        device: Where its models lie, see fedpet/backbone/device.py.
+        device: The device of its models, see fedpet/backbone/device.py.
         max_density: It trains the largest tier of the mask up to this density; None leaves it to
             the server, which draws a tier for each client.
         has_own_rows: Its rows are its own, and all of them are trained on.
@@ -75,7 +75,7 @@ class NodeConfig:
         """Configure a node that has the experiment's files.
 
         Args:
-            experiment: Where backbone, data and cache are.
+            experiment: Names backbone, data and cache.
             node_config: Flower's `--node-config`; it stands above the experiment.
 
         Raises:

@@ -89,7 +89,7 @@ class StateStore:
             client: Its number.
             server_round: The round that the client is asked to train in.
             accepted: The last round of which the server took its payload, from 1.
-            count: How many values the residual must have.
+            count: Number of values that the residual must have.
 
         Returns:
             float32, (count,).
@@ -133,7 +133,7 @@ def _write(path: Path, server_round: int, values: np.ndarray) -> None:
     values = np.ascontiguousarray(values, dtype=np.float32)
     metadata = {"round": str(server_round), "crc32": _checksum(server_round, values)}
     content = save({"values": values}, metadata=metadata)
-    # Where the folder is gone the run is over: a straggler has nothing to keep for it.
+    # Without the folder the run is over, and a late worker has nothing to store.
     with contextlib.suppress(FileNotFoundError):
         atomic_write(path, content, shared=True)
 

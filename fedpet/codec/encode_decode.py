@@ -78,7 +78,7 @@ def decode(
 
     Args:
         payload: From `encode`.
-        count: How many values there are: a payload does not say.
+        count: Number of values, which a payload does not hold.
 
     Returns:
         float32, (count,), finite.

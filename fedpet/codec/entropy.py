@@ -94,7 +94,7 @@ class Reader:
         """Return the next `count` numbers in unary, zeros ended by a one, int64 (count,).
 
         Args:
-            count: How many numbers; the bits behind the last one fill up its byte and are zero.
+            count: Number of numbers; the bits behind the last one fill up its byte and are zero.
             most_zeros: The largest sum of the numbers.
         """
         most_bytes = (count + most_zeros + 7) // 8
@@ -212,7 +212,7 @@ def pack_symbols(symbols: Bytes, alphabet: int, *, entropy: bool = True) -> byte
 
     Args:
         symbols: uint8 (n,). The reader knows n.
-        alphabet: How many symbols there are, 2 to 256.
+        alphabet: Number of symbols, 2 to 256.
         entropy: False stores them at a fixed number of bits.
     """
     bits = (alphabet - 1).bit_length()

@@ -26,7 +26,7 @@ def encode_with_feedback(
     Args:
         values: float32 (n,), finite.
         residual: float32 (n,), of the last accepted round; None is nothing.
-        coding: How the values are written.
+        coding: The codec of the values.
         seed: As `encode_values`; a new one each round.
 
     Returns:

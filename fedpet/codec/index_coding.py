@@ -32,7 +32,7 @@ def encode_positions(positions: Sequence[npt.NDArray[np.integer]], sizes: Sequen
 
     Args:
         positions: A tensor's flat positions, integers (k_t,), strictly ascending.
-        sizes: How many entries each tensor has. The reader knows them.
+        sizes: Number of entries of each tensor. The reader knows them.
 
     Raises:
         ValueError: Positions are out of order or out of range.
@@ -48,7 +48,7 @@ def decode_positions(payload: bytes | memoryview, sizes: Sequence[int]) -> list[
 
     Args:
         payload: Bytes of `encode_positions`.
-        sizes: How many entries each tensor has. At most about 20 bytes an entry are allocated.
+        sizes: Number of entries of each tensor. At most about 20 bytes an entry are allocated.
 
     Returns:
         For each tensor int64 (k_t,), strictly ascending, below its size.

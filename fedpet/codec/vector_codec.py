@@ -35,7 +35,7 @@ class VectorCodec:
     Attributes:
         codec: Of the values, but for the head's where `head_codec` is another.
         groups: (start, stop) of the parts that are scaled and rotated apart, from 0 to n.
-        head_groups: Those of them that are the head's.
+        head_groups: The head's groups among them.
         head_codec: Of the head's values; "" is as `codec`.
     """
 

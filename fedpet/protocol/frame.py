@@ -99,7 +99,7 @@ class Frame:
         server_round: Counted from 1.
         client: 64 bits that name the client; 0 is the server.
         codec: Name of the payload's codec.
-        count: How many values the payload decodes to.
+        count: Number of values that the payload decodes to.
         num_examples: Rows the client trained on.
         loss: Mean training loss, at most a float32's largest in magnitude.
         train_seconds: Time the client trained, at most 1e9.
@@ -206,8 +206,8 @@ def unpack_frames(
 
     Args:
         buffer: Bytes, or anything with their buffer: a uint8 array, a memoryview.
-        max_frames: How many there may be.
-        max_payload_bytes: How long each payload may be. No more than the buffer's size is copied.
+        max_frames: The largest number of frames.
+        max_payload_bytes: The longest payload. No more than the buffer's size is copied.
         views: Leave payloads where they are, as views that keep the buffer alive.
 
     Yields:

@@ -81,7 +81,7 @@ class Ledger:
     """Count and record the rounds of one run.
 
     Attributes:
-        path: Where each round's line is appended, or None to keep them in memory only.
+        path: The file to append each round's line to, or None to keep them in memory only.
         rounds: The lines so far: those of a search first, then training's with round 0, the
             evaluation before it.
         kind: Of the rounds that begin from now on.

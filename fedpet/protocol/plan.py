@@ -77,7 +77,7 @@ class Plan:
         mask: Rule, density, tiers and broadcast, or None where no weight is masked.
         mask_sha256: Of the set of positions; empty without a mask.
         mask_positions: Coded positions where the mask is explicit, else empty.
-        structure: Which module acts where.
+        structure: The modules and their targets.
         num_values: Length of the vector that is communicated; of the strongest tier's.
         layout: SHA-256 over its segments.
         codec: Up and down, and what is kept from round to round.
@@ -86,7 +86,7 @@ class Plan:
         seed: The run's; of a search one of its own.
         search: Of a plan whose rounds search a structure: its settled settings, from which each
             node builds the space that takes the structure's place. None: they train.
-        head: What is made of the checkpoint's head: "train", "new" or "keep".
+        head: Treatment of the checkpoint's head: "train", "new" or "keep".
     """
 
     fingerprint: str

@@ -38,7 +38,7 @@ class Path(WireStruct, frozen=True):
     """A node's way to one tier's reference of the round.
 
     Attributes:
-        changes: How many frames, each the change of a round; 0 is one frame, the reference itself.
+        changes: Number of frames, each the change of a round; 0 is one frame, the reference itself.
         checksum: Of the reference that must come out.
     """
 

@@ -36,7 +36,7 @@ def decode_struct(
     Args:
         payload: Bytes of `encode_struct`, or any others.
         kind: The message's type.
-        name: What the message is, for the error's sentence.
+        name: The message's name in the error's sentence.
         error: Raised for bytes that are no such message.
     """
     try:
