@@ -240,7 +240,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 
 def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict[str, Any]:
     # Here, so that the other sections need neither Flower nor `datasets`.
-    from fedpet.client.node_config import NodeSettings
+    from fedpet.client.node_config import NodeConfig
     from fedpet.run.callbacks import Callback
     from fedpet.run.federate import federate, prepare
     from fedpet.run.local_grid import LocalGrid
@@ -261,7 +261,7 @@ def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict
         for stage, keys in changes.items():
             tables.setdefault(stage, {}).update(keys)
         experiment = Experiment.from_tables(tables)
-        grid = LocalGrid.of(NodeSettings.of(experiment), 1)
+        grid = LocalGrid.of(NodeConfig.from_experiment(experiment), 1)
         result = federate(
             grid, prepare(experiment, Callback()), new_run_folder(experiment), Callback()
         )

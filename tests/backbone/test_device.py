@@ -24,7 +24,7 @@ from torch import Tensor
 
 from fedpet.backbone.device import check_device, device_of
 from fedpet.backbone.module_roles import maskable_weights
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import MaskConfig
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.mask import build_mask
@@ -156,7 +156,7 @@ def test_a_device_that_is_not_there_is_refused_in_a_sentence(experiment: Any) ->
 @without_gpu
 def test_a_node_without_the_gpu_that_it_claims_is_refused_by_name(experiment: Any) -> None:
     settings = experiment()
-    strong = replace(NodeSettings.of(settings), device="cuda")
+    strong = replace(NodeConfig.from_experiment(settings), device="cuda")
     with pytest.raises(RunError, match="nothing was learned"):
         run(settings, LocalGrid.of(strong, 1))
     lines = (Path(settings.run.out) / "rounds.jsonl").read_text().splitlines()
@@ -173,10 +173,11 @@ def test_other_names_are_refused(experiment: Any) -> None:
 
 
 def test_a_real_node_says_itself_that_it_has_a_gpu(experiment: Any) -> None:
-    simulated = NodeSettings.of(experiment(run_device="cuda"))
-    real = NodeSettings.of(experiment(run_device="cuda", clients_partition="nodes"))
+    simulated = NodeConfig.from_experiment(experiment(run_device="cuda"))
+    nodes = experiment(run_device="cuda", clients_partition="nodes")
+    real = NodeConfig.from_experiment(nodes)
     assert (simulated.device, real.device) == ("cuda", "cpu")
-    assert real.on({"device": "cuda"}).device == "cuda"
+    assert NodeConfig.from_experiment(nodes, {"device": "cuda"}).device == "cuda"
 
 
 def test_workers_share_the_gpus_and_a_worker_has_one_at_most() -> None:

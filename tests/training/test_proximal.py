@@ -84,7 +84,7 @@ def test_the_gradient_vanishes_at_the_global_values(folder: Path) -> None:
 
 def test_a_strong_term_keeps_a_client_near_the_global_values(tmp_path: Path) -> None:
     from fedpet.client.node import Node
-    from fedpet.client.node_config import NodeSettings
+    from fedpet.client.node_config import NodeConfig
     from fedpet.run.federate import federate, prepare
     from fedpet.run.local_grid import LocalGrid
     from fedpet.run.run_folder import new_run_folder
@@ -104,7 +104,7 @@ def test_a_strong_term_keeps_a_client_near_the_global_values(tmp_path: Path) -> 
             training_clip_norm=0.0,
             structure_preset="lnfit",
         )
-        grid = LocalGrid({1: Node(NodeSettings.of(settings)).answer})
+        grid = LocalGrid({1: Node(NodeConfig.from_experiment(settings)).answer})
         federate(grid, prepare(settings, Silent()), new_run_folder(settings), Silent())
         values = np.load(Path(settings.run.out) / "checkpoint" / "values.npy")
         moved[mu] = float(np.linalg.norm(values))

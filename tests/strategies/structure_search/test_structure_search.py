@@ -16,7 +16,7 @@ from search_runs import BUDGET, lines_of, structure_of
 from tiny import Silent
 
 from fedpet.backbone.pretrained import load_backbone
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment, SearchConfig, StrategyConfig
 from fedpet.errors import TrainingError
 from fedpet.pet.structure import Structure
@@ -55,7 +55,7 @@ def strategy_of(experiment: Experiment) -> tuple[StructureSearch, LocalGrid, Pre
         ledger=Ledger(),
         space=prepared.space,
     )
-    return strategy, LocalGrid.of(NodeSettings.of(experiment), 1), prepared
+    return strategy, LocalGrid.of(NodeConfig.from_experiment(experiment), 1), prepared
 
 
 @pytest.mark.parametrize(("space", "adjustment"), [("mergeable", 0.0), ("s3pet-mix", 1.0)])
