@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from rich import box
@@ -20,10 +19,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpet.pet.structure import Structure
-from fedpet.report.number_format import show_percent
 from fedpet.utils.formatting import format_bytes
 
-__all__ = ["Gate", "GateMap", "gate_html", "gate_map", "structure_table"]
+__all__ = ["Gate", "GateMap", "gate_map", "structure_table"]
 
 MARK = "*"
 # Text and background by gate, light to dark: both are set, so that any terminal's theme reads.
@@ -173,39 +171,3 @@ def _cell(gate: Gate | None) -> Text:
     text = f"{100 * gate.probability:3.0f}{MARK if gate.chosen else ' '}"
     style = f"bold {shade}".strip() if gate.chosen else shade
     return Text(text, style=style)
-
-
-def gate_html(structure: Structure, fullest: float) -> str:
-    """The heat map for a page, or "" where there is none.
-
-    Args:
-        fullest: How much of a cell's colour a gate of 1 has, as a fraction.
-    """
-    found = gate_map(structure)
-    if found is None:
-        return ""
-    body = []
-    for row in found.rows:
-        cells = []
-        for layer in found.layers:
-            gate = found.cells.get((row, layer))
-            if gate is None:
-                cells.append('<td class="none"></td>')
-                continue
-            share = f"{100 * fullest * gate.probability:.1f}%"
-            words = (
-                f"{gate.target}: {show_percent(gate.probability)}, {gate.size:,} values"
-                f"{', chosen' if gate.chosen else ''}"
-            )
-            number = f"{100 * gate.probability:.0f}"
-            inner = f"<b>{number}{MARK}</b>" if gate.chosen else number
-            chosen = ' class="chosen"' if gate.chosen else ""
-            cells.append(
-                f'<td{chosen} style="--share: {share}" title="{escape(words)}">{inner}</td>'
-            )
-        body.append(f'<tr><th scope="row">{escape(row)}</th>{"".join(cells)}</tr>')
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("layer", *found.layers))
-    return (
-        f'<div class="scroll" tabindex="0"><table class="heat"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )

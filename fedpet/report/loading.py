@@ -1,4 +1,4 @@
-"""Everything that a page tells, read from a run's folder and from those it is compared with.
+"""Read everything that a page shows: a run's folder, and those it is compared with.
 
 In:  a run folder, and runs, result files or cell files to compare it with.
 Out: a `Report`.
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpet.backbone import bundled
 from fedpet.config.renamed import with_new_names
 from fedpet.errors import FedpetError, InputError
 from fedpet.pet.structure import Structure
@@ -26,7 +27,7 @@ __all__ = ["Report", "read_report"]
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a page tells."""
+    """Everything that a page shows."""
 
     result: Mapping[str, Any]
     rounds: Sequence[Mapping[str, Any]] | None
@@ -36,6 +37,8 @@ class Report:
     numbers: Mapping[tuple[str, str], int]  # of a group, by title and name: colour and marker
     places: Places
     structure: Structure | None  # of structure.json
+    date: str  # the end of the run; "" in results of before
+    checkpoint: str  # its name
 
 
 def read_report(run: Path, compared: Sequence[Path] = ()) -> Report:
@@ -85,6 +88,8 @@ def read_report(run: Path, compared: Sequence[Path] = ()) -> Report:
         numbers=numbers,
         places=_places(run),
         structure=_structure(run),
+        date=result["run"].get("date", ""),
+        checkpoint=_checkpoint(result["run"]["backbone"]),
     )
 
 
@@ -95,6 +100,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         return with_new_names(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
+
+
+def _checkpoint(model: str) -> str:
+    """Return the name of a checkpoint; the bundled one has its package's."""
+    if model in ("bundled", "embedded"):  # the latter in results of before
+        return f"{bundled.name_of(bundled.MODEL)} (bundled)"
+    return model
 
 
 def _structure(run: Path) -> Structure | None:
