@@ -97,7 +97,7 @@ def _subtitle(report: Report) -> str:
         f"{data['evaluation_rows']:,} rows to evaluate on",
         f"seed {run['seed']}",
         *([run["codec"]] if "codec" in run else []),
-        *([report.date] if report.date else []),
+        *([report.date[:10]] if report.date else []),
     ]
     return ", ".join(parts)
 
