@@ -1,4 +1,4 @@
-"""What the server's memory takes as a round has more clients: replies, decoding, averaging.
+"""Measure the server's memory by clients of a round: replies, decoding, averaging.
 
     python -m benchmarks.server_memory --out server_memory.json
 
@@ -31,23 +31,24 @@ from fedpet.config import CodecConfig, StrategyConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.pet.structure import Structure
 from fedpet.pet.tiers import Tier
+from fedpet.protocol.flower_compat import quiet_flower, set_message_id
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import from_record, read_request, to_record
 from fedpet.run.local_grid import LocalGrid
-from fedpet.run.ray_engine import quiet_flower
 from fedpet.run.run_folder import machine, versions
+from fedpet.server.aggregation import to_arrays
 from fedpet.server.client_pool import ClientPool
 from fedpet.server.reply_stream import SpooledPayloads
-from fedpet.strategies import STRATEGIES, to_arrays
+from fedpet.server.rounds import SparseStrategy
 from fedpet.utils.seeds import derive_seed
 
 SEED = 0
 
 
 def make_plan(num_values: int, codec: str) -> Plan:
-    """A plan of so many values that belongs to no model."""
+    """Make a plan of so many values that belongs to no model."""
     return Plan(
         fingerprint="",
         head_seed=0,
@@ -68,20 +69,20 @@ def make_plan(num_values: int, codec: str) -> Plan:
 
 
 def answer(payload: bytes, plan: Plan) -> bytes:
-    """A node's answer: noise for each client of its cohort."""
+    """Answer as a node: noise for each client of its cohort."""
     request = read_request(payload)
-    asked = next(unpack_frames(request.frame, max_frames=1, max_payload_bytes=len(payload)))
-    assert isinstance(asked, Frame)
+    wanted = next(unpack_frames(request.frame, max_frames=1, max_payload_bytes=len(payload)))
+    assert isinstance(wanted, Frame)
     frames = bytearray()
     for client in request.clients:
-        seed = derive_seed("client", SEED, asked.server_round, client)
+        seed = derive_seed("client", SEED, wanted.server_round, client)
         values = np.random.default_rng(seed).normal(size=plan.num_values).astype(np.float32)
         groups = [(0, plan.num_values)]
         encoded = encode_values(values, plan.codec.uplink, groups, seed=derive_seed("encode", seed))
         frames += pack_frame(
             Frame(
-                plan_digest=asked.plan_digest,
-                server_round=asked.server_round,
+                plan_digest=wanted.plan_digest,
+                server_round=wanted.server_round,
                 client=client,
                 codec=plan.codec.uplink,
                 count=plan.num_values,
@@ -95,7 +96,7 @@ def answer(payload: bytes, plan: Plan) -> bytes:
 
 
 class PostOffice(LocalGrid):
-    """A grid whose replies lie outside the server's memory until they are pulled."""
+    """Hold replies outside the server's memory until they are pulled."""
 
     def __init__(self, handlers: dict[int, Callable[[bytes], bytes]]) -> None:
         super().__init__(handlers)
@@ -107,7 +108,7 @@ class PostOffice(LocalGrid):
         numbers = []
         for message in messages:
             number = f"message-{len(self._asked)}"
-            message.metadata.__dict__["_message_id"] = number
+            set_message_id(message, number)
             reply = self._handlers[message.metadata.dst_node_id](from_record(message.content))
             message.content.clear()
             self._asked[number] = message, self._shelf.put(reply)
@@ -116,14 +117,14 @@ class PostOffice(LocalGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Make the replies to these messages."""
-        asked = [self._asked.pop(number) for number in message_ids]
-        return [Message(to_record(self._shelf.get(place)), reply_to=m) for m, place in asked]
+        wanted = [self._asked.pop(number) for number in message_ids]
+        return [Message(to_record(self._shelf.get(place)), reply_to=m) for m, place in wanted]
 
 
 def peak_mb(strategy: str, codec: str, num_values: int, num_clients: int, rounds: int) -> float:
     """Run rounds of so many clients; the peak of this process's memory, since it began."""
     plan = make_plan(num_values, codec)
-    made = STRATEGIES[strategy](
+    made = SparseStrategy(
         plan=plan,
         tiers=[Tier(0.0, 1.0, slice(None), num_values, [(0, num_values)])],
         population=ClientPool({f"client {n}": 1 for n in range(num_clients)}, homes={}),

@@ -1,9 +1,6 @@
-"""The methods whose local steps `training_step` compares, each on a backbone of its own.
+"""Set up the methods whose local steps `training_step` compares, each on a backbone of its own.
 
-In:  a loaded backbone.
-Out: the model to call, what to optimise, how gradients are set to zero, what follows a step.
-
-", first token" is a method whose passes leave out what the classifier never reads
+", first token" is a method whose passes leave out tokens that the classifier never reads
 (`training.cls-only`); ", oneDNN" is one whose dense layers are multiplied by oneDNN
 (`training.matmul-backend`), which the others are given too.
 """
@@ -110,7 +107,7 @@ def _peft_lora(base: Backbone, *, onednn: bool = False) -> Any:
 
 
 def _peft_shira(base: Backbone, *, onednn: bool = False) -> Any:
-    """Of all dense weights, with the rank whose number of values is nearest to the 0.5 % mask's."""
+    """Train all dense weights, at the rank with nearly as many values as the 0.5 % mask."""
     from peft import ShiraConfig, get_peft_model
 
     names = _names(base)

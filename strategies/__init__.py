@@ -1,50 +1,53 @@
-"""Flower's strategies over the sparse values of a plan. Installed as `fedpet.strategies`."""
+"""Aggregate the clients' values by Flower's strategies, made with plain keywords.
 
-from fedpet.server.arrays import from_arrays, to_arrays
-from fedpet.server.metering import LedgerMixin
-from fedpet.server.node_registry import NodeRegistry
-from fedpet.server.rounds import MeanAggregation, PerClientAggregation
-from fedpet.server.tier_assignment import TierAssignment
+    import fedpet
 
-from .rules import (
-    STRATEGIES,
-    SparseBulyan,
-    SparseFedAdagrad,
-    SparseFedAdam,
-    SparseFedAvg,
-    SparseFedAvgM,
-    SparseFedMedian,
-    SparseFedProx,
-    SparseFedTrimmedAvg,
-    SparseFedYogi,
-    SparseKrum,
-    SparseMultiKrum,
-    SparseQFedAvg,
-    SparseStrategy,
-)
-from .structure_search import StructureSearch
+    strategy = fedpet.strategies.FedAdam(server_learning_rate=0.01, clients_per_round=10)
+
+The same as a table of an experiment: `[strategy]` with `name = "fedadam"`. Installed as
+`fedpet.strategies`; Flower and torch are loaded when a strategy is bound to a run.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from .fedavg import FedAvg, FedProx
+from .fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
+from .robust import Bulyan, FedMedian, FedTrimmedAvg, Krum, MultiKrum
+
+from .qfedavg import QFedAvg  # isort: skip  # rules are named and explained in this order
+from .strategy import Strategy, register, wrap
+
+if TYPE_CHECKING:
+    from .structure_search import StructureSearch
 
 __all__ = [
-    "STRATEGIES",
-    "LedgerMixin",
-    "MeanAggregation",
-    "NodeRegistry",
-    "PerClientAggregation",
-    "SparseBulyan",
-    "SparseFedAdagrad",
-    "SparseFedAdam",
-    "SparseFedAvg",
-    "SparseFedAvgM",
-    "SparseFedMedian",
-    "SparseFedProx",
-    "SparseFedTrimmedAvg",
-    "SparseFedYogi",
-    "SparseKrum",
-    "SparseMultiKrum",
-    "SparseQFedAvg",
-    "SparseStrategy",
+    "Bulyan",
+    "FedAdagrad",
+    "FedAdam",
+    "FedAvg",
+    "FedAvgM",
+    "FedMedian",
+    "FedProx",
+    "FedTrimmedAvg",
+    "FedYogi",
+    "Krum",
+    "MultiKrum",
+    "QFedAvg",
+    "Strategy",
     "StructureSearch",
-    "TierAssignment",
-    "from_arrays",
-    "to_arrays",
+    "register",
+    "wrap",
 ]
+
+
+def __getattr__(name: str) -> Any:
+    if name != "StructureSearch":
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    from .structure_search import StructureSearch
+
+    globals()[name] = StructureSearch
+    return StructureSearch
+
+
+def __dir__() -> list[str]:
+    return [*__all__]

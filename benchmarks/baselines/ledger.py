@@ -1,23 +1,23 @@
-"""What the baselines' messages weigh, counted as fedpet's are.
-
-In:  messages with ordinary ArrayRecords.
-Out: the same books as fedpet's own (fedpet/protocol/ledger.py).
-"""
+"""Count the baselines' messages as fedpet's are (fedpet/protocol/ledger.py)."""
 
 from __future__ import annotations
 
+import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
-from flwr.app import Array, ArrayRecord, Message, RecordDict
-from flwr.app.message import make_message
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import FedAvg
 
+from fedpet.protocol.flower_compat import make_message
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.request import single_client_bytes, to_record, wire_bytes
 
 
 @dataclass
 class DenseLedger(Ledger):
-    """A ledger that weighs the arrays of one message a round and direction, not of every one.
+    """Weigh the arrays of one message a round and direction, not of every one.
 
     What a tensor weighs depends on its shape alone (two tensors of equal bytes in one message
     are one object to Flower and weigh once, as LoRA's up-projections do before the first round).
@@ -40,12 +40,12 @@ class DenseLedger(Ledger):
         self.current.messages += 1
 
     def weigh_alone(self, content: RecordDict, *, is_reply: bool) -> int:
-        """What a message with this content weighs to or from one device alone."""
+        """Return the size of a message with this content, to or from one device alone."""
         envelope = single_client_bytes(b"", reply=is_reply) - _content_bytes(to_record(b""))
         return envelope + self.weigh(content, is_reply=is_reply)
 
     def weigh(self, content: RecordDict, *, is_reply: bool) -> int:
-        """Bytes of a message's records, arrays and their headers included."""
+        """Return the bytes of a message's records, arrays and their headers included."""
         (arrays,) = content.array_records.values()
         key = (self.current.round, is_reply)
         if key not in self._arrays_bytes:
@@ -68,3 +68,38 @@ class DenseLedger(Ledger):
 
 def _content_bytes(content: RecordDict) -> int:
     return wire_bytes(content)  # type: ignore[arg-type]
+
+
+class LedgerMixin(FedAvg):
+    """Count each round's messages and seconds into `ledger`, in front of a strategy.
+
+    A round's seconds run from before its messages are made until its replies are averaged.
+    Evaluation is not among them.
+    """
+
+    ledger: Ledger
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        self.ledger.begin(server_round)
+        self._round_started = time.perf_counter()
+        return self._counted(super().configure_train(server_round, arrays, config, grid))
+
+    def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Count messages as they are taken: a message that is sent need not be held."""
+        for message in messages:
+            self.ledger.add_message(message)
+            yield message
+
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        replies = list(replies)
+        for reply in replies:
+            self.ledger.add_message(reply)
+        averaged = super().aggregate_train(server_round, replies)
+        record = self.ledger.current
+        record.aggregated = averaged[0] is not None
+        record.round_seconds = time.perf_counter() - self._round_started
+        return averaged

@@ -1,8 +1,4 @@
-"""The baselines' server: Flower's own FedAvg, a message a client, metered.
-
-In:  the clients that fedpet draws each round, and the tensors.
-Out: Flower's average, and what it cost.
-"""
+"""Serve the baselines' rounds by Flower's own FedAvg, a message a client, metered."""
 
 from __future__ import annotations
 
@@ -13,16 +9,15 @@ from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from benchmarks.baselines.ledger import DenseLedger
+from benchmarks.baselines.ledger import DenseLedger, LedgerMixin
 from fedpet.config import Experiment
 from fedpet.errors import RunError
 from fedpet.protocol.ledger import Ledger
 from fedpet.server.client_pool import ClientPool
-from fedpet.strategies import LedgerMixin
 
 
 class _ClientRounds(FedAvg):
-    """One message a client; the clients are those that fedpet draws."""
+    """Send one message a client, to the clients that fedpet draws."""
 
     def __init__(self, experiment: Experiment, population: ClientPool, ledger: DenseLedger) -> None:
         super().__init__(min_available_nodes=1, min_train_nodes=1)
@@ -35,7 +30,7 @@ class _ClientRounds(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message a client, to the node where fedpet would train it."""
+        """Make one message a client, to the node where fedpet would train it."""
         settings = self.experiment.strategy
         clients = self.population.sample(
             server_round, settings.clients_per_round, self.experiment.run.seed

@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedpet.backbone import bundled
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
+from fedpet.utils import bundled
 
 __all__ = [
     "CONFIG_FILE",

@@ -21,6 +21,7 @@ from fedpet.cli.app import app
 from fedpet.cli.compare_command import compare
 from fedpet.cli.deploy_command import deploy
 from fedpet.cli.estimate_command import estimate
+from fedpet.cli.export_command import export
 from fedpet.cli.faults import is_of_paths, report_fault, watched_outputs
 from fedpet.cli.init_command import init
 from fedpet.cli.mask_command import mask
@@ -33,7 +34,7 @@ from fedpet.utils.paths import NO_HOME, give_no_home, replace_home
 
 __all__ = ["app", "main"]
 
-COMMANDS = (init, simulate, search, estimate, mask, report, compare, merge, deploy)
+COMMANDS = (init, simulate, search, estimate, mask, report, compare, export, merge, deploy)
 app.registered_commands.sort(key=lambda command: COMMANDS.index(command.callback))  # in `--help`
 
 

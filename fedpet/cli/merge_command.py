@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedpet.cli.app import app
-from fedpet.utils.paths import expand
+from fedpet.cli.export_command import export
 
 
 @app.command(epilog="Example: fedpet merge runs/film-reviews-1 --out my-model")
@@ -17,8 +17,4 @@ def merge(
     out: Annotated[Path, typer.Option(help="The Hugging Face folder to make.")],
 ) -> None:
     """Fold a run's values into a plain Hugging Face model."""
-    from fedpet.run.merge import merge_run
-
-    run, out = expand(run), expand(out)
-    merge_run(run, out)
-    print(f"Plain model: {out}")
+    export(run, out)

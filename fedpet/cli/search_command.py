@@ -49,9 +49,9 @@ def search(
             structure = search_together(settings, out, bar)
     else:
         from fedpet.run.central_search import search_centrally
-        from fedpet.run.search_progress import SearchProgress
+        from fedpet.run.progress import SearchBar
 
-        with SearchProgress() as progress:
+        with SearchBar() as progress:
             structure = search_centrally(settings, out, progress)
     out_console.show(structure_table(structure))
     print(f"Structure: {out}   Train it: --set structure.file={quote(str(out))}")

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+import fedpet
 from fedpet.cli.app import DEFAULT_EXPERIMENT, Overrides, app, out_console
 from fedpet.config.builtin import load_experiment
 from fedpet.errors import InputError
@@ -41,23 +41,11 @@ def simulate(
             "was given beside it: leave one out."
         )
     if resume is not None:
-        from fedpet.run.resume import read_cut_short
-
-        settings = read_cut_short(resume)
+        run = fedpet.resume(resume)
     else:
-        settings = load_experiment(experiment, overrides or [])
-    if out:
-        settings = replace(settings, run=replace(settings.run, out=out))
+        run = fedpet.simulate(load_experiment(experiment, overrides or []), out=out)
 
     from fedpet.report.run_table import run_table
-    from fedpet.run import ray_engine
-    from fedpet.run.progress import Progress
 
-    searches = settings.search.rounds if settings.search.federated else 0
-    with Progress(settings.strategy.num_rounds, settings.data.metric, searches) as progress:
-        if resume is not None:
-            result, folder = ray_engine.resume(resume, progress)
-        else:
-            result, folder = ray_engine.simulate(settings, progress)
-    out_console.show(run_table(result))
-    print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")
+    out_console.show(run_table(run.result))
+    print(f"Run folder: {run.folder}   Plain model: {run.folder / 'model'}")

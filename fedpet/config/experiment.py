@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedpet.config.parsing import read_stage, refuse_unknown, with_overrides
+from fedpet.config.ranges import kebab_case
 from fedpet.config.renamed import refuse_former_names
 from fedpet.config.schema import (
     BackboneConfig,
@@ -28,14 +29,15 @@ from fedpet.config.schema import (
     StrategyConfig,
     StructureConfig,
     TrainingConfig,
+    UnregisteredStrategy,
 )
-from fedpet.config.strategy_parameters import ROBUST_STRATEGIES, STRATEGY_PARAMETERS
+from fedpet.config.strategy_registry import registered_rules, rule_of_table
 from fedpet.errors import ConfigError
 from fedpet.utils.paths import absolute, expand
 
 Scalar = str | int | float | bool
 
-_PATHS = (("run", "cache"), ("run", "out"), ("structure", "file"))
+_PATHS = (("run", "cache"), ("run", "out"), ("run", "start"), ("structure", "file"))
 _PATHS_OR_NAMES = (("backbone", "model"), ("data", "source"))  # a name, where no file is there
 
 
@@ -64,6 +66,15 @@ def _is_path(value: str) -> bool:
     return value.startswith((".", "~", "/")) or os.path.exists(expand(value))
 
 
+def _read_toml(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
     """Everything that decides a run, a field a stage."""
@@ -80,18 +91,13 @@ class Experiment:
     codec: CodecConfig = field(default_factory=CodecConfig)
 
     def __post_init__(self) -> None:
-        if self.strategy.name == "fedprox" and not self.training.proximal_mu:
-            raise ConfigError(
-                "strategy 'fedprox' needs training.proximal-mu above 0: at 0 it is 'fedavg'."
-            )
-        if self.strategy.name == "fedavg" and self.training.proximal_mu:
-            raise ConfigError(
-                f"training.proximal-mu is {self.training.proximal_mu!r}, and strategy 'fedavg' "
-                "has no proximal term: name the strategy 'fedprox', or set it to 0."
-            )
+        strategy, training = self.strategy.with_training(self.training)
+        object.__setattr__(self, "strategy", strategy)
+        object.__setattr__(self, "training", training)
         self._check_search()
-        if len(self.mask.tiers) > 1 and self.strategy.name in ROBUST_STRATEGIES:
-            means = ", ".join(name for name in STRATEGY_PARAMETERS if name not in ROBUST_STRATEGIES)
+        if len(self.mask.tiers) > 1 and self.strategy.compares_replies:
+            rules = registered_rules().items()
+            means = ", ".join(name for name, rule in rules if not rule.compares_replies)
             raise ConfigError(
                 f"strategy {self.strategy.name!r} compares whole replies, and clients of several "
                 f"mask.tiers send different entries: take one that averages ({means}), or one tier."
@@ -100,12 +106,17 @@ class Experiment:
     def _check_search(self) -> None:
         if not self.search.federated:
             return
+        if self.run.start:
+            raise ConfigError(
+                "search.federated finds the structure in the run, and run.start names values of a "
+                "structure that is settled: leave one of them out."
+            )
         if self.structure.file:
             raise ConfigError(
                 f"search.federated finds the structure in the run, and structure.file names "
                 f"{self.structure.file!r}: leave one of them out."
             )
-        if self.strategy.name in ROBUST_STRATEGIES:
+        if self.strategy.compares_replies:
             raise ConfigError(
                 f"search.federated averages what clients send, and strategy {self.strategy.name!r} "
                 "is there since a mean can be led astray by one of them: search beforehand with "
@@ -113,8 +124,14 @@ class Experiment:
             )
 
     @classmethod
-    def from_tables(cls, tables: Mapping[str, Any]) -> Experiment:
+    def from_tables(
+        cls, tables: Mapping[str, Any], *, strategy: StrategyConfig | None = None
+    ) -> Experiment:
         """Build from nested tables with kebab-case or snake_case keys.
+
+        Args:
+            tables: A table a stage.
+            strategy: An object of `fedpet.strategies`, which stands for the table [strategy].
 
         Raises:
             ConfigError: An unknown table or key (the known ones are named), or a bad value.
@@ -122,12 +139,29 @@ class Experiment:
         stages = get_type_hints(cls)
         refuse_former_names(tables)
         refuse_unknown("table", tables, stages)
-        built = {}
+        built: dict[str, Any] = {}
         for name, table in tables.items():
+            if name == "strategy" and strategy is not None:
+                continue
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{name!r} must be a table of keys, got {table!r}.")
-            built[name] = read_stage(stages[name], name, table)
-        return cls(**built)
+            stage = stages[name]
+            if name == "strategy":
+                stage, table = rule_of_table(table)
+            built[name] = read_stage(stage, name, table)
+        return cls(**built) if strategy is None else cls(**built, strategy=strategy)
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Experiment:
+        """Read the experiment of a finished run, whose rule need not be registered here."""
+        path = folder / "config.toml"
+        table = _read_toml(path).get("strategy", {})
+        if not isinstance(table, dict) or table.get("name", "fedavg") in registered_rules():
+            return cls.from_file(path)
+        known = kebab_case(StrategyConfig.__dataclass_fields__)
+        common = {key: value for key, value in table.items() if key in known}
+        rule = read_stage(UnregisteredStrategy, "strategy", common)
+        return cls.from_tables(_read_toml(path), strategy=rule)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
@@ -137,12 +171,7 @@ class Experiment:
             path: The file.
             overrides: `stage.key=value` strings; the last one wins.
         """
-        try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
+        tables = _read_toml(path)
         experiment = cls.from_tables(with_overrides(tables, overrides, get_type_hints(cls)))
         if experiment.run.name == RunConfig.name:
             run = replace(experiment.run, name=Path(path).stem)
@@ -160,7 +189,13 @@ class Experiment:
 
     def located(self) -> Experiment:
         """Return the same with absolute paths; relative ones start at the current directory."""
-        return self.from_tables(located(self.to_tables()))
+        tables = located(self.to_tables())
+        stages = {
+            name: read_stage(type(config), name, tables[name])
+            for name, config in vars(self).items()
+            if name != "strategy"  # an object of the user's own has no table
+        }
+        return dataclasses.replace(self, **stages)
 
     def relative_paths(self) -> Iterator[tuple[str, str]]:
         """Yield the keys and values of relative paths."""
@@ -171,13 +206,7 @@ class Experiment:
 
     def to_tables(self) -> dict[str, dict[str, Any]]:
         """Return nested tables with kebab-case keys, as `from_tables` takes them."""
-        return {
-            stage: {
-                key.replace("_", "-"): list(value) if isinstance(value, tuple) else value
-                for key, value in dataclasses.asdict(config).items()
-            }
-            for stage, config in vars(self).items()
-        }
+        return {stage: config.to_table() for stage, config in vars(self).items()}
 
     def to_run_config(self) -> dict[str, Scalar]:
         """Return Flower's flat form; a list becomes one string, its entries joined by commas."""

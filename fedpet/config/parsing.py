@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Iterable, Mapping
+from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fedpet.config.value_checks import did_you_mean
@@ -32,7 +33,9 @@ def read_stage(config: type, stage: str, table: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: An unknown key (the known ones are named), or a bad value.
     """
-    types = get_type_hints(config)
+    hints = get_type_hints(config)
+    is_key = {entry.name: entry.metadata.get("is_key", True) for entry in fields(config)}
+    types = {name: hints[name] for name in is_key if is_key[name]}
     refuse_unknown(f"key in [{stage}]:", table, types)
     return config(
         **{

@@ -25,6 +25,8 @@ __all__ = [
     "Range",
     "Stage",
     "Whole",
+    "check_stated",
+    "kebab_case",
     "stated_ranges",
 ]
 
@@ -82,8 +84,14 @@ class Stage:
     the ranges of their fields.
     """
 
+    table_name = ""  # where the class is named otherwise
+
+    def to_table(self) -> dict[str, Any]:
+        """Return the keys, in kebab-case, with their values."""
+        return kebab_case(dataclasses.asdict(self))  # type: ignore[call-overload]  # no dataclass
+
     def __post_init__(self) -> None:
-        table = type(self).__name__.removesuffix("Config").lower()
+        table = self.table_name or type(self).__name__.removesuffix("Config").lower()
         stated = stated_ranges(type(self))  # type: ignore[arg-type]  # mypy hashes an instance
         for field, (kinds, allowed) in stated.items():
             value = getattr(self, field)
@@ -91,6 +99,14 @@ class Stage:
                 continue
             key = f"{table}.{field.replace('_', '-')}"
             object.__setattr__(self, field, _checked(key, value, kinds, allowed))
+
+
+def kebab_case(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a table as TOML has it: kebab-case keys, and lists."""
+    return {
+        name.replace("_", "-"): list(value) if isinstance(value, tuple) else value
+        for name, value in fields.items()
+    }
 
 
 @cache
@@ -103,6 +119,20 @@ def stated_ranges(stage: type[Any]) -> Mapping[str, tuple[tuple[type, ...], Rang
         if {int, float} & set(kinds):
             found[field.name] = (kinds, next((e for e in extras if isinstance(e, Range)), None))
     return found
+
+
+def check_stated(stage: type[Any]) -> None:
+    """Refuse a class one of whose numbers states no range.
+
+    Raises:
+        ValueError: It names the field, and a type that would do.
+    """
+    for field, (_, allowed) in stated_ranges(stage).items():  # type: ignore[arg-type]  # as above
+        if allowed is None:
+            raise ValueError(
+                f"{stage.__name__}.{field} is a number and states no range: give it a type such "
+                "as fedpet.config.ranges.FromZero."
+            )
 
 
 def _taken_apart(hint: Any) -> tuple[tuple[type, ...], tuple[Any, ...]]:

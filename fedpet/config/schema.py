@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Annotated
+from typing import Annotated, Any
 
 from fedpet.config.ranges import (
     AnyInteger,
@@ -21,12 +21,9 @@ from fedpet.config.ranges import (
     Range,
     Stage,
     Whole,
+    kebab_case,
 )
-from fedpet.config.strategy_parameters import (
-    STRATEGY_PARAMETERS,
-    check_parameters,
-    min_usable_replies,
-)
+from fedpet.config.strategy_registry import default_parameters, rule_named
 from fedpet.config.value_checks import check_choice, density_and_share, rates_by_kind
 from fedpet.errors import ConfigError
 
@@ -52,11 +49,14 @@ TemperatureOrZero = Annotated[float, Range(LEAST_BETA, zero=True, advice=_SHARP)
 ValidationFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_VALIDATION)]
 Overlap = Annotated[float, Range(0, 1, above=True, advice=_OVERLAP)]
 Quorum = Annotated[float, Range(0, 1, advice=_QUORUM)]
-Momentum = Annotated[float, Range(0, 1, below=True)]
-Tau = Annotated[float, Range(1e-12, advice="It is added below a root that may be 0.")]
-TrimFraction = Annotated[float, Range(0, 0.5, below=True)]
 Threads = Annotated[int, Range(1, 1024)]
 HEADS = ("train", "new", "keep")
+METRICS = {  # built in, by kind of task
+    "classification": (
+        *("accuracy", "f1", "macro_f1", "weighted_f1", "balanced_accuracy", "matthews"),
+    ),
+    "regression": ("pearson", "mae"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +81,11 @@ class DataConfig(Stage):
     label_column: str = "label"  # classes by name or number; a number for regression
     label_names: tuple[str, ...] = ()  # [] reads them off the training rows, sorted
     task: str = "classification"  # or "regression"
-    metric: str = "accuracy"  # accuracy, f1, matthews, pearson
+    # The one that decides. Of a classification accuracy, f1, macro_f1, weighted_f1,
+    # balanced_accuracy, matthews; of a regression pearson, mae; or one that data.metrics return.
+    metric: str = "accuracy"
+    # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
+    metrics: tuple[str, ...] = ()
     max_length: Annotated[int, Range(8)] = 64  # tokens a row, special ones counted
     max_train_rows: Whole = 0  # 0 takes all
     max_eval_rows: Whole = 0  # 0 takes all
@@ -89,11 +93,11 @@ class DataConfig(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("data.task", self.task, ("classification", "regression"))
-        check_choice("data.metric", self.metric, ("accuracy", "f1", "matthews", "pearson"))
-        if (self.metric == "pearson") != (self.task == "regression"):
+        if self.metric not in METRICS[self.task] and not self.metrics:
             raise ConfigError(
-                f"data.metric {self.metric!r} does not measure a {self.task} task: take 'pearson' "
-                "for regression, and accuracy, f1 or matthews for classification."
+                f"data.metric {self.metric!r} does not measure a {self.task}: take "
+                f"{', '.join(METRICS[self.task])}, name a function that returns it in "
+                "data.metrics, or set data.task to classification or regression."
             )
         if not 1 <= len(self.text_columns) <= 2:
             raise ConfigError(
@@ -124,9 +128,8 @@ class MaskConfig(Stage):
     rule: str = "smallest"  # smallest (PaFi), largest, random
     granularity: str = "global"  # or "per-tensor"
     broadcast: str = "recompute"  # the rule and a hash; "send": coded positions
-    tiers: tuple[
-        str, ...
-    ] = ()  # of devices: "density=share of the clients", see fedpet/pet/tiers.py
+    # of devices: "density=share of the clients", see fedpet/pet/tiers.py
+    tiers: tuple[str, ...] = ()
     seed: AnyInteger = 0  # of the rule "random", and of which client is of which tier
     enabled: bool = True  # false leaves the weights alone: structure and head only
 
@@ -189,6 +192,9 @@ class TrainingConfig(Stage):
     batch_size: Count = 8  # rows
     weight_decay: FromZero = 0.0  # of the communicated deltas: towards the checkpoint
     clip_norm: FromZero = 1.0  # L2 norm of the whole gradient; 0 leaves it alone
+    # "" is the task's: cross-entropy, or squared error. Else a registered name, or
+    # "package.module:function", which nodes import; see fedpet/training/loss.py.
+    loss: str = ""
     logit_adjustment: FromZero = 0.0  # times the log of the client's label shares; 1 counters skew
     proximal_mu: FromZero = 0.0  # FedProx: pulls a client towards the global values
     dropout: bool = False  # the checkpoint's own, in training
@@ -271,7 +277,7 @@ class SearchConfig(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class StrategyConfig(Stage):
-    name: str = "fedavg"  # one of fedpet/config/strategy_parameters.py
+    name: str = "fedavg"  # of the aggregation rule; the rules stand in strategies/
     num_rounds: Count = 10  # of training
     clients_per_round: Count = 20  # drawn anew for each; all there are, where they are fewer
     quorum: Quorum = 0.5  # fraction of the round's clients that must give a usable reply
@@ -279,22 +285,21 @@ class StrategyConfig(Stage):
     round_deadline_seconds: Positive = 3600.0  # replies that come later are refused
     node_wait_seconds: FromZero = 300.0  # for the first node, and for a deployment's clients
     evaluate_every: Count = 1  # rounds; the last is always evaluated
-    # Parameters of single rules; one that the chosen rule does not take stays as it is here.
-    server_learning_rate: FromZero = 0.0  # fedavgm, fedadam, fedyogi, fedadagrad; 0 is Flower's own
-    server_momentum: Momentum = 0.0  # fedavgm
-    beta_1: Momentum = 0.9  # fedadam, fedyogi: of the mean update
-    beta_2: Momentum = 0.99  # fedadam, fedyogi: of its square
-    tau: Tau = 1e-3  # fedadam, fedyogi, fedadagrad: added to the root of the square
-    trim_fraction: TrimFraction = 0.2  # fedtrimmedavg: cut from either end; Flower's beta
-    num_malicious: Whole = 0  # krum, multikrum, bulyan: liars a round that are reckoned with
-    num_selected: Count = 1  # multikrum: replies that are averaged
-    q: FromZero = 0.1  # qfedavg: the more, the more a client with a high loss weighs
-    client_learning_rate: FromZero = 0.0  # qfedavg: 1 / L; 0 is training.learning-rate
+
+    # Facts of a rule, which its class states (they are no keys).
+    table_name = "strategy"
+    compares_replies = False  # sees a message a client, so all must send the same entries
+    has_server_optimizer = False  # moves the values by more than the mean update
+
+    def __new__(cls, **fields: Any) -> StrategyConfig:
+        """Make the class of the rule that is named: `StrategyConfig(name="krum")` is a `Krum`."""
+        if cls is StrategyConfig:
+            cls = rule_named(fields.get("name", "fedavg"))
+        return object.__new__(cls)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("strategy.name", self.name, STRATEGY_PARAMETERS)
-        self._check_parameters()
+        self.check_name()
         if self.clients_per_round < self.min_usable_replies:
             raise ConfigError(
                 f"strategy {self.name!r} with these parameters, and min-replies, need "
@@ -303,22 +308,63 @@ class StrategyConfig(Stage):
                 f"{self.clients_per_round}: raise it."
             )
 
+    def check_name(self) -> None:
+        """Refuse a name that is another rule's."""
+        if not isinstance(self, rule_named(self.name)):
+            raise ConfigError(
+                f"{type(self).__name__} is the strategy {type(self).name!r}, got the name "
+                f"{self.name!r}: leave it out."
+            )
+
+    @property
+    def replies_needed(self) -> int:
+        """Usable replies without which the rule does not mean what it says."""
+        return 1
+
     @property
     def min_usable_replies(self) -> int:
         """Usable replies below which a round changes nothing, however small the quorum."""
-        rule = min_usable_replies(
-            self.name, self.num_malicious, self.num_selected, self.trim_fraction
-        )
-        return max(rule, self.min_replies)
+        return max(self.replies_needed, self.min_replies)
 
-    def _check_parameters(self) -> None:
-        defaults = {
+    def num_averaged(self, num_replies: int) -> int:
+        """Return of how many updates the rule takes the mean, or something as quiet."""
+        return num_replies
+
+    def with_training(self, training: TrainingConfig) -> tuple[StrategyConfig, TrainingConfig]:
+        """Return both as the rule has them in one experiment.
+
+        Raises:
+            ConfigError: The rule does not go with these training settings.
+        """
+        return self, training
+
+    def flower_strategy(self, training: TrainingConfig) -> Any:
+        """Make Flower's strategy of this rule: a `flwr.serverapp.strategy.Strategy`."""
+        raise NotImplementedError(f"{type(self).__name__} names no strategy of Flower's.")
+
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """Return the keys that this rule takes beside those of every rule, with their defaults."""
+        common = {entry.name for entry in dataclasses.fields(StrategyConfig)}
+        return {
             entry.name: entry.default
-            for entry in dataclasses.fields(self)
-            if getattr(self, entry.name) == entry.default
+            for entry in dataclasses.fields(cls)
+            if entry.name not in common and entry.metadata.get("is_key", True)
         }
-        given = {name: value for name, value in vars(self).items() if name not in defaults}
-        check_parameters(self.name, given)
+
+    def to_table(self) -> dict[str, Any]:
+        """Return all keys, those of other rules with their defaults."""
+        keys = [entry.name for entry in dataclasses.fields(StrategyConfig)]
+        own = {name: getattr(self, name) for name in (*keys, *self.parameters())}
+        return kebab_case({**dict.fromkeys(keys), **default_parameters(), **own})
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnregisteredStrategy(StrategyConfig):
+    """Stand for the rule of a finished run that no class here has the name of; it runs nothing."""
+
+    def check_name(self) -> None:
+        """Take any."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -347,6 +393,7 @@ class CodecConfig(Stage):
 
 
 DEVICES = ("cpu", "cuda")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -357,7 +404,12 @@ class RunConfig(Stage):
     device: str = "cpu"  # of the server and of simulated clients; or "cuda", untested as yet
     cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
+    # Trackers: tensorboard, wandb, mlflow, trackio, where their package is installed.
+    callbacks: tuple[str, ...] = ()
+    start: str = ""  # a finished run, or a saved PetModel, whose values are those of round 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("run.device", self.device, DEVICES)
+        for name in self.callbacks:
+            check_choice("run.callbacks", name, TRACKERS)

@@ -6,14 +6,10 @@ import difflib
 import math
 from collections.abc import Iterable
 
+from fedpet.config.module_kinds import known_kinds
 from fedpet.errors import ConfigError
 
-__all__ = ["MODULE_KINDS", "check_choice", "density_and_share", "did_you_mean", "rates_by_kind"]
-
-# The registered kinds of PET modules; `register_module` adds to them. The shipped ones are known
-# before torch is imported.
-MODULE_KINDS = {"bitfit", "hiwi-bias", "hiwi-weight", "ln-bias", "lnfit", "lora", "lora-factors"}
-MODULE_KINDS |= {"lowrank-adapter"}
+__all__ = ["check_choice", "density_and_share", "did_you_mean", "rates_by_kind"]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -88,7 +84,7 @@ def rates_by_kind(entries: Iterable[str], key: str) -> dict[str, float]:
 
 def _check_kind(kind: str, entry: str, key: str) -> None:
     """Refuse a kind of module that no model has."""
-    known = ("mask", "head", *sorted(MODULE_KINDS))
+    known = known_kinds()
     if kind not in known:
         raise ConfigError(
             f"{key} must name kinds of modules, which are {', '.join(known)}, got {entry!r}."

@@ -1,6 +1,4 @@
-"""Data: labelled text in, tokenised rows and the clients that own them out.
-
-    sources -> task -> tokenise -> rows (through the cache) -> partition -> load -> classes
+"""Turn labelled text into tokenised rows and the clients that own them.
 
 In:  a `DataConfig` and a `ClientsConfig`, and the folder of a tokeniser.
 Out: a `FederatedData`: the task, the rows to train and evaluate on, the clients and their rows.

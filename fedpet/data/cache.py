@@ -1,4 +1,4 @@
-"""What was computed once: arrays and a few words, in a folder named after what they came from.
+"""Store arrays that were computed once, in a folder named after what they came from.
 
 In:  a key, of everything the result depends on but the way that this package reads and splits, and
      a function that computes the result.

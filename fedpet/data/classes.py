@@ -1,4 +1,4 @@
-"""The classes of a run, in order, with their rows: for the run folder, and to be read at the start.
+"""Count the rows of each class, and describe the classes at the start of a run.
 
 In:  a `FederatedData`.
 Out: counts by class, and sentences: the classes, and what about them is likely a slip.

@@ -1,4 +1,4 @@
-"""The data room's one entry: a configuration in, rows and clients out.
+"""Load the rows and clients that a configuration names.
 
 In:  `DataConfig`, `ClientsConfig`, the tokeniser's folder, the cache's root.
 Out: a `FederatedData`.
@@ -39,7 +39,7 @@ from fedpet.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class RowBooks:
-    """Where the rows of a split went; what is used and what is left out add up to what was read."""
+    """Counts of a split's rows: those used and those left out add up to those read."""
 
     read: int
     used: int
@@ -111,7 +111,7 @@ def load_data(
     if evaluation:
         source.check(held_split.name)
 
-    task = Task(data.task, _label_names(train_split, data, cache), data.metric)
+    task = Task(data.task, _label_names(train_split, data, cache), data.metric, data.metrics)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
 
     def rows_entry(split: _Split) -> Entry:
@@ -176,7 +176,7 @@ def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) ->
     part = "all" if single or data.eval_split else "held out"
     split = _Split(source, data.eval_split or data.train_split, part, data.max_eval_rows)
     source.check(split.name)
-    task = Task(data.task, _label_names(split, data, cache), data.metric)
+    task = Task(data.task, _label_names(split, data, cache), data.metric, data.metrics)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
     entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
     held, books = _rows(entry), {"evaluation": _books(entry, "data.max-eval-rows")}
@@ -186,7 +186,7 @@ def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) ->
 
 @dataclass(frozen=True)
 class ClientCounts:
-    """Who would take part in a run: clients and classes, and no text."""
+    """Clients and classes that would take part in a run, without any text."""
 
     task: Task
     num_rows: Mapping[str, int]  # client -> rows it holds, clients in alphabetical order
@@ -208,7 +208,7 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
     source = open_source(data.source)
     train, _ = _splits(source, data)
     source.check(train.name)
-    task = Task(data.task, _label_names(train, data, cache), data.metric)
+    task = Task(data.task, _label_names(train, data, cache), data.metric, data.metrics)
 
     def compute() -> Entry:
         texts, labels = train.texts(data.text_columns), train.labels(data.label_column)
@@ -246,7 +246,7 @@ class _Split:
         return self.source.read(self.name)
 
     def texts(self, columns: Sequence[str]) -> list[list[Any]]:
-        """The columns of texts.
+        """Read the columns of texts.
 
         Raises:
             DataError: A column that is not there, or whose entries are numbers all.
@@ -262,7 +262,7 @@ class _Split:
         return texts
 
     def labels(self, column: str) -> list[Any]:
-        """All labels; a class index of the source's own numbering is the name it stands for."""
+        """Read all labels; a class index of the source's numbering as the name it stands for."""
         return self.read().labels(column, "data.label-column", self.where)
 
 
@@ -275,7 +275,7 @@ def _is_number(text: str) -> bool:
 
 
 def _splits(source: Source, data: DataConfig) -> tuple[_Split, _Split]:
-    """The rows to train on, and those to evaluate on."""
+    """Return the rows to train on, and those to evaluate on."""
     if not data.eval_split or (isinstance(source, Files) and "" in source.files):
         return (
             _Split(source, data.train_split, "kept", data.max_train_rows),
@@ -288,7 +288,7 @@ def _splits(source: Source, data: DataConfig) -> tuple[_Split, _Split]:
 
 
 def _label_names(train: _Split, data: DataConfig, cache: Path) -> tuple[str, ...]:
-    """As configured, as the source says, or read off the training split; () for regression."""
+    """Return the classes as configured, by the source, or of the rows; () for a regression."""
     check_label_names(data)
     if data.label_names or data.task == "regression":
         return data.label_names
@@ -303,12 +303,12 @@ def _label_names(train: _Split, data: DataConfig, cache: Path) -> tuple[str, ...
 
 
 def _versions() -> list[str]:
-    """A library that is updated may cut a text into other tokens."""
+    """Return the libraries' versions: a newer one may cut a text into other tokens."""
     return [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
 
 
 def _rows_key(split: _Split, data: DataConfig, task: Task) -> dict[str, Any]:
-    """What decides which rows a split has, and their labels."""
+    """Return what decides which rows a split has, and their labels."""
     return {
         **split.source.identity(split.name),
         "part": split.part,
@@ -374,7 +374,7 @@ _OTHER_PART = {"kept": "held out to evaluate on", "held out": "kept to train on"
 
 
 def _books(entry: Entry, limit: str, more: Mapping[str, int] | None = None) -> RowBooks:
-    """Where the rows of a split went.
+    """Count the rows of a split that are used, and those left out by the reason.
 
     Args:
         entry: Of the split.
@@ -395,6 +395,17 @@ def _books(entry: Entry, limit: str, more: Mapping[str, int] | None = None) -> R
     )
 
 
+def hold_out(texts: Sequence[Sequence[str]], eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the rows to train on and of those to evaluate on, by their texts.
+
+    Args:
+        texts: A column, or two.
+        eval_fraction: Of the rows, to be held out.
+    """
+    kept, held = (_choose(texts, part, eval_fraction, 0) for part in ("kept", "held out"))
+    return kept, held
+
+
 def _choose(
     texts: Sequence[Sequence[str]], part: str, eval_fraction: float, max_rows: int
 ) -> np.ndarray:
@@ -413,7 +424,7 @@ def _choose(
 
 
 def _draw(row: Sequence[str]) -> float:
-    """A number in [0, 1) that depends on the row's text alone."""
+    """Return a number in [0, 1) that depends on the row's text alone."""
     digest = hashlib.sha256("\x1f".join(row).encode("utf-8", "surrogatepass")).digest()
     return int.from_bytes(digest[:6], "big") / 2**48
 

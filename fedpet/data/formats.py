@@ -1,4 +1,4 @@
-"""The formats of local files, and how each becomes a `Piece`.
+"""Read a local file of any known format into a `Piece`.
 
 In:  a path.
 Out: its rows, with the types that the format tells: a .csv and a .tsv tell none.
@@ -24,7 +24,7 @@ COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
 
 def suffix_of(path: Path) -> str:
-    """The suffix that tells the format, in lower case: ".csv" of "a.CSV.gz"."""
+    """Return the suffix that tells the format, in lower case: ".csv" of "a.CSV.gz"."""
     suffixes = [suffix.lower() for suffix in path.suffixes]
     if suffixes and suffixes[-1] in COMPRESSIONS:
         suffixes.pop()
@@ -36,7 +36,7 @@ def is_readable(path: Path) -> bool:
 
 
 def readable() -> str:
-    """The formats, for messages."""
+    """List the formats, for messages."""
     return f"{', '.join(_READERS)}, as they are or with {', '.join(COMPRESSIONS)}"
 
 
@@ -162,7 +162,7 @@ def _values(table: Any, name: str) -> list[Any]:
 
 
 def _label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
-    """What `datasets` wrote beside the columns whose classes have names."""
+    """Read the class names that `datasets` wrote beside the columns."""
     told = json.loads((metadata or {}).get(b"huggingface", b"{}"))
     features = told.get("info", {}).get("features") or {}
     return {

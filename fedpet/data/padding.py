@@ -1,4 +1,4 @@
-"""What rows of unlike length are filled up with, and on which side.
+"""Choose the token that fills rows up to equal length, and the side.
 
 In:  a tokeniser, and the configuration of the model that it belongs to.
 Out: a `Padding`, the same on every machine that holds the same checkpoint.
@@ -23,7 +23,7 @@ NO_CODE = {"local_files_only": True, "trust_remote_code": False}  # else transfo
 
 @dataclass(frozen=True)
 class Padding:
-    """What fills a row up."""
+    """Token and side that fill a row up."""
 
     token: int  # its id
     left: bool = False
@@ -66,7 +66,7 @@ def padding_of(tokenizer: Any, config: Any, where: str) -> Padding:
 
 
 def config_of(folder: Path) -> Any:
-    """The configuration of the text model in a folder; None where transformers reads none."""
+    """Read the configuration of the text model in a folder; None where transformers reads none."""
     from transformers import AutoConfig
 
     try:
@@ -89,7 +89,7 @@ def _candidates(tokenizer: Any, config: Any) -> Iterator[int]:
 
 
 def _is_apart(tokenizer: Any, token_id: int) -> bool:
-    """Whether no text becomes this token, but one that spells a special token out."""
+    """Test that no text becomes this token, but one that spells a special token out."""
     word = tokenizer.convert_ids_to_tokens(token_id)
     if word is None:
         return False

@@ -35,7 +35,7 @@ class Client:
 
 @dataclass(frozen=True)
 class Clients:
-    """Those who take part, and how much does not."""
+    """Clients that take part, and counts of what does not."""
 
     clients: tuple[Client, ...]  # sorted by id
     left_out_clients: int
@@ -43,7 +43,7 @@ class Clients:
 
 
 def name_of_client(value: Any) -> str | None:
-    """The id that a value of a client column tells: a text as it is written, 3 for 3.0.
+    """Return the id in a value of a client column: a text as it is written, 3 for 3.0.
 
     None for a missing value, and for a text of blanks.
     """
@@ -56,7 +56,7 @@ def name_of_client(value: Any) -> str | None:
 
 
 def group_rows(codes: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """The natural clients: row i belongs to names[codes[i]]."""
+    """Group rows by client: row i belongs to names[codes[i]]."""
     order = np.argsort(codes, kind="stable")
     ends = np.cumsum(np.bincount(codes, minlength=len(names)))
     return dict(zip(names, np.split(order, ends[:-1]), strict=True))

@@ -65,7 +65,7 @@ class Rows:
         return tensors
 
     def take(self, indices: np.ndarray) -> Rows:
-        """The rows asked for, copied, in the order asked for."""
+        """Copy some rows, in the order of their numbers here."""
         starts, stops = self.offsets[indices], self.offsets[indices + 1]
         places = np.concatenate([np.arange(a, b) for a, b in zip(starts, stops, strict=True)])
         return replace(

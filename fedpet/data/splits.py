@@ -50,7 +50,7 @@ def find_splits(folder: Path) -> Splits:
 
 
 def _saved(folder: Path) -> Splits:
-    """What `Dataset.save_to_disk` or `DatasetDict.save_to_disk` left, if it is that."""
+    """Find the files that `save_to_disk` of a Dataset or DatasetDict left; {} for none."""
     if (folder / "dataset_dict.json").is_file():
         names = _read(folder / "dataset_dict.json", "splits")
         return {name: _saved_pieces(folder / name) for name in names}
@@ -122,12 +122,12 @@ def _folders(folder: Path) -> list[Path]:
 
 
 def _stem(path: Path) -> str:
-    """A name up to its format: "train" of "train.jsonl.gz", and of the folder "train.parquet"."""
+    """Return a name up to its format: "train" of "train.jsonl.gz" and of "train.parquet"."""
     return path.name[: path.name.lower().index(suffix_of(path))] if is_readable(path) else path.name
 
 
 def _split_of(path: Path) -> str:
-    """The split that a file's name tells, without the number of a piece; "" for a number alone."""
+    """Return the split in a file's name, without a piece's number; "" for a number alone."""
     stem = _stem(path)
     return "" if _NAMELESS.match(stem) else _PIECE.sub("", stem)
 
@@ -137,7 +137,7 @@ def _is_split(folder: Path) -> bool:
 
 
 def _holds_splits(folder: Path) -> bool:
-    """Whether a folder is no split itself and has splits inside: a configuration of a data set."""
+    """Tell a configuration of a data set: a folder that is no split and has splits inside."""
     if _SPLIT.fullmatch(_stem(folder).lower()):
         return False
     if (folder / "dataset_dict.json").is_file():

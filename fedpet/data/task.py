@@ -1,4 +1,4 @@
-"""The task: what a label is, and the one number by which a model is judged.
+"""Read labels as a task's classes or numbers, and name the metric of its models.
 
 In:  labels as a source gives them.
 Out: a `Task`, and the labels as class indices or as float32 values.
@@ -31,11 +31,12 @@ from fedpet.errors import ConfigError, DataError
 
 @dataclass(frozen=True)
 class Task:
-    """What the model is to predict."""
+    """Kind of labels, the classes, and the metric."""
 
     kind: str  # "classification" or "regression"
     label_names: tuple[str, ...]  # by class index; () for regression
-    metric: str  # accuracy, f1, matthews, pearson
+    metric: str  # the one that decides
+    metrics: tuple[str, ...] = ()  # a user's, see fedpet/training/metrics.py
 
     @property
     def num_outputs(self) -> int:
@@ -44,7 +45,7 @@ class Task:
 
 
 def name_of_label(label: Any) -> str | None:
-    """The name of the class that a label tells, the same for all ways to write a value.
+    """Return the name of a label's class, the same for all ways to write a value.
 
     None for what is no label: a missing value, a list, a date.
 
@@ -88,7 +89,7 @@ def check_label_names(data: DataConfig) -> None:
 def read_off_label_names(
     labels: Sequence[Any], where: str, known: tuple[str, ...] = ()
 ) -> tuple[str, ...]:
-    """The names of the classes, by index, where the user does not tell them.
+    """Read the names of the classes off the labels, where the user does not name them.
 
     Args:
         labels: All labels of the training split.

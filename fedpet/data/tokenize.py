@@ -166,7 +166,7 @@ def probe_rows(folder: Path) -> Rows:
 
 
 def load_tokenizer(folder: Path) -> Any:
-    """A checkpoint's own tokeniser, as transformers loads it.
+    """Load a checkpoint's own tokeniser by transformers.
 
     Raises:
         DataError: It cannot be loaded, or transformers found no vocabulary for it.

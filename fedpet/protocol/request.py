@@ -28,11 +28,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
-from flwr.app.message import make_message
-from flwr.supercore.inflatable.inflatable_object import InflatableObject
 
 from fedpet.config import MAX_TIERS
 from fedpet.errors import FrameError
+from fedpet.protocol.flower_compat import InflatableObject, make_message
 
 MAX_CLIENTS = 1_000_000
 # What a client says that can be asked again, and then rightly.

@@ -78,7 +78,7 @@ def find_places(folder: Path) -> Places:
         FedpetError: The plan or the configuration does not read.
     """
     plan = Plan.from_bytes((folder / "plan.bin").read_bytes())
-    experiment = Experiment.from_file(folder / "config.toml")
+    experiment = Experiment.of_run(folder)
     backbone, why = _checkpoint_at_hand(experiment.backbone, plan)
     model: nn.Module | None = backbone.model if backbone is not None else _shape(folder)
     whole = _structure(folder, plan)

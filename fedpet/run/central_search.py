@@ -1,7 +1,5 @@
 """`fedpet search`: an experiment's training rows in, a structure's file out.
 
-    backbone -> mask -> structure -> [search] -> model -> ...
-
 In:  an experiment; its clients play no part, all training rows are searched on together.
 Out: `structure.json`, which `structure.file` takes in any experiment of the same backbone.
 
@@ -15,7 +13,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,9 +27,9 @@ from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError
 from fedpet.pet.mask import Mask, build_mask
 from fedpet.pet.structure import PRESETS, Structure
+from fedpet.run.callbacks import Callback
 from fedpet.run.run_folder import versions
 from fedpet.search import (
-    SearchProgress,
     build_space,
     manual_structure,
     random_structure,
@@ -48,34 +46,24 @@ if TYPE_CHECKING:
 _EVERYBODY = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 
-class Listener(Protocol):
-    """Whoever wants to see a search go on."""
-
-    def say(self, text: str) -> None:
-        """A stage begins."""
-
-    def step(self, progress: SearchProgress) -> None:
-        """A step of the search is over."""
-
-
-def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+def search_centrally(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     """Find the structure that `experiment.search` asks for, and leave its file.
 
     Args:
         experiment: Its backbone, data, mask, rates and search are read.
         out: The file to make.
-        listener: Is told of stages and steps.
+        callback: Is called at stages and steps.
 
     Raises:
         InputError: The experiment, the budget or the data cannot be used, or `out` is there.
     """
     with claimed_file(out):
-        return _search(experiment, out, listener)
+        return _search(experiment, out, callback)
 
 
-def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     device = check_device(experiment.run.device)
-    listener.say("reading and tokenising the rows")
+    callback.on_stage("reading and tokenising the rows")
     data = load_data(
         experiment.data,
         _EVERYBODY,
@@ -83,11 +71,11 @@ def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         cache=make_cache(experiment),
         evaluation=False,
     )
-    listener.say(f"loading the backbone {experiment.backbone.model!r}")
+    callback.on_stage(f"loading the backbone {experiment.backbone.model!r}")
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     check_inputs(backbone.model, data.train, experiment.data.max_length)
     for line in backbone.origin.lines():
-        listener.say(line)
+        callback.on_stage(line)
     mask = None
     if experiment.mask.enabled:
         mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
@@ -99,10 +87,11 @@ def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         config,
         mask=mask,
         logit_adjustment=experiment.training.logit_adjustment,
+        loss=experiment.training.loss,
         products=experiment.training.matmul_backend,
         state=state_file(out),
         origin=origin,
-        listener=listener,
+        callback=callback,
     )
     write_file(out, structure.to_json())
     state_file(out).unlink(missing_ok=True)
@@ -110,7 +99,7 @@ def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
 
 
 def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None) -> SearchConfig:
-    """The experiment's search with its rates, and its budget in values.
+    """Return the experiment's search with its rates, and its budget in values.
 
     Raises:
         InputError: The budget does not read, or the mask fills it.
@@ -127,7 +116,7 @@ def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None
 
 
 def origin_of(experiment: Experiment, *, rows: int, masked: bool) -> dict[str, Any]:
-    """What a structure tells of where it was found."""
+    """Return the provenance of a structure: experiment, backbone, data, mask, versions."""
     return {
         "experiment": experiment.run.name,
         "backbone": experiment.backbone.model,
@@ -150,16 +139,18 @@ def find_structure(
     *,
     mask: Mask | None = None,
     logit_adjustment: float = 0.0,
+    loss: str = "",
     products: str = "torch",
     indices: np.ndarray | None = None,
     state: Path | None = None,
     origin: Mapping[str, Any] | None = None,
-    listener: Listener | None = None,
+    callback: Callback | None = None,
 ) -> Structure:
-    """A structure by the settled `config.method`: searched, random, or manual.
+    """Find a structure by `config.method`: searched, random, or manual.
 
     Args:
         logit_adjustment: Of a search's losses, as in training.
+        loss: Of a search, as in training.
         products: Of its dense layers, as in training.
         indices: Of the training rows; None takes all.
         origin: What else the structure says about where it came from.
@@ -177,9 +168,10 @@ def find_structure(
             config,
             mask=mask,
             logit_adjustment=logit_adjustment,
+            loss=loss,
             products=products,
             state_file=state,
-            progress=None if listener is None else listener.step,
+            progress=None if callback is None else callback.on_search_step,
             provenance=origin,
         ).structure
     budget, rank, scale = float(config.budget), config.rank, config.scale
@@ -207,7 +199,7 @@ def find_structure(
 
 
 def bytes_per_value(codec: str) -> float:
-    """What a codec makes of a value before its entropy stage, scales and framing left out."""
+    """Return a codec's bytes a value before its entropy stage, without scales and framing."""
     parsed = parse_codec(codec)
     if parsed.topk_ppm:
         raise ConfigError(
@@ -218,7 +210,7 @@ def bytes_per_value(codec: str) -> float:
 
 
 def state_file(out: Path) -> Path:
-    """Where the state of a search that makes `out` lies."""
+    """Return the file of the state of a search that makes `out`."""
     return out.with_name(out.name + ".state")
 
 

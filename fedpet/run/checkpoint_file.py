@@ -1,6 +1,4 @@
-"""Where a run stands after a round, in one file that is always whole: what `--resume` reads.
-
-    ... -> strategy -> ledger -> [journal], once a round -> the same run, gone on
+"""Write the state of a run after each round to one file that is always whole, and read it.
 
 In:  the global values, the server optimiser's vectors, the round, how long `rounds.jsonl` is, and
      who has been sent the plan.
@@ -141,7 +139,7 @@ def write_journal(folder: Path, journal: RunCheckpoint, books: Path | None = Non
 
 
 def read_journal(folder: Path) -> RunCheckpoint | None:
-    """The journal of a run's folder; None where the run did not come to write one.
+    """Read the journal of a run's folder; None where there is none yet.
 
     Raises:
         ConfigError: It is no journal, of another version, or damaged.

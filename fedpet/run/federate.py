@@ -1,10 +1,7 @@
-"""A run from end to end, on any Grid: simulated, deployed, or in one process.
+"""Run a federation from end to end, on any Grid: simulated, deployed, or in one process.
 
-    backbone -> mask -> structure -> model -> codec
-             -> plan -> client -> strategy -> ledger -> report
-
-Everything that decides the run is settled before the first message (`prepared`); but where clients
-search the structure, that comes first (`federated_search`) and training's plan is settled after it.
+Everything that decides the run is known before the first message (`prepare`); where clients search
+the structure, that comes first (`federated_search`) and training's plan is made after it.
 The rounds are Flower's own loop; afterwards the values are folded into a plain model, and the books
 are closed.
 
@@ -32,28 +29,31 @@ from fedpet.data import Client, FederatedData, count_classes
 from fedpet.errors import RunError
 from fedpet.pet.tiers import tiers_of
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
+from fedpet.run.callbacks import Callback, RunStart
 from fedpet.run.checkpoint_file import RunCheckpoint, remove_journal
 from fedpet.run.federated_search import make_client_pool, search_in_rounds, with_registry
-from fedpet.run.prepare import Listener, Prepared, PreparedSearch, is_deployed, prepare
+from fedpet.run.prepare import Prepared, PreparedSearch, prepare
 from fedpet.run.quality import refuse_diverged
 from fedpet.run.result import count_by_kind, summarise
 from fedpet.run.run_folder import RunFolder
 from fedpet.run.run_state import RunState
+from fedpet.server.aggregation import to_arrays
 from fedpet.server.client_pool import ClientPool, ConnectedClientPool
-from fedpet.strategies import STRATEGIES, TierAssignment, to_arrays
+from fedpet.server.rounds import SparseStrategy
+from fedpet.server.tier_assignment import TierAssignment
 from fedpet.utils.cores import usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Listener", "Prepared", "PreparedSearch", "federate", "is_deployed", "prepare"]
+__all__ = ["Prepared", "PreparedSearch", "federate", "prepare"]
 
 
 def federate(
     grid: Grid,
     prepared: Prepared | PreparedSearch,
     out: RunFolder,
-    listener: Listener,
+    callback: Callback,
     journal: RunCheckpoint | None = None,
 ) -> dict[str, Any]:
     """Run the rounds and leave the run folder.
@@ -62,7 +62,7 @@ def federate(
         grid: Reaches the nodes.
         prepared: What to run; its model, or backbone, is used up.
         out: Where everything goes that the run leaves.
-        listener: Is told of stages and rounds.
+        callback: Is called at stages and rounds.
         journal: Where a run that was cut short goes on from; None begins at the beginning.
 
     Returns:
@@ -84,9 +84,13 @@ def federate(
         out.write_classes(classes)
     ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
     population = make_client_pool(prepared)
+    clients = len(prepared.data.clients)
+    callback.on_run_start(
+        RunStart(experiment=experiment, folder=out.path, num_clients=clients, resumed=resumed)
+    )
     if isinstance(prepared, PreparedSearch):
         structure = search_in_rounds(
-            grid, prepared, population, ledger, out, listener, journal, resumed=resumed
+            grid, prepared, population, ledger, out, callback, journal, resumed=resumed
         )
         prepared, journal = prepared.found(structure), None
         out.write_inputs(experiment, prepared.plan)
@@ -94,7 +98,7 @@ def federate(
         journal = None  # the search was over, and training had not begun
     out.write_structure(prepared.structure)
     plan, pet = prepared.plan, prepared.pet
-    strategy = STRATEGIES[experiment.strategy.name](
+    strategy = SparseStrategy(
         plan=plan,
         tiers=tiers_of(pet, plan.mask),
         population=population,
@@ -102,8 +106,8 @@ def federate(
         ledger=ledger,
     )
     grid = with_registry(grid, strategy, population, experiment)
-    state = RunState(prepared, strategy, ledger, out, listener, journal, resumed=resumed)
-    listener.say("starting the rounds" if journal is None else "going on with the rounds")
+    state = RunState(prepared, strategy, ledger, out, callback, journal, resumed=resumed)
+    callback.on_stage("starting the rounds" if journal is None else "going on with the rounds")
     if state.rounds_left:
         strategy.start(
             grid,
@@ -116,7 +120,7 @@ def federate(
     # Where nodes share this machine's cache, what they kept for the rounds to come goes with them.
     kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
     shutil.rmtree(kept, ignore_errors=True)
-    listener.say("writing the plain model")
+    callback.on_stage("writing the plain model")
     out.write_outputs(state.values, model, locate(experiment.backbone))
     summary = summarise(
         experiment,
@@ -136,8 +140,10 @@ def federate(
         resumed=resumed,
         origin=prepared.origin,
     )
+    out.write_card(experiment, summary)
     out.write_result(summary)
     remove_journal(out.path)
+    callback.on_run_end(summary, out.path)
     averaged = [record.round for record in ledger.of_kind(TRAINING) if record.aggregated]
     if not averaged:
         raise RunError(
@@ -155,7 +161,7 @@ def federate(
 
 
 def _with_clients(data: FederatedData, population: ClientPool) -> FederatedData:
-    """Of a deployment with all that ever came; their rows are counted from 0, each on its node."""
+    """Add the clients that nodes of a deployment brought; their rows are counted from 0."""
     if not isinstance(population, ConnectedClientPool):
         return data
     rows = sorted(population.num_rows.items())
@@ -167,7 +173,7 @@ def _num_parameters(model: PreTrainedModel) -> int:
 
 
 def _tiers(book: TierAssignment) -> list[dict[str, Any]]:
-    """What clients of each strength send, and how many there are; [] where all are alike."""
+    """Return density, values and clients of each tier; [] where there is one."""
     if len(book.tiers) == 1:
         return []
     return [

@@ -1,6 +1,4 @@
-"""The rounds of a search before those of training.
-
-    backbone -> mask -> structure -> [search, in rounds] -> model -> ... -> report
+"""Run the rounds of a search before those of training.
 
 In:  a Grid, the search's plan, the run's folder.
 Out: the structure, with how it was found; the search's lines in `rounds.jsonl`, and a journal after
@@ -22,17 +20,20 @@ from fedpet.client.state_store import state_folder
 from fedpet.config import Experiment
 from fedpet.pet.structure import Structure
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
+from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import origin_of
 from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
 from fedpet.run.resume import journal_after, restore_strategy
 from fedpet.run.run_folder import RunFolder
 from fedpet.run.run_state import refuse_stalled
 from fedpet.server.client_pool import ClientPool, ConnectedClientPool
-from fedpet.strategies import NodeRegistry, SparseStrategy, StructureSearch
+from fedpet.server.node_registry import NodeRegistry
+from fedpet.server.rounds import SparseStrategy
+from fedpet.strategies import StructureSearch
 from fedpet.utils.gc_paused import kept_from_collection
 
 if TYPE_CHECKING:
-    from fedpet.run.prepare import Listener, PreparedSearch, RunInputs
+    from fedpet.run.prepare import PreparedSearch, RunInputs
 
 __all__ = ["make_client_pool", "search_in_rounds", "with_registry"]
 
@@ -43,7 +44,7 @@ def search_in_rounds(
     population: ClientPool,
     ledger: Ledger,
     out: RunFolder,
-    listener: Listener,
+    callback: Callback,
     journal: RunCheckpoint | None = None,
     *,
     resumed: int = 0,
@@ -56,7 +57,7 @@ def search_in_rounds(
         population: The clients; in a deployment it grows as nodes come.
         ledger: Its next rounds are the search's; what follows is training's again.
         out: Where `structure.json` and the journal go.
-        listener: Is told of each round.
+        callback: Is called at each round.
         journal: Of this search, where it goes on from; None begins at the beginning.
         resumed: How often the run has been gone on with.
 
@@ -75,7 +76,7 @@ def search_in_rounds(
     grid = with_registry(grid, strategy, population, experiment)
     if journal is not None:
         strategy.values = restore_strategy(journal, strategy)
-    listener.say("searching the structure on the clients")
+    callback.on_stage("searching the structure on the clients")
     ledger.kind = SEARCH
     with kept_from_collection():
         while not strategy.is_over:
@@ -91,7 +92,7 @@ def search_in_rounds(
                     resumed=resumed,
                 )
                 write_journal(out.path, after, ledger.path)
-            listener.round_done(ledger.current, ledger)
+            callback.on_round_end(ledger.current, ledger)
             if not strategy.is_over:
                 refuse_stalled(ledger)
     ledger.kind = TRAINING
@@ -110,7 +111,7 @@ def search_in_rounds(
 
 
 def make_client_pool(prepared: RunInputs) -> ClientPool:
-    """The clients of the data; in a deployment none as yet."""
+    """Return the clients of the data; in a deployment none as yet."""
     if prepared.experiment.clients.partition == "nodes":
         return ConnectedClientPool()
     clients = prepared.data.clients
@@ -120,7 +121,7 @@ def make_client_pool(prepared: RunInputs) -> ClientPool:
 def with_registry(
     grid: Grid, strategy: SparseStrategy, population: ClientPool, experiment: Experiment
 ) -> Grid:
-    """The Grid of a strategy's rounds: in a deployment a roll call stands before it."""
+    """Return the Grid of a strategy's rounds: in a deployment a roll call stands before it."""
     if not isinstance(population, ConnectedClientPool):
         return grid
     return NodeRegistry(

@@ -24,7 +24,7 @@ from typing import Any
 from flwr.app import Message
 
 from fedpet.errors import RunError, RunInterrupted, Stalled
-from fedpet.server.grid_wrapper import GridWrapper
+from fedpet.server.reply_stream import GridWrapper
 
 DEFAULTS: dict[int, Any] = {
     signal.SIGINT: signal.default_int_handler,

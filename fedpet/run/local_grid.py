@@ -1,4 +1,4 @@
-"""A Grid in this process: the same strategy and client code, no Ray and no network.
+"""Answer messages in this process: a Grid with the same client code, no Ray and no network.
 
 For tests and debugging. Nodes answer one after another, in the order of the messages; what they
 hold is a `Node` each, so plans and refusals behave as they do between machines.
@@ -12,10 +12,10 @@ from typing import Any
 
 from flwr.app import Error, Message
 from flwr.serverapp import Grid
-from flwr.supercore.task_identity import TaskIdentity
 
 from fedpet.client.node import Node
 from fedpet.client.node_config import NodeSettings
+from fedpet.protocol.flower_compat import become_local_task, set_message_id
 from fedpet.protocol.request import from_record, to_record
 
 CLIENT_RAISED = 2  # Flower's code for a ClientApp that raised
@@ -32,11 +32,11 @@ class LocalGrid(Grid):
         self._handlers = handlers
         self._replies: dict[str, Message] = {}
         self._numbers = itertools.count()
-        TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+        become_local_task()
 
     @classmethod
     def of(cls, settings: NodeSettings, num_nodes: int) -> LocalGrid:
-        """A grid of nodes that all hold every client's rows."""
+        """Make a grid of nodes that all hold every client's rows."""
         return cls({number: Node(settings).answer for number in range(1, num_nodes + 1)})
 
     def get_node_ids(self) -> Iterable[int]:
@@ -48,7 +48,7 @@ class LocalGrid(Grid):
         ids = []
         for message in messages:
             number = f"message-{next(self._numbers)}"
-            message.metadata.__dict__["_message_id"] = number
+            set_message_id(message, number)
             self._replies[number] = self._answer(message)
             ids.append(number)
         return ids

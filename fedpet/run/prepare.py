@@ -1,6 +1,4 @@
-"""What is settled before the first message: rows, clients, the backbone, a plan.
-
-    backbone -> mask -> structure -> model -> codec -> [plan] -> client -> ...
+"""Prepare a run before its first message: rows, clients, the backbone, a plan.
 
 In:  an experiment.
 Out: `Prepared` for the training rounds; or `PreparedSearch`, where clients search the structure
@@ -11,7 +9,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -29,38 +27,30 @@ from fedpet.data import (
     load_evaluation,
 )
 from fedpet.errors import ConfigError
+from fedpet.export.start_values import start_values
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure, load_structure
 from fedpet.pet.tiers import Tier, tiers_of
-from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.plan_making import make_plan, make_search_plan
+from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import settled_search
 from fedpet.search import Space, check_structure
+from fedpet.training.batching import inputs_of
 from fedpet.training.cls_only import check_first_token
 from fedpet.training.input_checks import check_inputs
-from fedpet.training.loop import inputs_of
+from fedpet.utils.paths import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Listener", "Prepared", "PreparedSearch", "is_deployed", "prepare"]
-
-
-class Listener(Protocol):
-    """Whoever wants to see a run go on."""
-
-    def say(self, text: str) -> None:
-        """A stage begins; or, where the text is a sentence, something to be read."""
-
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
-        """A round, or the evaluation before the first, is over."""
+__all__ = ["Prepared", "PreparedSearch", "is_deployed", "prepare"]
 
 
 @dataclass(frozen=True)
 class RunInputs:
-    """What any run stands on."""
+    """Inputs that every run has."""
 
     experiment: Experiment
     data: FederatedData
@@ -72,16 +62,17 @@ class RunInputs:
 
 @dataclass(frozen=True)
 class Prepared(RunInputs):
-    """Of the training rounds."""
+    """Inputs of the training rounds."""
 
     structure: Structure  # with what a search tells of it; the plan has its modules alone
     plan: Plan
     pet: PetModel  # the server's own
+    start: np.ndarray | None = None  # values of round 0; None: zeros, the checkpoint
 
 
 @dataclass(frozen=True)
 class PreparedSearch(RunInputs):
-    """Of the rounds of a search, after which the training's plan can be settled."""
+    """Inputs of the rounds of a search, after which the training's plan is made."""
 
     backbone: Backbone  # the checkpoint, for the training's plan
     plan: Plan
@@ -95,13 +86,13 @@ class PreparedSearch(RunInputs):
 
 
 def prepare(
-    experiment: Experiment, listener: Listener, *, found: Structure | None = None
+    experiment: Experiment, callback: Callback, *, found: Structure | None = None
 ) -> Prepared | PreparedSearch:
     """Read the rows, load the backbone, find the structure or the space, settle the plan.
 
     Args:
         experiment: What to run.
-        listener: Is told of stages.
+        callback: Is called at stages.
         found: What a search of this run has found already.
 
     Raises:
@@ -111,18 +102,18 @@ def prepare(
     experiment = experiment.located()
     check_codecs(experiment.codec)
     device = check_device(experiment.run.device)
-    listener.say("reading and tokenising the rows")
+    callback.on_stage("reading and tokenising the rows")
     folder, cache = locate(experiment.backbone), make_cache(experiment)
     if is_deployed(experiment):
         data = load_evaluation(experiment.data, folder, cache=cache)
     else:
         data = load_data(experiment.data, experiment.clients, folder, cache=cache)
     for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
-        listener.say(line)
-    listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
+        callback.on_stage(line)
+    callback.on_stage(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     for line in backbone.origin.lines():
-        listener.say(line)
+        callback.on_stage(line)
     ground = RunInputs(
         experiment,
         data,
@@ -145,12 +136,12 @@ def prepare(
 
 
 def is_deployed(experiment: Experiment) -> bool:
-    """Whether the nodes bring the clients, and the server knows of none beforehand."""
+    """Tell a deployment, whose nodes bring the clients, from a simulation."""
     return experiment.clients.partition == "nodes"
 
 
 def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prepared:
-    """With the training's plan, of a structure of this backbone."""
+    """Make the training's plan of a structure of this backbone."""
     check_structure(structure, backbone.fingerprint)
     data = ground.data
     plan, pet = make_plan(ground.experiment, backbone, structure, data.task, data.tokenizer_hash)
@@ -159,6 +150,7 @@ def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prep
             "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
             "is empty. Enable one of them."
         )
+    folder = ground.experiment.run.start
     return Prepared(
         ground.experiment,
         data,
@@ -169,11 +161,12 @@ def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prep
         structure,
         plan,
         pet,
+        start_values(expand(folder), plan, pet) if folder else None,
     )
 
 
 def _to_search(ground: RunInputs, backbone: Backbone) -> PreparedSearch:
-    """With the search's plan; the backbone is the checkpoint again."""
+    """Make the search's plan; the backbone is the checkpoint again."""
     experiment, data = ground.experiment, ground.data
     mask = None
     if experiment.mask.enabled:

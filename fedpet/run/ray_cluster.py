@@ -1,4 +1,4 @@
-"""Where Ray runs: the cluster that RAY_ADDRESS names, or a folder of this machine.
+"""Find a place for Ray: the cluster that RAY_ADDRESS names, or a folder of this machine.
 
 Both are looked at before anything is read or made: Ray itself knocks at a dead address for a
 quarter of an hour, and finds out late that the paths of its sockets are too long.
@@ -26,7 +26,7 @@ LONGEST_FOLDER = LONGEST_SOCKET - len(_BELOW)  # bytes
 
 
 def cluster_address() -> str | None:
-    """The cluster that RAY_ADDRESS names, once somebody answers there; None to start one.
+    """Return the cluster that RAY_ADDRESS names, once it answers; None to start one.
 
     Raises:
         RunError: Nobody answers.
@@ -74,7 +74,7 @@ def _host_and_port(named: str) -> tuple[str, int]:
 
 
 def ray_folder() -> Path:
-    """A folder in which Ray's own may lie: its sockets need a short path.
+    """Return a folder in which Ray's own may lie: its sockets need a short path.
 
     RAY_TMPDIR where it is set; else the folder for temporary files, or /tmp where that one's path
     is too long.

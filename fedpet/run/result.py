@@ -1,4 +1,4 @@
-"""The books of a run added up: what `result.json` holds, for fedpet and for every baseline.
+"""Add up the books of a run for `result.json`, of fedpet and of every baseline.
 
 README, "The run folder", says what each field means. Bytes are counted on the serialised
 messages; a share is a fraction; seconds are wall time.
@@ -150,7 +150,7 @@ _SUMS = ("uplink_bytes", "downlink_bytes", "plan_bytes", "wire_bytes", "messages
 
 
 def _communication(ledger: Ledger, dense_parameters: int) -> dict[str, Any]:
-    """Bytes of the run, a search of the structure included.
+    """Sum the bytes of the run, a search of the structure included.
 
     Means are over the training rounds. Dense FedAvg, which searches nothing, is of those rounds: 4
     bytes a parameter, no framing.
@@ -180,7 +180,7 @@ def _communication(ledger: Ledger, dense_parameters: int) -> dict[str, Any]:
 
 
 def _of_kind(ledger: Ledger, kind: str) -> dict[str, int]:
-    """The bytes of one kind of rounds, and how many there were."""
+    """Sum the bytes of one kind of rounds, and count them."""
     sums = {name: int(ledger.total(name, kind)) for name in _SUMS}
     total = sums["uplink_bytes"] + sums["downlink_bytes"] + sums["plan_bytes"]
     rounds = sum(record.round > 0 for record in ledger.of_kind(kind))
@@ -188,7 +188,7 @@ def _of_kind(ledger: Ledger, kind: str) -> dict[str, int]:
 
 
 def _search_seconds(ledger: Ledger) -> dict[str, float]:
-    """Of the rounds of a search, where there was one."""
+    """Sum the seconds of the rounds of a search, where there was one."""
     if not ledger.of_kind(SEARCH):
         return {}
     return {"search_rounds_seconds": ledger.total("round_seconds", SEARCH)}

@@ -1,4 +1,4 @@
-"""A run that was cut short, taken up where its journal left it.
+"""Resume a run that was cut short, after the last round in its journal.
 
 In:  a run folder without a result.
 Out: its experiment, what was settled of it, and the journal, once they are known to belong
@@ -13,6 +13,7 @@ from __future__ import annotations
 import hashlib
 import json
 import time
+import tomllib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpet.config import Experiment
+from fedpet.config import Experiment, StrategyConfig
 from fedpet.config.experiment import located
 from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
@@ -33,7 +34,7 @@ from fedpet.utils.lock import locked_folder
 if TYPE_CHECKING:
     from fedpet.data import FederatedData
     from fedpet.run.prepare import Prepared, PreparedSearch
-    from fedpet.strategies import SparseStrategy
+    from fedpet.server.rounds import SparseStrategy
 
 __all__ = [
     "check_journal",
@@ -48,16 +49,20 @@ __all__ = [
 ]
 
 # Keys that say where a run is done, and what it is called; not what comes out.
-_PLACE_KEYS = ("name", "workers", "cache", "out")
+_PLACE_KEYS = ("name", "workers", "cache", "out", "callbacks")
 
 
 def is_cut_short(run: Path) -> bool:
-    """Whether a folder holds a run without a result."""
+    """Tell a folder that holds a run without a result."""
     return (run / "config.toml").is_file() and not (run / "result.json").exists()
 
 
-def read_cut_short(run: Path) -> Experiment:
-    """The experiment of a run that has no result yet, with the run's folder as its place.
+def read_cut_short(run: Path, strategy: StrategyConfig | None = None) -> Experiment:
+    """Read the experiment of a run that has no result yet, with the run's folder as its place.
+
+    Args:
+        run: Its folder.
+        strategy: Of a run whose strategy is a class of the user's own, which no file holds.
 
     Raises:
         ConfigError: The folder holds no run, or one that is finished.
@@ -69,24 +74,29 @@ def read_cut_short(run: Path) -> Experiment:
         )
     if (run / "result.json").exists():
         raise ConfigError(f"the run in {str(run)!r} is finished: there is nothing to resume.")
-    experiment = Experiment.from_file(run / "config.toml")
+    if strategy is None:
+        experiment = Experiment.from_file(run / "config.toml")
+    else:
+        tables = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        del tables["strategy"]
+        experiment = replace(Experiment.from_tables(tables), strategy=strategy)
     return replace(experiment, run=replace(experiment.run, out=str(run)))
 
 
 @contextmanager
-def cut_short(run: Path) -> Iterator[Experiment]:
+def cut_short(run: Path, strategy: StrategyConfig | None = None) -> Iterator[Experiment]:
     """Lock the folder of a run that was cut short; gives its experiment.
 
     Raises:
         ConfigError: The folder holds no run, one that is finished, or one that still goes on.
     """
-    read_cut_short(run)  # what is no run's folder gets no lock
+    read_cut_short(run, strategy)  # what is no run's folder gets no lock
     with locked_folder(run):
-        yield read_cut_short(run)
+        yield read_cut_short(run, strategy)
 
 
 def searched_structure(run: Path) -> Structure | None:
-    """What the search of a cut-short run found; None where it has not ended, or there is none.
+    """Read the structure that a cut-short run searched; None where it has none yet.
 
     Raises:
         InputError: The journal or the structure cannot be read.
@@ -101,7 +111,7 @@ def searched_structure(run: Path) -> Structure | None:
 
 
 def check_journal(run: Path, prepared: Prepared | PreparedSearch) -> RunCheckpoint | None:
-    """The journal of a run, if it belongs to what was prepared; None where there is none.
+    """Read the journal of a run and compare it with what was prepared; None where there is none.
 
     Where a search has ended and training has not begun, it is the search's last.
 
@@ -144,7 +154,7 @@ def journal_after(
     ledger_bytes: int,
     resumed: int,
 ) -> RunCheckpoint:
-    """Where a run stands when a round is over.
+    """Take down where a run stands when a round is over.
 
     Args:
         prepared: What is run.
@@ -162,7 +172,7 @@ def journal_after(
         settings=deciding_settings(prepared.experiment),
         ledger_bytes=ledger_bytes,
         holders=tuple(sorted(holders.plan_nodes)),
-        told=tuple(sorted(holders.told)),
+        told=tuple(sorted(holders.clients_with_plan)),
         elapsed_seconds=time.perf_counter() - prepared.started,
         resumed=resumed,
         values=values,
@@ -176,12 +186,12 @@ def restore_strategy(journal: RunCheckpoint, strategy: SparseStrategy) -> np.nda
     strategy.rounds_done = journal.server_round
     strategy.load_state(journal.optimiser)
     strategy.requests.holders.plan_nodes = set(journal.holders)
-    strategy.requests.holders.told = set(journal.told)
+    strategy.requests.holders.clients_with_plan = set(journal.told)
     return journal.values
 
 
 def deciding_settings(experiment: Experiment) -> dict[str, Any]:
-    """The tables of an experiment without the keys that only say where it is run."""
+    """Return the tables of an experiment without the keys that only say where it is run."""
     tables = experiment.to_tables()
     for key in _PLACE_KEYS:
         del tables["run"][key]
@@ -195,7 +205,7 @@ def client_hash(data: FederatedData) -> str:
 
 
 def _searched_by(structure: Structure) -> str:
-    """The digest of the plan that a structure was searched by, hex; "" where it was not."""
+    """Return the digest (hex) of the plan by which a structure was searched; "" for none."""
     search = structure.provenance.get("search")
     return str(search.get("plan_digest", "")) if isinstance(search, dict) else ""
 

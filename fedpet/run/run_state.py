@@ -1,6 +1,4 @@
-"""A run between its rounds: what is evaluated, written and kept when a round is over.
-
-    ... -> client -> strategy -> [ledger, journal] -> next round
+"""Evaluate the model after a round, write its line and the journal, and call the callbacks.
 
 In:  the global values after a round, from Flower's loop.
 Out: the round's metric, its line in `rounds.jsonl`, and after that the journal that vouches for it.
@@ -20,17 +18,19 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from fedpet.errors import Stalled
 from fedpet.protocol.ledger import Ledger
+from fedpet.run.callbacks import Callback, Evaluation
 from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
 from fedpet.run.resume import journal_after, restore_strategy
 from fedpet.run.run_folder import RunFolder
-from fedpet.strategies import SparseStrategy, from_arrays
-from fedpet.training.loop import assess_rows
+from fedpet.server.aggregation import from_arrays
+from fedpet.server.rounds import SparseStrategy
+from fedpet.training.evaluation import assess_rows
 from fedpet.training.metrics import Assessment
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedpet.run.prepare import Listener, Prepared
+    from fedpet.run.prepare import Prepared
 
 STALLED_ROUNDS = 5  # in a row
 
@@ -49,7 +49,7 @@ class RunState:
         strategy: SparseStrategy,
         ledger: Ledger,
         out: RunFolder,
-        listener: Listener,
+        callback: Callback,
         journal: RunCheckpoint | None,
         *,
         resumed: int = 0,
@@ -61,7 +61,7 @@ class RunState:
             strategy: Runs the rounds.
             ledger: Takes their lines.
             out: Takes the journal.
-            listener: Is told of each round.
+            callback: Is called at each round.
             journal: Of training rounds; None begins at the beginning.
             resumed: How often the run has been gone on with.
         """
@@ -69,18 +69,19 @@ class RunState:
         self._strategy = strategy
         self._ledger = ledger
         self._out = out
-        self._listener = listener
+        self._callback = callback
         self._last_round = prepared.experiment.strategy.num_rounds
         self._merged: PreTrainedModel | None = None
         self._assessed: Assessment | None = None  # the last evaluation of this process
         self._goes_on, self._resumed = journal is not None, resumed
-        self.values = np.zeros(prepared.plan.num_values, dtype=np.float32)
+        start = prepared.start
+        self.values = np.zeros(prepared.plan.num_values, np.float32) if start is None else start
         if journal is not None:
             self.values = restore_strategy(journal, strategy)
         self.rounds_left = self._last_round - strategy.rounds_done
 
     def round_over(self, loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
-        """What Flower's loop calls before its first round, as round 0, and after each.
+        """Close a round; Flower's loop calls it before its first one, as round 0, and after each.
 
         Args:
             loop_round: Counted by Flower's loop, from where the run was taken up.
@@ -99,24 +100,30 @@ class RunState:
             model = self.final_model() if last else self._prepared.pet.model
             self._assessed = assess_rows(model, data.evaluation, data.task)
             record.metric = self._assessed.value
+            record.metrics = dict(self._assessed.metrics)
             record.evaluation_seconds = time.perf_counter() - clock
         ledger_bytes = self._ledger.close()
         if record.aggregated or last or server_round == 0:
             self._write_journal(server_round, ledger_bytes)
-        self._listener.round_done(record, self._ledger)
+        if record.metric is not None:
+            seconds, metrics = record.evaluation_seconds, {data.task.metric: record.metric}
+            self._callback.on_evaluate(
+                Evaluation(round=server_round, metrics=metrics, seconds=seconds)
+            )
+        self._callback.on_round_end(record, self._ledger)
         if not last:
             refuse_stalled(self._ledger)
-        return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
+        return None if record.metric is None else MetricRecord({**record.metrics})
 
     def final_model(self) -> PreTrainedModel:
-        """The plain model with the values folded in; made once, after the last round."""
+        """Return the plain model with the values folded in; made once, after the last round."""
         if self._merged is None:
             self._load_values()
             self._merged = self._prepared.pet.merged()
         return self._merged
 
     def final_assessment(self) -> Assessment:
-        """Of the final model; evaluated anew where the run was taken up after its last round."""
+        """Return the final model's evaluation; made anew for a run resumed after its last round."""
         if self._assessed is None:
             data = self._prepared.data
             self._assessed = assess_rows(self.final_model(), data.evaluation, data.task)

@@ -36,12 +36,15 @@ def faithful(**changes: Any) -> SearchConfig:
     return SearchConfig(**{**paper, **changes})
 
 
-def deviations(config: SearchConfig, logit_adjustment: float = 0.0) -> tuple[str, ...]:
+def deviations(
+    config: SearchConfig, logit_adjustment: float = 0.0, loss: str = ""
+) -> tuple[str, ...]:
     """What leaves the paper's procedure, in words for a report.
 
     Args:
         config: Of the search.
         logit_adjustment: Of its losses, `training.logit-adjustment`.
+        loss: Their name, `training.loss`; "" is the task's own.
     """
     found = {
         "first-order gradient of alpha": config.order == "first",
@@ -53,7 +56,10 @@ def deviations(config: SearchConfig, logit_adjustment: float = 0.0) -> tuple[str
         f"space {config.space}": not config.space.startswith("s3pet"),
         "batches of another size": config.batch_size not in _BATCHES,
         "rates by kind": bool(config.learning_rates),
-        f"logits adjusted by {logit_adjustment:g} for label shares": bool(logit_adjustment),
+        f"logits adjusted by {logit_adjustment:g} for label shares": bool(
+            logit_adjustment and not loss
+        ),
+        f"loss {loss}": bool(loss),
     }
     paper = faithful()
     for name in _NUMBERS:

@@ -1,13 +1,9 @@
-"""What Flower's rules are given: dense float32 vectors in Flower's own messages.
+"""Aggregate a round's updates by Flower's strategy: as their mean, or one message a client.
 
-    replies -> [vectors] -> Flower's rule
-
-In:  the global values and the decoded updates, in the order of the clients' names.
-Out: Flower messages, each with one array and one record of metrics.
-
-A rule that is a mean gets one message that carries the mean: Flower's average of one is that one,
-and what its server optimisers do next they do with it. A rule that compares replies gets one
-message a client, whatever node it came from and with how many others: never a cohort.
+A rule that averages is given one message with the mean of all updates: Flower's average of one
+message is that message, and a server optimiser takes its step from there. Only one vector is held,
+however many clients there are. A rule that compares replies is given one message a client, in the
+order of the clients' names, whichever node it came from.
 """
 
 from __future__ import annotations
@@ -15,20 +11,82 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 
 import numpy as np
-from flwr.app import Message, MetricRecord, RecordDict
+from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
+from flwr.serverapp.exception import AggregationError
+from flwr.serverapp.strategy import Strategy
 
-from fedpet.server.arrays import to_arrays
-from fedpet.server.replies import Update
-from fedpet.server.running_mean import RunningMean
+from fedpet.pet.tiers import Where
+from fedpet.protocol.flower_compat import load_optimizer_state, make_reply, optimizer_state
+from fedpet.server.replies import LARGEST_VALUE, Update
 
+__all__ = [
+    "MeanUpdate",
+    "UpdateStream",
+    "aggregate",
+    "client_messages",
+    "from_arrays",
+    "mean_message",
+    "reset_optimizer",
+    "to_arrays",
+]
+
+VALUES = "values"  # name of the one array
 WEIGHT, LOSS = "num-examples", "train-loss"
 
 
-class Counted:
-    """Updates, counted as they go by.
+def to_arrays(values: np.ndarray) -> ArrayRecord:
+    """Return the global values as the record that Flower's loop hands on: one float32 array."""
+    return ArrayRecord({VALUES: Array(np.ascontiguousarray(values, dtype=np.float32))})
+
+
+def from_arrays(arrays: ArrayRecord) -> np.ndarray:
+    """Return the global values of `to_arrays`. float32, (num_values,)."""
+    return arrays[VALUES].numpy()
+
+
+class MeanUpdate:
+    """Weighted mean of updates, each entry over the clients that trained it; sums in float64.
+
+    Add updates in a fixed order: floating-point sums depend on it (law 6).
+    """
+
+    def __init__(self, num_values: int) -> None:
+        self._sum = np.zeros(num_values, dtype=np.float64)
+        self._weight = 0  # of the clients that trained every entry
+        self._weights: np.ndarray | None = None  # of those that trained a part, by entry
+
+    def add(self, change: np.ndarray, where: Where, weight: int) -> None:
+        """Add one client's update.
+
+        Args:
+            change: float32, (n,).
+            where: Positions of its n entries among the global values, each once.
+            weight: Rows it trained on.
+        """
+        self._sum[where] += weight * change.astype(np.float64)
+        if isinstance(where, slice):
+            self._weight += weight
+        else:
+            if self._weights is None:
+                self._weights = np.zeros_like(self._sum)
+            self._weights[where] += weight
+
+    def apply_to(self, values: np.ndarray) -> np.ndarray:
+        """Return `values` plus the mean update; an entry that nobody trained stays as it was.
+
+        Returns:
+            float32, (num_values,).
+        """
+        weights = self._weight if self._weights is None else self._weight + self._weights
+        mean = values.astype(np.float64) + self._sum / np.maximum(weights, 1)
+        return mean.astype(np.float32)
+
+
+class UpdateStream:
+    """Count updates as they go by.
 
     Attributes:
-        count: How many went by.
+        count: Updates so far.
         weight: Their examples together.
         names: Their clients.
     """
@@ -50,29 +108,66 @@ class Counted:
 
     @property
     def loss(self) -> float | None:
-        """Mean training loss of those that went by; None where there were none."""
+        """Mean training loss of the updates so far; None without any."""
         return self._weighted_loss / self.weight if self.weight else None
 
 
-def mean_message(values: np.ndarray, updates: Counted) -> list[Message]:
-    """One message with the mean of all: one vector is held, however many come."""
-    mean = RunningMean(len(values))
+def mean_message(values: np.ndarray, updates: UpdateStream) -> list[Message]:
+    """Return one message with the values moved by the mean update; none without updates."""
+    mean = MeanUpdate(len(values))
     for update in updates:
-        mean.fold(update.change, update.where, update.num_examples)
+        mean.add(update.change, update.where, update.num_examples)
     if updates.loss is None:
         return []
-    return [_message(mean.moved(values), updates.weight, updates.loss)]
+    return [train_message(mean.apply_to(values), updates.weight, updates.loss)]
 
 
-def client_messages(values: np.ndarray, updates: Counted) -> list[Message]:
-    """One message a client, with the values that its training came to."""
+def client_messages(values: np.ndarray, updates: UpdateStream) -> list[Message]:
+    """Return one message a client, with the values that its training came to."""
     return [
-        _message(values + update.change, update.num_examples, update.loss) for update in updates
+        train_message(values + update.change, update.num_examples, update.loss)
+        for update in updates
     ]
 
 
-def _message(values: np.ndarray, num_examples: int, loss: float) -> Message:
-    """A train reply as Flower's own clients send it."""
+def train_message(values: np.ndarray, num_examples: int, loss: float) -> Message:
+    """Make a train reply as Flower's own clients send it."""
     metrics = MetricRecord({WEIGHT: num_examples, LOSS: loss})
-    content = RecordDict({"arrays": to_arrays(values), "metrics": metrics})
-    return Message(content, reply_to=Message(RecordDict(), dst_node_id=1, message_type="train"))
+    return make_reply(RecordDict({"arrays": to_arrays(values), "metrics": metrics}), node=1)
+
+
+def aggregate(
+    rule: Strategy, server_round: int, values: np.ndarray, messages: Iterable[Message]
+) -> tuple[np.ndarray, MetricRecord | None]:
+    """Let Flower's strategy aggregate; its optimiser stays as it was where that came to nothing.
+
+    Args:
+        rule: Knows the global values from `configure_train`.
+        server_round: From 1.
+        values: Global values, float32, (num_values,).
+        messages: Of `mean_message` or `client_messages`.
+
+    Returns:
+        The new global values, float32, (num_values,), and Flower's metrics.
+
+    Raises:
+        AggregationError: The result or the optimiser holds NaN, infinity or a value beyond
+            `LARGEST_VALUE`.
+    """
+    before = optimizer_state(rule)
+    with np.errstate(all="ignore"):
+        arrays, metrics = rule.aggregate_train(server_round, messages)
+        moved = values if arrays is None else from_arrays(arrays).astype(np.float32)
+    finite = all(np.isfinite(vector).all() for vector in optimizer_state(rule).values())
+    if arrays is None or not (finite and (np.abs(moved) <= LARGEST_VALUE).all()):
+        reset_optimizer(rule, before)
+        raise AggregationError(
+            f"the rule's result holds NaN or infinity, or values beyond {LARGEST_VALUE:g}, or "
+            "what it remembers does."
+        )
+    return moved, metrics
+
+
+def reset_optimizer(rule: Strategy, state: dict[str, np.ndarray]) -> None:
+    """Go back to an earlier `optimizer_state` of a rule."""
+    load_optimizer_state(rule, state, VALUES)

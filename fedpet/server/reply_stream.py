@@ -1,9 +1,8 @@
-"""Replies are taken as they come, so that the server never holds those of a whole round.
+"""Stream a round's replies, so that the server never holds all of them in memory.
 
-In:  Flower's Grid, which gives a round's replies in one list.
-Out: the same Grid, whose replies go to `take` one by one while others are still awaited; and the
-     `SpooledPayloads` on which what has to wait for the round's end does so, on disk past a few
-     megabytes.
+In:  Flower's Grid, which returns a round's replies in one list.
+Out: the same Grid, which hands each reply to `take` while others are still awaited; and
+     `SpooledPayloads`, where payloads wait for the round's end, on disk past a few megabytes.
 """
 
 from __future__ import annotations
@@ -13,20 +12,62 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from typing import Any
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpet.errors import RunError
-from fedpet.server.grid_wrapper import GridWrapper
 from fedpet.server.pending_messages import PendingMessages
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds
 IN_MEMORY_BYTES = 8 << 20
 
 
+class GridWrapper(Grid):
+    """Wrap another Grid and delegate every call to it."""
+
+    def __init__(self, grid: Grid) -> None:
+        self._grid = grid
+
+    def get_node_ids(self) -> Iterable[int]:
+        """Return the ids of the nodes."""
+        return self._grid.get_node_ids()
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+        return self._grid.push_messages(messages)
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        """Return the replies that have come."""
+        return self._grid.pull_messages(message_ids)
+
+    def send_and_receive(
+        self, messages: Iterable[Message], *, timeout: float | None = None
+    ) -> Iterable[Message]:
+        """Send messages; return the replies that come in time."""
+        return self._grid.send_and_receive(messages, timeout=timeout)
+
+    def get_nodes(self) -> Iterable[Any]:
+        """Return what Flower knows of its nodes."""
+        return self._grid.get_nodes()
+
+    def set_run(self, run: Any) -> None:
+        """Hand the run on to the grid."""
+        self._grid.set_run(run)
+
+    @property
+    def run(self) -> Any:
+        """Run of the grid."""
+        return self._grid.run
+
+    def create_message(self, *args: Any, **kwargs: Any) -> Message:
+        """Make a message; deprecated in Flower, for `Message`."""
+        return self._grid.create_message(*args, **kwargs)
+
+
 class StreamingGrid(GridWrapper):
-    """A Grid that hands each reply to `take` when it comes, and sends what that gives in return."""
+    """Hand each reply to `take` when it comes, and send the messages that it returns."""
 
     def __init__(self, grid: Grid, take: Callable[[Message], Iterable[Message]]) -> None:
         super().__init__(grid)
@@ -36,10 +77,10 @@ class StreamingGrid(GridWrapper):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send one by one; take what comes in time. Nothing is left to return."""
+        """Send one by one and take the replies that come in time; return none."""
         limit = math.inf if timeout is None else time.monotonic() + timeout
         mailbox = self._mailbox
-        mailbox.forget()  # what comes too late is not waited for
+        mailbox.forget()  # a late reply of the round before is not awaited
         mailbox.send(messages)
         while mailbox:
             taken, asked_at = 0, time.monotonic()
@@ -48,14 +89,14 @@ class StreamingGrid(GridWrapper):
                 mailbox.send(self._take(reply))
             if not mailbox or time.monotonic() > limit:
                 break
-            # Where asking in vain costs time, as over a network, it is not done all the time.
+            # Where an empty pull takes time, as over a network, pull less often.
             spent = 0.0 if taken else time.monotonic() - asked_at
             time.sleep(min(max(SHORTEST_PAUSE, 4 * spent), LONGEST_PAUSE))
         return []
 
 
 class SpooledPayloads:
-    """Keeps bytes until they are asked for, once: in memory while they are few, then on disk."""
+    """Keep payloads for later: in memory while they are few, then on disk."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115
@@ -63,7 +104,11 @@ class SpooledPayloads:
         self.close = weakref.finalize(self, self._file.close)  # of itself where a round is cut off
 
     def put(self, data: bytes | memoryview) -> tuple[int, int]:
-        """Keep `data`; gives where, for `get`."""
+        """Write `data`; return its place, for `get`.
+
+        Raises:
+            RunError: The disk is full.
+        """
         try:
             self._file.seek(self._end)
             self._file.write(data)
@@ -77,7 +122,7 @@ class SpooledPayloads:
         return place
 
     def get(self, place: tuple[int, int]) -> bytes:
-        """What was put there."""
+        """Read the bytes at a place."""
         start, size = place
         self._file.seek(start)
         return self._file.read(size)

@@ -1,63 +1,74 @@
-"""The rounds of every strategy here: send, read, refuse, and let Flower's rule combine the rest.
+"""Run the rounds of a strategy: sample, request, collect, check, aggregate.
 
-    ... -> codec -> plan -> client -> [strategy] -> ledger -> report
-
-In:  the global values, held by Flower's round loop as one float32 array.
-Out: the same after a round: each client's update decoded, checked, and combined with the others.
-
-A train message names the cohort that its node is to train (`requests`). Replies are frames
-(`replies`), decoded one at a time into what Flower's rule is given (`vectors`).
+The loop is Flower's (`Strategy.start`), and so is the aggregation: `SparseStrategy` stands in front
+of a Flower strategy, which sees float32 vectors. It holds the global values as one float32 array.
 """
 
 from __future__ import annotations
 
 import logging
 import math
-from abc import abstractmethod
+import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from flwr.serverapp import Grid
 from flwr.serverapp.exception import AggregationError
-from flwr.serverapp.strategy import Result
+from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
-from fedpet.config import StrategyConfig
+from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.errors import ConfigError
 from fedpet.pet.tiers import Tier
+from fedpet.protocol.flower_compat import optimizer_state
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
-from fedpet.server.aggregation import Counted, client_messages, mean_message
-from fedpet.server.arrays import from_arrays, to_arrays
+from fedpet.server.aggregation import (
+    UpdateStream,
+    aggregate,
+    client_messages,
+    from_arrays,
+    mean_message,
+    reset_optimizer,
+    to_arrays,
+)
 from fedpet.server.client_pool import ClientPool
-from fedpet.server.metering import LedgerMixin
-from fedpet.server.replies import LARGEST_VALUE, Replies
+from fedpet.server.replies import Replies
 from fedpet.server.reply_stream import StreamingGrid
 from fedpet.server.requests import Requests, wait_for_nodes
-from fedpet.server.server_state import Memory, RoundOffset
 from fedpet.server.tier_assignment import TierAssignment
 from fedpet.utils.gc_paused import kept_from_collection
 
-WIRE = "wire/"  # before the names of what the wire remembers, in `state`
-MAX_REPEATS = (
-    3  # for each node, of a request that could not be answered as it was made: plan, tier, residual
-)
+WIRE = "wire/"  # prefix, in `state`, of the entries that decide what is sent
+MAX_REPEATS = 3  # retries a node and round, whether plan, reference, tier or residual was missing
 
 LOG = logging.getLogger("fedpet")
 
 
-class SparseRounds(Memory):
-    """The rounds themselves; `MeanAggregation` and `PerClientAggregation` are what to put in front
-    of a rule.
+def make_rule(config: StrategyConfig, training: TrainingConfig) -> Strategy:
+    """Make a rule's Flower strategy, which samples nobody: fedpet's rounds do."""
+    rule: Strategy = config.flower_strategy(training)
+    if isinstance(rule, FedAvg):
+        rule.fraction_train = 0.0
+    return rule
+
+
+class SparseStrategy(Strategy):
+    """Run the rounds of a plan in front of a Flower strategy.
 
     Args:
         plan: What all clients agree on.
         tiers: What clients of each strength train, see `fedpet.pet.tiers.tiers_of`; mostly one.
-        population: Clients, and where they live.
-        config: Clients a round, quorum, deadlines, the rule's parameters.
-        ledger: Where bytes, refusals and seconds are counted.
+        population: Clients, and the nodes they live on.
+        config: Clients a round, quorum, deadlines, and the rule.
+        ledger: Counts bytes, refusals and seconds.
+
+    Attributes:
+        rule: Flower's strategy, which aggregates.
+        rounds_done: Rounds that were over before the loop began: Flower's counts from 1 whatever
+            went before.
     """
 
     def __init__(
@@ -69,11 +80,11 @@ class SparseRounds(Memory):
         config: StrategyConfig,
         ledger: Ledger,
     ) -> None:
-        super().__init__(**self.flower_kwargs(config, plan))
-        self.fraction_train = 0.0  # Flower samples nobody and makes no message: that is done here
+        self.rule = make_rule(config, plan.training)
         self.plan = plan
         self.config = config
         self.ledger = ledger
+        self.rounds_done = 0
         self._names = population.by_number()
         self._num_rows = population.num_rows
         self.tiers = TierAssignment(tiers, plan.mask, self._names.values())
@@ -82,30 +93,34 @@ class SparseRounds(Memory):
         )
         self._starting = False
 
-    def flower_kwargs(self, config: StrategyConfig, plan: Plan) -> dict[str, Any]:
-        """With what Flower's strategy behind this is made."""
-        return {}
-
-    @abstractmethod
-    def aggregate_to_messages(self, values: np.ndarray, updates: Counted) -> list[Message]:
-        """What Flower's strategy is given to aggregate."""
-
     @property
     def digest(self) -> bytes:
-        """By which messages name the plan."""
+        """Digest that names the plan in messages."""
         return self.requests.digest
 
-    # -- down -------------------------------------------------------------------------------
+    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
+        """Run Flower's loop, see `flwr.serverapp.strategy.Strategy.start`.
+
+        Replies are taken as they come, while others are still awaited.
+        """
+        self._starting = True
+        with kept_from_collection():
+            return super().start(StreamingGrid(grid, self._take), *args, **kwargs)
+
+    # -- a round, in its order --------------------------------------------------------------
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message a node: its cohort, the global values, the plan if it may lack it."""
+        """Make one message a node: its cohort, the global values, the plan if it may lack it."""
+        server_round += self.rounds_done
+        self.ledger.begin(server_round)
+        self._round_started = time.perf_counter()
         nodes = wait_for_nodes(grid, self.config.node_wait_seconds)
         self._repeats: Counter[int] = Counter()
         self._values = from_arrays(arrays)
-        super().configure_train(server_round, arrays, config, grid)  # the rule notes the values
-        messages = self.requests.of_round(server_round, self._values, nodes)
+        self.rule.configure_train(server_round, arrays, config, grid)  # it notes the values
+        messages = self.requests.first_requests(server_round, self._values, nodes)
         self._replies = Replies(
             server_round=server_round,
             plan=self.plan,
@@ -117,103 +132,84 @@ class SparseRounds(Memory):
             ledger=self.ledger,
             answered=self.requests.answered,
         )
-        return messages
+        return self._counted(messages)
 
-    # -- up ---------------------------------------------------------------------------------
-
-    def aggregate_train(
-        self, server_round: int, replies: Iterable[Message]
-    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
-        """Refuse what does not fit; combine the rest by Flower's rule if they are enough.
-
-        Args:
-            server_round: The round.
-            replies: Those that were not taken as they came: none where `start` runs the loop.
-        """
-        for reply in replies:
-            self._replies.take(reply)
-        self._replies.refuse_absent(self.requests.sampled)
-        updates = Counted(self._replies.updates())
-        messages = self.aggregate_to_messages(self._values, updates)
-        record = self.ledger.current
-        record.replies, record.loss = updates.count, updates.loss
-        for refused in record.refused:
-            LOG.warning("round %s: %s: %s", server_round, refused["who"], refused["reason"])
-        try:
-            self._check_enough(updates.count)
-            combined = self._combine(server_round, messages)
-            self.requests.settle(server_round, updates.names)
-            return combined
-        except AggregationError as error:
-            LOG.warning("round %s: %s The values stay as they were.", server_round, error)
-            return None, None
-
-    def _combine(
-        self, server_round: int, messages: list[Message]
-    ) -> tuple[ArrayRecord, MetricRecord | None]:
-        """What Flower's rule makes of the replies, unless it is no number."""
-        before = super().state()
-        with np.errstate(all="ignore"):
-            arrays, metrics = super().aggregate_train(server_round, messages)
-            values = self._values if arrays is None else from_arrays(arrays).astype(np.float32)
-        cached = all(np.isfinite(vector).all() for vector in super().state().values())
-        if arrays is None or not (cached and (np.abs(values) <= LARGEST_VALUE).all()):
-            super().load_state(before)
-            raise AggregationError(
-                f"the rule's result holds NaN or infinity, or values beyond {LARGEST_VALUE:g}, or "
-                "what it remembers does."
-            )
-        return to_arrays(values), metrics
-
-    def _check_enough(self, count: int) -> None:
-        asked = len(self.requests.sampled)
-        needed = max(math.ceil(self.config.quorum * asked), self.config.min_usable_replies)
-        if count < needed:
-            rule = self.config.min_usable_replies
-            raise AggregationError(
-                f"{count} of {asked} replies are usable, {needed} are needed"
-                + (f" by {self.config.name!r} and its parameters." if needed == rule else ".")
-            )
+    def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
+        """Count messages as they are taken: one that is sent need not be held."""
+        for message in messages:
+            self.ledger.add_message(message)
+            yield message
 
     def _take(self, reply: Message) -> list[Message]:
-        """Count and read a reply as it comes; give what to ask once more in another way."""
+        """Count and read a reply as it comes; return the retries that it calls for."""
         self.ledger.add_message(reply)
         self._replies.take(reply)
         again, node = self._replies.to_ask_again(), reply.metadata.src_node_id
         if not again or self._repeats[node] == MAX_REPEATS:
             return []
         self._repeats[node] += 1
-        asked = self.requests.again(again)
-        for message in asked:
-            self.ledger.add_message(message)
-        return asked
+        return list(self._counted(self.requests.retry_requests(again)))
 
-    # -- from run to run --------------------------------------------------------------------
+    def aggregate_train(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> tuple[ArrayRecord | None, MetricRecord | None]:
+        """Refuse replies that do not fit; aggregate the rest by Flower's rule if they are enough.
 
-    def state(self) -> dict[str, np.ndarray]:
-        """What the rule remembers, and what the wire does: who holds what, and the references."""
-        return super().state() | {f"{WIRE}{k}": v for k, v in self.requests.state().items()}
+        Args:
+            server_round: Counted by Flower's loop.
+            replies: Messages not taken as they came: none where `start` runs the loop.
+        """
+        server_round += self.rounds_done
+        for reply in replies:
+            self.ledger.add_message(reply)
+            self._replies.take(reply)
+        self._replies.refuse_absent(self.requests.sampled)
+        updates = UpdateStream(self._replies.updates())
+        as_messages = client_messages if self.config.compares_replies else mean_message
+        messages = as_messages(self._values, updates)
+        record = self.ledger.current
+        record.replies, record.loss = updates.count, updates.loss
+        for refused in record.refused:
+            LOG.warning("round %s: %s: %s", server_round, refused["who"], refused["reason"])
+        try:
+            self._check_enough(updates.count)
+            values, metrics = aggregate(self.rule, server_round, self._values, messages)
+            self.requests.settle(server_round, updates.names)
+            record.aggregated = True
+            return to_arrays(values), metrics
+        except AggregationError as error:
+            LOG.warning("round %s: %s The values stay as they were.", server_round, error)
+            record.aggregated = False
+            return None, None
+        finally:
+            record.round_seconds = time.perf_counter() - self._round_started
 
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go back to what `state` gave; the wire stays as it is where that says nothing of it."""
-        super().load_state({k: v for k, v in state.items() if not k.startswith(WIRE)})
-        wire = {k.removeprefix(WIRE): v for k, v in state.items() if k.startswith(WIRE)}
-        if wire:
-            self.requests.load_state(wire)
+    def _check_enough(self, count: int) -> None:
+        asked, rule = len(self.requests.sampled), self.config.min_usable_replies
+        needed = max(math.ceil(self.config.quorum * asked), rule)
+        if count < needed:
+            raise AggregationError(
+                f"{count} of {asked} replies are usable, {needed} are needed"
+                + (f" by {self.config.name!r} and its parameters." if needed == rule else ".")
+            )
 
-    # -- around the rounds ------------------------------------------------------------------
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Return no message: the server evaluates, and clients would be sent the values again."""
+        return []
 
-    def start(self, grid: Grid, *args: Any, **kwargs: Any) -> Result:
-        """Flower's loop, see `flwr.serverapp.strategy.Strategy.start`; replies are taken early."""
-        self._starting = True
-        with kept_from_collection():
-            return super().start(StreamingGrid(grid, self._take), *args, **kwargs)
+    def aggregate_evaluate(
+        self, server_round: int, replies: Iterable[Message]
+    ) -> MetricRecord | None:
+        """Return nothing: no client evaluates."""
+        return None
 
     def summary(self) -> None:
-        """Say nothing: the run's own progress does.
+        """Print nothing: the run's own progress does.
 
         Raises:
-            ConfigError: Another strategy's `start` asks, since it is wrapped around this one.
+            ConfigError: The `start` of a strategy wrapped around this one calls it.
         """
         if not self._starting:
             raise ConfigError(
@@ -222,24 +218,16 @@ class SparseRounds(Memory):
                 "clients send here are coded frames: start it by itself."
             )
 
-    # Evaluation is the server's.
+    # -- from run to run --------------------------------------------------------------------
 
-    def configure_evaluate(
-        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
-    ) -> Iterable[Message]:
-        """No message: an evaluation by the clients would send the values a second time."""
-        return []
+    def state(self) -> dict[str, np.ndarray]:
+        """Return the server optimiser, the references, and the records of who holds which."""
+        wire = {f"{WIRE}{name}": array for name, array in self.requests.state().items()}
+        return optimizer_state(self.rule) | wire
 
-
-class MeanAggregation(RoundOffset, LedgerMixin, SparseRounds):
-    """Put in front of a Flower strategy that averages: no more than one vector is held."""
-
-    def aggregate_to_messages(self, values: np.ndarray, updates: Counted) -> list[Message]:
-        return mean_message(values, updates)
-
-
-class PerClientAggregation(RoundOffset, LedgerMixin, SparseRounds):
-    """Put in front of a Flower strategy that compares replies: it sees one a client."""
-
-    def aggregate_to_messages(self, values: np.ndarray, updates: Counted) -> list[Message]:
-        return client_messages(values, updates)
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go back to a `state`; references and records stay where it has none."""
+        wire = {k.removeprefix(WIRE): v for k, v in state.items() if k.startswith(WIRE)}
+        reset_optimizer(self.rule, {k: v for k, v in state.items() if not k.startswith(WIRE)})
+        if wire:
+            self.requests.load_state(wire)

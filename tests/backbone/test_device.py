@@ -115,7 +115,7 @@ def test_a_whole_run_is_the_same_there(
     expected, found = experiment(**changes), experiment(**changes)
     before = run(expected)
     with _on(device) as there:
-        for module in ("client", "fedpet.run.prepare"):
+        for module in ("client.node", "run.prepare"):
             monkeypatch.setattr(f"fedpet.{module}.check_device", lambda _: str(there))
         after = run(found)
     assert after["refused"] == before["refused"] == []

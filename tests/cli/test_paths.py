@@ -15,10 +15,10 @@ from fedpet.client.node_config import NodeSettings, cache_folder, make_cache
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodeSpec
 from fedpet.errors import ConfigError, DataError
+from fedpet.export.saved_run import merge_run
 from fedpet.run import flower_server
 from fedpet.run.checkpoint_file import write_journal
 from fedpet.run.federate import prepare
-from fedpet.run.merge import merge_run
 from fedpet.run.resume import check_journal, cut_short, journal_after
 from fedpet.run.run_folder import new_run_folder
 from fedpet.utils.paths import absolute, check_output

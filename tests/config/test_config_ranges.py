@@ -20,19 +20,21 @@ from fedpet.config import (
     TrainingConfig,
 )
 from fedpet.config.ranges import Range, Stage, stated_ranges
-from fedpet.config.strategy_parameters import STRATEGY_PARAMETERS
+from fedpet.config.strategy_registry import registered_rules
 from fedpet.errors import ConfigError, StructureError
 from fedpet.pet.mask import mask_size
 from fedpet.pet.structure import ModuleSpec, Structure
 
 STAGES: dict[str, Any] = get_type_hints(Experiment)
+# A rule that takes the parameter, for those that only single rules take.
+TAKER = {name: rule for rule, its in registered_rules().items() for name in its.parameters()}
+CLASSES = [*STAGES.items(), *(("strategy", rule) for rule in registered_rules().values())]
 NUMBERS = [
     (table, field, kinds, allowed)
-    for table, stage in STAGES.items()
+    for table, stage in CLASSES
     for field, (kinds, allowed) in stated_ranges(stage).items()
+    if stage is STAGES[table] or field in stage.parameters()
 ]
-# A rule that takes the parameter, for those that only single rules take.
-TAKER = {name: rule for rule, takes in STRATEGY_PARAMETERS.items() for name in takes}
 
 
 def build(table: str, field: str, value: Any) -> Any:

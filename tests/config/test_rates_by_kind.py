@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 
 from fedpet.config import SearchConfig, TrainingConfig
@@ -64,3 +67,10 @@ def test_an_entry_that_would_do_nothing_or_harm_is_refused(
 def test_every_kind_that_a_model_may_have_can_be_named(kind: str) -> None:
     assert rates_by_kind([f"{kind}=0.01"], "training.learning-rates") == {kind: 0.01}
     assert TrainingConfig(learning_rates=(f"{kind}=0.01",)).rate_of(kind) == 0.01
+
+
+def test_the_configuration_names_exactly_the_kinds_that_the_package_registers() -> None:
+    code = "from fedpet.config.module_kinds import known_kinds as names; before = names()\n"
+    code += "from fedpet.pet.structure import KINDS; print({*before} == {'mask', 'head', *KINDS})"
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert ran.stdout == "True\n"

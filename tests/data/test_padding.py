@@ -18,11 +18,11 @@ from tiny import Silent
 from fedpet.config import ClientsConfig, Experiment
 from fedpet.data import Rows, load_data
 from fedpet.errors import BackboneError, DataError
+from fedpet.export.plain_model import write_model
+from fedpet.export.saved_run import merge_run
 from fedpet.run.federate import prepare
-from fedpet.run.merge import merge_run
-from fedpet.run.run_folder import write_model
+from fedpet.training.evaluation import predict
 from fedpet.training.input_checks import check_inputs
-from fedpet.training.loop import predict
 
 NUM_ROWS = 24
 

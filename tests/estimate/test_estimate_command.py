@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -165,3 +166,17 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert wanted in refused("--model", str(config_only), *arguments)
+
+
+def test_an_estimate_with_a_number_of_clients_loads_no_data_library_and_no_ray() -> None:
+    """Imports are most of its time."""
+    code = (
+        "import sys\n"
+        "from fedpet.config import Experiment\n"
+        "from fedpet.config.builtin import experiment_file\n"
+        "from fedpet.estimate import estimate\n"
+        "estimate(Experiment.from_file(experiment_file('film-reviews')), num_clients=10)\n"
+        "print({'ray', 'datasets', 'pandas', 'pyarrow', 'sklearn', 'peft'} & sys.modules.keys())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "set()", done.stderr

@@ -21,8 +21,7 @@ from fedpet.data import Task
 from fedpet.estimate import estimate, outline
 from fedpet.estimate.message_sizes import CHUNK_BYTES, made_up_plan, message_bytes
 from fedpet.estimate.participants import Participant
-from fedpet.estimate.payload_simulation import Payloads, payloads
-from fedpet.estimate.server_optimizer import ServerRule
+from fedpet.estimate.payload_simulation import Payloads, Server, payloads
 from fedpet.pet.structure import Structure
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import single_client_bytes
@@ -73,7 +72,8 @@ FLOWERS: dict[str, tuple[type[flower.FedAvg], dict[str, float]]] = {
 def test_the_server_is_taken_to_move_as_flower_s_does(name: str) -> None:
     LocalGrid({})  # names the run that messages are of
     kind, parameters = FLOWERS[name]
-    theirs, ours = kind(**parameters), ServerRule(StrategyConfig(name=name, **parameters))
+    config = StrategyConfig(name=name, **parameters)
+    theirs, ours = kind(**parameters), Server(config, TrainingConfig())
     theirs.fraction_train = 0.0
     random = np.random.default_rng(0)
     start = random.standard_normal(50, dtype=np.float32)

@@ -20,7 +20,7 @@ from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import read_request
 from fedpet.run.local_grid import LocalGrid
 from fedpet.server.client_pool import ClientPool
-from fedpet.strategies import STRATEGIES, SparseStrategy
+from fedpet.server.rounds import SparseStrategy
 from fedpet.utils.seeds import client_id64, derive_seed
 
 NUM_VALUES = 61
@@ -71,7 +71,7 @@ def make_strategy(name: str, plan: Plan | None = None, **changes: Any) -> Sparse
     """A strategy over all clients, with parameters that are not Flower's defaults."""
     plan = plan or make_plan()
     settings = {"clients_per_round": len(CLIENTS), **PARAMETERS[name], **changes}
-    return STRATEGIES[name](
+    return SparseStrategy(
         plan=plan,
         tiers=[Tier(0.0, 1.0, slice(None), plan.num_values, [(0, plan.num_values)])],
         population=ClientPool(ROWS, homes={}),

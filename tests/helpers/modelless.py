@@ -33,8 +33,9 @@ from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import PLAN_MISSING
 from fedpet.run.local_grid import LocalGrid
+from fedpet.server.aggregation import from_arrays, to_arrays
 from fedpet.server.client_pool import ClientPool
-from fedpet.strategies import STRATEGIES, SparseStrategy, from_arrays, to_arrays
+from fedpet.server.rounds import SparseStrategy
 from fedpet.training.loop import TrainResult
 from fedpet.utils.seeds import client_id64, derive_seed
 
@@ -97,8 +98,8 @@ class FakePet:
     def parameter_groups(self) -> dict[str, Any]:
         return {}
 
-    def proximal(self, mu: float) -> None:
-        return None
+    def sent_values(self) -> tuple[list[Any], list[Any]]:
+        return [], []
 
     def load_values(self, values: torch.Tensor, *, seed: int) -> None:
         self._values = values.clone()
@@ -156,7 +157,7 @@ class Forgetful:
 
 def make_strategy(plan: Plan, **changes: Any) -> SparseStrategy:
     settings: dict[str, Any] = {"clients_per_round": 5, **changes}
-    return STRATEGIES[settings.pop("name", "fedavg")](
+    return SparseStrategy(
         plan=plan,
         tiers=tiers_of(FakePet(plan), plan.mask),  # type: ignore[arg-type]
         population=ClientPool(ROWS, homes=settings.pop("homes", {})),

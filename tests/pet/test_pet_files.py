@@ -13,12 +13,12 @@ from architectures import ARCHITECTURES, backbone, batch, loss_of, mask_of
 from safetensors.torch import load_file
 from tiny import Silent
 
+from fedpet import HiwiConfig, LayerNormConfig, LoraConfig, PetConfig
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.config import BackboneConfig, Experiment, MaskConfig
 from fedpet.errors import BackboneError, InputError
 from fedpet.pet.factory import get_pet_model
 from fedpet.pet.model import PetModel
-from fedpet.pet.pet_config import HiwiConfig, LayerNormConfig, LoraConfig, PetConfig
 from fedpet.pet.pet_files import VALUES_FILE
 from fedpet.pet.structure import Structure
 from fedpet.protocol.plan import Plan

@@ -18,10 +18,10 @@ from tiny import Silent
 from fedpet.client.node import reply
 from fedpet.client.node_config import NodeSettings
 from fedpet.config import Experiment
+from fedpet.protocol.flower_compat import RESTARTS
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run.federate import federate, prepare
 from fedpet.run.ray_engine import run_on_ray
-from fedpet.run.ray_workers import RESTARTS
 from fedpet.run.run_folder import new_run_folder
 
 pytestmark = [pytest.mark.simulation, pytest.mark.timeout(300)]
@@ -32,7 +32,7 @@ class KillsIdleWorkers(Silent):
 
     killed = 0
 
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:  # type: ignore[override]
+    def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:  # type: ignore[override]
         if record.round != 1:
             return
         for process in psutil.Process().children(recursive=True):

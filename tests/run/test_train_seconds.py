@@ -10,7 +10,7 @@ from fake_training import CLIENTS, NUM_VALUES, ShuffledGrid, make_strategy
 
 from fedpet.protocol.frame import Frame, Refusal, pack_frame, pack_refusal
 from fedpet.protocol.request import RESIDUAL_MISSING
-from fedpet.strategies import to_arrays
+from fedpet.server.aggregation import to_arrays
 from fedpet.utils.seeds import client_id64
 
 

@@ -37,7 +37,7 @@ from fedpet.search import (
 from fedpet.server.client_pool import ClientPool
 from fedpet.strategies import StructureSearch
 from fedpet.strategies.structure_search import overlap
-from fedpet.training.loop import local_loss
+from fedpet.training.loss import client_loss
 from fedpet.utils.seeds import client_id64, derive_seed
 
 # -- what a round is -----------------------------------------------------------------------------
@@ -87,7 +87,7 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
         seed = derive_seed("client", plan.seed, number_of_round, number)
         model.pet.load_values(torch.from_numpy(values[: model.pet.num_values]), seed=seed)
         total = config.rounds * config.local_steps
-        loss = local_loss(
+        loss = client_loss(
             data.train.labels[client.rows], data.task, adjustment, torch.device("cpu")
         )
         central = BiLevel(model.pet, model.space, config, total_steps=total, loss=loss)

@@ -1,0 +1,170 @@
+"""Touch the private parts of Flower and Ray, each with the reason; no other file does.
+
+Written for flwr 1.41 and 1.42, which `constraints.txt` pins; the tests of each caller fail where a
+later version has moved a part.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from flwr.app import Error, Message, Metadata, RecordDict
+from flwr.app.message import make_message
+from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
+from flwr.supercore.inflatable.inflatable_object import InflatableObject
+from flwr.supercore.task_identity import TaskIdentity
+
+if TYPE_CHECKING:
+    from flwr.serverapp.strategy import Strategy
+
+__all__ = [
+    "CHUNK_BYTES",
+    "RESTARTS",
+    "InflatableObject",
+    "become_local_task",
+    "load_optimizer_state",
+    "make_message",
+    "make_reply",
+    "optimizer_state",
+    "quiet_flower",
+    "set_message_id",
+    "set_sender",
+    "workers_end_with_ray",
+]
+
+# CHUNK_BYTES: Flower splits arrays at this size, and each chunk has a header of its own to count.
+# InflatableObject: the tree of parts that a message is sent as, whose bytes the ledger counts.
+
+# Flower's pool of workers never replaces one: a worker that was killed, for memory say, takes every
+# later message of its node with it. Ray replaces it and repeats the message where these options of
+# its actors say so, and Flower hands its client_resources on as those. What comes out is the same,
+# since a message holds all that decides its reply (law 6).
+RESTARTS = {
+    "max_restarts": -1,
+    "max_task_retries": 3,  # of a message that kills its worker each time; then it is refused
+}
+
+
+def make_reply(
+    content: RecordDict | Error, *, node: int, kind: str = "train", asked: str = "asked"
+) -> Message:
+    """Make a message as a node's, which Flower lets only a node's own process do.
+
+    Args:
+        content: Its records, or what went wrong.
+        node: Id of the node that counts as its sender.
+        kind: Message type.
+        asked: Id of the message that it answers.
+    """
+    metadata = Metadata(
+        run_id=0,
+        message_id="",
+        src_node_id=node,
+        dst_node_id=0,
+        reply_to_message_id=asked,
+        group_id="",
+        created_at=time.time(),
+        ttl=1.0,
+        message_type=kind,
+    )
+    if isinstance(content, Error):
+        return make_message(metadata=metadata, error=content)
+    return make_message(metadata=metadata, content=content)
+
+
+def set_sender(message: Message, node: int, kind: str) -> None:
+    """Write the sender that the server knows over the one that the node wrote (law 7)."""
+    message.metadata.__dict__["_src_node_id"] = node
+    message.metadata.__dict__["_message_type"] = kind
+
+
+def set_message_id(message: Message, number: str) -> None:
+    """Number a message, as a SuperLink does, where none is there."""
+    message.metadata.__dict__["_message_id"] = number
+
+
+def become_local_task() -> None:
+    """Take the ids of a task, without which Flower makes no message outside of its processes."""
+    TaskIdentity.run_id = TaskIdentity.task_id = TaskIdentity.node_id = 1
+
+
+def optimizer_state(strategy: Strategy) -> dict[str, np.ndarray]:
+    """Return the vectors of a server optimiser by Flower's names, without those not made yet.
+
+    Flower has no way to save them. A strategy that has `state()` and `load_state()` of its own is
+    asked instead.
+    """
+    if hasattr(strategy, "state"):
+        return dict(strategy.state())
+    return {
+        name: next(iter(held.values())) if isinstance(held, dict) else held[0]
+        for name in _vectors(strategy)
+        if (held := getattr(strategy, name))
+    }
+
+
+def load_optimizer_state(
+    strategy: Strategy, state: Mapping[str, np.ndarray], array_name: str
+) -> None:
+    """Go back to an `optimizer_state`; to the beginning where a vector is not in it."""
+    if hasattr(strategy, "load_state"):
+        strategy.load_state(state)
+        return
+    for name, kind in _vectors(strategy).items():
+        vector = state.get(name)
+        held: Any = None
+        if vector is not None:
+            held = {array_name: vector} if kind is dict else [vector]
+        setattr(strategy, name, held)
+    # Flower's optimisers hold the global values too, and take them from the next round's.
+    vars(strategy)["current_arrays"] = None
+
+
+def _vectors(strategy: Strategy) -> dict[str, type]:
+    """Return Flower's attributes that hold vectors: in a dict by array, or in a list."""
+    from flwr.serverapp.strategy import FedAvgM  # devices go without: they never aggregate
+    from flwr.serverapp.strategy.fedopt import FedOpt
+
+    if isinstance(strategy, FedOpt):
+        return {"m_t": dict, "v_t": dict}
+    return {"momentum_vector": list} if isinstance(strategy, FedAvgM) else {}
+
+
+@contextmanager
+def quiet_flower() -> Iterator[None]:
+    """Keep Flower's log to errors: fedpet prints progress and refusals itself."""
+    logger = logging.getLogger("flwr")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", category=DeprecationWarning, module="flwr")
+            yield
+        logger.setLevel(level)
+    except Exception:
+        logger.setLevel(level)
+        raise  # an interrupt keeps it off for longer, see `stoppable`
+
+
+@contextmanager
+def workers_end_with_ray() -> Iterator[None]:
+    """Leave it to Ray's own end to end the workers.
+
+    Flower asks each to end itself just before, and Ray, which is told to restart workers, would
+    say that this has failed and is tried again.
+    """
+    from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+
+    name = "terminate_all_actors"
+    kept = getattr(BasicActorPool, name)
+    setattr(BasicActorPool, name, lambda pool: None)
+    try:
+        yield
+    finally:
+        setattr(BasicActorPool, name, kept)
