@@ -1,6 +1,4 @@
-"""The gates of a search as a heat map: how likely each kind of module was at each place.
-
-    ... -> structure -> search -> ... -> [report]
+"""Lay out the gates of a search as a heat map: the probability of each kind at each place.
 
 In:  a structure that a search left, with the gates of all its candidates.
 Out: a Rich table for the terminal and an HTML table for a page: rows are roles and kinds, columns
@@ -54,7 +52,7 @@ class GateMap:
 
 
 def gate_map(structure: Structure) -> GateMap | None:
-    """The map of a searched structure; None where no gates of all candidates are known."""
+    """Return the map of a searched structure; None where not all gates are known."""
     candidates = structure.provenance.get("candidates")
     if not structure.gates or not isinstance(candidates, list):
         return None
@@ -86,7 +84,7 @@ def gate_map(structure: Structure) -> GateMap | None:
 
 
 def structure_table(structure: Structure) -> RenderableType:
-    """What was found, in the terminal: a few figures, and the heat map where there are gates."""
+    """Show a structure in the terminal: a few figures, and the heat map of its gates."""
     return _Found(structure)
 
 

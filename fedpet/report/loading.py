@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedpet.backbone import bundled
 from fedpet.config.renamed import with_new_names
 from fedpet.errors import FedpetError, InputError
 from fedpet.pet.structure import Structure
@@ -21,6 +20,7 @@ from fedpet.report.curves import read_curve, read_rounds
 from fedpet.report.placement import Grid, Places, find_places
 from fedpet.report.plots import Line
 from fedpet.report.results import read_results
+from fedpet.utils import bundled
 
 __all__ = ["Report", "read_report"]
 
@@ -117,7 +117,7 @@ def _structure(run: Path) -> Structure | None:
 
 
 def _places(run: Path) -> Places:
-    """Where the run trained; a page without it is better than none."""
+    """Return where the run trained; a page without it is better than none."""
     if not (run / "plan.bin").is_file():
         return Places(None, Grid(), "the run has no plan")
     try:

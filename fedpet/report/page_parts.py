@@ -11,7 +11,7 @@ from markupsafe import Markup
 
 import fedpet
 from fedpet.config import Experiment
-from fedpet.config.strategy_parameters import STRATEGY_PARAMETERS
+from fedpet.config.strategy_registry import registered_rules
 from fedpet.report.comparison import columns_of, notes
 from fedpet.report.curves import KINDS
 from fedpet.report.gate_tables import MARK, gate_map, structure_facts
@@ -406,7 +406,7 @@ def _is_in_force(config: Mapping[str, Any], stage: str, key: str) -> bool:
         return not own.get("eval-split")
     if stage == "strategy":
         field = key.replace("-", "_")
-        rules = [name for name, takes in STRATEGY_PARAMETERS.items() if field in takes]
+        rules = [name for name, rule in registered_rules().items() if field in rule.parameters()]
         return not rules or own.get("name") in rules
     return True
 

@@ -246,7 +246,7 @@ def _draw_metric(
 
 
 def _logarithmic(axes: Axes, lines: Sequence[Line], colours: Mapping[str, str]) -> None:
-    """A logarithmic axis has no zero: where the run began is a level across the plot."""
+    """Make the axis logarithmic; it has no zero, so the start is a level across the plot."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_xlim()
@@ -269,7 +269,7 @@ def _logarithmic(axes: Axes, lines: Sequence[Line], colours: Mapping[str, str]) 
 
 
 def _numbered(rounds: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[int, str]]:
-    """Where each round stands, training's by their numbers and a search's before 1; their names."""
+    """Return each round's place on the axis, a search's before 1, and its name."""
     before = sum(record.get("kind") == "search" for record in rounds)
     names: dict[int, str] = {}
     for record in rounds:
@@ -337,7 +337,7 @@ def _told(line: Line, point: Point, metric: str) -> str:
 def _to_svg(
     figure: Figure, prefix: str, shape: str, label: str, titles: Mapping[str, Sequence[str]]
 ) -> str:
-    """The figure as an `svg` element that an HTML page can hold."""
+    """Return the figure as an `svg` element for an HTML page."""
     figure.patch.set_alpha(0)
     FigureCanvasSVG(figure)
     file = io.StringIO()
