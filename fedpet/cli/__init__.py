@@ -1,1 +1,1 @@
-"""The command line: a thin layer on the public API. Nothing imports it."""
+"""Command line: a thin layer on the public API. Nothing imports it."""

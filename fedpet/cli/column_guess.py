@@ -156,7 +156,7 @@ def _label(values: Mapping[str, Sequence[Any]]) -> str:
 
 
 def _client(values: Mapping[str, Sequence[Any]]) -> str:
-    """The client column by its name; values alone do not tell a client from a topic."""
+    """Return the client column by its name; values alone do not tell a client from a topic."""
     for name in _by_name(values, CLIENTS):
         column = values[name]
         distinct = len(set(map(str, column)))

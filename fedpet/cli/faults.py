@@ -1,4 +1,4 @@
-"""Errors that nobody foresaw: one sentence for the user, and the traceback in a file of its own."""
+"""Report an unforeseen error: one sentence for the user, the traceback in a file."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["is_of_paths", "report_fault", "watched_outputs"]
 
 
 def report_fault(error: BaseException) -> str:
-    """Leave the traceback in a new file; give the sentence that names it.
+    """Write the traceback to a new file; return the sentence that names it.
 
     It lies in the folder of the run that failed (the error's attribute `folder`), and where there
     is none, in the folder for temporary files.
@@ -47,7 +47,7 @@ def report_fault(error: BaseException) -> str:
 
 
 def is_of_paths(error: OSError, arguments: Iterable[str]) -> bool:
-    """Whether an error is about a file that the command line names, or one below it."""
+    """Return True for an error about a file of the command line, or one below it."""
     if not isinstance(error.filename, str):
         return False
     file = Path(error.filename).absolute()
@@ -57,7 +57,7 @@ def is_of_paths(error: OSError, arguments: Iterable[str]) -> bool:
 
 @contextmanager
 def watched_outputs() -> Iterator[Callable[[], bool]]:
-    """Give a function that says whether who read standard output or standard error has gone."""
+    """Give a function that returns True once a reader of the outputs has gone."""
     poll, watched = select.poll(), []
     for descriptor in (1, 2):
         with contextlib.suppress(OSError):  # it may be closed

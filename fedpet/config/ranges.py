@@ -111,7 +111,7 @@ def kebab_case(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def stated_ranges(stage: type[Any]) -> Mapping[str, tuple[tuple[type, ...], Range | None]]:
-    """Fields of a stage that may hold a number: their types, and the range, None without one."""
+    """Return the fields of a stage that may hold a number: their types, and the range, None without one."""
     found = {}
     hints = get_type_hints(stage, include_extras=True)
     for field in dataclasses.fields(stage):
@@ -136,7 +136,7 @@ def check_stated(stage: type[Any]) -> None:
 
 
 def _taken_apart(hint: Any) -> tuple[tuple[type, ...], tuple[Any, ...]]:
-    """Types of a union or of one type alone, and what `Annotated` adds."""
+    """Return the types of a hint, and what `Annotated` adds."""
     extras: tuple[Any, ...] = ()
     if get_origin(hint) is Annotated:
         hint, *more = get_args(hint)
@@ -146,7 +146,7 @@ def _taken_apart(hint: Any) -> tuple[tuple[type, ...], tuple[Any, ...]]:
 
 
 def _checked(key: str, value: Any, kinds: tuple[type, ...], allowed: Range | None) -> int | float:
-    """The value as Python's own number, in its range."""
+    """Return the value as Python's own number, in its range."""
     assert allowed is not None, f"{key} states no range"
     whole, is_number = isinstance(value, Integral), isinstance(value, Real)
     if isinstance(value, bool) or not is_number or not (whole or float in kinds):

@@ -36,6 +36,8 @@ VALUES = {
     ("codec.downlink", "values"): ("codec.downlink-mode", "full"),
 }
 
+FORMER_CODEC = {"uplink": "float32", "downlink": "float32", "downlink-mode": "delta"}
+
 
 def new_setting(key: str, value: Any) -> tuple[str, Any]:
     """Return the present key and value of a setting.
@@ -55,7 +57,7 @@ def new_setting(key: str, value: Any) -> tuple[str, Any]:
 
 
 def with_new_names(tables: Mapping[str, Any]) -> dict[str, Any]:
-    """Return an experiment's tables with the present names; what is no table stays as it is."""
+    """Return an experiment's tables with the present names, and the defaults of their time."""
     found: dict[str, Any] = {}
     for table, content in tables.items():
         if not isinstance(content, Mapping):
@@ -66,6 +68,8 @@ def with_new_names(tables: Mapping[str, Any]) -> dict[str, Any]:
             new, value = new_setting(f"{table}.{name.replace('_', '-')}", value)
             stage, _, key = new.partition(".")
             found.setdefault(stage, {})[key] = value
+    if set(TABLES) & set(tables):  # of before: a codec that they do not name was another
+        found["codec"] = FORMER_CODEC | found.get("codec", {})
     return found
 
 

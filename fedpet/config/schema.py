@@ -1,4 +1,4 @@
-"""The stages of an experiment: a frozen dataclass each, its keys, their defaults, what they may be.
+"""Define the stages of an experiment: frozen dataclasses of keys, defaults and ranges.
 
 In:  values of the right types (fedpet/config/parsing.py).
 Out: a stage that can be used, or one sentence on what is wrong.
@@ -214,7 +214,7 @@ class TrainingConfig(Stage):
         rates_by_kind(self.learning_rates, "training.learning-rates")
 
     def rate_of(self, kind: str) -> float:
-        """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
+        """Return the learning rate of one kind of module ("mask", "head", "lora", ...)."""
         rates = rates_by_kind(self.learning_rates, "training.learning-rates")
         return rates.get(kind, self.learning_rate)
 
@@ -270,7 +270,7 @@ class SearchConfig(Stage):
         rates_by_kind(self.learning_rates, "search.learning-rates")
 
     def rate_of(self, kind: str) -> float:
-        """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
+        """Return the learning rate of one kind of module ("mask", "head", "lora", ...)."""
         rates = rates_by_kind(self.learning_rates, "search.learning-rates")
         return rates.get(kind, self.learning_rate)
 

@@ -12,6 +12,7 @@ from collections.abc import Mapping
 from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
+from fedpet.config.value_checks import did_you_mean
 from fedpet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -52,7 +53,10 @@ def rule_named(name: Any) -> type[StrategyConfig]:
     """
     rules = registered_rules()
     if name not in rules:
-        raise ConfigError(f"strategy.name must be one of {', '.join(rules)}, got {name!r}.")
+        raise ConfigError(
+            f"strategy.name must be one of {', '.join(rules)}, got {name!r}."
+            f"{did_you_mean(str(name), rules)}"
+        )
     return rules[name]
 
 

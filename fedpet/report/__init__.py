@@ -1,6 +1,4 @@
-"""What a run leaves, made readable: terminal tables, and one HTML page.
-
-    ... -> plan -> client -> strategy -> ledger -> [report]
+"""Show what a run leaves: tables in the terminal, and one HTML page.
 
 In:  `result.json`, `rounds.jsonl` and `plan.bin` of run folders; a mask.
 Out: Rich tables (`table`, `compare`, `mask`, `gates`, `estimate`) and a page with plots (`page`).

@@ -1,6 +1,4 @@
-"""Runs side by side in the terminal: one line a method, averaged over its seeds.
-
-    ... -> strategy -> ledger -> [report]
+"""Show runs side by side in the terminal: a line a method, averaged over its seeds.
 
 In:  results (fedpet/report/results.py).
 Out: a Rich table an experiment: quality, and bytes, beside full fine-tuning and dense FedAvg.
@@ -36,7 +34,7 @@ def compare_table(results: Sequence[dict[str, Any]]) -> RenderableType:
 
 @dataclass(frozen=True)
 class _Note:
-    """A sentence below a table, broken between words alone: a path stays whole."""
+    """Return a sentence below a table, broken between words alone: a path stays whole."""
 
     text: str
 

@@ -1,4 +1,4 @@
-"""Runs as rows: what differs in the seed alone is averaged, and set beside full fine-tuning.
+"""Average runs that differ in their seed alone, and set them beside full fine-tuning.
 
 In:  results (fedpet/report/results.py).
 Out: a `Row` a method and experiment, and the columns that a table of rows has.
@@ -40,12 +40,12 @@ class RunGroup:
 
     @property
     def question(self) -> tuple[str, Settings, str]:
-        """What the runs of one table have in common."""
+        """Return what the runs of one table have in common."""
         return self.experiment, self.conditions, self.metric
 
     @property
     def title(self) -> str:
-        """Of the table it belongs to."""
+        """Return the title of its table."""
         return ", ".join([self.experiment, *(f"{key} = {value}" for key, value in self.conditions)])
 
 
@@ -192,12 +192,12 @@ def _against_full(row: Row, rows: Sequence[Row]) -> Row:
 
 
 def _best(rows: Sequence[Row]) -> Row:
-    """The row of the highest mean; one that diverged has none, and is below all others."""
+    """Return the row of the highest mean; a diverged one is below all others."""
     return max(rows, key=lambda row: -math.inf if math.isnan(row.mean) else row.mean)
 
 
 def notes(rows: Sequence[Row]) -> Iterator[str]:
-    """What tells the rows of one method apart, what went wrong in a run, what to be above."""
+    """Yield what tells rows of one method apart, the warnings of runs, and the baseline."""
     for row in rows:
         if row.group.settings:
             told = ", ".join(f"{key} = {value}" for key, value in row.group.settings)
@@ -216,7 +216,7 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def _warnings(row: Row) -> Iterator[str]:
-    """Of a row's runs, a few in full."""
+    """Yield the warnings of a row's runs, a few in full."""
     told = []
     for run in row.group.runs:
         status = run["run"].get("status", "ok")
@@ -230,7 +230,7 @@ def _warnings(row: Row) -> Iterator[str]:
 
 
 def _baseline(rows: Sequence[Row]) -> Iterator[str]:
-    """The majority baseline of the rows' evaluation, so far as results name it."""
+    """Yield the majority baseline of the rows' evaluation, where results name it."""
     found = dict.fromkeys(
         show_baseline(run["quality"])
         for row in rows
@@ -242,7 +242,7 @@ def _baseline(rows: Sequence[Row]) -> Iterator[str]:
 
 
 def columns_of(rows: Sequence[Row], between: str = " ") -> list[Column]:
-    """The columns that rows of one experiment have beside their names.
+    """Return the columns that rows of one experiment have beside their names.
 
     Args:
         rows: Of one table.

@@ -1,6 +1,4 @@
-"""A run's books read again: what had been sent when the metric was measured.
-
-    ... -> strategy -> ledger -> [report]
+"""Read a run's ledger: the bytes sent by the time the metric was measured.
 
 In:  a result, with `rounds.jsonl` beside it where it lies in a run folder.
 Out: a `Curve`, the metric against cumulative bytes, and the rounds' own lines.
@@ -92,7 +90,7 @@ def read_rounds(result: Mapping[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def read_curve(result: Mapping[str, Any]) -> Curve:
-    """The metric against cumulative bytes, from the rounds, else from the result's totals."""
+    """Return the metric against cumulative bytes, from the rounds, else from the totals."""
     rounds = read_rounds(result)
     if rounds is not None:
         return Curve(_points(rounds), exact=True)
@@ -124,5 +122,5 @@ def _points(rounds: Sequence[Mapping[str, Any]]) -> tuple[Point, ...]:
 
 
 def _is_number(metric: float | None) -> bool:
-    """Whether a metric has a place in a plot: it was measured, and is not NaN."""
+    """Return True for a metric that was measured and is not NaN."""
     return metric is not None and math.isfinite(metric)

@@ -1,6 +1,4 @@
-"""An estimate in the terminal: what would be sent, and how long that takes on named links.
-
-    ... -> ledger -> [report]
+"""Show an estimate in the terminal: the bytes, and their time on named links.
 
 In:  an `Estimate`.
 Out: Rich tables that read in 80 columns, in a terminal and in a file.
@@ -146,7 +144,7 @@ def _sources(estimate: Estimate) -> Table:
 
 
 def show_rate(bits_per_second: float) -> str:
-    """A bit rate with three significant digits.
+    """Format a bit rate with three significant digits.
 
     Example:
         >>> show_rate(62_500)

@@ -1,6 +1,4 @@
-"""The gates of a search as a heat map: how likely each kind of module was at each place.
-
-    ... -> structure -> search -> ... -> [report]
+"""Lay out the gates of a search as a heat map: the probability of each kind at each place.
 
 In:  a structure that a search left, with the gates of all its candidates.
 Out: a Rich table for the terminal and an HTML table for a page: rows are roles and kinds, columns
@@ -11,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from html import escape
 from typing import Any
 
 from rich import box
@@ -20,10 +17,9 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpet.pet.structure import Structure
-from fedpet.report.number_format import show_percent
 from fedpet.utils.formatting import format_bytes
 
-__all__ = ["Gate", "GateMap", "gate_html", "gate_map", "structure_table"]
+__all__ = ["Gate", "GateMap", "gate_map", "structure_table"]
 
 MARK = "*"
 # Text and background by gate, light to dark: both are set, so that any terminal's theme reads.
@@ -56,7 +52,7 @@ class GateMap:
 
 
 def gate_map(structure: Structure) -> GateMap | None:
-    """The map of a searched structure; None where no gates of all candidates are known."""
+    """Return the map of a searched structure; None where not all gates are known."""
     candidates = structure.provenance.get("candidates")
     if not structure.gates or not isinstance(candidates, list):
         return None
@@ -88,7 +84,7 @@ def gate_map(structure: Structure) -> GateMap | None:
 
 
 def structure_table(structure: Structure) -> RenderableType:
-    """What was found, in the terminal: a few figures, and the heat map where there are gates."""
+    """Show a structure in the terminal: a few figures, and the heat map of its gates."""
     return _Found(structure)
 
 
@@ -173,39 +169,3 @@ def _cell(gate: Gate | None) -> Text:
     text = f"{100 * gate.probability:3.0f}{MARK if gate.chosen else ' '}"
     style = f"bold {shade}".strip() if gate.chosen else shade
     return Text(text, style=style)
-
-
-def gate_html(structure: Structure, fullest: float) -> str:
-    """The heat map for a page, or "" where there is none.
-
-    Args:
-        fullest: How much of a cell's colour a gate of 1 has, as a fraction.
-    """
-    found = gate_map(structure)
-    if found is None:
-        return ""
-    body = []
-    for row in found.rows:
-        cells = []
-        for layer in found.layers:
-            gate = found.cells.get((row, layer))
-            if gate is None:
-                cells.append('<td class="none"></td>')
-                continue
-            share = f"{100 * fullest * gate.probability:.1f}%"
-            words = (
-                f"{gate.target}: {show_percent(gate.probability)}, {gate.size:,} values"
-                f"{', chosen' if gate.chosen else ''}"
-            )
-            number = f"{100 * gate.probability:.0f}"
-            inner = f"<b>{number}{MARK}</b>" if gate.chosen else number
-            chosen = ' class="chosen"' if gate.chosen else ""
-            cells.append(
-                f'<td{chosen} style="--share: {share}" title="{escape(words)}">{inner}</td>'
-            )
-        body.append(f'<tr><th scope="row">{escape(row)}</th>{"".join(cells)}</tr>')
-    heads = "".join(f'<th scope="col">{escape(name)}</th>' for name in ("layer", *found.layers))
-    return (
-        f'<div class="scroll" tabindex="0"><table class="heat"><thead><tr>{heads}</tr></thead>'
-        f"<tbody>{''.join(body)}</tbody></table></div>"
-    )

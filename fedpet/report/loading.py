@@ -1,4 +1,4 @@
-"""Everything that a page tells, read from a run's folder and from those it is compared with.
+"""Read everything that a page shows: a run's folder, and those it is compared with.
 
 In:  a run folder, and runs, result files or cell files to compare it with.
 Out: a `Report`.
@@ -20,13 +20,14 @@ from fedpet.report.curves import read_curve, read_rounds
 from fedpet.report.placement import Grid, Places, find_places
 from fedpet.report.plots import Line
 from fedpet.report.results import read_results
+from fedpet.utils import bundled
 
 __all__ = ["Report", "read_report"]
 
 
 @dataclass(frozen=True)
 class Report:
-    """Everything a page tells."""
+    """Everything that a page shows."""
 
     result: Mapping[str, Any]
     rounds: Sequence[Mapping[str, Any]] | None
@@ -36,6 +37,8 @@ class Report:
     numbers: Mapping[tuple[str, str], int]  # of a group, by title and name: colour and marker
     places: Places
     structure: Structure | None  # of structure.json
+    date: str  # the end of the run; "" in results of before
+    checkpoint: str  # its name
 
 
 def read_report(run: Path, compared: Sequence[Path] = ()) -> Report:
@@ -85,6 +88,8 @@ def read_report(run: Path, compared: Sequence[Path] = ()) -> Report:
         numbers=numbers,
         places=_places(run),
         structure=_structure(run),
+        date=result["run"].get("date", ""),
+        checkpoint=_checkpoint(result["run"]["backbone"]),
     )
 
 
@@ -97,6 +102,13 @@ def _read_config(path: Path) -> dict[str, Any]:
         raise InputError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
 
 
+def _checkpoint(model: str) -> str:
+    """Return the name of a checkpoint; the bundled one has its package's."""
+    if model in ("bundled", "embedded"):  # the latter in results of before
+        return f"{bundled.name_of(bundled.MODEL)} (bundled)"
+    return model
+
+
 def _structure(run: Path) -> Structure | None:
     try:
         return Structure.from_json((run / "structure.json").read_text(encoding="utf-8"))
@@ -105,7 +117,7 @@ def _structure(run: Path) -> Structure | None:
 
 
 def _places(run: Path) -> Places:
-    """Where the run trained; a page without it is better than none."""
+    """Return where the run trained; a page without it is better than none."""
     if not (run / "plan.bin").is_file():
         return Places(None, Grid(), "the run has no plan")
     try:

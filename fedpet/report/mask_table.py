@@ -1,6 +1,4 @@
-"""A mask in the terminal: where its entries lie, and what it costs to tell them.
-
-    backbone -> mask -> [report]
+"""Show a mask in the terminal: its density by layer, and the bytes of its positions.
 
 In:  a mask, the rule that made it, the model it was read off, and its coded size.
 Out: a Rich table: densities by layer and by role, bytes against the entropy bound.
@@ -121,7 +119,7 @@ def mask_shares(
 
 
 def entropy_bytes(mask: Mask) -> float:
-    """The bound of a code that knows each tensor's count: sum over tensors of n H(k / n) / 8."""
+    """Return the bound of a code that knows each count: sum over tensors of n H(k / n) / 8."""
     return (
         sum(
             size * _entropy_bits(len(mask.positions.get(name, ())) / size)
@@ -132,7 +130,7 @@ def entropy_bytes(mask: Mask) -> float:
 
 
 def derived_mask_bytes(mask: Mask, config: MaskConfig) -> int:
-    """What a derived mask adds to a plan: its rule, density and SHA-256, as they are sent."""
+    """Return the bytes that a recomputed mask adds to a plan: rule, density, SHA-256."""
 
     def plan(rule: MaskConfig | None, sha256: str) -> Plan:
         return Plan(
@@ -213,7 +211,7 @@ def _lines(shares: Iterable[Share], top: float) -> Iterable[tuple[str, str, str,
 
 
 def bar(fraction: float) -> str:
-    """A bar of block characters, full at `BAR_CELLS` cells."""
+    """Draw a bar of block characters, full at `BAR_CELLS` cells."""
     eighths = round(8 * BAR_CELLS * min(max(fraction, 0.0), 1.0))
     return "█" * (eighths // 8) + _EIGHTHS[eighths % 8].strip()
 

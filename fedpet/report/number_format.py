@@ -1,4 +1,4 @@
-"""How a report writes counts, shares, ratios and settings.
+"""Format counts, shares, ratios and settings for a report.
 
 Bytes and seconds: `fedpet.utils.formatting`.
 """
@@ -10,7 +10,7 @@ from typing import Any
 
 
 def show_count(count: float) -> str:
-    """A count exactly up to a million, with three significant digits above.
+    """Format a count exactly up to a million, with three significant digits above.
 
     Example:
         >>> show_count(9986), show_count(22_713_216)
@@ -25,7 +25,7 @@ def show_count(count: float) -> str:
 
 
 def show_ratio(ratio: float) -> str:
-    """A ratio as the N of "1/N", which is how a saving is spoken of.
+    """Format a ratio as "1/N", as one speaks of a saving.
 
     Example:
         >>> show_ratio(0.0005), show_ratio(0.4), show_ratio(2)
@@ -39,7 +39,7 @@ def show_ratio(ratio: float) -> str:
 
 
 def show_percent(fraction: float) -> str:
-    """A fraction in percent, with three significant digits.
+    """Format a fraction in percent, with three significant digits.
 
     Example:
         >>> show_percent(0.9912), show_percent(0.00044)
@@ -55,7 +55,7 @@ FEW_CLASSES = 6  # whose shares are all shown
 
 
 def show_predicted(shares: Mapping[str, float]) -> str:
-    """How often each class is predicted; of many classes, how many are at all.
+    """Format how often each class is predicted; of many classes, the number that is.
 
     Example:
         >>> show_predicted({"bad": 0.25, "good": 0.75})
@@ -69,7 +69,7 @@ def show_predicted(shares: Mapping[str, float]) -> str:
 
 
 def show_baseline(quality: Mapping[str, Any]) -> str:
-    """The majority baseline and its answer.
+    """Format the majority baseline and its answer.
 
     Example:
         >>> show_baseline({"majority_baseline": 0.5, "majority_class": "good"})
@@ -81,7 +81,7 @@ def show_baseline(quality: Mapping[str, Any]) -> str:
 
 
 def show_metric(value: float | None) -> str:
-    """A metric; null in a result's file stands for NaN, which JSON cannot hold.
+    """Format a metric; null in a result's file stands for NaN, which JSON cannot hold.
 
     Example:
         >>> show_metric(0.81234), show_metric(None)
@@ -91,7 +91,7 @@ def show_metric(value: float | None) -> str:
 
 
 def show_value(value: object) -> str:
-    """A setting as a TOML file has it, without the quotes."""
+    """Format a setting as a TOML file has it, without the quotes."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 

@@ -1,26 +1,30 @@
-"""One page about a run, and about those it is compared with: opens offline, light and dark.
-
-    ... -> strategy -> ledger -> [report]
+"""Write one page about a run and those it is compared with; it opens offline, light and dark.
 
 In:  a `Report` (fedpet/report/loading.py).
 Out: one HTML file that loads nothing, or the main plot as PNG.
 
-The plots are drawn beforehand (`fedpet.report.plots`), so the page needs no script. A number that
+The plots are drawn beforehand (fedpet/report/plots.py), so the page needs no script. A number that
 a plot shows stands in a table as well.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from html import escape
+from functools import cache
 from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
 
 from fedpet.errors import InputError
 from fedpet.report.loading import Report
+from fedpet.report.page_parts import Heat, page_parts
 from fedpet.report.plots import metric_png
-from fedpet.report.sections import SECTIONS
 
-__all__ = ["page", "write_page", "write_png"]
+__all__ = ["heat_html", "page", "write_page", "write_png"]
+
+TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_page(report: Report, path: Path) -> None:
@@ -43,16 +47,26 @@ def write_png(report: Report, path: Path) -> None:
 
 
 def page(report: Report) -> str:
-    """The page as HTML. The same report gives the same text."""
-    run = report.result["run"]
-    title = f"{run['experiment']}: {run['method']}, seed {run['seed']}"
-    style = Path(__file__).with_name("page.css").read_text(encoding="utf-8")
-    body = "\n".join(part for section in SECTIONS for part in section(report))
-    return (
-        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f"<title>{escape(title)}</title>\n<style>\n{style}</style>\n</head>\n"
-        f"<body>\n<main>\n{body}\n</main>\n</body>\n</html>\n"
+    """Return the page as HTML. The same report gives the same text."""
+    style = Markup((TEMPLATES / "page.css").read_text(encoding="utf-8"))
+    return _environment().get_template("page.html.jinja").render(style=style, **page_parts(report))
+
+
+def heat_html(heat: Heat) -> str:
+    """Return a heat map as an HTML table."""
+    pieces: Any = _environment().get_template("pieces.html.jinja").module
+    return str(pieces.heat(heat))
+
+
+@cache
+def _environment() -> Environment:
+    """Make the templates' environment: text is escaped, and a name that is not given fails."""
+    return Environment(
+        loader=FileSystemLoader(TEMPLATES),
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
 
 

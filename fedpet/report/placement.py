@@ -1,6 +1,4 @@
-"""Where a run trained: the mask's density and the structure's modules, by layer and role.
-
-    ... -> codec -> plan -> ... -> [report]
+"""Place what a run trained: the mask's density and the modules, by layer and role.
 
 In:  a run folder's `plan.bin` and `config.toml`, and the checkpoint where it is at hand.
 Out: two grids of cells, layers down and roles across, and a sentence where one is left out.
@@ -37,7 +35,7 @@ __all__ = ["Cell", "Grid", "Places", "find_places"]
 
 @dataclass
 class Cell:
-    """What lies at one layer and role."""
+    """The entries and modules at one layer and role."""
 
     entries: int = 0  # in the mask's scope
     chosen: int = 0
@@ -54,7 +52,7 @@ class Grid:
     cells: dict[tuple[str, str], Cell] = field(default_factory=dict)
 
     def at(self, layer: str, role: str) -> Cell:
-        """The cell, made where there is none yet."""
+        """Return the cell, and make it where there is none yet."""
         if layer not in self.layers:
             self.layers.append(layer)
         if role not in self.roles:
@@ -136,7 +134,7 @@ def _cached(config: BackboneConfig) -> str:
 
 
 def _shape(folder: Path) -> nn.Module | None:
-    """The run's model without its weights, from the plain model it left."""
+    """Return the run's model without its weights, from the plain model it left."""
     from transformers import AutoConfig, AutoModelForSequenceClassification
 
     if not (folder / "model" / "config.json").is_file():
@@ -184,7 +182,7 @@ def _mask_grid(
 
 
 def _structure(folder: Path, plan: Plan) -> Structure:
-    """The run's structure with its gates; the plan has none of them."""
+    """Return the run's structure with its gates, which the plan lacks."""
     try:
         whole = Structure.from_json((folder / "structure.json").read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError, FedpetError):

@@ -1,6 +1,4 @@
-"""The plots of a report, drawn by matplotlib: as SVG that follows the page's theme, and as PNG.
-
-    ... -> strategy -> ledger -> [report]
+"""Draw the plots of a report by matplotlib: as SVG that follows the page's theme, and as PNG.
 
 In:  curves and rounds.
 Out: SVG text for a page, in two shapes (wide, narrow), or a PNG file.
@@ -31,13 +29,14 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLoca
 from fedpet.report.curves import KINDS, Curve, Point
 from fedpet.utils.formatting import format_bytes
 
-__all__ = ["Line", "bytes_svg", "metric_png", "metric_svg"]
+__all__ = ["Line", "bytes_svg", "metric_png", "metric_svg", "progress_svg"]
 
 SERIES = 7  # colours of lines; beyond them the marker changes
 MARKERS = "osD"  # round, square, diamond: as the swatches of the page
 # Inches at 72 a unit: what a column of the page, and a telephone, are wide.
-WIDE, HALF, NARROW = (10.0, 4.4), (4.9, 3.4), (4.3, 3.9)
+WIDE, NARROW = (10.0, 4.4), (4.3, 3.9)
 FEW_POINTS = 40  # up to here each point has a marker
+LEGEND_CHARACTERS = 95  # of a legend's line, swatches counted as six each
 LOG_FROM = 30  # totals further apart than this need a logarithmic axis
 
 _STAND_INS = {
@@ -61,11 +60,7 @@ _PRINTED = {
     "series-5": "#b3306b",
     "series-6": "#59636e",
 }
-_DIRECTIONS = {
-    "both": "bytes up and down with the plan, all clients",
-    "up": "bytes up, all clients",
-    "down": "bytes down with the plan, all clients",
-}
+_SENT = "bytes up and down with the plan, all clients"
 _SETTINGS: dict[Any, Any] = {
     "svg.fonttype": "none",
     "svg.hashsalt": "fedpet",
@@ -89,28 +84,85 @@ class Line:
     main: bool  # the run that the report is about
 
 
-def metric_svg(lines: Sequence[Line], metric: str, direction: str, *, prefix: str) -> str:
-    """The metric against cumulative bytes; wide and narrow, the page shows one of them.
+def metric_svg(lines: Sequence[Line], metric: str, *, prefix: str) -> str:
+    """Draw the metric against cumulative bytes; wide and narrow, the page shows one of them.
 
     Args:
         lines: The runs; the last drawn lies on top.
         metric: Its name.
-        direction: "both", "up" or "down".
-        prefix: Of every id in the SVG, different for each plot of a page.
+        prefix: Begins every id in the SVG; different for each plot of a page.
     """
-    sizes = {"wide": WIDE if direction == "both" else HALF, "narrow": NARROW}
     parts = []
-    for shape, size in sizes.items():
+    for shape, size in {"wide": WIDE, "narrow": NARROW}.items():
         with matplotlib.rc_context(_SETTINGS):
             figure = Figure(figsize=size, layout="constrained")
-            _draw_metric(figure.add_subplot(), lines, metric, direction, _STAND_INS)
+            _draw_metric(figure.add_subplot(), lines, metric, _STAND_INS)
             titles = {
-                _gid(index): [_told(line, point, metric, direction) for point in line.curve.points]
+                _gid(index): [_told(line, point, metric) for point in line.curve.points]
                 for index, line in enumerate(lines)
             }
-            label = f"{metric} against {_DIRECTIONS[direction]}"
+            label = f"{metric} against {_SENT}"
             parts.append(_to_svg(figure, f"{prefix}-{shape}", shape, label, titles))
     return "\n".join(parts)
+
+
+def progress_svg(rounds: Sequence[Mapping[str, Any]], metric: str, *, prefix: str) -> str:
+    """Draw the training loss and the metric by round: beside each other, or narrow, stacked."""
+    found = {
+        "training loss": ("series-1", _finite(rounds, "loss")),
+        metric: ("series-0", _finite(rounds, "metric")),
+    }
+    found = {name: (colour, points) for name, (colour, points) in found.items() if points}
+    if not found:
+        return ""
+    parts = []
+    for shape, size in {"wide": (WIDE[0], 3.4), "narrow": (NARROW[0], 4.6)}.items():
+        with matplotlib.rc_context(_SETTINGS):
+            figure = Figure(figsize=size, layout="constrained")
+            grid = (1, len(found)) if shape == "wide" else (len(found), 1)
+            titles: dict[str, list[str]] = {}
+            for index, (name, (colour, points)) in enumerate(found.items()):
+                axes = figure.add_subplot(*grid, index + 1)
+                _draw_rounds(axes, name, _STAND_INS[colour], points, _gid(index))
+                titles[_gid(index)] = [f"round {n}: {name} {value:.4f}" for n, value in points]
+            label = f"{' and '.join(found)} by round"
+            parts.append(_to_svg(figure, f"{prefix}-{shape}", shape, label, titles))
+    return "\n".join(parts)
+
+
+def _finite(rounds: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, float]]:
+    """Return the rounds of training with a finite number, and that number."""
+    return [
+        (record["round"], float(record[key]))
+        for record in rounds
+        if record.get("kind") != "search"
+        and record.get(key) is not None
+        and math.isfinite(record[key])
+    ]
+
+
+def _draw_rounds(
+    axes: Axes, name: str, colour: str, points: Sequence[tuple[int, float]], gid: str
+) -> None:
+    _style(axes, _STAND_INS)
+    numbers, values = zip(*points, strict=True)
+    axes.plot(
+        numbers,
+        values,
+        color=colour,
+        linewidth=2,
+        marker="o",
+        markersize=4.5,
+        markeredgecolor=_STAND_INS["surface"],
+        markeredgewidth=0.6,
+        gid=gid,
+        clip_on=False,
+        zorder=3,
+    )
+    axes.xaxis.set_major_locator(MaxNLocator(8, integer=True, min_n_ticks=1))
+    axes.yaxis.set_major_locator(MaxNLocator(5))
+    axes.set_xlabel("round", color=_STAND_INS["muted"])
+    _title(axes, name, _STAND_INS["ink"])
 
 
 def metric_png(lines: Sequence[Line], metric: str, path: Path) -> None:
@@ -118,7 +170,7 @@ def metric_png(lines: Sequence[Line], metric: str, path: Path) -> None:
     with matplotlib.rc_context(_SETTINGS):
         figure = Figure(figsize=(8.0, 4.5), layout="constrained", facecolor="white")
         axes = figure.add_subplot()
-        _draw_metric(axes, lines, metric, "both", _PRINTED)
+        _draw_metric(axes, lines, metric, _PRINTED)
         if len({line.group for line in lines}) > 1:
             drawn = dict(zip(*reversed(axes.get_legend_handles_labels()), strict=True))
             names = [line.group for line in sorted(lines, key=lambda line: line.number)]
@@ -127,7 +179,7 @@ def metric_png(lines: Sequence[Line], metric: str, path: Path) -> None:
                 [drawn[name] for name in names],
                 names,
                 loc="outside upper left",
-                ncols=5,
+                ncols=max(1, min(5, LEGEND_CHARACTERS // (max(map(len, names)) + 6))),
                 frameon=False,
                 labelcolor=_PRINTED["ink"],
             )
@@ -149,24 +201,24 @@ def bytes_svg(rounds: Sequence[Mapping[str, Any]], *, prefix: str) -> str:
 
 
 def _draw_metric(
-    axes: Axes, lines: Sequence[Line], metric: str, direction: str, colours: Mapping[str, str]
+    axes: Axes, lines: Sequence[Line], metric: str, colours: Mapping[str, str]
 ) -> None:
     _style(axes, colours)
-    totals = [_sent(line.curve.points[-1], direction) for line in lines if line.curve.points]
+    totals = [line.curve.points[-1].both for line in lines if line.curve.points]
     totals = [total for total in totals if total > 0]
     logarithmic = bool(totals) and max(totals) > LOG_FROM * min(totals)
     order = sorted(range(len(lines)), key=lambda index: lines[index].main)  # the main run on top
     named: set[str] = set()
     for index in order:
         line = lines[index]
-        points = [p for p in line.curve.points if not logarithmic or _sent(p, direction) > 0]
+        points = [p for p in line.curve.points if not logarithmic or p.both > 0]
         if not points:
             continue
         colour = colours[f"series-{line.number % SERIES}"]
         marker = MARKERS[line.number // SERIES % len(MARKERS)]
         few = len(points) <= FEW_POINTS
         axes.plot(
-            [_sent(point, direction) for point in points],
+            [point.both for point in points],
             [point.metric for point in points],
             color=colour,
             linewidth=2.4 if line.main else 1.4,
@@ -184,29 +236,24 @@ def _draw_metric(
         )
         named.add(line.group)
     if logarithmic:
-        _logarithmic(axes, lines, direction, colours)
+        _logarithmic(axes, lines, colours)
     else:
         axes.set_xlim(left=0)
         axes.xaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
-    axes.set_xlabel(
-        f"{_DIRECTIONS[direction]}{', log scale' if logarithmic else ''}", color=colours["muted"]
-    )
-    title = metric if direction == "both" else f"{metric} by bytes {direction}"
-    axes.set_title(title, loc="left", color=colours["ink"], fontsize=11, fontweight="bold")
+    axes.set_xlabel(f"{_SENT}{', log scale' if logarithmic else ''}", color=colours["muted"])
+    _title(axes, metric, colours["ink"])
 
 
-def _logarithmic(
-    axes: Axes, lines: Sequence[Line], direction: str, colours: Mapping[str, str]
-) -> None:
-    """A logarithmic axis has no zero: where the run began is a level across the plot."""
+def _logarithmic(axes: Axes, lines: Sequence[Line], colours: Mapping[str, str]) -> None:
+    """Make the axis logarithmic; it has no zero, so the start is a level across the plot."""
     axes.set_xscale("log")
     axes.xaxis.set_minor_locator(NullLocator())
     low, high = axes.get_xlim()
     decades = range(math.ceil(math.log10(low)), math.floor(math.log10(high)) + 1)
     axes.xaxis.set_major_locator(FixedLocator([10.0**power for power in decades]))
     start = next((line.curve.points[0] for line in lines if line.main and line.curve.points), None)
-    if start is not None and _sent(start, direction) == 0:
+    if start is not None and start.both == 0:
         axes.axhline(start.metric, color=colours["muted"], linewidth=1, linestyle=(0, (1, 3)))
         axes.annotate(
             "before training",
@@ -222,7 +269,7 @@ def _logarithmic(
 
 
 def _numbered(rounds: Sequence[Mapping[str, Any]]) -> tuple[list[int], dict[int, str]]:
-    """Where each round stands, training's by their numbers and a search's before 1; their names."""
+    """Return each round's place on the axis, a search's before 1, and its name."""
     before = sum(record.get("kind") == "search" for record in rounds)
     names: dict[int, str] = {}
     for record in rounds:
@@ -260,14 +307,12 @@ def _draw_bytes(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> dict[str, li
         axes.set_ylim(0, 1.06 * max(below) or 1)
         axes.set_xlim(min(numbers) - 0.6, max(numbers) + 0.6)
     axes.set_xlabel("round", color=_STAND_INS["muted"])
-    axes.set_title(
-        "bytes a round, all clients",
-        loc="left",
-        color=_STAND_INS["ink"],
-        fontsize=11,
-        fontweight="bold",
-    )
+    _title(axes, "bytes a round, all clients", _STAND_INS["ink"])
     return titles
+
+
+def _title(axes: Axes, text: str, colour: str) -> None:
+    axes.set_title(text, loc="left", color=colour, fontsize=11, fontweight="bold")
 
 
 def _style(axes: Axes, colours: Mapping[str, str]) -> None:
@@ -278,25 +323,21 @@ def _style(axes: Axes, colours: Mapping[str, str]) -> None:
     axes.spines["bottom"].set_color(colours["muted"])
 
 
-def _sent(point: Point, direction: str) -> float:
-    return float(getattr(point, direction))
-
-
 def _gid(index: int) -> str:
     return f"line-{index}"
 
 
-def _told(line: Line, point: Point, metric: str, direction: str) -> str:
+def _told(line: Line, point: Point, metric: str) -> str:
     return (
         f"{line.name}, round {point.round}: {metric} {point.metric:.4f} after "
-        f"{format_bytes(_sent(point, direction))}"
+        f"{format_bytes(point.both)}"
     )
 
 
 def _to_svg(
     figure: Figure, prefix: str, shape: str, label: str, titles: Mapping[str, Sequence[str]]
 ) -> str:
-    """The figure as an `svg` element that an HTML page can hold."""
+    """Return the figure as an `svg` element for an HTML page."""
     figure.patch.set_alpha(0)
     FigureCanvasSVG(figure)
     file = io.StringIO()

@@ -1,4 +1,4 @@
-"""Finds and reads what runs left, and refuses what this version cannot read.
+"""Find and read the results of runs, and refuse those that this version cannot read.
 
 In:  run folders, `result.json` files, cell files of a benchmark, or folders of any of these.
 Out: the results as written, each with its path and its experiment's settings.
@@ -122,7 +122,7 @@ def _read(path: Path, must: bool) -> dict[str, Any] | None:
 
 
 def _with_nan(result: dict[str, Any]) -> dict[str, Any]:
-    """The same, with NaN for the metric of a run that diverged: null in the file."""
+    """Return the same with NaN for the metric of a diverged run: null in the file."""
     run, quality = result["run"], result["quality"]
     if not isinstance(run, dict) or run.get("status") != "diverged":
         return result
@@ -153,7 +153,7 @@ def _settings(cell: Mapping[str, Any], path: Path) -> dict[str, str]:
 
 
 def _dotted(value: Any, parents: tuple[str, ...] = ()) -> Iterator[tuple[str, Any]]:
-    """All `stage.key` with their values: of nested tables, and of "stage.key=value" strings."""
+    """Yield all `stage.key` and values of nested tables and "stage.key=value" strings."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
             if not (name == "result" and not parents):

@@ -1,6 +1,4 @@
-"""The end of a run in the terminal: what was learned, what was sent, what it took.
-
-    ... -> strategy -> ledger -> [report]
+"""Show the end of a run in the terminal: quality, bytes, time.
 
 In:  what `result.json` holds.
 Out: a Rich table that reads in 80 columns, in a terminal and in a file.

@@ -6,6 +6,7 @@ messages; a share is a fraction; seconds are wall time.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
@@ -75,6 +76,7 @@ def summarise(
             "seed": experiment.run.seed,
             "backbone": experiment.backbone.model,
             "codec": str(experiment.codec),
+            "date": time.strftime("%Y-%m-%d %H:%M %z"),
             "fingerprint": fingerprint,
             "plan_digest": plan_digest,
             "versions": versions(),

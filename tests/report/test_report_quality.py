@@ -63,7 +63,7 @@ def test_the_page_shows_the_baseline_what_is_predicted_and_every_warning(tmp_pat
     result = collapsed(tmp_path / "run")
     text = Reader(page(read_report(tmp_path / "run"))).text
     assert "majority baseline 0.5200 (always 'good')" in text
-    assert "Predicted at the end: bad 0 %, good 100.0 %." in text
+    assert "class predicted bad 0 % good (majority) 100.0 %" in text
     for warning in result["quality"]["warnings"]:
         assert words(warning) in words(text)
 

