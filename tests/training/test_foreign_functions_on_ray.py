@@ -1,0 +1,34 @@
+"""Workers of Ray, other processes, train on a loss of one's own."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import foreign_functions
+import pytest
+import tiny
+from tiny import Silent
+
+from fedpet.client.node import Node
+from fedpet.client.node_config import NodeSettings
+from fedpet.run.federate import federate, prepare
+from fedpet.run.local_grid import LocalGrid
+from fedpet.run.ray_engine import simulate
+from fedpet.run.run_folder import new_run_folder
+
+pytestmark = [pytest.mark.simulation, pytest.mark.timeout(300)]
+
+
+def test_workers_import_a_loss_that_was_registered_by_name_in_the_run_s_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    helpers = str(Path(foreign_functions.__file__).parent)
+    monkeypatch.setenv("PYTHONPATH", helpers, prepend=":")
+    files = tiny.make_backbone(tmp_path / "b"), tiny.make_rows(tmp_path / "r")
+    changes = {"strategy_num_rounds": 1, "training_loss": "focal"}
+    here = tiny.make_experiment(*files, tmp_path / "here", **changes)
+    grid = LocalGrid({1: Node(NodeSettings.of(here)).answer})
+    expected = federate(grid, prepare(here, Silent()), new_run_folder(here), Silent())
+    found, _ = simulate(tiny.make_experiment(*files, tmp_path / "ray", **changes), Silent())
+    assert found["refused"] == []
+    assert found["final_values_sha256"] == expected["final_values_sha256"]
