@@ -298,7 +298,7 @@ def _refuse_others(adapter: str, model: nn.Module, targets: Iterable[str]) -> No
 
 
 def _mask_values(pet: PetModel) -> dict[str, tuple[Tensor, Tensor]]:
-    """Return positions and changes of the mask, by the path of the module that has the weight."""
+    """Return positions and changes of the mask, by the path of the module they are in."""
     if pet.mask is None:
         return {}
     delta = pet.get_delta()
