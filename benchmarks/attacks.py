@@ -41,6 +41,7 @@ from fedpet.protocol.flower_compat import quiet_flower
 from fedpet.protocol.frame import Frame, pack_frame, pack_refusal, unpack_frames
 from fedpet.protocol.request import read_request
 from fedpet.report.number_format import show_metric
+from fedpet.run.callbacks import Callback
 from fedpet.run.federate import Prepared, federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.run_folder import RunFolder
@@ -160,12 +161,12 @@ class AttackCell(ExperimentCell):
         """Run the rounds; a run that learned nothing is a result too."""
         run = replace(self.experiment.run, out=str(folder))
         settings = replace(self.experiment, run=run)
-        prepared = prepare(settings, _Silent())
+        prepared = prepare(settings, Callback())
         assert isinstance(prepared, Prepared), "no search comes before it"
         liars = Liars(Node(NodeSettings.of(settings)).answer, prepared, ATTACKS[self.attack])
         try:
             with quiet_flower():
-                federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), _Silent())
+                federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), Callback())
         except RunError:
             if not (folder / "result.json").exists():
                 raise
@@ -193,11 +194,6 @@ def cells(
             yield AttackCell(
                 path, rate, seed, None, settings, name, FEDPET, rule=rule, attack=attack
             )
-
-
-class _Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
 
 
 def summary(all_cells: Sequence[AttackCell]) -> dict[str, Any]:

@@ -144,11 +144,12 @@ def _prepare(folder: Path) -> None:
     from fedpet.backbone.pretrained import locate
     from fedpet.pet.layout import quantisation_groups
     from fedpet.protocol.plan import Plan
+    from fedpet.run.callbacks import Callback
     from fedpet.run.federate import Prepared, prepare
 
     for epochs in (0, 1):
         experiment = _experiment(folder, epochs)
-        prepared = prepare(experiment, _Silent())
+        prepared = prepare(experiment, Callback())
         assert isinstance(prepared, Prepared), "no search comes before it"
         plan = prepared.plan
         by_size = sorted(prepared.data.clients, key=lambda client: len(client.rows))
@@ -183,14 +184,6 @@ def _request(plan: Any, groups: list[tuple[int, int]], client: str, server_round
         digest, server_round, 0, plan.codec.downlink, plan.num_values, 0, 0.0, 0.0, payload
     )
     return write_request(Request((client_id64(client),), pack_frame(frame)))
-
-
-class _Silent:
-    def say(self, text: str) -> None:
-        """Nobody listens."""
-
-    def round_done(self, record: object, ledger: object) -> None:
-        """Nobody listens."""
 
 
 def bare(folder: Path) -> dict[str, float]:

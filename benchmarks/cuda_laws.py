@@ -210,11 +210,6 @@ def _path() -> list[str]:
     return [entry for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]
 
 
-class _Silent:
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
-
-
 def run(place: Place) -> None:
     """Run a whole federation in this process, twice on the GPU and once on the processor."""
     with tempfile.TemporaryDirectory() as name:
@@ -246,6 +241,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict[str, Any]:
     # Here, so that the other sections need neither Flower nor `datasets`.
     from fedpet.client.node_config import NodeSettings
+    from fedpet.run.callbacks import Callback
     from fedpet.run.federate import federate, prepare
     from fedpet.run.local_grid import LocalGrid
     from fedpet.run.run_folder import new_run_folder
@@ -267,7 +263,7 @@ def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict
         experiment = Experiment.from_tables(tables)
         grid = LocalGrid.of(NodeSettings.of(experiment), 1)
         result = federate(
-            grid, prepare(experiment, _Silent()), new_run_folder(experiment), _Silent()
+            grid, prepare(experiment, Callback()), new_run_folder(experiment), Callback()
         )
         key = f"{where} {number}"
         results[key] = {

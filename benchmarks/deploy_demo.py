@@ -27,6 +27,7 @@ from fedpet.data.sources import open_source
 from fedpet.deploy import Deployment, NodeSpec, write_deployment
 from fedpet.deploy.certificates import make_node_key
 from fedpet.protocol.ledger import Ledger, RoundRecord
+from fedpet.run.callbacks import Callback
 from fedpet.run.ray_engine import simulate
 
 NODES = ("attic", "barn", "cellar")
@@ -36,25 +37,25 @@ RUN_SECONDS = 1800.0
 TURNED_AWAY_SECONDS = 120.0
 
 
-class Report:
+class Report(Callback):
     """Prints what is found, and remembers whether all of it was as it should be."""
 
     def __init__(self) -> None:
         self._started = time.monotonic()
         self.failed = False
 
-    def say(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         """Show the stage that begins."""
         print(f"[{time.monotonic() - self._started:5.0f} s] {text}", flush=True)
 
     def check(self, text: str, holds: bool, otherwise: str = "") -> None:
         """Show one finding."""
         self.failed |= not holds
-        self.say(f"{'yes' if holds else 'NO '}  {text}")
+        self.on_stage(f"{'yes' if holds else 'NO '}  {text}")
         if not holds and otherwise:
             print(otherwise, flush=True)
 
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+    def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show nothing of the simulation's rounds."""
 
 
@@ -71,7 +72,7 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
             f"run.cache='{folder}/cache'",
         ],
     )
-    report.say(f"simulating {rounds} rounds on Ray")
+    report.on_stage(f"simulating {rounds} rounds on Ray")
     simulated, _ = simulate(experiment, report)
     clients = simulated["data"]["clients"]
 
@@ -88,7 +89,10 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     )
     write_deployment(deployment, folder / "deployment")
     rows = write_thirds(folder / "deployment" / "nodes", experiment)
-    report.say(f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}")
+    parts = (f"{name} with {n} reviews" for name, n in rows.items())
+    report.on_stage(f"deployed: {', '.join(parts)}")
+        f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}"
+    )
     with RealNodes(folder / "deployment", port) as real:
         real.start_server()
         report.check("plain HTTP is refused", plain_http_is_refused(port))
@@ -97,7 +101,7 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
             real.start_node(name)
         make_intruder(folder / "deployment", node_ports[0], node_ports[-1])
         report.check("a node that is not registered is turned away", *_turned_away(real))
-        report.say(f"running {rounds} rounds on {len(NODES)} nodes")
+        report.on_stage(f"running {rounds} rounds on {len(NODES)} nodes")
         done = real.run(limit_seconds=RUN_SECONDS)
         log = (done.stdout + done.stderr)[-4000:]
         report.check("the run ends with exit code 0", done.returncode == 0, log)
@@ -123,7 +127,7 @@ def _compare(report: Report, simulated: Mapping[str, Any], deployed: Mapping[str
         f"simulated: {simulated['final_values_sha256']}",
     )
     quality, seconds = deployed["quality"], deployed["time"]["rounds_seconds"]
-    report.say(f"{quality['metric']} {quality['final']:.4f}; {seconds:.1f} s of rounds")
+    report.on_stage(f"{quality['metric']} {quality['final']:.4f}; {seconds:.1f} s of rounds")
 
 
 def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:

@@ -201,10 +201,10 @@ class StructureFile(Cell):
     def run(self) -> Result:
         """Search; an interrupted search goes on where it stopped."""
         from fedpet.run.central_search import search_centrally
-        from fedpet.run.search_progress import SearchProgress
+        from fedpet.run.progress import SearchBar
 
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with SearchProgress() as progress:
+        with SearchBar() as progress:
             return {"structure": search_centrally(self.experiment, self.path, progress)}
 
     def write(self, result: Result) -> None:

@@ -29,6 +29,7 @@ from flwr.clientapp import ClientApp
 from fedpet.client.node_config import NodeSettings
 from fedpet.config import Experiment
 from fedpet.protocol.ledger import Ledger, RoundRecord
+from fedpet.run.callbacks import Callback
 from fedpet.run.federate import federate, prepare
 from fedpet.run.ray_engine import run_on_ray
 from fedpet.run.run_folder import machine, new_run_folder, versions
@@ -43,16 +44,16 @@ CODECS = {
 NOISE = 1e-3  # deviation of an update's entries
 
 
-class Seconds:
+class Seconds(Callback):
     """Note each round's wall time."""
 
     def __init__(self) -> None:
         self.rounds: list[float] = []
 
-    def say(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         """Do nothing: stages are not timed."""
 
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+    def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Note one."""
         if record.round:
             self.rounds.append(record.round_seconds)

@@ -1,16 +1,13 @@
 """fedpet: federated parameter-efficient fine-tuning on Flower.
 
-    backbone -> mask -> structure -> search -> model -> codec
-             -> plan -> client -> strategy -> ledger -> report
-
     import fedpet
 
     model = fedpet.get_pet_model(base, fedpet.PetConfig(
         mask=fedpet.MaskConfig(density=0.001),
         modules=[fedpet.LoraConfig(r=8, target_modules=["query", "value"])]))
+    run = fedpet.simulate(model, fedpet.load_federated_dataset(rows, client_column="client"))
 
-Names are imported when they are first asked for, so that the command line answers `--help`
-without waiting for torch.
+Names are imported on first use, so that the command line answers `--help` without torch.
 """
 
 import importlib
@@ -18,7 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
-    from fedpet.config import MaskConfig
+    from fedpet.config import Experiment, MaskConfig
+    from fedpet.data.bundled_data import bundled_model, bundled_reviews
+    from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
     from fedpet.errors import FedpetError, InputError
     from fedpet.pet.factory import get_pet_model
     from fedpet.pet.mask import Mask, build_mask, pafi_mask
@@ -34,6 +33,9 @@ if TYPE_CHECKING:
     from fedpet.pet.pet_config import PetConfig
     from fedpet.pet.structure import Structure
     from fedpet.protocol.ledger import Ledger
+    from fedpet.run.callbacks import Callback
+    from fedpet.run.finished import Run
+    from fedpet.run.simulate import resume, simulate
     from fedpet.training.loss import register_loss
     from fedpet.training.metrics import register_metric
 
@@ -41,7 +43,9 @@ __version__ = "0.1.0"
 
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
-    "fedpet.config": ("MaskConfig",),
+    "fedpet.config": ("Experiment", "MaskConfig"),
+    "fedpet.data.bundled_data": ("bundled_model", "bundled_reviews"),
+    "fedpet.data.federated_dataset": ("FederatedDataset", "load_federated_dataset"),
     "fedpet.errors": ("FedpetError", "InputError"),
     "fedpet.protocol.ledger": ("Ledger",),
     "fedpet.pet.mask": ("Mask", "build_mask", "pafi_mask"),
@@ -57,6 +61,9 @@ _HOME = {
     "fedpet.pet.modules.module_config": ("CustomModuleConfig", "ModuleConfig"),
     "fedpet.pet.pet_config": ("PetConfig",),
     "fedpet.pet.structure": ("Structure",),
+    "fedpet.run.callbacks": ("Callback",),
+    "fedpet.run.finished": ("Run",),
+    "fedpet.run.simulate": ("resume", "simulate"),
     "fedpet.training.loss": ("register_loss",),
     "fedpet.training.metrics": ("register_metric",),
 }
@@ -65,7 +72,10 @@ _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 __all__ = [
     "AdapterConfig",
     "BitFitConfig",
+    "Callback",
     "CustomModuleConfig",
+    "Experiment",
+    "FederatedDataset",
     "FedpetError",
     "GatedModule",
     "HiwiConfig",
@@ -79,17 +89,23 @@ __all__ = [
     "ModuleSpec",
     "PetConfig",
     "PetModel",
+    "Run",
     "Structure",
     "__version__",
     "build_mask",
+    "bundled_model",
+    "bundled_reviews",
     "decode",
     "encode",
     "get_pet_model",
     "linears",
+    "load_federated_dataset",
     "pafi_mask",
     "register_loss",
     "register_metric",
     "register_module",
+    "resume",
+    "simulate",
 ]
 
 
@@ -99,9 +115,9 @@ def __getattr__(name: str) -> Any:
     if name not in _MODULE_OF:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     value = getattr(importlib.import_module(_MODULE_OF[name]), name)
-    globals()[name] = value  # asked for once
+    globals()[name] = value  # the next access finds it
     return value
 
 
 def __dir__() -> list[str]:
-    return [*__all__]
+    return [*__all__, "strategies"]

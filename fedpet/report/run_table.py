@@ -8,7 +8,7 @@ Out: a Rich table that reads in 80 columns, in a terminal and in a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
@@ -32,7 +32,7 @@ MAX_REFUSALS = 3  # shown in full; the others are in result.json
 Row = tuple[str, str]
 
 
-def run_table(result: dict[str, Any]) -> RenderableType:
+def run_table(result: Mapping[str, Any]) -> RenderableType:
     """Show one run.
 
     Args:

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -29,9 +29,9 @@ from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError
 from fedpet.pet.mask import Mask, build_mask
 from fedpet.pet.structure import PRESETS, Structure
+from fedpet.run.callbacks import Callback
 from fedpet.run.run_folder import versions
 from fedpet.search import (
-    SearchProgress,
     build_space,
     manual_structure,
     random_structure,
@@ -48,34 +48,24 @@ if TYPE_CHECKING:
 _EVERYBODY = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 
-class Listener(Protocol):
-    """Whoever wants to see a search go on."""
-
-    def say(self, text: str) -> None:
-        """A stage begins."""
-
-    def step(self, progress: SearchProgress) -> None:
-        """A step of the search is over."""
-
-
-def search_centrally(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+def search_centrally(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     """Find the structure that `experiment.search` asks for, and leave its file.
 
     Args:
         experiment: Its backbone, data, mask, rates and search are read.
         out: The file to make.
-        listener: Is told of stages and steps.
+        callback: Is called at stages and steps.
 
     Raises:
         InputError: The experiment, the budget or the data cannot be used, or `out` is there.
     """
     with claimed_file(out):
-        return _search(experiment, out, listener)
+        return _search(experiment, out, callback)
 
 
-def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     device = check_device(experiment.run.device)
-    listener.say("reading and tokenising the rows")
+    callback.on_stage("reading and tokenising the rows")
     data = load_data(
         experiment.data,
         _EVERYBODY,
@@ -83,11 +73,11 @@ def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         cache=make_cache(experiment),
         evaluation=False,
     )
-    listener.say(f"loading the backbone {experiment.backbone.model!r}")
+    callback.on_stage(f"loading the backbone {experiment.backbone.model!r}")
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     check_inputs(backbone.model, data.train, experiment.data.max_length)
     for line in backbone.origin.lines():
-        listener.say(line)
+        callback.on_stage(line)
     mask = None
     if experiment.mask.enabled:
         mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
@@ -103,7 +93,7 @@ def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         products=experiment.training.matmul_backend,
         state=state_file(out),
         origin=origin,
-        listener=listener,
+        callback=callback,
     )
     write_file(out, structure.to_json())
     state_file(out).unlink(missing_ok=True)
@@ -156,7 +146,7 @@ def find_structure(
     indices: np.ndarray | None = None,
     state: Path | None = None,
     origin: Mapping[str, Any] | None = None,
-    listener: Listener | None = None,
+    callback: Callback | None = None,
 ) -> Structure:
     """A structure by the settled `config.method`: searched, random, or manual.
 
@@ -183,7 +173,7 @@ def find_structure(
             loss=loss,
             products=products,
             state_file=state,
-            progress=None if listener is None else listener.step,
+            progress=None if callback is None else callback.on_search_step,
             provenance=origin,
         ).structure
     budget, rank, scale = float(config.budget), config.rank, config.scale

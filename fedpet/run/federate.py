@@ -32,9 +32,10 @@ from fedpet.data import Client, FederatedData, count_classes
 from fedpet.errors import RunError
 from fedpet.pet.tiers import tiers_of
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
+from fedpet.run.callbacks import Callback, RunStart
 from fedpet.run.checkpoint_file import RunCheckpoint, remove_journal
 from fedpet.run.federated_search import make_client_pool, search_in_rounds, with_registry
-from fedpet.run.prepare import Listener, Prepared, PreparedSearch, is_deployed, prepare
+from fedpet.run.prepare import Prepared, PreparedSearch, prepare
 from fedpet.run.quality import refuse_diverged
 from fedpet.run.result import count_by_kind, summarise
 from fedpet.run.run_folder import RunFolder
@@ -48,14 +49,14 @@ from fedpet.utils.cores import usable_cores
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Listener", "Prepared", "PreparedSearch", "federate", "is_deployed", "prepare"]
+__all__ = ["Prepared", "PreparedSearch", "federate", "prepare"]
 
 
 def federate(
     grid: Grid,
     prepared: Prepared | PreparedSearch,
     out: RunFolder,
-    listener: Listener,
+    callback: Callback,
     journal: RunCheckpoint | None = None,
 ) -> dict[str, Any]:
     """Run the rounds and leave the run folder.
@@ -64,7 +65,7 @@ def federate(
         grid: Reaches the nodes.
         prepared: What to run; its model, or backbone, is used up.
         out: Where everything goes that the run leaves.
-        listener: Is told of stages and rounds.
+        callback: Is called at stages and rounds.
         journal: Where a run that was cut short goes on from; None begins at the beginning.
 
     Returns:
@@ -86,9 +87,13 @@ def federate(
         out.write_classes(classes)
     ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
     population = make_client_pool(prepared)
+    clients = len(prepared.data.clients)
+    callback.on_run_start(
+        RunStart(experiment=experiment, folder=out.path, num_clients=clients, resumed=resumed)
+    )
     if isinstance(prepared, PreparedSearch):
         structure = search_in_rounds(
-            grid, prepared, population, ledger, out, listener, journal, resumed=resumed
+            grid, prepared, population, ledger, out, callback, journal, resumed=resumed
         )
         prepared, journal = prepared.found(structure), None
         out.write_inputs(experiment, prepared.plan)
@@ -104,8 +109,8 @@ def federate(
         ledger=ledger,
     )
     grid = with_registry(grid, strategy, population, experiment)
-    state = RunState(prepared, strategy, ledger, out, listener, journal, resumed=resumed)
-    listener.say("starting the rounds" if journal is None else "going on with the rounds")
+    state = RunState(prepared, strategy, ledger, out, callback, journal, resumed=resumed)
+    callback.on_stage("starting the rounds" if journal is None else "going on with the rounds")
     if state.rounds_left:
         strategy.start(
             grid,
@@ -118,7 +123,7 @@ def federate(
     # Where nodes share this machine's cache, what they kept for the rounds to come goes with them.
     kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
     shutil.rmtree(kept, ignore_errors=True)
-    listener.say("writing the plain model")
+    callback.on_stage("writing the plain model")
     out.write_outputs(state.values, model, locate(experiment.backbone))
     summary = summarise(
         experiment,
@@ -140,6 +145,7 @@ def federate(
     )
     out.write_result(summary)
     remove_journal(out.path)
+    callback.on_run_end(summary, out.path)
     averaged = [record.round for record in ledger.of_kind(TRAINING) if record.aggregated]
     if not averaged:
         raise RunError(

@@ -22,6 +22,7 @@ from fedpet.client.state_store import state_folder
 from fedpet.config import Experiment
 from fedpet.pet.structure import Structure
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
+from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import origin_of
 from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
 from fedpet.run.resume import journal_after, restore_strategy
@@ -34,7 +35,7 @@ from fedpet.strategies import StructureSearch
 from fedpet.utils.gc_paused import kept_from_collection
 
 if TYPE_CHECKING:
-    from fedpet.run.prepare import Listener, PreparedSearch, RunInputs
+    from fedpet.run.prepare import PreparedSearch, RunInputs
 
 __all__ = ["make_client_pool", "search_in_rounds", "with_registry"]
 
@@ -45,7 +46,7 @@ def search_in_rounds(
     population: ClientPool,
     ledger: Ledger,
     out: RunFolder,
-    listener: Listener,
+    callback: Callback,
     journal: RunCheckpoint | None = None,
     *,
     resumed: int = 0,
@@ -58,7 +59,7 @@ def search_in_rounds(
         population: The clients; in a deployment it grows as nodes come.
         ledger: Its next rounds are the search's; what follows is training's again.
         out: Where `structure.json` and the journal go.
-        listener: Is told of each round.
+        callback: Is called at each round.
         journal: Of this search, where it goes on from; None begins at the beginning.
         resumed: How often the run has been gone on with.
 
@@ -77,7 +78,7 @@ def search_in_rounds(
     grid = with_registry(grid, strategy, population, experiment)
     if journal is not None:
         strategy.values = restore_strategy(journal, strategy)
-    listener.say("searching the structure on the clients")
+    callback.on_stage("searching the structure on the clients")
     ledger.kind = SEARCH
     with kept_from_collection():
         while not strategy.is_over:
@@ -93,7 +94,7 @@ def search_in_rounds(
                     resumed=resumed,
                 )
                 write_journal(out.path, after, ledger.path)
-            listener.round_done(ledger.current, ledger)
+            callback.on_round_end(ledger.current, ledger)
             if not strategy.is_over:
                 refuse_stalled(ledger)
     ledger.kind = TRAINING

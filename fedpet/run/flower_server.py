@@ -14,7 +14,9 @@ from flwr.serverapp import Grid
 
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
-from fedpet.run.federate import federate, is_deployed, prepare
+from fedpet.run.callbacks import Callbacks
+from fedpet.run.federate import federate
+from fedpet.run.prepare import is_deployed, prepare
 from fedpet.run.progress import Progress
 from fedpet.run.resume import check_journal, cut_short, is_cut_short, searched_structure
 from fedpet.run.run_folder import RunFolder, claimed_run
@@ -40,17 +42,16 @@ def serve_run(grid: Grid, context: Context) -> None:
             out = RunFolder(folder)
         else:
             out = held.enter_context(claimed_run(experiment))
-        searches = experiment.search.rounds if experiment.search.federated else 0
-        metric = experiment.data.metric
-        progress = held.enter_context(Progress(experiment.strategy.num_rounds, metric, searches))
-        progress.say(f"run folder: {out.path.absolute()}")
+        progress = held.enter_context(Progress.of(experiment))
+        callbacks = Callbacks([progress, *experiment.run.callbacks])
+        progress.on_stage(f"run folder: {out.path.absolute()}")
         prepared = prepare(
-            experiment, progress, found=searched_structure(folder) if goes_on else None
+            experiment, callbacks, found=searched_structure(folder) if goes_on else None
         )
         journal = check_journal(folder, prepared) if goes_on else None
-        result = federate(grid, prepared, out, progress, journal)
+        result = federate(grid, prepared, out, callbacks, journal)
         for warning in result["quality"]["warnings"]:
-            progress.say(f"warning: {warning}")
+            progress.on_stage(f"warning: {warning}")
 
 
 def refuse_relative(experiment: Experiment) -> None:

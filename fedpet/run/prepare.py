@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import numpy as np
 
@@ -33,9 +33,9 @@ from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure, load_structure
 from fedpet.pet.tiers import Tier, tiers_of
-from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.plan_making import make_plan, make_search_plan
+from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import settled_search
 from fedpet.search import Space, check_structure
 from fedpet.training.batching import inputs_of
@@ -45,17 +45,7 @@ from fedpet.training.input_checks import check_inputs
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Listener", "Prepared", "PreparedSearch", "is_deployed", "prepare"]
-
-
-class Listener(Protocol):
-    """Whoever wants to see a run go on."""
-
-    def say(self, text: str) -> None:
-        """A stage begins; or, where the text is a sentence, something to be read."""
-
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
-        """A round, or the evaluation before the first, is over."""
+__all__ = ["Prepared", "PreparedSearch", "is_deployed", "prepare"]
 
 
 @dataclass(frozen=True)
@@ -95,13 +85,13 @@ class PreparedSearch(RunInputs):
 
 
 def prepare(
-    experiment: Experiment, listener: Listener, *, found: Structure | None = None
+    experiment: Experiment, callback: Callback, *, found: Structure | None = None
 ) -> Prepared | PreparedSearch:
     """Read the rows, load the backbone, find the structure or the space, settle the plan.
 
     Args:
         experiment: What to run.
-        listener: Is told of stages.
+        callback: Is called at stages.
         found: What a search of this run has found already.
 
     Raises:
@@ -111,18 +101,18 @@ def prepare(
     experiment = experiment.located()
     check_codecs(experiment.codec)
     device = check_device(experiment.run.device)
-    listener.say("reading and tokenising the rows")
+    callback.on_stage("reading and tokenising the rows")
     folder, cache = locate(experiment.backbone), make_cache(experiment)
     if is_deployed(experiment):
         data = load_evaluation(experiment.data, folder, cache=cache)
     else:
         data = load_data(experiment.data, experiment.clients, folder, cache=cache)
     for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
-        listener.say(line)
-    listener.say(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
+        callback.on_stage(line)
+    callback.on_stage(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     for line in backbone.origin.lines():
-        listener.say(line)
+        callback.on_stage(line)
     ground = RunInputs(
         experiment,
         data,

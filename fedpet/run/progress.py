@@ -1,23 +1,107 @@
-"""What a person sees of a run as it goes on: a bar in a terminal, plain lines elsewhere."""
+"""Show how far a run or a search has come: a bar in a terminal or a notebook, else plain lines."""
 
 from __future__ import annotations
 
+import sys
 import time
+from importlib.util import find_spec
+from types import TracebackType
+from typing import TYPE_CHECKING, Self
 
+from rich.console import Console
+from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as Bar
+
+from fedpet.config import Experiment
 from fedpet.protocol.ledger import SEARCH, Ledger, RoundRecord
-from fedpet.run.live_line import LiveLine
+from fedpet.run.callbacks import Callback
+from fedpet.run.interrupts import stoppable
 from fedpet.utils.formatting import format_bytes, show_seconds
+
+if TYPE_CHECKING:
+    from fedpet.search import SearchProgress as SearchStep
+
+__all__ = ["LiveLine", "Progress", "SearchBar"]
+
+
+class LiveLine(Callback):
+    """A stage, how far it has come, and its state in words.
+
+    One line is redrawn in a terminal, and in a notebook that has ipywidgets; elsewhere a line is
+    printed for each stage.
+
+    Args:
+        unit: Of what is counted: "rounds".
+        total: How many there will be; None where that is not known yet.
+    """
+
+    def __init__(self, unit: str, total: int | None = None) -> None:
+        console = Console(stderr=True)
+        widgets = console.is_jupyter and find_spec("ipywidgets") is not None
+        self._live = console.is_terminal or widgets
+        self._bar = Bar(
+            TextColumn("{task.description}", markup=False),
+            BarColumn(bar_width=20),
+            TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),
+            TimeElapsedColumn(),
+            TextColumn("{task.fields[state]}", markup=False),
+            console=console,
+            disable=not self._live,
+            transient=True,
+        )
+        self._task = self._bar.add_task("starting", total=total, state="")
+        self._first: tuple[int, float] | None = None  # counted then, and the clock
+
+    def __enter__(self) -> Self:
+        self._bar.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self._bar.stop()
+
+    def on_stage(self, text: str) -> None:
+        """Show the stage that begins; a sentence stays above the line."""
+        if self._live and text.endswith("."):
+            self._bar.console.print(text, markup=False, highlight=False)
+        elif self._live:
+            self._bar.update(self._task, description=text)
+        else:
+            self._print(text)
+
+    def _show(self, stage: str, completed: int, total: int | None, state: str) -> None:
+        """Redraw the line."""
+        if self._live:
+            self._bar.update(
+                self._task, description=stage, total=total, completed=completed, state=state
+            )
+
+    def _print(self, text: str) -> None:
+        """Print a line where none is redrawn."""
+        if not self._live:
+            print(text, file=sys.stderr, flush=True)
+
+    def _time_left(self, completed: int, total: int) -> list[str]:
+        """Reckon the rest from what was counted here."""
+        now = time.monotonic()
+        if self._first is None:
+            if completed > 0:
+                self._first = completed, now
+            return []
+        spent = (now - self._first[1]) / max(completed - self._first[0], 1)
+        return [f"{show_seconds(spent * (total - completed))} left"]
 
 
 class Progress(LiveLine):
-    """Rounds, the metric, bytes so far and the time left.
-
-    In a terminal one line is redrawn; elsewhere a line is printed for each stage and each
-    evaluated round.
+    """Rounds, the metric, the loss, bytes so far and the time left.
 
     Args:
-        num_rounds: How many there will be.
-        metric: What the evaluation measures: "accuracy".
+        num_rounds: Of training.
+        metric: By which the evaluation measures: "accuracy".
         search_rounds: Of a search before them, at most; 0 where there is none.
     """
 
@@ -26,12 +110,17 @@ class Progress(LiveLine):
         self._num_rounds = num_rounds
         self._metric = metric
         self._search_rounds = search_rounds
-        self._first: tuple[int, float] | None = None  # round seen here, and when it was over
 
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:
-        """Show where the run stands after a round."""
+    @classmethod
+    def of(cls, experiment: Experiment) -> Progress:
+        """Make the progress of a run of this experiment."""
+        searches = experiment.search.rounds if experiment.search.federated else 0
+        return cls(experiment.strategy.num_rounds, experiment.data.metric, searches)
+
+    def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
+        """Show where the run stands."""
         if record.kind == SEARCH:
-            self._search_round_done(record, ledger)
+            self._on_search_round_end(record, ledger)
             return
         parts = []
         evaluated = [r for r in ledger.rounds if r.metric is not None]
@@ -39,19 +128,16 @@ class Progress(LiveLine):
             last = evaluated[-1]
             when = "" if last is record else f" at round {last.round}"
             parts.append(f"{self._metric} {last.metric:.4f}{when}")
+        if record.loss is not None:
+            parts.append(f"loss {record.loss:.3f}")
         parts += _sent_and_refused(record, ledger)
-        if self._first is not None:
-            spent = (time.monotonic() - self._first[1]) / (record.round - self._first[0])
-            left = spent * (self._num_rounds - record.round)
-            parts.append(f"{show_seconds(left)} left")
-        elif record.round > 0:
-            self._first = record.round, time.monotonic()
+        parts += self._time_left(record.round, self._num_rounds)
         state = ", ".join(parts)
         self._show("training", record.round, self._num_rounds, state)
         if record.metric is not None:
             self._print(f"round {record.round}/{self._num_rounds}: {state}")
 
-    def _search_round_done(self, record: RoundRecord, ledger: Ledger) -> None:
+    def _on_search_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show how much of the choice stayed as it was."""
         parts = []
         if record.overlap is not None:
@@ -63,8 +149,51 @@ class Progress(LiveLine):
 
 
 def _sent_and_refused(record: RoundRecord, ledger: Ledger) -> list[str]:
-    sent = ledger.total("uplink_bytes") + ledger.total("downlink_bytes")
-    parts = [format_bytes(sent + ledger.total("plan_bytes"))]
+    parts = [format_bytes(ledger.total_bytes)]
     if record.refused:
         parts.append(f"{len(record.refused)} refused")
     return parts
+
+
+class SearchBar(LiveLine):
+    """Steps, losses, the validation score and the time left of a central search.
+
+    Ctrl-C and SIGTERM end what is inside with `RunInterrupted`.
+    """
+
+    def __init__(self) -> None:
+        super().__init__("steps")
+        self._last = 0
+        self._stop = stoppable(self._how_to_go_on)
+
+    def _how_to_go_on(self) -> str:
+        if not self._last:
+            return "No step was taken: start it again."
+        return "The same command goes on from the last saved step."
+
+    def __enter__(self) -> Self:
+        self._stop.__enter__()
+        return super().__enter__()
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        super().__exit__(kind, error, trace)
+        self._stop.__exit__(kind, error, trace)
+
+    def on_search_step(self, step: SearchStep) -> None:
+        """Show where the search stands."""
+        parts = [f"loss {step.alpha_loss:.3f}"]
+        if step.best_score is not None:
+            parts.append(f"best score {step.best_score:.4f}")
+        if self._first is None and step.step > 1:
+            self._print(f"going on from step {step.step - 1}")
+        parts += self._time_left(step.step, step.total_steps)
+        self._last = step.step
+        state = ", ".join(parts)
+        self._show("searching", step.step, step.total_steps, state)
+        if step.score is not None:
+            self._print(f"step {step.step}/{step.total_steps}: {state}")

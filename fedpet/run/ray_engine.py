@@ -33,11 +33,14 @@ from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
 from fedpet.protocol.flower_compat import RESTARTS, quiet_flower, workers_end_with_ray
 from fedpet.protocol.ledger import SEARCH, Ledger
+from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import claimed_file, state_file, write_file
 from fedpet.run.checkpoint_file import RunCheckpoint
-from fedpet.run.federate import Listener, Prepared, PreparedSearch, federate, is_deployed, prepare
+from fedpet.run.federate import federate
 from fedpet.run.federated_search import make_client_pool, search_in_rounds
 from fedpet.run.interrupts import Heeding, Terminated, stoppable
+from fedpet.run.local_grid import LocalGrid
+from fedpet.run.prepare import Prepared, PreparedSearch, is_deployed, prepare
 from fedpet.run.ray_cluster import PREFIX, cluster_address, ray_folder
 from fedpet.run.resume import check_journal, cut_short, is_cut_short, searched_structure
 from fedpet.run.run_folder import RunFolder, claimed_run
@@ -45,8 +48,23 @@ from fedpet.run.run_folder import RunFolder, claimed_run
 Result = TypeVar("Result")
 
 
-def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
+BACKENDS = ("ray", "in-process")
+
+
+def simulate(
+    experiment: Experiment,
+    callback: Callback,
+    *,
+    backend: str = "ray",
+    check: Callable[[Prepared | PreparedSearch], None] | None = None,
+) -> tuple[dict[str, Any], RunFolder]:
     """Run an experiment on Ray. Bad input is found before Ray starts, and leaves no run folder.
+
+    Args:
+        experiment: What to run.
+        callback: Is called at stages, rounds and the end.
+        backend: "ray", or "in-process" for one node in this process.
+        check: Is given what was prepared, and raises where that is not what was meant.
 
     Returns:
         What `result.json` holds, and the run folder.
@@ -57,7 +75,7 @@ def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any]
         Interrupted: It was stopped; the message says whether the folder can be resumed.
     """
     _refuse_nodes(experiment)
-    _check_ray()
+    _check_backend(backend)
     out: RunFolder | None = None
 
     def how_to_go_on() -> str:
@@ -66,11 +84,21 @@ def simulate(experiment: Experiment, listener: Listener) -> tuple[dict[str, Any]
         return _resume_sentence(out.path)
 
     with stoppable(how_to_go_on), claimed_run(experiment) as out:  # noqa: F811 - known from here on
-        return _simulate(prepare(experiment, listener), out, listener), out
+        prepared = prepare(experiment, callback)
+        if check is not None:
+            check(prepared)
+        return _simulate(prepared, out, callback, backend), out
 
 
-def resume(run: Path, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
+def resume(
+    run: Path, callback: Callback, *, backend: str = "ray"
+) -> tuple[dict[str, Any], RunFolder]:
     """Go on with a run that was cut short, from the last round that its journal holds.
+
+    Args:
+        run: Its folder.
+        callback: Is called at stages, rounds and the end.
+        backend: As in `simulate`.
 
     Returns:
         What `result.json` holds, the same as of a run that was never cut short, and the folder.
@@ -81,20 +109,22 @@ def resume(run: Path, listener: Listener) -> tuple[dict[str, Any], RunFolder]:
         RunError: Ray does not start, nothing was learned, or the last rounds came to no average.
         Interrupted: It was stopped once more.
     """
-    _check_ray()
+    _check_backend(backend)
     with stoppable(lambda: _resume_sentence(run)), cut_short(run) as experiment:
-        prepared = prepare(experiment, listener, found=searched_structure(run))
+        prepared = prepare(experiment, callback, found=searched_structure(run))
         journal = check_journal(run, prepared)
         done, kind = (0, "") if journal is None else (journal.server_round, journal.kind)
         if kind == SEARCH:
-            listener.say(f"resuming {run} after round {done} of its search")
+            callback.on_stage(f"resuming {run} after round {done} of its search")
         else:
-            listener.say(f"resuming {run} after round {done} of {experiment.strategy.num_rounds}")
+            callback.on_stage(
+                f"resuming {run} after round {done} of {experiment.strategy.num_rounds}"
+            )
         out = RunFolder(run)
-        return _simulate(prepared, out, listener, journal), out
+        return _simulate(prepared, out, callback, backend, journal), out
 
 
-def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+def search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     """Search a structure on the clients of an experiment on Ray, and train nothing.
 
     While it goes on its state lies beside the file, in the folder FILE.state: the same command goes
@@ -103,7 +133,7 @@ def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
     Args:
         experiment: As of a run; `search.federated` is taken as set.
         out: The structure's file to make.
-        listener: Is told of stages and rounds.
+        callback: Is called at stages and rounds.
 
     Raises:
         InputError: The experiment, the checkpoint, the budget or the data cannot be used, or `out`
@@ -114,10 +144,10 @@ def search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
     experiment = replace(experiment, search=replace(experiment.search, federated=True))
     _refuse_nodes(experiment)
     with claimed_file(out):
-        return _search(experiment, out, listener)
+        return _search(experiment, out, callback)
 
 
-def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
+def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     folder = RunFolder(state_file(out))
     if folder.path.is_file():
         raise ConfigError(
@@ -126,14 +156,14 @@ def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
         )
     _check_ray()
     with stoppable(lambda: "The same command goes on from the last round."):
-        prepared = prepare(experiment, listener)
+        prepared = prepare(experiment, callback)
         assert isinstance(prepared, PreparedSearch)
         try:
             folder.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise ConfigError(f"the folder {str(folder.path)!r} cannot be made: {error}.") from None
         with _no_empty_folder(folder.path):
-            structure = _search_on_ray(prepared, folder, listener)
+            structure = _search_on_ray(prepared, folder, callback)
     rounds = folder.path / "rounds.jsonl"
     shutil.copyfile(rounds, out.with_name(out.name + ".rounds.jsonl"))
     write_file(out, structure.to_json())  # the last: with it the search is over
@@ -141,20 +171,20 @@ def _search(experiment: Experiment, out: Path, listener: Listener) -> Structure:
     return structure
 
 
-def _search_on_ray(prepared: PreparedSearch, folder: RunFolder, listener: Listener) -> Structure:
+def _search_on_ray(prepared: PreparedSearch, folder: RunFolder, callback: Callback) -> Structure:
     experiment = prepared.experiment
     journal = check_journal(folder.path, prepared)
     if journal is not None:
-        listener.say(f"going on after round {journal.server_round}")
+        callback.on_stage(f"going on after round {journal.server_round}")
 
     def serve(grid: Grid) -> Structure:
         ledger = Ledger.reopen(
             folder.path / "rounds.jsonl", 0 if journal is None else journal.ledger_bytes
         )
         clients = make_client_pool(prepared)
-        return search_in_rounds(grid, prepared, clients, ledger, folder, listener, journal)
+        return search_in_rounds(grid, prepared, clients, ledger, folder, callback, journal)
 
-    listener.say(f"starting Ray with {experiment.run.workers} workers")
+    callback.on_stage(f"starting Ray with {experiment.run.workers} workers")
     return run_on_ray(experiment, _client_app(experiment), serve)
 
 
@@ -170,6 +200,13 @@ def _resume_sentence(run: Path) -> str:
     if is_cut_short(run):
         return f"Go on with it: fedpet simulate --resume {quote(str(run))}"
     return f"The run was over by then, and lies in {quote(str(run))}."
+
+
+def _check_backend(backend: str) -> None:
+    if backend not in BACKENDS:
+        raise ConfigError(f"backend must be one of {', '.join(BACKENDS)}, got {backend!r}.")
+    if backend == "ray":
+        _check_ray()
 
 
 def _check_ray() -> None:
@@ -192,15 +229,20 @@ def _no_empty_folder(path: Path) -> Iterator[None]:
 def _simulate(
     prepared: Prepared | PreparedSearch,
     out: RunFolder,
-    listener: Listener,
+    callback: Callback,
+    backend: str,
     journal: RunCheckpoint | None = None,
 ) -> dict[str, Any]:
     experiment = prepared.experiment
-    listener.say(f"starting Ray with {experiment.run.workers} workers")
+    if backend == "in-process":
+        with quiet_flower(), threads_as_before():
+            grid = LocalGrid.of(NodeSettings.of(experiment), 1)
+            return federate(Heeding(grid), prepared, out, callback, journal)
+    callback.on_stage(f"starting Ray with {experiment.run.workers} workers")
     return run_on_ray(
         experiment,
         _client_app(experiment),
-        lambda grid: federate(grid, prepared, out, listener, journal),
+        lambda grid: federate(grid, prepared, out, callback, journal),
     )
 
 
@@ -307,3 +349,15 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
         ray.shutdown()
         if folder:
             shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def threads_as_before() -> Iterator[None]:
+    """Set torch's threads of this process back: nodes and server each take their number."""
+    import torch
+
+    before = torch.get_num_threads()
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -48,7 +48,7 @@ __all__ = [
 ]
 
 # Keys that say where a run is done, and what it is called; not what comes out.
-_PLACE_KEYS = ("name", "workers", "cache", "out")
+_PLACE_KEYS = ("name", "workers", "cache", "out", "callbacks")
 
 
 def is_cut_short(run: Path) -> bool:

@@ -20,6 +20,7 @@ from flwr.app import ArrayRecord, MetricRecord
 
 from fedpet.errors import Stalled
 from fedpet.protocol.ledger import Ledger
+from fedpet.run.callbacks import Callback, Evaluation
 from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
 from fedpet.run.resume import journal_after, restore_strategy
 from fedpet.run.run_folder import RunFolder
@@ -31,7 +32,7 @@ from fedpet.training.metrics import Assessment
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-    from fedpet.run.prepare import Listener, Prepared
+    from fedpet.run.prepare import Prepared
 
 STALLED_ROUNDS = 5  # in a row
 
@@ -50,7 +51,7 @@ class RunState:
         strategy: SparseStrategy,
         ledger: Ledger,
         out: RunFolder,
-        listener: Listener,
+        callback: Callback,
         journal: RunCheckpoint | None,
         *,
         resumed: int = 0,
@@ -62,7 +63,7 @@ class RunState:
             strategy: Runs the rounds.
             ledger: Takes their lines.
             out: Takes the journal.
-            listener: Is told of each round.
+            callback: Is called at each round.
             journal: Of training rounds; None begins at the beginning.
             resumed: How often the run has been gone on with.
         """
@@ -70,7 +71,7 @@ class RunState:
         self._strategy = strategy
         self._ledger = ledger
         self._out = out
-        self._listener = listener
+        self._callback = callback
         self._last_round = prepared.experiment.strategy.num_rounds
         self._merged: PreTrainedModel | None = None
         self._assessed: Assessment | None = None  # the last evaluation of this process
@@ -105,7 +106,12 @@ class RunState:
         ledger_bytes = self._ledger.close()
         if record.aggregated or last or server_round == 0:
             self._write_journal(server_round, ledger_bytes)
-        self._listener.round_done(record, self._ledger)
+        if record.metric is not None:
+            seconds, metrics = record.evaluation_seconds, {data.task.metric: record.metric}
+            self._callback.on_evaluate(
+                Evaluation(round=server_round, metrics=metrics, seconds=seconds)
+            )
+        self._callback.on_round_end(record, self._ledger)
         if not last:
             refuse_stalled(self._ledger)
         return None if record.metric is None else MetricRecord({**record.metrics})

@@ -257,7 +257,7 @@ class Told(tiny.Silent):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         self.lines.append(text)
 
 

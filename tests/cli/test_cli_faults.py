@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import in_process_run
@@ -16,12 +17,13 @@ import tiny
 from rich.console import Console
 from tiny import Silent
 
+import fedpet
 from fedpet.cli import main
 from fedpet.cli.faults import report_fault
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
 from fedpet.run import ray_engine
-from fedpet.run.live_line import LiveLine
+from fedpet.run.progress import LiveLine
 
 Command = Callable[..., tuple[int, str, str]]
 
@@ -247,22 +249,21 @@ def test_paths_come_out_as_they_were_given(command: Command, run_folder: Path) -
 def test_the_run_s_end_names_its_folder_whole(
     command: Command, run_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedpet.run.run_folder import RunFolder
-
     result = json.loads((run_folder / "result.json").read_text())
     result["run"]["backbone"] = "/" + "/".join(["folder"] * 20) + "/[red]bert[/]"
-    place = RunFolder(Path("runs/sweep [lr=0.1] [/]", "x" * 80))
-    monkeypatch.setattr(ray_engine, "simulate", lambda *_: (result, place))
+    place = Path("runs/sweep [lr=0.1] [/]", "x" * 80)
+    run = SimpleNamespace(result=result, folder=place)
+    monkeypatch.setattr(fedpet, "simulate", lambda *_, **__: run)
     _, _, printed = command("simulate")
-    assert f"Run folder: {place.path}   Plain model: {place.path / 'model'}" in printed.splitlines()
+    assert f"Run folder: {place}   Plain model: {place / 'model'}" in printed.splitlines()
     assert f"tiny: fedpet, {result['run']['backbone']}, seed 0" in printed.splitlines()[0]
 
 
 def test_a_live_line_shows_markup_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Console(force_terminal=True, record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
-    monkeypatch.setattr("fedpet.run.live_line.Console", lambda **_: shown)
+    monkeypatch.setattr("fedpet.run.progress.Console", lambda **_: shown)
     with LiveLine("rounds") as line:
-        line.say("loading the backbone 'a[b]c[/d]'")
+        line.on_stage("loading the backbone 'a[b]c[/d]'")
         line._show("resuming x[b]", 1, 2, "state [/]")
         line._bar.refresh()
     shown.file.close()

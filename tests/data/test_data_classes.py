@@ -23,8 +23,8 @@ from fedpet.data import (
     load_evaluation,
 )
 from fedpet.run.federate import federate, prepare
-from fedpet.run.live_line import LiveLine
 from fedpet.run.local_grid import LocalGrid
+from fedpet.run.progress import LiveLine
 from fedpet.run.run_folder import new_run_folder
 
 four_threads = pytest.fixture(threads_as_before)
@@ -44,7 +44,7 @@ class Heard(Silent):
     def __init__(self) -> None:
         self.lines: list[str] = []
 
-    def say(self, text: str) -> None:
+    def on_stage(self, text: str) -> None:
         if text == "starting the rounds":
             raise InterruptedError
         self.lines.append(text)
@@ -125,8 +125,8 @@ def test_a_sentence_stays_in_a_terminal_above_the_line_that_is_redrawn(
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
     with LiveLine("rounds", 3) as line:
-        line.say("Classes: 0 = '[no]'.")
-        line.say("loading the backbone")
+        line.on_stage("Classes: 0 = '[no]'.")
+        line.on_stage("loading the backbone")
     assert "Classes: 0 = '[no]'.\n" in capsys.readouterr().err
 
 

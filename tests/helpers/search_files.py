@@ -13,7 +13,7 @@ from fedpet.cli import main
 from fedpet.config import Experiment
 from fedpet.pet.structure import Structure
 from fedpet.run import central_search
-from fedpet.run.search_progress import SearchProgress
+from fedpet.run.progress import SearchBar
 
 BUDGET = 600
 SEARCH = (
@@ -64,7 +64,7 @@ def arguments(experiment: Path, out: Path, *sets: str) -> list[str]:
 def search_once(experiment: Path, out: Path) -> Path:
     """The file of an uninterrupted search."""
     settings = Experiment.from_file(experiment, SEARCH)
-    with SearchProgress() as progress:
+    with SearchBar() as progress:
         central_search.search_centrally(settings, out, progress)
     return out
 

@@ -9,13 +9,11 @@ import numpy as np
 import torch
 
 from fedpet.config import Experiment
+from fedpet.run.callbacks import Callback
 
 
-class Silent:
-    """Progress that nobody sees."""
-
-    def say(self, text: str) -> None: ...
-    def round_done(self, record: object, ledger: object) -> None: ...
+class Silent(Callback):
+    """Shows nothing."""
 
 
 WORDS = ["good", "bad", "fine", "dull", "bright", "grim", "film", "plot", "cast", "score", "the"]

@@ -32,7 +32,7 @@ class KillsIdleWorkers(Silent):
 
     killed = 0
 
-    def round_done(self, record: RoundRecord, ledger: Ledger) -> None:  # type: ignore[override]
+    def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:  # type: ignore[override]
         if record.round != 1:
             return
         for process in psutil.Process().children(recursive=True):

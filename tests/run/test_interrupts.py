@@ -22,7 +22,7 @@ from fedpet.errors import RunError, RunInterrupted
 from fedpet.run import ray_engine
 from fedpet.run.interrupts import Heeding, stoppable
 from fedpet.run.local_grid import LocalGrid
-from fedpet.run.search_progress import SearchProgress
+from fedpet.run.progress import SearchBar
 
 CODES = {signal.SIGINT: 130, signal.SIGTERM: 143}
 by_signal = pytest.mark.parametrize("number", CODES)
@@ -193,7 +193,7 @@ def test_a_federated_search_that_is_stopped_goes_on_by_the_same_command(
 @by_signal
 def test_a_central_search_that_is_stopped_says_so_once(number: int) -> None:
     def command() -> None:
-        with SearchProgress():
+        with SearchBar():
             send(number)
 
     assert stopped(number, command) == "Interrupted. No step was taken: start it again."

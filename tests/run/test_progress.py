@@ -16,12 +16,12 @@ def test_a_line_is_printed_for_stages_and_evaluated_rounds_alone(
 ) -> None:
     ledger = Ledger()
     with Progress(4, "f1") as progress:
-        progress.say("starting the rounds")
+        progress.on_stage("starting the rounds")
         for server_round, metric in enumerate((0.5, None, 0.625, None, 0.75)):
             record = ledger.begin(server_round)
             record.metric = metric
             ledger.add_client_bytes(down=1000 * server_round, up=500 * server_round)
-            progress.round_done(record, ledger)
+            progress.on_round_end(record, ledger)
     stage, before, second, last = capsys.readouterr().err.splitlines()
     assert stage == "starting the rounds"
     assert before == "round 0/4: f1 0.5000, 0 B"
@@ -40,7 +40,7 @@ def test_a_resumed_run_tells_the_time_left_from_its_own_rounds(
         for server_round in (7, 8, 9):
             record = ledger.begin(server_round)
             record.metric = 0.5
-            progress.round_done(record, ledger)
+            progress.on_round_end(record, ledger)
             clock[0] += 30.0
     first, second, third = capsys.readouterr().err.splitlines()
     assert "left" not in first

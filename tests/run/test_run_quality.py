@@ -249,7 +249,7 @@ def test_a_run_taken_up_after_its_last_round_assesses_its_final_model(
     grid = LocalGrid.of(NodeSettings.of(experiment), 1)
 
     class Stops(Silent):
-        def say(self, text: str) -> None:
+        def on_stage(self, text: str) -> None:
             if text == "writing the plain model":
                 raise KeyboardInterrupt
 

@@ -38,7 +38,7 @@ class Watch(Silent):
     def __init__(self) -> None:
         self.to_look_at: list[int] = []
 
-    def round_done(self, record: object, ledger: object) -> None:
+    def on_round_end(self, record: object, ledger: object) -> None:
         self.to_look_at.append(len(gc.get_objects()))
 
 

@@ -27,8 +27,8 @@ from fedpet.report.placement import find_places
 from fedpet.run import central_search
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
+from fedpet.run.progress import SearchBar
 from fedpet.run.run_folder import new_run_folder
-from fedpet.run.search_progress import SearchProgress
 
 
 def test_a_search_leaves_a_structure_with_its_fingerprint_budget_gates_and_origin(
@@ -77,15 +77,15 @@ def test_a_search_that_was_killed_goes_on_and_leaves_the_same_bytes(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     out = tmp_path / "again.json"
-    honest = SearchProgress.step
+    honest = SearchBar.on_search_step
 
-    def stop(self: SearchProgress, step: Any) -> None:
+    def stop(self: SearchBar, step: Any) -> None:
         honest(self, step)
         if step.step == 5:
             raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(SearchProgress, "step", stop)
+        patch.setattr(SearchBar, "on_search_step", stop)
         patch.setattr(sys, "argv", arguments(experiment, out))
         with pytest.raises(SystemExit) as exit_info:
             main.main()
