@@ -91,8 +91,6 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     rows = write_thirds(folder / "deployment" / "nodes", experiment)
     parts = (f"{name} with {n} reviews" for name, n in rows.items())
     report.on_stage(f"deployed: {', '.join(parts)}")
-        f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}"
-    )
     with RealNodes(folder / "deployment", port) as real:
         real.start_server()
         report.check("plain HTTP is refused", plain_http_is_refused(port))
