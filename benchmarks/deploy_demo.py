@@ -89,9 +89,8 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     )
     write_deployment(deployment, folder / "deployment")
     rows = write_thirds(folder / "deployment" / "nodes", experiment)
-    report.on_stage(
-        f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}"
-    )
+    parts = (f"{name} with {n} reviews" for name, n in rows.items())
+    report.on_stage(f"deployed: {', '.join(parts)}")
     with RealNodes(folder / "deployment", port) as real:
         real.start_server()
         report.check("plain HTTP is refused", plain_http_is_refused(port))

@@ -43,9 +43,9 @@ from fedpet.report.number_format import show_metric
 from fedpet.utils.formatting import format_bytes
 
 FEDPET = "fedpet"
-# Stages that a baseline does not read, and keys that decide where a run is done and not what.
+# Stages that a baseline does not read, and keys that no outcome depends on.
 _FEDPET_STAGES = ("mask", "structure", "search", "codec")
-_PLACE_KEYS = ("name", "workers", "cache", "out")
+_PLACE_KEYS = ("name", "workers", "cache", "out", "callbacks")
 # Of a search, filled in when it begins.
 _SETTLED = ("budget", "learning_rate", "learning_rates", "mask_in_budget")
 

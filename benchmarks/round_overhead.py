@@ -50,6 +50,9 @@ class Seconds(Callback):
     def __init__(self) -> None:
         self.rounds: list[float] = []
 
+    def on_stage(self, text: str) -> None:
+        """Do nothing: stages are not timed."""
+
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Note one."""
         if record.round:
