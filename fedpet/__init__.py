@@ -1,7 +1,7 @@
 """fedpet: federated parameter-efficient fine-tuning on Flower.
 
-    backbone -> mask -> structure -> search -> model -> codec
-             -> plan -> client -> strategy -> ledger -> report
+    config, data -> backbone -> pet -> search -> training -> codec -> protocol
+                 -> client / server -> run -> report
 
     import fedpet
 
