@@ -63,5 +63,5 @@ def run_python(page: Path, blocks: list[Block]) -> dict[str, Any]:
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
         code = "\n" * (block.line - 1) + block.code.replace("[...]", "[]")
-        exec(compile(code, str(page), "exec"), namespace)
+        exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
     return namespace
