@@ -1,5 +1,8 @@
 """fedpet: federated parameter-efficient fine-tuning on Flower.
 
+    config, data -> backbone -> pet -> search -> training -> codec -> protocol
+                 -> client / server -> run -> report
+
     import fedpet
 
     model = fedpet.get_pet_model(base, fedpet.PetConfig(

@@ -34,5 +34,5 @@ def test_every_cell_of_a_notebook_runs(
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for number, cell in enumerate(_cells(notebook), 1):
-        code = compile("".join(cell["source"]), f"{notebook.name}, code cell {number}", "exec")
-        exec(code, namespace)
+        name = f"{notebook.name}, code cell {number}"
+        exec(compile("".join(cell["source"]), name, "exec", dont_inherit=True), namespace)

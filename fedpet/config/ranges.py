@@ -111,7 +111,7 @@ def kebab_case(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 @cache
 def stated_ranges(stage: type[Any]) -> Mapping[str, tuple[tuple[type, ...], Range | None]]:
-    """Return the fields of a stage that may hold a number: their types, and the range, None without one."""
+    """Return the fields of a stage that may hold a number: types, and the range or None."""
     found = {}
     hints = get_type_hints(stage, include_extras=True)
     for field in dataclasses.fields(stage):

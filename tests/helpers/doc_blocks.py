@@ -56,9 +56,12 @@ def inline_code(page: Path) -> list[str]:
 
 
 def run_python(page: Path, blocks: list[Block]) -> dict[str, Any]:
-    """Execute blocks in one namespace; a traceback names the page and its line."""
+    """Execute blocks in one namespace; a traceback names the page and its line.
+
+    `[...]` stands for a list of the reader's own, and is an empty one here.
+    """
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
-        code = "\n" * (block.line - 1) + block.code
-        exec(compile(code, str(page), "exec"), namespace)
+        code = "\n" * (block.line - 1) + block.code.replace("[...]", "[]")
+        exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
     return namespace
