@@ -243,7 +243,12 @@ class Plan:
 
     def _header(self) -> bytes:
         """Write all but the positions, which do not shrink, as JSON."""
-        return msgspec.json.encode(dataclasses.replace(self, mask_positions=b""))
+        fields = dataclasses.asdict(dataclasses.replace(self, mask_positions=b""))
+        if self.mask is not None:  # a plan's mask is enabled, and most have no tiers
+            del fields["mask"]["enabled"]
+            if not self.mask.tiers:
+                del fields["mask"]["tiers"]
+        return msgspec.json.encode(fields)
 
     @staticmethod
     def digest(data: bytes) -> bytes:

@@ -172,7 +172,7 @@ def test_an_unknown_baseline_is_refused_with_the_known_ones(
 def test_a_baseline_trains_the_same_clients_on_the_same_batches_as_fedpet(
     experiment: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from fedpet.client import node
+    from fedpet.client import train_client
 
     seen: dict[str, list[tuple[int, tuple[int, ...], float]]] = {}
 
@@ -186,7 +186,7 @@ def test_a_baseline_trains_the_same_clients_on_the_same_batches_as_fedpet(
 
         monkeypatch.setattr(module, "train_rows", train_rows)
 
-    watch("fedpet", node)
+    watch("fedpet", train_client)
     watch("head", baselines.client)
     run_fedpet(experiment())
     run("head", experiment())

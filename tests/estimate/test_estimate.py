@@ -127,7 +127,8 @@ def test_without_an_entropy_stage_an_estimate_is_exact(experiment: Any) -> None:
     assert told.tolerance == 0
     for name in ("uplink_bytes", "downlink_bytes", "dense_fedavg_total_bytes"):
         assert told.communication[name] == books[name], name
-    assert abs(told.communication["plan_bytes_per_client"] - books["plan_bytes_per_client"]) <= 8
+    # The plan's hashes are made up: zstandard takes a few bytes more or less for them.
+    assert abs(told.communication["plan_bytes_per_client"] - books["plan_bytes_per_client"]) <= 16
 
 
 @pytest.mark.parametrize("schedule", ["constant", "linear"])

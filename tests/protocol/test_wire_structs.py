@@ -159,6 +159,14 @@ def test_an_unknown_key_of_a_plan_is_refused_wherever_it_stands(where: tuple[str
         Plan.from_bytes(with_header(msgspec.json.encode(fields)))
 
 
+def test_a_plan_that_leaves_a_setting_to_its_reader_is_refused() -> None:
+    for table, key in [("training", "dropout"), ("codec", "downlink"), ("structure", "gates")]:
+        fields = header()
+        del fields[table][key]
+        with pytest.raises(PlanError, match="holds more, or less"):
+            Plan.from_bytes(with_header(msgspec.json.encode(fields)))
+
+
 def test_a_value_that_the_config_refuses_is_refused_in_a_plan() -> None:
     for table, key, value, words in [
         ("training", "batch_size", 0, "training.batch-size must be at least 1"),
