@@ -74,6 +74,14 @@ def simulate(
         InputError: The model, the data or a setting cannot be used.
         RunError: Nothing was learned.
         RunInterrupted: It was stopped; the message says how to resume it.
+
+    Example:
+        >>> rows = bundled_reviews()["train"].select(range(100))
+        >>> data = load_federated_dataset(rows, client_column="film")
+        >>> run = simulate(bundled_model(), data, num_rounds=1, training={"batch_size": 4},
+        ...                backend="in-process", progress=False)
+        >>> [row["round"] for row in run.history], run.ledger.ratio_to_dense < 0.01
+        ([0, 1], True)
     """
     names = get_type_hints(Experiment)
     refuse_unknown("keyword", settings, [name for name in names if name != "data"])
@@ -147,6 +155,12 @@ def resume(
         InputError: The folder holds no such run, or model, rows or packages are others now.
         RunError: Nothing was learned.
         RunInterrupted: It was stopped once more.
+
+    Example:
+        >>> resume("runs/nothing-of-the-kind")
+        Traceback (most recent call last):
+        fedpet.errors.ConfigError: 'runs/nothing-of-the-kind' is no run folder: config.toml is \
+absent. A run that was stopped before it left one has nothing to resume: start it again.
     """
     folder = Path(folder)
     experiment = read_cut_short(folder, strategy)

@@ -80,8 +80,9 @@ def _with_examples() -> list[str]:
 
 @pytest.mark.parametrize("name", _with_examples())
 def test_every_example_in_a_docstring_gives_what_it_says(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # an example may leave a run folder
     monkeypatch.setattr(registry, "KINDS", registry.KINDS.copy())
     monkeypatch.setattr(registry, "PRESETS", registry.PRESETS.copy())
     monkeypatch.setattr(pet_config, "KINDS", registry.KINDS)
