@@ -15,7 +15,7 @@ PINS := constraints.txt
 
 include scripts/settings
 
-.PHONY: run test test-slow bench deploy-demo check clean distclean help
+.PHONY: run test test-slow bench deploy-demo docs check clean distclean help
 .NOTPARALLEL:
 .DELETE_ON_ERROR:
 
@@ -34,10 +34,14 @@ bench: $(STAMP) ## what is missing of the README's table of methods; two hours f
 deploy-demo: $(STAMP) ## real nodes over TLS on this machine end with the simulation's values
 	@timeout --kill-after=60 3600 $(VENV)/bin/python -m benchmarks.deploy_demo $(ARGS)
 
-check: $(STAMP) ## format, lint, types
+docs: $(STAMP) ## the site, into build/site
+	@scripts/site
+	@echo "The site is in build/site: open build/site/index.html."
+
+check: $(STAMP) ## format, lint, types, the site
 	@scripts/check
 
-$(STAMP): pyproject.toml $(PINS) requirements-embedded.txt scripts/install
+$(STAMP): pyproject.toml $(PINS) requirements-bundled.txt scripts/install
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/install $(VENV) $(PINS)
 	@touch $@
 

@@ -1,1 +1,1 @@
-"""What fedpet is compared with, and how: baselines, tuned like fedpet, and the table of all."""
+"""Compare fedpet with baselines that are tuned alike, and measure its costs. See README.md."""

@@ -1,8 +1,4 @@
-"""What torch allocates on the processor, counted from every allocation by its profiler.
-
-In:  some lines of work, within `with Allocations() as counted:`.
-Out: the bytes that are left of it, and the most at once: exact, and the same each time.
-"""
+"""Count the bytes that torch allocates on the processor, by its profiler, exactly."""
 
 from __future__ import annotations
 
@@ -14,7 +10,7 @@ __all__ = ["Allocations"]
 
 
 class Allocations:
-    """Counts what is allocated within it.
+    """Count allocations within `with Allocations() as counted:`.
 
     Attributes:
         left: Bytes at the end, above the start.

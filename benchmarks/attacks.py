@@ -1,16 +1,14 @@
-"""Aggregation rules under attack: a fifth of each round's clients lie, and what that costs.
-
-    rules x attacks -> a cell each -> one table
-
-In:  an experiment (the default job on fewer, shorter rows), four rules, what liars send.
-Out: `RESULTS/attacks/RULE-ATTACK.json`, a cell each, and the table's figures in one file.
+"""Measure aggregation rules under attack: a fifth of each round's clients lie.
 
     python -m benchmarks.attacks --out attacks.json
+
+Each of four rules under each attack is a cell, RESULTS/attacks/RULE-ATTACK.json: the default job on
+fewer, shorter rows. The table's figures go into one file.
 
 A liar trains like everyone and then sends, instead of its update u: -10 u ("sign-flip"), Gaussian
 noise of ten times the norm of u ("random"), or NaN. It says so in a proper frame of the right plan,
 round and length, with a checksum that fits. Who lies is drawn anew each round, two of ten clients;
-trimming and Krum are told that number. A cell that is there is not run again.
+trimming and Krum know that number. A cell that is there is not run again.
 
 Everything runs in this process, one client after another: a cell's time is that of one core.
 """
@@ -21,16 +19,16 @@ import argparse
 import json
 import logging
 import sys
-import tempfile
-import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from benchmarks.table import Cell, Method, Rate, read_cell, write_cell
+from benchmarks.cell import Result, complete, write_json
+from benchmarks.experiment_grid import FEDPET, ExperimentCell
+from benchmarks.rate import Rate
 from fedpet.client.node import Node
 from fedpet.client.node_config import NodeSettings
 from fedpet.codec import decode_values, encode_values
@@ -61,12 +59,12 @@ SMALLER = (
     "data.max-train-rows=4000",
     "data.max-eval-rows=600",
     "data.max-length=32",
-    "population.min-rows=4",
+    "clients.min-rows=4",
     "run.workers=1",
-    "codec.up=float32",  # what is told apart is the rules
-    "codec.down=float32",
-    "codec.downlink=changes",
-    "training.first-token-only=false",  # their cells were run with whole passes
+    "codec.uplink=float32",  # the rules are compared, not codecs
+    "codec.downlink=float32",
+    "codec.downlink-mode=delta",
+    "training.cls-only=false",  # their cells were run with whole passes
 )
 STRATEGY_PARAMETERS = {
     "fedavg": (),
@@ -101,12 +99,12 @@ ATTACKS: dict[str, Lie | None] = {
 
 
 class Liars:
-    """A node some of whose clients lie.
+    """Answer as a node with clients that lie.
 
     Args:
         answer: The honest node's.
         prepared: Of the run: how its frames are coded, and its seed.
-        lie: What a liar makes of its update, float32, (num_values,).
+        lie: Turns a liar's update into what it sends, float32, (num_values,).
     """
 
     def __init__(
@@ -118,7 +116,7 @@ class Liars:
         self._lie = lie
 
     def answer(self, payload: bytes) -> bytes:
-        """What the node sends back."""
+        """Return the node's reply."""
         whole = self._answer(payload)
         if self._lie is None:
             return whole
@@ -152,10 +150,38 @@ class Liars:
         return replace(frame, payload=payload)
 
 
+@dataclass(frozen=True)
+class AttackCell(ExperimentCell):
+    """Run one rule under one attack in this process."""
+
+    rule: str = ""
+    attack: str = "none"
+
+    def run_in(self, folder: Path) -> Result:
+        """Run the rounds; a run that learned nothing is a result too."""
+        run = replace(self.experiment.run, out=str(folder))
+        settings = replace(self.experiment, run=run)
+        prepared = prepare(settings, Callback())
+        assert isinstance(prepared, Prepared), "no search comes before it"
+        liars = Liars(Node(NodeSettings.of(settings)).answer, prepared, ATTACKS[self.attack])
+        try:
+            with quiet_flower():
+                federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), Callback())
+        except RunError:
+            if not (folder / "result.json").exists():
+                raise
+        result: Result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+        return {**result, "attack": {"kind": self.attack, "liars": LIARS, "factor": FACTOR}}
+
+    def show(self, result: Result) -> str:
+        """Describe metric and refusals."""
+        return f"{super().show(result)}, {len(result['refused'])} refused"
+
+
 def cells(
     experiment: str, overrides: Sequence[str], results: Path, seed: int
-) -> Iterator[tuple[str, str, Cell]]:
-    """Every rule under every attack, with the cell that holds what came out."""
+) -> Iterator[AttackCell]:
+    """Yield every rule under every attack."""
     for rule, parameters in STRATEGY_PARAMETERS.items():
         for attack in ATTACKS:
             settings = Experiment.from_file(
@@ -164,56 +190,26 @@ def cells(
             )
             name = f"{rule}-{attack}"
             rate = Rate(settings.training.learning_rate, settings.training.learning_rates)
-            method = Method(name, "fedpet", parameters, (rate,))
-            yield rule, attack, Cell(results / f"{name}-seed{seed}.json", method, rate, settings)
+            path = results / f"{name}-seed{seed}.json"
+            yield AttackCell(
+                path, rate, seed, None, settings, name, FEDPET, rule=rule, attack=attack
+            )
 
 
-def run_cell(settings: Experiment, attack: str, folder: Path) -> dict[str, Any]:
-    """Run one cell in this process; a run that learned nothing is a result too."""
-    settings = replace(settings, run=replace(settings.run, out=str(folder)))
-    prepared = prepare(settings, Callback())
-    assert isinstance(prepared, Prepared), "no search comes before it"
-    liars = Liars(Node(NodeSettings.of(settings)).answer, prepared, ATTACKS[attack])
-    try:
-        with quiet_flower():
-            federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), Callback())
-    except RunError:
-        if not (folder / "result.json").exists():
-            raise
-    result: dict[str, Any] = json.loads((folder / "result.json").read_text(encoding="utf-8"))
-    return {**result, "attack": {"kind": attack, "liars": LIARS, "factor": FACTOR}}
-
-
-def run_missing(all_cells: Sequence[tuple[str, str, Cell]], say: Callable[[str], None]) -> None:
-    """Run the cells that are not there yet. All that are there are looked at first."""
-    missing = [entry for entry in all_cells if read_cell(entry[2]) is None]
-    for number, (_, attack, cell) in enumerate(missing, 1):
-        started = time.perf_counter()
-        with tempfile.TemporaryDirectory(prefix="fedpet-cell-") as folder:
-            result = run_cell(cell.experiment, attack, Path(folder))
-        write_cell(cell, result)
-        seconds = time.perf_counter() - started
-        quality = result["quality"]
-        say(
-            f"[{number}/{len(missing)}] {cell.method.name}: {quality['metric']} "
-            f"{show_metric(quality['final'])}, {len(result['refused'])} refused, {seconds:.0f} s"
-        )
-
-
-def summary(all_cells: Sequence[tuple[str, str, Cell]]) -> dict[str, Any]:
-    """The figures of the table: rule -> attack -> what came out."""
+def summary(all_cells: Sequence[AttackCell]) -> dict[str, Any]:
+    """Return the figures of the table by rule and attack."""
     table: dict[str, Any] = {}
-    for rule, attack, cell in all_cells:
-        result = read_cell(cell)
+    for cell in all_cells:
+        result = cell.read()
         if result is not None:
-            table.setdefault(rule, {})[attack] = {
+            table.setdefault(cell.rule, {})[cell.attack] = {
                 "final": result["quality"]["final"],
                 "before": result["quality"]["before"],
                 "refused": len(result["refused"]),
                 "status": result["run"]["status"],
                 "final_values_sha256": result["final_values_sha256"],
             }
-    _, _, first = all_cells[0]
+    first = all_cells[0]
     return {
         "metric": first.experiment.data.metric,
         "rounds": first.experiment.strategy.num_rounds,
@@ -225,7 +221,7 @@ def summary(all_cells: Sequence[tuple[str, str, Cell]]) -> dict[str, Any]:
 
 
 def as_text(found: dict[str, Any]) -> str:
-    """The table in Markdown."""
+    """Return the table in Markdown."""
     lines = [
         f"{found['metric']} after {found['rounds']} rounds, {found['liars']:.0%} of "
         f"{found['clients_per_round']} clients a round lie",
@@ -255,15 +251,14 @@ def main() -> int:
     given = parser.parse_args()
     logging.basicConfig(level=logging.ERROR, format="%(message)s")
     all_cells = list(cells(given.experiment, given.overrides, given.results, given.seed))
-    names = [cell.method.name for _, _, cell in all_cells]
+    names = [cell.method for cell in all_cells]
     for name in given.only:
         if name not in names:
             raise ConfigError(f"there is no cell {name!r}. Known are: {', '.join(names)}.")
-    chosen = [c for c in all_cells if not given.only or c[2].method.name in given.only]
-    run_missing(chosen, lambda line: print(line, file=sys.stderr, flush=True))
+    chosen = [cell for cell in all_cells if not given.only or cell.method in given.only]
+    complete(chosen, lambda line: print(line, file=sys.stderr, flush=True))
     found = summary(all_cells)
-    given.out.parent.mkdir(parents=True, exist_ok=True)
-    given.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    write_json(given.out, found)
     print(as_text(found))
     return 0
 

@@ -1,11 +1,6 @@
-"""Which codec to take: what each loses against none, seed by seed, and what it sends.
+"""Recommend a codec from the cells of codecs.toml and codecs_dirichlet.toml.
 
-    cells of codecs.toml and codecs_dirichlet.toml -> [rows] -> a table, and the recommended one
-
-In:  the folders of finished cells.
-Out: a `CodecRow` a codec, Markdown, a name.
-
-The rule: a codec is known to keep the accuracy where its mean loss and one standard error of it are
+The rule: a codec keeps the accuracy where its mean loss and one standard error of it are
 at most `MOST_LOST`, in every table. Of those, the one that sends the smallest part of dense FedAvg.
 """
 
@@ -27,7 +22,7 @@ MOST_LOST = 0.005  # of accuracy
 
 @dataclass(frozen=True)
 class CodecRow:
-    """What a codec came to over the seeds."""
+    """Hold a codec's figures over the seeds."""
 
     accuracy: float
     lost: float  # against the lossless codec, seed by seed
@@ -36,7 +31,7 @@ class CodecRow:
 
 
 def codec_rows(folder: Path) -> dict[str, CodecRow]:
-    """By codec, those of which all the lossless one's seeds are there."""
+    """Return rows by codec, of codecs with all the seeds of the lossless one."""
     cells: dict[str, dict[int, dict[str, Any]]] = {}
     for path in sorted(folder.glob("*.json")):
         cell = json.loads(path.read_text(encoding="utf-8"))
@@ -57,7 +52,7 @@ def codec_rows(folder: Path) -> dict[str, CodecRow]:
 
 
 def recommended(tables: Sequence[Mapping[str, CodecRow]]) -> str:
-    """The codec of the fewest bytes that is known to lose next to nothing in any table."""
+    """Choose the codec of the fewest bytes that loses next to nothing in any table."""
     keeping = [
         codec
         for codec in tables[0]
@@ -69,7 +64,7 @@ def recommended(tables: Sequence[Mapping[str, CodecRow]]) -> str:
 
 
 def as_text(tables: Mapping[str, Mapping[str, CodecRow]]) -> tuple[str, str]:
-    """Both tables side by side, by bytes, and what follows from them, a paragraph.
+    """Return both tables side by side, by bytes, and a paragraph on the choice.
 
     Args:
         tables: Name of a table -> its rows.

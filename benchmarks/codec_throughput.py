@@ -1,9 +1,9 @@
-"""How many values a second each codec takes on one core, at how many bits and with what error.
+"""Measure values a second of each codec on one core, with bits and error.
 
     python -m benchmarks.codec_throughput [--values N] [--out FILE.json]
 
-Beside the codecs stands `zstandard` at level 3 on the same float32 bytes, in the same run: what a
-number means on another machine follows from that. Times are the processor's, medians of several
+Beside the codecs stands `zstandard` at level 3 on the same float32 bytes, in the same run, to
+compare machines by. Times are the processor's, medians of several
 runs after one to warm up; wall times stand beside them. One thread works: neither the codecs nor
 `zstandard` start others. Behind the bars stand the squared errors on Gaussian, Laplace and
 Student-t3 vectors, relative to the squared norm. Exits with 1 where a codec misses its bar.
@@ -38,7 +38,7 @@ DISTRIBUTIONS: dict[str, Callable[[np.random.Generator, int], np.ndarray]] = {
 
 
 def least_millions_a_second(codec: str) -> int:
-    """The bar of a codec: 50 for floats and stored int8, 5 with a rotation, 10 for the others."""
+    """Return the bar: 50 for floats and stored int8, 5 with a rotation, 10 for the others."""
     if codec in PLAIN:
         return 50
     return 5 if "eden" in codec else 10

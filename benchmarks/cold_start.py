@@ -1,4 +1,4 @@
-"""What a device pays for a message apart from training, and the most memory it holds.
+"""Measure a device's cost of a message apart from training, and its peak memory.
 
     python -m benchmarks.cold_start [--repeats 5] [--out FILE]
 
@@ -6,10 +6,10 @@ Flower runs each message in a new process. Measured, each in a process of its ow
 that all see the same machine:
 
     bare       imports torch and transformers, builds the model, loads its weights; no more
-    cold       what `flwr-clientapp` does with a train message of the default job: imports, plan,
-               rows from the cache, checkpoint, mask, model, values in and out. No local step.
-    warm       a second message to the same process: what a simulation's worker pays. Flower 1.41
-               keeps no ClientApp process for a second message.
+    cold       a train message of the default job in `flwr-clientapp`: imports, plan, rows from the
+               cache, checkpoint, mask, model, values in and out. No local step.
+    warm       a second message to the same process, as in a simulation's worker. Flower 1.41 ends
+               a ClientApp process after one message.
 
 and for memory one epoch of one client: `fedpet`, full fine-tuning, LoRA of `peft`. Wall and
 processor seconds are medians; memory is the largest resident set.
@@ -39,7 +39,7 @@ CHILD_SECONDS = 900.0
 
 
 def main() -> None:
-    """Measure, print, and keep where asked."""
+    """Measure, print, and write the file of --out."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--out", type=Path, help="write the measurement to this JSON file")
@@ -102,7 +102,7 @@ def show(found: dict[str, Any]) -> None:
 
 
 def _child(kind: str, folder: Path) -> dict[str, float]:
-    """One process; its wall time is from its start to its end, as a device sees it."""
+    """Run one process; its wall time is from its start to its end, as a device sees it."""
     command = [sys.executable, "-m", "benchmarks.cold_start", "--child", kind]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
     started = time.perf_counter()
@@ -178,14 +178,16 @@ def _request(plan: Any, groups: list[tuple[int, int]], client: str, server_round
 
     values = np.zeros(plan.num_values, dtype=np.float32)
     seed = derive_seed("downlink", plan.seed, server_round)
-    payload = encode_values(values, plan.codec.down, groups, seed=seed)
+    payload = encode_values(values, plan.codec.downlink, groups, seed=seed)
     digest = plan.digest(plan.to_bytes())
-    frame = Frame(digest, server_round, 0, plan.codec.down, plan.num_values, 0, 0.0, 0.0, payload)
+    frame = Frame(
+        digest, server_round, 0, plan.codec.downlink, plan.num_values, 0, 0.0, 0.0, payload
+    )
     return write_request(Request((client_id64(client),), pack_frame(frame)))
 
 
 def bare(folder: Path) -> dict[str, float]:
-    """What no client can do without."""
+    """Do the work that every client must."""
     import torch
     from transformers import AutoModelForSequenceClassification
 
@@ -196,7 +198,7 @@ def bare(folder: Path) -> dict[str, float]:
 
 
 def cold(folder: Path) -> dict[str, float]:
-    """A train message in a new process, without a local step; then a second in the same."""
+    """Answer a train message in a new process, without a local step; then a second in the same."""
     answer = _client(folder)
     answer((folder / "request-0-1").read_bytes())
     used = _used()
@@ -206,13 +208,13 @@ def cold(folder: Path) -> dict[str, float]:
 
 
 def fedpet(folder: Path) -> dict[str, float]:
-    """A train message in a new process, with its epoch."""
+    """Answer a train message in a new process, with its epoch."""
     _client(folder)((folder / "request-1-1").read_bytes())
     return _used()
 
 
 def _client(folder: Path) -> Callable[[bytes], bytes]:
-    """What `flwr-clientapp` loads for a message."""
+    """Load the modules that `flwr-clientapp` loads for a message."""
     import flwr.supernode.cli.flwr_clientapp
 
     import fedpet.client.flower_client
@@ -235,12 +237,12 @@ def _client(folder: Path) -> Callable[[bytes], bytes]:
 
 
 def full(folder: Path) -> dict[str, float]:
-    """The same client's training of every parameter."""
+    """Train every parameter on the same client."""
     return _train_whole(folder, lora=False)
 
 
 def peft_lora(folder: Path) -> dict[str, float]:
-    """The same client's training by LoRA of peft, on query and value."""
+    """Train LoRA of peft on the same client, on query and value."""
     return _train_whole(folder, lora=True)
 
 
@@ -256,7 +258,7 @@ def _train_whole(folder: Path, *, lora: bool) -> dict[str, float]:
     experiment = _experiment(folder)
     data = load_data(
         experiment.data,
-        experiment.population,
+        experiment.clients,
         locate(experiment.backbone),
         cache=cache_folder(experiment),
         evaluation=False,

@@ -1,12 +1,12 @@
-"""fedpet on a GPU, looked at once: is it right there, and where does its time go?
+"""Check fedpet on a GPU: its laws, and the cost of its steps.
 
     python -m benchmarks.cuda_check --out FOLDER [--minutes 8] [--sections laws steps]
     python -m benchmarks.cuda_check --out FOLDER --device cpu --tiny      # a rehearsal
 
 Each section is a process of its own with a limit of its own, so that one that fails or hangs takes
-nothing from the others. What it finds goes into FOLDER/cuda_check.json at once; what that file
-holds already of other sections stays. The sections stand in
-`cuda_laws.py` (is it right?) and `cuda_costs.py` (where does the time go?).
+nothing from the others. Its findings go into FOLDER/cuda_check.json at once; those of other
+sections stay there. `cuda_laws.py` holds the sections that compare a GPU with the processor,
+`cuda_costs.py` those that measure time and memory.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import json
 import os
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -23,7 +24,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import IO, Any
 
-ROOT = Path(__file__).resolve().parents[2]
 FILE = "cuda_check.json"
 # By value. Sections of one group are not timed and run side by side; each with its share of the
 # time. A share is a limit: what a section leaves of it the next ones have.
@@ -36,11 +36,12 @@ GROUPS = (
     {"precision": 0.15},
     {"rotation": 0.1},
 )
+FLOOR = "bitfit (torch)"
 SPARE = 10.0  # s that a section is given to stop by itself, before it is stopped
 
 
 class Results:
-    """The file: a section's findings by name, written whole after each."""
+    """Write findings by section and name to a file, whole after each."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -63,7 +64,7 @@ class Results:
 
 
 def _watch(pipe: IO[str], section: str, results: Results, shown: list[str]) -> None:
-    """Keep the findings that a section prints, as JSON lines; everything else is its log."""
+    """Keep the findings that a section prints as JSON lines, and the rest as its log."""
     for line in pipe:
         if line.startswith('{"finding": '):
             found = json.loads(line)
@@ -115,7 +116,7 @@ def _run_group(group: Sequence[str], limit: float, options: Any, results: Result
 
 
 def _one_section(options: Any) -> int:
-    """In a section's own process: look, print what is found."""
+    """Run one section in this process, and print its findings."""
 
     def found(name: str, value: Any) -> None:
         print(json.dumps({"finding": name, "value": value}), flush=True)
@@ -133,7 +134,7 @@ def _one_section(options: Any) -> int:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Look at everything there is time for; 0 if every section came to its end."""
+    """Run the sections there is time for; return 0 if every one came to its end."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=8)
@@ -165,7 +166,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _summary(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What is read first, and survives a log that is cut: each section's short findings."""
+    """Return each section's short findings, which survive a log that is cut."""
     return {
         section: {
             name: value
@@ -174,6 +175,49 @@ def _summary(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
         }
         for section, found in sections.items()
     }
+
+
+def as_text(sections: dict[str, dict[str, Any]]) -> str:
+    """Return a Markdown table of steps as multiples of BitFit's, and a paragraph on their cost.
+
+    Args:
+        sections: As FOLDER/cuda_check.json holds them.
+    """
+    steps: dict[str, dict[str, dict[str, float]]] = {}  # setting -> method -> findings
+    for name, row in sections["steps"].items():
+        if isinstance(row, dict):
+            model, batch, method = name.split(" ", 2)
+            steps.setdefault(f"{model}, {batch.replace('x', ' x ')}", {})[method] = row
+    largest = "bert-base, 32 x 128"
+    lines = [
+        f"| | {' | '.join(steps)} | {largest}, peak MB |",
+        "|---|" + "---:|" * (len(steps) + 1),
+    ]
+    for method in next(iter(steps.values())):
+        cells = [
+            f"{rows[method]['step_ms'] / rows[FLOOR]['step_ms']:.2f}" for rows in steps.values()
+        ]
+        peak = f"{steps[largest][method]['peak_MB']:,.0f}"
+        lines.append(f"| {method} | {' | '.join(cells)} | {peak} |")
+    busy = []
+    for name, found in sections["profile"].items():
+        if name.endswith(" mask-0.5%: profile"):
+            model, batch, method = name.removesuffix(": profile").split(" ", 2)
+            setting = f"{model}, {batch.replace('x', ' x ')}"
+            took = steps[setting][method]["step_ms"]
+            busy.append(
+                f"on {setting} the GPU works {found['gpu_us_a_step'] / 1e3:.1f} ms of a step of "
+                f"{took:.1f} ms, in {found['kernels_a_step']:.0f} kernels"
+            )
+    where = sections["environment"]
+    paragraph = (
+        f"A step's median time as a multiple of {FLOOR} on the same model and batch (rows x "
+        f"tokens), and the peak memory of one setting; one run, {where['gpu']}, torch "
+        f"{where['torch']}, float32; small steps vary by a third. With the 0.5 % mask, "
+        f"{'; '.join(busy)}. Small steps are bound by launches from Python, not by arithmetic: "
+        "there a mask saves memory and no time (`python -m benchmarks.cuda_check`)."
+    )
+    return "\n".join(lines) + "\n\n" + textwrap.fill(paragraph, 103, break_on_hyphens=False)
 
 
 if __name__ == "__main__":

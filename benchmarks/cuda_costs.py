@@ -1,4 +1,4 @@
-"""What does a step cost on a GPU, and where does its time go? Methods, kernels, the rotation."""
+"""Measure steps on a GPU, and their parts: methods, kernels, the rotation."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ LEAST_STEPS, MOST_STEPS = 8, 80
 
 @dataclass
 class Stepper:
-    """One method on one model: takes steps."""
+    """Take steps of one method on one model."""
 
     place: Place
     method: str
@@ -107,14 +107,14 @@ class Stepper:
             self._passes.enter_context(first_token_only(self.model, self.inputs))
 
     def forward(self) -> Tensor:
-        """The loss."""
+        """Return the loss."""
         cast = torch.autocast(self.place.device, torch.bfloat16) if self.autocast else nullcontext()
         with cast:
             logits = self.model(**self.inputs).logits
         return nn.functional.cross_entropy(logits.float(), self.labels)
 
     def step(self) -> None:
-        """A whole one."""
+        """Take a whole step."""
         self.zero()
         self.forward().backward()
         self.optimiser.step()
@@ -126,7 +126,7 @@ class Stepper:
 
 
 def _timed(place: Place, work: Callable[[], Any], seconds: float) -> list[float]:
-    """Wall seconds of repeated calls, each waited for."""
+    """Return wall seconds of repeated calls, each waited for."""
     times: list[float] = []
     finish = time.monotonic() + seconds
     while len(times) < LEAST_STEPS or (time.monotonic() < finish and len(times) < MOST_STEPS):
@@ -181,7 +181,7 @@ def _warm_up(device: str) -> None:
 
 
 def _clear(place: Place) -> int:
-    """Give memory back; bytes that are still held."""
+    """Give memory back; return the bytes that stay."""
     _warm_up("cpu" if place.tiny else place.device)
     gc.collect()
     if place.device != "cuda":
@@ -205,7 +205,7 @@ def _cell(
 
 
 def steps(place: Place) -> None:
-    """A training step's time and memory, by method."""
+    """Measure a training step's time and memory, by method."""
     settings: Iterable[tuple[str, int, int]] = SETTINGS
     if place.tiny:
         settings = [("tiny", 4, 16)]
@@ -218,7 +218,7 @@ def steps(place: Place) -> None:
 
 
 def precision(place: Place) -> None:
-    """The same with bfloat16 passes, and with TF32 products."""
+    """Measure steps with bfloat16 passes, and with TF32 products."""
     size, rows, tokens = ("tiny", 4, 16) if place.tiny else ("bert-base", 32, 128)
     methods = ("mask-0.5%", "full", "peft-lora", "bitfit (torch)")
     for kind in ("bfloat16", "tf32"):
@@ -231,7 +231,7 @@ def precision(place: Place) -> None:
 
 
 def profile(place: Place) -> None:
-    """Where a fedpet step's time goes."""
+    """Profile steps by their parts and kernels."""
     from torch.profiler import ProfilerActivity
 
     cuda = place.device == "cuda"
@@ -281,10 +281,10 @@ def _parts(place: Place, stepper: Stepper) -> dict[str, float]:
 
 
 def _tops(events: Any, steps: int) -> dict[str, Any]:
-    """The first of a profile, by what the GPU did, what had it done, and the processor's time."""
-    told = [event for event in events if not getattr(event, "is_user_annotation", False)]
-    kernels = [event for event in told if event.device_type.name != "CPU"]
-    calls = [event for event in told if event.device_type.name == "CPU"]
+    """Return the first entries of a profile, by kernel, by operation, and by processor time."""
+    real = [event for event in events if not getattr(event, "is_user_annotation", False)]
+    kernels = [event for event in real if event.device_type.name != "CPU"]
+    calls = [event for event in real if event.device_type.name == "CPU"]
 
     def rows(of: list[Any], key: str, most: int = 16) -> list[dict[str, Any]]:
         ordered = sorted(of, key=lambda event: -getattr(event, key))[:most]
@@ -315,7 +315,7 @@ def _tops(events: Any, steps: int) -> dict[str, Any]:
 
 
 def sampled(place: Place) -> None:
-    """The weight's gradient at the mask's positions: sampled, dense, and other ways."""
+    """Measure the weight's gradient at the mask's positions: sampled, dense, and other ways."""
     shapes = [(1024, 384, 1536), (2048, 768, 3072), (4096, 768, 3072), (2048, 768, 768)]
     if place.tiny:
         shapes = [(64, 32, 48)]
@@ -378,7 +378,7 @@ def _sampled(place: Place, x: Tensor, g: Tensor, density: float) -> dict[str, An
 
 
 def rotation_there(place: Place) -> None:
-    """The codec's rotation by torch, and by numpy on the processor: the same bits, and time."""
+    """Compare the codec's rotation by torch and by numpy: bits and time."""
     from fedpet.codec import rotation
 
     for count in (1000,) if place.tiny else (90_000, 4_096 * 24, 8_000_000):
@@ -413,7 +413,7 @@ def _rotate_and_fetch(values: Tensor, device: str) -> Tensor:
 
 
 def _signs(count: int, device: str) -> list[Tensor]:
-    """Of both rounds, as factors: (2, windows, C), and of the last, overlapping window."""
+    """Return signs of both rounds as factors, (2, windows, C), and of the last window."""
     from fedpet.codec import rotation
 
     size = rotation.window_size(count)

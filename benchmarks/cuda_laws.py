@@ -29,12 +29,12 @@ from fedpet.backbone.module_roles import maskable_weights
 from fedpet.config import Experiment, MaskConfig
 from fedpet.pet.mask import Mask, build_mask
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 WORDS = ["good", "bad", "fine", "dull", "film", "plot", "cast", "score", "the", "of", "and", "is"]
 
 
 def environment(place: Place) -> None:
-    """What is on the machine."""
+    """Report versions, GPU and memory."""
     place.found("python", sys.version)
     place.found("torch", f"{torch.__version__}, CUDA {torch.version.cuda}")
     place.found("cores", os.cpu_count())
@@ -48,9 +48,10 @@ def environment(place: Place) -> None:
         place.found("gpu", torch.cuda.get_device_name())
         place.found("capability", torch.cuda.get_device_capability())
         place.found("memory", torch.cuda.mem_get_info())
-        with noted(place, "nvidia-smi"):
-            asked = subprocess.run(["nvidia-smi"], capture_output=True, text=True, timeout=20)
-            place.found("nvidia-smi", asked.stdout[-2500:])
+        with noted(place, "driver"):
+            command = ["nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"]
+            done = subprocess.run(command, capture_output=True, text=True, timeout=20)
+            place.found("driver", done.stdout.strip())
 
 
 LAWS = {
@@ -181,7 +182,7 @@ def _touched(before: Any, after: Any, mask: Mask | None, named: set[str]) -> lis
 
 
 def suite(place: Place) -> None:
-    """The tests that ask for a GPU."""
+    """Run the tests that ask for a GPU."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pytest", "tests/backbone/test_device.py", "-q", "-rfE"]
         command += ["-o", "filterwarnings=", "-o", "addopts=", "-p", "no:cacheprovider"]
@@ -198,8 +199,10 @@ def suite(place: Place) -> None:
             timeout=max(place.left() - 2, 5),
         )
     place.found("exit code", done.returncode)
-    place.found("said", (done.stdout + done.stderr)[-5000:])
+    summary = [line for line in done.stdout.splitlines() if " passed" in line or " failed" in line]
+    place.found("tests", summary[-1:])
     if done.returncode:
+        print((done.stdout + done.stderr)[-5000:])
         raise RuntimeError("tests failed, or were not found")
 
 
@@ -208,7 +211,7 @@ def _path() -> list[str]:
 
 
 def run(place: Place) -> None:
-    """A whole federation in this process, there twice and on the processor."""
+    """Run a whole federation in this process, twice on the GPU and once on the processor."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         _write_rows(folder / "rows")
@@ -225,12 +228,12 @@ def run(place: Place) -> None:
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
     "mask and lora, eden-3": {
         "structure": {"preset": "lnfit+lora", "rank": 4},
-        "codec": {"up": "eden-3", "down": "eden-5", "downlink": "values"},
+        "codec": {"uplink": "eden-3", "downlink": "eden-5", "downlink-mode": "full"},
     },
     "first token, tiers": {
         "structure": {"preset": "lnfit"},
         "mask": {"density": 0.02, "tiers": ["0.005=0.5", "0.02=0.5"]},
-        "training": {"first-token-only": True},
+        "training": {"cls-only": True},
     },
 }
 
@@ -250,7 +253,7 @@ def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict
             "run": {"name": "check", "out": str(out), "device": where, "cache": str(folder / "c")},
             "backbone": {"model": str(folder / size)},
             "data": {"source": str(folder / "rows"), "max-length": 32},
-            "population": {"client-column": "client", "min-rows": 2},
+            "clients": {"client-column": "client", "min-rows": 2},
             "mask": {"density": 0.02},
             "training": {"learning-rate": 0.002, "batch-size": 8, "threads": 4},
             "strategy": {"num-rounds": 3, "clients-per-round": 4},

@@ -1,4 +1,4 @@
-"""What the sections of `cuda_check` share: a place to look at, and models of random weights.
+"""Build models of random weights, and hold a section's device, time and findings, for `cuda_check`.
 
 BERTs in MiniLM's and BERT-base's sizes: laws, time and memory do not depend on what a checkpoint
 has learned, and none has to be there.
@@ -34,7 +34,7 @@ VOCABULARY = 30522
 
 @dataclass(frozen=True)
 class Place:
-    """Where a section looks, how long, and what takes its findings."""
+    """Hold a section's device, its time, and the function that takes its findings."""
 
     device: str
     tiny: bool
@@ -42,7 +42,7 @@ class Place:
     found: Callable[[str, Any], None]
 
     def left(self) -> float:
-        """Seconds."""
+        """Return the seconds that are left."""
         return self.finish - time.monotonic()
 
     def synchronise(self) -> None:
@@ -53,7 +53,7 @@ class Place:
 
 @contextmanager
 def noted(place: Place, name: str) -> Iterator[None]:
-    """One part of a section: what it raises is a finding, and the others go on."""
+    """Turn an error of one part of a section into a finding, so that the others go on."""
     try:
         yield
     except Exception:
@@ -83,7 +83,7 @@ def random_model(size: str, vocabulary: int) -> Any:
 
 
 def fresh_backbone(size: str, device: str, vocabulary: int = VOCABULARY) -> Backbone:
-    """A fresh copy of the size's one random model, frozen, on the device."""
+    """Return a fresh copy of the size's one random model, frozen, on the device."""
     model = copy.deepcopy(random_model(size, vocabulary)).to(device)
     head = tuple(name for name, _ in model.named_parameters() if name.startswith("classifier"))
     return Backbone(size, Path("."), model, head, "0" * 64)

@@ -1,4 +1,4 @@
-"""The sections of `cuda_check` by name."""
+"""Name the sections of `cuda_check`."""
 
 from __future__ import annotations
 

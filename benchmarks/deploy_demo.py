@@ -1,4 +1,4 @@
-"""What is simulated is what is deployed: one federation on Ray, and on real nodes over TLS.
+"""Compare one federation on Ray with the same on real nodes over TLS, bit for bit.
 
     python -m benchmarks.deploy_demo [--rounds 5] [--eval-rows 256]
 
@@ -37,7 +37,7 @@ RUN_SECONDS = 1800.0
 TURNED_AWAY_SECONDS = 120.0
 
 
-class Told(Callback):
+class Report(Callback):
     """Prints what is found, and remembers whether all of it was as it should be."""
 
     def __init__(self) -> None:
@@ -56,12 +56,12 @@ class Told(Callback):
             print(otherwise, flush=True)
 
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
-        """The simulation's rounds are not shown."""
+        """Show nothing of the simulation's rounds."""
 
 
 def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     """Run both, compare. True if everything was as it should be."""
-    told = Told()
+    report = Report()
     experiment = Experiment.from_file(
         EXPERIMENT,
         [
@@ -72,8 +72,8 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
             f"run.cache='{folder}/cache'",
         ],
     )
-    told.on_stage(f"simulating {rounds} rounds on Ray")
-    simulated, _ = simulate(experiment, told)
+    report.on_stage(f"simulating {rounds} rounds on Ray")
+    simulated, _ = simulate(experiment, report)
     clients = simulated["data"]["clients"]
 
     port, *node_ports = free_ports(2 + len(NODES))
@@ -89,42 +89,44 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     )
     write_deployment(deployment, folder / "deployment")
     rows = write_thirds(folder / "deployment" / "nodes", experiment)
-    told.on_stage(f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}")
+    report.on_stage(
+        f"deployed: {', '.join(f'{name} with {n} reviews' for name, n in rows.items())}"
+    )
     with RealNodes(folder / "deployment", port) as real:
         real.start_server()
-        told.check("plain HTTP is refused", plain_http_is_refused(port))
+        report.check("plain HTTP is refused", plain_http_is_refused(port))
         real.register()
         for name in NODES:
             real.start_node(name)
         make_intruder(folder / "deployment", node_ports[0], node_ports[-1])
-        told.check("a node that is not registered is turned away", *_turned_away(real))
-        told.on_stage(f"running {rounds} rounds on {len(NODES)} nodes")
+        report.check("a node that is not registered is turned away", *_turned_away(real))
+        report.on_stage(f"running {rounds} rounds on {len(NODES)} nodes")
         done = real.run(limit_seconds=RUN_SECONDS)
         log = (done.stdout + done.stderr)[-4000:]
-        told.check("the run ends with exit code 0", done.returncode == 0, log)
+        report.check("the run ends with exit code 0", done.returncode == 0, log)
         if done.returncode == 0:
-            _compare(told, simulated, real.result(f"{experiment.run.name}-1"))
-    return not told.failed
+            _compare(report, simulated, real.result(f"{experiment.run.name}-1"))
+    return not report.failed
 
 
-def _compare(told: Told, simulated: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
+def _compare(report: Report, simulated: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
     found, known = (
         (result["data"]["clients"], result["data"]["train_rows"])
         for result in (deployed, simulated)
     )
-    told.check(
+    report.check(
         f"the roll call finds all {known[0]} films with {known[1]} reviews",
         found == known,
         f"{found} instead of {known}",
     )
-    told.check("nobody was refused", not deployed["refused"], str(deployed["refused"]))
-    told.check(
+    report.check("nobody was refused", not deployed["refused"], str(deployed["refused"]))
+    report.check(
         f"final values {deployed['final_values_sha256'][:16]}... are the simulation's",
         deployed["final_values_sha256"] == simulated["final_values_sha256"],
         f"simulated: {simulated['final_values_sha256']}",
     )
     quality, seconds = deployed["quality"], deployed["time"]["rounds_seconds"]
-    told.on_stage(f"{quality['metric']} {quality['final']:.4f}; {seconds:.1f} s of rounds")
+    report.on_stage(f"{quality['metric']} {quality['final']:.4f}; {seconds:.1f} s of rounds")
 
 
 def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
@@ -135,8 +137,8 @@ def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
     """
     data = experiment.data
     table = open_source(data.source).read(data.train_split)
-    names = ("text", "label", experiment.population.client_column)
-    columns = [table.column(name, "", "the embedded data set") for name in names]
+    names = ("text", "label", experiment.clients.client_column)
+    columns = [table.column(name, "", "the bundled data set") for name in names]
     films = sorted(set(columns[2]))
     home = {film: NODES[index % len(NODES)] for index, film in enumerate(films)}
     lines: dict[str, list[str]] = {name: [] for name in NODES}
@@ -148,7 +150,7 @@ def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
 
 
 def make_intruder(folder: Path, first_port: int, port: int) -> None:
-    """A node like the first, but with a key that nobody registered."""
+    """Start a node like the first, but with a key that nobody registered."""
     place = folder / "nodes" / INTRUDER
     shutil.copytree(folder / "nodes" / NODES[0], place)
     (place / "node.key").write_bytes(make_node_key()[0])
@@ -173,10 +175,10 @@ def main() -> None:
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fedpet-demo-"))
     try:
-        held = demonstrate(arguments.rounds, arguments.eval_rows, folder)
+        holds = demonstrate(arguments.rounds, arguments.eval_rows, folder)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-    sys.exit(0 if held else 1)
+    sys.exit(0 if holds else 1)
 
 
 if __name__ == "__main__":

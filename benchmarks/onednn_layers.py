@@ -27,7 +27,7 @@ def _forward_of(module: nn.Linear) -> Any:
 
 
 def _shira_forward_of(layer: Any) -> Any:
-    """What peft computes for one adapter: a weight with its change, and one product."""
+    """Compute one adapter as peft does: a weight with its change, and one product."""
 
     def forward(x: Tensor) -> Tensor:
         weight = layer.get_base_weight().clone()

@@ -1,4 +1,4 @@
-"""The most memory that this process has held."""
+"""Read the peak memory of this process."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ __all__ = ["peak_bytes"]
 
 
 def peak_bytes() -> int:
-    """Largest resident set since the program was started, in bytes. Linux only.
+    """Return the largest resident set since the program was started, in bytes. Linux only.
 
-    Not `getrusage`: what it tells is never less than what the parent held when it started this
-    process.
+    Not `getrusage`: its figure is at least the parent's at the start of this process.
     """
     for line in Path("/proc/self/status").read_text(encoding="ascii").splitlines():
         if line.startswith("VmHWM"):

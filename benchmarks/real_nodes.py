@@ -1,9 +1,7 @@
-"""A deployment's processes on this machine: started from its scripts, watched, and all ended.
+"""Run a deployment's processes on this machine, from the scripts of `fedpet deploy`.
 
-In:  a folder made by `fedpet deploy`.
-Out: a running server and nodes on the loopback; the exit code and the result of runs on them.
-
-Every process is ended by its id, with what it has started, when the block is left.
+Server and nodes listen on the loopback. Every process is ended by its id, with its children, when
+the block is left.
 """
 
 from __future__ import annotations
@@ -145,20 +143,20 @@ class RealNodes:
         return subprocess.CompletedProcess(arguments, process.returncode, said, complained)
 
     def result(self, run: str) -> dict[str, Any]:
-        """The `result.json` of a run below the server's folder."""
+        """Read the `result.json` of a run below the server's folder."""
         path = self.folder / "server" / "runs" / run / "result.json"
         result: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         return result
 
     def rounds(self, run: str) -> list[dict[str, Any]]:
-        """The lines that a run has written so far."""
+        """Read the lines that a run has written so far."""
         path = self.folder / "server" / "runs" / run / "rounds.jsonl"
         if not path.exists():
             return []
         return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
     def log(self, name: str) -> str:
-        """What the server or a node has said so far."""
+        """Read the log of the server or a node so far."""
         return (self.folder / f"{name}.log").read_text(encoding="utf-8", errors="replace")
 
     def kill(self, name: str) -> None:
@@ -213,7 +211,7 @@ def _kill(pids: Iterable[int]) -> None:
 
 
 def descendants(pid: int) -> dict[int, str]:
-    """A process's children and theirs, each with when it was born."""
+    """Return a process's descendants, each with the time of its start."""
     children: dict[int, list[int]] = {}
     for entry in _all_processes():
         parent = _field(entry, 1)
@@ -237,7 +235,7 @@ def _born(pid: int) -> str:
 
 
 def _field(pid: int, index: int) -> str:
-    """A field of /proc/PID/stat after the command's name, or "" where the process is gone."""
+    """Return a field of /proc/PID/stat behind the command's name; "" for a dead process."""
     try:
         text = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
@@ -246,7 +244,7 @@ def _field(pid: int, index: int) -> str:
 
 
 def plain_http_is_refused(port: int) -> bool:
-    """Whether the server gives nothing out over plain HTTP."""
+    """Tell whether the server refuses plain HTTP."""
     try:
         urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=10).close()
     except urllib.error.HTTPError:

@@ -1,19 +1,19 @@
-"""What one search step costs, against a plain training step of the same candidates.
+"""Measure one search step against a plain training step of the same candidates.
 
     python -m benchmarks.search_step [--rounds 7] [--out FILE]
 
-All methods are set up in one process and take turns, one step each, so that what else the machine
-does falls on all alike:
+All methods are set up in one process and take turns, one step each, so that other work on the
+machine falls on all alike:
 
     plain         forward, backward, AdamW and the values' writing, every candidate fully on
     gated         the same with a gate on every candidate, as step 5 of a search
     first-order   a search step without the unrolled part: two passes
     second-order  the whole search step: five passes, three writings of a virtual copy
 
-Told are the medians of wall and of CPU time, the median over rounds of a step's CPU time over that
-of `plain` in the same round, and the bytes that each holds between steps and allocates at most
-during one, counted by torch's profiler from every allocation; of what a search needs more than
-`plain`, how often it holds the candidates' values. A second backbone would be the model's own bytes
+Reported are the medians of wall and of CPU time, the median over rounds of a step's CPU time over
+that of `plain` in the same round, and the bytes that each holds between steps and allocates at most
+during one, counted by torch's profiler from every allocation; of a search's bytes beyond `plain`,
+also as multiples of the candidates' values. A second backbone would be the model's own bytes
 more.
 """
 
@@ -46,7 +46,7 @@ Batch = dict[str, torch.Tensor]
 
 
 def make_plain(backbone: Backbone, space: Space, batch: Batch, gated: bool) -> Callable[[], None]:
-    """A plain training step of a model with all candidates on it."""
+    """Make a plain training step of a model with all candidates on it."""
     pet = PetModel(backbone, None, space.structure(), seed=0)
     if gated:
         pet.set_gates(torch.full((len(space.candidates),), 0.1))
@@ -63,13 +63,19 @@ def make_plain(backbone: Backbone, space: Space, batch: Batch, gated: bool) -> C
     return step
 
 
+def _loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs.logits, labels)
+
+
 def make_search(
     backbone: Backbone, space: Space, batches: tuple[Batch, Batch], order: str
 ) -> Callable[[], None]:
-    """A search step."""
-    config = SearchConfig(space=space.name, budget=space.num_values // 10, rate=1e-4, order=order)
+    """Make a search step."""
+    config = SearchConfig(
+        space=space.name, budget=space.num_values // 10, learning_rate=1e-4, order=order
+    )
     pet = PetModel(backbone, None, space.structure(), seed=0)
-    search = BiLevel(pet, space, config, total_steps=10**6, loss=nn.functional.cross_entropy)
+    search = BiLevel(pet, space, config, total_steps=10**6, loss=_loss)
 
     def step() -> None:
         search.step(*batches)
@@ -78,7 +84,7 @@ def make_search(
 
 
 def measure(base: Backbone, space_name: str, rows: int, tokens: int, rounds: int) -> dict[str, Any]:
-    """One space and size of batch: a table row for each kind of step."""
+    """Measure one space and size of batch: a table row for each kind of step."""
     space = build_space(base.model, space_name, head=base.head)
     batches = _batch(base, rows, tokens, 0), _batch(base, rows, tokens, 1)
     makers: dict[str, Callable[[Backbone], Callable[[], None]]] = {
@@ -156,7 +162,7 @@ def _table(row: dict[str, Any]) -> str:
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; `--out` keeps the numbers. 1 where a search step costs too much."""
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", default="embedded")
+    parser.add_argument("--model", default="bundled")
     parser.add_argument("--spaces", nargs="+", default=list(SPACES))
     parser.add_argument("--rounds", type=int, default=7, help="steps of each kind")
     parser.add_argument("--batch", default="32x32", help="rows x tokens")

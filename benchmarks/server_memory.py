@@ -1,4 +1,4 @@
-"""What the server's memory takes as a round has more clients: replies, decoding, averaging.
+"""Measure the server's memory by clients of a round: replies, decoding, averaging.
 
     python -m benchmarks.server_memory --out server_memory.json
 
@@ -48,7 +48,7 @@ SEED = 0
 
 
 def make_plan(num_values: int, codec: str) -> Plan:
-    """A plan of so many values that belongs to no model."""
+    """Make a plan of so many values that belongs to no model."""
     return Plan(
         fingerprint="",
         head_seed=0,
@@ -61,7 +61,7 @@ def make_plan(num_values: int, codec: str) -> Plan:
         structure=Structure(()),
         num_values=num_values,
         layout="",
-        codec=CodecConfig(up=codec),
+        codec=CodecConfig(uplink=codec),
         training=TrainingConfig(),
         num_rounds=1,
         seed=SEED,
@@ -69,22 +69,22 @@ def make_plan(num_values: int, codec: str) -> Plan:
 
 
 def answer(payload: bytes, plan: Plan) -> bytes:
-    """A node's answer: noise for each client of its cohort."""
+    """Answer as a node: noise for each client of its cohort."""
     request = read_request(payload)
-    asked = next(unpack_frames(request.frame, max_frames=1, max_payload_bytes=len(payload)))
-    assert isinstance(asked, Frame)
+    wanted = next(unpack_frames(request.frame, max_frames=1, max_payload_bytes=len(payload)))
+    assert isinstance(wanted, Frame)
     frames = bytearray()
     for client in request.clients:
-        seed = derive_seed("client", SEED, asked.server_round, client)
+        seed = derive_seed("client", SEED, wanted.server_round, client)
         values = np.random.default_rng(seed).normal(size=plan.num_values).astype(np.float32)
         groups = [(0, plan.num_values)]
-        encoded = encode_values(values, plan.codec.up, groups, seed=derive_seed("encode", seed))
+        encoded = encode_values(values, plan.codec.uplink, groups, seed=derive_seed("encode", seed))
         frames += pack_frame(
             Frame(
-                plan_digest=asked.plan_digest,
-                server_round=asked.server_round,
+                plan_digest=wanted.plan_digest,
+                server_round=wanted.server_round,
                 client=client,
-                codec=plan.codec.up,
+                codec=plan.codec.uplink,
                 count=plan.num_values,
                 num_examples=1,
                 loss=0.0,
@@ -96,7 +96,7 @@ def answer(payload: bytes, plan: Plan) -> bytes:
 
 
 class PostOffice(LocalGrid):
-    """A grid whose replies lie outside the server's memory until they are pulled."""
+    """Hold replies outside the server's memory until they are pulled."""
 
     def __init__(self, handlers: dict[int, Callable[[bytes], bytes]]) -> None:
         super().__init__(handlers)
@@ -117,8 +117,8 @@ class PostOffice(LocalGrid):
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Make the replies to these messages."""
-        asked = [self._asked.pop(number) for number in message_ids]
-        return [Message(to_record(self._shelf.get(place)), reply_to=m) for m, place in asked]
+        wanted = [self._asked.pop(number) for number in message_ids]
+        return [Message(to_record(self._shelf.get(place)), reply_to=m) for m, place in wanted]
 
 
 def peak_mb(strategy: str, codec: str, num_values: int, num_clients: int, rounds: int) -> float:

@@ -1,4 +1,4 @@
-"""A counting proxy between each node and the server: every byte on the socket, and what it was for.
+"""Count every byte between each node and the server in a proxy, by purpose.
 
 In:  a deployment's server, with its certificate and key.
 Out: for each node a port in the server's place; afterwards the bytes each way, and the requests.
@@ -28,7 +28,7 @@ _HEAD_END = b"\r\n\r\n"
 
 @dataclass
 class Connection:
-    """One connection of a node, as the server's side of the proxy reads it.
+    """Read one connection of a node, on the server's side of the proxy.
 
     Attributes:
         asked: All that the node sent, opened.
@@ -39,7 +39,7 @@ class Connection:
     answered: bytearray = field(default_factory=bytearray)
 
     def exchanges(self) -> Iterator[Exchange]:
-        """The whole requests on it, in order, each with its answer."""
+        """Return the whole requests on it, in order, each with its answer."""
         asked, answered = _http_messages(bytes(self.asked)), _http_messages(bytes(self.answered))
         for (head, body), (answer_head, answer) in zip(asked, answered, strict=False):
             path = head.split(b" ", 2)[1].decode("ascii")
@@ -49,7 +49,7 @@ class Connection:
 
 @dataclass(frozen=True)
 class Exchange:
-    """One HTTP request and its answer.
+    """Hold one HTTP request and its answer.
 
     Attributes:
         path: What was asked for.
@@ -68,7 +68,7 @@ class Exchange:
 
 @dataclass
 class Tapped:
-    """One node's traffic.
+    """Hold one node's traffic.
 
     Attributes:
         up_bytes: From the node, as the socket counts them: sealed.
@@ -88,7 +88,7 @@ class Tapped:
 
 
 class Wiretap:
-    """The proxies of all nodes of one deployment, on the loopback.
+    """Run the proxies of all nodes of one deployment, on the loopback.
 
     Args:
         server: The deployment's `server` folder, with certificate, key and authority.

@@ -1,4 +1,4 @@
-"""Is the ledger true? What it says of a deployment's messages, against every byte on the sockets.
+"""Compare the ledger of a deployment with every byte on its sockets.
 
     python -m benchmarks.socket_vs_ledger [--rounds 3] [--out FILE]
 
@@ -7,16 +7,16 @@ job. Held against each other: the sum of all messages as the nodes fetched and s
 ledger's `wire_bytes`, which must be equal; and all bytes on the sockets against `wire_bytes` with
 the terms below, which must agree to 2 % (law 9).
 
-Flower 1.41 sends a message as a tree of objects, a request each, over HTTP/1.1. What that costs
-beside the message is the same for every message, whatever is in it:
+Flower 1.41 sends a message as a tree of objects, a request each, over HTTP/1.1. That costs the same
+beside every message:
 
     DOWN_BYTES, UP_BYTES    a message to a node, and from one: requests, answers, identification
     POLL_BYTES              an idle node asks for messages every 3 s; or for a part not yet there
     HEARTBEAT_BYTES         and says that it lives every 30 s, or a little before
     SOCKET_BYTES            a connection is opened anew after 5 s without a request
     JOIN_BYTES              a node comes and goes
-    the app bundle          once a node and run: what `fedpet deploy` packs, fedpet included
-    again                   what was cut off with a connection, or sent again after that
+    the app bundle          once a node and run: the files that `fedpet deploy` packs, with fedpet
+    again                   bytes cut off with a connection, or sent again after that
 
 A message of more than 5 MiB is cut, and costs a request more for each part.
 """
@@ -73,7 +73,7 @@ _PURPOSES = {
 
 @dataclass(frozen=True)
 class NodeBooks:
-    """What one node's proxy saw, by purpose.
+    """Hold the bytes in one node's proxy, by purpose.
 
     Attributes:
         node_id: Flower's.
@@ -112,7 +112,7 @@ class NodeBooks:
         return self.up_bytes + self.down_bytes
 
     def terms(self) -> dict[str, int]:
-        """What the stated terms make of this node's traffic, bytes."""
+        """Return the stated terms of this node's traffic, in bytes."""
         return {
             "messages": self.messages_down * DOWN_BYTES + self.messages_up * UP_BYTES,
             "polls": self.requests.get("poll", 0) * POLL_BYTES,
@@ -124,7 +124,7 @@ class NodeBooks:
         }
 
     def deviation(self) -> float:
-        """How far the socket's count is from messages and terms, as a share of the messages."""
+        """Return the socket's deviation from messages and terms, as a fraction of the messages."""
         expected = self.wire_bytes + sum(self.terms().values())
         return (self.socket_bytes - expected) / self.wire_bytes
 
@@ -171,7 +171,7 @@ def books_of(tapped: Tapped) -> NodeBooks:
 
 
 def _read(exchange: Exchange) -> tuple[str, bytes]:
-    """A request's purpose, and the part of a message that went with it."""
+    """Return a request's purpose, and the part of a message that went with it."""
     name = exchange.path.removeprefix(_FLEET)
     if name == "pull-messages":
         listed = PullMessagesResponse.FromString(exchange.answer).messages_list
@@ -206,7 +206,7 @@ def compare(nodes: Mapping[str, NodeBooks], communication: Mapping[str, Any]) ->
 
 
 def holds(found: Mapping[str, Any]) -> bool:
-    """Whether the ledger is true: the messages to the byte, all that travels as law 9 says."""
+    """Tell whether the messages agree to the byte, and all that travels as law 9 says."""
     return bool(
         found["messages_bytes"] == found["ledger_wire_bytes"]
         and found["messages"] == found["ledger_messages"]
@@ -245,7 +245,7 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
             f"run.cache='{folder}/cache'",
         ],
     )
-    films = count_clients(experiment.data, experiment.population, cache=folder / "cache").num_rows
+    films = count_clients(experiment.data, experiment.clients, cache=folder / "cache").num_rows
     port, first_node_port, *_ = free_ports(1 + len(NODES))
     deployment = Deployment(
         experiment=experiment,

@@ -1,11 +1,8 @@
-"""The methods whose local steps `training_step` compares, each on a backbone of its own.
+"""Set up the methods whose local steps `training_step` compares, each on a backbone of its own.
 
-In:  a loaded backbone.
-Out: the model to call, what to optimise, how gradients are set to zero, what follows a step.
-
-", first token" is a method whose passes leave out what the classifier never reads
-(`training.first-token-only`); ", oneDNN" is one whose dense layers are multiplied by oneDNN
-(`training.products`), which the others are given too.
+", first token" is a method whose passes leave out tokens that the classifier never reads
+(`training.cls-only`); ", oneDNN" is one whose dense layers are multiplied by oneDNN
+(`training.matmul-backend`), which the others are given too.
 """
 
 from __future__ import annotations
@@ -29,7 +26,7 @@ from fedpet.pet.structure import preset
 __all__ = ["FIRST_TOKEN", "ONEDNN", "Method", "backbone", "methods"]
 
 DENSITIES = (0.001, 0.005, 0.02, 0.05)
-FIRST_TOKEN = ", first token"  # of methods whose passes training.first-token-only cuts
+FIRST_TOKEN = ", first token"  # of methods whose passes training.cls-only cuts
 ONEDNN = ", oneDNN"  # of methods whose dense layers oneDNN multiplies
 Step = Callable[[], None]
 Method = Callable[[Backbone], tuple[Any, Iterable[nn.Parameter], Step, Step]]
@@ -110,7 +107,7 @@ def _peft_lora(base: Backbone, *, onednn: bool = False) -> Any:
 
 
 def _peft_shira(base: Backbone, *, onednn: bool = False) -> Any:
-    """Of all dense weights, with the rank whose number of values is nearest to the 0.5 % mask's."""
+    """Train all dense weights, at the rank with nearly as many values as the 0.5 % mask."""
     from peft import ShiraConfig, get_peft_model
 
     names = _names(base)

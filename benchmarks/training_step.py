@@ -1,18 +1,18 @@
-"""What one local training step costs, by method: time and memory, in one run side by side.
+"""Measure one local training step by method: time and memory, side by side in one run.
 
     python -m benchmarks.training_step [--minutes 2] [--out FILE]
 
-Each method has processes of its own, as a client has: what another leaves of memory and caches is
-not its. How memory comes to lie in one process is worth some percent of its steps all along, so
-there are several, one behind the other. For each setting (model, rows x tokens, threads) the
-methods take turns, one step each, in a new order each round, while the others sleep, so that what
-else the machine does falls on all alike; rounds go on for some minutes, since a small step needs
+Each method has processes of its own, as a client has, so that no other's memory and caches count.
+The layout of memory in one process is worth some percent of its steps all along, so there are
+several, one behind the other. For each setting (model, rows x tokens, threads) the
+methods take turns, one step each, in a new order each round, while the others sleep, so that other
+work on the machine falls on all alike; rounds go on for some minutes, since a small step needs
 more of them. Some methods take turns, then the next ones, the floor among all: all at once would
 not fit in the memory of a small machine. A step is forward, backward, optimiser and whatever the
-method writes afterwards. Told are the medians of wall and of processor time, the median over rounds
-of a step's time over that of `bitfit` in the same round, and
+method writes afterwards. Reported are the medians of wall and of processor time, the median over
+rounds of a step's time over that of `bitfit` in the same round, and
 
-    persistent bytes   what the method holds between steps above the loaded model
+    persistent bytes   held by the method between steps, above the loaded model
     peak bytes         the most that is allocated at once during a step, on top of that
 
 both counted by torch's profiler from every allocation, which is exact and the same each time.
@@ -56,7 +56,7 @@ FLOOR = "bitfit"
 
 
 class _Trainer:
-    """One method on one model, in a process of its own."""
+    """Run one method on one model, in a process of its own."""
 
     def __init__(self, model: str, name: str) -> None:
         self._name = name
@@ -109,14 +109,14 @@ class _Trainer:
 
 
 def _serve(pipe: Connection, model: str, name: str) -> None:
-    """A process: prepares for each setting that it is sent, takes a step for each None."""
+    """Prepare for each setting that comes, and take a step for each None."""
     trainer = _Trainer(model, name)
     while (order := pipe.recv()) != "stop":
         pipe.send(trainer.step() if order is None else trainer.prepare(*order))
 
 
 class Trainers:
-    """The processes of all methods on one model."""
+    """Run the processes of all methods on one model."""
 
     def __init__(self, model: str, names: list[str]) -> None:
         context = multiprocessing.get_context("spawn")
@@ -143,7 +143,7 @@ class Trainers:
             process.join()
 
     def ask(self, name: str, order: tuple[int, int, int] | None) -> Any:
-        """A process's answer; None asks for a step.
+        """Return a process's answer; None asks for a step.
 
         Raises:
             EOFError: The process died; it has said why.
@@ -155,7 +155,7 @@ class Trainers:
 
 @dataclass
 class Timings:
-    """A setting's steps, of all processes that took them."""
+    """Hold a setting's steps, of all processes that took them."""
 
     held: dict[str, dict[str, int]] = field(default_factory=dict)  # by method
     wall: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
@@ -175,7 +175,7 @@ class Timings:
                 self.cpu[name].append(of_cpu)
 
     def rows(self, model: str, size: tuple[int, int, int], processes: int) -> list[dict[str, Any]]:
-        """A table row for each method."""
+        """Return a table row for each method."""
         wall, cpu = self.wall, self.cpu
         return [
             {
@@ -199,14 +199,14 @@ class Timings:
 
 
 def _ratio(seconds: list[float], floor: list[float] | None) -> float | None:
-    """The median over rounds of one method's time over the floor's in the same round."""
+    """Return the median over rounds of one method's time over the floor's in the same round."""
     if floor is None:
         return None
     return round(statistics.median(a / b for a, b in zip(seconds, floor, strict=True)), 4)
 
 
 def _table(rows: list[dict[str, Any]]) -> str:
-    """The rows of one setting."""
+    """Return the rows of one setting."""
     model, batch, tokens, threads = _setting(rows[0])
     lines = [f"{model}, {batch} rows x {tokens} tokens, {threads} thread(s)"]
     for row in rows:
@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 def _heats(names: list[str]) -> Iterator[list[str]]:
-    """Those that take turns with each other: by whose products they take, the floor with each."""
+    """Group methods that take turns with each other: by their products, the floor with each."""
     floor = [FLOOR] if FLOOR in names else []
     others = [name for name in names if name != FLOOR]
     for onednn in (False, True):

@@ -13,34 +13,38 @@ Names are imported on first use, so that the command line answers `--help` witho
 import importlib
 from typing import TYPE_CHECKING, Any
 
+from fedpet.utils.telemetry import turn_off_telemetry
+
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
     from fedpet.config import Experiment, MaskConfig
     from fedpet.data.bundled_data import bundled_model, bundled_reviews
     from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
     from fedpet.errors import FedpetError, InputError
+    from fedpet.export import export_peft
     from fedpet.pet.factory import get_pet_model
     from fedpet.pet.mask import Mask, build_mask, pafi_mask
     from fedpet.pet.model import PetModel
+    from fedpet.pet.modules.adapter import AdapterConfig
     from fedpet.pet.modules.base import GatedModule
-    from fedpet.pet.modules.registry import linears, register_module
-    from fedpet.pet.pet_config import (
-        AdapterConfig,
-        BitFitConfig,
-        CustomModuleConfig,
-        HiwiConfig,
-        LayerNormConfig,
-        LoraConfig,
-        ModuleConfig,
-        PetConfig,
-    )
-    from fedpet.pet.structure import ModuleSpec, Structure
+    from fedpet.pet.modules.bitfit import BitFitConfig
+    from fedpet.pet.modules.hiwi import HiwiConfig
+    from fedpet.pet.modules.layernorm import LayerNormConfig
+    from fedpet.pet.modules.lora import LoraConfig
+    from fedpet.pet.modules.module_config import CustomModuleConfig, ModuleConfig
+    from fedpet.pet.modules.registry import ModuleSpec, linears, register_module
+    from fedpet.pet.pet_config import PetConfig
+    from fedpet.pet.structure import Structure
     from fedpet.protocol.ledger import Ledger
     from fedpet.run.callbacks import Callback
     from fedpet.run.finished import Run
     from fedpet.run.simulate import resume, simulate
+    from fedpet.training.loss import register_loss
+    from fedpet.training.metrics import register_metric
 
 __version__ = "0.1.0"
+
+turn_off_telemetry()
 
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
@@ -48,26 +52,26 @@ _HOME = {
     "fedpet.data.bundled_data": ("bundled_model", "bundled_reviews"),
     "fedpet.data.federated_dataset": ("FederatedDataset", "load_federated_dataset"),
     "fedpet.errors": ("FedpetError", "InputError"),
+    "fedpet.export": ("export_peft",),
     "fedpet.protocol.ledger": ("Ledger",),
     "fedpet.pet.mask": ("Mask", "build_mask", "pafi_mask"),
     "fedpet.pet.model": ("PetModel",),
     "fedpet.pet.modules.base": ("GatedModule",),
-    "fedpet.pet.modules.registry": ("linears", "register_module"),
+    "fedpet.pet.modules.registry": ("ModuleSpec", "linears", "register_module"),
     "fedpet.pet.factory": ("get_pet_model",),
-    "fedpet.pet.pet_config": (
-        "AdapterConfig",
-        "BitFitConfig",
-        "CustomModuleConfig",
-        "HiwiConfig",
-        "LayerNormConfig",
-        "LoraConfig",
-        "ModuleConfig",
-        "PetConfig",
-    ),
-    "fedpet.pet.structure": ("ModuleSpec", "Structure"),
+    "fedpet.pet.modules.adapter": ("AdapterConfig",),
+    "fedpet.pet.modules.bitfit": ("BitFitConfig",),
+    "fedpet.pet.modules.hiwi": ("HiwiConfig",),
+    "fedpet.pet.modules.layernorm": ("LayerNormConfig",),
+    "fedpet.pet.modules.lora": ("LoraConfig",),
+    "fedpet.pet.modules.module_config": ("CustomModuleConfig", "ModuleConfig"),
+    "fedpet.pet.pet_config": ("PetConfig",),
+    "fedpet.pet.structure": ("Structure",),
     "fedpet.run.callbacks": ("Callback",),
     "fedpet.run.finished": ("Run",),
     "fedpet.run.simulate": ("resume", "simulate"),
+    "fedpet.training.loss": ("register_loss",),
+    "fedpet.training.metrics": ("register_metric",),
 }
 _MODULE_OF = {name: module for module, names in _HOME.items() for name in names}
 
@@ -99,10 +103,13 @@ __all__ = [
     "bundled_reviews",
     "decode",
     "encode",
+    "export_peft",
     "get_pet_model",
     "linears",
     "load_federated_dataset",
     "pafi_mask",
+    "register_loss",
+    "register_metric",
     "register_module",
     "resume",
     "simulate",

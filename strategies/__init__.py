@@ -12,8 +12,9 @@ from typing import TYPE_CHECKING, Any
 
 from .fedavg import FedAvg, FedProx
 from .fedopt import FedAdagrad, FedAdam, FedAvgM, FedYogi
-from .qfedavg import QFedAvg
 from .robust import Bulyan, FedMedian, FedTrimmedAvg, Krum, MultiKrum
+
+from .qfedavg import QFedAvg  # isort: skip  # rules are named and explained in this order
 from .strategy import Strategy, register, wrap
 
 if TYPE_CHECKING:

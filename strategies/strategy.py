@@ -120,7 +120,8 @@ def wrap(
             arguments of the class.
 
     Returns:
-        A strategy as those of this package. A run that is resumed must be given it again.
+        A strategy as those of this package. It has no table, so a run of it that is cut short
+        cannot be resumed: `register` a rule for that.
 
     Raises:
         TypeError: The class takes no such argument.

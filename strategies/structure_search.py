@@ -1,29 +1,25 @@
-"""Federated structure search: clients search on their own rows, the server settles one structure.
+"""Search a structure in rounds: clients search on their own rows, the server selects.
 
-    ... -> structure -> [search, in rounds] -> model -> codec -> plan -> client -> ...
+In:  a plan of a search: the space, the budget, the most rounds.
+Out: a `Structure` under the budget, with its gates and its provenance.
 
-In:  a plan that searches: the space, the budget, how long at most.
-Out: a `Structure` under the budget, with its gates and how it was found.
+A round is one of FedAvg: the same requests, frames, checks, refusals, quorum and ledger. It
+averages alpha and the candidates' values, weighted by rows (fedpet/search/on_client.py is the
+client's part). The server then solves zeta, so that the expected size is the budget, and selects.
 
-A round is one of `SparseFedAvg`: the same requests, frames, checks, refusals, quorum and books.
-What is averaged, weighted by rows over those who answered, is alpha and the candidates' values
-(fedpet/search/on_client.py says what a client does). After it the server solves zeta anew, so that
-the
-expected size is the budget, and makes the choice that selection would make now.
+    ends when   the selections of `settled_rounds` rounds in a row each had a Jaccard index of at
+                least `settled_overlap` with the one before, or `rounds` rounds are over
 
-    over when   the choices of settled_rounds rounds in a row each had a Jaccard index of at least
-                settled_overlap with the one before, or `rounds` rounds are over
-
-A round that came to no average counts as a round, and says nothing about settling. The rates fall
-to 0 over `rounds`, so a search that does not settle of itself does so at its end.
+A round that was not aggregated counts as a round, and its selection is not compared. The rates fall
+to 0 over `rounds`, so a search that does not converge earlier does at its end.
 
 Laws: the order of replies and the spread over nodes change no bit (law 6); the expected size is the
-budget after every round, and the chosen structure is never larger (law 8).
+budget after every round, and the selected structure is never larger (law 8).
 
-Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382) for steps, gates and selection; FedAvg
-(McMahan et al., AISTATS 2017, arXiv:1602.05629) for the average. Ours: all that joins them.
-Deviations: the search averages by rows whatever rule training has; the last round's alpha is taken,
-since no rows are held out for a checkpoint; those of local.py.
+Reference: Hu et al. (S3PET), NeurIPS 2022, arXiv:2206.07382, for steps, gates and selection;
+McMahan et al. (FedAvg), AISTATS 2017, arXiv:1602.05629, for the average. Ours: joining the two.
+Deviations: the search averages by rows whatever rule training has; it takes the last round's alpha,
+since no rows are left for validation; those of fedpet/search/on_client.py.
 """
 
 from __future__ import annotations
@@ -72,19 +68,19 @@ _CHOICES, _AVERAGED = "search/choices", "search/averaged"
 
 
 class StructureSearch(SparseStrategy):
-    """Rounds of a search, until the choice has settled.
+    """Run the rounds of a search, until the selection no longer changes.
 
     Args:
-        plan: Of a search.
+        plan: Plan of a search.
         tiers: What clients of each strength train; alpha is everyone's.
-        population: Clients, and where they live.
+        population: Clients, and the nodes they live on.
         config: Clients a round, quorum, deadlines. Its rule is training's.
-        ledger: Where the search's bytes are counted, as of kind "search".
+        ledger: Counts the search's bytes, as of kind "search".
         space: The candidates.
 
     Attributes:
         values: The average so far: the model's values, then alpha; float32, (num_values,).
-        averaged: Rounds that came to an average.
+        averaged: Rounds that were aggregated.
     """
 
     def __init__(
@@ -106,7 +102,7 @@ class StructureSearch(SparseStrategy):
             ledger=ledger,
         )
         self.search: SearchConfig = plan.search
-        self._logit_adjustment = plan.training.logit_adjustment
+        self._losses = plan.training.logit_adjustment, plan.training.loss
         self.space = space
         self.averaged = 0
         self.values = np.zeros(plan.num_values, dtype=np.float32)
@@ -127,25 +123,25 @@ class StructureSearch(SparseStrategy):
         return probabilities(self.alpha, self._sizes, float(self.search.budget), beta)
 
     def choice(self) -> list[int]:
-        """The candidates that selection takes now, likeliest first."""
+        """Return the candidates that selection takes now, likeliest first."""
         budget = float(self.search.budget)
         return select(self.alpha.tolist(), self.space.sizes, budget, self.space.tensors)
 
     @property
     def overlaps(self) -> list[float]:
-        """Of each remembered choice with the one before, oldest first."""
+        """Jaccard index of each remembered choice with the one before, oldest first."""
         return [overlap(a, b) for a, b in zip(self._choices, self._choices[1:], strict=False)]
 
     @property
     def has_settled(self) -> bool:
-        """Whether the last choices were alike often enough in a row."""
+        """Whether enough of the last choices in a row were alike."""
         last = self.overlaps[-self.search.settled_rounds :]
         enough = len(last) == self.search.settled_rounds
-        return enough and all(found >= self.search.settled_overlap for found in last)
+        return enough and min(last, default=1.0) >= self.search.settled_overlap
 
     @property
     def is_over(self) -> bool:
-        """Whether no more rounds are run."""
+        """Whether the search has ended."""
         return self.has_settled or self.rounds_done >= self.search.rounds
 
     # -- the rounds --------------------------------------------------------------------------
@@ -175,13 +171,13 @@ class StructureSearch(SparseStrategy):
     # -- the end -----------------------------------------------------------------------------
 
     def structure(self, provenance: Mapping[str, Any]) -> Structure:
-        """The structure that was settled.
+        """Return the selected structure.
 
         Args:
-            provenance: What else it should say about where it came from.
+            provenance: Further entries of its provenance.
 
         Raises:
-            RunError: No round came to an average: there is nothing to choose by.
+            RunError: No round was aggregated.
         """
         if not self.averaged:
             raise RunError(
@@ -190,10 +186,10 @@ class StructureSearch(SparseStrategy):
             )
         config, space, p = self.search, self.space, self.probabilities.tolist()
         chosen = self.choice()
-        told = {
+        found = {
             "method": "s3pet",
             "federated": True,
-            "deviations": [*deviations(config, self._logit_adjustment), *DEVIATIONS],
+            "deviations": [*deviations(config, *self._losses), *DEVIATIONS],
             "settings": reproducible_settings(config),
             "budget": int(config.budget),
             "values": chosen_size(chosen, space.sizes, space.tensors),
@@ -219,13 +215,13 @@ class StructureSearch(SparseStrategy):
             space.structure(chosen),
             fingerprint=self.plan.fingerprint,
             gates=tuple(p[index] for index in sorted(chosen)),
-            provenance=told,
+            provenance=found,
         )
 
     # -- from run to run ---------------------------------------------------------------------
 
     def state(self) -> dict[str, np.ndarray]:
-        """What the wire remembers, and the last choices."""
+        """Return the state of the rounds, and the last choices."""
         chosen = np.zeros((len(self._choices), len(self._sizes)), dtype=np.uint8)
         for row, choice in zip(chosen, self._choices, strict=True):
             row[choice] = 1
@@ -233,7 +229,7 @@ class StructureSearch(SparseStrategy):
         return super().state() | {_CHOICES: chosen, _AVERAGED: averaged}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go back to what `state` gave."""
+        """Go back to a `state`."""
         super().load_state(state)
         if _CHOICES in state:
             self._choices = [np.flatnonzero(row).tolist() for row in state[_CHOICES]]
@@ -241,13 +237,13 @@ class StructureSearch(SparseStrategy):
 
 
 def overlap(one: Iterable[int], other: Iterable[int]) -> float:
-    """Jaccard index of two choices: of what either holds, the fraction that both hold."""
+    """Return the Jaccard index of two choices: the fraction of their union that both have."""
     first, second = set(one), set(other)
     return len(first & second) / max(1, len(first | second))
 
 
 def _averaging(config: StrategyConfig, search: SearchConfig) -> StrategyConfig:
-    """The rounds of training's strategy, with a plain average as their rule."""
+    """Return the settings of training's rounds, with FedAvg as the rule."""
     return FedAvg(
         num_rounds=search.rounds,
         clients_per_round=config.clients_per_round,

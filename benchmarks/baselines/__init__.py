@@ -1,7 +1,4 @@
-"""What a Flower user does without fedpet, run and metered as fedpet is.
-
-methods -> client -> rounds, and `run` around them
-"""
+"""Run a Flower user's methods without fedpet, and meter them as fedpet is."""
 
 from benchmarks.baselines.client import reply
 from benchmarks.baselines.ledger import DenseLedger

@@ -1,8 +1,4 @@
-"""The baselines' client: a message with tensors in, the same tensors trained out.
-
-In:  a message that names a client and carries an ordinary ArrayRecord, one array a tensor.
-Out: the reply that Flower's FedAvg averages.
-"""
+"""Train a baseline's client: tensors of an ordinary ArrayRecord in, the same trained out."""
 
 from __future__ import annotations
 
@@ -29,7 +25,7 @@ CLIENT_FAILED = 1000  # Flower's error codes below are its own
 
 @dataclass(frozen=True)
 class _Resident:
-    """What stays in a process between messages."""
+    """Hold model and rows in a process between messages."""
 
     baseline: Baseline
     data: FederatedData
@@ -40,7 +36,7 @@ class _Resident:
 def _resident(method: str, experiment: Experiment) -> _Resident:
     data = load_data(
         experiment.data,
-        experiment.population,
+        experiment.clients,
         locate(experiment.backbone),
         cache=cache_folder(experiment),
         evaluation=False,

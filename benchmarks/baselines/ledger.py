@@ -1,8 +1,4 @@
-"""What the baselines' messages weigh, counted as fedpet's are.
-
-In:  messages with ordinary ArrayRecords.
-Out: the same books as fedpet's own (fedpet/protocol/ledger.py).
-"""
+"""Count the baselines' messages as fedpet's are (fedpet/protocol/ledger.py)."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from fedpet.protocol.request import single_client_bytes, to_record, wire_bytes
 
 @dataclass
 class DenseLedger(Ledger):
-    """A ledger that weighs the arrays of one message a round and direction, not of every one.
+    """Weigh the arrays of one message a round and direction, not of every one.
 
     What a tensor weighs depends on its shape alone (two tensors of equal bytes in one message
     are one object to Flower and weigh once, as LoRA's up-projections do before the first round).
@@ -44,12 +40,12 @@ class DenseLedger(Ledger):
         self.current.messages += 1
 
     def weigh_alone(self, content: RecordDict, *, is_reply: bool) -> int:
-        """What a message with this content weighs to or from one device alone."""
+        """Return the size of a message with this content, to or from one device alone."""
         envelope = single_client_bytes(b"", reply=is_reply) - _content_bytes(to_record(b""))
         return envelope + self.weigh(content, is_reply=is_reply)
 
     def weigh(self, content: RecordDict, *, is_reply: bool) -> int:
-        """Bytes of a message's records, arrays and their headers included."""
+        """Return the bytes of a message's records, arrays and their headers included."""
         (arrays,) = content.array_records.values()
         key = (self.current.round, is_reply)
         if key not in self._arrays_bytes:

@@ -1,7 +1,4 @@
-"""What each baseline trains: everything, peft's LoRA, or the head alone.
-
-In:  an experiment, which names the checkpoint, and the task of its rows.
-Out: a model, and the tensors of it that are trained and sent.
+"""Set up each baseline's model: everything trained, peft's LoRA, or the head alone.
 
 LoRA is peft's: rank 8, alpha 16, on the positions that peft itself names for the architecture
 (query and value in BERT), its factors both trained, and the head by `modules_to_save`.
@@ -33,7 +30,7 @@ Groups = dict[str, dict[str, nn.Parameter]]  # kind of module -> name -> what is
 
 
 def _full(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
-    """Every parameter of the model."""
+    """Train every parameter of the model."""
     named = dict(backbone.model.named_parameters())
     return backbone.model, {
         "full": {name: p for name, p in named.items() if name not in backbone.head},
@@ -42,7 +39,7 @@ def _full(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
 
 
 def _peft_lora(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
-    """LoRA as peft sets it up for a classifier; its down-projections drawn from `seed`."""
+    """Train LoRA as peft sets it up for a classifier; its down-projections drawn from `seed`."""
     try:
         from peft import LoraConfig, TaskType, get_peft_model
     except ImportError:
@@ -73,7 +70,7 @@ def _peft_lora(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
 
 
 def _head_only(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
-    """The head alone."""
+    """Train the head alone."""
     named = dict(backbone.model.named_parameters())
     return backbone.model, {"head": {name: named[name] for name in backbone.head}}
 
@@ -86,7 +83,7 @@ METHODS: Mapping[str, Callable[[Backbone, int], tuple[nn.Module, Groups]]] = {
 
 
 def _head_modules(backbone: Backbone) -> list[str]:
-    """Paths of the outermost modules that hold parameters of the head and no others."""
+    """Return paths of the outermost modules that hold parameters of the head and no others."""
     found: list[str] = []
     for path, module in backbone.model.named_modules():
         names = [f"{path}.{name}" for name, _ in module.named_parameters()]
@@ -97,7 +94,7 @@ def _head_modules(backbone: Backbone) -> list[str]:
 
 
 class Baseline:
-    """A model, and the tensors of it that one method trains and sends.
+    """Hold a model, and the tensors of it that one method trains and sends.
 
     Args:
         method: One of `METHODS`.
@@ -136,7 +133,7 @@ class Baseline:
         self.model.eval()
 
     def arrays(self) -> ArrayRecord:
-        """The trainable tensors, copied."""
+        """Return the trainable tensors, copied."""
         return ArrayRecord(
             {name: Array(p.detach().cpu().numpy()) for name, p in self.tensors.items()}
         )
@@ -148,14 +145,14 @@ class Baseline:
             tensor.copy_(torch.from_numpy(arrays[name].numpy()))
 
     def values_by_kind(self) -> dict[str, int]:
-        """Numbers that are sent, by kind."""
+        """Count the numbers that are sent, by kind."""
         return {
             kind: sum(tensor.numel() for tensor in group.values())
             for kind, group in self.groups.items()
         }
 
     def values_sha256(self) -> str:
-        """SHA-256 of the tensors, float32, little-endian, in the order they are sent."""
+        """Return the SHA-256 of the tensors, float32, little-endian, in the order they are sent."""
         digest = hashlib.sha256()
         for tensor in self.tensors.values():
             digest.update(np.ascontiguousarray(tensor.detach().numpy(), dtype="<f4").data)

@@ -1,8 +1,4 @@
-"""The baselines' server: Flower's own FedAvg, a message a client, metered.
-
-In:  the clients that fedpet draws each round, and the tensors.
-Out: Flower's average, and what it cost.
-"""
+"""Serve the baselines' rounds by Flower's own FedAvg, a message a client, metered."""
 
 from __future__ import annotations
 
@@ -21,7 +17,7 @@ from fedpet.server.client_pool import ClientPool
 
 
 class _ClientRounds(FedAvg):
-    """One message a client; the clients are those that fedpet draws."""
+    """Send one message a client, to the clients that fedpet draws."""
 
     def __init__(self, experiment: Experiment, population: ClientPool, ledger: DenseLedger) -> None:
         super().__init__(min_available_nodes=1, min_train_nodes=1)
@@ -34,7 +30,7 @@ class _ClientRounds(FedAvg):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """One message a client, to the node where fedpet would train it."""
+        """Make one message a client, to the node where fedpet would train it."""
         settings = self.experiment.strategy
         clients = self.population.sample(
             server_round, settings.clients_per_round, self.experiment.run.seed

@@ -1,13 +1,9 @@
-"""What a Flower user does without fedpet: full fine-tuning, peft's LoRA, and the head alone.
+"""Run a baseline on an experiment of fedpet's: full fine-tuning, peft's LoRA, or the head alone.
 
-    backbone -> data -> [baseline] -> client -> Flower's FedAvg -> ledger -> result.json
-
-In:  an experiment, the same that fedpet runs.
-Out: the same `config.toml`, `rounds.jsonl` and `result.json`; no model.
-
-The same as in fedpet's run: checkpoint and start of the head, rows and clients, the clients drawn
-each round, the order of a client's batches, the local training loop, rounds, evaluation. Other
-than there: what is trained, and how it travels. Trainable tensors go as an ordinary ArrayRecord,
+It leaves the same `config.toml`, `rounds.jsonl` and `result.json`, and no model. As in fedpet's run
+are the checkpoint and start of the head, rows and clients, the clients drawn each round, the order
+of a client's batches, the local training loop, rounds and evaluation. Its own are the trained
+tensors and their messages. Trainable tensors go as an ordinary ArrayRecord,
 one array a tensor, in one message a client, and `flwr.serverapp.strategy.FedAvg` averages them.
 """
 
@@ -38,14 +34,14 @@ from fedpet.run.ray_engine import run_on_ray
 from fedpet.run.result import summarise
 from fedpet.run.run_folder import RunFolder, new_run_folder
 from fedpet.server.client_pool import ClientPool
-from fedpet.training.loop import assess_rows
+from fedpet.training.evaluation import assess_rows
 from fedpet.training.metrics import Assessment
 from fedpet.utils.cores import usable_cores
 
 
 @dataclass(frozen=True)
 class PreparedBaseline:
-    """What is settled before the first message: rows, clients, the server's model."""
+    """Hold rows, clients and the server's model, ready before the first message."""
 
     method: str
     experiment: Experiment
@@ -69,7 +65,7 @@ def prepare_baseline(method: str, experiment: Experiment, callback: Callback) ->
     callback.on_stage("reading and tokenising the rows")
     data = load_data(
         experiment.data,
-        experiment.population,
+        experiment.clients,
         locate(experiment.backbone),
         cache=cache_folder(experiment),
     )
@@ -160,6 +156,7 @@ def federate_baseline(
         total_seconds=time.perf_counter() - prepared.started,
         origin=baseline.origin,
     )
+    summary["run"]["codec"] = "float32 arrays"  # as Flower sends them
     out.write_result(summary)
     if not learned:
         raise RunError(

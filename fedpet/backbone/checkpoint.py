@@ -17,9 +17,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedpet.backbone import bundled
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
+from fedpet.utils import bundled
 
 __all__ = [
     "CONFIG_FILE",
@@ -106,7 +106,7 @@ def resolve_config(config: BackboneConfig) -> Path:
 
 def package_name(model: str) -> str:
     """The package that `backbone.model` names; "" where it names none."""
-    if model == "embedded":
+    if model == "bundled":
         return bundled.name_of(bundled.MODEL)
     return model.removeprefix("package:") if model.startswith("package:") else ""
 

@@ -85,17 +85,18 @@ def decode_global_values(
     """
     if bool(request.paths and state) != plan.is_delta_downlink:
         raise FrameError(
-            f"the plan's downlink is {plan.codec.downlink!r} by {plan.codec.down!r}, the request's "
-            f"is {'changes' if request.paths else 'values'!r}."
+            f"the plan's downlink is {plan.codec.downlink_mode!r} by {plan.codec.downlink!r}, "
+            f"the request's is {'delta' if request.paths else 'full'!r}."
         )
     counts = [sum(segment.size for segment in layout) for layout in pet.tiers]
     starts = []
     for index, parts in enumerate(frames):
         frame = parts[-1]
         whole = bool(request.paths) and not request.paths[index].changes
-        if frame.count not in counts or (not whole and frame.codec != plan.codec.down):
+        if frame.count not in counts or (not whole and frame.codec != plan.codec.downlink):
             raise FrameError(
-                f"the plan sends {' or '.join(map(str, counts))} values by {plan.codec.down!r}, "
+                f"the plan sends {' or '.join(map(str, counts))} values by "
+                f"{plan.codec.downlink!r}, "
                 f"the frame holds {frame.count} by {frame.codec!r}."
             )
         tier = counts.index(frame.count)

@@ -35,7 +35,7 @@ from fedpet.client.residuals import Residuals
 from fedpet.client.state_store import NodeState, state_folder
 from fedpet.codec import encode_with_feedback
 from fedpet.data import FederatedData, load_data
-from fedpet.errors import FedpetError, FrameError, PlanError, ReplyError, TrainingError
+from fedpet.errors import ConfigError, FedpetError, FrameError, PlanError, ReplyError, TrainingError
 from fedpet.pet.layout import head_groups, quantisation_groups
 from fedpet.pet.model import PetModel
 from fedpet.pet.tiers import largest_tier
@@ -167,7 +167,7 @@ class Node:
                 plan_digest=digest,
                 server_round=server_round,
                 client=client,
-                codec=plan.codec.up,
+                codec=plan.codec.uplink,
                 count=pet.num_values,
                 num_examples=trained.num_examples,
                 loss=trained.loss,
@@ -270,7 +270,7 @@ def _moved(resident: LoadedPlan, client: int, server_round: int, seed: int) -> T
         config = client_config(plan.search, client)
         return pet.search_rows(
             data.train, rows, plan.task, config, server_round=server_round,
-            logit_adjustment=plan.training.logit_adjustment,
+            logit_adjustment=plan.training.logit_adjustment, loss=plan.training.loss,
         )  # fmt: skip
     return train_rows(
         pet.model,
@@ -282,7 +282,7 @@ def _moved(resident: LoadedPlan, client: int, server_round: int, seed: int) -> T
         seed=seed,
         progress=plan.progress(server_round),
         after_step=pet.after_step,
-        proximal=pet.proximal(plan.training.proximal_mu),
+        sent=pet.sent_values(),
     )
 
 
@@ -294,7 +294,7 @@ def get_node(settings: NodeSettings) -> Node:
 
 def _reason(error: Exception, client: int) -> str:
     """Why a client has no update. What torch says may quote rows: it stays in this node's log."""
-    if isinstance(error, (ReplyError, FloatingPointError, OSError)):
+    if isinstance(error, (ReplyError, ConfigError, FloatingPointError, OSError)):
         return str(error)
     LOG.warning("client %016x was not trained", client, exc_info=error)
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)):

@@ -20,7 +20,7 @@ from fedpet.client.node_profile import (
     own_population,
     read_node_config,
 )
-from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
+from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
 from fedpet.errors import ConfigError, DataError
 from fedpet.utils.paths import absolute
 
@@ -45,7 +45,7 @@ class NodeSettings:
     profile: Profile = SIMULATED
     backbone: BackboneConfig
     data: DataConfig
-    population: PopulationConfig
+    population: ClientsConfig
     cache: Path
     device: str = "cpu"
     max_density: float | None = None
@@ -67,7 +67,7 @@ class NodeSettings:
         return cls(
             backbone=experiment.backbone,
             data=experiment.data,
-            population=experiment.population,
+            population=experiment.clients,
             cache=cache_folder(experiment),
             device=_device(experiment),
             max_density=_max_density(node_config or {}),
@@ -121,7 +121,7 @@ def make_cache(experiment: Experiment) -> Path:
 
 def _device(experiment: Experiment) -> str:
     """A simulated node's is the experiment's; a real one says itself that it has a GPU."""
-    return "cpu" if experiment.population.partition == "nodes" else experiment.run.device
+    return "cpu" if experiment.clients.partition == "nodes" else experiment.run.device
 
 
 def _max_density(node_config: Mapping[str, object]) -> float | None:

@@ -9,7 +9,7 @@ Out: a `Profile`, and where the node's rows, checkpoint and cache are.
 
     data            file or folder with the node's own rows, all of which are trained on
     client          the one client that holds them all; otherwise a column tells the clients apart:
-    client-column   that column, where the experiment's population.client-column is another
+    client-column   that column, where the experiment's clients.client-column is another
     split           which split of a folder; "train" unless named
     text-columns, label-column     of this file, where the experiment's are others
     backbone        the checkpoint's folder here, where it is not as the experiment names it
@@ -28,7 +28,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedpet.config import BackboneConfig, DataConfig, PopulationConfig
+from fedpet.config import BackboneConfig, ClientsConfig, DataConfig
 from fedpet.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -122,7 +122,7 @@ def own_data(data: DataConfig, given: Mapping[str, Any]) -> DataConfig:
     return dataclasses.replace(data, **changes)
 
 
-def own_population(population: PopulationConfig, given: Mapping[str, Any]) -> PopulationConfig:
+def own_population(population: ClientsConfig, given: Mapping[str, Any]) -> ClientsConfig:
     """How the node's rows fall into clients."""
     if "data" not in given:
         return population

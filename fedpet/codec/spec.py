@@ -127,17 +127,17 @@ def check_codecs(config: CodecConfig) -> None:
     Raises:
         ConfigError: One sentence on the first that is wrong.
     """
-    for name in (config.up, config.down, config.head_up, config.head_down):
+    for name in (config.uplink, config.downlink, config.head_uplink, config.head_downlink):
         if name:
             check_codec(name)
     if (
         config.error_feedback
-        and is_lossless(config.up)
-        and is_lossless(config.head_up or "float32")
+        and is_lossless(config.uplink)
+        and is_lossless(config.head_uplink or "float32")
     ):
         raise ConfigError(
-            f"codec.error-feedback keeps what codec.up loses, and {config.up!r} loses nothing: "
-            "name a lossy codec, such as 'topk-0.1+eden-4', or set it to false."
+            f"codec.error-feedback keeps what codec.uplink loses, and {config.uplink!r} loses "
+            "nothing: name a lossy codec, such as 'topk-0.1+eden-4', or set it to false."
         )
 
 

@@ -1,4 +1,4 @@
-"""Find an experiment by its file, or by the name of a built-in one.
+"""Find an experiment by its file or its built-in name.
 
 The built-in experiments lie in `simulations/experiments` of a checkout, and in `fedpet/experiments`
 of an installed wheel.
@@ -11,6 +11,7 @@ from pathlib import Path
 
 import fedpet
 from fedpet.config.experiment import Experiment
+from fedpet.config.value_checks import did_you_mean
 from fedpet.errors import ConfigError
 
 __all__ = ["experiment_file", "experiments_folder", "load_experiment"]
@@ -31,17 +32,17 @@ def experiment_file(name: str, beside: Path = Path()) -> Path:
         beside: The folder that a file's relative path starts at.
 
     Raises:
-        ConfigError: There is no built-in experiment of this name; those there are get named.
+        ConfigError: There is no built-in experiment of this name; the message names all.
     """
     if Path(name).suffix:
         return beside / name
     folder = experiments_folder()
     path = folder / f"{name}.toml"
     if not path.exists():
-        known = ", ".join(sorted(file.stem for file in folder.glob("*.toml")))
+        known = sorted(file.stem for file in folder.glob("*.toml"))
         raise ConfigError(
-            f"there is no built-in experiment {name!r}. Known are: {known}. Another is named by "
-            "its .toml file."
+            f"there is no built-in experiment {name!r}. Known are: {', '.join(known)}. Another is "
+            f"named by its .toml file.{did_you_mean(name, known)}"
         )
     return path
 

@@ -1,4 +1,4 @@
-"""An experiment: a field a stage, read once, and checked where stages depend on each other.
+"""Read an experiment, a field a stage, and check what stages ask of each other.
 
 In:  a TOML file with a table a stage, `--set stage.key=value`, or Flower's flat run config
      (`stage-key`).
@@ -11,22 +11,25 @@ import dataclasses
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from fedpet.config.parsing import read_stage, refuse_unknown, with_overrides
+from fedpet.config.ranges import kebab_case
+from fedpet.config.renamed import refuse_former_names
 from fedpet.config.schema import (
     BackboneConfig,
+    ClientsConfig,
     CodecConfig,
     DataConfig,
     MaskConfig,
-    PopulationConfig,
     RunConfig,
     SearchConfig,
     StrategyConfig,
     StructureConfig,
     TrainingConfig,
+    UnregisteredStrategy,
 )
 from fedpet.config.strategy_registry import registered_rules, rule_of_table
 from fedpet.errors import ConfigError
@@ -34,12 +37,12 @@ from fedpet.utils.paths import absolute, expand
 
 Scalar = str | int | float | bool
 
-_PATHS = (("run", "cache"), ("run", "out"), ("structure", "file"))
+_PATHS = (("run", "cache"), ("run", "out"), ("run", "start"), ("structure", "file"))
 _PATHS_OR_NAMES = (("backbone", "model"), ("data", "source"))  # a name, where no file is there
 
 
 def located(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
-    """An experiment's tables with absolute paths."""
+    """Return an experiment's tables with absolute paths."""
     found = {stage: dict(table) for stage, table in tables.items()}
     for (stage, key), value in _local_paths(tables):
         found[stage][key] = str(absolute(value))
@@ -49,7 +52,7 @@ def located(tables: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]
 def _local_paths(
     tables: Mapping[str, Mapping[str, Any]],
 ) -> Iterator[tuple[tuple[str, str], str]]:
-    """Keys whose value is a path here, with it."""
+    """Yield the keys whose value is a path on this machine, and the path."""
     for stage, key in (*_PATHS, *_PATHS_OR_NAMES):
         value = tables.get(stage, {}).get(key)
         if value and ((stage, key) in _PATHS or _is_path(value)):
@@ -57,10 +60,19 @@ def _local_paths(
 
 
 def _is_path(value: str) -> bool:
-    """Whether what may be a file or a name is a file; what cannot be a name is meant as one."""
-    if value == "embedded" or value.startswith("package:"):
+    """Return True for a file, and for what cannot be a name."""
+    if value == "bundled" or value.startswith("package:"):
         return False
     return value.startswith((".", "~", "/")) or os.path.exists(expand(value))
+
+
+def _read_toml(path: str | Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
+    except FileNotFoundError:
+        raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,7 +82,7 @@ class Experiment:
     run: RunConfig = field(default_factory=RunConfig)
     backbone: BackboneConfig = field(default_factory=BackboneConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    population: PopulationConfig = field(default_factory=PopulationConfig)
+    clients: ClientsConfig = field(default_factory=ClientsConfig)
     mask: MaskConfig = field(default_factory=MaskConfig)
     structure: StructureConfig = field(default_factory=StructureConfig)
     search: SearchConfig = field(default_factory=SearchConfig)
@@ -94,6 +106,11 @@ class Experiment:
     def _check_search(self) -> None:
         if not self.search.federated:
             return
+        if self.run.start:
+            raise ConfigError(
+                "search.federated finds the structure in the run, and run.start names values of a "
+                "structure that is settled: leave one of them out."
+            )
         if self.structure.file:
             raise ConfigError(
                 f"search.federated finds the structure in the run, and structure.file names "
@@ -107,34 +124,59 @@ class Experiment:
             )
 
     @classmethod
-    def from_tables(cls, tables: Mapping[str, Any]) -> Experiment:
+    def from_tables(
+        cls, tables: Mapping[str, Any], *, strategy: StrategyConfig | None = None
+    ) -> Experiment:
         """Build from nested tables with kebab-case or snake_case keys.
+
+        Args:
+            tables: A table a stage.
+            strategy: An object of `fedpet.strategies`, which stands for the table [strategy].
 
         Raises:
             ConfigError: An unknown table or key (the known ones are named), or a bad value.
         """
         stages = get_type_hints(cls)
+        refuse_former_names(tables)
         refuse_unknown("table", tables, stages)
-        built = {}
+        built: dict[str, Any] = {}
         for name, table in tables.items():
+            if name == "strategy" and strategy is not None:
+                continue
             if not isinstance(table, Mapping):
                 raise ConfigError(f"{name!r} must be a table of keys, got {table!r}.")
             stage = stages[name]
             if name == "strategy":
                 stage, table = rule_of_table(table)
             built[name] = read_stage(stage, name, table)
-        return cls(**built)
+        return cls(**built) if strategy is None else cls(**built, strategy=strategy)
+
+    @classmethod
+    def of_run(cls, folder: Path) -> Experiment:
+        """Read the experiment of a finished run, whose rule need not be registered here."""
+        path = folder / "config.toml"
+        table = _read_toml(path).get("strategy", {})
+        if not isinstance(table, dict) or table.get("name", "fedavg") in registered_rules():
+            return cls.from_file(path)
+        known = kebab_case(StrategyConfig.__dataclass_fields__)
+        common = {key: value for key, value in table.items() if key in known}
+        rule = read_stage(UnregisteredStrategy, "strategy", common)
+        return cls.from_tables(_read_toml(path), strategy=rule)
 
     @classmethod
     def from_file(cls, path: str | Path, overrides: Iterable[str] = ()) -> Experiment:
-        """Read a TOML file; `overrides` are `stage.key=value` strings, the last one wins."""
-        try:
-            tables = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
-        except FileNotFoundError:
-            raise ConfigError(f"there is no experiment file {str(path)!r}.") from None
-        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
-            raise ConfigError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
-        return cls.from_tables(with_overrides(tables, overrides, get_type_hints(cls)))
+        """Read a TOML file, and name the run by the file's stem where nothing names it.
+
+        Args:
+            path: The file.
+            overrides: `stage.key=value` strings; the last one wins.
+        """
+        tables = _read_toml(path)
+        experiment = cls.from_tables(with_overrides(tables, overrides, get_type_hints(cls)))
+        if experiment.run.name == RunConfig.name:
+            run = replace(experiment.run, name=Path(path).stem)
+            experiment = replace(experiment, run=run)
+        return experiment
 
     @classmethod
     def from_run_config(cls, run_config: Mapping[str, Scalar]) -> Experiment:
@@ -146,7 +188,7 @@ class Experiment:
         return cls.from_tables(tables)
 
     def located(self) -> Experiment:
-        """The same with absolute paths: what is relative is so to the current directory."""
+        """Return the same with absolute paths; relative ones start at the current directory."""
         tables = located(self.to_tables())
         stages = {
             name: read_stage(type(config), name, tables[name])
@@ -156,18 +198,18 @@ class Experiment:
         return dataclasses.replace(self, **stages)
 
     def relative_paths(self) -> Iterator[tuple[str, str]]:
-        """Keys and values that the current directory gives a meaning."""
+        """Yield the keys and values of relative paths."""
         tables = self.to_tables()
         for key, value in _local_paths(tables):
             if not expand(value).is_absolute():
                 yield ".".join(key), value
 
     def to_tables(self) -> dict[str, dict[str, Any]]:
-        """Nested tables with kebab-case keys: what `from_tables` takes."""
+        """Return nested tables with kebab-case keys, as `from_tables` takes them."""
         return {stage: config.to_table() for stage, config in vars(self).items()}
 
     def to_run_config(self) -> dict[str, Scalar]:
-        """Flower's flat form: a list becomes one string, its entries joined by commas."""
+        """Return Flower's flat form; a list becomes one string, its entries joined by commas."""
         return {
             f"{stage}-{key}": ",".join(value) if isinstance(value, list) else value
             for stage, table in self.to_tables().items()

@@ -1,7 +1,6 @@
-"""Tables of an experiment file, and what `--set` lays over them, as the stages' values.
+"""Read the tables of an experiment, and the settings of `--set`, as stages.
 
-In:  tables as TOML has them, keys in kebab-case or snake_case.
-Out: stages (fedpet/config/schema.py), each value of its field's type.
+Keys are in kebab-case or snake_case; each value takes its field's type (fedpet/config/schema.py).
 """
 
 from __future__ import annotations
@@ -11,6 +10,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields
 from typing import Any, get_args, get_origin, get_type_hints
 
+from fedpet.config.value_checks import did_you_mean
 from fedpet.errors import ConfigError
 
 __all__ = ["read_stage", "refuse_unknown", "with_overrides"]
@@ -21,7 +21,10 @@ def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> Non
     names = sorted(name.replace("_", "-") for name in known)
     for name in given:
         if name.replace("_", "-") not in names:
-            raise ConfigError(f"unknown {what} {name!r}. Known are: {', '.join(names)}.")
+            raise ConfigError(
+                f"unknown {what} {name!r}. Known are: {', '.join(names)}."
+                f"{did_you_mean(name, names)}"
+            )
 
 
 def read_stage(config: type, stage: str, table: Mapping[str, Any]) -> Any:
@@ -64,18 +67,24 @@ def _typed(name: str, value: Any, wanted: Any) -> Any:
 def with_overrides(
     tables: dict[str, Any], overrides: Iterable[str], stages: Mapping[str, type]
 ) -> dict[str, Any]:
-    """The tables with `stage.key=value` strings laid over them, the last one on top.
+    """Return the tables with `stage.key=value` strings laid over them, the last one on top.
 
     Args:
-        tables: Of an experiment.
-        overrides: What to lay over them.
+        tables: The tables of an experiment.
+        overrides: The strings.
         stages: Name -> dataclass, whose fields say whether a value is text.
     """
     for override in overrides:
         key, equals, text = override.partition("=")
         stage, dot, name = key.strip().partition(".")
         if not (equals and dot and name):
-            raise ConfigError(f"--set takes stage.key=value, got {override!r}.")
+            near = [
+                f"{table}.{key.strip()}"
+                for table, known in stages.items()
+                if key.strip().replace("-", "_") in get_type_hints(known)
+            ]
+            more = f" Did you mean {' or '.join(near)}?" if near else ""
+            raise ConfigError(f"--set takes stage.key=value, got {override!r}.{more}")
         wanted = get_type_hints(stages[stage]) if stage in stages else {}
         value = _read_value(text.strip(), wanted.get(name.replace("-", "_")))
         table = {k.replace("_", "-"): v for k, v in tables.get(stage, {}).items()}
@@ -84,7 +93,7 @@ def with_overrides(
 
 
 def _read_value(text: str, wanted: Any) -> Any:
-    """A value as TOML has it; where the key takes text, what is no TOML string is taken as written.
+    """Parse a value as TOML; for a key that takes text, keep as written what is no TOML string.
 
     Example:
         >>> _read_value("01", str), _read_value("2024", str), _read_value("'a b'", str)

@@ -51,11 +51,17 @@ Overlap = Annotated[float, Range(0, 1, above=True, advice=_OVERLAP)]
 Quorum = Annotated[float, Range(0, 1, advice=_QUORUM)]
 Threads = Annotated[int, Range(1, 1024)]
 HEADS = ("train", "new", "keep")
+METRICS = {  # built in, by kind of task
+    "classification": (
+        *("accuracy", "f1", "macro_f1", "weighted_f1", "balanced_accuracy", "matthews"),
+    ),
+    "regression": ("pearson", "mae"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig(Stage):
-    model: str = "embedded"  # "embedded", a hub name, a folder, or "package:NAME"
+    model: str = "bundled"  # "bundled", a hub name, a folder, or "package:NAME"
     revision: str = ""  # a hub commit; "" takes the newest
     head: str = "train"  # from the checkpoint's where that fits; "new" is drawn; "keep" is frozen
     head_seed: AnyInteger = 0  # of the newly initialised parameters; the same on every device
@@ -67,7 +73,7 @@ class BackboneConfig(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Stage):
-    source: str = "embedded"  # "embedded", a hub name, a folder with split files, or a file
+    source: str = "bundled"  # "bundled", a hub name, a folder with split files, or a file
     train_split: str = "train"  # a file or folder of this name in the source
     eval_split: str = "test"  # "" takes eval-fraction of the training rows, by a hash of the text
     eval_fraction: EvalFraction = 0.2  # of the training rows, where eval-split is ""
@@ -75,7 +81,11 @@ class DataConfig(Stage):
     label_column: str = "label"  # classes by name or number; a number for regression
     label_names: tuple[str, ...] = ()  # [] reads them off the training rows, sorted
     task: str = "classification"  # or "regression"
-    metric: str = "accuracy"  # accuracy, f1, matthews, pearson
+    # The one that decides. Of a classification accuracy, f1, macro_f1, weighted_f1,
+    # balanced_accuracy, matthews; of a regression pearson, mae; or one that data.metrics return.
+    metric: str = "accuracy"
+    # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
+    metrics: tuple[str, ...] = ()
     max_length: Annotated[int, Range(8)] = 64  # tokens a row, special ones counted
     max_train_rows: Whole = 0  # 0 takes all
     max_eval_rows: Whole = 0  # 0 takes all
@@ -83,11 +93,11 @@ class DataConfig(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("data.task", self.task, ("classification", "regression"))
-        check_choice("data.metric", self.metric, ("accuracy", "f1", "matthews", "pearson"))
-        if (self.metric == "pearson") != (self.task == "regression"):
+        if self.metric not in METRICS[self.task] and not self.metrics:
             raise ConfigError(
-                f"data.metric {self.metric!r} does not measure a {self.task} task: take 'pearson' "
-                "for regression, and accuracy, f1 or matthews for classification."
+                f"data.metric {self.metric!r} does not measure a {self.task}: take "
+                f"{', '.join(METRICS[self.task])}, name a function that returns it in "
+                "data.metrics, or set data.task to classification or regression."
             )
         if not 1 <= len(self.text_columns) <= 2:
             raise ConfigError(
@@ -97,11 +107,11 @@ class DataConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
-class PopulationConfig(Stage):
+class ClientsConfig(Stage):
     partition: str = "column"  # column, dirichlet, shards, iid; nodes: each brings its own clients
     client_column: str = "client"  # with partition "column", and for nodes that name no other
     num_clients: Count = 40  # to make; with partition "nodes" to wait for before the first round
-    alpha: Positive = 0.3  # Dirichlet concentration over labels
+    dirichlet_alpha: Positive = 0.3  # Dirichlet concentration over labels
     shards_per_client: Count = 2  # of the rows sorted by label; with partition "shards"
     min_rows: Count = 8  # a client with fewer takes no part; how many were left out is reported
     seed: Whole = 0  # of the partition
@@ -117,7 +127,7 @@ class MaskConfig(Stage):
     density: Density = 0.005  # fraction of the entries in scope; 0.005 is half a percent
     rule: str = "smallest"  # smallest (PaFi), largest, random
     granularity: str = "global"  # or "per-tensor"
-    broadcast: str = "derived"  # the rule and a hash, or "explicit": coded positions
+    broadcast: str = "recompute"  # the rule and a hash; "send": coded positions
     # of devices: "density=share of the clients", see fedpet/pet/tiers.py
     tiers: tuple[str, ...] = ()
     seed: AnyInteger = 0  # of the rule "random", and of which client is of which tier
@@ -127,7 +137,7 @@ class MaskConfig(Stage):
         super().__post_init__()
         check_choice("mask.rule", self.rule, ("smallest", "largest", "random"))
         check_choice("mask.granularity", self.granularity, ("global", "per-tensor"))
-        check_choice("mask.broadcast", self.broadcast, ("derived", "explicit"))
+        check_choice("mask.broadcast", self.broadcast, ("recompute", "send"))
         if self.tiers:
             self._check_tiers()
 
@@ -182,22 +192,25 @@ class TrainingConfig(Stage):
     batch_size: Count = 8  # rows
     weight_decay: FromZero = 0.0  # of the communicated deltas: towards the checkpoint
     clip_norm: FromZero = 1.0  # L2 norm of the whole gradient; 0 leaves it alone
+    # "" is the task's: cross-entropy, or squared error. Else a registered name, or
+    # "package.module:function", which nodes import; see fedpet/training/loss.py.
+    loss: str = ""
     logit_adjustment: FromZero = 0.0  # times the log of the client's label shares; 1 counters skew
     proximal_mu: FromZero = 0.0  # FedProx: pulls a client towards the global values
     dropout: bool = False  # the checkpoint's own, in training
     # Leaves out what a classifier that reads only the first token never reads: the same up to
     # rounding, and a sixth of the products of six blocks less; see fedpet/training/cls_only.py.
-    first_token_only: bool = False
+    cls_only: bool = False
     # Of dense layers: "torch", or "onednn", which is faster on AMD's CPUs and the same up to
     # rounding; see fedpet/pet/kernels/matmul.py.
-    products: str = "torch"
+    matmul_backend: str = "torch"
     threads: Threads = 1  # torch threads a client
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
         check_choice("training.schedule", self.schedule, ("constant", "linear"))
-        check_choice("training.products", self.products, ("torch", "onednn"))
+        check_choice("training.matmul-backend", self.matmul_backend, ("torch", "onednn"))
         rates_by_kind(self.learning_rates, "training.learning-rates")
 
     def rate_of(self, kind: str) -> float:
@@ -221,9 +234,9 @@ class SearchConfig(Stage):
     epochs: Count = 5  # over half of the rows
     max_steps: Whole = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
     batch_size: Count = 32  # rows of either half
-    rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
-    rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
-    alpha_rate: Positive = 0.1  # of the gates' logits
+    learning_rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
+    learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
+    gate_learning_rate: Positive = 0.1  # of the gates' logits
     clip_norm: FromZero = 2.0  # of both gradients; 0 leaves them alone
     beta: Temperature = 1.0  # temperature at the start
     beta_end: TemperatureOrZero = 0.0  # falls geometrically to this; 0 keeps beta, as in the paper
@@ -254,11 +267,12 @@ class SearchConfig(Stage):
                 f"search.federated searches by 's3pet', got search.method = {self.method!r}: make "
                 "that structure with `fedpet search` and name its file as structure.file."
             )
-        rates_by_kind(self.rates, "search.rates")
+        rates_by_kind(self.learning_rates, "search.learning-rates")
 
     def rate_of(self, kind: str) -> float:
         """The learning rate of one kind of module ("mask", "head", "lora", ...)."""
-        return rates_by_kind(self.rates, "search.rates").get(kind, self.rate)
+        rates = rates_by_kind(self.learning_rates, "search.learning-rates")
+        return rates.get(kind, self.learning_rate)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -346,22 +360,36 @@ class StrategyConfig(Stage):
 
 
 @dataclass(frozen=True, kw_only=True)
+class UnregisteredStrategy(StrategyConfig):
+    """Stand for the rule of a finished run that no class here has the name of; it runs nothing."""
+
+    def check_name(self) -> None:
+        """Take any."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class CodecConfig(Stage):
     # float32, bfloat16, int8, int4, eden-1 ... eden-8; "topk-0.1+" in front sends the tenth that is
     # largest, "-raw" behind leaves the entropy coding out.
-    up: str = "float32"  # clients to server
-    down: str = "float32"  # server to clients
-    head_up: str = ""  # of the head's values; "" is as up
-    head_down: str = ""  # "" is as `down`
-    # What a lossy down codes: "changes" of a public reference, small and fed back, for clients
-    # that come often; the "values" anew each round, for a few of many. See
+    uplink: str = "eden-3"  # clients to server
+    downlink: str = "eden-5"  # server to clients
+    head_uplink: str = ""  # of the head's values; "" is as uplink
+    head_downlink: str = ""  # "" is as downlink
+    # What a lossy downlink codes: the "delta" to a public reference, small and fed back, for
+    # clients that come often; the "full" values anew each round, for a few of many. See
     # fedpet/protocol/shared_reference.py.
-    downlink: str = "changes"
-    error_feedback: bool = False  # clients keep what a lossy up loses, for their next round
+    downlink_mode: str = "full"
+    error_feedback: bool = False  # clients keep what a lossy uplink loses, for their next round
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("codec.downlink", self.downlink, ("changes", "values"))
+        check_choice("codec.downlink-mode", self.downlink_mode, ("delta", "full"))
+
+    def __str__(self) -> str:
+        """Name both codecs, as the first line of a result does."""
+        up = self.uplink + (f" (head {self.head_uplink})" if self.head_uplink else "")
+        down = self.downlink + (f" (head {self.head_downlink})" if self.head_downlink else "")
+        return f"{up} up, {down} down"
 
 
 DEVICES = ("cpu", "cuda")
@@ -370,7 +398,7 @@ TRACKERS = ("tensorboard", "wandb", "mlflow", "trackio")
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Stage):
-    name: str = "film-reviews"  # of the run folder, and of the table a run is compared in
+    name: str = "experiment"  # of the run folder and of tables; a file's stem where it says none
     seed: AnyInteger = 0  # sampling of clients, batches, adapters, stochastic rounding
     workers: Count = 2  # Ray actors, each with training.threads
     device: str = "cpu"  # of the server and of simulated clients; or "cuda", untested as yet
@@ -378,6 +406,7 @@ class RunConfig(Stage):
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
     # Trackers: tensorboard, wandb, mlflow, trackio, where their package is installed.
     callbacks: tuple[str, ...] = ()
+    start: str = ""  # a finished run, or a saved PetModel, whose values are those of round 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

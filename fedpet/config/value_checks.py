@@ -1,28 +1,40 @@
-"""What the value of a key may be, and how an entry such as "kind=number" is read.
-
-In:  the name of a key as a user writes it, its value.
-Out: what it means, or one sentence on what is wrong.
-"""
+"""Check the value of a key, and read entries such as "kind=number"."""
 
 from __future__ import annotations
 
+import difflib
 import math
 from collections.abc import Iterable
 
+from fedpet.config.module_kinds import known_kinds
 from fedpet.errors import ConfigError
 
-__all__ = ["check_choice", "density_and_share", "rates_by_kind"]
+__all__ = ["check_choice", "density_and_share", "did_you_mean", "rates_by_kind"]
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """Return a sentence that names the nearest known name, or "" where none is near.
+
+    Example:
+        >>> did_you_mean("densty", ["density", "rule"])
+        " Did you mean 'density'?"
+    """
+    near = difflib.get_close_matches(name.replace("_", "-").lower(), list(known), n=1)
+    return f" Did you mean {near[0]!r}?" if near else ""
 
 
 def check_choice(name: str, value: str, allowed: Iterable[str]) -> None:
-    """Refuse what is not one of these."""
+    """Refuse a value that is not among the allowed ones."""
     allowed = list(allowed)
     if value not in allowed:
-        raise ConfigError(f"{name} must be one of {', '.join(allowed)}, got {value!r}.")
+        raise ConfigError(
+            f"{name} must be one of {', '.join(allowed)}, got {value!r}."
+            f"{did_you_mean(value, allowed)}"
+        )
 
 
 def density_and_share(entry: str) -> tuple[float, float]:
-    """Of one of `mask.tiers`: "0.005=0.3" is (0.005, 0.3)."""
+    """Read an entry of `mask.tiers`: "0.005=0.3" is (0.005, 0.3)."""
     density, _, share = entry.partition("=")
     try:
         numbers = float(density), float(share)
@@ -40,8 +52,8 @@ def rates_by_kind(entries: Iterable[str], key: str) -> dict[str, float]:
     """Read entries "kind=rate".
 
     Args:
-        entries: Of `training.learning-rates` or `search.rates`.
-        key: Which of the two, for messages.
+        entries: The value of `training.learning-rates` or `search.learning-rates`.
+        key: Its name, for messages.
 
     Raises:
         ConfigError: An entry that does not read, a kind that does not exist, or one given twice.
@@ -72,12 +84,9 @@ def rates_by_kind(entries: Iterable[str], key: str) -> dict[str, float]:
 
 def _check_kind(kind: str, entry: str, key: str) -> None:
     """Refuse a kind of module that no model has."""
-    from fedpet.pet.structure import (
-        KINDS,  # stands above the config, and knows the registered kinds
-    )
-
-    known = ("mask", "head", *sorted(KINDS))
+    known = known_kinds()
     if kind not in known:
         raise ConfigError(
             f"{key} must name kinds of modules, which are {', '.join(known)}, got {entry!r}."
+            f"{did_you_mean(kind, known)}"
         )

@@ -1,6 +1,6 @@
 """Turn labelled text into tokenised rows and the clients that own them.
 
-In:  a `DataConfig` and a `PopulationConfig`, and the folder of a tokeniser.
+In:  a `DataConfig` and a `ClientsConfig`, and the folder of a tokeniser.
 Out: a `FederatedData`: the task, the rows to train and evaluate on, the clients and their rows.
 """
 

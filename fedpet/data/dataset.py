@@ -1,6 +1,6 @@
 """Load the rows and clients that a configuration names.
 
-In:  `DataConfig`, `PopulationConfig`, the tokeniser's folder, the cache's root.
+In:  `DataConfig`, `ClientsConfig`, the tokeniser's folder, the cache's root.
 Out: a `FederatedData`.
 
 Each split is tokenised once. Its entry in the cache is named after the source's bytes, the
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpet.config import DataConfig, PopulationConfig
+from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data.cache import Entry, cached
 from fedpet.data.partition import (
     Client,
@@ -62,7 +62,7 @@ class FederatedData:
 
 def load_data(
     data: DataConfig,
-    population: PopulationConfig,
+    population: ClientsConfig,
     tokenizer_folder: Path,
     *,
     cache: Path,
@@ -84,7 +84,7 @@ def load_data(
         all_rows: True trains on every row of the training split, or of the single file: a node's
             own rows, with the evaluation rows elsewhere.
         partitioner: Any object with flwr-datasets' interface; deals the rows out in place of
-            `population.partition`.
+            `clients.partition`.
 
     Returns:
         The rows of both splits and the clients that take part.
@@ -95,7 +95,7 @@ def load_data(
     """
     if population.partition == "nodes":
         raise ConfigError(
-            'population.partition is "nodes", which leaves the clients to nodes with rows of their '
+            'clients.partition is "nodes", which leaves the clients to nodes with rows of their '
             "own: give each node its rows with --node-config 'data=\"FILE\"', or name another "
             "partition to simulate."
         )
@@ -111,7 +111,7 @@ def load_data(
     if evaluation:
         source.check(held_split.name)
 
-    task = Task(data.task, _label_names(train_split, data, cache), data.metric)
+    task = Task(data.task, _label_names(train_split, data, cache), data.metric, data.metrics)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
 
     def rows_entry(split: _Split) -> Entry:
@@ -137,7 +137,7 @@ def load_data(
             "data.max-train-rows",
             {
                 "of no client": unowned,
-                "of clients below population.min-rows": kept.left_out_rows - unowned,
+                "of clients below clients.min-rows": kept.left_out_rows - unowned,
             },
         )
     }
@@ -176,7 +176,7 @@ def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) ->
     part = "all" if single or data.eval_split else "held out"
     split = _Split(source, data.eval_split or data.train_split, part, data.max_eval_rows)
     source.check(split.name)
-    task = Task(data.task, _label_names(split, data, cache), data.metric)
+    task = Task(data.task, _label_names(split, data, cache), data.metric, data.metrics)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
     entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
     held, books = _rows(entry), {"evaluation": _books(entry, "data.max-eval-rows")}
@@ -192,7 +192,7 @@ class ClientCounts:
     num_rows: Mapping[str, int]  # client -> rows it holds, clients in alphabetical order
 
 
-def count_clients(data: DataConfig, population: PopulationConfig, *, cache: Path) -> ClientCounts:
+def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -> ClientCounts:
     """Count the clients that `load_data` would find, without a tokeniser.
 
     Args:
@@ -208,7 +208,7 @@ def count_clients(data: DataConfig, population: PopulationConfig, *, cache: Path
     source = open_source(data.source)
     train, _ = _splits(source, data)
     source.check(train.name)
-    task = Task(data.task, _label_names(train, data, cache), data.metric)
+    task = Task(data.task, _label_names(train, data, cache), data.metric, data.metrics)
 
     def compute() -> Entry:
         texts, labels = train.texts(data.text_columns), train.labels(data.label_column)
@@ -447,13 +447,13 @@ def _natural_clients(
 
     def compute() -> Entry:
         values = split.read().column(
-            column, "population.client-column, or another population.partition", split.where
+            column, "clients.client-column, or another clients.partition", split.where
         )
         ids = [name_of_client(value) for value in values]
         if None in ids:
             raise DataError(
                 f"row {ids.index(None) + 1} of {split.where} names no client in column "
-                f"{column!r}: give every row a client, or take another population.partition."
+                f"{column!r}: give every row a client, or take another clients.partition."
             )
         names, codes = np.unique([ids[i] for i in numbers], return_inverse=True)
         return Entry({"codes": codes.astype(np.int32)}, {"names": names.tolist()})

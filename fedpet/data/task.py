@@ -35,7 +35,8 @@ class Task:
 
     kind: str  # "classification" or "regression"
     label_names: tuple[str, ...]  # by class index; () for regression
-    metric: str  # accuracy, f1, matthews, pearson
+    metric: str  # the one that decides
+    metrics: tuple[str, ...] = ()  # a user's, see fedpet/training/metrics.py
 
     @property
     def num_outputs(self) -> int:

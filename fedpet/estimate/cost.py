@@ -1,9 +1,4 @@
-"""What a run costs: every message's bytes, their sum, and the seconds they take.
-
-    outline -> layout -> draws -> rules -> updates -> downlink -> messages -> [cost]
-
-In:  an experiment, and where its data are not at hand the number of its clients.
-Out: an `Estimate`, in the terms of a run's `result.json`.
+"""Sum the bytes of a run's messages, and the seconds they take, into an estimate.
 
 Every sampled client is taken to answer, alone on its node, as the ledger counts it.
 """
@@ -27,9 +22,14 @@ from fedpet.config import Experiment
 from fedpet.data import ClientCounts, Task, count_clients
 from fedpet.data.task import check_label_names
 from fedpet.errors import ConfigError, DataError
-from fedpet.estimate.downlink_sizes import frames_down
 from fedpet.estimate.links import LINKS, Link
-from fedpet.estimate.message_sizes import made_up_plan, reply_bytes, request_bytes, roll_call_bytes
+from fedpet.estimate.message_sizes import (
+    frames_down,
+    made_up_plan,
+    reply_bytes,
+    request_bytes,
+    roll_call_bytes,
+)
 from fedpet.estimate.meta_model import outline
 from fedpet.estimate.participants import Draws, draw
 from fedpet.estimate.payload_simulation import is_fixed, local_steps, payloads
@@ -52,10 +52,10 @@ _TOLERANCE_OF_ONE_STEP = 0.2  # of the updates of clients that take a single ste
 
 @dataclass(frozen=True)
 class Estimate:
-    """A run's cost. Bytes are those of whole messages; MB is 10^6 bytes.
+    """Hold a run's cost. Bytes are those of whole messages; MB is 10^6 bytes.
 
     Attributes:
-        run: What was estimated: names, codecs, rounds, clients.
+        run: Names, codecs, rounds, clients.
         model: Parameters and values, as `result.json` has them.
         message: Mean lengths from the payload to the whole message, up and down, and the plan.
         communication: The run's bytes, under the names that `result.json` gives them; and those
@@ -63,7 +63,7 @@ class Estimate:
         links: For each link the seconds of a client's messages.
         tolerance: How far the bytes may be from a run's, as a fraction; 0 where every payload
             has one length.
-        notes: What was assumed, a sentence each.
+        notes: Assumptions, a sentence each.
     """
 
     run: dict[str, Any]
@@ -86,13 +86,13 @@ def estimate(
     rows_per_client: int | None = None,
     links: Sequence[Link] = LINKS,
 ) -> Estimate:
-    """Say what a run would cost.
+    """Estimate a run's cost.
 
     Args:
         experiment: The run. Its backbone may be a configuration without weights.
         num_clients: How many clients there are; None counts them in the data.
         rows_per_client: That each of them holds; only with `num_clients`.
-        links: Whose seconds to tell.
+        links: Whose seconds to compute.
 
     Raises:
         InputError: The configuration, the codecs, the structure or the data cannot be used.
@@ -125,7 +125,7 @@ def estimate(
     uplink = up + reply_bytes(round(up)) - round(up)
     downlink = down + request_bytes(round(down), plan) - round(down)
     plan_length = len(plan.to_bytes())
-    if experiment.population.partition == "nodes":  # all are asked who they are, once
+    if experiment.clients.partition == "nodes":  # all are asked who they are, once
         plan_sent = roll_call_bytes(plan_length)
         draws = dataclasses.replace(draws, newcomers=float(draws.num_clients))
     else:
@@ -179,9 +179,9 @@ def _run(experiment: Experiment, backbone: Backbone, plan: Plan, draws: Draws) -
         "backbone": experiment.backbone.model,
         "architecture": type(backbone.model).__name__,
         "strategy": experiment.strategy.name,
-        "codec_up": _named(codec.up, codec.head_up),
-        "codec_down": _named(codec.down, codec.head_down),
-        "downlink": "changes" if plan.is_delta_downlink else "values",
+        "codec_uplink": _named(codec.uplink, codec.head_uplink),
+        "codec_downlink": _named(codec.downlink, codec.head_downlink),
+        "downlink": "delta" if plan.is_delta_downlink else "full",
         "error_feedback": codec.error_feedback,
         "rounds": len(draws.rounds),
         "clients": draws.num_clients,
@@ -212,7 +212,7 @@ def _model(
 def _census(
     experiment: Experiment, num_clients: int | None, rows_per_client: int | None, notes: list[str]
 ) -> ClientCounts | None:
-    """The data's clients; None where the user tells their number, or the configuration does."""
+    """Count the data's clients; None where the user or the configuration says their number."""
     if num_clients is not None:
         if num_clients < 1 or (rows_per_client is not None and rows_per_client < 1):
             raise ConfigError(
@@ -225,14 +225,14 @@ def _census(
             "with it, or leave it out."
         )
     try:
-        return count_clients(experiment.data, experiment.population, cache=make_cache(experiment))
+        return count_clients(experiment.data, experiment.clients, cache=make_cache(experiment))
     except DataError as error:
-        if experiment.population.partition == "column":
+        if experiment.clients.partition == "column":
             raise DataError(
                 f"the clients cannot be counted: {str(error).rstrip('.')}. To estimate without "
                 "the data, give their number by --clients."
             ) from None
-        notes.append(f"The data were not read, so population.num-clients counts ({error})")
+        notes.append(f"The data were not read, so clients.num-clients counts ({error})")
         return None
 
 
@@ -254,7 +254,7 @@ def _mean(numbers: Iterable[float]) -> float:
 
 
 def _tiers(experiment: Experiment, counts: Sequence[int], draws: Draws) -> list[dict[str, Any]]:
-    """What clients of each strength send, and how often one takes part; [] where all are alike."""
+    """Return values and parts of the clients of each tier; [] where all are alike."""
     if len(counts) == 1:
         return []
     parts = Counter(taker.tier for takers in draws.rounds for taker in takers)
@@ -275,7 +275,7 @@ def _seconds(
     dense: float,
     lora: float,
 ) -> dict[str, Any]:
-    """What a client's messages take on one link."""
+    """Return the seconds of a client's messages on one link."""
     up, down = link.up.seconds(uplink), link.down.seconds(downlink)
     return {
         "name": link.name,
@@ -298,7 +298,11 @@ def _seconds(
 
 def _tolerance(plan: Plan, draws: Draws) -> float:
     codec, training = plan.codec, plan.training
-    names = [name for name in (codec.up, codec.down, codec.head_up, codec.head_down) if name]
+    names = [
+        name
+        for name in (codec.uplink, codec.downlink, codec.head_uplink, codec.head_downlink)
+        if name
+    ]
     if is_fixed(*names) and not plan.is_delta_downlink and draws.known:
         return 0.0
     steps = [local_steps(taker.num_rows, training) for takers in draws.rounds for taker in takers]
@@ -333,9 +337,9 @@ def _explain(experiment: Experiment, draws: Draws, tolerance: float, notes: list
             "strategy, these learning rates and steps, random gradients. In total within about "
             f"{tolerance:.0%} of {'a run' if draws.known else 'such a run'}'s."
         )
-    if experiment.population.partition == "nodes":
+    if experiment.clients.partition == "nodes":
         notes.append("Every client there is, is sent the plan: nodes are asked who lives on them.")
-    if experiment.mask.enabled and experiment.mask.broadcast == "explicit":
+    if experiment.mask.enabled and experiment.mask.broadcast == "send":
         notes.append(
             "The explicit mask is reckoned as equally dense everywhere, which is the dearest; a "
             "real one is coded in a few percent less."

@@ -1,8 +1,7 @@
-"""Named links: how long a message takes, at nominal rates.
+"""Compute the seconds of a message on named links, at nominal rates.
 
-In:  a link's name, and bytes.
-Out: seconds. No promise: a rate is what the standard or its scheduling allows one device under
-     the best conditions, with no one else on the air. Distance, load and repetitions only add.
+A rate is no promise: the standard or its scheduling allows it to one device under the best
+conditions, with no one else on the air. Distance, load and repetitions only add.
 
 | link     | up           | down         | what limits it                                        |
 |----------|--------------|--------------|-------------------------------------------------------|
@@ -31,15 +30,15 @@ __all__ = ["LINKS", "Direction", "Link", "find_links"]
 
 @dataclass(frozen=True)
 class Direction:
-    """One way of a link.
+    """Describe one way of a link.
 
     Attributes:
         bits_per_second: While it sends.
         duty_cycle: Fraction of the time in which it may.
-        frame_bytes: What a frame carries of a message; 0 where the link fragments by itself and
+        frame_bytes: Of a message in a frame; 0 where the link fragments by itself and
             its rate has that in it.
-        overhead_bytes: What a frame carries besides.
-        overhead_seconds: What a frame takes besides.
+        overhead_bytes: Of a frame besides.
+        overhead_seconds: Of a frame besides.
     """
 
     bits_per_second: float
@@ -49,7 +48,7 @@ class Direction:
     overhead_seconds: float = 0.0
 
     def seconds(self, num_bytes: float) -> float:
-        """How long a message takes, the silence that a duty cycle asks for included."""
+        """Return a message's seconds, the silence that a duty cycle asks for included."""
         frames = math.ceil(num_bytes / self.frame_bytes) if self.frame_bytes else 0
         sent = num_bytes + frames * self.overhead_bytes
         on_air = 8 * sent / self.bits_per_second + frames * self.overhead_seconds
@@ -58,15 +57,15 @@ class Direction:
 
 @dataclass(frozen=True)
 class Link:
-    """A kind of radio.
+    """Describe a kind of radio.
 
     Attributes:
         name: As `--link` takes it.
         title: As a table shows it.
         up: From the device.
         down: To the device.
-        what: What was assumed, in a few words.
-        sources: Where the figures are from.
+        what: Assumptions, in a few words.
+        sources: Of the figures.
     """
 
     name: str
@@ -136,7 +135,7 @@ LINKS = (
 
 
 def find_links(names: Iterable[str]) -> tuple[Link, ...]:
-    """Links by name; all of them where none is named.
+    """Return links by name; all of them where none is named.
 
     Raises:
         ConfigError: There is no link of that name.

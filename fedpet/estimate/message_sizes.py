@@ -1,24 +1,23 @@
-"""What a payload weighs as a message: frame, request and Flower's own framing around it.
-
-    outline -> layout -> draws -> rules -> updates -> downlink -> [messages] -> cost
-
-In:  lengths of payloads, and the run's plan, its hashes made up.
-Out: bytes, as the ledger counts them.
+"""Count the bytes of messages around payloads of given lengths, as the ledger does.
 
 Messages are Flower's, serialised around random bytes. Flower cuts an array into chunks of a few
-MiB, each with a header of its own; long ones are reckoned from the headers of short ones.
+MiB, each with a header of its own; long ones are computed from the headers of short ones.
 """
 
 from __future__ import annotations
 
 import hashlib
 from collections import Counter
+from collections.abc import Sequence
 
 import numpy as np
+import numpy.typing as npt
 
 from fedpet.codec import encode_positions
 from fedpet.config import Experiment
 from fedpet.data import Task
+from fedpet.estimate.participants import Participant
+from fedpet.estimate.payload_simulation import Payloads
 from fedpet.estimate.value_counts import Layout
 from fedpet.pet.mask import mask_size
 from fedpet.pet.structure import Structure
@@ -27,20 +26,28 @@ from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.registration import encode_registration
 from fedpet.protocol.request import Path, Request, single_client_bytes, write_request
+from fedpet.server.downlink import MAX_CHANGES
 
-__all__ = ["made_up_plan", "message_bytes", "reply_bytes", "request_bytes", "roll_call_bytes"]
+__all__ = [
+    "frames_down",
+    "made_up_plan",
+    "message_bytes",
+    "reply_bytes",
+    "request_bytes",
+    "roll_call_bytes",
+]
 
 _NAME = "client-1"  # as long as any
 _SAMPLE = 1 << 22  # entries of a tensor whose positions are coded; of a larger one as many
 
 
 def reply_bytes(payload: int) -> int:
-    """One client's reply, from the length of its payload."""
+    """Return one client's reply, from the length of its payload."""
     return message_bytes(HEADER_BYTES + payload, reply=True)
 
 
 def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
-    """The request for one client.
+    """Return the request for one client.
 
     Args:
         frames: Length of the frames with the values, or with changes of their reference.
@@ -54,14 +61,49 @@ def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
 
 
 def roll_call_bytes(plan_length: int) -> int:
-    """What asking one real client for its rows takes, both ways: the plan, and a roster of one."""
+    """Return what registering one real client takes, both ways."""
     question = len(write_request(Request((), b""))) + plan_length
     answer = len(encode_registration({_NAME: 1}))
     return message_bytes(question, reply=False) + message_bytes(answer, reply=True)
 
 
+def frames_down(
+    lengths: Payloads, counts: Sequence[int], rounds: Sequence[Sequence[Participant]], changes: bool
+) -> list[list[float]]:
+    """Return the bytes of the frames that each client of each round is sent.
+
+    As fedpet/server/downlink.py: whoever holds the reference of an earlier round is sent the
+    changes since, where these are stored and shorter than the whole. Every client answers, so each
+    holds the reference of its last round; all hold that of the checkpoint.
+
+    Args:
+        lengths: Of payloads.
+        counts: Values of each tier.
+        rounds: The clients of each.
+        changes: Whether clients follow a reference.
+    """
+    frame, whole = lengths.down + HEADER_BYTES, lengths.whole + HEADER_BYTES  # (rounds, tiers)
+    if not changes:
+        return [[float(frame[r, t.tier]) for t in takers] for r, takers in enumerate(rounds)]
+    first = [_first_stored(frame[:, tier], 4 * count + 1024) for tier, count in enumerate(counts)]
+    until = np.vstack([np.zeros(len(counts)), np.cumsum(frame, axis=0)])  # sums before a round
+    known: dict[int, int] = {}  # client -> the round whose reference it holds, from 1
+    sent = []
+    for r, takers in enumerate(rounds):
+        each = []
+        for taker in takers:
+            since = min(known.get(taker.client, 0), r)  # changes from here on are missed
+            chain = float(until[r + 1, taker.tier] - until[since, taker.tier])
+            stored = since >= first[taker.tier][r]
+            shorter = since == r or chain <= whole[r, taker.tier]
+            each.append(chain if stored and shorter else float(whole[r, taker.tier]))
+            known[taker.client] = r + 1
+        sent.append(each)
+    return sent
+
+
 def message_bytes(count: int, *, reply: bool) -> int:
-    """What a message with one array of `count` bytes weighs to or from one device alone."""
+    """Return the size of a message with one array of `count` bytes, to or from one device."""
     if count <= 2 * CHUNK_BYTES:
         return single_client_bytes(_noise(count), reply=reply)
     one, two = (single_client_bytes(_noise(n * CHUNK_BYTES), reply=reply) for n in (1, 2))
@@ -71,7 +113,7 @@ def message_bytes(count: int, *, reply: bool) -> int:
 
 
 def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
-    """The run's plan, but for what hangs on weights and tokeniser.
+    """Make the run's plan with made-up hashes, positions and tokeniser.
 
     Its hashes are made up: they compress like others, to a few bytes. Its positions are a random
     set as dense everywhere, which is the dearest of a density: where tensors differ, their
@@ -79,7 +121,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
     """
     mask = experiment.mask if experiment.mask.enabled else None
     positions = b""
-    if mask is not None and mask.broadcast == "explicit":
+    if mask is not None and mask.broadcast == "send":
         positions = bytes(_positions_bytes(layout.scope, mask.density))
     return Plan(
         fingerprint=_hash("fingerprint"),
@@ -102,7 +144,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
 
 
 def _positions_bytes(scope: tuple[int, ...], density: float) -> int:
-    """What coded positions take where every tensor has the mask's density."""
+    """Return the size of coded positions where every tensor has the mask's density."""
     random = np.random.default_rng(0)
     total = 0.0
     for size, times in Counter(scope).items():
@@ -119,3 +161,15 @@ def _noise(count: int) -> bytes:
 
 def _hash(of: str) -> str:
     return hashlib.sha256(of.encode()).hexdigest()
+
+
+def _first_stored(frames: npt.NDArray[np.float64], most: int) -> list[int]:
+    """Return for each round, from 0, the first one whose change is still stored."""
+    first, oldest, total = [], 0, 0.0
+    for r, length in enumerate(frames):
+        total += length
+        while total > most or r - oldest + 1 > MAX_CHANGES:
+            total -= frames[oldest]
+            oldest += 1
+        first.append(oldest)
+    return first

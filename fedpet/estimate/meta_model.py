@@ -1,14 +1,9 @@
-"""A backbone without its weights: the architecture, built on torch's meta device.
+"""Build a backbone without its weights, on torch's meta device.
 
-    [outline] -> layout -> draws -> updates -> messages -> cost
-
-In:  a configuration: its file, a folder with it, a hub name, or `package:NAME`.
-Out: a `Backbone` whose parameters have shapes and no numbers, and whose head is known.
-
-Which parameters are the head is read off the checkpoint where one lies beside the configuration:
-its header names tensors and shapes. Where there is none, the head is what the task's class adds to
-the architecture's base model; a pooler of the base model then counts as pretrained, and a head that
-is to be kept as there.
+The configuration is a file, a folder with it, a hub name, or `package:NAME`. The head's parameters
+are read off the checkpoint where one lies beside it: its header names tensors and shapes. Where
+there is none, the head is what the task's class adds to the architecture's base model; a pooler of
+the base model then counts as pretrained.
 """
 
 from __future__ import annotations
@@ -70,7 +65,7 @@ def outline(config: BackboneConfig, *, num_outputs: int, regression: bool = Fals
 
 
 def _class_for(config: Any) -> Any:
-    """The class that classifies texts, or images where the architecture reads those."""
+    """Return the class that classifies texts, or images where the architecture reads those."""
     from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
 
     images = AutoModelForImageClassification._model_mapping
@@ -81,7 +76,7 @@ def _class_for(config: Any) -> Any:
 
 
 def _head(model: Any, stored: Shapes | None) -> tuple[str, ...]:
-    """Names of the head's parameters, in the order of the model."""
+    """Return the names of the head's parameters, in the order of the model."""
     if stored is None:
         return outside_base(model)
     prefix = f"{model.base_model_prefix}."
@@ -101,7 +96,7 @@ def _head(model: Any, stored: Shapes | None) -> tuple[str, ...]:
 
 
 def _spellings(name: str, prefix: str) -> tuple[str, ...]:
-    """What a parameter may be called in a checkpoint: with or without the base model's prefix."""
+    """Return a parameter's names in checkpoints: with or without the base model's prefix."""
     plain = name.removeprefix(prefix)
     old = plain.replace("LayerNorm.weight", "LayerNorm.gamma")
     old = old.replace("LayerNorm.bias", "LayerNorm.beta")
@@ -109,7 +104,7 @@ def _spellings(name: str, prefix: str) -> tuple[str, ...]:
 
 
 def _stored_shapes(folder: Path) -> Shapes | None:
-    """Shapes of a checkpoint's tensors by name, from its header; None where there is none."""
+    """Read the shapes of a checkpoint's tensors from its header; None where there is none."""
     from safetensors import safe_open
 
     shapes: dict[str, tuple[int, ...]] = {}

@@ -1,13 +1,8 @@
-"""Who takes part: the clients of every round, their rows, and the tier each is of.
+"""Draw the clients of every round, their rows, and the tier of each.
 
-    outline -> layout -> [draws] -> rules -> updates -> downlink -> messages -> cost
-
-In:  the data's clients, or how many there are.
-Out: `Draws`.
-
-Where the data's clients are known, those of each round are the very ones that the run's seed draws.
-Where only their number is, as many are drawn, all with the same number of rows; how many of them
-ever take part is then told as an expectation.
+Where the data's clients are known, the run's seed draws the very ones of the run. Where only their
+number is, as many are drawn, all with the same number of rows; the number that ever take part is
+then an expectation.
 """
 
 from __future__ import annotations
@@ -30,7 +25,7 @@ ROWS_PER_CLIENT = 32  # where neither the data nor the user say
 
 @dataclass(frozen=True)
 class Participant:
-    """One client that takes part in a round."""
+    """Name one client of a round."""
 
     client: int  # names it
     num_rows: int
@@ -39,10 +34,10 @@ class Participant:
 
 @dataclass(frozen=True)
 class Draws:
-    """Who takes part.
+    """Hold the clients of every round.
 
     Attributes:
-        num_clients: There are.
+        num_clients: In the population.
         rounds: The clients of each round.
         newcomers: Clients that take part at least once: each is sent the plan. An expectation
             where the clients are not known.
@@ -56,7 +51,7 @@ class Draws:
 
     @property
     def num_parts(self) -> int:
-        """How often any client takes part."""
+        """Count how often any client takes part."""
         return sum(map(len, self.rounds))
 
 
@@ -71,7 +66,7 @@ def draw(
     Args:
         experiment: Its strategy says how many and how often, its seed which, its mask the tiers.
         census: The data's clients; None where they are not known.
-        num_clients: How many there are, without a census; None is population.num-clients.
+        num_clients: How many there are, without a census; None is clients.num-clients.
         rows_per_client: That each of them holds.
     """
     strategy, seed = experiment.strategy, experiment.run.seed
@@ -89,7 +84,7 @@ def draw(
         ]
         newcomers = float(len({taker.client for takers in drawn for taker in takers}))
         return Draws(len(census.num_rows), drawn, newcomers, known=True)
-    num_clients = num_clients or experiment.population.num_clients
+    num_clients = num_clients or experiment.clients.num_clients
     taking_part = min(strategy.clients_per_round, num_clients)
     num_rows = rows_per_client or ROWS_PER_CLIENT
     drawn = []

@@ -1,66 +1,61 @@
-"""How long payloads are: made-up updates, encoded by the run's own codec.
+"""Measure payloads on made-up updates, encoded by the run's own codec.
 
-    outline -> layout -> draws -> rules -> [updates] -> downlink -> messages -> cost
+A codec without an entropy stage writes as many bytes whatever the values are. With one, the length
+depends on the values' distribution: of floats on exponents and trailing zeros, of quantised symbols
+on the tails. A client's first step of AdamW moves every value by the learning rate, nearly to the
+bit, and compresses to 60 % of ten steps; a change added to a value a hundred times its size keeps
+seven bits less. So the federation is played through on random gradients: the run's own optimiser
+and codecs, Flower's own rule on the server, a share of the values, rounds and clients.
 
-In:  kinds and sizes of each tier's values, the run's plan, and the clients of each round.
-Out: the mean payload of every round and tier: up, down, and of a whole reference.
-
-A codec without an entropy stage writes as many bytes whatever the values are, and its own
-arithmetic says how many. With one, the length hangs on the values' distribution: floats on the
-spread of their exponents and on trailing zeros, quantised symbols on the tail. Neither a Gaussian
-nor a Laplace vector has those of a trained one. A client's first step of AdamW moves every value
-by the learning rate, nearly to the bit, which compresses to 60 % of what ten steps give; and a
-change added to a value a hundred times its size keeps seven bits less. So the whole federation
-is played through: the optimiser's arithmetic in float32, the schedule, the clients' steps, what
-the codecs lose, and the average, with random gradients in the place of a model's.
-
-Of a gradient three things count here, and are taken from measured runs of the default job
-(MiniLM, film reviews, 20 rounds): its size against AdamW's epsilon, which decides only what a
-single step looks like; how little its direction is shared by steps and clients (updates of one
-round correlate by 0.1, of two rounds by 0.02); how sizes differ from entry to entry, which SGD
-passes on to the update, and from step to step.
+Measured on runs of the default job (MiniLM, film reviews, 20 rounds): the size of a gradient
+against AdamW's epsilon; how little its direction is shared by steps and clients (updates of one
+round correlate by 0.1, of two rounds by 0.02); how sizes differ between entries and steps.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+from flwr.app import ConfigRecord
 
 from fedpet.codec import VectorCodec, encode_with_feedback
 from fedpet.codec.spec import parse_codec
 from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.estimate.participants import Participant
-from fedpet.estimate.server_optimizer import ServerRule
 from fedpet.pet.modules.registry import KINDS
+from fedpet.protocol.flower_compat import quiet_flower
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.shared_reference import Reference, encode_full
+from fedpet.server.aggregation import aggregate, to_arrays, train_message
+from fedpet.server.rounds import make_rule
+from fedpet.training.optimizer import make_optimizer, rate_factor
 
 __all__ = ["Kinds", "Payloads", "is_fixed", "local_steps", "payloads"]
 
 Kinds = Sequence[tuple[str, int]]  # kind and number of the values of each group, in order
 Floats = npt.NDArray[np.float32]
 
-# What is played through; beyond it, lengths are scaled (values) or interpolated (rounds).
+# The part that is played through; beyond it, lengths are scaled (values) or interpolated (rounds).
 MAX_VALUES = 1 << 16
-MAX_ROUNDS = 20
-MAX_CLIENTS = 10
+MAX_ROUNDS = 12
+MAX_CLIENTS = 8
 MAX_STEPS = 16
+MAX_MOVES = 50  # of a server with momentum, between two rounds that are played through
 LEAST_VALUES = 4096  # of a kind, where it has as many: a window of a rotation
 
-# Standard deviation of a gradient's entries, where no kind of module says its own.
-_GRADIENTS = {"mask": 2e-4, "head": 7e-3}
-# How that deviation differs, in decades: from entry to entry, most where entries are of many rows
-# or of one tensor's outputs, and from stretch to stretch of a kind.
-_SPREADS = {"mask": 0.35, "head": 0.1}
-_STRETCH = 256  # entries
-_STRETCH_SPREAD = 0.3
-_STEP_SPREAD = 0.15  # decades, of a whole gradient's size from step to step
-_SIGNAL = 0.15  # what steps and clients of a round share, against what they do not
-_BETAS, _EPSILON = (0.9, 0.999), 1e-8  # torch's AdamW, as fedpet.training.loop asks for it
+# Standard deviation of a gradient's entries, and its spread between them in decades, of what is no
+# module (see `ModuleKind`); spread between stretches of a kind, and between steps.
+_GRADIENTS = {"mask": (2e-4, 0.35), "head": (7e-3, 0.1)}
+_STRETCH, _STRETCH_SPREAD = 256, 0.3
+_STEP_SPREAD = 0.15
+_SIGNAL = 0.15  # shared by steps and clients of a round, relative to the rest
+_CORRELATION = 0.1  # of the updates of one round
 
 
 @dataclass(frozen=True)
@@ -79,13 +74,13 @@ class Payloads:
 
 
 def is_fixed(*codecs: str) -> bool:
-    """Whether these codecs' payloads have one length, whatever the values are."""
+    """Tell whether payloads of these codecs have one length, whatever the values are."""
     parsed = [parse_codec(codec) for codec in codecs if codec]
     return not any(codec.entropy or codec.topk_ppm for codec in parsed)
 
 
 def local_steps(num_rows: int, training: TrainingConfig) -> int:
-    """Optimiser steps of a client that holds this many rows."""
+    """Return the optimiser steps of a client that holds this many rows."""
     return training.local_epochs * math.ceil(num_rows / training.batch_size)
 
 
@@ -101,245 +96,207 @@ def payloads(
 
     Args:
         tiers: The values of each, weakest first: they differ in the size of the group "mask".
-        plan: Codecs, what is kept from round to round, training settings.
-        strategy: How the server moves.
+        plan: Codecs, downlink, training settings.
+        strategy: The rule on the server.
         rounds: The clients of each.
         seed: Of the gradients.
     """
     codec = plan.codec
-    up_is_fixed, down_is_fixed = (
-        is_fixed(*names) for names in ((codec.up, codec.head_up), (codec.down, codec.head_down))
-    )
-    fixed = [_codings(plan, kinds) for kinds in tiers]
+    up_is_fixed = is_fixed(codec.uplink, codec.head_uplink)
+    down_is_fixed = is_fixed(codec.downlink, codec.head_downlink) and not plan.is_delta_downlink
     shape = (len(rounds), len(tiers))
-    up = np.full(shape, [pair.up.max_payload_bytes for pair in fixed], dtype=np.float64)
-    down = np.full(shape, [pair.down.max_payload_bytes for pair in fixed], dtype=np.float64)
-    whole = np.zeros(shape)
-    if up_is_fixed and down_is_fixed and not plan.is_delta_downlink:
-        return Payloads(up, down, whole)
-    federation = _Federation(tiers, plan, ServerRule(strategy, plan.training), seed)
+    lengths = Payloads(np.empty(shape), np.empty(shape), np.zeros(shape))
+    for index, kinds in enumerate(tiers):
+        lengths.up[:, index] = _codec(plan.uplink, kinds).max_payload_bytes
+        lengths.down[:, index] = _codec(plan.downlink, kinds).max_payload_bytes
+    if up_is_fixed and down_is_fixed:
+        return lengths
+    federation = _Federation(tiers, plan, strategy, seed)
     played = _played_rounds(len(rounds))
     for index, server_round in enumerate(played):
         following = played[index + 1] if index + 1 < len(played) else server_round + 1
         federation.play(server_round, rounds[server_round - 1], following - server_round)
     every = np.arange(1, len(rounds) + 1)
-    for tier, line in enumerate(federation.lines):
-        if not up_is_fixed and line.sent:
-            up[:, tier] = np.interp(every, list(line.sent), list(line.sent.values()))
-        if not down_is_fixed:
-            down[:, tier] = _from_round_2(line.received, every)
+    for index, tier in enumerate(federation.tiers):
+        if not up_is_fixed and tier.up_lengths:
+            sent = tier.up_lengths
+            lengths.up[:, index] = np.interp(every, list(sent), list(sent.values()))
+        if not is_fixed(codec.downlink, codec.head_downlink):
+            lengths.down[:, index] = _from_round_2(tier.down_lengths, every)
         if plan.is_delta_downlink:
-            whole[:, tier] = _from_round_2(line.whole, every)
-    return Payloads(up, down, whole)
+            lengths.whole[:, index] = _from_round_2(tier.whole_lengths, every)
+    return lengths
 
 
-@dataclass(frozen=True)
-class _Codings:
-    """How a tier's values are written, up and down."""
+class Server:
+    """Apply a strategy's rule, as Flower has it, to a vector."""
 
-    up: VectorCodec
-    down: VectorCodec
+    def __init__(self, config: StrategyConfig, training: TrainingConfig) -> None:
+        self._config, self._rule = config, make_rule(config, training)
+
+    @property
+    def is_mean(self) -> bool:
+        """Tell whether the values move by the mean update."""
+        return not self._config.has_server_optimizer
+
+    def num_averaged(self, num_replies: int) -> int:
+        """Return of how many updates the rule takes the mean, or something as quiet."""
+        return min(max(self._config.num_averaged(num_replies), 1), num_replies)
+
+    def move(self, values: Floats, mean: Floats, server_round: int) -> Floats:
+        """Return the values after a round, float32 (n,)."""
+        if self.is_mean:
+            return values + mean
+        reply = train_message(values + mean, num_examples=1, loss=0.0)
+        with quiet_flower():
+            self._rule.configure_train(server_round, to_arrays(values), ConfigRecord(), None)  # type: ignore[arg-type]  # no grid: nobody is sampled
+            return aggregate(self._rule, server_round, values, [reply])[0]
 
 
-@dataclass
-class _Line:
-    """What one tier sends and receives.
+class _Tier:
+    """Hold the values of one tier, and the lengths of its payloads.
 
     Attributes:
-        where: Which of all values are the tier's, bool (n',).
-        codings: Of those.
+        where: Which values are the tier's, bool (n,).
+        up, down: Their codecs.
         scale: How many values stand for one of them.
-        reference: From which the tier's clients train.
-        sent, received, whole: Lengths by round, as of all values.
+        up_lengths, down_lengths, whole_lengths: By round, as of all values.
     """
 
-    where: npt.NDArray[np.bool_]
-    codings: _Codings
-    scale: float
-    reference: Reference
-    sent: dict[int, float] = field(default_factory=dict)
-    received: dict[int, float] = field(default_factory=dict)
-    whole: dict[int, float] = field(default_factory=dict)
+    def __init__(self, plan: Plan, tier: Kinds, largest: Kinds, played: Kinds) -> None:
+        own = [
+            (kind, max(1, round(size * its / of_all)))
+            for (kind, size), (_, its), (_, of_all) in zip(played, tier, largest, strict=True)
+        ]
+        pairs = zip(played, own, strict=True)  # as in a run, the front of a mask's ranking
+        self.where = np.concatenate([np.arange(size) < its for (_, size), (_, its) in pairs])
+        self.up, self.down = _codec(plan.uplink, own), _codec(plan.downlink, own)
+        self.scale = sum(size for _, size in tier) / int(self.where.sum())
+        self.up_lengths: dict[int, float] = {}
+        self.down_lengths: dict[int, float] = {}
+        self.whole_lengths: dict[int, float] = {}
 
 
 class _Federation:
-    """A few thousand values, moved as a run's are."""
+    """Move a few thousand values as a run does."""
 
-    def __init__(self, tiers: Sequence[Kinds], plan: Plan, rule: ServerRule, seed: int) -> None:
-        self._plan = plan
-        self._rule = rule
+    def __init__(
+        self, tiers: Sequence[Kinds], plan: Plan, strategy: StrategyConfig, seed: int
+    ) -> None:
+        self._plan, self._server = plan, Server(strategy, plan.training)
         self._random = np.random.default_rng(seed)
         largest = tiers[-1]
-        kinds = [(kind, size) for (kind, _), size in zip(largest, _shrunk(largest), strict=True)]
-        self._rates = np.concatenate(
-            [np.full(size, plan.training.rate_of(kind), dtype=np.float32) for kind, size in kinds]
-        )
-        self._deviations = np.concatenate([self._spread(kind, size) for kind, size in kinds])
-        self._values = np.zeros(len(self._rates), dtype=np.float32)  # (n',), the server's
-        self._residuals: dict[int, Floats] = {}  # client -> what its last payload left
-        self.lines = [self._line(tier, kinds, largest) for tier in tiers]
-
-    def _line(self, tier: Kinds, kinds: Kinds, largest: Kinds) -> _Line:
-        own = [
-            (kind, max(1, round(size * of_tier / of_all)) if of_tier < of_all else size)
-            for (kind, size), (_, of_tier), (_, of_all) in zip(kinds, tier, largest, strict=True)
-        ]
-        where = np.concatenate(
-            [
-                np.arange(size) < its  # as in a run, the front of a mask's ranking
-                for (_, size), (_, its) in zip(kinds, own, strict=True)
-            ]
-        )
-        count = int(where.sum())
-        scale = sum(size for _, size in tier) / count
-        return _Line(where, _codings(self._plan, own), scale, Reference.start(count))
+        self._kinds = [(k, size) for (k, _), size in zip(largest, _shrunk(largest), strict=True)]
+        self._deviations = np.concatenate([self._spread(kind, size) for kind, size in self._kinds])
+        self._values = np.zeros(len(self._deviations), dtype=np.float32)  # the server's
+        self._reference = self._values  # from which clients train
+        self._residuals: dict[int, Floats] = {}  # client -> left by its last payload
+        self.tiers = [_Tier(plan, tier, largest, self._kinds) for tier in tiers]
 
     def play(self, server_round: int, takers: Sequence[Participant], num_rounds: int) -> None:
-        """One round, of some of its clients, the others being like them.
+        """Play one round, with some of its clients for all.
 
         Args:
             server_round: From 1.
             takers: The round's clients.
             num_rounds: How many rounds it stands for.
         """
-        for line in self.lines:
-            self._send_down(line, server_round)
-        training = self._plan.training
-        rates = self._rates
-        if training.schedule == "linear":
-            rates = rates * np.float32(1.0 - self._plan.progress(server_round))
+        self._send_down(server_round)
         signal = np.float32(_SIGNAL) * self._normal()
-        updates: list[tuple[_Line, Floats]] = []
-        lengths: dict[int, list[float]] = {}
-        for taker in _representatives(takers, server_round):
-            line = self.lines[taker.tier]
-            steps = min(local_steps(taker.num_rows, training), MAX_STEPS)
-            where, start = line.where, line.reference.values
-            update = self._client(
-                start, rates[where], signal[where], self._deviations[where], steps
-            )
-            length, update = self._send_up(line, taker.client, update, server_round)
-            lengths.setdefault(taker.tier, []).append(length)
-            updates.append((line, update))
-        for tier, each in lengths.items():
-            self.lines[tier].sent[server_round] = float(np.mean(each))
-        self._average(updates, len(takers), server_round, num_rounds)
+        total, weight = (np.zeros(len(self._values)) for _ in range(2))
+        lengths: dict[int, list[int]] = {}
+        chosen = _representatives(takers, server_round)
+        for taker in chosen:
+            tier = self.tiers[taker.tier]
+            update = self._client(taker, signal, server_round)[tier.where]
+            seed = self._plan.seed + taker.client + server_round
+            if self._plan.codec.error_feedback:
+                residual = self._residuals.get(taker.client)
+                payload, residual = encode_with_feedback(update, residual, tier.up, seed=seed)
+                self._residuals[taker.client] = residual
+            else:
+                payload = tier.up.encode(update, seed=seed)
+            total[tier.where] += tier.up.decode(payload, seed=seed)
+            weight[tier.where] += 1
+            lengths.setdefault(taker.tier, []).append(len(payload))
+        for index, each in lengths.items():
+            tier = self.tiers[index]
+            tier.up_lengths[server_round] = tier.scale * float(np.mean(each))
+        # What clients share stays; what they do not averages out, further the more there are.
+        averaged = self._server.num_averaged(len(takers))
+        squared = [_CORRELATION + (1 - _CORRELATION) / n for n in (averaged, len(chosen))]
+        mean = total / np.maximum(weight, 1) * math.sqrt(squared[0] / squared[1])
+        self._move(mean.astype(np.float32), server_round, num_rounds)
 
-    def _send_down(self, line: _Line, server_round: int) -> None:
-        """Bring a tier's clients the values, or its reference nearer to them."""
-        coding, values = line.codings.down, self._values[line.where]
+    def _send_down(self, server_round: int) -> None:
         changes = self._plan.is_delta_downlink
-        start = line.reference.values if changes else np.zeros_like(values)
-        payload = coding.encode(values - start, seed=server_round)
-        decoded = coding.decode(payload, seed=server_round)
-        line.reference = Reference(server_round, start + decoded if changes else decoded)
-        line.received[server_round] = line.scale * len(payload)
-        if changes:
-            line.whole[server_round] = line.scale * len(encode_full(line.reference))
+        start = self._reference if changes else np.zeros_like(self._values)
+        for tier in self.tiers:  # the last one holds all values
+            payload = tier.down.encode((self._values - start)[tier.where], seed=server_round)
+            tier.down_lengths[server_round] = tier.scale * len(payload)
+        self._reference = start + self.tiers[-1].down.decode(payload, seed=server_round)
+        for tier in self.tiers if changes else ():
+            whole = encode_full(Reference(server_round, self._reference[tier.where]))
+            tier.whole_lengths[server_round] = tier.scale * len(whole)
 
-    def _send_up(
-        self, line: _Line, client: int, update: Floats, server_round: int
-    ) -> tuple[float, Floats]:
-        """Length of a client's payload, and what the server decodes from it."""
-        seed = self._plan.seed + client + server_round
-        coding = line.codings.up
-        if self._plan.codec.error_feedback:
-            residual = self._residuals.get(client)
-            payload, self._residuals[client] = encode_with_feedback(
-                update, residual, coding, seed=seed
-            )
-        else:
-            payload = coding.encode(update, seed=seed)
-        return line.scale * len(payload), coding.decode(payload, seed=seed)
-
-    def _average(
-        self,
-        updates: list[tuple[_Line, Floats]],
-        num_replies: int,
-        server_round: int,
-        num_rounds: int,
-    ) -> None:
-        """Move the server's values, as `num_rounds` rounds of `num_replies` would."""
-        total = np.zeros(len(self._values), dtype=np.float64)
-        squares, weight = total.copy(), total.copy()
-        for line, update in updates:
-            total[line.where] += update
-            squares[line.where] += np.square(update, dtype=np.float64)
-            weight[line.where] += 1
-        np.maximum(weight, 1, out=weight)
-        mean, played = total / weight, len(updates)
-        averaged = self._rule.num_averaged(num_replies)
-        if averaged != played > 1:
-            # What clients share stays; what they do not averages out, further the more there are.
-            single, squared = float(np.mean(squares / weight)), float(np.mean(np.square(mean)))
-            shared = max((played * squared - single) / (played - 1), 0.0)
-            wanted = shared + (single - shared) / averaged
-            mean *= math.sqrt(wanted / squared) if squared else 1.0
-        move = mean.astype(np.float32)
-        if self._rule.is_mean:  # rounds hardly correlate: their moves add up as a walk
-            move, num_rounds = move * np.float32(math.sqrt(num_rounds)), 1
-        for passed in range(num_rounds):
-            signs = (
-                self._random.choice(np.array([-1, 1], dtype=np.float32), len(move))
-                if passed
-                else np.float32(1)
-            )
-            self._values = self._rule.move(self._values, move * signs, server_round + passed)
-
-    def _client(
-        self, start: Floats, rates: Floats, signal: Floats, deviations: Floats, steps: int
-    ) -> Floats:
-        """One client's update: `steps` of the optimiser from `start`. float32, as `start`."""
+    def _client(self, taker: Participant, signal: Floats, server_round: int) -> Floats:
+        """Return one client's update, by the run's own optimiser."""
         training = self._plan.training
-        values = start.copy()
-        first = np.zeros_like(values)
-        second = np.zeros_like(values)
-        decay = np.float32(training.weight_decay)
-        for step in range(1, steps + 1):
+        values = torch.from_numpy(self._reference.copy())
+        parts = values.split([size for _, size in self._kinds])
+        groups: dict[str, list[Any]] = {}
+        for (kind, _), part in zip(self._kinds, parts, strict=True):
+            groups.setdefault(kind, []).append(part)
+        factor = rate_factor(training.schedule, self._plan.progress(server_round))
+        optimiser = make_optimizer(
+            groups,
+            lambda kind: training.rate_of(kind) * factor,
+            name=training.optimizer,
+            weight_decay=training.weight_decay,
+        )
+        for _ in range(min(local_steps(taker.num_rows, training), MAX_STEPS)):
             loud = np.float32(10 ** (_STEP_SPREAD * self._random.standard_normal()))
-            gradient = self._normal(len(start))
-            gradient += signal
-            gradient *= deviations * loud
-            if training.optimizer == "sgd":
-                values -= rates * (gradient + decay * values)
-                continue
-            values *= 1 - rates * decay
-            first += np.float32(1 - _BETAS[0]) * (gradient - first)
-            second *= np.float32(_BETAS[1])
-            second += np.float32(1 - _BETAS[1]) * gradient * gradient
-            root = np.sqrt(second) / np.float32(math.sqrt(1 - _BETAS[1] ** step))
-            root += np.float32(_EPSILON)
-            values -= rates / np.float32(1 - _BETAS[0] ** step) * first / root
-        return values - start
+            gradient = torch.from_numpy((self._normal() + signal) * (self._deviations * loud))
+            for part, its in zip(parts, gradient.split([len(p) for p in parts]), strict=True):
+                part.grad = its
+            optimiser.step()
+        return values.numpy() - self._reference
+
+    def _move(self, mean: Floats, server_round: int, num_rounds: int) -> None:
+        """Move the server's values as `num_rounds` rounds would: they hardly correlate."""
+        moves = 1 if self._server.is_mean else min(num_rounds, MAX_MOVES)
+        more = np.float32(math.sqrt(num_rounds / moves))
+        for index in range(moves):
+            moved = self._server.move(self._values, mean, server_round + index)
+            self._values = self._values + more * (moved - self._values)
+            mean = mean * self._random.choice(np.array([-1, 1], dtype=np.float32), len(mean))
 
     def _spread(self, kind: str, size: int) -> Floats:
-        """Standard deviations of one kind's gradient, float32 (size,)."""
+        """Return standard deviations of one kind's gradient, float32 (size,)."""
         facts = KINDS.get(kind)
-        gradient, spread = (
-            (facts.gradient, facts.spread) if facts else (_GRADIENTS[kind], _SPREADS[kind])
-        )
+        gradient, spread = (facts.gradient, facts.spread) if facts else _GRADIENTS[kind]
         entry = spread * self._random.standard_normal(size)
         stretches = self._random.standard_normal(-(-size // _STRETCH))
         stretch = _STRETCH_SPREAD * np.repeat(stretches, _STRETCH)[:size]
-        deviation = gradient * 10 ** (entry + stretch)
-        return deviation.astype(np.float32)
+        return np.asarray(gradient * 10 ** (entry + stretch), dtype=np.float32)
 
-    def _normal(self, count: int | None = None) -> Floats:
-        count = len(self._values) if count is None else count
-        return self._random.standard_normal(count, dtype=np.float32)
+    def _normal(self) -> Floats:
+        return self._random.standard_normal(len(self._values), dtype=np.float32)
 
 
-def _codings(plan: Plan, kinds: Kinds) -> _Codings:
+def _codec(way: Any, kinds: Kinds) -> VectorCodec:
+    """Return `Plan.uplink` or `Plan.downlink` of these groups."""
     stops = np.cumsum([size for _, size in kinds]).tolist()
     groups = list(zip([0, *stops[:-1]], stops, strict=True))
     heads = [group for (kind, _), group in zip(kinds, groups, strict=True) if kind == "head"]
-    return _Codings(plan.uplink(groups, heads), plan.downlink(groups, heads))
+    codec: VectorCodec = way(groups, heads)
+    return codec
 
 
 def _from_round_2(
     lengths: Mapping[int, float], every: npt.NDArray[np.int64]
 ) -> npt.NDArray[np.float64]:
-    """Lengths of every round; the first sends zeros, and is like no other."""
+    """Return lengths of every round; the first sends zeros, and is like no other."""
     rounds, measured = list(lengths), list(lengths.values())
     if len(every) == 1:
         return np.array(measured)
@@ -347,7 +304,7 @@ def _from_round_2(
 
 
 def _representatives(takers: Sequence[Participant], server_round: int) -> list[Participant]:
-    """At most `MAX_CLIENTS` of a round's clients, evenly over those sorted by tier and rows."""
+    """Choose at most `MAX_CLIENTS`, evenly over those sorted by tier and rows."""
     if len(takers) <= MAX_CLIENTS:
         return list(takers)
     offset = server_round * 0.6180339887 % 1  # another place in each round
@@ -357,7 +314,7 @@ def _representatives(takers: Sequence[Participant], server_round: int) -> list[P
 
 
 def _played_rounds(num_rounds: int) -> list[int]:
-    """Rounds that are played through: 1, 2, and the others evenly up to the last."""
+    """Choose the rounds to play through: 1, 2, and the others evenly up to the last."""
     if num_rounds <= MAX_ROUNDS:
         return list(range(1, num_rounds + 1))
     later = np.linspace(2, num_rounds, MAX_ROUNDS - 1).round().astype(int)
@@ -365,7 +322,7 @@ def _played_rounds(num_rounds: int) -> list[int]:
 
 
 def _shrunk(kinds: Kinds) -> list[int]:
-    """How many values of each group are played through."""
+    """Return how many values of each group are played through."""
     sizes = [size for _, size in kinds]
     share = MAX_VALUES / sum(sizes)
     if share >= 1:

@@ -1,12 +1,7 @@
-"""What would be communicated: how many values of which kind, from an outline.
-
-    outline -> [layout] -> draws -> rules -> updates -> downlink -> messages -> cost
-
-In:  a backbone's outline and an experiment.
-Out: a `Layout`: values by kind, the groups a codec scales apart, and what LoRA would send.
+"""Count the values that a run communicates, by kind, from a backbone's outline.
 
 The structure's modules are the run's own, built on the meta device. The mask's entries are not
-known without weights, but their number is, and nothing else of them counts here.
+known without weights, but their number is.
 """
 
 from __future__ import annotations
@@ -32,14 +27,14 @@ _LORA_ROLES = ("query", "value", "query-key-value", "cross-query", "cross-value"
 
 @dataclass(frozen=True)
 class Layout:
-    """Counts of one experiment on one architecture.
+    """Hold the counts of one experiment on one architecture.
 
     Attributes:
         segments: The communicated values, one segment a kind and stretch: as in a run, but for
             the mask's, which are one.
-        tier_masks: Of each tier, weakest first, how many of the mask's entries it trains; the last
-            trains all. (0,) without a mask.
-        structure: Which module acts where.
+        tier_masks: Entries of the mask that each tier trains, weakest first; the last trains all.
+            (0,) without a mask.
+        structure: Modules and their targets.
         scope: Entries of each weight the mask chooses from, in the order of the names.
         pretrained_parameters: Of the backbone, its head not counted.
         head_parameters: Of the head, all communicated.
@@ -56,19 +51,19 @@ class Layout:
 
     @property
     def num_values(self) -> int:
-        """How many values are communicated."""
+        """Count the communicated values."""
         return sum(segment.size for segment in self.segments)
 
     @property
     def values_by_kind(self) -> dict[str, int]:
-        """Communicated values by kind, in the order of the layout."""
+        """Count the communicated values by kind, in the order of the layout."""
         counts: dict[str, int] = {}
         for segment in self.segments:
             counts[segment.kind] = counts.get(segment.kind, 0) + segment.size
         return counts
 
     def kinds(self, tier: int = -1) -> list[tuple[str, int]]:
-        """Kind and number of the values of each group that a codec scales apart, in a tier."""
+        """Return kind and size of each group that a codec scales apart, in a tier."""
         sizes = [
             (segment.kind, self.tier_masks[tier] if segment.kind == "mask" else segment.size)
             for segment in self.segments
@@ -78,7 +73,7 @@ class Layout:
 
 
 def count_values(backbone: Backbone, experiment: Experiment) -> Layout:
-    """Count what a run of this experiment would communicate.
+    """Count the values that a run of this experiment would communicate.
 
     Args:
         backbone: From `outline`, or a loaded one. Left as it is.
@@ -124,7 +119,7 @@ def count_values(backbone: Backbone, experiment: Experiment) -> Layout:
 
 
 def _tier_masks(scope: tuple[int, ...], config: MaskConfig) -> tuple[int, ...]:
-    """How many entries `fedpet.pet.mask.build_mask` chooses for each tier, whatever the weights."""
+    """Count the entries that `fedpet.pet.mask.build_mask` chooses for each tier."""
     tiers = tuple(_num_masked(scope, config, density) for density in config.tier_densities)
     if not tiers[-1]:
         raise ConfigError(

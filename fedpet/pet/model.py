@@ -15,12 +15,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Self
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedpet.pet.layers.flat_parameters import unpin
-from fedpet.pet.modules.head import HeadTensor
+from fedpet.pet.pet_files import load_pet, save_pet
 from fedpet.pet.trainable_model import TrainableModel, check_dtype
 
 if TYPE_CHECKING:
@@ -119,25 +118,6 @@ class PetModel(TrainableModel):
             f"{4 * dense:,d} bytes || upload%: {100 * self.num_values / dense:.4f}"
         )
 
-    def get_delta(self) -> Tensor:
-        """Return the communicated values, float32 (num_values,) on the CPU; zeros: the checkpoint.
-
-        They stand in the order of `segments`: mask, modules, head.
-        """
-        return self.values()
-
-    def set_delta(self, delta: Tensor | np.ndarray, *, seed: int = 0) -> None:
-        """Set the model to the point `delta`, whatever it was before.
-
-        Args:
-            delta: (num_values,), as `get_delta` gives it.
-            seed: HiWi's adapters on biases start anew, drawn from it.
-
-        Raises:
-            ValueError: Another length.
-        """
-        self.load_values(torch.as_tensor(delta), seed=seed)
-
     @torch.no_grad()
     def merged(self) -> PreTrainedModel:
         """Return a plain model with every change folded in, a copy that shares no memory.
@@ -180,48 +160,12 @@ class PetModel(TrainableModel):
         self.restore()
         return self.model
 
-    @property
-    def mask(self) -> Mask | None:
-        """The entries of the dense weights that may move, of the strongest tier."""
-        return self._chosen
-
-    @property
-    def source(self) -> str:
-        """The backbone's name, as it was loaded."""
-        return self._backbone.source
-
-    def head_starts(self) -> dict[str, Tensor]:
-        """Return the start of each parameter that trains in full: its values count from there."""
-        heads = [module for module in self._pet_modules if isinstance(module, HeadTensor)]
-        return {head.target: head.pretrained for head in heads if head.pretrained is not None}
-
-    def fingerprint(self) -> str:
-        """Take the SHA-256 of the model as it was, but for what trains in full; once.
-
-        It is `Backbone.fingerprint` where a checkpoint lacks just that.
-        """
-        if not self._fingerprint:
-            from fedpet.backbone.pretrained import fingerprint
-
-            head = self._backbone.trained_head
-            with self._taken_off():
-                named = self.model.named_parameters()
-                self._fingerprint = fingerprint((n, p) for n, p in named if n not in head)
-        return self._fingerprint
-
-    @property
-    def head(self) -> tuple[str, ...]:
-        """Parameters of the head, trained or not: no mask or module acts on them."""
-        return self._backbone.head
-
     def save_pretrained(self, folder: str | Path) -> None:
         """Write the trainables alone, see fedpet/pet/pet_files.py: a few MB at most.
 
         Args:
             folder: Made, where it is absent.
         """
-        from fedpet.pet.pet_files import save_pet
-
         save_pet(self, Path(folder))
 
     @classmethod
@@ -237,8 +181,6 @@ class PetModel(TrainableModel):
             BackboneError: Another backbone.
             InputError: No such folder.
         """
-        from fedpet.pet.pet_files import load_pet
-
         return load_pet(cls, model, Path(folder))
 
 

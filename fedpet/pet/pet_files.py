@@ -15,7 +15,7 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError
@@ -29,19 +29,18 @@ from fedpet.config import MaskConfig
 from fedpet.errors import BackboneError, InputError
 from fedpet.pet.mask import Mask, build_mask
 from fedpet.pet.structure import Structure
-from fedpet.pet.trainable_model import check_plain
+from fedpet.pet.trainable_model import TrainableModel, check_plain
 
-if TYPE_CHECKING:
-    from fedpet.pet.model import PetModel
-
-__all__ = ["CONFIG_FILE", "VALUES_FILE", "load_pet", "save_pet"]
+__all__ = ["CONFIG_FILE", "VALUES_FILE", "load_pet", "read_pet", "save_pet"]
 
 VALUES_FILE = "pet_model.safetensors"
 CONFIG_FILE = "pet_config.json"
 SCHEMA = 1
 
+_Model = TypeVar("_Model", bound=TrainableModel)
 
-def save_pet(pet: PetModel, folder: Path) -> None:
+
+def save_pet(pet: TrainableModel, folder: Path) -> None:
     """Write both files; the folder is made."""
     delta = pet.get_delta()
     tensors = {
@@ -69,7 +68,7 @@ def save_pet(pet: PetModel, folder: Path) -> None:
 
 
 @torch.no_grad()
-def load_pet(make: Callable[..., PetModel], model: nn.Module, folder: Path) -> PetModel:
+def load_pet(make: Callable[..., _Model], model: nn.Module, folder: Path) -> _Model:
     """Put what `save_pet` wrote on the backbone it was made for.
 
     Args:
@@ -82,7 +81,7 @@ def load_pet(make: Callable[..., PetModel], model: nn.Module, folder: Path) -> P
         InputError: The folder does not hold such files, or they do not belong together.
     """
     check_plain(model)
-    table, tensors = _read(folder)
+    table, tensors = read_pet(folder)
     parameters = dict(model.named_parameters())
     starts = _under("start/", tensors)
     found = fingerprint((n, p) for n, p in parameters.items() if n not in starts)
@@ -128,7 +127,12 @@ def load_pet(make: Callable[..., PetModel], model: nn.Module, folder: Path) -> P
     return pet
 
 
-def _read(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def read_pet(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Read both files.
+
+    Raises:
+        InputError: The folder does not hold such files.
+    """
     try:
         table = json.loads((folder / CONFIG_FILE).read_text(encoding="utf-8"))
         if not isinstance(table, dict) or table.get("schema") != SCHEMA:

@@ -26,39 +26,11 @@ from typing import Any
 from fedpet.backbone.module_roles import Position
 from fedpet.config import StructureConfig
 from fedpet.errors import StructureError
-from fedpet.pet.modules.registry import KINDS, PRESETS
+from fedpet.pet.modules.registry import KINDS, PRESETS, ModuleSpec, spec_of
 
 __all__ = ["KINDS", "PRESETS", "ModuleSpec", "Structure", "load_structure", "preset", "spec_of"]
 
 SCHEMA = 1
-
-
-@dataclass(frozen=True)
-class ModuleSpec:
-    """One small module."""
-
-    kind: str  # of `KINDS`
-    target: str  # path of the module it acts on
-    rank: int = 0  # of the ranked kinds, at least 1; of the others 0
-    scale: float = 1.0  # multiplies the change of the ranked kinds; LoRA's alpha / rank
-
-    def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise StructureError(
-                f"a module's kind must be one of {', '.join(sorted(KINDS))}, got {self.kind!r}."
-            )
-        ranked = KINDS[self.kind].ranked
-        if ranked != (self.rank >= 1):
-            wanted = "at least 1" if ranked else "0"
-            raise StructureError(
-                f"the rank of a {self.kind!r} module must be {wanted}, got {self.rank!r} on "
-                f"{self.target!r}."
-            )
-        if not 0 < self.scale < math.inf:
-            raise StructureError(
-                f"the scale of a module must be above 0 and finite, got {self.scale!r} on "
-                f"{self.target!r}."
-            )
 
 
 @dataclass(frozen=True)
@@ -200,9 +172,3 @@ def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float
             )
         specs += [spec_of(kind, target, rank=rank, scale=scale) for target in chosen]
     return Structure(tuple(dict.fromkeys(specs)))
-
-
-def spec_of(kind: str, target: str, *, rank: int, scale: float) -> ModuleSpec:
-    """Give a module the rank and the scale where its kind has them."""
-    facts = KINDS[kind]
-    return ModuleSpec(kind, target, rank if facts.ranked else 0, scale if facts.scaled else 1.0)

@@ -17,16 +17,18 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from fedpet.backbone.module_roles import find_target_modules
+from fedpet.backbone.pretrained import fingerprint
 from fedpet.errors import BackboneError
 from fedpet.pet.kernels.matmul import PRODUCTS
 from fedpet.pet.layers.flat_parameters import FlatParameters, is_adapted
 from fedpet.pet.layers.injection import build_sites
 from fedpet.pet.layout import Segment, segments_of, split_trainables
-from fedpet.pet.modules.base import PetModule
+from fedpet.pet.modules.base import GatedModule, PetModule
 from fedpet.pet.modules.building import build_mask, build_structure
 from fedpet.pet.modules.head import HeadTensor
 from fedpet.pet.structure import Structure
@@ -143,35 +145,19 @@ class TrainableModel(ModelWrapper):
         """
         self._storage.write()
 
-    def proximal(self, mu: float) -> Callable[[], None] | None:
-        """What adds the gradient of mu / 2 |values - values now|^2 to the gradients in place.
+    def sent_values(self) -> tuple[list[nn.Parameter], list[Callable[[], Tensor]]]:
+        """Split what is sent: trainables as they are, and functions of trainables.
 
-        Exact in the communicated values: where they are not the trainables themselves, as of an
-        adapter on a bias, the term goes back to the trainables by autograd.
-
-        Returns:
-            To be called after each backward pass; None where mu is 0.
+        FedProx's term is exact in the values that are sent. Those of an adapter on a bias are
+        computed from what is trained, and each such function gives its module's, (n,).
         """
-        if not mu:
-            return None
-        indirect = {m.kind for m in self._pet_modules if not m.sends_trainables}
-        direct = [
-            (group, group.detach().clone())
-            for kind, group in self._storage.groups.items()
-            if kind not in indirect
-        ]
-        senders = (m for m in self._pet_modules if m.kind in indirect and m.num_values)
-        through = [(module, module.read().clone()) for module in senders]
-
-        def add() -> None:
-            for group, start in direct:
-                assert group.grad is not None
-                group.grad.add_(group.detach() - start, alpha=mu)
-            for module, start in through:
-                term = mu / 2 * (module.sent() - start).square().sum()
-                term.backward()
-
-        return add
+        senders = [m for m in self._pet_modules if not m.sends_trainables]
+        indirect = {module.kind for module in senders}
+        groups = self._storage.groups.items()
+        return (
+            [group for kind, group in groups if kind not in indirect],
+            [m.sent for m in self._pet_modules if m.kind in indirect and m.num_values],
+        )
 
     # What is communicated.
 
@@ -229,6 +215,30 @@ class TrainableModel(ModelWrapper):
         self._storage.gradient.zero_()
         self._storage.write()
 
+    def get_delta(self) -> Tensor:
+        """Return the communicated values, float32 (num_values,) on the CPU; zeros: the checkpoint.
+
+        They stand in the order of `segments`: mask, modules, head.
+        """
+        return self.values()
+
+    def set_delta(self, delta: Tensor | np.ndarray, *, seed: int = 0) -> None:
+        """Set the model to the point `delta`, whatever it was before.
+
+        Args:
+            delta: (num_values,), as `get_delta` gives it.
+            seed: HiWi's adapters on biases start anew, drawn from it.
+
+        Raises:
+            ValueError: Another length.
+        """
+        self.load_values(torch.as_tensor(delta), seed=seed)
+
+    @property
+    def structure_modules(self) -> tuple[GatedModule, ...]:
+        """The modules that the structure names, in its order."""
+        return tuple(self._structure)
+
     @property
     def inexact_kinds(self) -> tuple[str, ...]:
         """Kinds in use whose average is not the average of models; mostly none."""
@@ -238,6 +248,40 @@ class TrainableModel(ModelWrapper):
     def added_parameters(self) -> tuple[str, ...]:
         """Parameters that the merged model has and the pretrained one has not; mostly none."""
         return tuple(name for m in self._structure for name in m.added_parameters)
+
+    # Where it stands.
+
+    @property
+    def mask(self) -> Mask | None:
+        """The entries of the dense weights that may move, of the strongest tier."""
+        return self._chosen
+
+    @property
+    def source(self) -> str:
+        """The backbone's name, as it was loaded."""
+        return self._backbone.source
+
+    def head_starts(self) -> dict[str, Tensor]:
+        """Return the start of each parameter that trains in full: its values count from there."""
+        heads = [module for module in self._pet_modules if isinstance(module, HeadTensor)]
+        return {head.target: head.pretrained for head in heads if head.pretrained is not None}
+
+    def fingerprint(self) -> str:
+        """Take the SHA-256 of the model as it was, but for what trains in full; once.
+
+        It is `Backbone.fingerprint` where a checkpoint lacks just that.
+        """
+        if not self._fingerprint:
+            head = self._backbone.trained_head
+            with self._taken_off():
+                named = self.model.named_parameters()
+                self._fingerprint = fingerprint((n, p) for n, p in named if n not in head)
+        return self._fingerprint
+
+    @property
+    def head(self) -> tuple[str, ...]:
+        """Parameters of the head, trained or not: no mask or module acts on them."""
+        return self._backbone.head
 
     # Gates, for the search.
 

@@ -46,6 +46,7 @@ class RoundRecord:
     training: what the round would take if nothing but training took time. `wire_by_node` has
     `wire_bytes` by node, and for each by kind and direction: "train down", "search up", "query up",
     and "plan down", whichever message it is in.
+    `metric` is the one that decides, `metrics` are all that were taken, by name.
     `overlap`, of a round of a search, is how much of its choice was that of the round before
     (Jaccard index).
     """
@@ -58,6 +59,7 @@ class RoundRecord:
     aggregated: bool = False
     loss: float | None = None
     metric: float | None = None
+    metrics: dict[str, float] = field(default_factory=dict)
     uplink_bytes: int = 0
     downlink_bytes: int = 0
     plan_bytes: int = 0
@@ -92,7 +94,7 @@ class Ledger:
         >>> ledger = Ledger()
         >>> record = ledger.begin(1)
         >>> for client in range(10):
-        ...     ledger.count_client(down=400, up=120)
+        ...     ledger.add_client_bytes(down=400, up=120)
         >>> ledger.total("uplink_bytes"), ledger.total_bytes
         (1200.0, 5200)
     """

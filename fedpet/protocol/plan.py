@@ -54,11 +54,11 @@ DIGEST_BYTES = 16
 _RARE_CODEC_KEYS = {
     field.name: field.default
     for field in dataclasses.fields(CodecConfig)
-    if field.name not in ("up", "down")
+    if field.name not in ("uplink", "downlink")
 }
 _HEADER = struct.Struct("<4sB3xII")
 _MAGIC = b"FPLN"
-_VERSION = 1
+_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,19 +168,21 @@ class Plan:
         Values that lose nothing are sent as they are: nobody has to remember any.
         """
         lossy = not (
-            is_lossless(self.codec.down) and is_lossless(self.codec.head_down or "float32")
+            is_lossless(self.codec.downlink) and is_lossless(self.codec.head_downlink or "float32")
         )
-        return lossy and self.codec.downlink == "changes"
+        return lossy and self.codec.downlink_mode == "delta"
 
     def uplink(self, groups: Groups, head_groups: Groups) -> VectorCodec:
         """How clients write a vector of these groups."""
         codec = self.codec
-        return VectorCodec.of(groups, head_groups, codec=codec.up, head_codec=codec.head_up)
+        return VectorCodec.of(groups, head_groups, codec=codec.uplink, head_codec=codec.head_uplink)
 
     def downlink(self, groups: Groups, head_groups: Groups) -> VectorCodec:
         """How the server writes a vector of these groups."""
         codec = self.codec
-        return VectorCodec.of(groups, head_groups, codec=codec.down, head_codec=codec.head_down)
+        return VectorCodec.of(
+            groups, head_groups, codec=codec.downlink, head_codec=codec.head_downlink
+        )
 
     def backbone(self, own: BackboneConfig) -> BackboneConfig:
         """A node's own place of the checkpoint, with what the plan makes of it.
@@ -202,7 +204,7 @@ class Plan:
             self._mask(backbone),
             self.structure,
             seed=self.seed,
-            products=self.training.products,
+            products=self.training.matmul_backend,
             mask_config=self.mask,
         )
         self._check_layout(pet)
@@ -222,7 +224,7 @@ class Plan:
             self._mask(backbone),
             self.search,
             seed=self.seed,
-            products=self.training.products,
+            products=self.training.matmul_backend,
         )
         self._check_layout(model)
         return model
@@ -263,7 +265,7 @@ class Plan:
             raise PlanError(
                 f"the mask computed here is {mask.digest().hex():.16}, the plan's is "
                 f"{self.mask_sha256:.16}: start from the same checkpoint, or broadcast the mask "
-                'with mask.broadcast = "explicit".'
+                'with mask.broadcast = "send".'
             )
         return mask
 

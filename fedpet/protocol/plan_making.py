@@ -8,10 +8,11 @@ Out: a `Plan`, and the server's own model, built as every node will build its ow
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from fedpet.backbone.module_roles import maskable_weights
-from fedpet.config import Experiment, SearchConfig
+from fedpet.config import Experiment, SearchConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.pet.layout import layout_hash
 from fedpet.pet.mask import Mask, build_mask
@@ -19,6 +20,7 @@ from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
 from fedpet.protocol.plan import Plan, encode_mask
 from fedpet.search import SearchModel
+from fedpet.training.loss import LOSSES
 from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -41,7 +43,7 @@ def make_plan(
         mask,
         structure,
         seed=experiment.run.seed,
-        products=experiment.training.products,
+        products=experiment.training.matmul_backend,
         mask_config=None if mask is None else experiment.mask,
     )
     plan = _plan(
@@ -81,7 +83,9 @@ def make_search_plan(
     """
     mask = _mask_of(experiment, backbone)
     seed = derive_seed("structure search", experiment.run.seed, search.seed)
-    model = SearchModel.of(backbone, mask, search, seed=seed, products=experiment.training.products)
+    model = SearchModel.of(
+        backbone, mask, search, seed=seed, products=experiment.training.matmul_backend
+    )
     plan = _plan(
         experiment,
         backbone.fingerprint,
@@ -103,6 +107,15 @@ def _mask_of(experiment: Experiment, backbone: Backbone) -> Mask | None:
     return build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
 
 
+def _training(experiment: Experiment) -> TrainingConfig:
+    """Name a registered loss by its import path, since nodes must find it."""
+    training = experiment.training
+    if not training.loss:
+        return training
+    LOSSES.find(training.loss)  # refused here, before any node is
+    return replace(training, loss=LOSSES.portable(training.loss))
+
+
 def _plan(
     experiment: Experiment,
     fingerprint: str,
@@ -116,7 +129,7 @@ def _plan(
     seed: int,
     search: SearchConfig | None = None,
 ) -> Plan:
-    explicit = mask is not None and experiment.mask.broadcast == "explicit"
+    explicit = mask is not None and experiment.mask.broadcast == "send"
     return Plan(
         fingerprint=fingerprint,
         head_seed=experiment.backbone.head_seed,
@@ -130,7 +143,7 @@ def _plan(
         num_values=model.num_values,
         layout=layout_hash(model.tiers),
         codec=experiment.codec,
-        training=experiment.training,
+        training=_training(experiment),
         num_rounds=num_rounds,
         seed=seed,
         search=search,

@@ -86,7 +86,7 @@ def group_runs(results: Sequence[dict[str, Any]]) -> list[RunGroup]:
         experiments.setdefault(key, []).append(result)
     groups: list[RunGroup] = []
     for (experiment, metric), everything in experiments.items():
-        for conditions, asked in _split(everything, ("data.", "population.")).items():
+        for conditions, asked in _split(everything, ("data.", "clients.")).items():
             methods: dict[str, list[dict[str, Any]]] = {}
             for result in asked:
                 methods.setdefault(result["run"]["method"], []).append(result)

@@ -77,11 +77,11 @@ def _values(estimate: Estimate) -> Iterator[Row]:
 
 def _messages(estimate: Estimate) -> Iterator[Row]:
     run, message, sent = estimate.run, estimate.message, estimate.communication
-    codecs = {"up": run["codec_up"], "down": run["codec_down"]}
+    codecs = {"up": run["codec_uplink"], "down": run["codec_downlink"]}
     if run["error_feedback"]:
         codecs["up"] += ", errors fed back"
-    if run["downlink"] == "changes":
-        codecs["down"] += ", changes"
+    if run["downlink"] == "delta":
+        codecs["down"] += ", delta"
     for way, name in (("up", "uplink"), ("down", "downlink")):
         whole = sent[f"{name}_bytes_per_client_round"]
         frame = message[f"{way}_frame_bytes"]

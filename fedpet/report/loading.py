@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fedpet.config.renamed import with_new_names
 from fedpet.errors import FedpetError, InputError
 from fedpet.pet.structure import Structure
 from fedpet.report.comparison import Row, compare_rows, group_runs
@@ -91,7 +92,7 @@ def _read_config(path: Path) -> dict[str, Any]:
     if not path.is_file():
         return {}
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return with_new_names(tomllib.loads(path.read_text(encoding="utf-8-sig")))
     except (OSError, ValueError) as error:
         raise InputError(f"{str(path)!r} is not a readable TOML file: {error}.") from None
 

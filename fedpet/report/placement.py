@@ -78,7 +78,7 @@ def find_places(folder: Path) -> Places:
         FedpetError: The plan or the configuration does not read.
     """
     plan = Plan.from_bytes((folder / "plan.bin").read_bytes())
-    experiment = Experiment.from_file(folder / "config.toml")
+    experiment = Experiment.of_run(folder)
     backbone, why = _checkpoint_at_hand(experiment.backbone, plan)
     model: nn.Module | None = backbone.model if backbone is not None else _shape(folder)
     whole = _structure(folder, plan)
@@ -109,7 +109,7 @@ def _checkpoint_at_hand(config: BackboneConfig, plan: Plan) -> tuple[Backbone | 
 
     try:
         source = config.model
-        if not (source == "embedded" or source.startswith("package:") or Path(source).exists()):
+        if not (source == "bundled" or source.startswith("package:") or Path(source).exists()):
             source = _cached(config)
         own = dataclasses.replace(config, model=source)
         backbone = load_for_task(plan.backbone(own), plan.task)

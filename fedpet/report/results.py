@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from fedpet.config import Experiment
+from fedpet.config.renamed import new_setting
 from fedpet.errors import InputError
 from fedpet.report.number_format import show_value
 
@@ -143,7 +144,11 @@ def _settings(cell: Mapping[str, Any], path: Path) -> dict[str, str]:
         except (OSError, ValueError) as error:
             raise InputError(f"{str(config)!r} is not a readable TOML file: {error}.") from None
     known = {f"{stage}.{key}" for stage, table in Experiment().to_tables().items() for key in table}
-    found = {key: value for key, value in _dotted(tables) if key in known}
+    found = {
+        key: value
+        for key, value in (new_setting(*setting) for setting in _dotted(tables))
+        if key in known
+    }
     return {key: show_value(found[key]) for key in sorted(found) if not key.startswith(_FREE)}
 
 

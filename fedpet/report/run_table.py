@@ -8,7 +8,7 @@ Out: a Rich table that reads in 80 columns, in a terminal and in a file.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from rich import box
@@ -32,7 +32,7 @@ MAX_REFUSALS = 3  # shown in full; the others are in result.json
 Row = tuple[str, str]
 
 
-def run_table(result: dict[str, Any]) -> RenderableType:
+def run_table(result: Mapping[str, Any]) -> RenderableType:
     """Show one run.
 
     Args:
@@ -41,7 +41,8 @@ def run_table(result: dict[str, Any]) -> RenderableType:
     run = result["run"]
     table = Table(
         title=Text(
-            f"{run['experiment']}: {run['method']}, {run['backbone']}, seed {run['seed']}",
+            f"{run['experiment']}: {run['method']}, {run['backbone']}, seed {run['seed']}"
+            + (f", {run['codec']}" if "codec" in run else ""),
             style="bold",
             no_wrap=True,  # a path stays whole, in a log too
             overflow="ignore",
@@ -63,7 +64,7 @@ def run_table(result: dict[str, Any]) -> RenderableType:
     return table
 
 
-def _quality(result: dict[str, Any]) -> Iterator[Row]:
+def _quality(result: Mapping[str, Any]) -> Iterator[Row]:
     quality, data = result["quality"], result["data"]
     metric = quality["metric"]
     if quality["before"] is not None:
@@ -82,7 +83,7 @@ def _quality(result: dict[str, Any]) -> Iterator[Row]:
         yield "predicted", show_predicted(quality["predicted"])
 
 
-def _values(result: dict[str, Any]) -> Iterator[Row]:
+def _values(result: Mapping[str, Any]) -> Iterator[Row]:
     model = result["model"]
     count = model["communicated_values"]
     everything = model["backbone_parameters"] + model["head_values"]
@@ -100,7 +101,7 @@ def _values(result: dict[str, Any]) -> Iterator[Row]:
         yield name, f"{tier['values']:,} values, {tier['clients']:,} clients"
 
 
-def _bytes(result: dict[str, Any]) -> Iterator[Row]:
+def _bytes(result: Mapping[str, Any]) -> Iterator[Row]:
     sent = result["communication"]
     yield "up, a client and round", format_bytes(sent["uplink_bytes_per_client_round"])
     yield "down, a client and round", format_bytes(sent["downlink_bytes_per_client_round"])
@@ -116,7 +117,7 @@ def _bytes(result: dict[str, Any]) -> Iterator[Row]:
     yield "ratio", f"{show_ratio(sent['ratio_to_dense'])} of dense FedAvg"
 
 
-def _time(result: dict[str, Any]) -> Iterator[Row]:
+def _time(result: Mapping[str, Any]) -> Iterator[Row]:
     time = result["time"]
     yield (
         "time",
@@ -131,7 +132,7 @@ def _time(result: dict[str, Any]) -> Iterator[Row]:
         )
 
 
-def _trouble(result: dict[str, Any]) -> Iterator[Row]:
+def _trouble(result: Mapping[str, Any]) -> Iterator[Row]:
     if result["run"]["status"] != "ok":
         yield "status", result["run"]["status"]
     for warning in result["quality"].get("warnings", ()):

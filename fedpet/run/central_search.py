@@ -22,7 +22,7 @@ from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import Backbone, load_for_task, locate
 from fedpet.client.node_config import make_cache
 from fedpet.codec.spec import parse_codec
-from fedpet.config import Experiment, PopulationConfig, SearchConfig
+from fedpet.config import ClientsConfig, Experiment, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError
 from fedpet.pet.mask import Mask, build_mask
@@ -43,7 +43,7 @@ from fedpet.utils.lock import LOCK_FILE, locked, made_folder
 if TYPE_CHECKING:
     from collections.abc import Mapping
 
-_EVERYBODY = PopulationConfig(partition="iid", num_clients=1, min_rows=1)
+_EVERYBODY = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 
 def search_centrally(experiment: Experiment, out: Path, callback: Callback) -> Structure:
@@ -87,7 +87,8 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
         config,
         mask=mask,
         logit_adjustment=experiment.training.logit_adjustment,
-        products=experiment.training.products,
+        loss=experiment.training.loss,
+        products=experiment.training.matmul_backend,
         state=state_file(out),
         origin=origin,
         callback=callback,
@@ -109,7 +110,7 @@ def resolve_search(experiment: Experiment, backbone: Backbone, mask: Mask | None
         experiment.search,
         experiment.training,
         backbone_parameters=backbone.pretrained_parameters,
-        bytes_per_value=bytes_per_value(experiment.codec.up) if in_bytes else 4.0,
+        bytes_per_value=bytes_per_value(experiment.codec.uplink) if in_bytes else 4.0,
         mask_values=mask.num_values if mask is not None else 0,
     )
 
@@ -138,6 +139,7 @@ def find_structure(
     *,
     mask: Mask | None = None,
     logit_adjustment: float = 0.0,
+    loss: str = "",
     products: str = "torch",
     indices: np.ndarray | None = None,
     state: Path | None = None,
@@ -148,6 +150,7 @@ def find_structure(
 
     Args:
         logit_adjustment: Of a search's losses, as in training.
+        loss: Of a search, as in training.
         products: Of its dense layers, as in training.
         indices: Of the training rows; None takes all.
         origin: What else the structure says about where it came from.
@@ -165,6 +168,7 @@ def find_structure(
             config,
             mask=mask,
             logit_adjustment=logit_adjustment,
+            loss=loss,
             products=products,
             state_file=state,
             progress=None if callback is None else callback.on_search_step,
@@ -199,8 +203,8 @@ def bytes_per_value(codec: str) -> float:
     parsed = parse_codec(codec)
     if parsed.topk_ppm:
         raise ConfigError(
-            f"a budget in bytes needs a codec that sends every value, got codec.up = {codec!r}. "
-            "Give search.budget as a number of values, or as a fraction."
+            f"a budget in bytes needs a codec that sends every value, got "
+            f"codec.uplink = {codec!r}. Give search.budget as a number of values, or as a fraction."
         )
     return parsed.bits / 8
 

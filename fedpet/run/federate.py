@@ -140,6 +140,7 @@ def federate(
         resumed=resumed,
         origin=prepared.origin,
     )
+    out.write_card(experiment, summary)
     out.write_result(summary)
     remove_journal(out.path)
     callback.on_run_end(summary, out.path)

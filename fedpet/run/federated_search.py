@@ -112,7 +112,7 @@ def search_in_rounds(
 
 def make_client_pool(prepared: RunInputs) -> ClientPool:
     """Return the clients of the data; in a deployment none as yet."""
-    if prepared.experiment.population.partition == "nodes":
+    if prepared.experiment.clients.partition == "nodes":
         return ConnectedClientPool()
     clients = prepared.data.clients
     return ClientPool({client.id: len(client.rows) for client in clients}, homes={})
@@ -129,7 +129,7 @@ def with_registry(
         plan=strategy.plan.to_bytes(),
         residents=population,
         holders=strategy.requests.holders,
-        expected=experiment.population.num_clients,
+        expected=experiment.clients.num_clients,
         wait_seconds=experiment.strategy.node_wait_seconds,
         ledger=strategy.ledger,
     )

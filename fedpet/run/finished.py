@@ -133,6 +133,6 @@ class Run:
             BackboneError: The checkpoint is not to be had here.
             PlanError: The checkpoint here is another than the run's.
         """
-        from fedpet.run.merge import load_trained
+        from fedpet.export.saved_run import SavedRun
 
-        return load_trained(self.folder)
+        return SavedRun(self.folder).load()

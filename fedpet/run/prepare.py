@@ -27,6 +27,7 @@ from fedpet.data import (
     load_evaluation,
 )
 from fedpet.errors import ConfigError
+from fedpet.export.start_values import start_values
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure, load_structure
@@ -36,9 +37,10 @@ from fedpet.protocol.plan_making import make_plan, make_search_plan
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import resolve_search
 from fedpet.search import Space, check_structure
+from fedpet.training.batching import inputs_of
 from fedpet.training.cls_only import check_first_token
 from fedpet.training.input_checks import check_inputs
-from fedpet.training.loop import inputs_of
+from fedpet.utils.paths import expand
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -65,6 +67,7 @@ class Prepared(RunInputs):
     structure: Structure  # with what a search tells of it; the plan has its modules alone
     plan: Plan
     pet: PetModel  # the server's own
+    start: np.ndarray | None = None  # values of round 0; None: zeros, the checkpoint
 
 
 @dataclass(frozen=True)
@@ -104,7 +107,7 @@ def prepare(
     if is_deployed(experiment):
         data = load_evaluation(experiment.data, folder, cache=cache)
     else:
-        data = load_data(experiment.data, experiment.population, folder, cache=cache)
+        data = load_data(experiment.data, experiment.clients, folder, cache=cache)
     for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
         callback.on_stage(line)
     callback.on_stage(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
@@ -121,7 +124,7 @@ def prepare(
     )
     _check_enough_clients(experiment, data)
     check_inputs(backbone.model, data.evaluation, experiment.data.max_length)
-    if experiment.training.first_token_only:
+    if experiment.training.cls_only:
         one, _ = inputs_of(data.evaluation, np.arange(1), device_of(backbone.model))
         check_first_token(backbone.model, one)
     if experiment.search.federated and structure is None:
@@ -134,7 +137,7 @@ def prepare(
 
 def is_deployed(experiment: Experiment) -> bool:
     """Tell a deployment, whose nodes bring the clients, from a simulation."""
-    return experiment.population.partition == "nodes"
+    return experiment.clients.partition == "nodes"
 
 
 def _training_inputs(inputs: RunInputs, backbone: Backbone, structure: Structure) -> Prepared:
@@ -147,6 +150,7 @@ def _training_inputs(inputs: RunInputs, backbone: Backbone, structure: Structure
             "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
             "is empty. Enable one of them."
         )
+    folder = ground.experiment.run.start
     return Prepared(
         inputs.experiment,
         data,
@@ -157,6 +161,7 @@ def _training_inputs(inputs: RunInputs, backbone: Backbone, structure: Structure
         structure,
         plan,
         pet,
+        start_values(expand(folder), plan, pet) if folder else None,
     )
 
 
@@ -192,7 +197,7 @@ def _num_parameters(model: PreTrainedModel) -> int:
 def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:
     """Refuse a run none of whose rounds could have the replies that its rule needs."""
     least = experiment.strategy.min_usable_replies
-    clients = experiment.population.num_clients if is_deployed(experiment) else len(data.clients)
+    clients = experiment.clients.num_clients if is_deployed(experiment) else len(data.clients)
     if clients < least:
         raise ConfigError(
             f"strategy {experiment.strategy.name!r} with these parameters, and min-replies, need "

@@ -18,7 +18,7 @@ from fedpet.config import Experiment
 from fedpet.config.value_checks import rates_by_kind
 from fedpet.errors import RunError
 from fedpet.protocol.ledger import RoundRecord
-from fedpet.training.metrics import Assessment
+from fedpet.training.metrics import Assessment, greater_is_better
 
 __all__ = ["DIVERGED", "quality_of", "refuse_diverged", "status_of"]
 
@@ -77,6 +77,7 @@ def quality_of(
         if record.aggregated and record.loss is not None
     ]
     later = [value for number, value in measured if number > 0]
+    best = max if greater_is_better(metric) else min
     warnings: list[str] = []
     if status_of(rounds, final) != NOTHING_LEARNED:
         lower = _lower_rates(experiment)
@@ -89,7 +90,8 @@ def quality_of(
         "majority_class": final.majority_class,
         "before": before,
         "final": final.value,
-        "best": max([v for v in (final.value, *later) if not math.isnan(v)], default=math.nan),
+        "metrics": dict(final.metrics),
+        "best": best([v for v in (final.value, *later) if not math.isnan(v)], default=math.nan),
         "by_round": [{"round": number, "value": value} for number, value in measured],
         "loss_by_round": [{"round": number, "value": value} for number, value in losses],
         "predicted": dict(final.predicted),
@@ -122,20 +124,22 @@ def _warnings(
             f"the model predicts {answer} for all {num_rows:,} evaluation rows: {lower}; if the "
             "loss still falls, train longer (strategy.num-rounds)."
         )
-    if before is not None and value < before:
-        yield f"{metric} fell from {before:.4f} before training to {value:.4f}: {lower}."
+    up = greater_is_better(metric)
+    sign, moved, side = (1, "fell", "above") if up else (-1, "rose", "below")
+    if before is not None and sign * value < sign * before:
+        yield f"{metric} {moved} from {before:.4f} before training to {value:.4f}: {lower}."
     if losses and losses[-1][1] > losses[0][1]:
         (first, at_first), (last, at_last) = losses[0], losses[-1]
         yield (
             f"the mean training loss rose from {at_first:.4g} in round {first} to {at_last:.4g} in "
             f"round {last}: {lower}."
         )
-    if value <= final.majority_baseline:
+    if sign * value <= sign * final.majority_baseline:
         known = f"the class {final.majority_class!r}" if final.majority_class else "one value"
         yield (
-            f"{metric} {value:.4f} is not above the majority baseline {final.majority_baseline:.4f}"
-            f", which answers {known} for every row: {lower}, or train longer "
-            "(strategy.num-rounds, training.local-epochs)."
+            f"{metric} {value:.4f} is not {side} the majority baseline "
+            f"{final.majority_baseline:.4f}, which answers {known} for every row: {lower}, or "
+            "train longer (strategy.num-rounds, training.local-epochs)."
         )
 
 

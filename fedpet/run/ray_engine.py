@@ -196,7 +196,7 @@ def _search_on_ray(prepared: PreparedSearch, folder: RunFolder, callback: Callba
 def _refuse_nodes(experiment: Experiment) -> None:
     if is_deployed(experiment):
         raise ConfigError(
-            'population.partition is "nodes": real nodes bring their clients, and a simulation has '
+            'clients.partition is "nodes": real nodes bring their clients, and a simulation has '
             "none. Name another partition, or run it on nodes (`fedpet deploy`)."
         )
 
@@ -317,7 +317,6 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
     """
     import ray
 
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's default to come
     inherited = {name: os.environ[name] for name in ("FEDPET_CACHE",) if name in os.environ}
     environment = {

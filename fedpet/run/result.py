@@ -74,6 +74,7 @@ def summarise(
             "method": method,
             "seed": experiment.run.seed,
             "backbone": experiment.backbone.model,
+            "codec": str(experiment.codec),
             "fingerprint": fingerprint,
             "plan_digest": plan_digest,
             "versions": versions(),

@@ -172,7 +172,7 @@ def journal_after(
         settings=deciding_settings(prepared.experiment),
         ledger_bytes=ledger_bytes,
         holders=tuple(sorted(holders.plan_nodes)),
-        told=tuple(sorted(holders.told)),
+        told=tuple(sorted(holders.clients_with_plan)),
         elapsed_seconds=time.perf_counter() - prepared.started,
         resumed=resumed,
         values=values,
@@ -186,7 +186,7 @@ def restore_strategy(journal: RunCheckpoint, strategy: SparseStrategy) -> np.nda
     strategy.rounds_done = journal.server_round
     strategy.load_state(journal.optimiser)
     strategy.requests.holders.plan_nodes = set(journal.holders)
-    strategy.requests.holders.told = set(journal.told)
+    strategy.requests.holders.clients_with_plan = set(journal.told)
     return journal.values
 
 

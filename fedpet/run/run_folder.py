@@ -18,11 +18,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 import tomli_w
 
-from fedpet.backbone.classifier import class_names
 from fedpet.config import Experiment
-from fedpet.data.saved_tokenizer import save_tokenizer
-from fedpet.errors import ConfigError, RunError
-from fedpet.utils.atomic_write import atomic_write, whole_folder
+from fedpet.errors import ConfigError
+from fedpet.export.model_card import write_card
+from fedpet.export.plain_model import no_room, write_model
+from fedpet.utils.atomic_write import atomic_write
 from fedpet.utils.lock import locked_folder, make_folder
 from fedpet.utils.paths import expand
 
@@ -64,9 +64,13 @@ class RunFolder:
         try:
             self.path.joinpath("checkpoint").mkdir(exist_ok=True)
         except OSError as error:
-            raise _no_room(self.path / "checkpoint", error) from None
+            raise no_room(self.path / "checkpoint", error) from None
         self._write("checkpoint/values.npy", array.getvalue())
         write_model(model, tokenizer, self.path / "model")
+
+    def write_card(self, experiment: Experiment, result: dict[str, Any]) -> None:
+        """Leave the card of the plain model beside it."""
+        write_card(self.path / "model", experiment, result)
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Leave `result.json`: the last file of a run. A number that is none, NaN, is null."""
@@ -78,7 +82,7 @@ class RunFolder:
         try:
             atomic_write(path, content, durable=True)
         except OSError as error:
-            raise _no_room(path, error) from None
+            raise no_room(path, error) from None
 
 
 def _strict(value: Any) -> Any:
@@ -88,48 +92,6 @@ def _strict(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_strict(inner) for inner in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def _no_room(path: Path, error: Exception) -> RunError:
-    reason = getattr(error, "strerror", None) or error
-    return RunError(
-        f"{str(path)!r} cannot be written: {reason}. Make room and do it again; a run that "
-        "was cut short goes on with `fedpet simulate --resume RUN`."
-    )
-
-
-def write_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
-    """Save a plain model as a Hugging Face folder, whole or not at all.
-
-    Args:
-        model: Its config names the classes.
-        tokenizer: The checkpoint's folder, whose tokeniser goes beside it.
-        folder: To make; one of a run that was cut short is replaced.
-
-    Raises:
-        RunError: The disk does not take it.
-    """
-    from safetensors import SafetensorError
-
-    try:
-        with whole_folder(folder) as building:
-            model.save_pretrained(building)
-            _write_class_names(building / "config.json", model)
-            save_tokenizer(tokenizer, building)
-    except (OSError, SafetensorError) as error:  # the latter of its own files, and no OSError
-        raise _no_room(folder, error) from None
-
-
-def _write_class_names(file: Path, model: PreTrainedModel) -> None:
-    """Put the classes into config.json where transformers leaves them out.
-
-    It leaves out names that it makes itself, and some architectures then take another number.
-    """
-    config, names = json.loads(file.read_text(encoding="utf-8")), class_names(model.config)
-    if "id2label" not in config:
-        config["id2label"] = dict(enumerate(names))
-        config["label2id"] = {name: index for index, name in enumerate(names)}
-        file.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 @contextmanager

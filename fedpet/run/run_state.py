@@ -24,7 +24,7 @@ from fedpet.run.resume import journal_after, restore_strategy
 from fedpet.run.run_folder import RunFolder
 from fedpet.server.aggregation import from_arrays
 from fedpet.server.rounds import SparseStrategy
-from fedpet.training.loop import assess_rows
+from fedpet.training.evaluation import assess_rows
 from fedpet.training.metrics import Assessment
 
 if TYPE_CHECKING:
@@ -74,7 +74,8 @@ class RunState:
         self._merged: PreTrainedModel | None = None
         self._assessed: Assessment | None = None  # the last evaluation of this process
         self._goes_on, self._resumed = journal is not None, resumed
-        self.values = np.zeros(prepared.plan.num_values, dtype=np.float32)
+        start = prepared.start
+        self.values = np.zeros(prepared.plan.num_values, np.float32) if start is None else start
         if journal is not None:
             self.values = restore_strategy(journal, strategy)
         self.rounds_left = self._last_round - strategy.rounds_done
@@ -99,6 +100,7 @@ class RunState:
             model = self.final_model() if last else self._prepared.pet.model
             self._assessed = assess_rows(model, data.evaluation, data.task)
             record.metric = self._assessed.value
+            record.metrics = dict(self._assessed.metrics)
             record.evaluation_seconds = time.perf_counter() - clock
         ledger_bytes = self._ledger.close()
         if record.aggregated or last or server_round == 0:
@@ -111,7 +113,7 @@ class RunState:
         self._callback.on_round_end(record, self._ledger)
         if not last:
             refuse_stalled(self._ledger)
-        return None if record.metric is None else MetricRecord({data.task.metric: record.metric})
+        return None if record.metric is None else MetricRecord({**record.metrics})
 
     def final_model(self) -> PreTrainedModel:
         """Return the plain model with the values folded in; made once, after the last round."""

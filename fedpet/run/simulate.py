@@ -51,7 +51,7 @@ def simulate(
 
     Args:
         model: What `get_pet_model` gives, a transformers model that classifies sequences, or a
-            checkpoint's name (a folder, a hub name, "embedded"); it stays as it is. Without `data`
+            checkpoint's name (a folder, a hub name, "bundled"); it stays as it is. Without `data`
             (or with a dict for it): an experiment file, a built-in one's name, or an `Experiment`.
         data: What `load_federated_dataset` gives or takes as its first argument.
         strategy: An object of `fedpet.strategies`, which stands for the whole table [strategy]; or
@@ -64,8 +64,9 @@ def simulate(
             process, as a debugger likes it. The values are the same.
         progress: Show how far the run is: a bar in a terminal or a notebook, else lines.
         settings: The other stages of an experiment by name, each a dict of its keys or its
-            dataclass: training={"learning_rate": 0.01, "batch_size": 8}, codec={"up": "eden-3"},
-            run={"seed": 1}. README's table of settings lists them; an unknown one is refused.
+            dataclass: training={"learning_rate": 0.01, "batch_size": 8},
+            codec={"uplink": "eden-3"}, run={"seed": 1}. The page of settings lists them; an
+            unknown one is refused.
 
     Returns:
         The run: metrics, history, ledger, model and folder.
@@ -106,6 +107,8 @@ def simulate(
         if pet_config is not None:
             raise ConfigError("pet_config goes with a model, and an experiment was given.")
         base = model if isinstance(model, Experiment) else load_experiment(str(model))
+        if strategy is None:
+            strategy = base.strategy
         tables = base.to_tables()
         if isinstance(strategy, StrategyConfig):
             del tables["strategy"]
@@ -122,11 +125,10 @@ def simulate(
     if isinstance(structure := settings.get("structure"), Structure):
         cache = make_cache(Experiment.from_tables({"run": _cache_key(given)}))
         given["structure"] = structure_table(structure, cache)
-    experiment = Experiment.from_tables(_laid_over(tables, given))
-    if isinstance(strategy, StrategyConfig):
-        if num_rounds is not None:
-            strategy = replace(strategy, num_rounds=num_rounds)
-        experiment = replace(experiment, strategy=strategy)
+    rule = strategy if isinstance(strategy, StrategyConfig) else None
+    if rule is not None and num_rounds is not None:
+        rule = replace(rule, num_rounds=num_rounds)
+    experiment = Experiment.from_tables(_laid_over(tables, given), strategy=rule)
     with ExitStack() as shown:
         bars = [shown.enter_context(Progress.of(experiment))] if progress else []
         every = Callbacks([*bars, *objects, *experiment.run.callbacks])

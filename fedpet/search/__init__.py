@@ -37,7 +37,6 @@ from fedpet.search.space import (
     Candidate,
     Space,
     build_space,
-    space_of_config,
     space_of_structure,
 )
 
@@ -72,7 +71,6 @@ __all__ = [
     "select_at_random",
     "settle",
     "solve_zeta",
-    "space_of_config",
     "space_of_structure",
     "split_in_two",
     "split_rows",

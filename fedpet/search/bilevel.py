@@ -45,6 +45,8 @@ from fedpet.search.gates import concrete, probabilities, uniform
 from fedpet.search.select import select
 from fedpet.search.settings import temperature
 from fedpet.search.space import Space
+from fedpet.training.loss import Loss
+from fedpet.training.optimizer import make_optimizer, rate_factor
 from fedpet.utils.seeds import derive_seed
 
 __all__ = ["BiLevel", "StepLosses", "hypergradient", "virtual_step"]
@@ -52,7 +54,7 @@ __all__ = ["BiLevel", "StepLosses", "hypergradient", "virtual_step"]
 RADIUS = 0.01  # of the finite difference: the length of eps * d
 _GUARD = 1e-6  # on the norm of d
 # A loss under some gates, of the trainables as they now are.
-Loss = Callable[[Tensor], Tensor]
+GatedLoss = Callable[[Tensor], Tensor]
 
 
 def virtual_step(
@@ -102,8 +104,8 @@ def virtual_step(
 def hypergradient(
     gates: Tensor,
     optimiser: torch.optim.Optimizer,
-    theta_loss: Loss,
-    alpha_loss: Loss,
+    theta_loss: GatedLoss,
+    alpha_loss: GatedLoss,
     *,
     rule: str = "adamw",
     written: Callable[[], None] | None = None,
@@ -133,7 +135,7 @@ def hypergradient(
         if written is not None:
             written()
 
-    def gate_gradient(loss_of: Loss) -> tuple[Tensor, float]:
+    def gate_gradient(loss_of: GatedLoss) -> tuple[Tensor, float]:
         leaf = fixed.clone().requires_grad_()
         loss = loss_of(leaf)
         (gradient,) = torch.autograd.grad(loss, leaf, allow_unused=True)
@@ -203,7 +205,7 @@ class BiLevel:
         config: SearchConfig,
         *,
         total_steps: int,
-        loss: Callable[[Tensor, Tensor], Tensor],
+        loss: Loss,
     ) -> None:
         """Start a search, at alpha 0.
 
@@ -212,14 +214,14 @@ class BiLevel:
             space: The candidates.
             config: Settled: its budget in values, its rates above 0.
             total_steps: At which the rates have fallen to 0.
-            loss: Of logits and labels.
+            loss: Of the model's outputs and labels.
 
         Raises:
             StructureError: The budget does not fit the space.
             ConfigError: The rate of the candidates' values is 0.
         """
-        if not config.rate > 0:
-            raise ConfigError(f"a search's rate must be above 0, got {config.rate!r}.")
+        if not config.learning_rate > 0:
+            raise ConfigError(f"a search's rate must be above 0, got {config.learning_rate!r}.")
         self.budget = float(config.budget)
         space.check_budget(self.budget)
         self.pet, self.space, self.config = pet, space, config
@@ -230,12 +232,9 @@ class BiLevel:
         self._sizes = torch.tensor(space.sizes, dtype=torch.float64)
         self.alpha = nn.Parameter(torch.zeros(len(space.candidates), dtype=torch.float64))
         self._groups = pet.parameter_groups()
-        tables = [
-            {"params": [group], "lr": config.rate_of(kind)} for kind, group in self._groups.items()
-        ]
-        self._theta = torch.optim.AdamW(tables, betas=(0.9, 0.999), weight_decay=0.0)
-        self._alpha = torch.optim.AdamW(
-            [self.alpha], lr=config.alpha_rate, betas=(0.9, 0.999), weight_decay=0.0
+        self._theta = make_optimizer(self._groups, config.rate_of, fused=None)
+        self._alpha = make_optimizer(
+            {"alpha": self.alpha}, lambda _: config.gate_learning_rate, fused=None
         )
         self._rates = [
             (group, float(group["lr"]))
@@ -281,9 +280,9 @@ class BiLevel:
         config = self.config
         theta_batch = moved(theta_batch, self._device)
         alpha_batch = moved(alpha_batch, self._device)
-        left = max(0.0, 1.0 - self.steps_done / self._total)
+        factor = rate_factor("linear", self.steps_done / self._total)
         for group, rate in self._rates:
-            group["lr"] = rate * left
+            group["lr"] = rate * factor
         if self.pet.model.training != config.dropout:
             self.pet.model.train(config.dropout)
         self._reseed("step")
@@ -360,7 +359,7 @@ class BiLevel:
     def _batch_loss(self, batch: dict[str, Tensor], gates: Tensor) -> Tensor:
         self.pet.set_gates(gates)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return self._loss(self.pet.model(**inputs).logits, batch["labels"])
+        return self._loss(self.pet.model(**inputs), batch["labels"])
 
     def _draw(self, what: str) -> Tensor:
         noise = derive_seed("gates", self.config.seed, self.steps_done, what)

@@ -41,8 +41,10 @@ from fedpet.search.bilevel import BiLevel
 from fedpet.search.select import chosen_size, select_at_random
 from fedpet.search.settings import deviations, reproducible_settings
 from fedpet.search.space import Space, build_space
-from fedpet.training.loop import batches, local_loss, predict
-from fedpet.training.metrics import metric_value
+from fedpet.training.batching import batches
+from fedpet.training.evaluation import predict
+from fedpet.training.loss import client_loss
+from fedpet.training.metrics import greater_is_better, metric_value
 from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -111,6 +113,7 @@ def search_structure(
     *,
     mask: Mask | None = None,
     logit_adjustment: float = 0.0,
+    loss: str = "",
     products: str = "torch",
     state_file: Path | None = None,
     progress: Callable[[SearchProgress], None] | None = None,
@@ -126,6 +129,7 @@ def search_structure(
         config: Settled (`fedpet.search.settle`): its budget is in values.
         mask: Trained beside the candidates and not gated; None for none.
         logit_adjustment: Of both losses, for the rows' labels, as in training.
+        loss: Of both levels, as `training.loss`: "" is the task's own.
         products: Of dense layers, as in training; see `PetModel`.
         state_file: Written at every evaluation and every few seconds; a search that finds its
             own goes on from there, bit for bit.
@@ -151,11 +155,15 @@ def search_structure(
     seed = derive_seed("search", config.seed)
     pet = PetModel(backbone, mask, space.structure(), seed=seed, products=products)
     try:
-        loss = local_loss(rows.labels[indices], task, logit_adjustment, device_of(backbone.model))
-        search = BiLevel(pet, space, config, total_steps=total, loss=loss)
+        loss_of = client_loss(
+            rows.labels[indices], task, logit_adjustment, device_of(backbone.model), loss
+        )
+        search = BiLevel(pet, space, config, total_steps=total, loss=loss_of)
         saved = _Saved(
             state_file,
-            _digest(config, logit_adjustment, products, backbone, rows.take(indices), task, mask),
+            _digest(
+                config, (logit_adjustment, loss), products, backbone, rows.take(indices), task, mask
+            ),
         )
         best, history = saved.load(search)
         validation = rows.take(split.validation)
@@ -164,7 +172,11 @@ def search_structure(
             step, score = search.steps_done, None
             if step % config.evaluate_every == 0 or step == total:
                 score = _score(search, validation, task)
-                if not best or config.checkpoint == "last" or _beats(score, best["score"]):
+                if (
+                    not best
+                    or config.checkpoint == "last"
+                    or _beats(score, best["score"], task.metric)
+                ):
                     best = {
                         "score": score,
                         "step": step,
@@ -188,7 +200,7 @@ def search_structure(
         raise RunError(
             f"the search came to no model that can be measured: at step {best['step']} the "
             f"{task.metric} of the validation rows is NaN, its outputs are not finite. Lower "
-            "search.rate, search.rates or search.alpha-rate."
+            "search.learning-rate, search.learning-rates or search.gate-learning-rate."
         )
     chosen, p = best["chosen"], best["p"].tolist()
     structure = replace(
@@ -197,7 +209,7 @@ def search_structure(
         gates=tuple(p[index] for index in sorted(chosen)),
         provenance={
             "method": "s3pet",
-            "deviations": list(deviations(config, logit_adjustment)),
+            "deviations": list(deviations(config, logit_adjustment, loss)),
             "settings": reproducible_settings(config),
             "budget": int(budget),
             "values": chosen_size(chosen, space.sizes, space.tensors),
@@ -306,9 +318,10 @@ def _score(search: BiLevel, validation: Rows, task: Task) -> float:
     return metric_value(task, logits, np.asarray(validation.labels))
 
 
-def _beats(score: float, best: float) -> bool:
-    """Whether a later checkpoint is at least as good. Any number beats NaN."""
-    return math.isnan(best) or score >= best
+def _beats(score: float, best: float, metric: str) -> bool:
+    """Tell whether a later checkpoint is at least as good. Any number beats NaN."""
+    sign = 1 if greater_is_better(metric) else -1
+    return math.isnan(best) or sign * score >= sign * best
 
 
 def candidate_records(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:
@@ -329,7 +342,7 @@ def candidate_records(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:
 
 def _digest(
     config: SearchConfig,
-    logit_adjustment: float,
+    losses: tuple[float, str],
     products: str,
     backbone: Backbone,
     rows: Rows,
@@ -338,7 +351,7 @@ def _digest(
 ) -> str:
     """Of all that a search's steps depend on."""
     masked = None if mask is None else mask.digest()
-    settings = (sorted(reproducible_settings(config).items()), logit_adjustment, products)
+    settings = (sorted(reproducible_settings(config).items()), losses, products)
     digest = hashlib.sha256(repr((settings, backbone.fingerprint, task, masked)).encode())
     for part in (rows.tokens, rows.offsets, rows.labels):
         digest.update(np.ascontiguousarray(part).tobytes())

@@ -39,7 +39,8 @@ from fedpet.pet.model import PetModel
 from fedpet.search.bilevel import BiLevel
 from fedpet.search.central import Split, step_batches
 from fedpet.search.space import Space, build_space
-from fedpet.training.loop import TrainResult, local_loss
+from fedpet.training.loop import TrainResult
+from fedpet.training.loss import client_loss
 from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -129,6 +130,7 @@ class SearchModel:
         *,
         server_round: int,
         logit_adjustment: float = 0.0,
+        loss: str = "",
     ) -> TrainResult:
         """Take the bi-level steps of one round.
 
@@ -139,6 +141,7 @@ class SearchModel:
             config: Settled, with the client's own seed: see `client_config`.
             server_round: Of the search, from 1: which of its steps these are.
             logit_adjustment: Of both losses, for the client's labels, as in training.
+            loss: Of both levels, as `training.loss`: "" is the task's own.
 
         Returns:
             The weight in the average, n; the mean theta loss before each step.
@@ -150,8 +153,10 @@ class SearchModel:
         split = split_in_two(indices, config.seed)
         first = (server_round - 1) * config.local_steps
         total = config.rounds * config.local_steps
-        loss = local_loss(rows.labels[indices], task, logit_adjustment, device_of(self.model))
-        search = BiLevel(self.pet, self.space, config, total_steps=total, loss=loss)
+        loss_of = client_loss(
+            rows.labels[indices], task, logit_adjustment, device_of(self.model), loss
+        )
+        search = BiLevel(self.pet, self.space, config, total_steps=total, loss=loss_of)
         search.continue_from(first, self.alpha)
         losses = [
             search.step(theta_batch, alpha_batch).theta
@@ -187,7 +192,7 @@ def split_in_two(indices: np.ndarray, seed: int) -> Split:
     if len(indices) < 2:
         raise TrainingError(
             f"a search needs two rows of a client at least, one a level, and this one has "
-            f"{len(indices)}. Raise population.min-rows."
+            f"{len(indices)}. Raise clients.min-rows."
         )
     order = np.random.default_rng(derive_seed("split", seed)).permutation(indices)
     half = len(order) // 2

@@ -26,22 +26,25 @@ __all__ = [
 ]
 
 _BATCHES = (15, 16, 32)  # of the paper's tasks, its 5 for the longest texts left out
-_NUMBERS = ("rate", "alpha_rate", "clip_norm", "beta", "rank", "scale")
+_NUMBERS = ("learning_rate", "gate_learning_rate", "clip_norm", "beta", "rank", "scale")
 _FEDERATED = ("federated", "rounds", "local_steps", "settled_overlap", "settled_rounds")
 
 
 def faithful(**changes: Any) -> SearchConfig:
     """The paper's own settings: its mixed space and rates, AdamW unrolled, dropout."""
-    paper: dict[str, Any] = {"space": "s3pet-mix", "rate": 3e-4, "dropout": True}
+    paper: dict[str, Any] = {"space": "s3pet-mix", "learning_rate": 3e-4, "dropout": True}
     return SearchConfig(**{**paper, **changes})
 
 
-def deviations(config: SearchConfig, logit_adjustment: float = 0.0) -> tuple[str, ...]:
+def deviations(
+    config: SearchConfig, logit_adjustment: float = 0.0, loss: str = ""
+) -> tuple[str, ...]:
     """What leaves the paper's procedure, in words for a report.
 
     Args:
         config: Of the search.
         logit_adjustment: Of its losses, `training.logit-adjustment`.
+        loss: Their name, `training.loss`; "" is the task's own.
     """
     found = {
         "first-order gradient of alpha": config.order == "first",
@@ -52,8 +55,11 @@ def deviations(config: SearchConfig, logit_adjustment: float = 0.0) -> tuple[str
         "last checkpoint": config.checkpoint == "last" or config.federated,
         f"space {config.space}": not config.space.startswith("s3pet"),
         "batches of another size": config.batch_size not in _BATCHES,
-        "rates by kind": bool(config.rates),
-        f"logits adjusted by {logit_adjustment:g} for label shares": bool(logit_adjustment),
+        "rates by kind": bool(config.learning_rates),
+        f"logits adjusted by {logit_adjustment:g} for label shares": bool(
+            logit_adjustment and not loss
+        ),
+        f"loss {loss}": bool(loss),
     }
     paper = faithful()
     for name in _NUMBERS:
@@ -64,7 +70,7 @@ def deviations(config: SearchConfig, logit_adjustment: float = 0.0) -> tuple[str
 
 def reproducible_settings(config: SearchConfig) -> dict[str, Any]:
     """The settings that a structure tells: those of a federated search where it was one."""
-    table = {**asdict(config), "rates": list(config.rates)}
+    table = {**asdict(config), "learning_rates": list(config.learning_rates)}
     if not config.federated:
         for name in _FEDERATED:
             del table[name]
@@ -112,15 +118,15 @@ def settle(
                 "search.mask-in-budget = false."
             )
         budget -= mask_values
-    if not config.rate:
-        own = rates_by_kind(config.rates, "search.rates")
+    if not config.learning_rate:
+        own = rates_by_kind(config.learning_rates, "search.learning-rates")
         taken = [
             entry
             for entry in training.learning_rates
             if rates_by_kind([entry], "training.learning-rates").keys().isdisjoint(own)
         ]
-        rates = (*taken, *config.rates)
-        config = replace(config, rate=training.learning_rate, rates=rates)
+        rates = (*taken, *config.learning_rates)
+        config = replace(config, learning_rate=training.learning_rate, learning_rates=rates)
     return replace(config, budget=budget, mask_in_budget=False)
 
 

@@ -20,11 +20,10 @@ the spaces; in T5-large they have 916 and 288 candidates, as in the paper's code
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-import torch
 from torch import nn
 
 from fedpet.backbone.module_roles import Position, find_target_modules
@@ -36,14 +35,11 @@ from fedpet.pet.structure import ModuleSpec, Structure, spec_of
 if TYPE_CHECKING:
     from collections.abc import Collection
 
-    from transformers import PretrainedConfig
-
 __all__ = [
     "SPACES",
     "Candidate",
     "Space",
     "build_space",
-    "space_of_config",
     "space_of_structure",
 ]
 
@@ -104,43 +100,8 @@ class Space:
             )
 
 
-# What a search may put on a position: (kind, which positions).
-_Rule = tuple[str, Callable[[Position], bool]]
-
-_ATTENTION = ("query", "key", "value", "query-key-value", "attention-output")
-_FFN = ("ffn-up", "ffn-gate", "ffn-down")
-_OURS = (*_ATTENTION, *_FFN, "other-linear")
-
-
-def _is_linear(p: Position, roles: Sequence[str] = _OURS) -> bool:
-    return p.kind in ("linear", "conv1d") and p.role in roles
-
-
-def _is_norm(p: Position) -> bool:
-    return p.kind == "norm"
-
-
-def _has_live_bias(p: Position) -> bool:
-    return p.has_bias and _is_linear(p, (*_OURS, "pooler")) and p.role != "key"
-
-
-SPACES: Mapping[str, tuple[_Rule, ...]] = {
-    "mergeable": (
-        ("lora", lambda p: _is_linear(p, (*_OURS, "pooler"))),
-        ("hiwi-weight", lambda p: _is_linear(p, _FFN)),
-        ("bitfit", _has_live_bias),
-        ("hiwi-bias", lambda p: _is_linear(p, _FFN) and p.has_bias),
-        ("lnfit", _is_norm),
-        ("ln-bias", lambda p: _is_norm(p) and p.has_bias),
-    ),
-    "s3pet-mix": (
-        ("lora-factors", _is_linear),
-        ("bitfit", lambda p: _is_linear(p) or _is_norm(p)),
-        ("lnfit", _is_norm),
-        ("lowrank-adapter", lambda p: p.kind == "block"),
-    ),
-    "s3pet-lora": (("lora-factors", _is_linear),),
-}
+# The kinds of each stand at their classes: `spaces` of `register_module`.
+SPACES = ("mergeable", "s3pet-mix", "s3pet-lora")
 
 
 def build_space(
@@ -169,28 +130,15 @@ def build_space(
     if rank < 1:
         raise ConfigError(f"the rank of a search's candidates must be at least 1, got {rank}.")
     candidates = []
+    rules = _rules(name)
     for position in find_target_modules(model, head):
-        for kind, wanted in _rules(name):
+        for kind, wanted in rules:
             if wanted(position):
                 spec = spec_of(kind, position.name, rank=rank, scale=scale)
                 candidates.append(_candidate(spec, position, model))
     if not candidates:
         raise StructureError(f"the space {name!r} has no candidate in this model.")
     return Space(name, tuple(candidates))
-
-
-def space_of_config(
-    config: PretrainedConfig, name: str = "mergeable", *, rank: int = 1, scale: float = 16.0
-) -> Space:
-    """Count a space from a model's configuration: no weights are read or made."""
-    from transformers import AutoModel, AutoModelForSequenceClassification
-
-    with torch.device("meta"):
-        try:
-            model = AutoModelForSequenceClassification.from_config(config)
-        except ValueError:  # an architecture that has none
-            model = AutoModel.from_config(config)
-    return build_space(model, name, rank=rank, scale=scale)
 
 
 def space_of_structure(
@@ -223,7 +171,7 @@ def _tensor(spec: ModuleSpec) -> str:
     return f"{spec.target}.{shared}" if shared else f"{spec.target}:{spec.kind}"
 
 
-def _rules(space: str) -> tuple[_Rule, ...]:
-    """A space's own kinds, then those that were registered for it."""
-    joined = ((kind, facts.spaces[space]) for kind, facts in KINDS.items() if space in facts.spaces)
-    return (*SPACES[space], *joined)
+def _rules(space: str) -> list[tuple[str, Callable[[Position], bool]]]:
+    """List the kinds of a space, and the positions of each, in the order of candidates."""
+    kinds = sorted(KINDS.items(), key=lambda entry: entry[1].order)  # stable
+    return [(kind, facts.spaces[space]) for kind, facts in kinds if space in facts.spaces]

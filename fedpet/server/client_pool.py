@@ -1,8 +1,8 @@
-"""Which clients there are, who takes part in a round, and on which node each one is trained.
+"""Sample the clients of a round and spread them over nodes.
 
-Clients are data, nodes are processes. A client is known by a stable name; a node by Flower's
-random id. Sampling is by client, so it does not depend on the nodes; the spread over nodes decides
-only where a client's work is done, never what comes out (law 6).
+Clients are data, nodes are processes. A client has a stable name, a node Flower's random id.
+Sampling is by client, so it does not depend on the nodes; the spread decides only where a client is
+trained, never the result (law 6).
 """
 
 from __future__ import annotations
@@ -18,12 +18,15 @@ from fedpet.utils.seeds import client_id64, derive_seed
 
 @dataclass(frozen=True)
 class ClientPool:
-    """The clients of a federation.
+    """Hold the clients of a federation.
 
     Attributes:
-        num_rows: Client -> rows it holds.
-        homes: Client -> the node it lives on. Empty where every node holds every client's rows,
-            as in a simulation.
+        num_rows: Client -> its number of rows.
+        homes: Client -> id of its node. Empty where every node holds every client's rows, as in a
+            simulation.
+
+    Raises:
+        DataError: Two names have the same 64-bit hash, which stands for them in messages.
     """
 
     num_rows: Mapping[str, int]
@@ -35,21 +38,25 @@ class ClientPool:
             raise DataError("two client names have the same 64-bit hash: rename one of them.")
 
     def by_number(self) -> dict[int, str]:
-        """Client names by the number that stands for them in messages."""
+        """Return client names by the number that stands for them in messages."""
         return {client_id64(client): client for client in self.num_rows}
 
     def sample(self, server_round: int, num_clients: int, seed: int) -> list[str]:
-        """Draw a round's clients without replacement, in alphabetical order."""
+        """Draw a round's clients without replacement.
+
+        Returns:
+            Names in alphabetical order: `num_clients`, or all where there are fewer.
+        """
         clients = sorted(self.num_rows)
         generator = np.random.default_rng(derive_seed("sample", seed, server_round))
         drawn = generator.choice(len(clients), min(num_clients, len(clients)), replace=False)
         return [clients[index] for index in sorted(drawn)]
 
     def cohorts(self, clients: Iterable[str], nodes: Iterable[int]) -> dict[int, list[str]]:
-        """Spread clients over nodes: home where they have one, else to the least loaded node.
+        """Spread clients over nodes: to their home, or else to the least loaded node.
 
         The largest clients are placed first. A client whose home is not among `nodes` is left
-        out: it cannot be trained this round.
+        out of the round.
 
         Returns:
             Node -> its clients in alphabetical order; no node without clients.
@@ -67,44 +74,44 @@ class ClientPool:
 
 @dataclass(frozen=True)
 class ConnectedClientPool(ClientPool):
-    """The clients of a deployment: each lives on the node that has its rows, and comes with it.
+    """Hold the clients of a deployment: each lives on the node that has its rows.
 
-    Only clients whose node is there are drawn. With all of them there, those drawn are the ones
-    that a simulation of the same clients draws: sampling knows names and the seed, no nodes.
+    Only clients whose node is online are drawn. With all nodes online, the draw is that of a
+    simulation of the same clients: sampling knows names and the seed, no nodes.
 
     Attributes:
-        num_rows: Client -> rows it holds; those whose node has left included.
-        homes: Client -> its node.
+        num_rows: Client -> its number of rows, whether its node is online or not.
+        homes: Client -> id of its node.
         names: Number in messages -> client.
-        there: Nodes that are there and have said who lives on them.
-        rivals: Node -> nodes that brought a client of its while it was there.
+        online_nodes: Nodes that are connected and have registered their clients.
+        contested_nodes: Node -> nodes that registered a client of its while it was online.
     """
 
     num_rows: dict[str, int] = field(default_factory=dict)
     homes: dict[str, int] = field(default_factory=dict)
     names: dict[int, str] = field(default_factory=dict)
-    there: set[int] = field(default_factory=set)
+    online_nodes: set[int] = field(default_factory=set)
     contested_nodes: dict[int, set[int]] = field(default_factory=dict)
 
     def by_number(self) -> dict[int, str]:
-        """Client names by number: the one dictionary that grows as nodes come."""
+        """Return client names by number: the one dictionary, which grows as nodes register."""
         return self.names
 
-    def arrive(self, node: int, num_rows: Mapping[str, int]) -> dict[str, str]:
-        """Take a node's clients in: those that it says, and no others that it once had.
+    def register(self, node: int, num_rows: Mapping[str, int]) -> dict[str, str]:
+        """Register a node's clients, and forget others that it once had.
 
-        Who lives on another node that is there stays there.
+        A client that lives on another online node stays there.
 
         Returns:
-            Clients that were not taken in, and why.
+            Client -> reason, of those that were refused.
         """
-        self.there.add(node)
+        self.online_nodes.add(node)
         for client in [c for c, home in self.homes.items() if home == node and c not in num_rows]:
             del self.homes[client]
         refused: dict[str, str] = {}
         for client, rows in sorted(num_rows.items()):
             home, number = self.homes.get(client, node), client_id64(client)
-            if home != node and home in self.there:
+            if home != node and home in self.online_nodes:
                 refused[client] = f"node {node} brings this client, which lives on node {home}."
                 self.contested_nodes.setdefault(home, set()).add(node)
             elif self.names.setdefault(number, client) != client:
@@ -113,26 +120,26 @@ class ConnectedClientPool(ClientPool):
                 self.num_rows[client], self.homes[client] = rows, node
         return refused
 
-    def leave(self, node: int) -> set[int]:
-        """A node is not there any more; its clients are remembered.
+    def unregister(self, node: int) -> set[int]:
+        """Take a node offline and remember its clients.
 
         Returns:
-            Nodes that are there and brought a client of its, which may be theirs now.
+            Online nodes that had registered a client of its, which may be theirs now.
         """
-        self.there.discard(node)
-        return self.contested_nodes.pop(node, set()) & self.there
+        self.online_nodes.discard(node)
+        return self.contested_nodes.pop(node, set()) & self.online_nodes
 
     @property
     def inhabited(self) -> set[int]:
-        """Nodes that are there and have a client."""
-        return self.there & set(self.homes.values())
+        """Online nodes that have a client."""
+        return self.online_nodes & set(self.homes.values())
 
     @property
     def present(self) -> dict[str, int]:
-        """Client -> rows, of the clients whose node is there."""
-        there = (name for name, node in self.homes.items() if node in self.there)
-        return {name: self.num_rows[name] for name in there}
+        """Client -> number of rows, of the clients whose node is online."""
+        homes = self.homes.items()
+        return {name: self.num_rows[name] for name, node in homes if node in self.online_nodes}
 
     def sample(self, server_round: int, num_clients: int, seed: int) -> list[str]:
-        """Draw a round's clients among those whose node is there, in alphabetical order."""
+        """Draw a round's clients among those whose node is online, in alphabetical order."""
         return ClientPool(self.present, {}).sample(server_round, num_clients, seed)

@@ -1,14 +1,11 @@
-"""What of the global values goes to whom: the values of the round, or what leads to its reference.
+"""Encode the global values for a receiver: the values themselves, or changes of a shared reference.
 
-    ... -> codec -> plan -> client -> [strategy] -> ledger -> report
+In:  the global values, round by round; a tier, and the round of the reference that a receiver has.
+Out: packed frames, from which the receiver has the values that the tier's clients start from.
 
-In:  the global values, a round after the other; a tier, and the round that a receiver holds.
-Out: packed frames, by which the receiver has what the tier's clients train from.
-
-`Values` codes the values anew each round. `Changes` moves a reference for each tier, by all the
-rounds there are, whoever takes part (fedpet/protocol/shared_reference.py): what a receiver is sent
-hangs on what
-it holds, what it ends up with does not.
+`Values` codes the values anew each round. `Changes` moves one reference a tier in every round,
+whoever takes part (fedpet/protocol/shared_reference.py): the reference that a receiver has decides
+the bytes it is sent, and not the values it ends up with.
 """
 
 from __future__ import annotations
@@ -32,11 +29,11 @@ MAX_CHANGES = 0xFFFF  # of a request, which counts them in 16 bits
 
 @dataclass(frozen=True)
 class Sent:
-    """What one receiver is sent of one tier.
+    """Frames for one receiver and tier.
 
     Attributes:
         frames: Packed, joined.
-        path: How the reference is reached; None where the frame is the values themselves.
+        path: Changes that lead to the reference; None where the frame is the values themselves.
     """
 
     frames: bytes
@@ -44,7 +41,7 @@ class Sent:
 
 
 class Values:
-    """The values themselves, coded anew each round: nobody has to hold anything."""
+    """Code the values themselves, anew each round: a receiver needs nothing of earlier rounds."""
 
     def __init__(self, plan: Plan, digest: bytes, tiers: Sequence[Tier]) -> None:
         self._plan, self._digest, self._tiers = plan, digest, tiers
@@ -52,15 +49,15 @@ class Values:
         self._round, self._values = 0, np.empty(0, dtype=np.float32)
 
     def begin(self, server_round: int, values: np.ndarray) -> None:
-        """Take the values of a round, float32, (num_values,)."""
+        """Begin a round with its global values, float32, (num_values,)."""
         self._round, self._values, self._frames = server_round, values, {}
 
     def to(self, tier: int, held: int) -> Sent:
-        """What a receiver in this tier is sent; all are sent the same.
+        """Return the round's frame, the same for every receiver of a tier.
 
         Args:
             tier: Index into the tiers.
-            held: The round whose reference it holds; 0 is the checkpoint, which all hold.
+            held: Round of the reference that the receiver has; 0 is the checkpoint.
         """
         if tier not in self._frames:
             its = self._tiers[tier]
@@ -71,18 +68,18 @@ class Values:
         return Sent(self._frames[tier])
 
     def state(self) -> dict[str, np.ndarray]:
-        """What a run that goes on later must have: nothing."""
+        """Return what a resumed run needs: nothing."""
         return {}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take what `state` gave."""
+        """Go back to a `state`."""
 
 
 class Changes:
-    """One public reference a tier, moved each round by the coded change.
+    """Move one public reference a tier each round, by the coded change.
 
-    The changes of past rounds are kept as long as all since then, together, are shorter than a
-    reference that cannot be compressed.
+    Changes of past rounds are kept as long as together they are shorter than a reference that
+    cannot be compressed.
     """
 
     def __init__(self, plan: Plan, digest: bytes, tiers: Sequence[Tier]) -> None:
@@ -95,18 +92,18 @@ class Changes:
             line.move(server_round, values)
 
     def to(self, tier: int, held: int) -> Sent:
-        """The changes since the held reference, or this round's, whichever is shorter."""
+        """Return the changes since a receiver's reference, or the whole one if that is shorter."""
         return self._lines[tier].to(held)
 
     def state(self) -> dict[str, np.ndarray]:
-        """References, and the changes that are kept: what a run that goes on later must have."""
+        """Return what a resumed run needs: references, and the changes of past rounds."""
         state: dict[str, np.ndarray] = {}
         for index, line in enumerate(self._lines):
             state |= {f"{name}-{index}": array for name, array in line.state().items()}
         return state
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take what `state` gave.
+        """Go back to a `state`.
 
         Raises:
             RunError: It is not of this plan.
@@ -120,12 +117,12 @@ Downlink = Values | Changes
 
 
 def downlink_of(plan: Plan, digest: bytes, tiers: Sequence[Tier]) -> Downlink:
-    """The plan's."""
+    """Return the downlink that a plan names."""
     return (Changes if plan.is_delta_downlink else Values)(plan, digest, tiers)
 
 
 class _Line:
-    """One tier's reference, and the changes that led there."""
+    """Keep one tier's reference and the changes that led there."""
 
     def __init__(self, plan: Plan, digest: bytes, tier: Tier) -> None:
         self._seed, self._digest, self._tier = plan.seed, digest, tier
@@ -137,7 +134,7 @@ class _Line:
     def move(self, server_round: int, values: np.ndarray) -> None:
         before = self._reference
         if server_round == before.server_round:
-            return  # asked again for a round whose change is settled
+            return  # the same round once more: its change stands
         if server_round != before.server_round + 1:
             raise RunError(
                 f"the reference is of round {before.server_round}, and round {server_round} "

@@ -1,19 +1,17 @@
-"""The roll call of a deployment: which clients live on which node, asked of each node once.
-
-    ... -> plan -> client -> [strategy] -> ledger -> report
+"""Register the nodes of a deployment: query each once for its clients and their rows.
 
 In:  Flower's Grid, whose nodes are random numbers that come and go.
-Out: the same Grid, in which a node counts as soon as it has said who lives on it.
+Out: the same Grid, in which a node counts once it has answered.
 
-The question carries the plan, so that a node reads and tokenises its rows as the plan says, and
-finds out then whether it can; names and counts of rows come back
-(fedpet/protocol/registration.py). Before the
-first round the call waits for the clients that are expected. Later on nobody is waited for: a
-latecomer is asked when it is seen and drawn from the round after its answer. A node that left is
-asked again when it comes back, since it may bring other clients; and when it leaves, so is every
-node that brought a client of its: a device that was started anew is another node to Flower.
+The query carries the plan, so that a node reads and tokenises its rows as the plan says, and finds
+out then whether it can; it answers with names and numbers of rows
+(fedpet/protocol/registration.py). Before the first round the registry waits for the expected
+clients. Later it does not wait: a new node is queried when it is seen, and its clients are drawn
+from the round after its answer. A node that reconnects is queried again: its clients may have
+changed. When a node disconnects, nodes that had registered one of its clients are queried too,
+because Flower gives a restarted device a new node id.
 
-The bytes of the call count as the plan's.
+The bytes of a registration count as the plan's.
 """
 
 from __future__ import annotations
@@ -40,23 +38,23 @@ from fedpet.server.client_records import ClientRecords
 from fedpet.server.pending_messages import PendingMessages
 from fedpet.server.reply_stream import GridWrapper
 
-MAX_ASKS = 3  # of a node whose answers are errors, before it is left alone
+MAX_QUERIES = 3  # of a node that answers with errors
 POLL_SECONDS = 0.5
 
 LOG = logging.getLogger("fedpet")
 
 
 class NodeRegistry(GridWrapper):
-    """A Grid whose nodes are those that answered the roll call.
+    """Wrap a Grid so that its nodes are those that have registered.
 
     Args:
         grid: Reaches the nodes.
         plan: The plan's bytes.
-        residents: Where clients and homes are kept; grows as nodes come.
-        holders: Who holds what: nodes that answered hold the plan, and their clients were told it.
+        residents: Clients and their homes; grows as nodes register.
+        holders: Records of who has the plan: nodes that answered, and their clients.
         expected: Clients to wait for before the first round.
-        wait_seconds: For how long at most.
-        ledger: Where bytes and refusals are counted, in the round that is open.
+        wait_seconds: Longest time to wait for them.
+        ledger: Counts bytes and refusals, in the open round.
     """
 
     def __init__(
@@ -79,18 +77,18 @@ class NodeRegistry(GridWrapper):
         self._ledger = ledger
         self._begun = False
         self._mailbox = PendingMessages(grid)
-        # node -> how often it was asked since it came, or told the call before this one
-        self._asks: dict[int, int] = dict.fromkeys(residents.there, 1)
-        self._failures: dict[int, str] = {}  # node -> why it takes no part
-        self._anew: set[int] = set()  # nodes that are there and are to be asked once more
+        # node -> queries since it connected; 1 where a registry before this one had its answer
+        self._queries: dict[int, int] = dict.fromkeys(residents.online_nodes, 1)
+        self._failures: dict[int, str] = {}  # node -> reason it takes no part
+        self._requery: set[int] = set()  # online nodes to query once more
 
     def get_node_ids(self) -> Iterable[int]:
-        """Nodes that are there and have said who lives on them.
+        """Return the online nodes that have registered.
 
         Raises:
-            RunError: Before the first round: all nodes that came refused.
+            RunError: All nodes that connected before the first round refused.
         """
-        self._call()
+        self._update()
         if not self._begun:
             self._wait()
             self._begun = True
@@ -108,66 +106,64 @@ class NodeRegistry(GridWrapper):
                 )
                 break
             time.sleep(POLL_SECONDS)
-            self._call()
-        if not self._residents.there and self._failures:
+            self._update()
+        if not self._residents.online_nodes and self._failures:
             node, reason = next(iter(self._failures.items()))
             raise RunError(
                 f"none of {len(self._failures)} nodes that came can take part. Node {node} says: "
                 f"{reason}"
             )
 
-    def _call(self) -> None:
-        """Ask the nodes that are new, and take in what has been answered."""
+    def _update(self) -> None:
+        """Query new nodes, and register those that have answered."""
         nodes = set(self._grid.get_node_ids())
-        for node in self._asks.keys() - nodes:
-            del self._asks[node]
+        for node in self._queries.keys() - nodes:
+            del self._queries[node]
             self._failures.pop(node, None)
-            self._anew |= self._residents.leave(node)
+            self._requery |= self._residents.unregister(node)
             self._holders.plan_nodes.discard(node)
-        self._mailbox.send(
-            [self._ask(node) for node in sorted(nodes) if self._is_to_be_asked(node)]
-        )
+        self._mailbox.send([self._query(node) for node in sorted(nodes) if self._needs_query(node)])
         for answer in sorted(self._mailbox.collect(), key=lambda m: m.metadata.src_node_id):
-            self._take_in(answer.metadata.src_node_id, answer)
+            self._read_answer(answer.metadata.src_node_id, answer)
 
-    def _is_to_be_asked(self, node: int) -> bool:
+    def _needs_query(self, node: int) -> bool:
         if node in self._mailbox.nodes:
             return False
-        if node in self._anew:
+        if node in self._requery:
             return True
-        return node not in self._residents.there and self._asks.get(node, 0) < MAX_ASKS
+        return node not in self._residents.online_nodes and self._queries.get(node, 0) < MAX_QUERIES
 
-    def _ask(self, node: int) -> Message:
-        self._anew.discard(node)
-        self._asks[node] = self._asks.get(node, 0) + 1
+    def _query(self, node: int) -> Message:
+        self._requery.discard(node)
+        self._queries[node] = self._queries.get(node, 0) + 1
         message = Message(to_record(self._question), dst_node_id=node, message_type="query")
         self._ledger.add_message(message)
         return message
 
-    def _take_in(self, node: int, answer: Message) -> None:
+    def _read_answer(self, node: int, answer: Message) -> None:
         self._ledger.add_message(answer)
-        if node not in self._asks:
-            return  # it left before its answer was read, and is asked again when it is back
+        if node not in self._queries:
+            return  # it disconnected since, and is queried again when it is back
         if answer.has_error():
             self._fail(node, answer.error.reason or "an unnamed error.")
             return
         try:
             num_rows = decode_registration(from_record(answer.content))
         except FedpetError as error:
-            self._asks[node] = MAX_ASKS  # it would say the same again
+            self._queries[node] = MAX_QUERIES  # it would answer the same again
             self._fail(node, str(error))
             return
         self._failures.pop(node, None)
-        for client, reason in self._residents.arrive(node, num_rows).items():
+        for client, reason in self._residents.register(node, num_rows).items():
             self._refuse(f"node {node}", f"client {client!r}: {reason}")
             del num_rows[client]
         self._holders.plan_nodes.add(node)
         self._count(num_rows)
 
     def _count(self, num_rows: dict[str, int]) -> None:
-        """What each client alone would have received and sent; once a client."""
-        newcomers = num_rows.keys() - self._holders.told
-        self._holders.told.update(newcomers)
+        """Count the bytes that each client alone would have received and sent, once a client."""
+        newcomers = num_rows.keys() - self._holders.clients_with_plan
+        self._holders.clients_with_plan.update(newcomers)
         self._ledger.current.newcomers += len(newcomers)
         down = single_client_bytes(self._question, reply=False)
         up = sum(
@@ -181,5 +177,5 @@ class NodeRegistry(GridWrapper):
         self._refuse(f"node {node}", reason)
 
     def _refuse(self, who: str, reason: str) -> None:
-        LOG.warning("roll call: %s: %s", who, one_line(reason))
+        LOG.warning("registration: %s: %s", who, one_line(reason))
         self._ledger.refuse(who, reason)

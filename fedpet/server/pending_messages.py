@@ -1,12 +1,12 @@
-"""Questions that are out, and the answers to them: each belongs to the node that was asked.
+"""Track pending messages and match replies to the nodes they were sent to.
 
 In:  messages to nodes.
-Out: what comes back, with the asked node's id on it, whatever it says of itself (law 7); where it
-     cannot be read at all, an error of that node's.
+Out: their replies, each with the id of the node that the message went to (law 7); an error in that
+     node's name where a reply cannot be read.
 
-A reply is rebuilt by Flower from bytes that the node wrote, its sender, its kind and the number of
-its question included; the SuperLink vouches for none of these. What is known is which node a
-question was put to.
+Flower rebuilds a reply from bytes that the node wrote, its sender, its type and the id of the
+message included, and the SuperLink vouches for none of these. The server knows only the node that
+each message went to.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 
 from fedpet.protocol.flower_compat import make_reply, set_sender
 
-AT_ONCE = 16  # answers pulled at most before they are handed on
+AT_ONCE = 16  # replies pulled at most before they are handed on
 UNREADABLE = 1001  # Flower's error codes below are its own
 
 
@@ -30,7 +30,7 @@ class _Asked(NamedTuple):
 
 
 class PendingMessages:
-    """Sends and collects by a Grid."""
+    """Send messages by a Grid, and collect their replies."""
 
     def __init__(self, grid: Grid) -> None:
         self._grid = grid
@@ -38,36 +38,36 @@ class PendingMessages:
         self._at_once = AT_ONCE
 
     def __bool__(self) -> bool:
-        """Whether an answer is awaited."""
+        """Whether a reply is awaited."""
         return bool(self._out)
 
     @property
     def nodes(self) -> set[int]:
-        """Nodes whose answer is awaited."""
+        """Nodes whose reply is awaited."""
         return {asked.node for asked in self._out.values()}
 
     def forget(self) -> None:
-        """Await nothing any more."""
+        """Await no reply any more."""
         self._out.clear()
 
     def send(self, messages: Iterable[Message]) -> None:
-        """Send one by one: a message may be made when it is taken, and be large."""
+        """Send one by one: a message may be large, and made when it is iterated over."""
         for message in messages:
             asked = _Asked(message.metadata.dst_node_id, message.metadata.message_type)
             # Flower gives None for a message that it could not send: nobody will answer it.
             self._out |= {n: asked for n in self._grid.push_messages([message]) if n}
 
     def collect(self) -> Iterator[Message]:
-        """The answers that have come by now."""
+        """Yield the replies that have come by now."""
         waiting = list(self._out)
         while waiting:
             some, waiting = waiting[: self._at_once], waiting[self._at_once :]
             try:
                 answers = list(self._grid.pull_messages(some))
             except (OSError, httpx.HTTPError):
-                raise  # it is the server that is not reached
-            except Exception as error:  # bytes of a node's, that Flower could not make sense of
-                # It came with others that are lost now. From here on every answer comes alone.
+                raise  # the server is not reached
+            except Exception as error:  # bytes of a node that Flower could not decode
+                # It came with others, which are lost now: from here on, pull one at a time.
                 self._at_once = 1
                 if len(some) == 1:
                     yield self._unreadable(some[0], type(error).__name__)
@@ -85,7 +85,7 @@ class PendingMessages:
 
 
 def _of(asked: _Asked, answer: Message) -> Message:
-    """The answer as one of the node that was asked, to what it was asked."""
+    """Return a reply with the node and type of the message that it answers."""
     content = answer.content if answer.has_content() else None
     if not answer.has_error() and not isinstance(content, RecordDict):
         number = answer.metadata.reply_to_message_id

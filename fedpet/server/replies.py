@@ -1,13 +1,11 @@
-"""One round's replies, sorted into frames that may be averaged and refusals by name (law 7).
+"""Check a round's replies: accept frames, refuse the rest by name and with the reason (law 7).
 
-    ... -> codec -> plan -> client -> [strategy] -> ledger -> report
+In:  messages of nodes, each with a frame or a refusal for each client of its cohort.
+Out: one checked update a client; every other client in the ledger with the reason.
 
-In:  the messages that came back, each a frame or a refusal for each client of a node's cohort.
-Out: a frame a client, checked, still encoded; every other client in the ledger with the reason.
-
-Messages are taken one by one as they come. Frames stay encoded on a shelf until they are averaged:
-`updates` decodes them one at a time, in the order of the clients' names, so that neither memory nor
-the result depends on how many came, in which order, or from how many nodes (law 6).
+Messages are taken one by one as they come. Frames wait in their encoded form: `updates` decodes
+them one at a time, in the order of the clients' names, so that neither memory nor the result
+depends on their number, their order, or the number of nodes (law 6).
 """
 
 from __future__ import annotations
@@ -39,8 +37,8 @@ from fedpet.server.requests import Retries
 from fedpet.server.tier_assignment import TierAssignment
 from fedpet.utils.seeds import derive_seed
 
-# Of an update, and of what a rule makes of them, in magnitude: squares are still a float32's, and
-# what comes of a few rounds is still one that every codec can send down.
+# Largest magnitude of an update's values and of the global values: their squares fit a float32, and
+# after a few rounds of it every codec can still encode the values.
 LARGEST_VALUE = 1e18
 # Ray's errors for a worker that is gone, as Flower quotes them.
 WORKER_DIED = ("exceptions.ActorDiedError", "exceptions.ActorUnavailableError")
@@ -49,12 +47,12 @@ MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it 
 
 @dataclass(frozen=True)
 class Update:
-    """What one client's training came to.
+    """Update of one client.
 
     Attributes:
         name: The client.
         change: Its values less the global ones, float32, (values of its tier,), all finite.
-        where: Which of the global values these are.
+        where: Their positions among the global values.
         num_examples: Rows it trained on; its weight in a mean.
         loss: Its mean training loss.
     """
@@ -67,18 +65,18 @@ class Update:
 
 
 class Replies:
-    """Reads the replies of one round.
+    """Read the replies of one round.
 
     Args:
-        server_round: The round.
-        plan: What the frames must be of.
-        digest: The plan's.
-        cohorts: Node -> clients it was asked to train.
+        server_round: Round that the frames must be of.
+        plan: Plan that the frames must be of.
+        digest: Digest of the plan.
+        cohorts: Node -> clients it was sent to train.
         names: Number of a client in a frame -> its name.
-        num_rows: Client -> rows it holds, as far as it said so.
-        tiers: Which client was asked for which values.
-        ledger: Where refusals, bytes and seconds are counted.
-        answered: Is told of each accepted frame: node, client, round.
+        num_rows: Client -> its number of rows, the most it may weigh.
+        tiers: Tier of each client, which decides its values.
+        ledger: Counts refusals, bytes and seconds.
+        answered: Called for each accepted frame with node, client and round.
     """
 
     def __init__(
@@ -106,16 +104,13 @@ class Replies:
         codings = (plan.uplink(tier.groups, tier.head_groups) for tier in tiers.tiers)
         self._longest = max(coding.max_payload_bytes for coding in codings)
         self._accepted: dict[str, tuple[Frame, tuple[int, int]]] = {}  # without payload; where
-        self._shelf = SpooledPayloads()
+        self._payloads = SpooledPayloads()
         self._again = Retries()
         self._asked_again: dict[str, str] = {}  # client -> why
         self._train_seconds: defaultdict[int, float] = defaultdict(float)  # by node, all messages
 
     def take(self, reply: Message) -> None:
-        """Accept or refuse what a message holds, but for those to be asked again.
-
-        Of a node that says so, and names another tier of the plan, the book of tiers takes it down.
-        """
+        """Accept or refuse each part of a message; mark clients that need another request."""
         node, again = reply.metadata.src_node_id, self._again
         if reply.has_error():
             self._refuse_cohort(node, _reason(reply.error))
@@ -148,12 +143,12 @@ class Replies:
         record.train_seconds = max(record.train_seconds, self._train_seconds[node])
 
     def to_ask_again(self) -> Retries:
-        """Who could not answer as asked since this was called last."""
+        """Return who needs another request, since this was called last."""
         again, self._again = self._again, Retries()
         return again
 
     def refuse_absent(self, sampled: Iterable[str]) -> None:
-        """Refuse the clients of whom nothing was heard; refusals are then in order."""
+        """Refuse the clients without a reply, and put refusals in the order of nodes."""
         self._ledger.current.refused.sort(key=lambda refused: int(refused.get("node", -1)))
         homes = self._homes()
         for name in sampled:
@@ -171,13 +166,12 @@ class Replies:
     def updates(self) -> Iterator[Update]:
         """Decode the accepted frames, in the order of the clients' names.
 
-        A frame that does not decode, or not to finite values, is refused and left out. To be gone
-        through once.
+        A frame that does not decode to finite values is refused and left out. Iterate once.
         """
         homes = self._homes()
         for name in sorted(self._accepted):
             frame, place = self._accepted[name]
-            frame = replace(frame, payload=self._shelf.get(place))
+            frame = replace(frame, payload=self._payloads.get(place))
             tier = self._tiers.of(name)
             try:
                 change = self._decode(frame, self._plan.uplink(tier.groups, tier.head_groups))
@@ -185,7 +179,7 @@ class Replies:
                 self._ledger.refuse(name, str(error), homes[name])
                 continue
             yield Update(name, change, tier.where, frame.num_examples, frame.loss)
-        self._shelf.close()
+        self._payloads.close()
 
     def _decode(self, frame: Frame, coding: VectorCodec) -> np.ndarray:
         seed = derive_seed("client", self._plan.seed, frame.server_round, frame.client)
@@ -223,7 +217,7 @@ class Replies:
         )
 
     def _settle(self, node: int, part: Frame | Refusal) -> None:
-        """Accept one frame and count the seconds that its training took, or note why not."""
+        """Accept one frame and count its training seconds, or record the refusal."""
         name = self._names.get(part.client, "")
         if name not in self._cohorts.get(node, []):  # nobody speaks in another's name
             stranger = f"node {node}, client {part.client:016x}"
@@ -236,12 +230,12 @@ class Replies:
             self._ledger.refuse(name, str(error), node)
             return
         assert isinstance(part, Frame)
-        self._accepted[name] = replace(part, payload=b""), self._shelf.put(part.payload)
+        self._accepted[name] = replace(part, payload=b""), self._payloads.put(part.payload)
         self._train_seconds[node] += part.train_seconds
         self._answered(node, name, self._round)
 
     def _count_upload(self, node: int, part: Frame | Refusal) -> None:
-        """Count what a client sent, whether it is used or not."""
+        """Count a client's bytes, whether its frame is used or not."""
         if self._names.get(part.client, "") in self._cohorts.get(node, []):
             self._ledger.add_client_bytes(up=single_client_bytes(bytes(part.num_bytes), reply=True))
 
@@ -258,10 +252,10 @@ class Replies:
         if part.server_round != self._round:
             raise FrameError(f"the frame is of round {part.server_round}, this is {self._round}.")
         expected = self._tiers.of(name).count
-        if part.codec != self._plan.codec.up or part.count != expected:
+        if part.codec != self._plan.codec.uplink or part.count != expected:
             raise FrameError(
-                f"the plan asks this client for {expected} values by {self._plan.codec.up!r}, the "
-                f"frame holds {part.count} by {part.codec!r}."
+                f"the plan asks this client for {expected} values by "
+                f"{self._plan.codec.uplink!r}, the frame holds {part.count} by {part.codec!r}."
             )
         rows = self._num_rows[name]
         if not 1 <= part.num_examples <= rows:
@@ -279,7 +273,7 @@ class Replies:
                 self._ledger.refuse(name, f"node {node}: {reason}", node)
 
     def _homes(self) -> dict[str, int]:
-        """Client -> the node that was asked to train it."""
+        """Return client -> the node that was sent it to train."""
         return {name: node for node, cohort in self._cohorts.items() for name in cohort}
 
     def _was_refused(self, name: str) -> bool:
@@ -287,7 +281,7 @@ class Replies:
 
 
 def _reason(error: Error) -> str:
-    """What an error says, and what to do where one of Flower's mods met a frame."""
+    """Return an error's reason, with advice where a worker died or one of Flower's mods failed."""
     reason = error.reason or "an unnamed error."
     if any(died in reason for died in WORKER_DIED):
         return (

@@ -1,9 +1,8 @@
-"""Replies are taken as they come, so that the server never holds those of a whole round.
+"""Stream a round's replies, so that the server never holds all of them in memory.
 
-In:  Flower's Grid, which gives a round's replies in one list.
-Out: the same Grid, whose replies go to `take` one by one while others are still awaited; and the
-     `SpooledPayloads` on which what has to wait for the round's end does so, on disk past a few
-     megabytes.
+In:  Flower's Grid, which returns a round's replies in one list.
+Out: the same Grid, which hands each reply to `take` while others are still awaited; and
+     `SpooledPayloads`, where payloads wait for the round's end, on disk past a few megabytes.
 """
 
 from __future__ import annotations
@@ -68,7 +67,7 @@ class GridWrapper(Grid):
 
 
 class StreamingGrid(GridWrapper):
-    """A Grid that hands each reply to `take` when it comes, and sends what that gives in return."""
+    """Hand each reply to `take` when it comes, and send the messages that it returns."""
 
     def __init__(self, grid: Grid, take: Callable[[Message], Iterable[Message]]) -> None:
         super().__init__(grid)
@@ -78,10 +77,10 @@ class StreamingGrid(GridWrapper):
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
-        """Send one by one; take what comes in time. Nothing is left to return."""
+        """Send one by one and take the replies that come in time; return none."""
         limit = math.inf if timeout is None else time.monotonic() + timeout
         mailbox = self._mailbox
-        mailbox.forget()  # what comes too late is not waited for
+        mailbox.forget()  # a late reply of the round before is not awaited
         mailbox.send(messages)
         while mailbox:
             taken, asked_at = 0, time.monotonic()
@@ -90,14 +89,14 @@ class StreamingGrid(GridWrapper):
                 mailbox.send(self._take(reply))
             if not mailbox or time.monotonic() > limit:
                 break
-            # Where asking in vain costs time, as over a network, it is not done all the time.
+            # Where an empty pull takes time, as over a network, pull less often.
             spent = 0.0 if taken else time.monotonic() - asked_at
             time.sleep(min(max(SHORTEST_PAUSE, 4 * spent), LONGEST_PAUSE))
         return []
 
 
 class SpooledPayloads:
-    """Keeps bytes until they are asked for, once: in memory while they are few, then on disk."""
+    """Keep payloads for later: in memory while they are few, then on disk."""
 
     def __init__(self) -> None:
         self._file = tempfile.SpooledTemporaryFile(IN_MEMORY_BYTES)  # noqa: SIM115
@@ -105,7 +104,11 @@ class SpooledPayloads:
         self.close = weakref.finalize(self, self._file.close)  # of itself where a round is cut off
 
     def put(self, data: bytes | memoryview) -> tuple[int, int]:
-        """Keep `data`; gives where, for `get`."""
+        """Write `data`; return its place, for `get`.
+
+        Raises:
+            RunError: The disk is full.
+        """
         try:
             self._file.seek(self._end)
             self._file.write(data)
@@ -119,7 +122,7 @@ class SpooledPayloads:
         return place
 
     def get(self, place: tuple[int, int]) -> bytes:
-        """What was put there."""
+        """Read the bytes at a place."""
         start, size = place
         self._file.seek(start)
         return self._file.read(size)

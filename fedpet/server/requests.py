@@ -1,15 +1,13 @@
-"""What a round sends: to each node its cohort, the global values, and the plan if it may lack it.
+"""Make a round's train messages: a cohort, the global values, the plan for a node that lacks it.
 
-    ... -> codec -> plan -> client -> [strategy] -> ledger -> report
-
-In:  the global values, the round, the nodes that are there.
+In:  the global values, the round, the online nodes.
 Out: one train message a node.
 
 Where clients differ in tier, a message carries a frame for each tier in its cohort, and each client
-reads its own: what it reads does not depend on whom it shares a node with (law 6).
+reads its own: its bytes do not depend on the clients that share its node (law 6).
 
-What goes along hangs on what a node holds already: the plan, and the reference of an earlier round.
-The ledger counts each client alone, by what that client holds (`holders`).
+A node that has the plan or a reference of an earlier round is sent less. The ledger counts each
+client alone, by its own records (`holders`).
 """
 
 from __future__ import annotations
@@ -37,12 +35,12 @@ from fedpet.utils.seeds import client_id64
 
 @dataclass
 class Retries:
-    """Who is to be asked another time, since they could not answer as they were asked.
+    """List who needs another request, since the first one could not be answered.
 
     Attributes:
         no_plan: Nodes that lack the plan.
         no_reference: Nodes that lack the reference that they were sent changes of.
-        other_tier: Node -> its clients that it trains at another tier than it was asked for.
+        other_tier: Node -> its clients that it trains at another tier than it was sent.
         no_residual: Node -> its clients whose last residual is lost.
     """
 
@@ -56,13 +54,13 @@ class Retries:
 
 
 class Requests:
-    """Makes the train messages of one round after another.
+    """Make the train messages of one round after another.
 
     Attributes:
-        digest: By which messages name the plan.
-        sampled: The clients of the round in hand, in alphabetical order.
+        digest: Digest that names the plan in messages.
+        sampled: Clients of the current round, in alphabetical order.
         cohorts: Node -> its clients in this round.
-        holders: Who holds what of earlier rounds.
+        holders: Records of who has the plan and which reference.
     """
 
     def __init__(
@@ -87,17 +85,17 @@ class Requests:
         self.cohorts: dict[int, list[str]] = {}
         self.holders = ClientRecords(population.num_rows)
 
-    def of_round(
+    def first_requests(
         self, server_round: int, values: np.ndarray, nodes: Sequence[int]
     ) -> Iterator[Message]:
-        """Draw the round's clients and ask the nodes to train them.
+        """Draw the round's clients and make one request a node.
 
-        Each message is made when it is taken, since each holds the frame of values once more.
+        Each message is made when it is iterated over, since each holds the frame of values anew.
 
         Args:
             server_round: Counted from 1.
             values: Global values, float32, (num_values,).
-            nodes: Ids of the nodes that are there.
+            nodes: Ids of the online nodes.
         """
         self.sampled = self._population.sample(
             server_round, self._config.clients_per_round, self._plan.seed
@@ -107,8 +105,8 @@ class Requests:
         self._count()
         return (self._message(node, names) for node, names in self.cohorts.items())
 
-    def again(self, asked: Retries) -> list[Message]:
-        """The same once more, to those who could not answer as they were asked."""
+    def retry_requests(self, asked: Retries) -> list[Message]:
+        """Make the requests that take the place of those that could not be answered."""
         for node in asked.no_plan:
             self.holders.forget_plan(node)
         for node in asked.no_reference:
@@ -129,19 +127,19 @@ class Requests:
         return [self._message(node, names) for node, names in whole.items()]
 
     def answered(self, node: int, name: str, server_round: int) -> None:
-        """Note that a client's update came."""
+        """Record that a client's update came."""
         self.holders.answered(node, name, self._tiers.index(name), server_round)
 
     def settle(self, server_round: int, names: Iterable[str]) -> None:
-        """Note whose updates of a round have become part of the values."""
+        """Record the clients whose updates of a round have become part of the values."""
         self.holders.accepted.update(dict.fromkeys(names, server_round))
 
     def state(self) -> dict[str, np.ndarray]:
-        """What a run that goes on later must have, to send the same as if it had not stopped."""
+        """Return what a resumed run needs to send the same bytes as one that never stopped."""
         return self.holders.state() | self._downlink.state() if self._remembers else {}
 
     def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Take what `state` gave.
+        """Go back to a `state`.
 
         Raises:
             RunError: It is of another plan, or of other clients.
@@ -152,7 +150,8 @@ class Requests:
     def _message(self, node: int, names: Sequence[str]) -> Message:
         plan = b"" if node in self.holders.plan_nodes else self._plan_bytes
         tiers = sorted({self._tiers.index(name) for name in names})
-        sent = [self._downlink.to(tier, self.holders.of_node(node, tier)) for tier in tiers]
+        held = self.holders.reference_of_node
+        sent = [self._downlink.to(tier, held(node, tier)) for tier in tiers]
         which = tuple(tiers.index(self._tiers.index(name)) for name in names)
         self.holders.plan_nodes.add(node)
         payload = self._request(
@@ -186,21 +185,21 @@ class Requests:
         )
 
     def _count(self) -> None:
-        """What each client alone would receive: its frames, and the plan at its first time."""
-        newcomers = [name for name in self.sampled if name not in self.holders.told]
-        self.holders.told.update(newcomers)
+        """Count what each client alone would receive: its frames, and at first the plan."""
+        newcomers = [name for name in self.sampled if name not in self.holders.clients_with_plan]
+        self.holders.clients_with_plan.update(newcomers)
         record = self._ledger.current
         record.clients = len(self.sampled)
-        record.newcomers += len(newcomers)  # beside those of a roll call
+        record.newcomers += len(newcomers)  # beside those that a registry has counted
         frames = self._bytes_if_alone(newcomers)
         plans = self._bytes_if_alone(newcomers, self._plan_bytes) - frames
         self._ledger.add_client_bytes(down=self._bytes_if_alone(self.sampled), plan=plans)
 
     def _count_again(self, asked: Retries, clients: Sequence[str]) -> None:
-        """What is sent a second time to clients that are asked again.
+        """Count what clients are sent a second time.
 
-        A node that lost plan or reference is a device where clients live on their nodes; elsewhere
-        it is a worker that speaks for clients of many devices, and none of those lost anything.
+        A node that lost plan or reference is a device where clients live on their nodes. Elsewhere
+        it is a simulation's worker, which stands for many devices, and none of those lost it.
         """
         self._ledger.add_client_bytes(down=self._bytes_if_alone(clients))
         if not self._population.homes:
@@ -215,11 +214,11 @@ class Requests:
             self._ledger.add_client_bytes(down=frames, plan=with_plan - frames)
 
     def _bytes_if_alone(self, names: Sequence[str], plan: bytes = b"") -> int:
-        """Bytes of requests to these clients, each alone with what it lacks of its tier."""
+        """Return the bytes of requests to these clients, each alone with what it lacks."""
         sizes: Counter[tuple[int, int]] = Counter()
         for name in names:
             tier = self._tiers.index(name)
-            sizes[tier, self.holders.of_client(name, tier)] += 1
+            sizes[tier, self.holders.reference_of_client(name, tier)] += 1
         return sum(count * self._solo(tier, held, plan) for (tier, held), count in sizes.items())
 
     def _solo(self, tier: int, held: int, plan: bytes) -> int:
@@ -228,10 +227,10 @@ class Requests:
 
 
 def wait_for_nodes(grid: Grid, limit_seconds: float) -> list[int]:
-    """The nodes that are there now; if there are none, wait for one, but not for ever.
+    """Return the online nodes; where there are none, wait for one.
 
     Raises:
-        RunError: None came in time.
+        RunError: No node connected within `limit_seconds`.
     """
     limit = time.monotonic() + limit_seconds
     while not (nodes := sorted(grid.get_node_ids())):

@@ -120,7 +120,7 @@ class SparseStrategy(Strategy):
         self._repeats: Counter[int] = Counter()
         self._values = from_arrays(arrays)
         self.rule.configure_train(server_round, arrays, config, grid)  # it notes the values
-        messages = self.requests.of_round(server_round, self._values, nodes)
+        messages = self.requests.first_requests(server_round, self._values, nodes)
         self._replies = Replies(
             server_round=server_round,
             plan=self.plan,
@@ -148,7 +148,7 @@ class SparseStrategy(Strategy):
         if not again or self._repeats[node] == MAX_REPEATS:
             return []
         self._repeats[node] += 1
-        return list(self._counted(self.requests.again(again)))
+        return list(self._counted(self.requests.retry_requests(again)))
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]

@@ -1,4 +1,4 @@
-"""Which tier each client is of, as the server knows it."""
+"""Assign a tier to each client: drawn from its name, unless its node names another."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ from fedpet.utils.seeds import client_id64
 
 
 class TierAssignment:
-    """Drawn from the client's name, unless its node says otherwise.
+    """Know the tier of each client.
 
-    What a node said is remembered for the rounds to come, but may be forgotten, as by a server that
-    takes up a run where another left it: the node says it again, within the round, when it is asked
-    for another tier. That costs it a message, and changes no result.
+    A tier that a node named is remembered for the rounds to come. A server that resumes a run has
+    forgotten it: the node names it again, within the round, when it is sent another tier. That
+    costs a message, and changes no result.
 
     Args:
         tiers: Of the plan, weakest first; mostly one.
         config: The plan's mask.
-        names: All clients; in a deployment those that are known from the start, maybe none.
+        names: All clients; in a deployment those known from the start, maybe none.
     """
 
     def __init__(
@@ -31,20 +31,20 @@ class TierAssignment:
         self._index = {name: self._draw(name) for name in names}
 
     def index(self, name: str) -> int:
-        """Of a client's tier among `tiers`."""
+        """Return the index of a client's tier among `tiers`."""
         if name not in self._index:
             self._index[name] = self._draw(name)
         return self._index[name]
 
     def of(self, name: str) -> Tier:
-        """A client's tier."""
+        """Return a client's tier."""
         return self.tiers[self.index(name)]
 
     def told(self, name: str, reason: str) -> bool:
-        """Note a node's answer that it trains this client at another tier than it was asked for.
+        """Note a refusal by which a node names the tier that it trains this client at.
 
         Returns:
-            Whether it was such an answer, and names another tier of the plan.
+            Whether the refusal names another tier of the plan.
         """
         if not reason.startswith(OTHER_TIER):
             return False
@@ -56,7 +56,7 @@ class TierAssignment:
         return False
 
     def num_clients(self) -> list[int]:
-        """Clients of each tier."""
+        """Return the number of clients of each tier."""
         counts = [0] * len(self.tiers)
         for index in self._index.values():
             counts[index] += 1

@@ -69,7 +69,7 @@ def check_first_token(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     """
     if _places_of(model, batch) is None:
         raise ConfigError(
-            "training.first-token-only needs an encoder that normalises after each residual sum, "
+            "training.cls-only needs an encoder that normalises after each residual sum, "
             "and a classifier that reads its first token alone, as BERT's do; "
             f"{type(model).__name__} is no such model: leave the key out, or set it to false."
         )

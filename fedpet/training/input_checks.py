@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedpet.backbone.device import device_of
 from fedpet.errors import BackboneError, ConfigError
-from fedpet.training.loop import inputs_of
+from fedpet.training.batching import inputs_of
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

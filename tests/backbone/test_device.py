@@ -90,11 +90,11 @@ _WHOLE_RUNS: dict[str, dict[str, Any]] = {
     "cut passes, tiers, proximal term, adjusted logits": {
         "structure_preset": "lnfit+hiwi-bias",
         "mask_tiers": ["0.01=0.5", "0.05=0.5"],
-        "training_first_token_only": True,
+        "training_cls_only": True,
         "strategy_name": "fedprox",
         "training_proximal_mu": 0.1,
         "training_logit_adjustment": 1.0,
-        "training_products": "onednn",
+        "training_matmul_backend": "onednn",
     },
     "a search on the clients": {
         "structure_preset": "none",
@@ -115,7 +115,7 @@ def test_a_whole_run_is_the_same_there(
     expected, found = experiment(**changes), experiment(**changes)
     before = run(expected)
     with _on(device) as there:
-        for module in ("client", "fedpet.run.prepare"):
+        for module in ("client.node", "run.prepare"):
             monkeypatch.setattr(f"fedpet.{module}.check_device", lambda _: str(there))
         after = run(found)
     assert after["refused"] == before["refused"] == []
@@ -172,7 +172,7 @@ def test_other_names_are_refused(experiment: Any) -> None:
 
 def test_a_real_node_says_itself_that_it_has_a_gpu(experiment: Any) -> None:
     simulated = NodeSettings.of(experiment(run_device="cuda"))
-    real = NodeSettings.of(experiment(run_device="cuda", population_partition="nodes"))
+    real = NodeSettings.of(experiment(run_device="cuda", clients_partition="nodes"))
     assert (simulated.device, real.device) == ("cuda", "cpu")
     assert real.on({"device": "cuda"}).device == "cuda"
 

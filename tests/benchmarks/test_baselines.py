@@ -37,7 +37,7 @@ def data(experiment: Any) -> FederatedData:
     settings = experiment()
     return load_data(
         settings.data,
-        settings.population,
+        settings.clients,
         locate(settings.backbone),
         cache=cache_folder(settings),
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.codec_table import MOST_LOST, TABLES, CodecRow, as_text, codec_rows, recommended
-from benchmarks.table import TableFile
+from benchmarks.tables import read_grid
 from fedpet.config import Experiment
 
 BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
@@ -54,9 +54,9 @@ def test_the_job_of_make_run_sends_by_the_recommended_codec() -> None:
     tables = [codec_rows(BENCHMARKS / "results" / name / "final") for name in TABLES]
     [method] = [
         method
-        for method in TableFile.read(BENCHMARKS / "codecs.toml").methods
+        for method in read_grid(BENCHMARKS / "codecs.toml").methods
         if method.name == recommended(tables)
     ]
-    shipped = BENCHMARKS.parent / "experiments" / "film-reviews.toml"
+    shipped = BENCHMARKS.parent / "simulations" / "experiments" / "film-reviews.toml"
     experiment = Experiment.from_file(shipped)
     assert Experiment.from_file(shipped, method.overrides).codec == experiment.codec

@@ -1,16 +1,17 @@
-"""The check of a GPU, rehearsed on the processor: it sees what is wrong, and one failure is one."""
+"""The check of a GPU, rehearsed on the processor; its table, and the committed result."""
 
 from __future__ import annotations
 
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 from in_process_run import threads_as_before
 
-from benchmarks import cuda_check, cuda_laws, cuda_models, cuda_sections
+from benchmarks import cuda_check, cuda_costs, cuda_laws, cuda_models, cuda_sections
 from fedpet.pet.model import PetModel
 
 _one_thread = pytest.fixture(autouse=True)(threads_as_before)
@@ -78,3 +79,35 @@ def test_the_file_keeps_what_an_earlier_call_found_of_other_sections(tmp_path: P
     again.begin("steps")
     again.put("steps", "full", 1.0)
     assert json.loads(path.read_text())["laws"]["mask"] is True
+
+
+RESULT = Path(cuda_check.__file__).parent / "results" / "cuda_check.json"
+
+
+def test_the_table_has_a_row_a_method_relative_to_bitfit_and_says_what_bounds_a_step() -> None:
+    found = json.loads(RESULT.read_text(encoding="utf-8"))
+    shown = cuda_check.as_text(found)
+    rows = [line for line in shown.splitlines() if line.startswith("| ")]
+    assert len(rows) == 1 + len(cuda_costs.METHODS)
+    assert [len(row.split("|")) for row in rows] == [len(cuda_costs.SETTINGS) + 4] * len(rows)
+    [floor] = [row for row in rows if row.startswith("| bitfit (torch) ")]
+    assert floor.count(" 1.00 ") == len(cuda_costs.SETTINGS)
+    assert "3.5 ms of a step of 19.8 ms" in " ".join(shown.split())
+    found["steps"]["bert-base 32x128 full"]["step_ms"] = 2 * 41.714
+    assert "| full | 1.01 | 2.00 |" in cuda_check.as_text(found)
+
+
+def test_the_committed_result_holds_every_law_and_names_no_place_on_a_machine() -> None:
+    text = RESULT.read_text(encoding="utf-8")
+    found = json.loads(text)
+    assert all(section["status"] == "done" for section in found.values())
+    assert found["laws"]["laws that do not hold"] == []
+    assert found["suite"]["tests"][0].startswith("52 passed")
+    runs = [run for run in found["run"].values() if isinstance(run, dict)]
+    assert runs
+    assert all(run["two runs there are the same to the bit"] for run in runs)
+    assert not re.search(r"/(opt|home|root|usr|tmp|work|mnt)/", text)
+
+
+def test_the_tests_that_ask_for_a_gpu_are_where_the_check_looks() -> None:
+    assert (cuda_laws.ROOT / "tests" / "backbone" / "test_device.py").exists()

@@ -23,7 +23,7 @@ def books(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     folder = tmp_path_factory.mktemp("books")
     rows = tiny.make_rows(folder / "rows", clients=2, rows_per_client=8)
     place = Place((tiny.make_backbone(folder / "backbone"), rows), folder, ["one", "two"])
-    large = {"mask_density": 0.9, "codec_up": "float32-raw", "codec_down": "float32-raw"}
+    large = {"mask_density": 0.9, "codec_uplink": "float32-raw", "codec_downlink": "float32-raw"}
     started = time.monotonic()
     with place.deploy(2, strategy_num_rounds=2, **large) as real:
         nodes = run_tapped(real, place.names, limit_seconds=RUN_SECONDS)

@@ -122,7 +122,7 @@ def test_a_row_whose_client_is_empty_is_refused(
 def test_clients_with_too_few_rows_leave_nobody(
     refused: Refusal, with_rows: Callable[..., list[str]]
 ) -> None:
-    said = refused(*with_rows(ROWS, "population.min-rows=21"))
+    said = refused(*with_rows(ROWS, "clients.min-rows=21"))
     assert "21" in said
 
 
@@ -139,7 +139,7 @@ def test_a_hub_out_of_reach_is_refused_with_what_to_do(refused: Refusal) -> None
 
 
 def test_an_unknown_codec_is_refused(refused: Refusal, with_rows: Callable[..., list[str]]) -> None:
-    assert "float32" in refused(*with_rows(ROWS, "codec.up='morse'"))
+    assert "float32" in refused(*with_rows(ROWS, "codec.uplink='morse'"))
 
 
 def test_an_unknown_preset_is_refused(

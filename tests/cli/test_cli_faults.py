@@ -64,7 +64,7 @@ def process(*arguments: str, **options: Any) -> subprocess.CompletedProcess[str]
     """A command in a process of its own."""
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
     return subprocess.run(
-        [sys.executable, "-m", "fedpet.cli.main", *arguments],
+        [sys.executable, "-m", "fedpet.cli", *arguments],
         env=environment,
         text=True,
         stderr=subprocess.PIPE,
@@ -156,8 +156,8 @@ def test_an_output_without_room_is_one_sentence(run_folder: Path) -> None:
 @pytest.mark.parametrize(
     "arguments",
     [
-        ("mask", "embedded", "--out", "absent/x"),
-        ("mask", "embedded", "--out", "."),
+        ("mask", "bundled", "--out", "absent/x"),
+        ("mask", "bundled", "--out", "."),
         ("estimate", "--json", "absent/x"),
         ("estimate", "--json", "."),
         ("report", "run", "--out", "absent/x"),
@@ -208,9 +208,9 @@ def test_a_process_without_a_home_folder_is_told_what_to_set() -> None:
         "import os, pwd, sys\n"
         "def none(uid): raise KeyError(uid)\n"
         "pwd.getpwuid = none\n"
-        "from fedpet import cli\n"
+        "from fedpet.cli.main import main\n"
         "sys.argv = ['fedpet', *sys.argv[1:]]\n"
-        "cli.main()\n"
+        "main()\n"
     )
 
     def homeless(*arguments: str, **given: str) -> subprocess.CompletedProcess[str]:

@@ -15,10 +15,10 @@ from fedpet.client.node_config import NodeSettings, cache_folder, make_cache
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodeSpec
 from fedpet.errors import ConfigError, DataError
+from fedpet.export.saved_run import merge_run
 from fedpet.run import flower_server
 from fedpet.run.checkpoint_file import write_journal
 from fedpet.run.federate import prepare
-from fedpet.run.merge import merge_run
 from fedpet.run.resume import check_journal, cut_short, journal_after
 from fedpet.run.run_folder import new_run_folder
 from fedpet.utils.paths import absolute, check_output
@@ -119,8 +119,8 @@ def leave_journal(settings: Experiment) -> None:
 
 def test_names_that_are_no_files_here_stay_names(tmp_path: Path, monkeypatch: Any) -> None:
     monkeypatch.chdir(tmp_path)
-    (tmp_path / "embedded").mkdir()
-    for name in ("embedded", "package:some-weights", "owner/name", "owner/name:part@revision"):
+    (tmp_path / "bundled").mkdir()
+    for name in ("bundled", "package:some-weights", "owner/name", "owner/name:part@revision"):
         tables = {"backbone": {"model": name}, "data": {"source": name}}
         settings = Experiment.from_tables(tables)
         assert settings.located() == settings
@@ -170,7 +170,7 @@ def test_flower_s_server_refuses_a_relative_path(
 
 def test_a_deployment_s_paths_are_relative_to_its_own_folders(relative: Experiment) -> None:
     tables = relative.to_tables()
-    tables["population"]["partition"] = "nodes"
+    tables["clients"]["partition"] = "nodes"
     flower_server.refuse_relative(Experiment.from_tables(tables))
 
 

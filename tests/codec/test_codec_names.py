@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from sending import codec_of
 from vectors import CODECS
 
 from fedpet.codec import check_codec, check_codecs
@@ -51,17 +52,17 @@ def test_a_number_no_codec_has_is_refused(number):
 @pytest.mark.parametrize(
     ("codec", "words"),
     [
-        (CodecConfig(head_up="int7"), "unknown codec 'int7'"),
-        (CodecConfig(head_down="eden-9"), "unknown codec 'eden-9'"),
-        (CodecConfig(error_feedback=True), "loses nothing"),
+        (codec_of(head_uplink="int7"), "unknown codec 'int7'"),
+        (codec_of(head_downlink="eden-9"), "unknown codec 'eden-9'"),
+        (codec_of(error_feedback=True), "loses nothing"),
     ],
 )
 def test_codecs_that_do_not_go_together_are_refused(codec: CodecConfig, words: str) -> None:
     with pytest.raises(ConfigError, match=words):
         check_codecs(codec)
-    check_codecs(CodecConfig(head_up="int4", error_feedback=True))
+    check_codecs(codec_of(head_uplink="int4", error_feedback=True))
 
 
 def test_an_unknown_downlink_is_refused_with_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="changes, values"):
-        CodecConfig(downlink="everything")
+    with pytest.raises(ConfigError, match="delta, full"):
+        codec_of(downlink_mode="everything")

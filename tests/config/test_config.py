@@ -54,7 +54,7 @@ def test_every_built_in_experiment_reads(repository: Path) -> None:
         ("mask.density=true", "type float"),
         ("data.metric=pearson", "regression"),
         ("data.text-columns=[]", "two for pairs"),
-        ("population.alpha=0", "above 0"),
+        ("clients.dirichlet-alpha=0", "above 0"),
         ("strategy.quorum=1.5", "fraction"),
         ("strategy.name=fedsgd", "fedavg"),
         ("training.learning-rate=-1", "above 0"),

@@ -11,9 +11,9 @@ import numpy as np
 import pytest
 
 from fedpet.config import (
+    ClientsConfig,
     Experiment,
     MaskConfig,
-    PopulationConfig,
     SearchConfig,
     StrategyConfig,
     StructureConfig,
@@ -81,9 +81,9 @@ def test_no_number_is_taken_outside_its_range_nor_one_that_is_none(
         ("structure.scale=0", "above 0"),
         ("strategy.round-deadline-seconds=nan", "above 0 and finite"),
         ("strategy.node-wait-seconds=-1", "at least 0"),
-        ("population.seed=-1", "at least 0"),
+        ("clients.seed=-1", "at least 0"),
         ("data.max-train-rows=-1", "at least 0"),
-        ("population.alpha=inf", "above 0 and finite"),
+        ("clients.dirichlet-alpha=inf", "above 0 and finite"),
         ("search.budget=nan", "fraction of the backbone"),
         ("training.proximal-mu=inf", "at least 0 and finite"),
         ("mask.density=nan", r"in (0, 1], got nan. It is a fraction"),
@@ -115,7 +115,7 @@ def test_the_limits_of_a_range_are_themselves_what_they_say() -> None:
 def test_numpy_s_numbers_become_python_s_in_every_stage() -> None:
     mask = MaskConfig(density=np.float64(0.5), seed=np.int64(3))  # type: ignore[arg-type]
     training = TrainingConfig(learning_rate=np.float32(0.5), threads=np.int32(2))  # type: ignore[arg-type]
-    population = PopulationConfig(alpha=np.float64(0.3), num_clients=np.int64(7))  # type: ignore[arg-type]
+    population = ClientsConfig(dirichlet_alpha=np.float64(0.3), num_clients=np.int64(7))  # type: ignore[arg-type]
     search = SearchConfig(budget=np.int64(2000))  # type: ignore[arg-type]
     for config in (mask, training, population, search, StructureConfig(scale=np.float64(2.0))):
         json.dumps(dataclasses.asdict(config))  # numpy's integers would not

@@ -13,7 +13,7 @@ from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, write
 from tiny import Silent, make_backbone, make_experiment, make_rows
 
 from fedpet.client.node_config import NodeSettings
-from fedpet.config import DataConfig, PopulationConfig
+from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import (
     ClassCount,
     FederatedData,
@@ -59,7 +59,7 @@ def test_classes_are_counted_by_the_rows_of_those_who_take_part(
     write(tmp_path / "test.jsonl", some_rows(5))
     loaded = load_data(
         DataConfig(source=str(tmp_path)),
-        PopulationConfig(client_column="owner", min_rows=2),
+        ClientsConfig(client_column="owner", min_rows=2),
         tokenizer_folder,
         cache=tmp_path / "cache",
     )
@@ -189,7 +189,7 @@ def test_rows_read_used_and_left_out_add_up_in_every_format_from_the_cache_as_we
         case _:
             dataset.to_csv(tmp_path / name, sep="\t")
     data = DataConfig(source=str(tmp_path / name), max_train_rows=40, max_eval_rows=5)
-    population = PopulationConfig(client_column="owner", min_rows=8)
+    population = ClientsConfig(client_column="owner", min_rows=8)
     for _ in range(2):
         loaded = load_data(data, population, tokenizer_folder, cache=tmp_path / "cache")
         told = add_up(loaded)
@@ -203,7 +203,7 @@ def test_rows_read_used_and_left_out_add_up_in_every_format_from_the_cache_as_we
         assert set(told["train"][2]) <= {
             "held out to evaluate on",
             "beyond data.max-train-rows",
-            "of clients below population.min-rows",
+            "of clients below clients.min-rows",
         }
 
 
@@ -225,5 +225,5 @@ def test_rows_that_a_partitioner_gives_to_nobody_are_told_apart(
         cache=tmp_path / "cache",
         partitioner=First(),
     )
-    left_out = {"of no client": 5, "of clients below population.min-rows": 1}
+    left_out = {"of no client": 5, "of clients below clients.min-rows": 1}
     assert add_up(loaded)["train"] == (10, 4, left_out)

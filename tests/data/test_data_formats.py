@@ -22,14 +22,14 @@ from hypothesis import strategies as st
 from text_fixtures import WORDS, save_tokenizer
 
 import fedpet.data.dataset as load_module
-from fedpet.config import DataConfig, PopulationConfig
+from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import FederatedData, count_clients, load_data
 from fedpet.data.padding import Padding
 from fedpet.data.sources import open_source
 from fedpet.errors import DataError
 
 Row = dict[str, Any]
-EVERYBODY = PopulationConfig(min_rows=1)
+EVERYBODY = ClientsConfig(min_rows=1)
 POOLS: dict[str, list[Any]] = {
     "int": [0, 1, 2],
     "int from 1": [1, 2, 3, 4, 5],

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 from text_fixtures import WORDS, save_tokenizer, write
 
-from fedpet.config import DataConfig, PopulationConfig
+from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import FederatedData, load_data, load_evaluation
 from fedpet.data.task import check_label_names, encode_labels, name_of_label, read_off_label_names
 from fedpet.errors import ConfigError, DataError
 
 WHERE = "split 'train'"
-ONE = PopulationConfig(partition="iid", num_clients=1, min_rows=1)
+ONE = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
 
 
 @pytest.fixture(scope="module")

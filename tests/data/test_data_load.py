@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, texts_of, two_splits, write
 from transformers import AutoTokenizer
 
-from fedpet.config import DataConfig, PopulationConfig
+from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import load_data
 from fedpet.data.dataset import _choose
 from fedpet.errors import DataError
@@ -65,7 +65,7 @@ def test_a_regression_has_float_labels_and_no_label_names(
 def test_natural_clients_own_the_rows_that_name_them(
     folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
-    population = PopulationConfig(client_column="owner")
+    population = ClientsConfig(client_column="owner")
     data = DataConfig(source=str(folder))
     for _ in range(2):  # read, and from the cache
         loaded = load_data(data, population, tokenizer_folder, cache=tmp_path / "cache")
@@ -85,7 +85,7 @@ def test_a_client_below_the_least_number_of_rows_is_left_out_and_counted(
     write(tmp_path / "set" / "train.jsonl", rows)
     loaded = load_data(
         DataConfig(source=str(tmp_path / "set"), eval_split="train"),
-        PopulationConfig(client_column="owner", min_rows=8),
+        ClientsConfig(client_column="owner", min_rows=8),
         tokenizer_folder,
         cache=tmp_path / "cache",
     )
@@ -111,7 +111,7 @@ def test_a_partitioner_from_outside_sees_all_columns_and_deals_out_the_rows(
         )
         natural = load_data(
             data,
-            PopulationConfig(client_column="owner", min_rows=2),
+            ClientsConfig(client_column="owner", min_rows=2),
             tokenizer_folder,
             cache=tmp_path / "cache",
         )
@@ -138,7 +138,7 @@ def test_classes_that_the_source_names_keep_its_order_unless_another_is_configur
     dataset.to_parquet(str(tmp_path / "set" / "train.parquet"))
     loaded = load_data(
         DataConfig(source=str(tmp_path / "set"), eval_split="train", label_names=configured),
-        PopulationConfig(partition="iid", num_clients=1, min_rows=1),
+        ClientsConfig(partition="iid", num_clients=1, min_rows=1),
         tokenizer_folder,
         cache=tmp_path / "cache",
     )

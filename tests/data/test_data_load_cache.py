@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, texts_of, two_splits, write
 
 import fedpet.data.dataset as load_module
-from fedpet.config import DataConfig, PopulationConfig
+from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import FederatedData, hash_tokenizer, load_data
 
 
@@ -52,7 +52,7 @@ def test_a_second_start_gives_the_same_bytes_and_tokenises_nothing(
     home = tmp_path_factory.mktemp("set")
     write(home / "train.jsonl", some_rows(num_rows, seed))
     data = DataConfig(source=str(home), eval_split="train")
-    population = PopulationConfig(partition="dirichlet", num_clients=2, min_rows=1, seed=seed)
+    population = ClientsConfig(partition="dirichlet", num_clients=2, min_rows=1, seed=seed)
     first = load_data(data, population, tokenizer_folder, cache=home / "cache")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(load_module, "tokenize_rows", None)  # not callable: a call would fail
@@ -64,15 +64,15 @@ def test_a_start_from_the_cache_imports_no_library_that_takes_seconds(
     folder: Path, tokenizer_folder: Path, tmp_path: Path
 ) -> None:
     cache = tmp_path / "cache"
-    population = PopulationConfig(client_column="owner")
+    population = ClientsConfig(client_column="owner")
     load_data(DataConfig(source=str(folder)), population, tokenizer_folder, cache=cache)
     program = f"""
 import sys
 from pathlib import Path
-from fedpet.config import DataConfig, PopulationConfig
+from fedpet.config import DataConfig, ClientsConfig
 from fedpet.data import load_data
 data = DataConfig(source={str(folder)!r})
-population = PopulationConfig(client_column="owner")
+population = ClientsConfig(client_column="owner")
 load_data(data, population, Path({str(tokenizer_folder)!r}), cache=Path({str(cache)!r}))
 print(sorted({{"datasets", "pandas", "pyarrow", "transformers", "tokenizers"}} & set(sys.modules)))
 """

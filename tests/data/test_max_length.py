@@ -73,7 +73,7 @@ def test_a_max_length_above_the_positions_is_refused_before_the_run(
             "run": {"cache": str(tmp_path / "cache")},
             "backbone": {"model": str(backbone)},
             "data": {"source": str(tmp_path / "rows"), "max-length": max_length},
-            "population": {"client-column": "client"},
+            "clients": {"client-column": "client"},
             "structure": {"preset": "lnfit"},
         }
         prepare(Experiment.from_tables(tables), Silent())

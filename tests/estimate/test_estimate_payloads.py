@@ -12,16 +12,16 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sending import codec_of
 from tiny import Silent
 
 from fedpet.codec import encode_positions, max_payload_bytes
-from fedpet.config import CodecConfig, Experiment, StrategyConfig, TrainingConfig
+from fedpet.config import Experiment, StrategyConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.estimate import estimate, outline
 from fedpet.estimate.message_sizes import CHUNK_BYTES, made_up_plan, message_bytes
 from fedpet.estimate.participants import Participant
-from fedpet.estimate.payload_simulation import Payloads, payloads
-from fedpet.estimate.server_optimizer import ServerRule
+from fedpet.estimate.payload_simulation import Payloads, Server, payloads
 from fedpet.pet.structure import Structure
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import single_client_bytes
@@ -50,7 +50,7 @@ def lengths_of(
         structure=Structure(),
         num_values=sum(size for _, size in kinds),
         layout="",
-        codec=CodecConfig(up=codec, down=codec, downlink="values"),
+        codec=codec_of(uplink=codec, downlink=codec, downlink_mode="full"),
         training=training or TrainingConfig(),
         num_rounds=len(rows),
         seed=0,
@@ -72,10 +72,8 @@ FLOWERS: dict[str, tuple[type[flower.FedAvg], dict[str, float]]] = {
 def test_the_server_is_taken_to_move_as_flower_s_does(name: str) -> None:
     LocalGrid({})  # names the run that messages are of
     kind, parameters = FLOWERS[name]
-    theirs, ours = (
-        kind(**parameters),
-        ServerRule(StrategyConfig(name=name, **parameters), TrainingConfig()),
-    )
+    config = StrategyConfig(name=name, **parameters)
+    theirs, ours = kind(**parameters), Server(config, TrainingConfig())
     theirs.fraction_train = 0.0
     random = np.random.default_rng(0)
     start = random.standard_normal(50, dtype=np.float32)
@@ -164,7 +162,7 @@ def test_a_large_model_is_estimated_in_seconds(tmp_path: Path) -> None:
 
     LlamaConfig().save_pretrained(tmp_path)
     settings = Experiment.from_tables(
-        {"backbone": {"model": str(tmp_path / "config.json")}, "codec": {"up": "eden-2"}}
+        {"backbone": {"model": str(tmp_path / "config.json")}, "codec": {"uplink": "eden-2"}}
     )
     tracemalloc.start()
     try:

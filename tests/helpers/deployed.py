@@ -66,8 +66,8 @@ class Place:
     def expected(self, names: list[str], **changes: Any) -> str:
         """The hash of a run with these nodes alone, all honest, in this process."""
         settings = self.experiment("expected", **changes)
-        population = replace(settings.population, partition="nodes", num_clients=len(names))
-        settings = replace(settings, population=population)
+        population = replace(settings.clients, partition="nodes", num_clients=len(names))
+        settings = replace(settings, clients=population)
         handlers: dict[int, Callable[[bytes], bytes]] = {}
         for name in names:
             path = self.folder / "expected-nodes" / name / "data.jsonl"

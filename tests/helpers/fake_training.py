@@ -7,9 +7,10 @@ from typing import Any
 
 import numpy as np
 from flwr.app import Message
+from sending import codec_of
 
 from fedpet.codec import decode_values, encode_values
-from fedpet.config import CodecConfig, StrategyConfig, TrainingConfig
+from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.pet.structure import Structure
 from fedpet.pet.tiers import Tier
@@ -58,7 +59,7 @@ def make_plan(**changes: Any) -> Plan:
         "structure": Structure(()),
         "num_values": NUM_VALUES,
         "layout": "",
-        "codec": CodecConfig(),
+        "codec": codec_of(),
         "training": TrainingConfig(proximal_mu=0.5),
         "num_rounds": 4,
         "seed": 11,

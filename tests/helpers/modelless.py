@@ -17,10 +17,10 @@ from fedpet.client.node import LoadedPlan, Node
 from fedpet.client.node_config import NodeSettings
 from fedpet.config import (
     BackboneConfig,
+    ClientsConfig,
     CodecConfig,
     DataConfig,
     MaskConfig,
-    PopulationConfig,
     StrategyConfig,
     TrainingConfig,
 )
@@ -98,8 +98,8 @@ class FakePet:
     def parameter_groups(self) -> dict[str, Any]:
         return {}
 
-    def proximal(self, mu: float) -> None:
-        return None
+    def sent_values(self) -> tuple[list[Any], list[Any]]:
+        return [], []
 
     def load_values(self, values: torch.Tensor, *, seed: int) -> None:
         self._values = values.clone()
@@ -141,7 +141,7 @@ def train_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def node_settings(cache: Path) -> NodeSettings:
     return NodeSettings(
-        backbone=BackboneConfig(), data=DataConfig(), population=PopulationConfig(), cache=cache
+        backbone=BackboneConfig(), data=DataConfig(), population=ClientsConfig(), cache=cache
     )
 
 

@@ -20,8 +20,8 @@ from fedpet.run.local_grid import LocalGrid
 def on_nodes(experiment: Callable[..., Experiment], **changes: Any) -> Experiment:
     """The experiment with its clients on the nodes; the server's folder holds test rows only."""
     settings = experiment(
-        population_partition="nodes",
-        **{"population_num_clients": 6, "strategy_node_wait_seconds": 5.0, **changes},
+        clients_partition="nodes",
+        **{"clients_num_clients": 6, "strategy_node_wait_seconds": 5.0, **changes},
     )
     server = Path(settings.run.out).parent / "server"
     server.mkdir(exist_ok=True)

@@ -16,7 +16,12 @@ from fedpet.run import central_search
 from fedpet.run.progress import SearchBar
 
 BUDGET = 600
-SEARCH = ("search.epochs=2", "search.batch-size=8", "search.evaluate-every=3", "search.rate=0.01")
+SEARCH = (
+    "search.epochs=2",
+    "search.batch-size=8",
+    "search.evaluate-every=3",
+    "search.learning-rate=0.01",
+)
 
 Search = Callable[..., Structure]
 
@@ -40,7 +45,7 @@ model = "{backbone}"
 [data]
 source = "{rows}"
 max-length = 16
-[population]
+[clients]
 client-column = "nobody"
 [mask]
 enabled = false

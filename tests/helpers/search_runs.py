@@ -17,7 +17,7 @@ SEARCH = {
     "search_federated": True,
     "search_budget": BUDGET,
     "search_batch_size": 4,
-    "search_rate": 0.01,
+    "search_learning_rate": 0.01,
     "search_rounds": 3,
     "search_local_steps": 2,
     "strategy_num_rounds": 1,

@@ -13,12 +13,12 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
-from fedpet.config import PopulationConfig
+from fedpet.config import ClientsConfig
 from fedpet.data import Rows
 
 WORDS = [f"w{i}" for i in range(40)]
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
-TWO_OR_MORE = PopulationConfig(partition="iid", num_clients=4, min_rows=2)
+TWO_OR_MORE = ClientsConfig(partition="iid", num_clients=4, min_rows=2)
 
 
 def save_tokenizer(folder: Path, words: list[str], **special: str) -> Path:

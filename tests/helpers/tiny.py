@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from sending import LOSSLESS
 
 from fedpet.config import Experiment
 from fedpet.run.callbacks import Callback
@@ -91,10 +92,11 @@ def make_experiment(backbone: Path, rows: Path, out: Path, **changes: object) ->
         "run": {"name": "tiny", "out": str(out), "workers": 2, "cache": str(out.parent / "cache")},
         "backbone": {"model": str(backbone)},
         "data": {"source": str(rows), "max-length": 16},
-        "population": {"client-column": "client", "min-rows": 2},
+        "clients": {"client-column": "client", "min-rows": 2},
         "mask": {"density": 0.05},
         "structure": {"preset": "lnfit+ln-bias+hiwi-bias+lora", "rank": 2},
         "training": {"learning-rate": 0.01, "batch-size": 4},
+        "codec": {key.replace("_", "-"): value for key, value in LOSSLESS.items()},
         "strategy": {"num-rounds": 3, "clients-per-round": 4},
     }
     for key, value in changes.items():

@@ -10,15 +10,22 @@ from typing import Any
 
 import numpy as np
 from modelless import FakeNode, Forgetful, Handler, make_plan, make_strategy, node_settings, start
+from sending import codec_of
 
 from fedpet.config import CodecConfig, MaskConfig
 
-CHANGES = CodecConfig(up="eden-4", down="eden-3")
-VALUES = CodecConfig(up="eden-3", down="eden-5", downlink="values")  # what `make run` sends
-VALUES_FEEDBACK = replace(VALUES, up="topk-0.1+eden-4", head_down="int8", error_feedback=True)
-FEEDBACK = CodecConfig(up="topk-0.1+eden-4", error_feedback=True)
-ALL = CodecConfig(
-    up="topk-0.1+eden-4", head_up="int8", down="eden-2", head_down="int4", error_feedback=True
+CHANGES = codec_of(uplink="eden-4", downlink="eden-3")
+VALUES = codec_of(uplink="eden-3", downlink="eden-5", downlink_mode="full")  # what `make run` sends
+VALUES_FEEDBACK = replace(
+    VALUES, uplink="topk-0.1+eden-4", head_downlink="int8", error_feedback=True
+)
+FEEDBACK = codec_of(uplink="topk-0.1+eden-4", error_feedback=True)
+ALL = codec_of(
+    uplink="topk-0.1+eden-4",
+    head_uplink="int8",
+    downlink="eden-2",
+    head_downlink="int4",
+    error_feedback=True,
 )
 
 

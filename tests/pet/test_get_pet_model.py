@@ -9,11 +9,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, backbone, batch, loss_of
 
-from fedpet.config import MaskConfig
-from fedpet.errors import BackboneError, ConfigError, StructureError
-from fedpet.pet.factory import get_pet_model
-from fedpet.pet.model import PetModel
-from fedpet.pet.pet_config import (
+from fedpet import (
     AdapterConfig,
     BitFitConfig,
     CustomModuleConfig,
@@ -22,6 +18,10 @@ from fedpet.pet.pet_config import (
     LoraConfig,
     PetConfig,
 )
+from fedpet.config import MaskConfig
+from fedpet.errors import BackboneError, ConfigError, StructureError
+from fedpet.pet.factory import get_pet_model
+from fedpet.pet.model import PetModel
 from fedpet.pet.structure import ModuleSpec, Structure
 
 ALL = PetConfig(

@@ -9,10 +9,10 @@ import torch
 from architectures import backbone, batch
 from fake_gpu import second_device
 
+from fedpet import HiwiConfig, LayerNormConfig, LoraConfig, PetConfig
 from fedpet.config import MaskConfig
 from fedpet.pet.factory import get_pet_model
 from fedpet.pet.model import PetModel
-from fedpet.pet.pet_config import HiwiConfig, LayerNormConfig, LoraConfig, PetConfig
 
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
 DEVICES = ["second", pytest.param("cuda", marks=with_gpu)]

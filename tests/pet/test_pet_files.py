@@ -13,12 +13,12 @@ from architectures import ARCHITECTURES, backbone, batch, loss_of, mask_of
 from safetensors.torch import load_file
 from tiny import Silent
 
+from fedpet import HiwiConfig, LayerNormConfig, LoraConfig, PetConfig
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.config import BackboneConfig, Experiment, MaskConfig
 from fedpet.errors import BackboneError, InputError
 from fedpet.pet.factory import get_pet_model
 from fedpet.pet.model import PetModel
-from fedpet.pet.pet_config import HiwiConfig, LayerNormConfig, LoraConfig, PetConfig
 from fedpet.pet.pet_files import VALUES_FILE
 from fedpet.pet.structure import Structure
 from fedpet.protocol.plan import Plan
@@ -98,7 +98,7 @@ def test_a_mask_that_no_configuration_gives_is_saved_with_its_positions(tmp_path
     assert torch.equal(again.get_delta(), pet.get_delta())
 
 
-@pytest.mark.parametrize("broadcast", ["derived", "explicit"])
+@pytest.mark.parametrize("broadcast", ["recompute", "send"])
 def test_the_model_of_a_run_is_saved_and_loaded_on_a_model_of_the_user_s_own(
     broadcast: str, experiment: Callable[..., Experiment], files: tuple[Path, Path], tmp_path: Path
 ) -> None:

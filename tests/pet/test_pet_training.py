@@ -15,11 +15,7 @@ import torch
 from architectures import ARCHITECTURES, backbone, batch, loss_of
 from torch import Tensor, nn
 
-from fedpet.config import MaskConfig, TrainingConfig
-from fedpet.data import Rows, Task
-from fedpet.pet.factory import get_pet_model
-from fedpet.pet.model import PetModel
-from fedpet.pet.pet_config import (
+from fedpet import (
     AdapterConfig,
     BitFitConfig,
     HiwiConfig,
@@ -27,7 +23,12 @@ from fedpet.pet.pet_config import (
     LoraConfig,
     PetConfig,
 )
-from fedpet.training.loop import batches, train_rows
+from fedpet.config import MaskConfig, TrainingConfig
+from fedpet.data import Rows, Task
+from fedpet.pet.factory import get_pet_model
+from fedpet.pet.model import PetModel
+from fedpet.training.batching import batches
+from fedpet.training.loop import train_rows
 from fedpet.utils.seeds import derive_seed
 
 TASK = Task("classification", ("bad", "good"), "accuracy")

@@ -9,7 +9,8 @@ import fedpet
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.config import BackboneConfig, TrainingConfig
 from fedpet.data import Rows, Task
-from fedpet.training.loop import batches, train_rows
+from fedpet.training.batching import batches
+from fedpet.training.loop import train_rows
 from fedpet.utils.seeds import derive_seed
 
 CONFIG = fedpet.PetConfig(

@@ -155,4 +155,4 @@ def test_what_onednn_cannot_do_torch_does(monkeypatch: pytest.MonkeyPatch) -> No
 
 def test_other_products_are_refused_in_a_sentence() -> None:
     with pytest.raises(ConfigError, match="products must be one of torch, onednn, got"):
-        TrainingConfig(products="blas")
+        TrainingConfig(matmul_backend="blas")

@@ -10,7 +10,14 @@ import torch
 from architectures import backbone, batch, loss_of
 from torch import Tensor, nn
 
-from fedpet import CustomModuleConfig, GatedModule, PetConfig, get_pet_model, register_module
+from fedpet import (
+    CustomModuleConfig,
+    GatedModule,
+    ModuleConfig,
+    PetConfig,
+    get_pet_model,
+    register_module,
+)
 from fedpet.backbone.module_roles import find_target_modules
 from fedpet.config import TrainingConfig
 from fedpet.errors import ConfigError
@@ -18,6 +25,10 @@ from fedpet.pet.model import PetModel
 from fedpet.pet.modules.registry import DENSE, KINDS, PRESETS, linears
 from fedpet.pet.structure import ModuleSpec, Structure, preset
 from fedpet.search.space import SPACES, build_space
+
+
+class GainConfig(ModuleConfig):
+    """Names gains in a `PetConfig`."""
 
 
 class Gain(GatedModule):
@@ -53,6 +64,7 @@ def gain() -> Iterator[None]:
         targets=DENSE,
         usual=linears("value"),
         size=lambda d_in, d_out, rank: d_out,
+        config=GainConfig,
         spaces={"mergeable": linears("value")},
     )(Gain)
     yield
@@ -106,9 +118,59 @@ def test_structure_search_space_rates_and_estimate_know_it_from_its_registration
     space = build_space(backbone("bert").model, "mergeable")
     candidates = [c for c in space.candidates if c.spec.kind == "gain"]
     assert [candidate.size for candidate in candidates] == [32, 32]
-    assert not any(kind == "gain" for kind, _ in SPACES["mergeable"])
     assert TrainingConfig(learning_rates=("gain=0.5",)).rate_of("gain") == 0.5
     assert KINDS["gain"].gradient > 0
+
+
+@pytest.mark.usefixtures("gain")
+def test_its_own_configuration_names_it_as_the_name_does() -> None:
+    positions = find_target_modules(_model())
+    for where in (None, ["query"], "all-linear"):
+        own = PetConfig(modules=[GainConfig(target_modules=where)])
+        named = PetConfig(modules=[CustomModuleConfig(kind="gain", target_modules=where)])
+        assert own.structure(positions) == named.structure(positions)
+
+
+def test_a_configuration_that_no_kind_is_registered_with_is_refused() -> None:
+    with pytest.raises(ConfigError, match="GainConfig belongs to no kind of module"):
+        PetConfig(modules=[GainConfig()]).structure(find_target_modules(_model()))
+
+
+@pytest.mark.usefixtures("gain")
+def test_in_a_space_it_stands_behind_the_kinds_that_come_with_fedpet() -> None:
+    space = build_space(backbone("bert").model, "mergeable")
+    of_value = [
+        c.spec.kind for c in space.candidates if c.spec.target.endswith("0.attention.self.value")
+    ]
+    assert of_value == ["lora", "bitfit", "gain"]
+
+
+@pytest.mark.parametrize(
+    ("space", "kinds"),
+    [
+        ("mergeable", {
+            "ffn-up": ["lora", "hiwi-weight", "bitfit", "hiwi-bias"],
+            "attention-norm": ["lnfit", "ln-bias"],
+            "key": ["lora"],
+            "pooler": ["lora", "bitfit"],
+        }),
+        ("s3pet-mix", {
+            "ffn-up": ["lora-factors", "bitfit"],
+            "attention-norm": ["bitfit", "lnfit"],
+            "key": ["lora-factors", "bitfit"],
+            "self-attention": ["lowrank-adapter"],
+        }),
+        ("s3pet-lora", {"ffn-up": ["lora-factors"], "key": ["lora-factors"], "ffn-norm": []}),
+    ],
+)  # fmt: skip
+def test_the_candidates_of_a_position_have_the_order_that_searches_always_had(
+    space: str, kinds: dict[str, list[str]]
+) -> None:
+    candidates = build_space(backbone("bert").model, space).candidates
+    for role, expected in kinds.items():
+        found = [c for c in candidates if c.position.role == role]
+        first = [c.spec.kind for c in found if c.spec.target == found[0].spec.target]
+        assert first == expected, role
 
 
 @pytest.mark.usefixtures("gain")

@@ -17,6 +17,7 @@ import pytest
 from frame_mutations import attack
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from sending import codec_of
 
 from fedpet.client.global_values import Start, decode_global_values, frames_by_tier
 from fedpet.codec import VectorCodec
@@ -128,12 +129,12 @@ def test_an_attack_costs_no_more_memory_than_its_plan_allows(codec):
 LAYOUT = [Segment("mask", "w", 0, 150), Segment("head", "h", 150, 30)]
 FIRST = 2  # the round whose reference the node holds
 NODE_CODECS = (
-    CodecConfig(down="eden-4"),
-    CodecConfig(down="int8", head_down="bfloat16"),
-    CodecConfig(down="topk-0.1+eden-2", head_down="float32"),
-    CodecConfig(down="bfloat16", downlink="values"),
-    CodecConfig(down="eden-1", head_down="int4-raw", downlink="values"),
-    CodecConfig(down="float32"),
+    codec_of(downlink="eden-4"),
+    codec_of(downlink="int8", head_downlink="bfloat16"),
+    codec_of(downlink="topk-0.1+eden-2", head_downlink="float32"),
+    codec_of(downlink="bfloat16", downlink_mode="full"),
+    codec_of(downlink="eden-1", head_downlink="int4-raw", downlink_mode="full"),
+    codec_of(downlink="float32"),
 )
 
 

@@ -52,7 +52,7 @@ def entropy_bytes(mask: Mask) -> float:
     return total / 8
 
 
-@pytest.mark.parametrize("broadcast", ["derived", "explicit"])
+@pytest.mark.parametrize("broadcast", ["recompute", "send"])
 def test_a_plan_survives_its_bytes_and_builds_the_same_model(folder: Path, broadcast: str) -> None:
     plan = plan_of(folder, broadcast=broadcast)
     data = plan.to_bytes()
@@ -68,7 +68,7 @@ def test_an_explicit_and_a_derived_plan_name_the_same_entries_in_the_same_order(
 ) -> None:
     backbone = load(folder)
     derived = plan_of(folder)._mask(backbone)
-    explicit = plan_of(folder, broadcast="explicit")._mask(backbone)
+    explicit = plan_of(folder, broadcast="send")._mask(backbone)
     assert derived is not None
     assert explicit is not None
     assert list(derived.positions) == list(explicit.positions)
@@ -144,7 +144,7 @@ def test_a_mask_by_another_rule_than_the_hash_says_is_refused(folder: Path) -> N
 
 @pytest.fixture(scope="module")
 def some_bytes(folder: Path) -> bytes:
-    return plan_of(folder, broadcast="explicit").to_bytes()
+    return plan_of(folder, broadcast="send").to_bytes()
 
 
 @given(data=st.data())

@@ -7,6 +7,7 @@ from pathlib import Path as FilePath
 import numpy as np
 import pytest
 from modelless import NUM_VALUES, SEED, TWO_TIERS, FakePet, make_plan
+from sending import codec_of
 
 from fedpet.client.global_values import decode_global_values, frames_by_tier
 from fedpet.client.state_store import NodeState, state_folder
@@ -18,7 +19,7 @@ from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import REFERENCE_MISSING, Path, Request
 from fedpet.server.downlink import Changes, Sent, Values, downlink_of
 
-LOSSY = CodecConfig(down="eden-4")
+LOSSY = codec_of(downlink="eden-4")
 
 
 def server(codec: CodecConfig = LOSSY, mask: MaskConfig | None = None) -> tuple[Plan, Changes]:
@@ -51,8 +52,8 @@ def walk(num_rounds: int, size: float = 1.0) -> list[np.ndarray]:
     [
         (LOSSY, None),
         (LOSSY, TWO_TIERS),
-        (CodecConfig(down="topk-0.1+eden-2", head_down="bfloat16"), TWO_TIERS),
-        (CodecConfig(down="float32", head_down="int8"), None),
+        (codec_of(downlink="topk-0.1+eden-2", head_downlink="bfloat16"), TWO_TIERS),
+        (codec_of(downlink="float32", head_downlink="int8"), None),
     ],
 )
 def test_whoever_held_what_starts_from_the_same_bits(
@@ -109,7 +110,7 @@ def test_the_reference_never_drifts_from_the_values(codec: str, tmp_path: FilePa
 
     Top-k of a tenth sends of a steady change so little that it takes longer.
     """
-    plan, downlink = server(CodecConfig(down=codec))
+    plan, downlink = server(codec_of(downlink=codec))
     state = NodeState(tmp_path)
     random = np.random.default_rng(0)
     values, errors = np.zeros(NUM_VALUES, dtype=np.float32), []
@@ -159,7 +160,7 @@ def test_a_server_that_goes_on_from_its_journal_sends_the_same_bytes() -> None:
 def test_a_journal_of_another_plan_is_refused() -> None:
     _, downlink = server()
     downlink.begin(1, walk(1)[0])
-    _, other = server(CodecConfig(down="eden-3"))
+    _, other = server(codec_of(downlink="eden-3"))
     with pytest.raises(RunError, match="another plan"):
         other.load_state(downlink.state())
     with pytest.raises(RunError, match="journal"):
@@ -167,12 +168,12 @@ def test_a_journal_of_another_plan_is_refused() -> None:
 
 
 def test_values_that_lose_nothing_are_sent_as_they_are() -> None:
-    for codec in (CodecConfig(), CodecConfig(down="float32-raw", head_down="float32")):
+    for codec in (codec_of(), codec_of(downlink="float32-raw", head_downlink="float32")):
         plan = make_plan(codec)
         assert not plan.is_delta_downlink
         assert isinstance(downlink_of(plan, b"", tiers_of(FakePet(plan), None)), Values)
-    assert not make_plan(CodecConfig(down="int8", downlink="values")).is_delta_downlink
-    assert make_plan(CodecConfig(head_down="int8")).is_delta_downlink
+    assert not make_plan(codec_of(downlink="int8", downlink_mode="full")).is_delta_downlink
+    assert make_plan(codec_of(head_downlink="int8")).is_delta_downlink
 
 
 # -- what a node refuses ---------------------------------------------------------------------
@@ -262,10 +263,10 @@ def test_values_are_refused_where_the_plan_says_changes_and_the_reverse(
 ) -> None:
     plan, downlink = three_rounds()
     [frame] = unpack_frames(downlink.to(0, 2).frames, max_frames=1, max_payload_bytes=1 << 20)
-    with pytest.raises(FrameError, match="'changes'"):
+    with pytest.raises(FrameError, match="'delta'"):
         receive(plan, Request((1,), pack_frame(frame)), NodeState(tmp_path))
-    values = make_plan(CodecConfig(down="eden-4", downlink="values"))
-    with pytest.raises(FrameError, match="'values'"):
+    values = make_plan(codec_of(downlink="eden-4", downlink_mode="full"))
+    with pytest.raises(FrameError, match="'full'"):
         receive(values, request(downlink.to(0, 2)), NodeState(tmp_path))
 
 

@@ -75,7 +75,7 @@ def test_a_derived_mask_is_built_again_from_the_checkpoint(
     tmp_path: Path, checkpoint: Path
 ) -> None:
     make_result(tmp_path)
-    leave_plan(tmp_path, checkpoint, broadcast="derived")
+    leave_plan(tmp_path, checkpoint, broadcast="recompute")
     places = find_places(tmp_path)
     assert places.mask is not None
     cells = places.mask.cells.values()
@@ -97,7 +97,7 @@ def test_a_derived_mask_is_built_again_from_the_checkpoint(
 
 
 def test_an_explicit_mask_needs_no_checkpoint(tmp_path: Path, checkpoint: Path) -> None:
-    leave_plan(tmp_path, checkpoint, broadcast="explicit")
+    leave_plan(tmp_path, checkpoint, broadcast="send")
     with_checkpoint = find_places(tmp_path)
     forget_checkpoint(tmp_path, checkpoint)
     assert find_places(tmp_path) == with_checkpoint
@@ -107,7 +107,7 @@ def test_a_derived_mask_without_its_checkpoint_is_left_out_aloud(
     tmp_path: Path, checkpoint: Path
 ) -> None:
     make_result(tmp_path)
-    leave_plan(tmp_path, checkpoint, broadcast="derived")
+    leave_plan(tmp_path, checkpoint, broadcast="recompute")
     forget_checkpoint(tmp_path, checkpoint)
     places = find_places(tmp_path)
     assert places.mask is None
@@ -120,7 +120,7 @@ def test_a_mask_of_another_checkpoint_is_left_out_aloud(tmp_path: Path, checkpoi
     import torch
     from transformers import BertModel
 
-    leave_plan(tmp_path, checkpoint, broadcast="derived")
+    leave_plan(tmp_path, checkpoint, broadcast="recompute")
     model = BertModel.from_pretrained(checkpoint)
     with torch.no_grad():
         model.pooler.dense.bias.add_(1)

@@ -93,7 +93,7 @@ def test_a_row_is_the_mean_over_the_seeds_of_a_method(three_methods: Path) -> No
     rows = {row.group.method: row for row in compare_rows(read_results([three_methods]))}
     assert list(rows) == ["full", "peft-lora", "fedpet"]
     fedpet, full = rows["fedpet"], rows["full"]
-    assert (fedpet.utils.seeds, fedpet.runs) == (3, 3)
+    assert (fedpet.seeds, fedpet.runs) == (3, 3)
     assert fedpet.mean == pytest.approx(0.81)
     assert fedpet.deviation == pytest.approx(0.01)  # of a sample: n - 1
     assert fedpet.fraction_of_full == pytest.approx(0.81 / 0.82)
@@ -184,7 +184,7 @@ def test_a_cell_file_holds_its_result_beside_its_settings(tmp_path: Path) -> Non
     folder.mkdir(parents=True)
     for codec in ("float32", "eden-4"):
         cell = {
-            "settings": {"overrides": [f"codec.up={codec}", "run.seed=0"], "method": "fedpet"},
+            "settings": {"overrides": [f"codec.uplink={codec}", "run.seed=0"], "method": "fedpet"},
             "commit": codec,
             "result": make_result(message_bytes=len(codec) * 1000),
         }
@@ -192,8 +192,8 @@ def test_a_cell_file_holds_its_result_beside_its_settings(tmp_path: Path) -> Non
     (folder / "notes.json").write_text('{"machine": "two cores"}', encoding="utf-8")
     rows = compare_rows(read_results([tmp_path / "results"]))
     assert {row.group.settings for row in rows} == {
-        (("codec.up", "float32"),),
-        (("codec.up", "eden-4"),),
+        (("codec.uplink", "float32"),),
+        (("codec.uplink", "eden-4"),),
     }
 
 

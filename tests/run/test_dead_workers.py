@@ -65,7 +65,7 @@ def test_a_run_whose_workers_are_all_killed_ends_with_the_bytes_of_an_undisturbe
     # With error feedback a client's residual is on the disk already when its worker dies.
     changes: dict[str, Any] = {
         "strategy_num_rounds": 3,
-        "codec_up": "topk-0.2+eden-4",
+        "codec_uplink": "topk-0.2+eden-4",
         "codec_error_feedback": True,
     }
     undisturbed = run(experiment(**changes), nodes=2)

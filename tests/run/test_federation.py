@@ -51,9 +51,9 @@ def test_a_wire_that_remembers_gives_the_same_on_any_nodes_and_leaves_nothing_be
     experiment: Any,
 ) -> None:
     lossy = {
-        "codec_up": "topk-0.1+eden-4",
-        "codec_head_up": "int8",
-        "codec_down": "eden-2",
+        "codec_uplink": "topk-0.1+eden-4",
+        "codec_head_uplink": "int8",
+        "codec_downlink": "eden-2",
         "codec_error_feedback": True,
     }
     settings = [experiment(**lossy) for _ in range(2)]
@@ -108,7 +108,7 @@ def test_the_reported_metric_is_that_of_the_saved_model(experiment: Any) -> None
 
     from fedpet.backbone.pretrained import locate
     from fedpet.data import load_data
-    from fedpet.training.loop import evaluate
+    from fedpet.training.evaluation import assess_rows
 
     settings = experiment()
     result = run(settings)
@@ -119,7 +119,7 @@ def test_the_reported_metric_is_that_of_the_saved_model(experiment: Any) -> None
         locate(settings.backbone),
         cache=Path(settings.run.cache),
     )
-    assert evaluate(saved, data.evaluation, data.task) == result["quality"]["final"]
+    assert assess_rows(saved, data.evaluation, data.task).value == result["quality"]["final"]
 
 
 # -- law 4: it is Flower's FedAvg ------------------------------------------------------------

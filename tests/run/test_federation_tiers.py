@@ -152,7 +152,7 @@ def test_a_client_of_a_tier_trains_as_in_a_run_of_that_density_alone(experiment:
 def test_whom_a_client_shares_a_node_with_does_not_change_the_result(
     experiment: Any, codec: str
 ) -> None:
-    lossy = {"codec_up": codec, "codec_down": codec}
+    lossy = {"codec_uplink": codec, "codec_downlink": codec}
     hashes = {run(experiment(**lossy), nodes=n)["final_values_sha256"] for n in (1, 2, 6)}
     assert len(hashes) == 1
 
@@ -183,7 +183,7 @@ def test_a_frame_of_another_tier_s_count_is_refused_by_name(experiment: Any) -> 
 
 
 def test_each_client_is_counted_with_what_its_own_tier_sends_and_receives(experiment: Any) -> None:
-    raw = {"codec_up": "float32-raw", "codec_down": "float32-raw", "strategy_num_rounds": 1}
+    raw = {"codec_uplink": "float32-raw", "codec_downlink": "float32-raw", "strategy_num_rounds": 1}
     alike = {}
     for density in (0.005, 0.02, 0.05):
         books = run(experiment(mask_tiers=[], mask_density=density, **raw))["communication"]

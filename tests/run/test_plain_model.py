@@ -22,11 +22,12 @@ from fedpet.client.node_config import NodeSettings
 from fedpet.config import BackboneConfig
 from fedpet.data import Task
 from fedpet.errors import ConfigError, RunError
+from fedpet.export.plain_model import write_model
+from fedpet.export.saved_run import merge_run
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
-from fedpet.run.merge import merge_run
 from fedpet.run.resume import check_journal, read_cut_short
-from fedpet.run.run_folder import RunFolder, new_run_folder, write_model
+from fedpet.run.run_folder import RunFolder, new_run_folder
 from fedpet.utils.atomic_write import atomic_write, whole_folder
 
 TEXTS = tuple(name for name in architectures.ARCHITECTURES if name != "vit")  # it reads images

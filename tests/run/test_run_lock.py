@@ -20,9 +20,9 @@ from tiny import Silent
 from fedpet.cli import main
 from fedpet.client.node_config import NodeSettings
 from fedpet.errors import ConfigError
+from fedpet.export.saved_run import merge_run
 from fedpet.run import central_search, flower_server, ray_engine, resume
 from fedpet.run.local_grid import LocalGrid
-from fedpet.run.merge import merge_run
 from fedpet.run.run_folder import claimed_run
 from fedpet.utils.lock import LOCK_FILE, locked_folder
 

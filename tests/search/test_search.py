@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ from tiny import make_backbone, make_rows
 from torch import nn
 
 from fedpet.backbone.pretrained import Backbone, load_backbone
-from fedpet.config import BackboneConfig, DataConfig, Experiment, PopulationConfig
+from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, DataError, StructureError
 from fedpet.pet.model import PetModel
@@ -33,8 +34,17 @@ from fedpet.search import (
 
 DEFAULT = Path(__file__).parents[2] / "simulations" / "experiments" / "film-reviews.toml"
 CONFIG = SearchConfig(
-    budget=700, epochs=2, batch_size=8, rate=0.01, evaluate_every=3, validation_fraction=0.2
+    budget=700,
+    epochs=2,
+    batch_size=8,
+    learning_rate=0.01,
+    evaluate_every=3,
+    validation_fraction=0.2,
 )
+
+
+def cross_entropy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs.logits, labels)
 
 
 @pytest.fixture(scope="module")
@@ -47,7 +57,7 @@ def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FederatedDat
     rows = make_rows(tmp_path_factory.mktemp("rows"))
     return load_data(
         DataConfig(source=str(rows), max_length=16),
-        PopulationConfig(client_column="client", min_rows=2),
+        ClientsConfig(client_column="client", min_rows=2),
         folder,
         cache=rows / "cache",
     )
@@ -159,7 +169,7 @@ def test_the_budget_is_met_in_expectation_after_every_step(
     backbone = load(folder)
     space = build_space(backbone.model, config.space, head=backbone.head)
     pet = PetModel(backbone, None, space.structure(), seed=0)
-    search = BiLevel(pet, space, config, total_steps=3, loss=nn.functional.cross_entropy)
+    search = BiLevel(pet, space, config, total_steps=3, loss=cross_entropy)
     sizes = torch.tensor(space.sizes, dtype=torch.float64)
     betas = []
     for step in range(3):
@@ -189,7 +199,7 @@ def test_a_step_under_gates_has_the_second_order_that_autograd_has(
             space,
             replace(config, order=order),
             total_steps=9,
-            loss=nn.functional.cross_entropy,
+            loss=cross_entropy,
         )
         batches = data.train.batch(np.arange(8)), data.train.batch(np.arange(8) + 30)
         search.step(*batches)
@@ -220,9 +230,9 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(
     with pytest.raises(ConfigError, match="order must be one of second, first, got 'third'"):
         replace(CONFIG, order="third")
     with pytest.raises(ConfigError, match="rate must be above 0"):
-        run(folder, data, replace(CONFIG, rate=0.0))
-    with pytest.raises(ConfigError, match=r"search\.alpha-rate must be above 0"):
-        replace(CONFIG, alpha_rate=0.0)
+        run(folder, data, replace(CONFIG, learning_rate=0.0))
+    with pytest.raises(ConfigError, match=r"search\.gate-learning-rate must be above 0"):
+        replace(CONFIG, gate_learning_rate=0.0)
 
 
 def test_the_faithful_preset_names_no_deviation() -> None:
@@ -233,9 +243,9 @@ def test_the_faithful_preset_names_no_deviation() -> None:
 @pytest.mark.parametrize(
     ("setting", "value", "told"),
     [
-        ("rate", 3e-3, "rate 0.003 for 0.0003"),
-        ("rates", ("head=0.01",), "rates by kind"),
-        ("alpha_rate", 0.2, "alpha rate 0.2 for 0.1"),
+        ("learning_rate", 3e-3, "learning rate 0.003 for 0.0003"),
+        ("learning_rates", ("head=0.01",), "rates by kind"),
+        ("gate_learning_rate", 0.2, "gate learning rate 0.2 for 0.1"),
         ("clip_norm", 0.0, "clip norm 0 for 2"),
         ("beta", 2.0, "beta 2 for 1"),
         ("beta_end", 0.1, "temperature falls"),
@@ -256,7 +266,7 @@ def test_whatever_leaves_the_paper_is_told(setting: str, value: object, told: st
 
 def test_the_command_line_reaches_the_faithful_preset() -> None:
     """The keys that README names."""
-    keys = ["search.space=s3pet-mix", "search.rate=3e-4", "search.dropout=true"]
+    keys = ["search.space=s3pet-mix", "search.learning-rate=3e-4", "search.dropout=true"]
     keys += ["mask.enabled=false", "training.logit-adjustment=0"]
     found = Experiment.from_file(DEFAULT, keys)
     assert found.search == faithful()

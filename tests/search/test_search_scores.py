@@ -10,13 +10,18 @@ import pytest
 from tiny import make_backbone, make_rows
 
 from fedpet.backbone.pretrained import load_backbone
-from fedpet.config import BackboneConfig, DataConfig, PopulationConfig, SearchConfig
+from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import RunError
 from fedpet.search import SearchResult, central, search_structure
 
 CONFIG = SearchConfig(
-    budget=700, max_steps=3, batch_size=8, rate=0.01, evaluate_every=1, validation_fraction=0.2
+    budget=700,
+    max_steps=3,
+    batch_size=8,
+    learning_rate=0.01,
+    evaluate_every=1,
+    validation_fraction=0.2,
 )
 
 
@@ -28,7 +33,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FederatedData:
     rows = make_rows(tmp_path_factory.mktemp("rows"))
-    population = PopulationConfig(client_column="client", min_rows=2)
+    population = ClientsConfig(client_column="client", min_rows=2)
     source = DataConfig(source=str(rows), max_length=16)
     return load_data(source, population, folder, cache=rows / "cache")
 
@@ -64,5 +69,5 @@ def test_a_search_without_one_score_that_is_a_number_fails_and_says_what_to_lowe
     folder: Path, data: FederatedData, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(central, "_score", lambda *_: math.nan)
-    with pytest.raises(RunError, match=r"validation rows is NaN.*Lower search\.rate"):
+    with pytest.raises(RunError, match=r"validation rows is NaN.*Lower search\.learning-rate"):
         run(folder, data)

@@ -13,7 +13,7 @@ from fedpet.search import budget_values, settle
 
 
 def test_a_budget_in_bytes_counts_what_the_uplink_s_codec_makes_of_a_value() -> None:
-    config = SearchConfig(budget="8kB", rate=0.1)
+    config = SearchConfig(budget="8kB", learning_rate=0.1)
     values = {
         codec: settle(
             config,
@@ -38,7 +38,7 @@ def test_a_number_and_its_text_are_the_same_budget() -> None:
 
 
 def test_one_budget_may_hold_the_mask_and_the_structure() -> None:
-    config = SearchConfig(budget=1000, mask_in_budget=True, rate=0.1)
+    config = SearchConfig(budget=1000, mask_in_budget=True, learning_rate=0.1)
 
     def settled(mask_values: int) -> SearchConfig:
         return settle(config, TrainingConfig(), backbone_parameters=10**6, mask_values=mask_values)
@@ -56,5 +56,5 @@ def test_a_search_without_rates_of_its_own_takes_those_of_training_by_kind() -> 
     training = TrainingConfig(learning_rate=0.2, learning_rates=("head=0.01", "mask=0.002"))
     settled = settle(SearchConfig(budget=5), training, backbone_parameters=10)
     assert [settled.rate_of(kind) for kind in ("lora", "head", "mask")] == [0.2, 0.01, 0.002]
-    own = settle(SearchConfig(budget=5, rate=0.5), training, backbone_parameters=10)
+    own = settle(SearchConfig(budget=5, learning_rate=0.5), training, backbone_parameters=10)
     assert [own.rate_of(kind) for kind in ("lora", "head")] == [0.5, 0.5]

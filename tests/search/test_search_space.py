@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from test_search_gates import CASES
 from tiny import make_backbone
 
@@ -21,7 +23,6 @@ from fedpet.search import (
     build_space,
     check_structure,
     random_structure,
-    space_of_config,
 )
 
 KINDS = {
@@ -30,6 +31,20 @@ KINDS = {
     "LNFit": "lnfit",
     "LowRankAdapter": "lowrank-adapter",
 }
+
+
+def space_of_config(
+    config: Any, name: str = "mergeable", *, rank: int = 1, scale: float = 16.0
+) -> Space:
+    """Count a space from a configuration alone, on torch's meta device."""
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    with torch.device("meta"):
+        try:
+            model = AutoModelForSequenceClassification.from_config(config)
+        except ValueError:  # an architecture that has none
+            model = AutoModel.from_config(config)
+    return build_space(model, name, rank=rank, scale=scale)
 
 
 @pytest.fixture(scope="module")

@@ -62,28 +62,28 @@ def test_residents_are_drawn_as_a_simulation_draws_them_whatever_nodes_they_live
     residents = ConnectedClientPool()
     names = list(reversed(rows))
     for node in range(4):
-        assert residents.arrive(100 + node, {name: rows[name] for name in names[node::4]}) == {}
+        assert residents.register(100 + node, {name: rows[name] for name in names[node::4]}) == {}
     for server_round in range(1, 20):
         drawn = residents.sample(server_round, 4, seed=3)
         assert drawn == ClientPool(rows, {}).sample(server_round, 4, seed=3)
-        cohorts = residents.cohorts(drawn, residents.there)
+        cohorts = residents.cohorts(drawn, residents.online_nodes)
         assert sorted(name for names in cohorts.values() for name in names) == drawn
 
 
 def test_a_client_moves_only_when_its_node_has_left() -> None:
     residents = ConnectedClientPool()
-    residents.arrive(1, {"a": 5})
-    assert "lives on node 1" in residents.arrive(2, {"a": 5})["a"]
-    residents.leave(1)
+    residents.register(1, {"a": 5})
+    assert "lives on node 1" in residents.register(2, {"a": 5})["a"]
+    residents.unregister(1)
     assert residents.present == {}
-    assert residents.arrive(2, {"a": 7}) == {}
+    assert residents.register(2, {"a": 7}) == {}
     assert (residents.homes, residents.present) == ({"a": 2}, {"a": 7})
 
 
 def test_a_node_that_comes_back_has_the_clients_that_it_brings_then() -> None:
     residents = ConnectedClientPool()
-    residents.arrive(1, {"a": 5, "b": 6})
-    residents.leave(1)
-    assert residents.arrive(1, {"a": 5}) == {}
+    residents.register(1, {"a": 5, "b": 6})
+    residents.unregister(1)
+    assert residents.register(1, {"a": 5}) == {}
     assert residents.present == {"a": 5}
-    assert residents.arrive(2, {"b": 6}) == {}
+    assert residents.register(2, {"b": 6}) == {}

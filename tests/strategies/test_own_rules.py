@@ -27,6 +27,7 @@ from fedpet.config.strategy_registry import default_parameters, registered_rules
 from fedpet.errors import ConfigError
 from fedpet.pet.tiers import Tier
 from fedpet.protocol.ledger import Ledger
+from fedpet.run.merge import load_trained
 from fedpet.server.aggregation import from_arrays, to_arrays
 from fedpet.server.client_pool import ClientPool
 from fedpet.server.rounds import SparseStrategy
@@ -345,6 +346,25 @@ def test_a_wrapped_class_runs_in_a_whole_run_and_stands_in_its_folder(experiment
     assert summary["final_values_sha256"] == run_in_process(plain)["final_values_sha256"]
     text = (Path(wrapped.run.out) / "config.toml").read_text(encoding="utf-8")
     assert 'name = "recording"' in text
+    pet = load_trained(Path(wrapped.run.out))  # where the class is not at hand
+    assert pet.num_values == summary["model"]["communicated_values"]
+    with pytest.raises(ConfigError, match=r"strategy\.name must be one of fedavg, .*'recording'"):
+        Experiment.from_file(Path(wrapped.run.out) / "config.toml")
+
+
+def test_simulate_takes_strategies_of_every_kind(experiment: Any) -> None:
+    quick: dict[str, Any] = {"backend": "in-process", "progress": False}
+
+    def final(model: Experiment, **given: Any) -> Any:
+        return fedpet.simulate(model, **quick, **given).result["final_values_sha256"]
+
+    keywords: dict[str, Any] = {"num_rounds": 2, "clients_per_round": 4}
+    mu = {"training": {"proximal_mu": 0.5}}
+    by_table = final(experiment("s1", strategy_name="fedprox", training_proximal_mu=0.5))
+    assert by_table == final(experiment("s2"), strategy=FedProx(**keywords), **mu)
+    assert by_table == final(experiment("s3"), strategy=FedProx(proximal_mu=0.5, **keywords))
+    held = dataclasses.replace(experiment("s4"), strategy=wrap(Recording, **keywords))
+    assert final(held) == final(experiment("s5"))
 
 
 def test_a_wrapped_class_with_arguments_that_it_does_not_take_is_refused_before_the_run() -> None:

@@ -185,7 +185,7 @@ def test_the_model_is_as_it_was_afterwards(name: str) -> None:
 @pytest.mark.parametrize("name", WHOLE)
 def test_a_model_that_cannot_be_cut_is_refused_in_a_sentence(name: str) -> None:
     model = backbone(name).model
-    with pytest.raises(ConfigError, match=f"first-token-only .* {type(model).__name__} is no such"):
+    with pytest.raises(ConfigError, match=f"cls-only .* {type(model).__name__} is no such"):
         check_first_token(model, batch(name))
     assert not any(m._forward_pre_hooks or m._forward_hooks for m in model.modules())
 
@@ -197,7 +197,7 @@ def test_a_classifier_that_reads_other_tokens_is_seen_through_weights_of_zero() 
     mean = copy.deepcopy(first)
     mean.bert.pooler.forward = lambda hidden: hidden.mean(1)
     check_first_token(first, batch("bert"))
-    with pytest.raises(ConfigError, match="first-token-only"):
+    with pytest.raises(ConfigError, match="cls-only"):
         check_first_token(mean, batch("bert"))
 
 
@@ -214,7 +214,7 @@ def test_local_training_is_the_same_up_to_rounding() -> None:
     task = Task("classification", ("a", "b"), "accuracy")
     values, losses, widths = [], [], []
     for cut in (False, True):
-        config = TrainingConfig(batch_size=4, first_token_only=cut)
+        config = TrainingConfig(batch_size=4, cls_only=cut)
         pet = _pet("bert")
         seen: list[int] = []
         handle = _last(pet.model, "ffn-up").register_forward_pre_hook(

@@ -58,7 +58,7 @@ def onednn_matmul(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 PRODUCTS: dict[str, Product] = {
     "torch": torch_matmul,
     "onednn": onednn_matmul,
-}  # `training.products`
+}  # `training.matmul-backend`
 
 
 def _is_transposed(x: Tensor) -> bool:

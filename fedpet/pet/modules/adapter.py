@@ -17,18 +17,34 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from fedpet.pet.modules.base import GatedModule, extend, output_width, seeded
-from fedpet.pet.modules.registry import register_module
+from fedpet.pet.modules.module_config import ModuleConfig, check_rank
+from fedpet.pet.modules.registry import ModuleSpec, register_module
 
-if TYPE_CHECKING:
-    from fedpet.pet.structure import ModuleSpec
+__all__ = ["AdapterConfig", "LowRankAdapter"]
 
-__all__ = ["LowRankAdapter"]
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterConfig(ModuleConfig):
+    """S3PET's low-rank adapter after attention and feed-forward parts.
+
+    It stays in the merged model and adds latency, and averaging its values is not averaging models.
+
+    Attributes:
+        r: Rank of its factors.
+    """
+
+    r: int = 8
+
+    def __post_init__(self) -> None:
+        check_rank(self, self.r)
+
 
 _NAMES = ("down_in", "down_out", "down_bias", "up_in", "up_out", "up_bias")
 
@@ -42,7 +58,14 @@ def _inner_width(d: int) -> int:
 
 
 @register_module(
-    "lowrank-adapter", targets={"block"}, usual=lambda p: p.kind == "block", size=_size, ranked=True
+    "lowrank-adapter",
+    targets={"block"},
+    usual=lambda p: p.kind == "block",
+    size=_size,
+    config=AdapterConfig,
+    ranked=True,
+    spaces={"s3pet-mix": lambda p: p.kind == "block"},
+    order=7,
 )
 class LowRankAdapter(GatedModule):
     """scale * up(gelu(down(h))) added to a block's output. NOT exact, and adds latency."""

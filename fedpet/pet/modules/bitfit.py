@@ -12,19 +12,33 @@ added to the output of Linear or LayerNorm.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
 from fedpet.backbone.module_roles import Position
 from fedpet.pet.modules.base import GatedModule, dense_sizes, extend, is_dense
 from fedpet.pet.modules.hiwi import HiwiBias
-from fedpet.pet.modules.registry import DENSE, linears, register_module, register_preset
+from fedpet.pet.modules.module_config import ModuleConfig
+from fedpet.pet.modules.registry import (
+    ALL_LINEAR,
+    DENSE,
+    ModuleSpec,
+    linears,
+    register_module,
+    register_preset,
+)
 
-if TYPE_CHECKING:
-    from fedpet.pet.structure import ModuleSpec
+__all__ = ["BitFit", "BitFitConfig", "NormBias"]
 
-__all__ = ["BitFit", "NormBias"]
+
+@dataclass(frozen=True, kw_only=True)
+class BitFitConfig(ModuleConfig):
+    """Biases of dense layers; a named layer that has none gets one.
+
+    The usual modules are the dense layers with a bias, but for keys (softmax cancels theirs) and
+    the pooler.
+    """
 
 
 def _is_live(p: Position) -> bool:
@@ -37,7 +51,13 @@ def _is_live(p: Position) -> bool:
     targets=DENSE | {"norm"},
     usual=_is_live,
     size=lambda d_in, d_out, rank: d_out,
+    config=BitFitConfig,
     tensor="bias",
+    spaces={
+        "mergeable": lambda p: p.has_bias and linears(*ALL_LINEAR, "pooler")(p) and p.role != "key",
+        "s3pet-mix": lambda p: linears(*ALL_LINEAR)(p) or p.kind == "norm",
+    },
+    order=3,
     gradient=1e-3,
     spread=0.35,
 )
@@ -92,12 +112,18 @@ class BitFit(GatedModule):
             extend(module, "WithBias", lambda norm, output: output + norm.bias)
 
 
+def _is_biased_norm(p: Position) -> bool:
+    return p.kind == "norm" and p.has_bias
+
+
 @register_module(
     "ln-bias",
     targets={"norm"},
-    usual=lambda p: p.kind == "norm" and p.has_bias,
+    usual=_is_biased_norm,
     size=lambda d_in, d_out, rank: d_out,
     tensor="bias",
+    spaces={"mergeable": _is_biased_norm},
+    order=6,
     gradient=1e-3,
     spread=0.35,
 )

@@ -23,29 +23,58 @@ bias unless it is needed, and the exact federated forms.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from fedpet.errors import StructureError
+from fedpet.backbone.module_roles import Position
+from fedpet.errors import ConfigError, StructureError
 from fedpet.pet.modules.base import GatedModule, dense_sizes, is_transposed, kaiming_uniform, seeded
 from fedpet.pet.modules.lora import LowRankBranch
-from fedpet.pet.modules.registry import DENSE, FFN, linears, register_module
+from fedpet.pet.modules.module_config import ModuleConfig, check_rank
+from fedpet.pet.modules.registry import DENSE, FFN, ModuleSpec, linears, register_module
 
-if TYPE_CHECKING:
-    from fedpet.pet.structure import ModuleSpec
+__all__ = ["HiwiBias", "HiwiConfig", "HiwiWeight"]
 
-__all__ = ["HiwiBias", "HiwiWeight"]
+
+@dataclass(frozen=True, kw_only=True)
+class HiwiConfig(ModuleConfig):
+    """HiWi: an adapter that reads a pretrained bias or weight and is folded into it.
+
+    Attributes:
+        r: Rank. On a bias, what is sent has the bias's length whatever the rank.
+        on: "bias" or "weight".
+
+    The usual modules are the dense layers of the feed-forward parts.
+    """
+
+    r: int = 8
+    on: str = "bias"
+
+    def __post_init__(self) -> None:
+        check_rank(self, self.r)
+        if self.on not in ("bias", "weight"):
+            raise ConfigError(f"on of HiwiConfig must be 'bias' or 'weight', got {self.on!r}.")
+
+    def kind_of_module(self) -> str:
+        return f"hiwi-{self.on}"
+
+
+def _has_bias(p: Position) -> bool:
+    return linears(*FFN)(p) and p.has_bias
 
 
 @register_module(
     "hiwi-bias",
     targets=DENSE,
-    usual=lambda p: linears(*FFN)(p) and p.has_bias,
+    usual=_has_bias,
     size=lambda d_in, d_out, rank: d_out,
+    config=HiwiConfig,
     ranked=True,
     tensor="bias",
+    spaces={"mergeable": _has_bias},
+    order=4,
     gradient=1e-3,
     spread=0.35,
 )
@@ -151,7 +180,10 @@ class HiwiBias(GatedModule):
     targets=DENSE,
     usual=linears(*FFN),
     size=lambda d_in, d_out, rank: rank * d_out,  # the down-projection is frozen
+    config=HiwiConfig,
     ranked=True,
+    spaces={"mergeable": linears(*FFN)},
+    order=2,
 )
 class HiwiWeight(LowRankBranch):
     """An adapter on a weight, its down-projection frozen and seeded. Exact."""

@@ -9,24 +9,60 @@ added to the output, which is a change of the gain. The same holds of LayerNorm.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import Tensor, nn
 
+from fedpet.backbone.module_roles import Position
+from fedpet.errors import ConfigError, StructureError
 from fedpet.pet.modules.base import GatedModule
-from fedpet.pet.modules.registry import register_module
+from fedpet.pet.modules.module_config import ModuleConfig
+from fedpet.pet.modules.registry import ModuleSpec, register_module
 
-if TYPE_CHECKING:
-    from fedpet.pet.structure import ModuleSpec
+__all__ = ["LNFit", "LayerNormConfig"]
 
-__all__ = ["LNFit"]
+
+@dataclass(frozen=True, kw_only=True)
+class LayerNormConfig(ModuleConfig):
+    """Gains and biases of norms; an RMS norm has a gain alone.
+
+    Attributes:
+        weight: Train the gains.
+        bias: Train the biases, where there are some.
+    """
+
+    weight: bool = True
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        if not (self.weight or self.bias):
+            raise ConfigError("LayerNormConfig must train weight, bias or both, got neither.")
+
+    def specs(self, positions: Sequence[Position]) -> list[ModuleSpec]:
+        biased = {position.name for position in positions if position.has_bias}
+        gains = self.specs_of("lnfit", positions)
+        biases = [ModuleSpec("ln-bias", gain.target) for gain in gains if gain.target in biased]
+        if not self.weight and not biases:
+            raise StructureError(
+                "LayerNormConfig(weight=False) trains biases of norms, and those that it names "
+                "have none in this model: train their gains with weight=True."
+            )
+        return [*(gains if self.weight else ()), *(biases if self.bias else ())]
+
+
+def _is_norm(p: Position) -> bool:
+    return p.kind == "norm"
 
 
 @register_module(
     "lnfit",
     targets={"norm"},
-    usual=lambda p: p.kind == "norm",
+    usual=_is_norm,
     size=lambda d_in, d_out, rank: d_out,
+    config=LayerNormConfig,
+    spaces={"mergeable": _is_norm, "s3pet-mix": _is_norm},
+    order=5,
     gradient=1e-3,
     spread=0.35,
 )

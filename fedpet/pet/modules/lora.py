@@ -14,18 +14,18 @@ Source: Hu et al., ICLR 2022, arXiv:2106.09685.
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING, ClassVar
+from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
+from fedpet.errors import ConfigError
 from fedpet.pet.modules.base import GatedModule, dense_sizes, is_transposed, kaiming_uniform, seeded
-from fedpet.pet.modules.registry import DENSE, linears, register_module
+from fedpet.pet.modules.module_config import ModuleConfig, check_rank
+from fedpet.pet.modules.registry import ALL_LINEAR, DENSE, ModuleSpec, linears, register_module
 
-if TYPE_CHECKING:
-    from fedpet.pet.structure import ModuleSpec
-
-__all__ = ["LoRA", "LoRAFactors", "LowRankBranch"]
+__all__ = ["LoRA", "LoRAFactors", "LoraConfig", "LowRankBranch"]
 
 
 class LowRankBranch(GatedModule):
@@ -104,6 +104,43 @@ class LowRankBranch(GatedModule):
         module.weight.add_(change.T if is_transposed(module) else change)
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoraConfig(ModuleConfig):
+    """LoRA: a low-rank change of a dense weight.
+
+    Attributes:
+        r: Rank.
+        lora_alpha: The change is multiplied by lora_alpha / r.
+        freeze_a: A is drawn from the seed, and B alone is trained and sent: then the mean of the
+            clients' values is the mean of their models. False trains both factors, as peft does.
+
+    The usual modules are the projections to queries and values.
+
+    Example:
+        >>> LoraConfig(r=4, target_modules=["query", "ffn-up"]).scale
+        4.0
+    """
+
+    r: int = 8
+    lora_alpha: float = 16.0
+    freeze_a: bool = True
+
+    def __post_init__(self) -> None:
+        check_rank(self, self.r)
+        if not self.lora_alpha > 0 or self.lora_alpha == float("inf"):
+            raise ConfigError(
+                f"lora_alpha must be above 0 and finite, got {self.lora_alpha!r}. The change is "
+                "multiplied by lora_alpha / r."
+            )
+
+    @property
+    def scale(self) -> float:
+        return self.lora_alpha / self.r
+
+    def kind_of_module(self) -> str:
+        return "lora" if self.freeze_a else "lora-factors"
+
+
 _USUAL = linears("query", "value", "query-key-value")
 
 
@@ -112,8 +149,11 @@ _USUAL = linears("query", "value", "query-key-value")
     targets=DENSE,
     usual=_USUAL,
     size=lambda d_in, d_out, rank: rank * d_out,  # the down-projection is frozen
+    config=LoraConfig,
     ranked=True,
     scaled=True,
+    spaces={"mergeable": linears(*ALL_LINEAR, "pooler")},
+    order=1,
 )
 class LoRA(LowRankBranch):
     """LoRA with a frozen, seeded down-projection. Exact."""
@@ -132,8 +172,11 @@ class LoRA(LowRankBranch):
     targets=DENSE,
     usual=_USUAL,
     size=lambda d_in, d_out, rank: rank * (d_in + d_out),
+    config=LoraConfig,
     ranked=True,
     scaled=True,
+    spaces={"s3pet-mix": linears(*ALL_LINEAR), "s3pet-lora": linears(*ALL_LINEAR)},
+    order=1,
 )
 class LoRAFactors(LowRankBranch):
     """LoRA with both factors trained and sent. NOT exact: the change is bilinear in its values.

@@ -1,13 +1,15 @@
-"""Register kinds of PET modules: all that the package knows of a kind stands at its class.
+"""Register kinds of PET modules: every fact of a kind stands at its class, and nowhere else.
 
 In:  a `GatedModule` class and its facts.
-Out: `KINDS` and `PRESETS`, which structure, build, search, estimate and report read.
+Out: `KINDS` and `PRESETS`, which configurations, structure, model, search, estimate and report
+     read; a `ModuleSpec` names one module of a registered kind.
 
 See `register_module` for an example.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeVar
@@ -15,25 +17,34 @@ from typing import TYPE_CHECKING, TypeVar
 from torch import nn
 
 from fedpet.backbone.module_roles import Position
-from fedpet.errors import ConfigError
+from fedpet.config.module_kinds import add_kind
+from fedpet.errors import ConfigError, StructureError
 
 if TYPE_CHECKING:
     from fedpet.pet.modules.base import GatedModule
-    from fedpet.pet.structure import ModuleSpec
+    from fedpet.pet.modules.module_config import ModuleConfig
 
 __all__ = [
+    "ALL_LINEAR",
     "DENSE",
     "FFN",
     "KINDS",
     "PRESETS",
     "ModuleKind",
+    "ModuleSpec",
     "linears",
     "register_module",
     "register_preset",
+    "spec_of",
 ]
 
 DENSE = frozenset({"linear", "conv1d"})  # kinds of positions
-FFN = ("ffn-up", "ffn-gate", "ffn-down")  # roles
+# Roles.
+FFN = ("ffn-up", "ffn-gate", "ffn-down")
+ALL_LINEAR = (
+    *("query", "key", "value", "query-key-value", "attention-output", *FFN),
+    "other-linear",
+)
 
 _Wanted = Callable[[Position], bool]
 
@@ -44,6 +55,8 @@ class ModuleKind:
 
     Attributes:
         build: Makes one from its spec, its target module and the seed of the federation.
+        config: The dataclass that names such modules in a `PetConfig`; None where only
+            `CustomModuleConfig` does.
         exact: Whether averaging what it sends is averaging models (law 3).
         targets: Kinds of positions that can carry it.
         size: Values that it sends, of the target's input and output widths and the rank.
@@ -51,12 +64,14 @@ class ModuleKind:
         scaled: Whether `structure.scale` multiplies it; the scale of others is 1.
         tensor: The target's tensor that it changes, where other kinds change the same one: then
             that is sent once. "" where it shares none.
-        spaces: Search spaces that it joins behind their own kinds, and on which positions.
+        spaces: Search spaces that it is in, and on which positions.
+        order: Among the candidates of one position: lower ones come first.
         gradient: Typical standard deviation of its gradient's entries, and
         spread: how that differs between entries, in decades: both for `fedpet estimate`.
     """
 
     build: Callable[[ModuleSpec, nn.Module, int], GatedModule]
+    config: type[ModuleConfig] | None
     exact: bool
     targets: frozenset[str]
     size: Callable[[int, int, int], int]
@@ -64,6 +79,7 @@ class ModuleKind:
     scaled: bool
     tensor: str
     spaces: dict[str, _Wanted]
+    order: int
     gradient: float
     spread: float
 
@@ -71,6 +87,41 @@ class ModuleKind:
 KINDS: dict[str, ModuleKind] = {}
 # name -> (kind, its usual positions); a kind's own name is one
 PRESETS: dict[str, tuple[str, _Wanted]] = {}
+
+
+@dataclass(frozen=True)
+class ModuleSpec:
+    """One small module."""
+
+    kind: str  # of `KINDS`
+    target: str  # path of the module it acts on
+    rank: int = 0  # of the ranked kinds, at least 1; of the others 0
+    scale: float = 1.0  # multiplies the change of the ranked kinds; LoRA's alpha / rank
+
+    def __post_init__(self) -> None:
+        if self.kind not in KINDS:
+            raise StructureError(
+                f"a module's kind must be one of {', '.join(sorted(KINDS))}, got {self.kind!r}."
+            )
+        ranked = KINDS[self.kind].ranked
+        if ranked != (self.rank >= 1):
+            wanted = "at least 1" if ranked else "0"
+            raise StructureError(
+                f"the rank of a {self.kind!r} module must be {wanted}, got {self.rank!r} on "
+                f"{self.target!r}."
+            )
+        if not 0 < self.scale < math.inf:
+            raise StructureError(
+                f"the scale of a module must be above 0 and finite, got {self.scale!r} on "
+                f"{self.target!r}."
+            )
+
+
+def spec_of(kind: str, target: str, *, rank: int, scale: float) -> ModuleSpec:
+    """Give a module the rank and the scale where its kind has them."""
+    facts = KINDS[kind]
+    return ModuleSpec(kind, target, rank if facts.ranked else 0, scale if facts.scaled else 1.0)
+
 
 _Class = TypeVar("_Class", bound="type[GatedModule]")
 
@@ -81,10 +132,12 @@ def register_module(
     targets: Collection[str],
     usual: _Wanted,
     size: Callable[[int, int, int], int],
+    config: type[ModuleConfig] | None = None,
     ranked: bool = False,
     scaled: bool = False,
     tensor: str = "",
     spaces: dict[str, _Wanted] | None = None,
+    order: int = 100,
     gradient: float = 2e-4,
     spread: float = 0.1,
 ) -> Callable[[_Class], _Class]:
@@ -97,7 +150,7 @@ def register_module(
         targets: Kinds of positions that can carry it: "linear", "conv1d", "norm", "block".
         usual: The positions that the preset of that name takes.
         size: Values that it sends, of (input width, output width, rank).
-        ranked: See `ModuleKind`, as the others.
+        config: See `ModuleKind`, as the others.
 
     Raises:
         ConfigError: The name is taken by another class.
@@ -105,8 +158,10 @@ def register_module(
     Example:
         (IA)^3 on any dense layer: its output times 1 + v, which folds into weight and bias.
 
+        >>> class Ia3Config(ModuleConfig):
+        ...     pass  # target_modules alone; a rank would be a field r
         >>> @register_module("ia3", targets={"linear"}, usual=linears("key", "value", "ffn-up"),
-        ...                  size=lambda d_in, d_out, rank: d_out)
+        ...                  size=lambda d_in, d_out, rank: d_out, config=Ia3Config)
         ... class Ia3(GatedModule):
         ...     place = "sequential"
         ...     def __init__(self, target, width):
@@ -124,13 +179,14 @@ def register_module(
         ...         module.weight.mul_(1 + self.trainables[0][:, None])
         ...         if module.bias is not None:
         ...             module.bias.mul_(1 + self.trainables[0])
-        >>> CustomModuleConfig(kind="ia3").kind
+        >>> PetConfig(modules=[Ia3Config(target_modules=["value"])]).modules[0].kind_of_module()
         'ia3'
     """
 
     def register(cls: _Class) -> _Class:
         facts = ModuleKind(
             cls.build,
+            config,
             cls.exact,
             frozenset(targets),
             size,
@@ -138,6 +194,7 @@ def register_module(
             scaled,
             tensor,
             dict(spaces or {}),
+            order,
             gradient,
             spread,
         )
@@ -148,6 +205,7 @@ def register_module(
                 f"{known.build.__qualname__.removesuffix('.build')}. Take another."
             )
         KINDS[kind] = facts
+        add_kind(kind)
         register_preset(kind, kind, usual)
         return cls
 

@@ -21,9 +21,9 @@ from modelless import (
     node_settings,
     start,
 )
+from sending import codec_of
 from wire_runs import FEEDBACK
 
-from fedpet.config import CodecConfig
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.request import read_request, write_request
 from fedpet.utils.seeds import client_id64, derive_seed
@@ -75,15 +75,15 @@ def test_error_feedback_is_that_of_a_plain_simulation_also_when_a_round_is_not_a
 
 def test_with_error_feedback_top_k_comes_nearer_to_what_was_meant(run: Any) -> None:
     everyone = {"clients_per_round": 8, "rounds": 30}
-    meant, _, _ = run(CodecConfig(), **everyone)
+    meant, _, _ = run(codec_of(), **everyone)
     fed, _, _ = run(FEEDBACK, **everyone)
-    bare, _, _ = run(CodecConfig(up="topk-0.1+eden-4"), **everyone)
+    bare, _, _ = run(codec_of(uplink="topk-0.1+eden-4"), **everyone)
     assert np.linalg.norm(fed - meant) < 0.7 * np.linalg.norm(bare - meant)
 
 
 def test_nothing_of_the_clients_state_is_in_messages_but_four_bytes_a_client(run: Any) -> None:
     # Raw values, coded anew each round: all frames of a direction are of one length.
-    plain = CodecConfig(up="topk-0.1+int8-raw", down="bfloat16-raw", downlink="values")
+    plain = codec_of(uplink="topk-0.1+int8-raw", downlink="bfloat16-raw", downlink_mode="full")
     _, _, fed = run(replace(plain, error_feedback=True), rounds=4)
     _, _, bare = run(plain, rounds=4)
     # 8 for the run, 4 for the last accepted round of each client; the first has the plan, whose

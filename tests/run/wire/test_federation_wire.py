@@ -19,6 +19,7 @@ from modelless import (
     start,
 )
 from safetensors.numpy import load, save
+from sending import codec_of
 from wire_runs import ALL, CHANGES, FEEDBACK, VALUES, VALUES_FEEDBACK
 
 from fedpet.client.global_values import frames_by_tier
@@ -125,7 +126,7 @@ def test_with_one_client_a_node_the_bytes_are_those_on_the_wire(run: Any) -> Non
     """But for the ids in a message's metadata, which are shorter here than between machines."""
     homes = {name: number for number, name in enumerate(CLIENTS, start=1)}
     apart = []
-    for codec in (CodecConfig(), CHANGES, ALL):
+    for codec in (codec_of(), CHANGES, ALL):
         _, ledger, _ = run(codec, nodes=8, homes=homes)
         record = [ledger.total(f"{part}_bytes") for part in ("uplink", "downlink", "plan")]
         apart.append(sum(record) - ledger.total("wire_bytes"))
@@ -135,9 +136,9 @@ def test_with_one_client_a_node_the_bytes_are_those_on_the_wire(run: Any) -> Non
 
 def test_changes_cost_what_their_codec_does_where_everyone_is_there_each_time(run: Any) -> None:
     everyone = {"clients_per_round": 8, "rounds": 8}
-    _, changes, _ = run(CodecConfig(down="eden-2"), **everyone)
-    _, values, _ = run(CodecConfig(down="eden-2", downlink="values"), **everyone)
-    _, plain, _ = run(CodecConfig(), **everyone)
+    _, changes, _ = run(codec_of(downlink="eden-2"), **everyone)
+    _, values, _ = run(codec_of(downlink="eden-2", downlink_mode="full"), **everyone)
+    _, plain, _ = run(codec_of(), **everyone)
     down = [ledger.total("downlink_bytes") for ledger in (changes, values, plain)]
     assert down[0] < 1.05 * down[1] < down[2]
 
@@ -146,22 +147,22 @@ def test_changes_cost_what_their_codec_does_where_everyone_is_there_each_time(ru
 
 
 def test_a_plan_without_the_new_keys_is_the_plan_it_was() -> None:
-    plan = make_plan(CodecConfig(up="int8"))
+    plan = make_plan(codec_of(uplink="int8"))
     import json
 
     import zstandard
 
     header = plan.to_bytes()[16:]
     codec = json.loads(zstandard.ZstdDecompressor().decompress(header))["codec"]
-    assert codec == {"up": "int8", "down": "float32"}
-    for codec_ in (CHANGES, FEEDBACK, ALL, CodecConfig(down="int8", downlink="values")):
+    assert codec == {"uplink": "int8", "downlink": "float32", "downlink_mode": "delta"}
+    for codec_ in (CHANGES, FEEDBACK, ALL, codec_of(downlink="int8", downlink_mode="full")):
         again = Plan.from_bytes(make_plan(codec_).to_bytes())
         assert asdict(again.codec) == asdict(codec_)
 
 
 def test_a_head_sent_without_loss_comes_without_loss(run: Any) -> None:
     rounds = {"clients_per_round": 8, "rounds": 3}
-    exact, _, _ = run(CodecConfig(), **rounds)
-    mixed, _, _ = run(CodecConfig(up="eden-1", head_up="float32"), **rounds)
+    exact, _, _ = run(codec_of(), **rounds)
+    mixed, _, _ = run(codec_of(uplink="eden-1", head_uplink="float32"), **rounds)
     assert mixed[360:].tobytes() == exact[360:].tobytes()
     assert (mixed[:360] != exact[:360]).mean() > 0.9

@@ -21,9 +21,9 @@ from fedpet.run.run_folder import RunFolder
 def test_nodes_with_their_own_files_end_with_the_simulation_s_values(
     experiment: Any, deployed: Any, files: tuple[Path, Path], codec: str
 ) -> None:
-    settings = deployed(codec_up=codec)
+    settings = deployed(codec_uplink=codec)
     result = run(settings, LocalGrid(three_nodes(settings, files[1])))
-    expected = simulated(experiment(codec_up=codec))
+    expected = simulated(experiment(codec_uplink=codec))
     assert result["final_values_sha256"] == expected["final_values_sha256"]
     assert result["run"]["plan_digest"] == expected["run"]["plan_digest"]
     assert result["quality"] == expected["quality"]
@@ -69,7 +69,10 @@ def test_the_roll_call_is_counted_as_the_plan_s_and_goes_to_each_node_once(
 
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"codec_up": "topk-0.3+eden-4", "codec_error_feedback": True, "codec_down": "int8"}],
+    [
+        {},
+        {"codec_uplink": "topk-0.3+eden-4", "codec_error_feedback": True, "codec_downlink": "int8"},
+    ],
     ids=["plain", "with memory"],
 )
 def test_a_deployed_run_that_was_cut_short_goes_on_with_nodes_that_come_anew(

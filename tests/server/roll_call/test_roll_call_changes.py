@@ -34,9 +34,7 @@ class Changing(LocalGrid):
 def test_a_latecomer_s_clients_are_drawn_once_it_is_there(
     deployed: Any, files: tuple[Path, Path]
 ) -> None:
-    settings = deployed(
-        strategy_clients_per_round=6, strategy_num_rounds=4, population_num_clients=4
-    )
+    settings = deployed(strategy_clients_per_round=6, strategy_num_rounds=4, clients_num_clients=4)
     nodes = three_nodes(settings, files[1])
     grid = Changing(nodes, lambda trained: {7, 5} if trained < 2 else {7, 5, 9})
     result = run(settings, grid)
@@ -78,9 +76,7 @@ def test_a_device_that_was_started_anew_has_its_clients_again_once_the_old_node_
     deployed: Any, files: tuple[Path, Path]
 ) -> None:
     """To a server that lets every node in, a device is another node after each start."""
-    settings = deployed(
-        strategy_clients_per_round=6, strategy_num_rounds=4, population_num_clients=6
-    )
+    settings = deployed(strategy_clients_per_round=6, strategy_num_rounds=4, clients_num_clients=6)
     nodes = three_nodes(settings, files[1])
     nodes[12] = nodes[9]
 

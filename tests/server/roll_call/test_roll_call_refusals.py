@@ -46,7 +46,7 @@ LIES: dict[str, Callable[[], bytes]] = {
 def test_a_node_that_gives_no_roster_takes_no_part_and_the_others_go_on(
     deployed: Any, files: tuple[Path, Path], words: str
 ) -> None:
-    settings = deployed(population_num_clients=4)
+    settings = deployed(clients_num_clients=4)
     nodes = three_nodes(settings, files[1])
     nodes[9] = lying(nodes[9], LIES[words])
     result = run(settings, LocalGrid(nodes))
@@ -84,7 +84,7 @@ def test_a_run_whose_nodes_all_refuse_ends_with_the_reason(
 def test_a_label_that_the_plan_does_not_know_is_found_at_the_roll_call(
     deployed: Any, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    settings = deployed(population_num_clients=4)
+    settings = deployed(clients_num_clients=4)
     nodes = three_nodes(settings, files[1])
     strange = tmp_path / "strange.jsonl"
     strange.write_text('{"text": "a film", "label": 7, "client": "x"}\n' * 4, encoding="utf-8")
@@ -110,7 +110,7 @@ def test_a_simulation_cannot_have_its_clients_on_nodes(deployed: Any) -> None:
 def test_a_node_s_words_are_one_printable_line_of_bounded_length(
     deployed: Any, files: tuple[Path, Path], caplog: pytest.LogCaptureFixture
 ) -> None:
-    settings = deployed(population_num_clients=4, strategy_num_rounds=1)
+    settings = deployed(clients_num_clients=4, strategy_num_rounds=1)
 
     def loud() -> bytes:
         raise MemoryError("\x1b[2J\nround 1: all is well" + "x" * 10**6)

@@ -37,7 +37,7 @@ from fedpet.search import (
 from fedpet.server.client_pool import ClientPool
 from fedpet.strategies import StructureSearch
 from fedpet.strategies.structure_search import overlap
-from fedpet.training.loop import local_loss
+from fedpet.training.loss import client_loss
 from fedpet.utils.seeds import client_id64, derive_seed
 
 # -- what a round is -----------------------------------------------------------------------------
@@ -64,8 +64,8 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
 ) -> None:
     """To the bit from the start; later on alpha and values come as float32 differences."""
     settings = experiment(
-        population_partition="iid",
-        population_num_clients=1,
+        clients_partition="iid",
+        clients_num_clients=1,
         search_space=space,
         search_local_steps=5,
         search_beta_end=0.3,
@@ -87,7 +87,7 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
         seed = derive_seed("client", plan.seed, number_of_round, number)
         model.pet.load_values(torch.from_numpy(values[: model.pet.num_values]), seed=seed)
         total = config.rounds * config.local_steps
-        loss = local_loss(
+        loss = client_loss(
             data.train.labels[client.rows], data.task, adjustment, torch.device("cpu")
         )
         central = BiLevel(model.pet, model.space, config, total_steps=total, loss=loss)
@@ -118,7 +118,7 @@ def test_a_client_s_rows_move_either_its_values_or_its_alpha_and_in_every_round_
     assert np.array_equal(split.theta, again.theta)
     assert not np.array_equal(split.theta, other.theta)
     assert len(split_in_two(rows[:2], seed=0).theta) == 1
-    with pytest.raises(TrainingError, match=r"two rows of a client .* has 1\. Raise population"):
+    with pytest.raises(TrainingError, match=r"two rows of a client .* has 1\. Raise clients"):
         split_in_two(rows[:1], seed=0)
 
 

@@ -49,10 +49,14 @@ def test_the_bytes_of_a_search_are_those_of_its_messages_and_told_apart(experime
 @pytest.mark.parametrize(
     "changes",
     [
-        {"codec_up": "eden-4", "codec_down": "eden-4"},
-        {"codec_up": "topk-0.5+int8", "codec_head_up": "float32", "codec_error_feedback": True},
+        {"codec_uplink": "eden-4", "codec_downlink": "eden-4"},
+        {
+            "codec_uplink": "topk-0.5+int8",
+            "codec_head_uplink": "float32",
+            "codec_error_feedback": True,
+        },
         {"mask_tiers": "0.01=0.5,0.05=0.5"},
-        {"mask_enabled": False, "mask_broadcast": "explicit"},
+        {"mask_enabled": False, "mask_broadcast": "send"},
         {"strategy_name": "fedadam"},
     ],
 )

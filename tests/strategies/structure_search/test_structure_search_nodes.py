@@ -48,7 +48,7 @@ def test_nodes_that_bring_their_own_files_search_what_the_simulation_does(
     (server := tmp_path / "server").mkdir()
     shutil.copy(files[1] / "test.jsonl", server)
     settings = experiment(
-        population_partition="nodes", population_num_clients=6, strategy_node_wait_seconds=5.0
+        clients_partition="nodes", clients_num_clients=6, strategy_node_wait_seconds=5.0
     )
     settings = replace(settings, data=replace(settings.data, source=str(server)))
     lines = (files[1] / "train.jsonl").read_text(encoding="utf-8").splitlines()

@@ -138,7 +138,11 @@ def test_a_plan_of_a_search_with_another_layout_is_refused_by_the_node(
             StructureError,
             "the budget of 600 values must hold the mask",
         ),
-        ({"search_budget": "2kB", "codec_up": "topk-0.1+int8"}, ConfigError, "sends every value"),
+        (
+            {"search_budget": "2kB", "codec_uplink": "topk-0.1+int8"},
+            ConfigError,
+            "sends every value",
+        ),
     ],
 )
 def test_bad_input_is_told_in_a_sentence_before_anything_runs(

@@ -20,7 +20,7 @@ from fedpet.run.local_grid import LocalGrid
 from fedpet.run.resume import check_journal, read_cut_short, searched_structure
 from fedpet.run.run_folder import RunFolder
 
-LOSSY = {"codec_up": "eden-4", "codec_down": "eden-4"}
+LOSSY = {"codec_uplink": "eden-4", "codec_downlink": "eden-4"}
 TWO_ROUNDS = {"strategy_num_rounds": 2}
 
 

