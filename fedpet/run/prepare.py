@@ -150,7 +150,7 @@ def _training_inputs(inputs: RunInputs, backbone: Backbone, structure: Structure
             "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
             "is empty. Enable one of them."
         )
-    folder = ground.experiment.run.start
+    folder = inputs.experiment.run.start
     return Prepared(
         inputs.experiment,
         data,
