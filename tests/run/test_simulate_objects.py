@@ -19,7 +19,7 @@ from fedpet.errors import InputError
 
 REST: dict[str, Any] = {
     "training": {"learning_rate": 0.01, "batch_size": 4},
-    "population": {"min_rows": 2},
+    "clients": {"min_rows": 2},
     "strategy": {"clients_per_round": 4},
     "num_rounds": 2,
     "backend": "in-process",
@@ -76,7 +76,7 @@ model = "{folder / "model"}"
 [data]
 source = "{files[1]}"
 max-length = 16
-[population]
+[clients]
 min-rows = 2
 [mask]
 density = 0.05
