@@ -50,9 +50,10 @@ def simulate(
     """Fine-tune a model over simulated clients.
 
     Args:
-        model: What `get_pet_model` gives, a transformers model that classifies sequences, or a
-            checkpoint's name (a folder, a hub name, "bundled"); it stays as it is. Without `data`
-            (or with a dict for it): an experiment file, a built-in one's name, or an `Experiment`.
+        model: What `get_pet_model` gives, trained or not; a transformers model that classifies
+            sequences; or a checkpoint's name (a folder, a hub name, "bundled"). It stays as it is.
+            Without `data` (or with a dict for it): an experiment file, a built-in one's name, or
+            an `Experiment`.
         data: What `load_federated_dataset` gives or takes as its first argument.
         strategy: An object of `fedpet.strategies`, which stands for the whole table [strategy]; or
             a name ("fedadam"), or a dict of keys.
