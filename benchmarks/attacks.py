@@ -30,7 +30,7 @@ from benchmarks.cell import Result, complete, write_json
 from benchmarks.experiment_grid import FEDPET, ExperimentCell
 from benchmarks.rate import Rate
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.codec import decode_values, encode_values
 from fedpet.codec.floats import encode_float32
 from fedpet.config import Experiment
@@ -163,7 +163,9 @@ class AttackCell(ExperimentCell):
         settings = replace(self.experiment, run=run)
         prepared = prepare(settings, Callback())
         assert isinstance(prepared, Prepared), "no search comes before it"
-        liars = Liars(Node(NodeSettings.of(settings)).answer, prepared, ATTACKS[self.attack])
+        liars = Liars(
+            Node(NodeConfig.from_experiment(settings)).answer, prepared, ATTACKS[self.attack]
+        )
         try:
             with quiet_flower():
                 federate(LocalGrid({1: liars.answer}), prepared, RunFolder(folder), Callback())

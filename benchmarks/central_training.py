@@ -118,7 +118,7 @@ def run_centrally(
     try:
         training = replace(training, logit_adjustment=rows.logit_adjustment)
         loss = train_structure(pet, data.train, train, data.task, training, seed=seed)
-        values = pet.values().numpy().astype("<f4")
+        values = pet.get_delta().numpy().astype("<f4")
         if rows.eval_splits:
             evaluated = [part.evaluation for part in parts]
         else:
@@ -129,7 +129,7 @@ def run_centrally(
         for segment in pet.segments:
             sizes[segment.kind] = sizes.get(segment.kind, 0) + segment.size
     finally:
-        pet.restore()
+        pet.unload()
     return {
         "score": metric_value(data.task, logits, labels),
         "loss": loss,

@@ -25,7 +25,8 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from fedpet.codec import decode_values, encode_values, known_codecs
+from fedpet.codec import decode_values, encode_values
+from fedpet.codec.spec import CODEC_IDS
 from fedpet.run.run_folder import machine, versions
 
 PLAIN = ("float32", "bfloat16", "float32-raw", "bfloat16-raw", "int8-raw")
@@ -128,7 +129,7 @@ def main() -> int:
     print(f"{'codec':20}{'bits':>8}{'encode':>9}{'decode':>9}{'bar':>6}")
     rows = [yardstick(values, arguments.repeats)]
     show(rows[0])
-    for codec in (*known_codecs(), *EXTRA):
+    for codec in (*CODEC_IDS, *(f"{base}-raw" for base in CODEC_IDS), *EXTRA):
         row = measure(codec, values, arguments.repeats)
         rows.append(row | {"distributions": errors(codec, 400_000)})
         show(rows[-1])

@@ -219,12 +219,12 @@ def _client(folder: Path) -> Callable[[bytes], bytes]:
 
     import fedpet.client.flower_client
     from fedpet.client.node import Node
-    from fedpet.client.node_config import NodeSettings
+    from fedpet.client.node_config import NodeConfig
     from fedpet.protocol.frame import Frame, unpack_frames
 
     assert callable(flwr.supernode.cli.flwr_clientapp)
     assert fedpet.client.flower_client.make_client_app()
-    node = Node(NodeSettings.of(_experiment(folder)))
+    node = Node(NodeConfig.from_experiment(_experiment(folder)))
 
     def answer(request: bytes) -> bytes:
         packed = node.answer(request)

@@ -135,8 +135,8 @@ def _steps(
     pet = pet_model(base, mask, names)
     inputs, labels = batch_of(8, 24, device, vocabulary)
     start = 0.01 * torch.randn(pet.num_values, generator=torch.Generator().manual_seed(1))
-    pet.load_values(start, seed=5)
-    back = bool(torch.equal(pet.values(), start))
+    pet.set_delta(start, seed=5)
+    back = bool(torch.equal(pet.get_delta(), start))
     groups = list(pet.parameter_groups().values())
     optimiser = torch.optim.SGD(groups, lr=1e-2)
     found: dict[str, Any] = {"round trip": back}
@@ -155,7 +155,7 @@ def _steps(
     with torch.no_grad():
         found["logits"] = pet.model(**inputs).logits.cpu()
         found["merged"] = plain(**inputs).logits.cpu()
-    found["values"] = pet.values()
+    found["values"] = pet.get_delta()
     found["added"] = pet.added_parameters
     named = {segment.name for segment in pet.segments}
     found["touched"] = _touched(before, plain.state_dict(), mask, named)
@@ -240,7 +240,7 @@ RUNS: dict[str, dict[str, dict[str, Any]]] = {
 
 def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict[str, Any]:
     # Here, so that the other sections need neither Flower nor `datasets`.
-    from fedpet.client.node_config import NodeSettings
+    from fedpet.client.node_config import NodeConfig
     from fedpet.run.callbacks import Callback
     from fedpet.run.federate import federate, prepare
     from fedpet.run.local_grid import LocalGrid
@@ -261,7 +261,7 @@ def _runs(folder: Path, size: str, changes: dict[str, Any], device: str) -> dict
         for stage, keys in changes.items():
             tables.setdefault(stage, {}).update(keys)
         experiment = Experiment.from_tables(tables)
-        grid = LocalGrid.of(NodeSettings.of(experiment), 1)
+        grid = LocalGrid.of(NodeConfig.from_experiment(experiment), 1)
         result = federate(
             grid, prepare(experiment, Callback()), new_run_folder(experiment), Callback()
         )

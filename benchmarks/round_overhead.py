@@ -26,7 +26,7 @@ import torch
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run.callbacks import Callback
@@ -84,7 +84,7 @@ def noise_for_training() -> Iterator[None]:
 
 
 def _client_app(experiment: Experiment) -> ClientApp:
-    app, settings = ClientApp(), NodeSettings.of(experiment)
+    app, settings = ClientApp(), NodeConfig.from_experiment(experiment)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:

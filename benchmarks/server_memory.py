@@ -26,7 +26,7 @@ import numpy as np
 from flwr.app import Message
 
 from benchmarks.peak_memory import peak_bytes
-from fedpet.codec import check_codec, encode_values
+from fedpet.codec import encode_values, parse_codec
 from fedpet.config import CodecConfig, StrategyConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.pet.structure import Structure
@@ -158,7 +158,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for strategy in given.strategies:
         for codec in given.codecs:
-            check_codec(codec)
+            parse_codec(codec)
             peaks = {
                 str(clients): _in_a_process(strategy, codec, given.values, clients, given.rounds)
                 for clients in given.clients

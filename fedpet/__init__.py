@@ -17,11 +17,11 @@ from fedpet.utils.telemetry import turn_off_telemetry
 
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
-    from fedpet.config import Experiment, MaskConfig
+    from fedpet.config import Experiment, MaskConfig, SearchConfig, TrainingConfig
     from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
     from fedpet.errors import FedpetError, InputError
     from fedpet.export import export_peft
-    from fedpet.pet.factory import get_pet_model
+    from fedpet.pet.factory import get_pet_model, preset_structure
     from fedpet.pet.mask import Mask, build_mask, pafi_mask
     from fedpet.pet.model import PetModel
     from fedpet.pet.modules.adapter import AdapterConfig
@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from fedpet.run.callbacks import Callback
     from fedpet.run.finished import Run
     from fedpet.run.simulate import resume, simulate
+    from fedpet.search.from_dataset import search_structure
     from fedpet.training.loss import register_loss
     from fedpet.training.metrics import register_metric
 
@@ -48,7 +49,7 @@ turn_off_telemetry()
 
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
-    "fedpet.config": ("Experiment", "MaskConfig"),
+    "fedpet.config": ("Experiment", "MaskConfig", "SearchConfig", "TrainingConfig"),
     "fedpet.data.federated_dataset": ("FederatedDataset", "load_federated_dataset"),
     "fedpet.errors": ("FedpetError", "InputError"),
     "fedpet.export": ("export_peft",),
@@ -57,7 +58,7 @@ _HOME = {
     "fedpet.pet.model": ("PetModel",),
     "fedpet.pet.modules.base": ("GatedModule",),
     "fedpet.pet.modules.registry": ("ModuleSpec", "linears", "register_module"),
-    "fedpet.pet.factory": ("get_pet_model",),
+    "fedpet.pet.factory": ("get_pet_model", "preset_structure"),
     "fedpet.pet.modules.adapter": ("AdapterConfig",),
     "fedpet.pet.modules.bitfit": ("BitFitConfig",),
     "fedpet.pet.modules.hiwi": ("HiwiConfig",),
@@ -70,6 +71,7 @@ _HOME = {
     "fedpet.run.callbacks": ("Callback",),
     "fedpet.run.finished": ("Run",),
     "fedpet.run.simulate": ("resume", "simulate"),
+    "fedpet.search.from_dataset": ("search_structure",),
     "fedpet.training.loss": ("register_loss",),
     "fedpet.training.metrics": ("register_metric",),
 }
@@ -96,7 +98,9 @@ __all__ = [
     "PetConfig",
     "PetModel",
     "Run",
+    "SearchConfig",
     "Structure",
+    "TrainingConfig",
     "__version__",
     "build_mask",
     "bundled_model",
@@ -108,10 +112,12 @@ __all__ = [
     "linears",
     "load_federated_dataset",
     "pafi_mask",
+    "preset_structure",
     "register_loss",
     "register_metric",
     "register_module",
     "resume",
+    "search_structure",
     "simulate",
 ]
 

@@ -18,13 +18,14 @@ from urllib.parse import unquote
 
 import pytest
 import typer
-from conftest import REPOSITORY
 from doc_blocks import Block, blocks_of, inline_code, run_python
 
 import fedpet
 from fedpet.cli.main import app
 from fedpet.config import Experiment
 from fedpet.pet.modules import registry
+
+REPOSITORY = Path(__file__).resolve().parents[1]
 
 PAGES = [
     REPOSITORY / "README.md",

@@ -1,1 +1,1 @@
-"""A pretrained checkpoint: its weights, its device, which of its modules can be adapted."""
+"""Load a pretrained checkpoint: its weights, its device, which of its modules can be adapted."""

@@ -1,11 +1,9 @@
-"""The files of a checkpoint: where they lie, and whether they are such as fedpet can take.
-
-    [checkpoint] -> backbone -> mask -> structure -> ...
+"""Find the files of a checkpoint, and refuse those that no later stage could use.
 
 In:  a hub name, a folder, or `package:NAME` for a Python package that ships weights.
 Out: the folder of its files; a hub's are downloaded once, safetensors where there are any.
 
-What no later stage could use is refused here, before anything reads it: pointers of git-lfs in the
+Refused before anything reads it: pointers of git-lfs in the
 place of weights, adapters without their base, quantised weights, code that comes with a checkpoint.
 """
 
@@ -105,7 +103,7 @@ def resolve_config(config: BackboneConfig) -> Path:
 
 
 def package_name(model: str) -> str:
-    """The package that `backbone.model` names; "" where it names none."""
+    """Return the package that `backbone.model` names; "" where it names none."""
     if model == "bundled":
         return bundled.name_of(bundled.MODEL)
     return model.removeprefix("package:") if model.startswith("package:") else ""
@@ -159,7 +157,7 @@ def _out_of_reach(name: str, error: Exception) -> BackboneError:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The files that transformers would read a checkpoint's weights from; [] where there are none.
+    """List the files that transformers would read a checkpoint's weights from; [] if none.
 
     Raises:
         BackboneError: The list of a checkpoint in several parts does not read.

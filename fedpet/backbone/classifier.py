@@ -1,6 +1,4 @@
-"""The head of a model that classifies: which parameters it is, and whether a checkpoint's fits.
-
-    checkpoint -> [backbone] -> mask -> structure -> ...
+"""Find the head of a model of a task, and the part of a checkpoint's head that fits.
 
 In:  a model of a task, the names that its checkpoint lacks, the classes of both.
 Out: the head's names, those of its output layer, and the rows of a checkpoint's output layer in the
@@ -28,7 +26,7 @@ REGRESSION_NAMES = ("value",)
 
 
 def outside_base(model: nn.Module) -> tuple[str, ...]:
-    """Parameters that the task's class adds to the architecture's base model."""
+    """List parameters that the task's class adds to the architecture's base model."""
     prefix = str(getattr(model, "base_model_prefix", ""))
     has_base = getattr(model, prefix, None) is not None if prefix else False
     return tuple(
@@ -39,7 +37,7 @@ def outside_base(model: nn.Module) -> tuple[str, ...]:
 
 
 def output_layer(model: nn.Module) -> tuple[str, ...]:
-    """Parameters of the last Linear outside the base: it has a row an output."""
+    """List parameters of the last Linear outside the base: it has a row an output."""
     outside = set(outside_base(model))
     last: tuple[str, ...] = ()
     for path, module in model.named_modules():
@@ -52,7 +50,7 @@ def output_layer(model: nn.Module) -> tuple[str, ...]:
 def head_names(
     model: nn.Module, lacking: Collection[str], *, has_output_layer: bool
 ) -> tuple[str, ...]:
-    """Parameters of the head, in the order of the model.
+    """List parameters of the head, in the order of the model.
 
     Args:
         model: Of the task.
@@ -69,7 +67,7 @@ def head_names(
 
 
 def lost_names(model: nn.Module, lacking: Collection[str]) -> tuple[str, ...]:
-    """Parameters of the encoder itself that a checkpoint lacks: none in one that can be used."""
+    """List parameters of the encoder that a checkpoint lacks: none in one that can be used."""
     head = set(head_names(model, lacking, has_output_layer=True))
     return tuple(
         name for name, _ in model.named_parameters() if name in lacking and name not in head
@@ -77,14 +75,14 @@ def lost_names(model: nn.Module, lacking: Collection[str]) -> tuple[str, ...]:
 
 
 def class_names(config: object) -> tuple[str, ...]:
-    """The classes that a checkpoint's config.json names, by index; () where it has no such list."""
+    """Return the classes that a config.json names, by index; () where it has no such list."""
     named = getattr(config, "id2label", None) or {}
     indices = range(len(named))
     return tuple(str(named[index]) for index in indices) if set(named) == set(indices) else ()
 
 
 def rows_of(theirs: Sequence[str], ours: Sequence[str]) -> tuple[int, ...] | None:
-    """For each of the task's classes the row of a checkpoint's output layer that stands for it.
+    """Match each of the task's classes with the row of a checkpoint's output layer for it.
 
     Names are compared whatever their case. Where either side has numbers in the place of names,
     which is what transformers writes if nobody names the classes, the rows stand as they are.

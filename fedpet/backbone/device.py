@@ -1,11 +1,9 @@
-"""Where a model computes: on the processor, or on a GPU of CUDA's.
-
-    [backbone] -> mask -> structure -> search -> model -> ...
+"""Place a model on a device: the processor, or a GPU of CUDA's.
 
 In:  a name, from `run.device` or from a node's own configuration.
 Out: the same, once torch is known to have it.
 
-The device is nobody's but the process's: it is not in the plan, and clients on either may work in
+The device belongs to the process: it is not in the plan, and clients on either may work in
 one round. Which GPU, where there are several, is what CUDA_VISIBLE_DEVICES says; a simulation's
 workers share them. The mask, the codec and everything drawn from a seed are computed on the
 processor wherever the model lies, so that all agree on them to the bit.
@@ -21,11 +19,11 @@ from torch import Tensor, nn
 from fedpet.config import DEVICES
 from fedpet.errors import ConfigError
 
-__all__ = ["check_device", "device_of", "moved"]
+__all__ = ["check_device", "device_of", "to_device"]
 
 
 def check_device(name: str) -> str:
-    """The device of this name.
+    """Return the device of this name, once torch is known to have it.
 
     Raises:
         ConfigError: There is none here.
@@ -40,11 +38,11 @@ def check_device(name: str) -> str:
     return name
 
 
-def moved(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
-    """A batch with its tensors on this device; those that lie there already are not copied."""
+def to_device(batch: Mapping[str, Tensor], device: torch.device) -> dict[str, Tensor]:
+    """Put a batch's tensors on this device; those that lie there already are not copied."""
     return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def device_of(model: nn.Module) -> torch.device:
-    """Where the model lies, and its inputs must."""
+    """Return the device of a model, which its inputs must be on."""
     return next(model.parameters()).device

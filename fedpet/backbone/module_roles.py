@@ -1,6 +1,4 @@
-"""Where things are, in any transformer: one role table for all architectures.
-
-    backbone -> [mask] -> [structure] -> search -> model -> ...
+"""Find the modules of any transformer by their role: one role table for all architectures.
 
 In:  a model, and the names of its newly initialised (head) parameters.
 Out: `Position`s: which module is a query, which the norm of the feed-forward part, which module's
@@ -145,7 +143,7 @@ def find_target_modules(model: nn.Module, head: Collection[str] = ()) -> tuple[P
 
 
 def maskable_weights(model: nn.Module, head: Collection[str] = ()) -> dict[str, Tensor]:
-    """The weights a mask chooses from: encoder and decoder Linear and Conv1D, pretrained pooler.
+    """Return the weights a mask chooses from: Linear and Conv1D of the blocks, pretrained pooler.
 
     Returns:
         Weights by parameter name, in the order of the model; a shared or tied one once, under
@@ -181,7 +179,7 @@ def _kinds_and_roles(
 
 
 def _ends_a_sublayer(name: str, module: nn.Module) -> bool:
-    """Whether a module's output is that of a whole sub-layer, before the residual sum and norm."""
+    """Tell whether a module gives the output of a sub-layer, before residual sum and norm."""
     if is_dense(module):
         return _role("linear", name) in ("attention-output", "ffn-down")
     return _holds_dense(module) and not any(_is_norm(inner) for inner in module.modules())
@@ -192,7 +190,7 @@ def _role(kind: str, name: str) -> str | None:
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """Whether a module is GPT-2's Linear with its weight the other way round, (in, out).
+    """Tell whether a module is GPT-2's Linear, whose weight is transposed: (in, out).
 
     It is known by its name, so that transformers need not be imported here.
     """
@@ -200,7 +198,7 @@ def is_conv1d(module: nn.Module) -> bool:
 
 
 def is_dense(module: nn.Module) -> bool:
-    """Whether a module is a Linear or a Conv1D."""
+    """Tell whether a module is a Linear or a Conv1D."""
     return isinstance(module, nn.Linear) or is_conv1d(module)
 
 
@@ -216,7 +214,7 @@ def _is_norm(module: nn.Module) -> bool:
 
 
 def _is_read_by_its_parent(name: str, modules: dict[str, nn.Module]) -> bool:
-    """`nn.MultiheadAttention` reads the weight of its `out_proj` and never calls it."""
+    """Tell of an `out_proj` whose weight `nn.MultiheadAttention` reads, without calling it."""
     return isinstance(modules.get(name.rpartition(".")[0]), nn.MultiheadAttention)
 
 
@@ -230,7 +228,7 @@ def _sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def _repeated_blocks(modules: dict[str, nn.Module]) -> list[str]:
-    """Names of the outermost lists of layers: `bert.encoder.layer`, `transformer.h`, ..."""
+    """Name the outermost lists of layers: `bert.encoder.layer`, `transformer.h`, ..."""
     names: list[str] = []
     for name, module in modules.items():
         if not name or any(name.startswith(f"{outer}.") for outer in names):
@@ -245,7 +243,7 @@ def _repeated_blocks(modules: dict[str, nn.Module]) -> list[str]:
 
 
 def _decoder_prefixes(modules: dict[str, nn.Module]) -> list[str]:
-    """Parts that are decoders: named so, or else all of a model that attends causally."""
+    """List the parts that are decoders: named so, or else all of a model that attends causally."""
     named = [name for name in modules if name.rpartition(".")[2] == "decoder"]
     if named:
         return named

@@ -1,7 +1,4 @@
-"""The pretrained transformer that a federation shares, loaded and frozen.
-
-    checkpoint -> [backbone] -> mask -> structure -> search -> model -> codec
-             -> plan -> client -> strategy -> ledger -> report
+"""Load and freeze the pretrained transformer that a federation shares.
 
 In:  a hub name, a folder, or `package:NAME` for a Python package that ships weights.
 Out: a `Backbone`: the frozen model of a task with its head, and the checkpoint's fingerprint.
@@ -21,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fedpet.backbone.checkpoint import locate
 from fedpet.backbone.classifier import (
@@ -47,7 +44,7 @@ __all__ = ["Backbone", "Origin", "fingerprint", "load_backbone", "load_for_task"
 
 @dataclass(frozen=True)
 class Origin:
-    """What a model's parameters came from.
+    """The sources of a model's parameters.
 
     Attributes:
         loaded: Tensors that the checkpoint gave.
@@ -64,7 +61,7 @@ class Origin:
     classes: str = ""
 
     def lines(self) -> list[str]:
-        """The same in words, a line each for what a user may not expect."""
+        """Say the same in words, a line for each thing that a user may not expect."""
         told = f"{self.loaded} tensors come from the checkpoint"
         if self.head_loaded:
             told += f", of the head {_listed(self.head_loaded)}"
@@ -81,7 +78,7 @@ class Origin:
         return lines
 
     def to_json(self) -> dict[str, Any]:
-        """What `result.json` holds of it."""
+        """Make its entry of `result.json`."""
         return asdict(self)
 
 
@@ -94,8 +91,7 @@ class Backbone:
         folder: Where its files lie: configuration, weights, tokeniser.
         model: float32, in evaluation mode, no parameter asks for a gradient.
         head: Names of the head's parameters, see fedpet/backbone/classifier.py; no mask or module
-        acts on
-            them.
+            acts on them.
         fingerprint: SHA-256 (64 hex digits) of the names, shapes, dtypes and values that came
             from the checkpoint.
         trains_head: Whether the head is trained, in full; else it stays the checkpoint's.
@@ -110,14 +106,43 @@ class Backbone:
     trains_head: bool = True
     origin: Origin = Origin()
 
+    @classmethod
+    def of_model(
+        cls,
+        model: nn.Module,
+        head: tuple[str, ...],
+        *,
+        fingerprint: str = "",
+        source: str = "",
+        trains_head: bool = True,
+    ) -> Backbone:
+        """Take a user's own model, which is frozen, in the place of a checkpoint's.
+
+        Args:
+            model: Any module with a transformer's parts.
+            head: See the attributes, as the others.
+            fingerprint: "" where it is computed when it is needed.
+            source: "" takes the name in the model's configuration.
+            trains_head: See the attributes.
+        """
+        model.requires_grad_(False)
+        return cls(
+            source=source or str(getattr(getattr(model, "config", None), "_name_or_path", "")),
+            folder=Path(),  # the model is at hand, and nothing more is read
+            model=cast("PreTrainedModel", model),
+            head=head,
+            fingerprint=fingerprint,
+            trains_head=trains_head,
+        )
+
     @property
     def trained_head(self) -> tuple[str, ...]:
-        """Names of the head's parameters that are trained, all of them or none."""
+        """Name the head's parameters that are trained, all of them or none."""
         return self.head if self.trains_head else ()
 
     @property
     def pretrained_parameters(self) -> int:
-        """Numbers in the model, a head that is trained not counted."""
+        """Count the numbers in the model, without a head that is trained."""
         head = set(self.trained_head)
         return sum(p.numel() for name, p in self.model.named_parameters() if name not in head)
 
@@ -228,7 +253,7 @@ def _settle_head(
     theirs: tuple[str, ...],
     ours: tuple[str, ...],
 ) -> tuple[tuple[str, ...], str]:
-    """Decide what of the head is drawn anew; bring a checkpoint's rows into the classes' order.
+    """Split the head into drawn and loaded; bring a checkpoint's rows into the classes' order.
 
     Returns:
         The names to draw, and what to tell of the classes.
@@ -267,7 +292,7 @@ def _settle_head(
 
 
 def _unusable(source: str, error: Exception) -> BackboneError:
-    """In words that do not ask for what fedpet has not."""
+    """Make the error, in words that do not ask for anything that fedpet has not."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if type(error).__name__ in ("SafetensorError", "UnpicklingError", "EOFError"):
         return BackboneError(
@@ -304,7 +329,7 @@ def _listed(names: Sequence[str]) -> str:
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
-    """SHA-256 over names, dtypes, shapes and values, in the order of the names."""
+    """Hash names, dtypes, shapes and values, in the order of the names: SHA-256."""
     digest = hashlib.sha256()
     for name, tensor in sorted(parameters, key=lambda item: item[0]):
         digest.update(f"{name}\0{tensor.dtype}\0{tuple(tensor.shape)}\0".encode())
@@ -314,7 +339,7 @@ def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:
 
 
 def _init_head(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
-    """Matrices normal with the model's own standard deviation, biases 0, gains 1."""
+    """Draw matrices normal with the model's own standard deviation; set biases 0, gains 1."""
     deviation = float(getattr(model.config, "initializer_range", None) or 0.02)
     parameters = dict(model.named_parameters())
     with torch.no_grad():

@@ -1,1 +1,1 @@
-"""One node: it keeps plans and client state, and trains its clients."""
+"""Run one node: store plans and client state, train its clients."""

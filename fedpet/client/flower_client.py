@@ -1,7 +1,7 @@
-"""Make the ClientApp of a node: each message is answered by the node resident in this process.
+"""Make the ClientApp of a node: its handlers pass each message to the node of this process.
 
-What a SuperNode was started with (`--node-config`) stands above the run's settings: a device knows
-best where its own rows, checkpoint and cache are.
+A SuperNode's own config (`--node-config`) stands above the run's settings: a device knows best
+where its rows, checkpoint and cache are.
 """
 
 from flwr.app import Context, Message
@@ -11,13 +11,13 @@ from fedpet.utils.gc_paused import gc_paused
 
 with gc_paused():  # torch is imported here
     from fedpet.client.node import reply
-    from fedpet.client.node_config import NodeSettings
+    from fedpet.client.node_config import NodeConfig
     from fedpet.config import Experiment
     from fedpet.utils.source_digest import check_source_digest
 
 
 def make_client_app(code: str = "") -> ClientApp:
-    """The app of a node.
+    """Make the app of a node.
 
     Args:
         code: Digest of the fedpet that a run is of; each message is refused where this one has
@@ -32,7 +32,7 @@ def make_client_app(code: str = "") -> ClientApp:
 
     @made.query()
     def query(message: Message, context: Context) -> Message:
-        """Say who lives here."""
+        """Register the clients of this node."""
         return _answer(message, context, code)
 
     return made
@@ -42,5 +42,4 @@ def _answer(message: Message, context: Context, code: str) -> Message:
     if code:
         check_source_digest(code)
     experiment = Experiment.from_run_config(context.run_config)
-    settings = NodeSettings.of(experiment, context.node_config).on(context.node_config)
-    return reply(message, settings)
+    return reply(message, NodeConfig.from_experiment(experiment, context.node_config))

@@ -1,8 +1,6 @@
-"""Where a node's clients start from: the global values of each tier in a request.
+"""Decode the global values of each tier in a request.
 
-    ... -> codec -> plan -> [client] -> strategy -> ledger -> report
-
-In:  a request's frames; the plan; what the node kept of the run.
+In:  a request's frames; the plan; the node's state of the run.
 Out: for each tier in it, float32 values, the same bits on every node (law 6).
 
 Either each tier's values come coded in one frame, or they are the public reference, and come as
@@ -17,29 +15,29 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedpet.client.state_store import NodeState
+from fedpet.client.state_store import StateStore
 from fedpet.codec import VectorCodec
 from fedpet.config import MAX_TIERS
-from fedpet.errors import FrameError, PlanError
+from fedpet.errors import FrameError
 from fedpet.pet.layout import Communicated, head_groups, quantisation_groups
-from fedpet.protocol.frame import Frame, unpack_frames
+from fedpet.protocol.frame import Frame, RefusalCode, StateMissingError, unpack_frames
 from fedpet.protocol.plan import Plan
-from fedpet.protocol.request import REFERENCE_MISSING, Path, Request
-from fedpet.protocol.shared_reference import Reference, decode_whole, follow, seed_of_round
+from fedpet.protocol.request import Path, Request
+from fedpet.protocol.shared_reference import Reference, apply_changes, decode_full, seed_of_round
 
-__all__ = ["Start", "decode_global_values", "frames_by_tier"]
+__all__ = ["TierValues", "decode_global_values", "frames_by_tier"]
 
 
 @dataclass(frozen=True)
-class Start:
-    """Where a client's training starts: a tier, and the global values of it."""
+class TierValues:
+    """A tier, and the global values of it: the start of a client's training."""
 
     tier: int
     values: np.ndarray
 
 
 def frames_by_tier(request: Request) -> list[list[Frame]]:
-    """A request's frames, those of each tier together, the last of each of the request's round.
+    """Return a request's frames by tier, the last of each tier of the request's round.
 
     Raises:
         FrameError: They are not of one plan and that round, or not as many as the request says.
@@ -75,13 +73,13 @@ def decode_global_values(
     frames: Sequence[Sequence[Frame]],
     plan: Plan,
     pet: Communicated,
-    state: NodeState | None,
-) -> list[Start]:
+    state: StateStore | None,
+) -> list[TierValues]:
     """Decode the global values of each tier, known by how many they are.
 
     Raises:
         FrameError: A frame is not as the plan says.
-        PlanError: The changes are of a reference that is not held here.
+        StateMissingError: The changes are of a reference that is not held here.
     """
     if bool(request.paths and state) != plan.is_delta_downlink:
         raise FrameError(
@@ -108,17 +106,22 @@ def decode_global_values(
         else:
             seed = seed_of_round(plan.seed, frame.server_round)
             values = coding.decode(frame.payload, seed=seed)
-        starts.append(Start(tier, values))
+        starts.append(TierValues(tier, values))
     return starts
 
 
 def _reference(
-    path: Path, frames: Sequence[Frame], tier: int, coding: VectorCodec, seed: int, state: NodeState
+    path: Path,
+    frames: Sequence[Frame],
+    tier: int,
+    coding: VectorCodec,
+    seed: int,
+    state: StateStore,
 ) -> Reference:
-    """The round's reference, by the way that the request describes; kept for the next round."""
+    """Return the round's reference by the request's path, and store it for the next round."""
     count = coding.count
     if not path.changes:
-        reference = decode_whole(frames[0], count)
+        reference = decode_full(frames[0], count)
         if reference.checksum != path.checksum:
             raise FrameError("the reference does not have the checksum that the request names.")
     else:
@@ -127,9 +130,9 @@ def _reference(
             lambda: state.reference_on_disk(tier, count),
             lambda: Reference.start(count),
         )
-        found = follow(places, frames, coding, run_seed=seed, checksum=path.checksum)
-        if found is None:
-            raise PlanError(REFERENCE_MISSING)
-        reference = found
+        followed = apply_changes(places, frames, coding, run_seed=seed, checksum=path.checksum)
+        if followed is None:
+            raise StateMissingError(RefusalCode.REFERENCE_MISSING)
+        reference = followed
     state.keep_reference(tier, reference)
     return reference

@@ -1,7 +1,21 @@
-"""What a node knows of itself: where its checkpoint and rows are, and how strong it is.
+"""Configure a node: its checkpoint, rows, cache and device; everything else comes with the plan.
 
-In:  an experiment's files, and what the node was started with (Flower's `--node-config`).
-Out: `NodeSettings`; everything else comes with the plan (fedpet/protocol/plan.py).
+In:  an experiment, and Flower's node config, a flat table of scalars:
+
+    flower-supernode ... --node-config 'data="reviews.jsonl" client="device-7" threads=2'
+
+    data            file or folder with the node's own rows, all of which are trained on
+    client          the one client that holds them all; else a column names each row's client:
+    client-column   that column, where the experiment's population.client-column is another
+    split           which split of a folder; "train" unless named
+    text-columns, label-column     of this file, where the experiment's are others
+    backbone        the checkpoint's folder here, where it is not as the experiment names it
+    cache           folder for tokenised rows and plans
+    max-density     the largest tier of the mask that the device trains, see fedpet/pet/tiers.py
+    threads         torch threads; results are the same to the bit at the same number only
+    device          "cuda", where it has a GPU; untested as yet
+
+Out: a `NodeConfig`. A simulated node has none of these keys: its rows are the experiment's.
 """
 
 from __future__ import annotations
@@ -12,97 +26,84 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fedpet.client.node_profile import (
-    SIMULATED,
-    Profile,
-    own_backbone,
-    own_data,
-    own_population,
-    read_node_config,
-)
 from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
 from fedpet.errors import ConfigError, DataError
 from fedpet.utils.paths import absolute
 
-__all__ = ["NodeSettings", "cache_folder", "make_cache"]
+__all__ = ["NodeConfig", "cache_folder", "make_cache"]
+
+_KEYS: dict[str, type | tuple[type, ...]] = {
+    **dict.fromkeys(("data", "client", "client-column", "split", "text-columns"), str),
+    **dict.fromkeys(("label-column", "backbone", "cache", "device"), str),
+    "threads": int,
+    "max-density": (int, float),
+}
+_FLOWER_KEYS = ("partition-id", "num-partitions")  # of Flower's simulation
 
 
 @dataclass(frozen=True, kw_only=True)
-class NodeSettings:
-    """What a node knows of itself; everything else comes with the plan.
+class NodeConfig:
+    """The configuration of a node.
 
     Attributes:
-        profile: What the node was started with beyond an experiment's files.
-        backbone: Where the node's own copy of the checkpoint is.
-        data: Where its rows are.
-        population: How its rows fall into clients.
+        backbone: The node's own copy of the checkpoint.
+        data: The source of its rows.
+        population: The partition of its rows into clients.
         cache: Folder for tokenised rows and plans.
-        device: Where its models lie, see fedpet/backbone/device.py.
+        device: The device of its models, see fedpet/backbone/device.py.
         max_density: It trains the largest tier of the mask up to this density; None leaves it to
             the server, which draws a tier for each client.
+        has_own_rows: Its rows are its own, and all of them are trained on.
+        client: The one client that holds them all, or "".
+        threads: Of torch, or 0 for the plan's number.
     """
 
-    profile: Profile = SIMULATED
     backbone: BackboneConfig
     data: DataConfig
     population: ClientsConfig
     cache: Path
     device: str = "cpu"
     max_density: float | None = None
+    has_own_rows: bool = False
+    client: str = ""
+    threads: int = 0
 
     @classmethod
-    def of(
-        cls, experiment: Experiment, node_config: Mapping[str, object] | None = None
-    ) -> NodeSettings:
-        """The settings of a node that has the experiment's files.
+    def from_experiment(
+        cls, experiment: Experiment, node_config: Mapping[str, Any] | None = None
+    ) -> NodeConfig:
+        """Configure a node that has the experiment's files.
 
         Args:
-            experiment: Where backbone, data and cache are.
-            node_config: What the node was started with (Flower's `--node-config`). Its key
-                "max-density" is read, others are left alone.
-
-        Raises:
-            ConfigError: "max-density" is no density.
-        """
-        return cls(
-            backbone=experiment.backbone,
-            data=experiment.data,
-            population=experiment.clients,
-            cache=cache_folder(experiment),
-            device=_device(experiment),
-            max_density=_max_density(node_config or {}),
-        )
-
-    def on(self, node_config: Mapping[str, Any]) -> NodeSettings:
-        """The settings of a node that was started with a config of its own
-        (fedpet/client/node_profile.py).
+            experiment: Names backbone, data and cache.
+            node_config: Flower's `--node-config`; it stands above the experiment.
 
         Raises:
             ConfigError: An unknown key, or a value that cannot be.
         """
-        given = read_node_config(node_config)
-        return replace(
-            self,
-            profile=Profile(
-                has_own_rows="data" in given,
-                client=given.get("client", ""),
-                threads=given.get("threads", 0),
-            ),
-            backbone=own_backbone(self.backbone, given),
-            data=own_data(self.data, given),
-            population=own_population(self.population, given),
-            cache=absolute(given["cache"]) if "cache" in given else self.cache,
-            device=given.get("device", self.device),
+        given = _read(node_config or {})
+        # A simulated node's device is the experiment's; a real one has a GPU if it says so.
+        is_real = experiment.clients.partition == "nodes"
+        return cls(
+            backbone=_backbone(experiment.backbone, given),
+            data=_data(experiment.data, given),
+            population=_population(experiment.clients, given),
+            cache=absolute(given["cache"]) if "cache" in given else cache_folder(experiment),
+            device=given.get("device", "cpu" if is_real else experiment.run.device),
+            max_density=float(given["max-density"]) if "max-density" in given else None,
+            has_own_rows="data" in given,
+            client=given.get("client", ""),
+            threads=given.get("threads", 0),
         )
 
 
 def cache_folder(experiment: Experiment) -> Path:
-    """Where tokenised rows and plans are kept between runs."""
+    """Return the folder of tokenised rows and plans."""
     return absolute(experiment.run.cache or os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet")
 
 
 def make_cache(experiment: Experiment) -> Path:
-    """The same folder, made where it is absent.
+    """Return the same folder, made where it is absent.
 
     Raises:
         DataError: It cannot be made.
@@ -119,19 +120,60 @@ def make_cache(experiment: Experiment) -> Path:
     return folder
 
 
-def _device(experiment: Experiment) -> str:
-    """A simulated node's is the experiment's; a real one says itself that it has a GPU."""
-    return "cpu" if experiment.clients.partition == "nodes" else experiment.run.device
-
-
-def _max_density(node_config: Mapping[str, object]) -> float | None:
-    """What a node's own configuration says of its strength."""
-    named = node_config.get("max-density")
-    if named is None:
-        return None
-    if isinstance(named, bool) or not isinstance(named, int | float) or not 0 < named <= 1:
+def _read(node_config: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the keys of a node config that are not Flower's, each checked."""
+    given = {key: value for key, value in node_config.items() if key not in _FLOWER_KEYS}
+    for key, value in given.items():
+        if key not in _KEYS:
+            known = ", ".join(sorted((*_KEYS, *_FLOWER_KEYS)))
+            raise ConfigError(f"unknown key in --node-config: {key!r}. Known are: {known}.")
+        fits = isinstance(value, _KEYS[key]) and not isinstance(value, bool)
+        if key == "max-density":
+            if not (fits and 0 < value <= 1):
+                raise ConfigError(
+                    f"a node's max-density must be in (0, 1], got {value!r}. It is the largest "
+                    "fraction of the entries in scope that the device trains."
+                )
+        elif not fits or value in ("", 0):
+            name = "int" if key == "threads" else "str"
+            raise ConfigError(
+                f"{key} in --node-config must be a {name} that says something, got {value!r}."
+            )
+    if given.get("threads", 1) < 1:
+        raise ConfigError(f"threads in --node-config must be at least 1, got {given['threads']}.")
+    if "client" in given and "client-column" in given:
         raise ConfigError(
-            f"a node's max-density must be in (0, 1], got {named!r}. It is the largest fraction of "
-            "the entries in scope that the device trains."
+            "--node-config names both a client and a client-column: the rows are one client's, or "
+            "a column tells whose each is."
         )
-    return float(named)
+    if "data" not in given and given.keys() & {"client", "client-column", "split"}:
+        raise ConfigError("--node-config names a client or a split and no data: give the file.")
+    return given
+
+
+def _backbone(backbone: BackboneConfig, given: Mapping[str, Any]) -> BackboneConfig:
+    if "backbone" not in given:
+        return backbone
+    return replace(backbone, model=given["backbone"], revision="")
+
+
+def _data(data: DataConfig, given: Mapping[str, Any]) -> DataConfig:
+    if "data" not in given:
+        return data
+    changes: dict[str, Any] = {"source": given["data"]}
+    if "split" in given:
+        changes["train_split"] = given["split"]
+    if "text-columns" in given:
+        changes["text_columns"] = tuple(c.strip() for c in given["text-columns"].split(","))
+    if "label-column" in given:
+        changes["label_column"] = given["label-column"]
+    return replace(data, **changes)
+
+
+def _population(population: ClientsConfig, given: Mapping[str, Any]) -> ClientsConfig:
+    if "data" not in given:
+        return population
+    if "client" in given:
+        return replace(population, partition="iid", num_clients=1)
+    column = given.get("client-column", population.client_column)
+    return replace(population, partition="column", client_column=column)

@@ -1,12 +1,9 @@
-"""Values to bytes and back: sparsify, rotate, quantise, entropy-code, frame.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Encode vectors into bytes and decode them: sparsify, rotate, quantise, entropy-code.
 
 In:  a model's communicated values, float32 (n,), and the groups that are scaled apart.
-Out: bytes, near the entropy of what the codec keeps; and the values again, or a `FrameError`.
+Out: bytes, near the entropy of the quantised values; and the values again, or a `FrameError`.
 
-What is decoded is what was encoded, up to the error a codec states (bits on a Gaussian vector):
+Decoding gives the values back up to the error that a codec states (bits on a Gaussian vector):
 
     float32      26.5   none, to the bit
     bfloat16     10.5   below 2^-7 of each value; unbiased
@@ -14,10 +11,10 @@ What is decoded is what was encoded, up to the error a codec states (bits on a G
     int4          3.6   the same, 1/7
     eden-8 ... 1  b     4.1e-5, 1.6e-4, 6.4e-4, 0.0025, 0.0096, 0.036, 0.133, 0.571 of the vector's
                         squared norm, whatever the vector; unbiased over seeds
-    topk-F+...          what is left out besides; biased, and made for error feedback
+    topk-F+...          the values left out besides; biased, and made for error feedback
 
-No result hangs on a number of threads or on BLAS: the same values, codec, groups and seed give the
-same bytes on one type of machine, and the same bytes decode to the same bits on every one.
+No result depends on a number of threads or on BLAS: the same values, codec, groups and seed give
+the same bytes on one type of machine, and the same bytes decode to the same bits on every one.
 """
 
 from __future__ import annotations
@@ -25,19 +22,17 @@ from __future__ import annotations
 from fedpet.codec.error_feedback import encode_with_feedback
 from fedpet.codec.index_coding import decode_positions, encode_positions
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
-from fedpet.codec.spec import check_codec, check_codecs, is_lossless, known_codecs
+from fedpet.codec.spec import check_codecs, parse_codec
 from fedpet.codec.vector_codec import VectorCodec
 
 __all__ = [
     "VectorCodec",
-    "check_codec",
     "check_codecs",
     "decode_positions",
     "decode_values",
     "encode_positions",
     "encode_values",
     "encode_with_feedback",
-    "is_lossless",
-    "known_codecs",
     "max_payload_bytes",
+    "parse_codec",
 ]

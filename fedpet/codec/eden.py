@@ -1,17 +1,18 @@
-"""The codecs "eden-1" to "eden-8": a random rotation, Lloyd-Max levels, an unbiased scale.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Encode by EDEN, "eden-1" to "eden-8": rotate at random, round to Lloyd-Max levels, scale.
 
 In:  values, float32 (n,), finite, below 1e30 in magnitude, in groups that are rotated apart.
 Out: a float32 scale for each window of 4096 values, and b bits a value.
 
-A rotated window looks normal whatever it was, so the levels that are best for a normal variable
-serve every vector: errors of 0.571, 0.133, 0.0358, 0.0096, 0.0025, 6.4e-4, 1.6e-4 and 4.1e-5 of the
-squared norm at 1 to 8 bits. The scale |z|² / <z, level(z)> makes the estimate's product with the
-vector equal its squared norm; over uniform rotations the estimate is then unbiased. With the seeded
-Hadamard rotation in their place no bias was found over 10,000 seeds (it is below 0.5 % of the norm
-from 32 values on), not even for a vector of a single spike: two rounds make a spike normal, as one
+EDEN makes a biased quantiser unbiased. A random rotation leaves a vector's norm and makes its
+entries look like draws of a normal variable, whatever the vector was, so the levels that are best
+for a normal variable (fedpet/codec/lloyd_max.py) serve every vector: the decoder looks the levels
+up, multiplies them by one scale and rotates back. The errors are 0.571, 0.133, 0.0358, 0.0096,
+0.0025, 6.4e-4, 1.6e-4 and 4.1e-5 of the squared norm at 1 to 8 bits.
+
+The scale |z|² / <z, level(z)> makes the product of the estimate with the vector equal the vector's
+squared norm; over uniform rotations the estimate is then unbiased. With the seeded Hadamard
+rotation in their place no bias was found over 10,000 seeds (it is below 0.5 % of the norm from 32
+values on), not even for a vector of a single spike: two rounds of it make a spike normal, as one
 would not. A group of fewer than 32 values is sent as it is.
 
 Source: Vargaftik et al., EDEN, ICML 2022, arXiv:2108.08842. Ours: scales a window, so that a window
@@ -30,10 +31,8 @@ from fedpet.codec.floats import decode_float32, encode_float32
 from fedpet.codec.lloyd_max import levels
 from fedpet.codec.random_bits import Purpose, bit_generator
 from fedpet.codec.rotation import rotate, unrotate, window_size
+from fedpet.codec.vector_types import Floats, Groups
 from fedpet.errors import FrameError, TrainingError
-
-Floats = npt.NDArray[np.float32]
-Groups = list[tuple[int, int]]
 
 LEAST_ROTATED = 32  # values; smaller groups are sent as they are
 LARGEST = 1e30
@@ -67,7 +66,7 @@ def encode_eden(
 
 
 def decode_eden(reader: Reader, bits: int, groups: Groups, seed: int) -> Floats:
-    """Read float32 (n,). Values that overflow are the caller's to refuse.
+    """Read float32 (n,). The caller refuses values that overflow.
 
     Raises:
         FrameError: A scale is not a finite number, or the bytes are no windows.
@@ -97,7 +96,7 @@ def decode_eden(reader: Reader, bits: int, groups: Groups, seed: int) -> Floats:
 def _quantise(
     rotated: Floats, bits: int, starts: npt.NDArray[np.int64], lengths: npt.NDArray[np.int64]
 ) -> tuple[npt.NDArray[np.uint8], Floats]:
-    """Symbols, uint8 (n,), and a scale for each unit, float32."""
+    """Return symbols, uint8 (n,), and a scale for each unit, float32."""
     if not len(starts):
         return np.empty(0, dtype=np.uint8), np.empty(0, dtype=np.float32)
     # Sums in float64 by `reduceat`: one thread, one order.
@@ -112,7 +111,7 @@ def _quantise(
 
 
 def _nearest(unit: Floats, bits: int) -> npt.NDArray[np.uint8]:
-    """The nearest level of each value: the level at its cell's lower end, or the next one."""
+    """Return each value's nearest level: that at its cell's lower end, or the next one."""
     borders, first_symbol, reach = _cells(bits)
     cell = np.clip(unit, -reach, reach)
     cell += reach
@@ -124,7 +123,7 @@ def _nearest(unit: Floats, bits: int) -> npt.NDArray[np.uint8]:
 
 @lru_cache
 def _cells(bits: int) -> tuple[Floats, npt.NDArray[np.uint8], np.float32]:
-    """Upper border of each level; the level at the lower end of each cell; the cells' reach."""
+    """Return the levels' upper borders, the level at each cell's lower end, the cells' reach."""
     points = levels(bits).astype(np.float64)
     middles = ((points[1:] + points[:-1]) / 2).astype(np.float32)
     reach = np.ceil(points[-1]).astype(np.float32)
@@ -134,15 +133,16 @@ def _cells(bits: int) -> tuple[Floats, npt.NDArray[np.uint8], np.float32]:
 
 
 def _split(groups: Groups) -> tuple[Groups, Groups]:
-    """The groups sent as they are, and those that are rotated."""
+    """Return the groups sent as they are, and those that are rotated."""
     loose = [group for group in groups if group[1] - group[0] < LEAST_ROTATED]
     return loose, [group for group in groups if group[1] - group[0] >= LEAST_ROTATED]
 
 
 def _units(turned: Groups) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Starts and lengths of what has a scale of its own, in the rotated groups one after the other.
+    """Return starts and lengths of the units, in the rotated groups side by side.
 
-    A unit is a window, or what a last, overlapping window leaves of the one before it.
+    A unit has a scale of its own. It is a window, or the part of the second-last window that the
+    last, overlapping one leaves.
     """
     starts: list[npt.NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
     offset = 0

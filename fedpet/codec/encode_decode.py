@@ -1,9 +1,9 @@
-"""Encode a vector by a codec's name and decode it again: the whole codec as two functions.
+"""Encode a vector by a codec's name, and decode it again: the whole codec as two functions.
 
 In:  finite values (n,), a codec's name, a seed.
 Out: bytes, and the values again up to the error that the codec states.
 
-A federation does the same with `VectorCodec`, which scales groups of values apart.
+A federation does the same with `VectorCodec`, which gives the head a codec of its own.
 """
 
 from __future__ import annotations
@@ -15,14 +15,12 @@ import numpy as np
 import numpy.typing as npt
 
 from fedpet.codec.pipeline import decode_values, encode_values
-from fedpet.codec.spec import check_codec
+from fedpet.codec.vector_types import Floats
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 __all__ = ["decode", "encode"]
-
-Floats = npt.NDArray[np.float32]
 
 
 def encode(
@@ -65,7 +63,6 @@ def encode(
             f"values must be finite, and {int((~np.isfinite(flat)).sum())} of {len(flat)} are not. "
             "Leave such vectors out."
         )
-    check_codec(codec)
     return encode_values(flat, codec, _groups(groups, len(flat)), seed=seed)
 
 
@@ -77,24 +74,23 @@ def decode(
     seed: int = 0,
     groups: Sequence[tuple[int, int]] | None = None,
 ) -> Floats:
-    """Read what `encode` wrote, with the same codec, seed and groups.
+    """Read a payload of `encode`, with the same codec, seed and groups.
 
     Args:
         payload: From `encode`.
-        count: How many values there are: a payload does not say.
+        count: Number of values, which a payload does not hold.
 
     Returns:
         float32, (count,), finite.
 
     Raises:
         ConfigError: No such codec.
-        FrameError: The payload is anything but what `encode` writes.
+        FrameError: The payload is none that `encode` writes.
 
     Example:
         >>> decode(encode([0.5, -1.0, 2.0], "float32"), "float32", count=3)
         array([ 0.5, -1. ,  2. ], dtype=float32)
     """
-    check_codec(codec)
     return decode_values(payload, codec, _groups(groups, count), seed=seed)
 
 

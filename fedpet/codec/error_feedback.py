@@ -1,13 +1,10 @@
-"""Error feedback: what a codec loses in one round is added to what it sends in the next.
+"""Add the error of one round's codec to the values of the next (error feedback).
 
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
-In:  values, and the residual of the sender's last settled round.
+In:  values, and the residual of the sender's last accepted round.
 Out: a payload, and the residual to keep if the receiver takes it.
 
-Both are values, nothing is kept here: where residuals live, and which of them were settled, is for
-the client to know, by client and round. If a payload is never taken, the residual before it counts.
+Nothing is stored here: the client stores residuals by client and round, see
+fedpet/client/state_store.py. If a payload is never accepted, the residual before it counts.
 
 Source: Seide et al. 2014; Karimireddy et al., ICML 2019, arXiv:1901.09847.
 """
@@ -15,28 +12,27 @@ Source: Seide et al. 2014; Karimireddy et al., ICML 2019, arXiv:1901.09847.
 from __future__ import annotations
 
 import numpy as np
-import numpy.typing as npt
 
 from fedpet.codec.vector_codec import VectorCodec
+from fedpet.codec.vector_types import Floats
 from fedpet.errors import TrainingError
-
-Floats = npt.NDArray[np.float32]
 
 
 def encode_with_feedback(
     values: Floats, residual: Floats | None, coding: VectorCodec, *, seed: int
 ) -> tuple[bytes, Floats]:
-    """Write values and what was left of the ones before.
+    """Write values and the residual of the ones before.
 
     Args:
         values: float32 (n,), finite.
-        residual: float32 (n,), what the last settled round left; None is nothing.
-        coding: How the values are written.
+        residual: float32 (n,), of the last accepted round; None is nothing.
+        coding: The codec of the values.
         seed: As `encode_values`; a new one each round.
 
     Returns:
-        The payload, and the residual float32 (n,): `values + residual` less what the payload
-        decodes to. All payloads together miss what was to be sent by the last residual alone.
+        The payload, and the residual float32 (n,): `values + residual` less the decoded
+        payload. The sum of all payloads differs from the sum of the values by the last residual
+        alone.
 
     Raises:
         TrainingError: A value is NaN, or infinite.

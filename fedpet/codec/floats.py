@@ -1,7 +1,4 @@
-"""The codecs "float32", to the bit, and "bfloat16", the upper half of it.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Encode by "float32", to the bit, or "bfloat16", its upper half, rounded at random.
 
 In:  values, float32 (n,), finite.
 Out: byte planes, compressed where that pays. A trained vector takes about 26.5 of 32 bits, or 10.5
@@ -25,8 +22,7 @@ import numpy.typing as npt
 
 from fedpet.codec.entropy import Reader, pack_bytes, unpack_bytes
 from fedpet.codec.random_bits import Purpose, Word, random_words
-
-Floats = npt.NDArray[np.float32]
+from fedpet.codec.vector_types import Floats
 
 _SLAB = 1 << 16  # words
 _LARGEST_BFLOAT16 = np.uint32(0x7F7F0000).view(np.float32)
@@ -38,7 +34,7 @@ def encode_float32(values: Floats, *, entropy: bool = True) -> bytes:
 
 
 def decode_float32(reader: Reader, count: int) -> Floats:
-    """Read float32 (count,). NaN and infinity are the caller's to refuse."""
+    """Read float32 (count,). The caller refuses NaN and infinity."""
     return unpack_words(reader, count, np.uint32).view(np.float32)
 
 
@@ -51,12 +47,12 @@ def encode_bfloat16(values: Floats, seed: int, *, entropy: bool = True) -> bytes
 
 
 def decode_bfloat16(reader: Reader, count: int) -> Floats:
-    """Read float32 (count,), the lower 16 bits zero. Not finite is the caller's to refuse."""
+    """Read float32 (count,), the lower 16 bits zero. The caller refuses infinity and NaN."""
     return widen(unpack_words(reader, count, np.uint16))
 
 
 def widen(upper: npt.NDArray[np.uint16]) -> Floats:
-    """The values of bfloat16 words."""
+    """Return the values of bfloat16 words."""
     return (upper.astype(np.uint32) << np.uint32(16)).view(np.float32)
 
 
@@ -99,7 +95,7 @@ def unpack_words(reader: Reader, count: int, dtype: type[Word]) -> npt.NDArray[W
 
 
 def _slabs(count: int) -> Iterator[slice]:
-    """Parts of a vector that stay in the cache while they are worked on."""
+    """Yield parts of a vector small enough for the cache."""
     for start in range(0, count, _SLAB):
         yield slice(start, start + _SLAB)
 
@@ -113,5 +109,5 @@ def _turn(words: npt.NDArray[Word], left: int) -> npt.NDArray[Word]:
 
 
 def _ceiling(largest: int, dtype: np.dtype[Word]) -> Word:
-    """A word that no turned word with an exponent up to `largest` exceeds."""
+    """Return the largest turned word with an exponent up to `largest`."""
     return dtype.type((largest + 1 << dtype.itemsize * 8 - 8) - 1)

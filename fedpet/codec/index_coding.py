@@ -1,7 +1,4 @@
-"""The positions of a sparse vector, or of an explicit mask, near their entropy.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Encode the positions of a sparse vector, or of an explicit mask, near their entropy.
 
 In:  sorted flat positions, a tensor at a time, and the tensors' sizes.
 Out: bytes: for each tensor its count, one Rice parameter, and its gaps.
@@ -10,7 +7,7 @@ The gaps of a random set are geometric, for which a Rice code with the right par
 percent of the limit n·H(p). Tensors differ in density, so each has its own parameter. A gap is
 split: its upper part is counted in unary, its lower `shift` bits are stored as they are, in two
 streams apart, so that numpy reads and writes both without a loop over entries. A tensor of which
-more than half is chosen is coded by what is left out.
+more than half is chosen is coded by the entries that are not.
 
 Source: Golomb 1966; Rice 1979. Ours: the two streams, the cost computed exactly for each parameter.
 """
@@ -31,11 +28,11 @@ _LEFT_OUT = 0x80  # of the parameter's byte: the gaps are of the entries that ar
 
 
 def encode_positions(positions: Sequence[npt.NDArray[np.integer]], sizes: Sequence[int]) -> bytes:
-    """Write which entries of each tensor are chosen.
+    """Write the chosen entries of each tensor.
 
     Args:
         positions: A tensor's flat positions, integers (k_t,), strictly ascending.
-        sizes: How many entries each tensor has. The reader knows them.
+        sizes: Number of entries of each tensor. The reader knows them.
 
     Raises:
         ValueError: Positions are out of order or out of range.
@@ -47,11 +44,11 @@ def encode_positions(positions: Sequence[npt.NDArray[np.integer]], sizes: Sequen
 
 
 def decode_positions(payload: bytes | memoryview, sizes: Sequence[int]) -> list[Positions]:
-    """Read which entries of each tensor are chosen.
+    """Read the chosen entries of each tensor.
 
     Args:
-        payload: What `encode_positions` wrote.
-        sizes: How many entries each tensor has. At most about 20 bytes an entry are allocated.
+        payload: Bytes of `encode_positions`.
+        sizes: Number of entries of each tensor. At most about 20 bytes an entry are allocated.
 
     Returns:
         For each tensor int64 (k_t,), strictly ascending, below its size.
@@ -66,7 +63,7 @@ def decode_positions(payload: bytes | memoryview, sizes: Sequence[int]) -> list[
 
 
 def most_position_bytes(size: int) -> int:
-    """The most that the positions of a tensor of `size` entries take: a bitmap and its header."""
+    """Return the most bytes of a tensor's positions: a bitmap and its header."""
     return len(varint(size)) + 1 + (size + 7) // 8
 
 

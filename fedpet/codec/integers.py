@@ -1,14 +1,11 @@
-"""The codecs "int8" and "int4": whole multiples of a block's scale, rounded without bias.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Encode by "int8" or "int4": whole multiples of a block's scale, rounded without bias.
 
 In:  values, float32 (n,), finite, in groups that share no block.
 Out: a scale a block (bfloat16), and a symbol a value: 255 levels in blocks of 1024, or 15 in
      blocks of 64.
 
-A scale is the block's largest magnitude over 127 (or 7), rounded up, so that nothing is clipped but
-what lies within a hundredth of float32's largest, where a scale rounded up would overflow. A value
+A scale is the block's largest magnitude over 127 (or 7), rounded up, so that no value is clipped
+but within a hundredth of float32's largest, where a scale rounded up would overflow. A value
 is rounded up or down at random, by how near each is: its expected value is the value itself, and
 its error is below one scale.
 """
@@ -23,15 +20,13 @@ import numpy.typing as npt
 from fedpet.codec.entropy import Reader, pack_symbols, unpack_symbols
 from fedpet.codec.floats import pack_words, unpack_words, widen
 from fedpet.codec.random_bits import Purpose, random_words
+from fedpet.codec.vector_types import Floats, Groups
 from fedpet.errors import FrameError
-
-Floats = npt.NDArray[np.float32]
-Groups = list[tuple[int, int]]
 
 
 @dataclass(frozen=True)
 class Grid:
-    """How fine: symbols -limit ... limit, and values a block."""
+    """A grid of symbols -limit ... limit, and the values of a block."""
 
     limit: int
     block: int
@@ -95,6 +90,6 @@ def _blocks(grid: Grid, groups: Groups) -> tuple[npt.NDArray[np.int64], npt.NDAr
 
 
 def _uniform(seed: int, count: int) -> Floats:
-    """Uniform in [0, 1), multiples of 2^-24: exact in float32."""
+    """Draw uniformly from [0, 1), multiples of 2^-24: exact in float32."""
     words = random_words(seed, Purpose.ROUNDING, count, np.uint32)
     return (words >> np.uint32(8)).astype(np.float32) * np.float32(2**-24)

@@ -1,15 +1,13 @@
-"""Lloyd-Max levels: where 2^b values stand for a unit normal one with the least squared error.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Give the Lloyd-Max levels: the 2^b values that round a unit normal one with the least error.
 
 In:  a number of bits, 1 to 8.
 Out: the levels, ascending.
 
-A level is the mean of its cell, a cell's border the middle of two levels. `solve_levels` solves
-that by Newton's method. Its last digits hang on a machine's libm and LAPACK, and who encodes and
-who decodes must have the same ones: so the table below is what counts. It is printed by
-`python -m fedpet.codec.lloyd_max`, and a test holds the two against each other.
+The expected squared error is least where a level is the mean of its cell, and a cell's border the
+middle of two levels. `solve_levels` solves that by Newton's method. Its last digits depend on a
+machine's libm and LAPACK, and encoder and decoder need the same ones, so the codec uses the table
+below. It is printed by
+`python -m fedpet.codec.lloyd_max`, and a test compares the two.
 
 Source: Lloyd 1982; Max 1960.
 """
@@ -91,13 +89,13 @@ _POSITIVE: dict[int, tuple[float, ...]] = {
 
 
 def levels(bits: int) -> npt.NDArray[np.float32]:
-    """The 2^bits levels for a unit normal value, ascending, symmetric about 0."""
+    """Return the 2^bits levels for a unit normal value, ascending, symmetric about 0."""
     positive = np.array(_POSITIVE[bits], dtype=np.float32)
     return np.concatenate((-positive[::-1], positive))
 
 
 def solve_levels(bits: int) -> npt.NDArray[np.float64]:
-    """The positive half of the levels, float64 (2^(bits-1),), to about 1e-12."""
+    """Return the positive half of the levels, float64 (2^(bits-1),), to about 1e-12."""
     count = 1 << bits - 1
     # To start: the levels of a fine quantiser are spaced as the quantiles of a normal with
     # variance 3 (Panter and Dite 1951).

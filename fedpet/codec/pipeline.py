@@ -1,7 +1,4 @@
-"""Values to a payload and back, under the codec that a name asks for.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Encode values into a payload by a codec's name, and decode them again.
 
 In:  values, float32 (n,), finite; the codec's name; groups; a seed.
 Out: bytes. The reader knows the codec, the groups and the seed, and with them n.
@@ -9,7 +6,6 @@ Out: bytes. The reader knows the codec, the groups and the seed, and with them n
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -23,10 +19,8 @@ from fedpet.codec.integers import GRIDS, decode_integers, encode_integers
 from fedpet.codec.rotation import window_size
 from fedpet.codec.spec import Codec, parse_codec
 from fedpet.codec.topk import largest, num_kept
+from fedpet.codec.vector_types import Floats, Groups
 from fedpet.errors import FrameError, TrainingError
-
-Floats = npt.NDArray[np.float32]
-Groups = Sequence[tuple[int, int]]
 
 
 def encode_values(
@@ -39,7 +33,7 @@ def encode_values(
         codec: A codec's name.
         groups: (start, stop) of the parts that are scaled and rotated apart. They follow one
             another from 0 to n.
-        seed: Of rounding and rotation; non-negative. Who decodes must have the same. A new one for
+        seed: Of rounding and rotation; non-negative. The decoder must have the same. A new one for
             each run, round and client, or their errors do not average out.
 
     Raises:
@@ -65,7 +59,7 @@ def decode_values(payload: bytes | memoryview, codec: str, groups: Groups, *, se
     """Read values.
 
     Args:
-        payload: What `encode_values` wrote, with the same codec, groups and seed.
+        payload: Bytes of `encode_values`, with the same codec, groups and seed.
 
     Returns:
         float32 (n,), finite.
@@ -91,7 +85,7 @@ def decode_values(payload: bytes | memoryview, codec: str, groups: Groups, *, se
 
 
 def max_payload_bytes(codec: str, groups: Groups) -> int:
-    """The most that `encode_values` can write, to the byte where nothing can be compressed.
+    """Return the longest payload of `encode_values`, to the byte where nothing can be compressed.
 
     Raises:
         ConfigError: There is no such codec.
@@ -121,7 +115,7 @@ def _most_bytes(codec: Codec, sizes: list[int]) -> int:
 
 
 def _words_bytes(count: int, num_planes: int) -> int:
-    """Of floats in byte planes, none compressed: the largest exponent, and each plane's mode."""
+    """Return the bytes of floats in planes, not compressed: exponent, modes and values."""
     return 1 + num_planes * (1 + count) if count else 0
 
 

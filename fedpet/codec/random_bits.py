@@ -1,6 +1,6 @@
-"""Random bits that all machines and versions of numpy agree on.
+"""Draw random bits that all machines and versions of numpy agree on.
 
-A rotation is drawn twice, by who encodes and by who decodes. numpy promises the raw stream of a bit
+A rotation is drawn twice, by the encoder and by the decoder. numpy promises the raw stream of a bit
 generator and the mixing of a `SeedSequence` to stay what they are (NEP 19), and promises nothing
 of the kind for distributions: so only raw 64-bit words are taken.
 """
@@ -17,19 +17,19 @@ Word = TypeVar("Word", bound=np.unsignedinteger[Any])
 
 
 class Purpose(IntEnum):
-    """What the bits are for: streams of one seed that share nothing."""
+    """Purposes of the bits: independent streams of one seed."""
 
     ROUNDING = 0
     ROTATION = 1
 
 
 def bit_generator(seed: int, purpose: Purpose) -> np.random.BitGenerator:
-    """A stream of raw words. `seed` is any non-negative integer."""
+    """Return a stream of raw words. `seed` is any non-negative integer."""
     return np.random.PCG64DXSM(np.random.SeedSequence(seed, spawn_key=(purpose,)))
 
 
 def random_words(seed: int, purpose: Purpose, count: int, dtype: type[Word]) -> npt.NDArray[Word]:
-    """`count` random unsigned integers of all their bits, shape (count,)."""
+    """Return `count` random unsigned integers of all their bits, shape (count,)."""
     per_word = 8 // np.dtype(dtype).itemsize
     words = bit_generator(seed, purpose).random_raw(-(-count // per_word))
     little = np.asarray(words).astype("<u8", copy=False).view(np.dtype(dtype).newbyteorder("<"))

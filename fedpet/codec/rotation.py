@@ -1,7 +1,4 @@
-"""A seeded random rotation that makes any vector look normal, the same to the bit everywhere.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Rotate a vector at random, so that its entries look normal; the same to the bit everywhere.
 
 In:  a group's values, float32 (n,), n >= 2.
 Out: the same number of values, rotated: an orthogonal map, so that lengths and errors stay.
@@ -12,7 +9,7 @@ by side; where C does not divide n, one more window covers the last C values, so
 second time. So nothing is padded and not a bit is spent on the remainder.
 
 The matrix is applied by additions and subtractions in a fixed order, elementwise, without BLAS: in
-numpy they reach three quarters of the speed of a matrix product, and no result hangs on a kernel,
+numpy they reach three quarters of the speed of a matrix product, and no result depends on a kernel,
 a number of threads or a fused multiply-add. The scale of two transforms is 1/C, a power of two,
 exact. So two machines that decode one payload hold the same bits.
 
@@ -27,7 +24,8 @@ from collections.abc import Iterator
 import numpy as np
 import numpy.typing as npt
 
-Floats = npt.NDArray[np.float32]
+from fedpet.codec.vector_types import Floats
+
 Packed = npt.NDArray[np.uint8]  # a bit a sign
 
 MAX_WINDOW = 4096  # 64 x 64
@@ -36,7 +34,7 @@ _ROUNDS = 2
 
 
 def window_size(count: int) -> int:
-    """The size C of a group's windows: the largest power of two up to its length, or 4096."""
+    """Return the size C of a group's windows, the largest power of two up to n and 4096."""
     return min(MAX_WINDOW, 1 << count.bit_length() - 1)
 
 
@@ -65,7 +63,7 @@ def unrotate(rotated: Floats, bits: np.random.BitGenerator) -> Floats:
 
 
 def _draw_signs(count: int, size: int, bits: np.random.BitGenerator) -> tuple[Packed, Packed]:
-    """Packed signs of both rounds: uint8 (2, windows, C/8) and (2, 1, C/8)."""
+    """Draw the packed signs of both rounds: uint8 (2, windows, C/8) and (2, 1, C/8)."""
     windows = count // size
     total = windows + (count % size > 0)
     num_bytes = _ROUNDS * total * max(size // 8, 1)

@@ -1,7 +1,4 @@
-"""What codecs are called, and the number that stands for a name in a frame.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Parse a codec's name, and convert it to the number in a frame and back.
 
 In:  a name from an experiment, such as "eden-4", "int8-raw" or "topk-0.1+eden-4".
 Out: a `Codec`, its parts checked; or the 32-bit id that a frame carries, and back.
@@ -19,22 +16,22 @@ from decimal import Decimal, InvalidOperation
 from fedpet.config import CodecConfig
 from fedpet.errors import ConfigError, FrameError
 
-_IDS = {"float32": 1, "bfloat16": 2, "int8": 3, "int4": 4} | {
+CODEC_IDS = {"float32": 1, "bfloat16": 2, "int8": 3, "int4": 4} | {
     f"eden-{b}": 4 + b for b in range(1, 9)
 }
-_BASES = {number: base for base, number in _IDS.items()}
+_BASES = {number: base for base, number in CODEC_IDS.items()}
 _RAW = 0x80  # of the id's low byte
-_PPM = 1_000_000  # a top-k fraction is kept in millionths, in the id's upper 24 bits
+PPM = 1_000_000  # a top-k fraction is kept in millionths, in the id's upper 24 bits
 
 
 @dataclass(frozen=True)
 class Codec:
-    """A codec's name, taken apart.
+    """The parts of a codec's name.
 
     Attributes:
         base: "float32", "bfloat16", "int8", "int4" or "eden-1" to "eden-8".
-        entropy: Whether the entropy stage follows.
-        top_ppm: Share of every group that is sent, in millionths; 0 sends all of it.
+        entropy: The entropy stage follows.
+        topk_ppm: Share of every group that is sent, in millionths; 0 sends all of it.
     """
 
     base: str
@@ -43,32 +40,32 @@ class Codec:
 
     @property
     def name(self) -> str:
-        """The one spelling of this codec."""
+        """The only spelling of this codec."""
         share = ""
         if self.topk_ppm:
-            share = f"topk-{(Decimal(self.topk_ppm) / _PPM).normalize():f}+"
+            share = f"topk-{(Decimal(self.topk_ppm) / PPM).normalize():f}+"
         return share + self.base + ("" if self.entropy else "-raw")
 
     @property
     def number(self) -> int:
         """The id of this codec in a frame, uint32."""
-        return self.topk_ppm << 8 | _IDS[self.base] | (0 if self.entropy else _RAW)
+        return self.topk_ppm << 8 | CODEC_IDS[self.base] | (0 if self.entropy else _RAW)
+
+    @property
+    def is_lossless(self) -> bool:
+        """True if every value comes back to the bit."""
+        return self.base == "float32" and not self.topk_ppm
 
     @property
     def bits(self) -> int:
-        """Bits a value of an integer or rotated codec, before the entropy stage."""
+        """Bits a value, before the entropy stage."""
         return {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}.get(self.base) or int(
             self.base.removeprefix("eden-")
         )
 
 
-def known_codecs() -> tuple[str, ...]:
-    """The codecs without top-k. Each can be prefixed by `topk-FRACTION+`."""
-    return tuple(_IDS) + tuple(f"{base}-raw" for base in _IDS)
-
-
 def parse_codec(name: str) -> Codec:
-    """Take a codec's name apart.
+    """Parse a codec's name.
 
     Raises:
         ConfigError: There is no such codec, or it is spelt another way.
@@ -85,40 +82,21 @@ def parse_codec(name: str) -> Codec:
                 f"a codec may be prefixed by 'topk-FRACTION+' with a fraction in (0, 1), got "
                 f"{name!r}. To send the tenth largest of every group, write 'topk-0.1+eden-4'."
             )
-        if fraction * _PPM % 1:
+        if fraction * PPM % 1:
             raise ConfigError(
                 f"a top-k fraction is kept in millionths, got {name!r}: round it to six decimals."
             )
-        topk_ppm = int(fraction * _PPM)
+        topk_ppm = int(fraction * PPM)
     base = rest.removesuffix("-raw")
-    if base not in _IDS:
+    if base not in CODEC_IDS:
         raise ConfigError(
-            f"unknown codec {name!r}. Known are {', '.join(_IDS)}, each with '-raw' behind it to "
-            "leave the entropy stage out, and with 'topk-0.1+' before it to send a tenth."
+            f"unknown codec {name!r}. Known are {', '.join(CODEC_IDS)}, each with '-raw' behind "
+            "it to leave the entropy stage out, and with 'topk-0.1+' before it to send a tenth."
         )
     codec = Codec(base, not rest.endswith("-raw"), topk_ppm)
     if codec.name != name:
         raise ConfigError(f"a codec has one spelling: write {codec.name!r}, got {name!r}.")
     return codec
-
-
-def is_lossless(codec: str) -> bool:
-    """Whether a codec gives back the same bits.
-
-    Raises:
-        ConfigError: There is no such codec.
-    """
-    parsed = parse_codec(codec)
-    return parsed.base == "float32" and not parsed.topk_ppm
-
-
-def check_codec(name: str) -> None:
-    """Refuse a name that no codec has.
-
-    Raises:
-        ConfigError: There is no such codec, or it is spelt another way.
-    """
-    parse_codec(name)
 
 
 def check_codecs(config: CodecConfig) -> None:
@@ -129,12 +107,9 @@ def check_codecs(config: CodecConfig) -> None:
     """
     for name in (config.uplink, config.downlink, config.head_uplink, config.head_downlink):
         if name:
-            check_codec(name)
-    if (
-        config.error_feedback
-        and is_lossless(config.uplink)
-        and is_lossless(config.head_uplink or "float32")
-    ):
+            parse_codec(name)
+    up = (config.uplink, config.head_uplink or "float32")
+    if config.error_feedback and all(parse_codec(name).is_lossless for name in up):
         raise ConfigError(
             f"codec.error-feedback keeps what codec.uplink loses, and {config.uplink!r} loses "
             "nothing: name a lossy codec, such as 'topk-0.1+eden-4', or set it to false."
@@ -142,13 +117,13 @@ def check_codecs(config: CodecConfig) -> None:
 
 
 def codec_from_number(number: int) -> Codec:
-    """The codec a frame's id stands for.
+    """Return the codec of a frame's id.
 
     Raises:
         FrameError: No codec has this id.
     """
     base, topk_ppm = _BASES.get(number & 0x7F), number >> 8
-    if base is None or topk_ppm >= _PPM:
+    if base is None or topk_ppm >= PPM:
         raise FrameError(
             f"a frame names its codec by an id of version 1, got {number:#010x}. The sender runs "
             "another version of fedpet, or the bytes are damaged."

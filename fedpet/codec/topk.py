@@ -1,12 +1,11 @@
-"""Top-k: which values of a group are worth their position.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Choose the largest values of a group (top-k sparsification).
 
 In:  a group's values, float32 (n,), and how many may be sent.
 Out: the positions of the largest in magnitude, ascending.
 
-What is left out is lost unless it is kept for the next round: `encode_with_feedback` does that.
+The values left out are lost, unless `encode_with_feedback` adds them to the next round's.
+
+Source: Aji and Heafield, EMNLP 2017, arXiv:1704.05021.
 """
 
 from __future__ import annotations
@@ -14,16 +13,16 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-_PPM = 1_000_000
+from fedpet.codec.spec import PPM
 
 
 def num_kept(count: int, topk_ppm: int) -> int:
-    """How many of `count` values a share in millionths sends: rounded up, so one at least."""
-    return -(-count * topk_ppm // _PPM)
+    """Return how many of `count` values a share in millionths sends, rounded up."""
+    return -(-count * topk_ppm // PPM)
 
 
 def largest(values: npt.NDArray[np.float32], count: int) -> npt.NDArray[np.int64]:
-    """Positions of the `count` largest magnitudes, ascending; ties to the earlier, never a zero."""
+    """Return the `count` largest magnitudes' positions, ascending; ties to the earlier, no zero."""
     magnitude = np.abs(values)
     count = min(count, int(np.count_nonzero(magnitude)))
     if not count:

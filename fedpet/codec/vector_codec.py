@@ -1,7 +1,4 @@
-"""Which codec writes which values: one for all, or one for the head and one for the rest.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
+"""Encode a model's vector: by one codec, or by one for the head and one for the rest.
 
 In:  values, float32 (n,); the codecs' names; the groups, and which of them are the head's.
 Out: one payload, and the values again, or a `FrameError`.
@@ -9,15 +6,14 @@ Out: one payload, and the values again, or a `FrameError`.
     payload := values                                       where one codec writes all of them
              | bytes of the rest (varint) | rest | head     where the head has a codec of its own
 
-A head is new, small beside a mask, and its deltas are the loudest of all: what is lost of it is
-lost to every class. So it may be worth more bits than the rest. A frame names the codec of the
-rest; that of the head is in the plan, whose digest the frame carries.
+A head is new, small beside a mask, and its deltas are the largest of all: an error in it touches
+every class. So it may be worth more bits than the rest. A frame names the codec of the rest; that
+of the head is in the plan, whose digest the frame carries.
 """
 
 from __future__ import annotations
 
 import itertools
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -26,23 +22,20 @@ import numpy.typing as npt
 
 from fedpet.codec.entropy import Reader, varint
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
-from fedpet.codec.spec import is_lossless
+from fedpet.codec.vector_types import Floats, Groups
 from fedpet.utils.seeds import derive_seed
 
 __all__ = ["VectorCodec"]
 
-Floats = npt.NDArray[np.float32]
-Groups = Sequence[tuple[int, int]]
-
 
 @dataclass(frozen=True)
 class VectorCodec:
-    """How one vector is written and read.
+    """Encode and decode one vector.
 
     Attributes:
         codec: Of the values, but for the head's where `head_codec` is another.
         groups: (start, stop) of the parts that are scaled and rotated apart, from 0 to n.
-        head_groups: Those of them that are the head's.
+        head_groups: The head's groups among them.
         head_codec: Of the head's values; "" is as `codec`.
     """
 
@@ -55,22 +48,17 @@ class VectorCodec:
     def of(
         cls, groups: Groups, head_groups: Groups = (), *, codec: str, head_codec: str = ""
     ) -> VectorCodec:
-        """A coding from lists of groups."""
+        """Make one from lists of groups."""
         return cls(codec, tuple(groups), tuple(head_groups), head_codec)
 
     @property
     def count(self) -> int:
-        """How many values there are."""
+        """Number of values."""
         return self.groups[-1][1] if self.groups else 0
 
     @property
-    def is_lossless(self) -> bool:
-        """Whether every value comes back to the bit."""
-        return all(is_lossless(part.codec) for part in self._parts)
-
-    @property
     def max_payload_bytes(self) -> int:
-        """The most that `encode` can write."""
+        """The longest payload that `encode` can write."""
         sizes = [max_payload_bytes(part.codec, part.groups) for part in self._parts]
         return sum(sizes) + (len(varint(sizes[0])) if len(sizes) > 1 else 0)
 
@@ -120,7 +108,7 @@ class VectorCodec:
 
 @dataclass(frozen=True)
 class _Part:
-    """The values of one codec: where they lie, and their groups when they lie side by side."""
+    """The values of one codec: their places, and their groups once they lie side by side."""
 
     codec: str
     groups: list[tuple[int, int]]
@@ -128,7 +116,7 @@ class _Part:
     name: str = ""
 
     def seed(self, seed: int) -> int:
-        """Parts share no randomness; the first has what a vector of one part has."""
+        """Return the part's own seed; the first part's is that of a vector of one part."""
         return derive_seed(self.name, seed) if self.name else seed
 
 

@@ -140,7 +140,7 @@ class Deployment:
         )
 
     def node_config(self, node: NodeSpec) -> dict[str, str | int]:
-        """Return the content of a node's node.toml, see fedpet/client/node_profile.py."""
+        """Return the content of a node's node.toml, see fedpet/client/node_config.py."""
         config: dict[str, str | int] = {"data": node.data}
         if self.client_column:
             config["client-column"] = self.client_column

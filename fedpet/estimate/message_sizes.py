@@ -10,6 +10,7 @@ import hashlib
 from collections import Counter
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
 
@@ -25,7 +26,13 @@ from fedpet.protocol.flower_compat import CHUNK_BYTES
 from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.registration import encode_registration
-from fedpet.protocol.request import Path, Request, single_client_bytes, write_request
+from fedpet.protocol.request import (
+    SOME_CLIENT,
+    Path,
+    Request,
+    single_client_bytes,
+    write_request,
+)
 from fedpet.server.downlink import MAX_CHANGES
 
 __all__ = [
@@ -54,15 +61,16 @@ def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
         plan: Says what else a request names.
         with_plan: Length of the plan, where the client is sent it.
     """
-    paths = (Path(1, 0),) if plan.is_delta_downlink else ()
+    paths = (Path(1, 1 << 31),) if plan.is_delta_downlink else ()
     accepted = (0,) if plan.codec.error_feedback else ()
-    empty = len(write_request(Request((1,), b"", run=1, paths=paths, accepted=accepted)))
-    return message_bytes(empty + with_plan + frames, reply=False)
+    run = 1 << 63 if paths or accepted else 0
+    request = Request((SOME_CLIENT,), b"", run=run, paths=paths, accepted=accepted)
+    return message_bytes(_length(request, frames, with_plan), reply=False)
 
 
 def roll_call_bytes(plan_length: int) -> int:
-    """Return what registering one real client takes, both ways."""
-    question = len(write_request(Request((), b""))) + plan_length
+    """Return what registering one real client takes, both ways: the plan, and one client's rows."""
+    question = _length(Request((), b""), 0, plan_length)
     answer = len(encode_registration({_NAME: 1}))
     return message_bytes(question, reply=False) + message_bytes(answer, reply=True)
 
@@ -100,6 +108,13 @@ def frames_down(
             known[taker.client] = r + 1
         sent.append(each)
     return sent
+
+
+def _length(request: Request, frames: int, plan: int) -> int:
+    """Length of a request with so many bytes of frames and plan."""
+    frame, coded = (bytes(min(size, 1 << 16)) for size in (frames, plan))  # beyond, none is dearer
+    whole = msgspec.structs.replace(request, frame=frame, plan=coded)
+    return len(write_request(whole)) + frames + plan - len(frame) - len(coded)
 
 
 def message_bytes(count: int, *, reply: bool) -> int:

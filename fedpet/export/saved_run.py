@@ -109,7 +109,7 @@ class SavedRun:
         backbone = load_for_task(plan.backbone(experiment.backbone), plan.task)
         settle_padding(backbone.model, probe_rows(locate(experiment.backbone)))
         pet = plan.build(backbone)
-        pet.load_values(torch.from_numpy(self.values), seed=plan.seed)
+        pet.set_delta(torch.from_numpy(self.values), seed=plan.seed)
         return pet
 
 

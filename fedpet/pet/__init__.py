@@ -1,1 +1,1 @@
-"""The trainable part of a model: its configuration, how it is put on a model, and its files."""
+"""Configure, build, hold and save the trainable part of a model."""

@@ -7,7 +7,6 @@ Out: the same object, wrapped: what the configuration names trains, all else is 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from torch import nn
@@ -18,12 +17,13 @@ from fedpet.backbone.pretrained import Backbone
 from fedpet.errors import ConfigError, StructureError
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
+from fedpet.pet.structure import Structure, preset
 from fedpet.pet.trainable_model import check_plain
 
 if TYPE_CHECKING:
     from fedpet.pet.pet_config import PetConfig
 
-__all__ = ["get_pet_model", "trained_in_full"]
+__all__ = ["get_pet_model", "preset_structure", "trained_in_full"]
 
 # What a class is called whose head a checkpoint of the encoder lacks.
 _NEW_HEADS = ("Classification", "Regression", "QuestionAnswering", "MultipleChoice")
@@ -68,19 +68,40 @@ def get_pet_model(model: nn.Module, config: PetConfig) -> PetModel:
             "a PetConfig must name something to train: a mask, modules or modules_to_save."
         )
     mask = None if config.mask is None else build_mask(maskable_weights(model, head), config.mask)
-    model.requires_grad_(False)
-    backbone = Backbone(
-        source=str(getattr(getattr(model, "config", None), "_name_or_path", "")),
-        folder=Path(),  # the model is at hand, and nothing more is read
-        model=model,  # type: ignore[arg-type]  # any module with a transformer's parts will do
-        head=head,
-        fingerprint="",  # over all weights: taken when it is asked for
-    )
+    backbone = Backbone.of_model(model, head)
     return PetModel(backbone, mask, structure, seed=config.seed, mask_config=config.mask)
 
 
+def preset_structure(
+    model: nn.Module, names: str, *, rank: int = 8, scale: float = 2.0
+) -> Structure:
+    """Name the modules of presets in a model.
+
+    Args:
+        model: A transformer; its weights are not read.
+        names: Of registered kinds and presets, joined by "+": "lnfit+lora".
+        rank: Of the modules that have one.
+        scale: Of LoRA: what alpha / rank is elsewhere.
+
+    Raises:
+        StructureError: An unknown name, or one that finds nothing to act on in this model.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> found = preset_structure(BertForSequenceClassification(small), "lora", rank=2)
+        >>> [(spec.kind, spec.target, spec.rank) for spec in found.modules][:1]
+        [('lora', 'bert.encoder.layer.0.attention.self.query', 2)]
+        >>> Structure.from_json(found.to_json()) == found
+        True
+    """
+    positions = find_target_modules(model, trained_in_full(model, None))
+    return preset(names, positions, rank=rank, scale=scale)
+
+
 def trained_in_full(model: nn.Module, modules_to_save: Sequence[str] | None) -> tuple[str, ...]:
-    """Names of the parameters that train in full.
+    """Name the parameters that train in full.
 
     Args:
         model: A transformer.

@@ -1,4 +1,4 @@
-"""The order of the values in the one vector that is communicated.
+"""Order the values in the one vector that is communicated.
 
 In:  the PET modules of an adapted model, in their order.
 Out: the segments of the vector, for each tier of devices; where each module's values lie; the runs
@@ -37,17 +37,17 @@ class Segment:
 
 
 class Communicated(Protocol):
-    """What knows of its communicated values, for each tier of devices."""
+    """A model that states its communicated values, for each tier of devices."""
 
     @property
     def tiers(self) -> tuple[tuple[Segment, ...], ...]:
-        """The layout of each tier, weakest first; of all last."""
+        """Give the layout of each tier, weakest first; of all last."""
 
 
 def segments_of(
     modules: Sequence[PetModule], tier: Mapping[str, int] | None
 ) -> tuple[Segment, ...]:
-    """The layout where the mask is cut to a tier's number of entries of each weight."""
+    """Return the layout where the mask is cut to a tier's number of entries of each weight."""
     segments, start = [], 0
     for module in modules:
         for name, size in module.parts:
@@ -62,11 +62,11 @@ def segments_of(
 def split_trainables(
     modules: Sequence[PetModule],
 ) -> tuple[list[tuple[slice, slice]], list[tuple[PetModule, slice]]]:
-    """Where the values of each module lie.
+    """Find where the values of each module lie.
 
     Returns:
-        Stretches that are the trainables as they lie, of the values and of the flat storage; and
-        the modules that read and write their stretch of the values by themselves.
+        Pairs of slices (values, flat storage) that are plain copies; and the modules whose values
+        must be computed, such as HiWi on a bias, with their slice of the values.
     """
     as_they_lie: list[tuple[slice, slice]] = []
     own_way: list[tuple[PetModule, slice]] = []
@@ -90,13 +90,19 @@ def split_trainables(
 
 
 def head_groups(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """Those of `quantisation_groups` that are the head's."""
+    """Return the entries of `quantisation_groups` that are the head's."""
     heads = {segment.start for segment in segments if segment.kind == "head"}
     return [group for group in quantisation_groups(segments) if group[0] in heads]
 
 
 def quantisation_groups(segments: Sequence[Segment]) -> list[tuple[int, int]]:
-    """Runs of segments of one kind, as (start, stop): what a codec scales and rotates apart."""
+    """Join segments of one kind to runs (start, stop), which a codec scales and rotates apart.
+
+    Example:
+        >>> quantisation_groups([Segment("mask", "a", 0, 5), Segment("mask", "b", 5, 2),
+        ...                      Segment("head", "c", 7, 3)])
+        [(0, 7), (7, 10)]
+    """
     groups: list[tuple[int, int]] = []
     kind = None
     for segment in segments:
@@ -110,6 +116,6 @@ def quantisation_groups(segments: Sequence[Segment]) -> list[tuple[int, int]]:
 
 
 def layout_hash(tiers: Sequence[Sequence[Segment]]) -> str:
-    """SHA-256 (hex) over the order, kinds, names and sizes of the values of each tier."""
+    """Hash the order, kinds, names and sizes of the values of each tier: SHA-256, hex."""
     lines = [f"{s.kind} {s.name} {s.start} {s.size}" for segments in tiers for s in segments]
     return hashlib.sha256("\n".join(lines).encode()).hexdigest()

@@ -1,7 +1,4 @@
-"""PaFi: the one sparse mask of a federation, read off the backbone.
-
-    backbone -> [mask] -> structure -> search -> model -> codec
-             -> plan -> client -> strategy -> ledger -> report
+"""Select the mask of a federation from the backbone: the entries smallest in magnitude (PaFi).
 
 In:  the weights in scope, by name (`fedpet.backbone.module_roles.maskable_weights` says which
      those are).
@@ -41,7 +38,7 @@ _SPARE = 32
 
 @dataclass(frozen=True)
 class Mask:
-    """Which entries of which tensors are trainable.
+    """Positions of the trainable entries, by tensor.
 
     Attributes:
         positions: Parameter name -> flat positions, int64, (k_name,), in the order of rank (for
@@ -57,11 +54,11 @@ class Mask:
 
     @property
     def num_values(self) -> int:
-        """How many entries are trainable."""
+        """Count the trainable entries."""
         return sum(len(chosen) for chosen in self.positions.values())
 
     def digest(self) -> bytes:
-        """SHA-256 of the set of positions, whatever their rank."""
+        """Hash the set of positions by SHA-256, whatever their rank."""
         digest = hashlib.sha256()
         for name, chosen in self.positions.items():
             digest.update(f"{name}\0{len(chosen)}\0".encode())
@@ -128,7 +125,7 @@ def pafi_mask(params: Mapping[str, Tensor], density: float) -> dict[str, Tensor]
 
 
 def mask_size(density: float, num_entries: int) -> int:
-    """floor(density * num_entries), with the density read as the decimal that was written."""
+    """Compute floor(density * num_entries), the density read as the decimal that was written."""
     return int(Decimal(repr(float(density))) * num_entries)  # numpy's floats show otherwise
 
 
@@ -147,7 +144,7 @@ def rank_positions(
 def tier_counts(
     params: Mapping[str, Tensor], positions: Mapping[str, Tensor], config: MaskConfig
 ) -> tuple[dict[str, int], ...]:
-    """How many of each tensor's positions belong to the mask of each tier's density.
+    """Count the positions of each tensor that belong to the mask of each tier's density.
 
     Args:
         params: Weights in scope by name.
@@ -188,7 +185,7 @@ def tier_counts(
 
 
 def _score(weight: Tensor, config: MaskConfig, name: str, every: int = 1) -> Tensor:
-    """What the rule ranks by, lowest first, in float32, of one entry in `every`."""
+    """Score one entry in `every` by the rule, lowest first, in float32."""
     if config.rule == "random":
         from fedpet.utils.seeds import derive_seed
 
@@ -203,7 +200,7 @@ def _score(weight: Tensor, config: MaskConfig, name: str, every: int = 1) -> Ten
 def _ranked(
     params: Mapping[str, Tensor], names: Sequence[str], config: MaskConfig, num: int
 ) -> dict[str, Tensor]:
-    """Of the tensors' entries the `num` of the lowest scores, lowest first, ties to the earlier.
+    """Choose the `num` entries of the lowest scores, lowest first, ties to the earlier.
 
     The tensors are gone through one by one: only entries that may be among the lowest are kept, so
     that an edge device never holds the scores of all.
@@ -230,7 +227,7 @@ def _ranked(
 def _bound(
     params: Mapping[str, Tensor], names: Sequence[str], config: MaskConfig, wanted: float
 ) -> float:
-    """A score that about `wanted` entries do not exceed, by a sample of them."""
+    """Estimate a score that about `wanted` entries do not exceed, by a sample of them."""
     sample = torch.cat([_score(params[name], config, name, _EVERY) for name in names])
     rank = math.ceil(wanted / _EVERY) + _SPARE
     return math.inf if rank > len(sample) else float(torch.kthvalue(sample, rank).values)

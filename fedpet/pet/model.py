@@ -1,7 +1,5 @@
 """Hold a model with its trainables: count, copy, move, merge and save it.
 
-    ... -> structure -> search -> [model] -> codec -> plan -> client -> ...
-
 In:  a backbone, a mask (or none), a structure, and the seed of what is drawn.
 Out: a `PetModel`, an `nn.Module` that any loop trains and that merges to a plain model. How it is
      adapted and where its values lie: `fedpet/pet/trainable_model.py`.
@@ -74,7 +72,7 @@ class PetModel(TrainableModel):
         if (probe.dtype, probe.device) == (flat.dtype, flat.device):
             return self
         check_dtype("a PetModel", probe.dtype)
-        with self._taken_off():
+        with self._plain():
             self.model._apply(fn)
         return self
 
@@ -85,9 +83,9 @@ class PetModel(TrainableModel):
         return twin
 
     def __reduce__(self) -> tuple[Callable[..., PetModel], tuple[Any, ...]]:
-        """For pickle and torch.save: the plain model, and what to put on it."""
+        """Return the plain model, and what to put on it: for pickle and torch.save."""
         point = self._point()
-        with self._taken_off():
+        with self._plain():
             backbone = dataclasses.replace(self._backbone, model=copy.deepcopy(self.model))
         made_of = (self._chosen, self.structure, self.seed, self._products, self.mask_config)
         return _made_of, (backbone, *made_of, point)
@@ -98,7 +96,7 @@ class PetModel(TrainableModel):
         beside = sum(
             trainable.numel()
             for module in self._pet_modules
-            if module.place != "mask" and not (module.held and module.pretrained is not None)
+            if module.place != "mask" and not (module.as_leaf and module.pretrained is not None)
             for trainable in module.trainables
         )
         return trained, self._num_dense + beside
@@ -153,11 +151,6 @@ class PetModel(TrainableModel):
         for module in self._structure:
             module.merge(self.model.get_submodule(module.target))
         self._storage.release(merged=True)
-        return self.model
-
-    def unload(self) -> PreTrainedModel:
-        """Take every change off and give the model back as it was; this object is done."""
-        self.restore()
         return self.model
 
     def save_pretrained(self, folder: str | Path) -> None:

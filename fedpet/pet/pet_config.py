@@ -52,7 +52,7 @@ class PetConfig:
                 )
 
     def structure(self, positions: Sequence[Position]) -> Structure:
-        """The modules and their targets in a model of these positions.
+        """List the modules and their targets in a model of these positions.
 
         Raises:
             StructureError: A target that is not there, or two modules of one kind on one target.

@@ -96,17 +96,11 @@ def load_pet(make: Callable[..., _Model], model: nn.Module, folder: Path) -> _Mo
         )
     for name, start in starts.items():
         parameters[name].copy_(start)
-    model.requires_grad_(False)
     head = tuple(table["head"])
     mask, config = _mask(table["mask"], tensors, model, head)
     pet = make(
-        Backbone(
-            source=table["base_model"],
-            folder=Path(),
-            model=model,  # type: ignore[arg-type]  # as in `get_pet_model`
-            head=head,
-            fingerprint=found,
-            trains_head=bool(starts),
+        Backbone.of_model(
+            model, head, fingerprint=found, source=table["base_model"], trains_head=bool(starts)
         ),
         mask,
         Structure.from_json(json.dumps(table["structure"])),
@@ -161,7 +155,7 @@ def _mask(
     model: nn.Module,
     head: tuple[str, ...],
 ) -> tuple[Mask | None, MaskConfig | None]:
-    """The mask, and the configuration that gives it where there is one."""
+    """Return the mask, and the configuration that gives it where there is one."""
     if table is None:
         return None, None
     scope = maskable_weights(model, head)

@@ -1,6 +1,4 @@
-"""The structure: which small module acts on which part of the backbone.
-
-    backbone -> mask -> [structure] -> search -> model -> ...
+"""List the small modules that act on parts of the backbone: the structure.
 
 In:  the backbone's positions, and the names of presets ("lnfit+bitfit") or a structure's JSON file.
 Out: a `Structure`: a list of `ModuleSpec`s, in the order in which their values are communicated.
@@ -35,7 +33,15 @@ SCHEMA = 1
 
 @dataclass(frozen=True)
 class Structure:
-    """The modules of a federation, and where the choice came from."""
+    """The modules of a federation, and where the choice came from.
+
+    Example:
+        >>> gain = ModuleSpec("lnfit", "encoder.norm")
+        >>> update = ModuleSpec("lora", "encoder.query", rank=2, scale=8.0)
+        >>> structure = Structure((gain, update))
+        >>> Structure.from_json(structure.to_json()) == structure
+        True
+    """
 
     modules: tuple[ModuleSpec, ...] = ()
     fingerprint: str = ""  # of the backbone it was found on; "" fits any with these targets
@@ -123,7 +129,7 @@ def _spec(table: Mapping[str, Any]) -> ModuleSpec:
 
 
 def load_structure(config: StructureConfig, positions: Sequence[Position]) -> Structure:
-    """The structure that an experiment names: by its file, else as a preset.
+    """Read the structure that an experiment names: its file, else a preset.
 
     Args:
         config: What is named.

@@ -80,7 +80,7 @@ def _named(name: str) -> Callable[[Position], bool]:
 
 
 def _some(positions: Sequence[Position]) -> str:
-    """Roles and, where they differ, the last parts of names."""
+    """List roles and, where they differ, the last parts of names."""
     roles = [position.role for position in positions]
     ends = [position.name.rpartition(".")[2] for position in positions]
     return ", ".join(dict.fromkeys([*roles, *ends])) or "nothing that can carry it"

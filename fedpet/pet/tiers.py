@@ -1,6 +1,4 @@
-"""Tiers: devices that differ in strength train prefixes of the one ranked mask.
-
-    ... -> model -> codec -> [plan] -> client -> strategy -> ledger -> report
+"""Give devices of different strength prefixes of the one ranked mask to train: tiers.
 
 In:  `mask.tiers`, such as "0.001=0.3", "0.005=0.5", "0.02=0.2": the densities, and which share of
      the clients trains each; the layouts of a `PetModel` that was built with them.
@@ -38,7 +36,7 @@ Where = np.ndarray | slice  # an index into the values of the whole layout
 
 @dataclass(frozen=True)
 class Tier:
-    """What the devices of one strength train and send.
+    """The values that the devices of one strength train and send.
 
     Attributes:
         density: Of its part of the mask; 0 where no weight is masked.
@@ -60,7 +58,7 @@ class Tier:
 
 
 def tiers_of(pet: Communicated, config: MaskConfig | None) -> tuple[Tier, ...]:
-    """The tiers of a model, weakest first; the last holds all values, and mostly is the only one.
+    """List the tiers of a model, weakest first; the last has all values.
 
     Args:
         pet: Built with the mask of `config`.
@@ -82,7 +80,7 @@ def tiers_of(pet: Communicated, config: MaskConfig | None) -> tuple[Tier, ...]:
 
 
 def draw_tier(config: MaskConfig | None, client: int) -> int:
-    """The tier of a client whose node names none: index into the tiers, weakest first.
+    """Draw the tier of a client whose node names none: index into the tiers, weakest first.
 
     Args:
         config: None where no weight is masked.
@@ -103,7 +101,7 @@ def draw_tier(config: MaskConfig | None, client: int) -> int:
 
 
 def largest_tier(config: MaskConfig | None, max_density: float) -> int:
-    """The largest tier that a node can train.
+    """Find the largest tier that a node can train.
 
     Args:
         config: None where no weight is masked.
@@ -124,7 +122,7 @@ def largest_tier(config: MaskConfig | None, max_density: float) -> int:
 
 
 def tier_positions(whole: Sequence[Segment], tier: Sequence[Segment]) -> np.ndarray:
-    """Where the values of a tier, a mask of lower density, lie among those of the whole mask.
+    """Find the values of a tier, a mask of lower density, among those of the whole mask.
 
     Each weight's entries are in the order of their rank, so a tier's are a prefix of them; the
     other segments are the same. `values[tier_positions(whole, tier)]` are the tier's values.

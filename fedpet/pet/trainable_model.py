@@ -8,7 +8,7 @@ instance, and only where its plain forward would not do. What the model computes
 from pretrained + change, so nothing drifts and whatever no module names stays bit-identical
 (law 2). That is done before a forward pass, by a hook on the backbone, where a trainable was
 moved: a training loop calls nothing of ours. Where trainables and values lie:
-`modules/storage.py` and `layout.py`.
+`layers/flat_parameters.py` and `layout.py`.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from fedpet.pet.layers.flat_parameters import FlatParameters, is_adapted
 from fedpet.pet.layers.injection import build_sites
 from fedpet.pet.layout import Segment, segments_of, split_trainables
 from fedpet.pet.modules.base import GatedModule, PetModule
-from fedpet.pet.modules.building import build_mask, build_structure
+from fedpet.pet.modules.building import build_masked_weights, build_structure
 from fedpet.pet.modules.head import HeadTensor
 from fedpet.pet.structure import Structure
 from fedpet.pet.wrapper import ModelWrapper
@@ -48,8 +48,8 @@ class TrainableModel(ModelWrapper):
     """A transformer whose trainables are a mask, small modules and a head.
 
     Laws: merged outputs equal adapted ones (1); what no module names stays bit-identical (2);
-    values are linear in the model for every exact module (3); `load_values` forgets what was
-    loaded before; `values()` right after it gives back the same bits.
+    values are linear in the model for every exact module (3); `set_delta` forgets what was
+    loaded before; `get_delta` right after it gives back the same bits.
 
     Attributes:
         model: The adapted model. `merge_and_unload` and `unload` make it a plain one again.
@@ -107,7 +107,7 @@ class TrainableModel(ModelWrapper):
         backbone, mask = self._backbone, self._chosen
         model = backbone.model
         positions = find_target_modules(model, backbone.head)
-        self._mask = build_mask(model, {} if mask is None else mask.positions)
+        self._mask = build_masked_weights(model, {} if mask is None else mask.positions)
         tiers = () if mask is None else mask.tiers
         self._structure = build_structure(model, positions, self.structure, self.seed)
         heads = [HeadTensor(name, model.get_parameter(name)) for name in backbone.trained_head]
@@ -126,12 +126,12 @@ class TrainableModel(ModelWrapper):
         of_tiers = (segments_of(self._pet_modules, tier) for tier in tiers)
         self.tiers = tuple(of_tiers) or (segments_of(self._pet_modules, None),)
         self._take_layout(self.tiers[-1])
-        self.load_values(torch.zeros(self.num_values), seed=self.seed)
+        self.set_delta(torch.zeros(self.num_values), seed=self.seed)
 
     # What the optimiser and the training loop see.
 
     def parameter_groups(self) -> dict[str, nn.Parameter]:
-        """The trainables by kind of module, each one flat parameter with its gradient in place."""
+        """Return the trainables by kind of module, one flat parameter each, with its gradient."""
         return dict(self._storage.groups)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -180,11 +180,14 @@ class TrainableModel(ModelWrapper):
         for site in self._sites:
             if site.mask is not None:
                 site.install(self._gated)
-        self.load_values(torch.zeros(self.num_values), seed=0)
+        self.set_delta(torch.zeros(self.num_values), seed=0)
 
     @torch.no_grad()
-    def values(self) -> Tensor:
-        """What is sent: float32, (num_values,), on the CPU, a copy; zeros are the checkpoint."""
+    def get_delta(self) -> Tensor:
+        """Return the communicated values: float32, (num_values,), on the CPU, a copy.
+
+        They stand in the order of `segments`: mask, modules, head. Zeros are the checkpoint.
+        """
         flat = self._storage.flat
         values = flat.new_empty(self.num_values)
         for place, stretch in self._direct:
@@ -194,13 +197,17 @@ class TrainableModel(ModelWrapper):
         return values.to(device="cpu", dtype=torch.float32)
 
     @torch.no_grad()
-    def load_values(self, values: Tensor, *, seed: int) -> None:
-        """Set the model to the point `values`, whatever was loaded before.
+    def set_delta(self, delta: Tensor | np.ndarray, *, seed: int = 0) -> None:
+        """Set the model to the point `delta`, whatever it was before.
 
         Args:
-            values: (num_values,), as `values()` gives them.
-            seed: Of this piece of work; adapters on biases are drawn anew from it.
+            delta: (num_values,), as `get_delta` gives it.
+            seed: HiWi's adapters on biases start anew, drawn from it.
+
+        Raises:
+            ValueError: Another length.
         """
+        values = torch.as_tensor(delta)
         if values.shape != (self.num_values,):
             raise ValueError(
                 f"values must have the shape ({self.num_values},) of this model's layout, got "
@@ -215,25 +222,6 @@ class TrainableModel(ModelWrapper):
         self._storage.gradient.zero_()
         self._storage.write()
 
-    def get_delta(self) -> Tensor:
-        """Return the communicated values, float32 (num_values,) on the CPU; zeros: the checkpoint.
-
-        They stand in the order of `segments`: mask, modules, head.
-        """
-        return self.values()
-
-    def set_delta(self, delta: Tensor | np.ndarray, *, seed: int = 0) -> None:
-        """Set the model to the point `delta`, whatever it was before.
-
-        Args:
-            delta: (num_values,), as `get_delta` gives it.
-            seed: HiWi's adapters on biases start anew, drawn from it.
-
-        Raises:
-            ValueError: Another length.
-        """
-        self.load_values(torch.as_tensor(delta), seed=seed)
-
     @property
     def structure_modules(self) -> tuple[GatedModule, ...]:
         """The modules that the structure names, in its order."""
@@ -241,24 +229,24 @@ class TrainableModel(ModelWrapper):
 
     @property
     def inexact_kinds(self) -> tuple[str, ...]:
-        """Kinds in use whose average is not the average of models; mostly none."""
+        """List the kinds in use whose average is not the average of models; mostly none."""
         return tuple(dict.fromkeys(m.kind for m in self._structure if not m.exact))
 
     @property
     def added_parameters(self) -> tuple[str, ...]:
-        """Parameters that the merged model has and the pretrained one has not; mostly none."""
+        """Name parameters that the merged model has and the pretrained one has not; mostly none."""
         return tuple(name for m in self._structure for name in m.added_parameters)
 
     # Where it stands.
 
     @property
     def mask(self) -> Mask | None:
-        """The entries of the dense weights that may move, of the strongest tier."""
+        """Return the entries of the dense weights that may move, of the strongest tier."""
         return self._chosen
 
     @property
     def source(self) -> str:
-        """The backbone's name, as it was loaded."""
+        """Return the backbone's name, as it was loaded."""
         return self._backbone.source
 
     def head_starts(self) -> dict[str, Tensor]:
@@ -273,14 +261,14 @@ class TrainableModel(ModelWrapper):
         """
         if not self._fingerprint:
             head = self._backbone.trained_head
-            with self._taken_off():
+            with self._plain():
                 named = self.model.named_parameters()
                 self._fingerprint = fingerprint((n, p) for n, p in named if n not in head)
         return self._fingerprint
 
     @property
     def head(self) -> tuple[str, ...]:
-        """Parameters of the head, trained or not: no mask or module acts on them."""
+        """Name the parameters of the head, trained or not: no mask or module acts on them."""
         return self._backbone.head
 
     # Gates, for the search.
@@ -311,20 +299,21 @@ class TrainableModel(ModelWrapper):
     # Off the model and on again.
 
     @torch.no_grad()
-    def restore(self) -> None:
-        """Take everything off: the backbone is the checkpoint again, and this object is done."""
+    def unload(self) -> PreTrainedModel:
+        """Take every change off and give the model back as it was; this object is done."""
         self._hook.remove()
         for site in self._sites:
             site.remove()
         if self._mask is not None:
             self._mask.restore()
         self._storage.release()
+        return self.model
 
     @contextmanager
-    def _taken_off(self) -> Iterator[None]:
-        """Within it, the model is the plain checkpoint; afterwards all is as it was."""
+    def _plain(self) -> Iterator[None]:
+        """Make the model the plain checkpoint within this context; afterwards all is as it was."""
         point = self._point()
-        self.restore()
+        self.unload()
         try:
             yield
         finally:
@@ -334,7 +323,7 @@ class TrainableModel(ModelWrapper):
             self._go_to(*point)
 
     def _point(self) -> tuple[int, Tensor, Tensor]:
-        """Tier, trainables and what they count from."""
+        """Return the tier, the trainables and the points they count from."""
         tier = next(i for i, own in enumerate(self.tiers) if own is self.segments)
         return tier, self._storage.flat.clone(), self.get_extra_state()
 
@@ -345,7 +334,7 @@ class TrainableModel(ModelWrapper):
         self.set_extra_state(origins)
 
     def get_extra_state(self) -> Tensor:
-        """What the trainables count from, for `state_dict`: one vector.
+        """Return the points that trainables count from, for `state_dict`: one vector.
 
         That is the head's start and the biases on which HiWi's adapters last started.
         """

@@ -46,7 +46,7 @@ class ModelWrapper(nn.Module):
         raise AssertionError("`wrap` gives the instance its own")
 
     def __getattr__(self, name: str) -> Any:
-        """The model's: config, generate, device, gradient_checkpointing_enable, ..."""
+        """Return the model's own: config, generate, device, gradient_checkpointing_enable, ..."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -76,13 +76,13 @@ class _Forward:
 def _leave_out_model(
     module: nn.Module, state: dict[str, Tensor], prefix: str, metadata: dict[str, Any]
 ) -> None:
-    """A hook on `state_dict`."""
+    """Leave out the model: a hook on `state_dict`."""
     for name in [name for name in state if name.startswith(f"{prefix}model.")]:
         del state[name]
 
 
 def _miss_no_model(module: ModelWrapper, incompatible: Any) -> None:
-    """A hook on `load_state_dict`: what is left out there is not missing here."""
+    """Take the model for no missing part: a hook on `load_state_dict`."""
     left_out = tuple(f".model.{name}" for name in module.model.state_dict())
     missing = incompatible.missing_keys
     missing[:] = [name for name in missing if not f".{name}".endswith(left_out)]

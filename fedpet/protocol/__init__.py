@@ -1,1 +1,1 @@
-"""Every byte that travels: plan, request, frame, registration; and the ledger of them."""
+"""Write, read and count every byte that travels: plan, request, frame, registration, ledger."""

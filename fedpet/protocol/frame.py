@@ -1,10 +1,4 @@
-"""A frame: one client's values, or its reason for sending none, around a codec's payload.
-
-    backbone -> mask -> structure -> search -> model -> [codec]
-             -> plan -> client -> strategy -> ledger -> report
-
-In:  a `Frame` or a `Refusal`.
-Out: bytes; a reply holds one frame a client, one behind the other.
+"""Pack and read frames: one client's values around a codec's payload, or its refusal to send any.
 
 The header, little-endian, 68 bytes:
 
@@ -16,9 +10,12 @@ The header, little-endian, 68 bytes:
     payload length                          4
     CRC-32 of all before and the payload    4
 
+The payload of a refusal: a code (1), a density (8, a double, 0 but for OTHER_TIER), the reason in
+UTF-8, at most 500 bytes. A server acts on the code alone; the reason is for people.
+
 A header is read, and everything in it held against a bound, before anything is allocated. The
 checksum finds damage on the way; it proves no honesty, so the values are checked again when they
-are decoded, and the digest, round and client by whoever knows which ones are due.
+are decoded, and the digest, round and client by the reader that knows which ones are due.
 """
 
 from __future__ import annotations
@@ -27,16 +24,31 @@ import struct
 import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
+from enum import IntEnum, unique
 from typing import Any
 
 from fedpet.codec.spec import codec_from_number, parse_codec
-from fedpet.errors import FrameError
+from fedpet.errors import FrameError, PlanError
 
-VERSION = 1
+__all__ = [
+    "DIGEST_BYTES",
+    "HEADER_BYTES",
+    "MAX_LOSS",
+    "MAX_SECONDS",
+    "Frame",
+    "Refusal",
+    "RefusalCode",
+    "StateMissingError",
+    "pack_frame",
+    "pack_refusal",
+    "unpack_frames",
+]
+
+VERSION = 2
 HEADER_BYTES = 68
 MAX_REASON_BYTES = 500
 DIGEST_BYTES = 16
-# Sums and means of what clients tell stay finite: no more than a float32 of loss, 30 years.
+# Bounds that keep sums and means over clients finite: the largest float32, 30 years.
 MAX_LOSS = 3.4028234663852886e38
 MAX_SECONDS = 1e9
 
@@ -44,6 +56,38 @@ _MAGIC = b"FP"
 _VALUES, _REFUSAL = 1, 2
 _HEAD = struct.Struct("<2sBB16sIQIIIddI")
 _CHECKSUM = struct.Struct("<I")
+_REFUSAL_HEAD = struct.Struct("<Bd")
+
+
+@unique
+class RefusalCode(IntEnum):
+    """Reasons for sending no values, as far as a server acts on them."""
+
+    OTHER = 0
+    PLAN_MISSING = 1
+    REFERENCE_MISSING = 2
+    RESIDUAL_MISSING = 3
+    OTHER_TIER = 4
+
+
+_KNOWN = frozenset(RefusalCode)
+_MISSING = {
+    RefusalCode.PLAN_MISSING: "plan",
+    RefusalCode.REFERENCE_MISSING: "reference that the changes are of",
+    RefusalCode.RESIDUAL_MISSING: "residual of the client's last accepted round",
+}
+
+
+class StateMissingError(PlanError):
+    """Something is missing on a node that the server can send again or do without.
+
+    Attributes:
+        code: Of the refusal that says so.
+    """
+
+    def __init__(self, code: RefusalCode) -> None:
+        super().__init__(f"this node does not hold the {_MISSING[code]}")
+        self.code = code
 
 
 @dataclass(frozen=True)
@@ -55,11 +99,11 @@ class Frame:
         server_round: Counted from 1.
         client: 64 bits that name the client; 0 is the server.
         codec: Name of the payload's codec.
-        count: How many values the payload decodes to.
+        count: Number of values that the payload decodes to.
         num_examples: Rows the client trained on.
         loss: Mean training loss, at most a float32's largest in magnitude.
         train_seconds: Time the client trained, at most 1e9.
-        payload: What `encode_values` wrote; a view of the buffer where it was read as one.
+        payload: The bytes of `encode_values`; a view of the buffer where it was read as one.
     """
 
     plan_digest: bytes
@@ -74,23 +118,41 @@ class Frame:
 
     @property
     def num_bytes(self) -> int:
-        """What `pack_frame` makes of it weighs."""
+        """Length of the packed frame."""
         return HEADER_BYTES + len(self.payload)
 
 
 @dataclass(frozen=True)
 class Refusal:
-    """Why a client could not train, in at most 500 bytes of UTF-8."""
+    """A client's reason for sending no values.
+
+    Attributes:
+        plan_digest: As in a frame, like round and client.
+        server_round: Counted from 1.
+        client: 64 bits that name the client.
+        reason: For people; cut to 500 bytes of UTF-8 when it is packed.
+        code: A `RefusalCode`, or a number that a newer node sent.
+        density: Of OTHER_TIER the density that the node trains, in (0, 1]; else 0.
+    """
 
     plan_digest: bytes
     server_round: int
     client: int
     reason: str
+    code: int = RefusalCode.OTHER
+    density: float = 0.0
 
     @property
     def num_bytes(self) -> int:
-        """What `pack_refusal` makes of it weighs, where the reason is not too long."""
-        return HEADER_BYTES + len(self.reason.encode())
+        """Length of the packed refusal, where the reason is not too long."""
+        return HEADER_BYTES + _REFUSAL_HEAD.size + len(self.reason.encode())
+
+    @property
+    def text(self) -> str:
+        """The reason, with an unknown code named."""
+        if self.code in _KNOWN:
+            return self.reason
+        return f"refusal code {self.code}, unknown to this version of fedpet: {self.reason}"
 
 
 def pack_frame(frame: Frame) -> bytes:
@@ -115,7 +177,16 @@ def pack_frame(frame: Frame) -> bytes:
 
 
 def pack_refusal(refusal: Refusal) -> bytes:
-    """Write a refusal. A longer reason is cut to 500 bytes, at a whole character."""
+    """Write a refusal. A longer reason is cut to 500 bytes, at a whole character.
+
+    Raises:
+        ValueError: The code is no byte, or the density no density.
+    """
+    if not _fits(refusal.code, refusal.density):
+        raise ValueError(
+            f"a refusal has a code of a byte, and a density in (0, 1] with OTHER_TIER alone, got "
+            f"{refusal.code} and {refusal.density!r}."
+        )
     reason = refusal.reason.encode("utf-8", "replace")[:MAX_REASON_BYTES]
     reason = reason.decode("utf-8", "ignore").encode("utf-8")
     return _pack(
@@ -124,19 +195,19 @@ def pack_refusal(refusal: Refusal) -> bytes:
         refusal.server_round,
         refusal.client,
         *(0, 0, 0, 0.0, 0.0),
-        reason,
+        _REFUSAL_HEAD.pack(refusal.code, refusal.density) + reason,
     )
 
 
 def unpack_frames(
     buffer: Any, *, max_frames: int, max_payload_bytes: int, views: bool = False
 ) -> Iterator[Frame | Refusal]:
-    """Read frames one after the other, each checked before the next is looked at.
+    """Read frames one after the other, each checked before the next is read.
 
     Args:
         buffer: Bytes, or anything with their buffer: a uint8 array, a memoryview.
-        max_frames: How many there may be.
-        max_payload_bytes: How long each payload may be. No more than the buffer's size is copied.
+        max_frames: The largest number of frames.
+        max_payload_bytes: The longest payload. No more than the buffer's size is copied.
         views: Leave payloads where they are, as views that keep the buffer alive.
 
     Yields:
@@ -204,7 +275,7 @@ def _unpack(view: memoryview, max_payload_bytes: int, views: bool) -> tuple[Fram
         )
     if kind not in (_VALUES, _REFUSAL):
         raise FrameError(f"a frame holds values (1) or a refusal (2), got kind {kind}.")
-    bound = max_payload_bytes if kind == _VALUES else MAX_REASON_BYTES
+    bound = max_payload_bytes if kind == _VALUES else _REFUSAL_HEAD.size + MAX_REASON_BYTES
     if payload_bytes > bound:
         raise FrameError(
             f"the frame of client {client:016x} may have a payload of {bound} bytes, it announces "
@@ -258,10 +329,24 @@ def _refusal(
             f"the refusal of client {client:016x} must leave codec, count, examples, loss and time "
             f"at 0, got {unused}."
         )
+    if len(payload) < _REFUSAL_HEAD.size:
+        raise FrameError(f"the refusal of client {client:016x} is cut short before its reason.")
+    code, density = _REFUSAL_HEAD.unpack_from(payload)
+    if not _fits(code, density):
+        raise FrameError(
+            f"the refusal of client {client:016x} may name a density in (0, 1] with the code of "
+            f"another tier alone, got {density!r} with code {code}."
+        )
     try:
-        reason = bytes(payload).decode("utf-8")
+        reason = bytes(payload[_REFUSAL_HEAD.size :]).decode("utf-8")
     except UnicodeDecodeError as error:
         raise FrameError(
             f"the refusal of client {client:016x} must be UTF-8: {error.reason}."
         ) from None
-    return Refusal(digest, server_round, client, reason)
+    return Refusal(digest, server_round, client, reason, code, density)
+
+
+def _fits(code: int, density: float) -> bool:
+    if code == RefusalCode.OTHER_TIER:
+        return 0 < density <= 1  # no NaN passes
+    return density == 0 if code in _KNOWN else 0 <= code <= 255

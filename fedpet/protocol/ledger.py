@@ -1,13 +1,11 @@
-"""Every byte that is sent: by round, node, direction and kind.
+"""Count every byte that is sent: by round, node, direction and kind.
 
-    ... -> client -> strategy -> [ledger] -> report
-
-In:  messages on their way, and what each device alone would have sent and received.
+In:  messages on their way, and the bytes that each device alone would have sent and received.
 Out: `rounds.jsonl`, a line a round as it happens, and the sums for `result.json`.
 
-Two counts, never mixed. `wire_bytes` is what this run's messages weigh as Flower serialises them,
-a message a node. All others are what the devices would have sent and received, each client alone
-with its own message and framing; where every node is one client the two agree.
+Two counts, never mixed. `wire_bytes` is the size of this run's messages as Flower serialises them,
+a message a node. All others are the bytes that the devices would have sent and received, each
+client alone with its own message and framing; where every node is one client the two agree.
 
 Rounds are of two kinds, "training" and "search", each counted from 1; lines of training do not name
 theirs.
@@ -33,22 +31,22 @@ MAX_REASON = 600  # characters of why a reply was refused
 
 
 def one_line(words: str) -> str:
-    """A stranger's words as one printable line of bounded length: for logs and terminals."""
+    """Make a stranger's words one printable line of bounded length, for logs and terminals."""
     line = "".join(c if c.isprintable() else " " for c in words[:MAX_REASON])
     return line if len(words) <= MAX_REASON else f"{line} ..."
 
 
 @dataclass
 class RoundRecord:
-    """What one round cost and gave; a line of `rounds.jsonl`. Bytes and seconds.
+    """Costs and results of one round, in bytes and seconds; a line of `rounds.jsonl`.
 
     `newcomers` are the clients that are sent the plan. `train_seconds` is the longest node's local
-    training: what the round would take if nothing but training took time. `wire_by_node` has
+    training: the length of the round if nothing but training took time. `wire_by_node` has
     `wire_bytes` by node, and for each by kind and direction: "train down", "search up", "query up",
     and "plan down", whichever message it is in.
     `metric` is the one that decides, `metrics` are all that were taken, by name.
-    `overlap`, of a round of a search, is how much of its choice was that of the round before
-    (Jaccard index).
+    `overlap`, of a round of a search, compares its choice with that of the round before (Jaccard
+    index).
     """
 
     round: int
@@ -73,7 +71,7 @@ class RoundRecord:
     overlap: float | None = None
 
     def to_line(self) -> dict[str, Any]:
-        """What is written of it."""
+        """Return the line as a table."""
         line = asdict(self)
         if self.kind == TRAINING:
             del line["kind"], line["overlap"]
@@ -82,13 +80,13 @@ class RoundRecord:
 
 @dataclass
 class Ledger:
-    """The books of one run.
+    """Count and record the rounds of one run.
 
     Attributes:
-        path: Where each round's line is appended, or None to keep them in memory only.
+        path: The file to append each round's line to, or None to keep them in memory only.
         rounds: The lines so far: those of a search first, then training's with round 0, the
             evaluation before it.
-        kind: Of the rounds that are begun from now on.
+        kind: Of the rounds that begin from now on.
 
     Example:
         >>> ledger = Ledger()
@@ -110,16 +108,16 @@ class Ledger:
 
     @property
     def current(self) -> RoundRecord:
-        """The round that is open."""
+        """The record of the open round."""
         return self.rounds[-1]
 
     @classmethod
     def reopen(cls, path: Path, length: int) -> Ledger:
-        """Take up the books of a run that was cut short, lines after the first `length` bytes off.
+        """Open the ledger of an interrupted run, and cut off lines after its first `length` bytes.
 
         Args:
             path: The lines' file; it need not exist where `length` is 0.
-            length: Bytes that a journal vouches for.
+            length: Bytes that the checkpoint knows of.
 
         Raises:
             ConfigError: The file is shorter, or its lines do not read.
@@ -157,7 +155,7 @@ class Ledger:
             ) from None
 
     def refuse(self, who: str, reason: str, node: int | None = None) -> None:
-        """Note a client whose reply is not averaged, why, and from which node, where one is known.
+        """Record a client whose reply is not averaged, the reason, and the node where it is known.
 
         Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation.
         """
@@ -165,7 +163,7 @@ class Ledger:
         self.current.refused.append({"who": who, **known, "reason": one_line(reason)})
 
     def add_message(self, message: Message) -> None:
-        """Count a message as it is sent or received; what of it is the plan, apart."""
+        """Count a message as it is sent or received, with the plan's bytes apart."""
         count, metadata = wire_bytes(message), message.metadata
         is_reply = bool(metadata.reply_to_message_id)
         node = str(metadata.src_node_id if is_reply else metadata.dst_node_id)
@@ -182,7 +180,7 @@ class Ledger:
 
     @property
     def wire_by_kind(self) -> dict[str, int]:
-        """`wire_bytes` of all rounds by kind of message and direction."""
+        """Sum of `wire_bytes` over all rounds, by kind of message and direction."""
         sums: Counter[str] = Counter()
         for record in self.rounds:
             for counts in record.wire_by_node.values():
@@ -190,21 +188,21 @@ class Ledger:
         return dict(sorted(sums.items()))
 
     def add_client_bytes(self, *, down: int = 0, up: int = 0, plan: int = 0) -> None:
-        """Count what one device alone receives and sends."""
+        """Count the bytes that one device alone receives and sends."""
         self.current.downlink_bytes += down
         self.current.uplink_bytes += up
         self.current.plan_bytes += plan
 
     def of_kind(self, kind: str) -> list[RoundRecord]:
-        """The rounds of one kind, in their order."""
+        """Return the rounds of one kind, in their order."""
         return [record for record in self.rounds if record.kind == kind]
 
     @property
     def total_bytes(self) -> int:
-        """All that the devices sent and received, each alone: values both ways, and the plan."""
+        """Sum of the bytes of all devices, each alone: values both ways, and the plan."""
         return sum(r.uplink_bytes + r.downlink_bytes + r.plan_bytes for r in self.rounds)
 
     def total(self, name: str, kind: str = "") -> float:
-        """Sum of a numeric field over all rounds, or those of one kind."""
+        """Return the sum of a numeric field over all rounds, or those of one kind."""
         rounds = self.of_kind(kind) if kind else self.rounds
         return float(sum(getattr(record, name) for record in rounds))

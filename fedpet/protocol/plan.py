@@ -1,69 +1,73 @@
-"""The plan: what every client of a run must agree on, broadcast once to a node.
+"""Make, write and read a plan: the agreement of all clients of a run, sent once to a node.
 
-    ... -> model -> codec -> [plan] -> client -> strategy -> ledger -> report
+In:  an experiment, a loaded checkpoint, a structure or the settings of a search, the rows' task.
+Out: a `Plan`, and the server's own model, built as every node will build its own; the plan's bytes,
+     and their digest, by which server and nodes name the plan afterwards.
 
-In:  the backbone's fingerprint, the mask, the structure, the layout of the values, the codec, the
-     task's labels, the tokeniser's hash, lengths and training settings; of the rounds of a search,
-     its settings instead of a structure.
-Out: bytes, and their digest, by which server and nodes name the plan afterwards.
+A plan is MessagePack (fedpet/protocol/wire_struct.py): a header, which is JSON compressed by
+zstandard, and the coded positions of an explicit mask (fedpet/codec/index_coding.py).
 
-    plan := magic "FPLN" | version u8 | 3 reserved | header bytes u32 | mask bytes u32
-            | header (zstandard, JSON) | mask (fedpet/codec/index_coding.py; empty where derived)
-
-A derived mask is a rule, a density and a SHA-256, which the node compares with what it computes;
-an explicit one is the coded set of positions. A plan is hostile until parsed: sizes are bounded
-before anything is allocated, and nothing is unpickled.
+A derived mask is a rule, a density and a SHA-256, which the node compares with the mask that it
+computes; an explicit one is the coded set of positions. A plan is hostile until parsed: sizes are
+bounded before anything is allocated, msgspec holds every field against its type and the config's
+own checks, and a header that is not written exactly as here is refused: no field is unknown.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
-import json
-import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+import msgspec
 import numpy as np
 import torch
 import zstandard
 
 from fedpet.backbone.module_roles import maskable_weights
-from fedpet.codec import VectorCodec, is_lossless
+from fedpet.codec import VectorCodec, parse_codec
 from fedpet.codec.index_coding import decode_positions, encode_positions
-from fedpet.config import BackboneConfig, CodecConfig, MaskConfig, SearchConfig, TrainingConfig
+from fedpet.config import (
+    BackboneConfig,
+    CodecConfig,
+    Experiment,
+    MaskConfig,
+    SearchConfig,
+    TrainingConfig,
+)
 from fedpet.data import Task
-from fedpet.errors import FedpetError, PlanError
+from fedpet.errors import ConfigError, PlanError
 from fedpet.pet.layout import layout_hash
 from fedpet.pet.mask import Mask, build_mask, rank_positions, tier_counts
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
+from fedpet.protocol.frame import DIGEST_BYTES
+from fedpet.protocol.wire_struct import WireStruct, decode_struct, encode_struct
 from fedpet.search import SearchModel
+from fedpet.training.loss import LOSSES
+from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
     from fedpet.backbone.pretrained import Backbone
+
+__all__ = ["Plan", "encode_mask"]
 
 Groups = Sequence[tuple[int, int]]
 
 MAX_PLAN_BYTES = 1 << 30
 MAX_HEADER_BYTES = 1 << 24
-DIGEST_BYTES = 16
 
-# Keys of the codec that a plan names where they are not these.
-_RARE_CODEC_KEYS = {
-    field.name: field.default
-    for field in dataclasses.fields(CodecConfig)
-    if field.name not in ("uplink", "downlink")
-}
-_HEADER = struct.Struct("<4sB3xII")
-_MAGIC = b"FPLN"
-_VERSION = 2
+
+class _PlanBytes(WireStruct, frozen=True, tag="FPLN2"):
+    header: bytes
+    mask: bytes
 
 
 @dataclass(frozen=True, kw_only=True)
 class Plan:
-    """Everything a node needs to train for a run, its own data and the checkpoint apart.
+    """Everything that a node needs to train for a run, beside its data and the checkpoint.
 
     Attributes:
         fingerprint: Of the checkpoint, see `fedpet.backbone.pretrained.fingerprint`.
@@ -74,7 +78,7 @@ class Plan:
         mask: Rule, density, tiers and broadcast, or None where no weight is masked.
         mask_sha256: Of the set of positions; empty without a mask.
         mask_positions: Coded positions where the mask is explicit, else empty.
-        structure: Which module acts where.
+        structure: The modules and their targets.
         num_values: Length of the vector that is communicated; of the strongest tier's.
         layout: SHA-256 over its segments.
         codec: Up and down, and what is kept from round to round.
@@ -83,7 +87,7 @@ class Plan:
         seed: The run's; of a search one of its own.
         search: Of a plan whose rounds search a structure: its settled settings, from which each
             node builds the space that takes the structure's place. None: they train.
-        head: What is made of the checkpoint's head: "train", "new" or "keep".
+        head: Treatment of the checkpoint's head: "train", "new" or "keep".
     """
 
     fingerprint: str
@@ -104,91 +108,179 @@ class Plan:
     search: SearchConfig | None = None
     head: str = "train"
 
+    @classmethod
+    def for_training(
+        cls,
+        experiment: Experiment,
+        backbone: Backbone,
+        structure: Structure,
+        task: Task,
+        tokenizer_hash: str,
+    ) -> tuple[Plan, PetModel]:
+        """Make a run's plan, and build the server's own model from it. The backbone is used up."""
+        mask = _build_mask(experiment, backbone)
+        pet = PetModel(
+            backbone,
+            mask,
+            structure,
+            seed=experiment.run.seed,
+            products=experiment.training.matmul_backend,
+            mask_config=None if mask is None else experiment.mask,
+        )
+        plan = cls._of(
+            pet,
+            experiment,
+            backbone,
+            mask,
+            task=task,
+            tokenizer_hash=tokenizer_hash,
+            structure=Structure(structure.modules),  # gates and origin stay with the server
+            num_rounds=experiment.strategy.num_rounds,
+            seed=experiment.run.seed,
+        )
+        return plan, pet
+
+    @classmethod
+    def for_search(
+        cls,
+        experiment: Experiment,
+        search: SearchConfig,
+        backbone: Backbone,
+        task: Task,
+        tokenizer_hash: str,
+    ) -> tuple[Plan, SearchModel]:
+        """Make the plan of a federated search, and the model that it is of.
+
+        Its seed is another than the training's, so that no two of their rounds draw alike.
+
+        Args:
+            experiment: The run's.
+            search: Settled, see `fedpet.search.settle`.
+            backbone: In use until `SearchModel.pet.restore` is called, and the checkpoint again
+                then.
+            task: Kind, labels, metric.
+            tokenizer_hash: Of the tokeniser's files.
+
+        Raises:
+            InputError: The backbone has no such space, or the budget does not fit it.
+        """
+        mask = _build_mask(experiment, backbone)
+        seed = derive_seed("structure search", experiment.run.seed, search.seed)
+        model = SearchModel.of(
+            backbone, mask, search, seed=seed, products=experiment.training.matmul_backend
+        )
+        plan = cls._of(
+            model,
+            experiment,
+            backbone,
+            mask,
+            task=task,
+            tokenizer_hash=tokenizer_hash,
+            structure=Structure(),
+            num_rounds=search.rounds,
+            seed=seed,
+            search=search,
+        )
+        return plan, model
+
+    @classmethod
+    def _of(
+        cls,
+        model: PetModel | SearchModel,
+        experiment: Experiment,
+        backbone: Backbone,
+        mask: Mask | None,
+        **fields: Any,
+    ) -> Plan:
+        explicit = mask is not None and experiment.mask.broadcast == "send"
+        return cls(
+            fingerprint=backbone.fingerprint,
+            head=experiment.backbone.head,
+            head_seed=experiment.backbone.head_seed,
+            max_length=experiment.data.max_length,
+            mask=None if mask is None else experiment.mask,
+            mask_sha256="" if mask is None else mask.digest().hex(),
+            mask_positions=encode_mask(mask) if mask is not None and explicit else b"",
+            num_values=model.num_values,
+            layout=layout_hash(model.tiers),
+            codec=experiment.codec,
+            training=_training(experiment),
+            **fields,
+        )
+
     def to_bytes(self) -> bytes:
         """Serialise; equal plans give equal bytes."""
-        fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-        positions = fields.pop("mask_positions")
-        for name in ("task", "mask", "codec", "training", "search"):
-            value = fields[name]
-            fields[name] = None if value is None else dataclasses.asdict(value)
-        if self.search is None:
-            del fields["search"]  # most plans are of training, and need not say so
-        if self.head == Plan.head:
-            del fields["head"]  # most plans start from what the checkpoint has
-        if self.mask is not None and not self.mask.tiers:
-            del fields["mask"]["tiers"]  # most plans have none, and need not say so
-        for key, default in _RARE_CODEC_KEYS.items():
-            if fields["codec"][key] == default:
-                del fields["codec"][key]
-        fields["structure"] = self.structure.to_json()
-        text = json.dumps(fields, sort_keys=True, separators=(",", ":")).encode()
-        header: bytes = zstandard.ZstdCompressor(level=19).compress(text)
-        start = _HEADER.pack(_MAGIC, _VERSION, len(header), len(positions))
-        return b"".join((start, header, positions))
+        header = zstandard.ZstdCompressor(level=19).compress(self._header())
+        return encode_struct(_PlanBytes(header, self.mask_positions))
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Plan:
-        """Parse what `to_bytes` wrote.
+        """Parse the bytes of `to_bytes`.
 
         Raises:
             PlanError: The bytes are no plan of this version.
         """
-        header, positions = _split(data)
+        if len(data) > MAX_PLAN_BYTES:
+            raise PlanError(f"a plan has at most {MAX_PLAN_BYTES} bytes, got {len(data)}.")
+        parts = decode_struct(data, _PlanBytes, "plan", error=PlanError)
         try:
-            fields = json.loads(header, parse_constant=_no_number)
-            if fields["mask"] is not None:
-                fields["mask"] = MaskConfig(**_tuples(fields["mask"]))
-            fields["codec"] = CodecConfig(**fields["codec"])
-            fields["training"] = TrainingConfig(**_tuples(fields["training"]))
-            fields["task"] = Task(**_tuples(fields["task"]))
-            if "search" in fields:
-                fields["search"] = SearchConfig(**_tuples(fields["search"]))
-            fields["structure"] = Structure.from_json(fields["structure"])
-            plan = cls(mask_positions=positions, **fields)
+            if not 0 <= zstandard.frame_content_size(parts.header) <= MAX_HEADER_BYTES:
+                raise PlanError(f"a plan's header has at most {MAX_HEADER_BYTES} bytes.")
+            header = zstandard.ZstdDecompressor().decompress(parts.header)
+            plan = msgspec.json.decode(header, type=cls)
             plan.backbone(BackboneConfig())
-            return plan
-        except (LookupError, TypeError, ValueError, AttributeError, FedpetError) as error:
-            raise PlanError(f"the plan's header does not read: {error}") from None
-        except RecursionError as error:
-            raise PlanError(f"the plan's header does not read: {error}") from None
+        except (
+            msgspec.MsgspecError, zstandard.ZstdError, ConfigError, UnicodeDecodeError,
+            RecursionError,
+        ) as error:  # fmt: skip
+            raise PlanError(
+                f"the plan does not read: {error}. Run the same fedpet on the server and on the "
+                "nodes."
+            ) from None
+        if plan._header() != header:
+            raise PlanError("the plan does not read: it holds more, or less, than it should.")
+        return dataclasses.replace(plan, mask_positions=parts.mask)
+
+    def _header(self) -> bytes:
+        """Write all but the positions, which do not shrink, as JSON."""
+        return msgspec.json.encode(dataclasses.replace(self, mask_positions=b""))
 
     @staticmethod
     def digest(data: bytes) -> bytes:
-        """The name of a plan in messages: the first 16 bytes of its SHA-256."""
+        """Return the name of a plan in messages: the first 16 bytes of its SHA-256."""
         return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
     def progress(self, server_round: int) -> float:
-        """Fraction of the rounds that is over when a round begins, in [0, 1)."""
+        """Return the fraction of the rounds that is over when a round begins, in [0, 1)."""
         return min(max(server_round - 1, 0) / self.num_rounds, 1.0)
 
     @property
     def is_delta_downlink(self) -> bool:
-        """Whether clients follow a public reference, see fedpet/protocol/shared_reference.py.
+        """True if clients follow a public reference, see fedpet/protocol/shared_reference.py.
 
-        Values that lose nothing are sent as they are: nobody has to remember any.
+        Lossless values are sent as they are: no client has to remember any.
         """
-        lossy = not (
-            is_lossless(self.codec.downlink) and is_lossless(self.codec.head_downlink or "float32")
-        )
+        codecs = (self.codec.downlink, self.codec.head_downlink or "float32")
+        lossy = not all(parse_codec(name).is_lossless for name in codecs)
         return lossy and self.codec.downlink_mode == "delta"
 
     def uplink(self, groups: Groups, head_groups: Groups) -> VectorCodec:
-        """How clients write a vector of these groups."""
+        """Return the codec of a client's vector of these groups."""
         codec = self.codec
         return VectorCodec.of(groups, head_groups, codec=codec.uplink, head_codec=codec.head_uplink)
 
     def downlink(self, groups: Groups, head_groups: Groups) -> VectorCodec:
-        """How the server writes a vector of these groups."""
+        """Return the codec of the server's vector of these groups."""
         codec = self.codec
         return VectorCodec.of(
             groups, head_groups, codec=codec.downlink, head_codec=codec.head_downlink
         )
 
     def backbone(self, own: BackboneConfig) -> BackboneConfig:
-        """A node's own place of the checkpoint, with what the plan makes of it.
+        """Return a node's own place of the checkpoint, with the plan's head.
 
         Raises:
-            ConfigError: The plan names something that nothing is made of.
+            ConfigError: The plan names no kind of head.
         """
         return dataclasses.replace(own, head=self.head, head_seed=self.head_seed)
 
@@ -211,7 +303,7 @@ class Plan:
         return pet
 
     def build_search(self, backbone: Backbone) -> SearchModel:
-        """The same for a plan whose rounds search: the whole space, and alpha.
+        """Build the whole space and alpha, of a plan whose rounds search. The backbone is used up.
 
         Raises:
             InputError: The backbone has no such space.
@@ -271,7 +363,7 @@ class Plan:
 
 
 def encode_mask(mask: Mask) -> bytes:
-    """A mask as the coded sets of positions of all tensors in scope, in the order of the names."""
+    """Encode the positions of all tensors in scope, in the order of the names."""
     empty = np.empty(0, dtype=np.int64)
     names = sorted(mask.sizes)
     return encode_positions(
@@ -280,32 +372,16 @@ def encode_mask(mask: Mask) -> bytes:
     )
 
 
-def _tuples(fields: dict[str, Any]) -> dict[str, Any]:
-    return {key: tuple(v) if isinstance(v, list) else v for key, v in fields.items()}
+def _training(experiment: Experiment) -> TrainingConfig:
+    """Name a registered loss by its import path, since nodes must find it."""
+    training = experiment.training
+    if not training.loss:
+        return training
+    LOSSES.find(training.loss)  # an unknown one is refused before any node is asked
+    return dataclasses.replace(training, loss=LOSSES.portable(training.loss))
 
 
-def _no_number(name: str) -> float:
-    raise ValueError(f"its numbers are finite, got {name}.")
-
-
-def _split(data: bytes) -> tuple[bytes, bytes]:
-    if not _HEADER.size <= len(data) <= MAX_PLAN_BYTES:
-        raise PlanError(f"a plan has {_HEADER.size} to {MAX_PLAN_BYTES} bytes, got {len(data)}.")
-    magic, version, header_bytes, mask_bytes = _HEADER.unpack_from(data)
-    if magic != _MAGIC or version != _VERSION:
-        raise PlanError(
-            f"a plan starts with {_MAGIC!r} and version {_VERSION}, got {magic!r} and {version}: "
-            "run the same fedpet on the server and on the nodes."
-        )
-    if _HEADER.size + header_bytes + mask_bytes != len(data):
-        raise PlanError(
-            f"the plan's parts add up to {_HEADER.size + header_bytes + mask_bytes} bytes, got "
-            f"{len(data)}."
-        )
-    header = data[_HEADER.size : _HEADER.size + header_bytes]
-    try:
-        if not 0 <= zstandard.frame_content_size(header) <= MAX_HEADER_BYTES:
-            raise PlanError(f"a plan's header has at most {MAX_HEADER_BYTES} bytes.")
-        return zstandard.ZstdDecompressor().decompress(header), data[-mask_bytes or len(data) :]
-    except zstandard.ZstdError as error:
-        raise PlanError(f"the plan's header does not decompress: {error}") from None
+def _build_mask(experiment: Experiment, backbone: Backbone) -> Mask | None:
+    if not experiment.mask.enabled:
+        return None
+    return build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)

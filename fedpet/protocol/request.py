@@ -1,71 +1,52 @@
-"""What a message between server and node holds: one uint8 array, read without trust.
+"""Write and read requests, and put bytes into Flower messages.
 
-A request (server to node) names a cohort of clients and carries the global values, a frame for
-each tier among them (mostly one), and the plan where the node may lack it. A reply is one frame, or
-one refusal, a client, joined.
+A request (server to node) names clients and carries the global values, a frame for each tier among
+them (mostly one), and the plan where the node may lack it. A reply is one frame or refusal a
+client, joined (fedpet/protocol/frame.py).
 
-    request := magic "FPRQ" | version u8 | parts u8 | paths u8 | reserved u8 | clients u32
-               | plan bytes u32 | frame bytes u32 | client numbers u64 ...
-               | MIXED: which tier u8 ...             one a client
-               | PATHS or ACCEPTED: run u64
-               | PATHS: (changes u16 | CRC-32 u32) ...        one a tier, see
-               fedpet/protocol/shared_reference.py
-               | ACCEPTED: round u32 ...              one a client, see fedpet/client/state_store.py
-               | plan | frame ...
-    reply   := frame ...                                        (fedpet/protocol/frame.py)
+A request is a `Request` in MessagePack, see fedpet/protocol/wire_struct.py.
 
-All is little-endian; `parts` says which parts are there. Most requests have none of them: clients
-of one tier, to whom nothing of earlier rounds matters.
-
-One flat array, since Flower's cost follows the number of arrays and not their size.
+A message holds one flat array, since Flower's cost follows the number of arrays and not their size.
 """
 
 from __future__ import annotations
 
-import itertools
-import struct
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import Annotated
 
 from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
+from msgspec import Meta
 
 from fedpet.config import MAX_TIERS
 from fedpet.errors import FrameError
 from fedpet.protocol.flower_compat import InflatableObject, make_message
+from fedpet.protocol.wire_struct import WireStruct, decode_struct, encode_struct
 
 MAX_CLIENTS = 1_000_000
-# What a client says that can be asked again, and then rightly.
-PLAN_MISSING = "this node does not hold the plan"
-REFERENCE_MISSING = "this node does not hold the reference that the changes are of"
-RESIDUAL_MISSING = "this node does not hold what the client's last accepted round left"
-STYPE = "fedpet.bytes"  # how Flower names the coding of an array; not one that it reads itself
-OTHER_TIER = "this node's tier is of density "  # and the number
+STYPE = "fedpet.bytes"  # Flower's name for the coding of an array; not one that it reads itself
+SOME_CLIENT = 1 << 63  # stands for a client's number where only the size of a request matters
 
-_HEADER = struct.Struct("<4sBBBxIII")
-_RUN, _PATH = struct.Struct("<Q"), struct.Struct("<HI")
-_MIXED, _PATHS, _ACCEPTED = 1, 2, 4  # bits of `parts`
-_MAGIC = b"FPRQ"
-_VERSION = 1
 _RECORD, _ARRAY = "fedpet", "bytes"
 _SOME_ID = 1 << 62
 
+Number = Annotated[int, Meta(ge=0)]  # of 64 bits, as MessagePack has them
+Round = Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
-@dataclass(frozen=True)
-class Path:
-    """How a node comes to one tier's reference of the round.
+
+class Path(WireStruct, frozen=True):
+    """A node's way to one tier's reference of the round.
 
     Attributes:
-        changes: How many frames, each the change of a round; 0 is one frame, the reference itself.
+        changes: Number of frames, each the change of a round; 0 is one frame, the reference itself.
         checksum: Of the reference that must come out.
     """
 
-    changes: int
-    checksum: int
+    changes: Annotated[int, Meta(ge=0, le=2**16 - 1)]
+    checksum: Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
-@dataclass(frozen=True)
-class Request:
-    """What a node is asked to do: train these clients from these values.
+class Request(WireStruct, frozen=True, tag="FPRQ2"):
+    """A request to train these clients from these values.
 
     Attributes:
         clients: Numbers of the clients, see `fedpet.utils.seeds.client_id64`.
@@ -79,93 +60,45 @@ class Request:
             without error feedback.
     """
 
-    clients: tuple[int, ...]
+    clients: Annotated[tuple[Number, ...], Meta(max_length=MAX_CLIENTS)]
     frame: bytes
     plan: bytes = b""
-    which: tuple[int, ...] = ()
-    run: int = 0
-    paths: tuple[Path, ...] = ()
-    accepted: tuple[int, ...] = ()
+    which: Annotated[
+        tuple[Annotated[int, Meta(ge=0, lt=MAX_TIERS)], ...], Meta(max_length=MAX_CLIENTS)
+    ] = ()
+    run: Number = 0
+    paths: Annotated[tuple[Path, ...], Meta(max_length=MAX_TIERS)] = ()
+    accepted: Annotated[tuple[Round, ...], Meta(max_length=MAX_CLIENTS)] = ()
+
+    def __post_init__(self) -> None:
+        for name in ("which", "accepted"):
+            if (count := len(getattr(self, name))) not in (0, len(self.clients)):
+                raise ValueError(
+                    f"a request for {len(self.clients)} clients has {name!r} of none or of each, "
+                    f"got {count}"
+                )
 
 
 def write_request(request: Request) -> bytes:
-    """Join a request's parts."""
-    count = len(request.clients)
-    parts = _MIXED * bool(request.which)
-    parts |= _PATHS * bool(request.paths) | _ACCEPTED * bool(request.accepted)
-    sizes = count, len(request.plan), len(request.frame)
-    return b"".join(
-        (
-            _HEADER.pack(_MAGIC, _VERSION, parts, len(request.paths), *sizes),
-            struct.pack(f"<{count}Q", *request.clients),
-            bytes(request.which),
-            _RUN.pack(request.run) if parts > _MIXED else b"",
-            *(_PATH.pack(path.changes, path.checksum) for path in request.paths),
-            struct.pack(f"<{len(request.accepted)}I", *request.accepted),
-            request.plan,
-            request.frame,
-        )
-    )
+    """Write a request."""
+    return encode_struct(request)
 
 
 def read_request(payload: bytes) -> Request:
-    """Take a request apart; every length is checked before anything is read.
+    """Read a request.
 
     Raises:
         FrameError: The bytes are no request of this version.
     """
-    if len(payload) < _HEADER.size:
-        raise FrameError(f"a request has at least {_HEADER.size} bytes, got {len(payload)}.")
-    magic, version, parts, num_paths, count, plan_bytes, frame_bytes = _HEADER.unpack_from(payload)
-    if magic != _MAGIC or version != _VERSION or parts > (_MIXED | _PATHS | _ACCEPTED):
-        raise FrameError(
-            f"a request starts with {_MAGIC!r} and version {_VERSION}, got {magic!r} and "
-            f"{version}: run the same fedpet on the server and on the nodes."
-        )
-    sizes = (
-        8 * count,
-        count if parts & _MIXED else 0,
-        _RUN.size if parts > _MIXED else 0,
-        _PATH.size * num_paths,
-        4 * count if parts & _ACCEPTED else 0,
-        plan_bytes,
-        frame_bytes,
-    )
-    expected = _HEADER.size + sum(sizes)
-    if (
-        count > MAX_CLIENTS
-        or expected != len(payload)
-        or bool(num_paths) != bool(parts & _PATHS)
-        or num_paths > MAX_TIERS
-    ):
-        raise FrameError(
-            f"a request for {count} clients with these parts has {expected} bytes, got "
-            f"{len(payload)}."
-        )
-    stops = list(itertools.accumulate(sizes, initial=_HEADER.size))
-    numbers, which, run, paths, accepted, plan, frame = (
-        payload[start:stop] for start, stop in itertools.pairwise(stops)
-    )
-    return Request(
-        clients=struct.unpack(f"<{count}Q", numbers),
-        which=tuple(which),
-        run=_RUN.unpack(run)[0] if run else 0,
-        paths=tuple(Path(*path) for path in _PATH.iter_unpack(paths)),
-        accepted=struct.unpack(f"<{len(accepted) // 4}I", accepted),
-        plan=plan,
-        frame=frame,
-    )
+    return decode_struct(payload, Request, "request")
 
 
 def plan_bytes_of(content: RecordDict) -> int:
-    """Bytes of a request that are the plan's; 0 of anything else."""
+    """Return how many bytes of a request are the plan's; 0 of anything else."""
     try:
-        payload = from_record(content)
+        return len(read_request(from_record(content)).plan)
     except FrameError:
         return 0
-    if payload[: len(_MAGIC)] != _MAGIC:
-        return 0
-    return int(_HEADER.unpack_from(payload)[5])
 
 
 def to_record(payload: bytes) -> RecordDict:
@@ -175,7 +108,7 @@ def to_record(payload: bytes) -> RecordDict:
 
 
 def from_record(record: RecordDict) -> bytes:
-    """The bytes of a message's one uint8 array.
+    """Return the bytes of a message's one uint8 array.
 
     Raises:
         FrameError: The message holds anything else.
@@ -193,12 +126,12 @@ def from_record(record: RecordDict) -> bytes:
 
 
 def wire_bytes(message: Message) -> int:
-    """Bytes of a message as Flower serialises it: metadata, records, arrays and their headers."""
+    """Return the size of a message as Flower serialises it, metadata and headers included."""
     return sum(len(part.deflate()) for part in _parts(message))
 
 
 def single_client_bytes(payload: bytes, *, reply: bool) -> int:
-    """What a message with this payload weighs to or from one device alone, framing included.
+    """Return the size of a message with this payload to or from one device alone, with framing.
 
     The ids in its metadata are fixed, so that the same payload always weighs the same.
     """

@@ -1,24 +1,23 @@
-"""The public reference: values that server and clients hold alike, moved by coded changes.
-
-    ... -> codec -> plan -> [client, strategy] -> ledger -> report
+"""Follow the public reference: values that server and clients share, moved by coded changes.
 
 In:  the reference of an earlier round, and the coded changes since; or the reference itself.
 Out: the reference of this round, the same bits on every device.
 
     R_0 = 0, the checkpoint            D_t = decode(encode(G_t - R_{t-1}))    R_t = R_{t-1} + D_t
 
-G_t are the server's own values, which nobody else has. Clients train from R_t and send what they
-moved by, the server takes the mean of that for G: what the codec lost in one round is part of the
-next one's change, so the reference never drifts from the values. A change is small beside the
-values, and so is its error; that is what this costs less than coding the values anew each round.
+G_t are the server's own values, which nobody else has. Clients train from R_t and send their
+updates, and the server adds the mean of those to its values: the codec's error of one round is part
+of the next one's change, so the reference never drifts from the values. A change is small beside
+the values, and so is its error: at equal bits this loses less than coding the values anew.
 
-Whoever holds the reference of round s is sent the changes of s + 1 to t. All hold R_0. Where that
-is longer than the reference itself, coded without loss, it is sent that instead: by every path it
-is R_t to the bit (one addition in float32 a round, which IEEE 754 settles), so no result depends
-on who held what (law 6), and a checksum of R_t that goes along says so on every device.
+A device that holds the reference of round s receives the changes of s + 1 to t. All hold R_0. Where
+the changes are longer than the reference itself, coded without loss, the device receives that
+instead. Every path gives R_t to the bit (one addition in float32 a round, which IEEE 754 defines),
+so no result depends on the references that devices hold (law 6), and a checksum of R_t that goes
+along is checked on every device.
 
 Source: Seide et al. 2014 and EF21 (Richtarik et al., NeurIPS 2021) for the error that feeds itself
-back; a chain or the whole, whichever is shorter, is ours.
+back. Ours: a chain of changes or the whole, whichever is shorter.
 """
 
 from __future__ import annotations
@@ -34,14 +33,21 @@ from fedpet.errors import FrameError
 from fedpet.protocol.frame import Frame
 from fedpet.utils.seeds import derive_seed
 
-__all__ = ["WHOLE", "Reference", "decode_whole", "encode_full", "follow", "seed_of_round"]
+__all__ = [
+    "FULL_CODEC",
+    "Reference",
+    "apply_changes",
+    "decode_full",
+    "encode_full",
+    "seed_of_round",
+]
 
-WHOLE = "float32"  # the codec by which a reference itself is sent
+FULL_CODEC = "float32"  # the codec by which a reference itself is sent
 
 
 @dataclass(frozen=True)
 class Reference:
-    """What a round's clients train from.
+    """The values that a round's clients train from.
 
     Attributes:
         server_round: The round; 0 is the checkpoint.
@@ -53,46 +59,46 @@ class Reference:
 
     @classmethod
     def start(cls, count: int) -> Reference:
-        """Everyone's, before the first round."""
+        """Return the reference before the first round."""
         return cls(0, np.zeros(count, dtype=np.float32))
 
     @property
     def checksum(self) -> int:
-        """CRC-32 of the values as little-endian floats."""
+        """The CRC-32 of the values as little-endian floats."""
         return zlib.crc32(self.values.astype("<f4", copy=False).tobytes())
 
     def moved(self, change: np.ndarray) -> Reference:
-        """The next round's. `change`: float32, (n,)."""
+        """Return the next round's reference. `change`: float32, (n,)."""
         return Reference(self.server_round + 1, self.values + change)
 
 
 def seed_of_round(run_seed: int, server_round: int) -> int:
-    """Of the codec of one round's downlink."""
+    """Return the seed of the codec of one round's downlink."""
     return derive_seed("downlink", run_seed, server_round)
 
 
 def encode_full(reference: Reference) -> bytes:
-    """A reference without loss."""
+    """Encode a reference without loss."""
     groups = [(0, len(reference.values))]
-    return encode_values(reference.values, WHOLE, groups, seed=0)
+    return encode_values(reference.values, FULL_CODEC, groups, seed=0)
 
 
-def decode_whole(frame: Frame, count: int) -> Reference:
-    """A reference that came whole.
+def decode_full(frame: Frame, count: int) -> Reference:
+    """Decode a reference that was sent whole.
 
     Raises:
         FrameError: The frame holds no vector of so many values.
     """
-    if frame.codec != WHOLE or frame.count != count:
+    if frame.codec != FULL_CODEC or frame.count != count:
         raise FrameError(
-            f"a reference is sent as {count} values by {WHOLE!r}, the frame holds {frame.count} by "
-            f"{frame.codec!r}."
+            f"a reference is sent as {count} values by {FULL_CODEC!r}, the frame holds "
+            f"{frame.count} by {frame.codec!r}."
         )
-    values = decode_values(frame.payload, WHOLE, [(0, count)], seed=0)
+    values = decode_values(frame.payload, FULL_CODEC, [(0, count)], seed=0)
     return Reference(frame.server_round, values)
 
 
-def follow(
+def apply_changes(
     held: Iterable[Callable[[], Reference | None]],
     changes: Sequence[Frame],
     coding: VectorCodec,
@@ -100,17 +106,17 @@ def follow(
     run_seed: int,
     checksum: int,
 ) -> Reference | None:
-    """Move a held reference by the changes that it has not seen.
+    """Move a stored reference by the changes since.
 
     Args:
-        held: Where references may be, in the order in which they are tried.
+        held: Functions that find references, in the order in which they are tried.
         changes: Of rounds that follow one another, the last is this one's.
-        coding: How they are written.
+        coding: Their codec.
         run_seed: The plan's.
         checksum: Of the reference that must come out.
 
     Returns:
-        This round's reference; None where none that is held leads there.
+        This round's reference; None where no stored one leads there.
 
     Raises:
         FrameError: A change does not decode, or leads out of float32.

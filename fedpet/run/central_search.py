@@ -33,7 +33,7 @@ from fedpet.search import (
     build_space,
     manual_structure,
     random_structure,
-    search_structure,
+    run_search,
     settle,
 )
 from fedpet.training.input_checks import check_inputs
@@ -160,7 +160,7 @@ def find_structure(
     """
     model, head, origin = backbone.model, backbone.head, dict(origin or {})
     if config.method == "s3pet":
-        return search_structure(
+        return run_search(
             backbone,
             data.train,
             np.arange(len(data.train)) if indices is None else indices,

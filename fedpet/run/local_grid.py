@@ -14,7 +14,7 @@ from flwr.app import Error, Message
 from flwr.serverapp import Grid
 
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.protocol.flower_compat import become_local_task, set_message_id
 from fedpet.protocol.request import from_record, to_record
 
@@ -35,7 +35,7 @@ class LocalGrid(Grid):
         become_local_task()
 
     @classmethod
-    def of(cls, settings: NodeSettings, num_nodes: int) -> LocalGrid:
+    def of(cls, settings: NodeConfig, num_nodes: int) -> LocalGrid:
         """Make a grid of nodes that all hold every client's rows."""
         return cls({number: Node(settings).answer for number in range(1, num_nodes + 1)})
 

@@ -33,7 +33,6 @@ from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure, load_structure
 from fedpet.pet.tiers import Tier, tiers_of
 from fedpet.protocol.plan import Plan
-from fedpet.protocol.plan_making import make_plan, make_search_plan
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import resolve_search
 from fedpet.search import Space, check_structure
@@ -144,7 +143,9 @@ def _training_inputs(inputs: RunInputs, backbone: Backbone, structure: Structure
     """Make the training's plan of a structure of this backbone."""
     check_structure(structure, backbone.fingerprint)
     data = inputs.data
-    plan, pet = make_plan(inputs.experiment, backbone, structure, data.task, data.tokenizer_hash)
+    plan, pet = Plan.for_training(
+        inputs.experiment, backbone, structure, data.task, data.tokenizer_hash
+    )
     if not plan.num_values:
         raise ConfigError(
             "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
@@ -172,9 +173,9 @@ def _search_inputs(inputs: RunInputs, backbone: Backbone) -> PreparedSearch:
     if experiment.mask.enabled:
         mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
     search = resolve_search(experiment, backbone, mask)
-    plan, model = make_search_plan(experiment, search, backbone, data.task, data.tokenizer_hash)
+    plan, model = Plan.for_search(experiment, search, backbone, data.task, data.tokenizer_hash)
     tiers, inexact = tiers_of(model, plan.mask), model.inexact_kinds
-    model.pet.restore()
+    model.pet.unload()
     return PreparedSearch(
         experiment,
         data,

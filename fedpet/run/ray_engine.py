@@ -27,7 +27,7 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from fedpet.client.node import reply
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
@@ -241,7 +241,7 @@ def _simulate(
     experiment = prepared.experiment
     if backend == "in-process":
         with quiet_flower(), threads_as_before():
-            grid = LocalGrid.of(NodeSettings.of(experiment), 1)
+            grid = LocalGrid.of(NodeConfig.from_experiment(experiment), 1)
             return federate(Heeding(grid), prepared, out, callback, journal)
     callback.on_stage(f"starting Ray with {experiment.run.workers} workers")
     return run_on_ray(
@@ -252,7 +252,7 @@ def _simulate(
 
 
 def _client_app(experiment: Experiment) -> ClientApp:
-    settings = NodeSettings.of(experiment)
+    settings = NodeConfig.from_experiment(experiment)
     client_app = ClientApp()
 
     @client_app.train()

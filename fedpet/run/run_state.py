@@ -106,7 +106,8 @@ class RunState:
         if record.aggregated or last or server_round == 0:
             self._write_journal(server_round, ledger_bytes)
         if record.metric is not None:
-            seconds, metrics = record.evaluation_seconds, {data.task.metric: record.metric}
+            seconds = record.evaluation_seconds
+            metrics = {data.task.metric: record.metric, **record.metrics}
             self._callback.on_evaluate(
                 Evaluation(round=server_round, metrics=metrics, seconds=seconds)
             )
@@ -131,7 +132,7 @@ class RunState:
 
     def _load_values(self) -> None:
         values = torch.from_numpy(self.values.copy())
-        self._prepared.pet.load_values(values, seed=self._prepared.plan.seed)
+        self._prepared.pet.set_delta(values, seed=self._prepared.plan.seed)
 
     def _write_journal(self, server_round: int, ledger_bytes: int) -> None:
         journal = journal_after(

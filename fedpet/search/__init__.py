@@ -1,10 +1,9 @@
-"""S3PET: a structure is searched, not guessed.
+"""Search a structure by gradient under an exact budget (S3PET), on one machine or on clients.
 
-    space -> gates -> bilevel -> select, and `search` around them; or `local`, on many clients
-
-In:  a backbone, labelled rows, a budget in values.
-Out: a `SearchResult` with a `Structure`; or a random one under the same budget. Of a federated
-     search what one client does; the rest is strategies/structure_search.py.
+The steps in their order: `space` lists the candidates, `gates` gives each a probability, `bilevel`
+moves them, `select` chooses under the budget. `central` runs a whole search, `from_dataset` on a
+model of one's own; `on_client` is a client's part of a federated one, whose other part is
+strategies/structure_search.py. `manual` and `random_structure` are what a search must beat.
 """
 
 from fedpet.config import SearchConfig
@@ -16,10 +15,11 @@ from fedpet.search.central import (
     candidate_records,
     check_structure,
     random_structure,
-    search_structure,
+    run_search,
     split_rows,
     step_batches,
 )
+from fedpet.search.from_dataset import search_structure
 from fedpet.search.gates import concrete, expected_size, probabilities, solve_zeta, uniform
 from fedpet.search.manual import manual_structure
 from fedpet.search.on_client import SearchModel, client_config, split_in_two
@@ -66,6 +66,7 @@ __all__ = [
     "probabilities",
     "random_structure",
     "reproducible_settings",
+    "run_search",
     "search_structure",
     "select",
     "select_at_random",

@@ -1,4 +1,4 @@
-"""Bi-level steps: alpha on one half of the rows, the candidates' values on the other.
+"""Take bi-level steps: alpha on one half of the rows, the candidates' values on the other.
 
 In:  a model with all candidates on it, two batches, the optimisers' state.
 Out: alpha and the candidates' values, one step on.
@@ -37,7 +37,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpet.backbone.device import device_of, moved
+from fedpet.backbone.device import device_of, to_device
 from fedpet.config import SearchConfig
 from fedpet.errors import ConfigError, TrainingError
 from fedpet.pet.model import PetModel
@@ -60,7 +60,7 @@ GatedLoss = Callable[[Tensor], Tensor]
 def virtual_step(
     optimiser: torch.optim.Optimizer, rule: str
 ) -> tuple[list[Tensor], list[Tensor | float]]:
-    """What one step on the present gradients would give, and its Jacobian's diagonal.
+    """Compute one step on the present gradients, and its Jacobian's diagonal.
 
     Args:
         optimiser: AdamW whose parameters hold their gradients; its state is only read.
@@ -110,7 +110,7 @@ def hypergradient(
     rule: str = "adamw",
     written: Callable[[], None] | None = None,
 ) -> tuple[Tensor, float, float]:
-    """The gradient of the alpha loss after one virtual step, with respect to the gates.
+    """Differentiate the alpha loss after one virtual step with respect to the gates.
 
     Args:
         gates: A leaf of any shape; not changed.
@@ -184,7 +184,7 @@ def zero(parameters: Sequence[Tensor]) -> None:
 
 @dataclass(frozen=True)
 class StepLosses:
-    """How one step went: losses before its updates."""
+    """The losses of one step, before its updates."""
 
     theta: float
     alpha: float  # after the virtual step; at theta itself with the first order
@@ -244,15 +244,15 @@ class BiLevel:
 
     @property
     def beta(self) -> float:
-        """The temperature at this step."""
+        """Return the temperature at this step."""
         return temperature(self.config, self.steps_done / self._total)
 
     def probabilities(self) -> Tensor:
-        """p of every candidate, float64, shape (n,), with a gradient to alpha."""
+        """Return p of every candidate, float64, shape (n,), with a gradient to alpha."""
         return probabilities(self.alpha, self._sizes, self.budget, self.beta)
 
     def choice(self) -> list[int]:
-        """The candidates that selection would take now."""
+        """Return the candidates that selection would take now."""
         # alpha's order is p's, and holds where p comes to 0 or 1 within its guards.
         alpha = self.alpha.tolist()
         return select(alpha, self.space.sizes, self.budget, self.space.tensors)
@@ -278,8 +278,8 @@ class BiLevel:
             TrainingError: A loss is not a number.
         """
         config = self.config
-        theta_batch = moved(theta_batch, self._device)
-        alpha_batch = moved(alpha_batch, self._device)
+        theta_batch = to_device(theta_batch, self._device)
+        alpha_batch = to_device(alpha_batch, self._device)
         factor = rate_factor("linear", self.steps_done / self._total)
         for group, rate in self._rates:
             group["lr"] = rate * factor
@@ -333,7 +333,7 @@ class BiLevel:
         self.alpha.copy_(alpha)
 
     def state(self) -> dict[str, Any]:
-        """All that a search needs to go on, as tensors, numbers and names."""
+        """Return all that a search needs to continue, as tensors, numbers and names."""
         return {
             "steps_done": self.steps_done,
             "alpha": self.alpha.detach().clone(),

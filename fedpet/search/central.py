@@ -1,6 +1,4 @@
-"""S3PET: which small module goes where, searched by gradient under an exact budget.
-
-    backbone -> mask -> structure -> [search] -> model -> codec -> plan -> client -> ...
+"""Run a whole search on one machine (S3PET): by gradient, under an exact budget.
 
 In:  a backbone, labelled rows, a budget.
 Out: a `SearchResult`: a `Structure` with its gates and where it came from, ready to be trained from
@@ -59,7 +57,7 @@ __all__ = [
     "candidate_records",
     "check_structure",
     "random_structure",
-    "search_structure",
+    "run_search",
     "split_rows",
     "step_batches",
 ]
@@ -70,7 +68,7 @@ SAVE_SECONDS = 15.0  # of work that a kill may cost
 
 @dataclass(frozen=True)
 class Split:
-    """Which rows do what: int64 indices, no row in two of them."""
+    """The rows of each part: int64 indices, no row in two of them."""
 
     theta: np.ndarray  # move the candidates' values
     alpha: np.ndarray  # move alpha; as many
@@ -91,7 +89,7 @@ class SearchProgress:
 
 @dataclass(frozen=True)
 class SearchResult:
-    """What a search found."""
+    """The outcome of a search."""
 
     structure: Structure
     space: Space
@@ -104,7 +102,7 @@ class SearchResult:
     seconds: float  # wall time of this process's part
 
 
-def search_structure(
+def run_search(
     backbone: Backbone,
     rows: Rows,
     indices: np.ndarray,
@@ -194,7 +192,7 @@ def search_structure(
                 known = float(best["score"]) if best else None
                 progress(SearchProgress(step, total, losses.theta, losses.alpha, score, known))
     finally:
-        pet.restore()
+        pet.unload()
 
     if math.isnan(best["score"]):
         raise RunError(
@@ -235,10 +233,19 @@ def search_structure(
 
 
 def random_structure(space: Space, budget: float, *, seed: int, fingerprint: str = "") -> Structure:
-    """A random structure of a space under a budget: what a searched one must beat.
+    """Draw a structure of a space under a budget: what a searched one must beat.
 
     Raises:
         StructureError: The budget does not fit the space.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = BertForSequenceClassification(small)
+        >>> drawn = random_structure(build_space(model), budget=300, seed=0)
+        >>> drawn.provenance["values"] <= 300
+        True
     """
     space.check_budget(budget)
     drawn = derive_seed("random structure", seed)
@@ -294,7 +301,7 @@ def split_rows(indices: np.ndarray, config: SearchConfig) -> Split:
 def step_batches(
     rows: Rows, split: Split, config: SearchConfig, done: int, total: int
 ) -> Iterator[tuple[dict[str, Tensor], dict[str, Tensor]]]:
-    """Pairs of batches, theta's and alpha's, of the steps from `done` to before `total`.
+    """Yield pairs of batches, theta's and alpha's, of the steps from `done` to before `total`.
 
     Each epoch over the two halves has its own order.
     """
@@ -325,7 +332,7 @@ def _beats(score: float, best: float, metric: str) -> bool:
 
 
 def candidate_records(space: Space, p: Sequence[float]) -> list[dict[str, Any]]:
-    """Every candidate with its place and gate: what a picture of the search is made from."""
+    """List every candidate with its place and gate: a picture of the search is made from these."""
     return [
         {
             "kind": candidate.spec.kind,
@@ -349,7 +356,7 @@ def _digest(
     task: Task,
     mask: Mask | None,
 ) -> str:
-    """Of all that a search's steps depend on."""
+    """Hash all that a search's steps depend on."""
     masked = None if mask is None else mask.digest()
     settings = (sorted(reproducible_settings(config).items()), losses, products)
     digest = hashlib.sha256(repr((settings, backbone.fingerprint, task, masked)).encode())

@@ -1,6 +1,4 @@
-"""Gates: probabilities that meet a budget in expectation, and the soft switches drawn from them.
-
-    ... -> structure -> [search] -> model -> ...
+"""Compute probabilities that meet a budget in expectation, and draw soft gates from them.
 
 In:  one structural parameter alpha a candidate, the candidates' sizes, a budget, a temperature.
 Out: probabilities p with the paper's gradient, and relaxed 0/1 gates z drawn from them.
@@ -10,10 +8,10 @@ Out: probabilities p with the paper's gradient, and relaxed 0/1 gates z drawn fr
 zeta is a constant to the gradient; a detached renormalisation, of value 1, lets the candidates
 compete: dp_i/dalpha_k = delta_ik s_i - p_i s_k / sum(p), with s = p (1 - p) / beta.
 
-Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382) and its released code. Ours: zeta is
-found by bisection inside a bracket that always holds the root, where the release asks a
-quasi-Newton solver from the last zeta and ignores its failures; it solves for the budget itself
-and not for a ten-millionth less.
+Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382) and its released code; binary concrete is
+that of Maddison et al., ICLR 2017, arXiv:1611.00712. Ours: bisection computes zeta inside a bracket
+that always has the root, where the release starts a quasi-Newton solver at the last zeta and
+ignores its failures; and it solves for the budget itself, not for a ten-millionth less.
 """
 
 from __future__ import annotations
@@ -47,6 +45,12 @@ def solve_zeta(alpha: Tensor, sizes: Tensor, budget: float, beta: float = 1.0) -
 
     Raises:
         StructureError: No zeta gives this budget.
+
+    Example:
+        >>> alpha, sizes = torch.zeros(3).double(), torch.tensor([10.0, 20.0, 70.0])
+        >>> zeta = solve_zeta(alpha, sizes, budget=25)
+        >>> round(expected_size(alpha, sizes, zeta), 9)
+        25.0
     """
     total = float(sizes.sum())
     if not 0 < budget < total:
@@ -70,14 +74,19 @@ def solve_zeta(alpha: Tensor, sizes: Tensor, budget: float, beta: float = 1.0) -
 
 
 def expected_size(alpha: Tensor, sizes: Tensor, zeta: float, beta: float = 1.0) -> float:
-    """Values that the gates let through on average, in float64 and before any guard."""
+    """Return the values that the gates let through on average, in float64, before any guard.
+
+    Example:
+        >>> expected_size(torch.zeros(2), torch.tensor([10.0, 30.0]), zeta=0.0)
+        20.0
+    """
     return float((sizes.double() * torch.sigmoid((alpha.detach().double() - zeta) / beta)).sum())
 
 
 def probabilities(
     alpha: Tensor, sizes: Tensor, budget: float, beta: float = 1.0, *, zeta: float | None = None
 ) -> Tensor:
-    """How likely each candidate is chosen, under the budget.
+    """Return how likely each candidate is chosen, under the budget.
 
     Args:
         alpha: Structural parameters, float64, shape (n,); the gradient goes here.
@@ -89,6 +98,13 @@ def probabilities(
     Returns:
         p, float64, shape (n,), inside (0, 1). Its values do not change when a constant is added
         to alpha; its order is alpha's.
+
+    Example:
+        >>> alpha = torch.tensor([1.0, 0.0, -1.0]).double()
+        >>> sizes = torch.tensor([10.0, 10.0, 10.0]).double()
+        >>> p = probabilities(alpha, sizes, budget=15)
+        >>> [round(value, 3) for value in p.tolist()], round(float(sizes @ p), 6)
+        ([0.731, 0.5, 0.269], 15.0)
     """
     if zeta is None:
         zeta = solve_zeta(alpha, sizes, budget, beta)
@@ -100,7 +116,12 @@ def probabilities(
 
 
 def uniform(count: int, seed: int) -> Tensor:
-    """Seeded noise inside (0, 1): float64, shape (count,)."""
+    """Draw seeded noise inside (0, 1): float64, shape (count,).
+
+    Example:
+        >>> torch.equal(uniform(4, seed=1), uniform(4, seed=1)), len(uniform(4, seed=1))
+        (True, 4)
+    """
     generator = torch.Generator().manual_seed(seed)
     u = torch.rand(count, generator=generator, dtype=torch.float64)
     return u.clamp(min=2.0**-53)
@@ -121,6 +142,13 @@ def concrete(
 
     Returns:
         z in [0, 1], shape (n,).
+
+    Example:
+        >>> p, half = torch.tensor([0.9, 0.2]), torch.tensor([0.5, 0.5])
+        >>> [round(z, 3) for z in concrete(p, half).tolist()]
+        [0.9, 0.2]
+        >>> concrete(p, half, hard=True).tolist()
+        [1.0, 0.0]
     """
     soft = torch.sigmoid(torch.logit(u.to(p)) + torch.logit(p))
     soft = soft * (right - left) + left

@@ -1,6 +1,4 @@
-"""Structures that a person would write down, under a budget: what a searched one must beat.
-
-    ... -> structure -> [search] -> model -> ...
+"""Put presets that a person would write down under a budget: what a searched one must beat.
 
 In:  presets joined by "+" (fedpet/pet/structure.py), a budget in values.
 Out: a `Structure` inside the budget.
@@ -50,6 +48,15 @@ def manual_structure(
 
     Raises:
         StructureError: An unknown preset, or a budget below its smallest module.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = BertForSequenceClassification(small)
+        >>> found = manual_structure(model, "lora", budget=1000)
+        >>> found.provenance["rank"], found.provenance["values"]
+        (7, 896)
     """
     positions = find_target_modules(model, head)
 

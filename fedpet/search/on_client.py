@@ -1,6 +1,4 @@
-"""One client's part of a federated search: a few bi-level steps on its own rows.
-
-    space -> gates -> bilevel -> [local], on every client; the server averages, then selects
+"""Take a client's part of a federated search: a few bi-level steps on its own rows.
 
 In:  the average so far, of alpha and of the candidates' values; a client's rows; the round.
 Out: the client's own, some steps on. What is sent is the difference, as in training.
@@ -98,7 +96,7 @@ class SearchModel:
 
     @property
     def num_values(self) -> int:
-        """Of the layout in use, alpha included."""
+        """Count the values of the layout in use, alpha included."""
         return self.pet.num_values + len(self.alpha)
 
     @property
@@ -111,14 +109,14 @@ class SearchModel:
         self.pet.set_tier(tier)
         self.segments = self.tiers[tier]
 
-    def values(self) -> Tensor:
-        """What is sent: float32, (num_values,), on the CPU, a copy."""
-        return torch.cat([self.pet.values(), self.alpha.float()])
+    def get_delta(self) -> Tensor:
+        """Return the communicated values and alpha: float32, (num_values,), on the CPU, a copy."""
+        return torch.cat([self.pet.get_delta(), self.alpha.float()])
 
-    def load_values(self, values: Tensor, *, seed: int) -> None:
-        """Set model and alpha to the point `values`, see `PetModel.load_values`."""
+    def set_delta(self, values: Tensor, *, seed: int) -> None:
+        """Set model and alpha to the point `values`, see `PetModel.set_delta`."""
         of_model = len(values) - len(self.alpha)
-        self.pet.load_values(values[:of_model], seed=seed)
+        self.pet.set_delta(values[:of_model], seed=seed)
         self.alpha = values[of_model:].double()
 
     def search_rows(
@@ -174,7 +172,7 @@ class SearchModel:
 
 
 def client_config(config: SearchConfig, client: int) -> SearchConfig:
-    """The search's settings with a client's own seed: the same in every round.
+    """Return the search's settings with a client's own seed: the same in every round.
 
     Args:
         config: The plan's.

@@ -1,4 +1,4 @@
-"""Selection: from probabilities to a set of candidates inside the budget.
+"""Select a set of candidates inside the budget, by their probabilities.
 
 In:  a probability and a size a candidate, a budget.
 Out: the chosen candidates' indices, likeliest first; or a random set under the same budget.
@@ -38,6 +38,10 @@ def select(
 
     Returns:
         Indices in the order of choice.
+
+    Example:
+        >>> select([0.9, 0.8, 0.1], sizes=[60, 50, 30], budget=100)
+        [0, 2]
     """
     order = sorted(range(len(sizes)), key=lambda index: -p[index])  # stable
     bill = _Budget(sizes, budget, tensors)
@@ -47,7 +51,12 @@ def select(
 def select_at_random(
     sizes: Sequence[int], budget: float, *, seed: int, tensors: Sequence[str] | None = None
 ) -> list[int]:
-    """Take candidates uniformly among those that still fit, until none does."""
+    """Take candidates uniformly among those that still fit, until none does.
+
+    Example:
+        >>> sorted(select_at_random([60, 50, 30], budget=80, seed=1)) in ([0], [1, 2])
+        True
+    """
     generator = np.random.default_rng(seed)
     bill = _Budget(sizes, budget, tensors)
     left = list(range(len(sizes)))
@@ -62,13 +71,18 @@ def select_at_random(
 def chosen_size(
     chosen: Sequence[int], sizes: Sequence[int], tensors: Sequence[str] | None = None
 ) -> int:
-    """Values that a set of candidates sends, a shared tensor counted once."""
+    """Count the values that a set of candidates sends, a shared tensor once.
+
+    Example:
+        >>> chosen_size([0, 1, 2], sizes=[8, 8, 4], tensors=["bias", "bias", "gain"])
+        12
+    """
     names = [str(index) if tensors is None else tensors[index] for index in chosen]
     return sum(dict(zip(names, (sizes[index] for index in chosen), strict=True)).values())
 
 
 class _Budget:
-    """What is left of a budget, and of the tensors."""
+    """The rest of a budget, and the tensors not yet taken."""
 
     def __init__(
         self, sizes: Sequence[int], budget: float, tensors: Sequence[str] | None = None

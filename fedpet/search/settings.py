@@ -1,4 +1,4 @@
-"""How a search goes: the preset that follows the paper's code, what leaves it, and budgets.
+"""Settle a search: the paper's own settings, deviations from them, and budgets.
 
 In:  a `SearchConfig` (fedpet/config/schema.py).
 Out: its deviations from the paper in words, and its budget in values.
@@ -31,7 +31,12 @@ _FEDERATED = ("federated", "rounds", "local_steps", "settled_overlap", "settled_
 
 
 def faithful(**changes: Any) -> SearchConfig:
-    """The paper's own settings: its mixed space and rates, AdamW unrolled, dropout."""
+    """Return the paper's own settings: its mixed space and rates, AdamW unrolled, dropout.
+
+    Example:
+        >>> deviations(faithful()), deviations(faithful(order="first"))
+        ((), ('first-order gradient of alpha',))
+    """
     paper: dict[str, Any] = {"space": "s3pet-mix", "learning_rate": 3e-4, "dropout": True}
     return SearchConfig(**{**paper, **changes})
 
@@ -39,12 +44,16 @@ def faithful(**changes: Any) -> SearchConfig:
 def deviations(
     config: SearchConfig, logit_adjustment: float = 0.0, loss: str = ""
 ) -> tuple[str, ...]:
-    """What leaves the paper's procedure, in words for a report.
+    """Name what leaves the paper's procedure, in words for a report.
 
     Args:
         config: Of the search.
         logit_adjustment: Of its losses, `training.logit-adjustment`.
         loss: Their name, `training.loss`; "" is the task's own.
+
+    Example:
+        >>> deviations(faithful(hard=True))
+        ('gates of 0 and 1 in the search',)
     """
     found = {
         "first-order gradient of alpha": config.order == "first",
@@ -63,13 +72,18 @@ def deviations(
     }
     paper = faithful()
     for name in _NUMBERS:
-        told, its = getattr(config, name), getattr(paper, name)
-        found[f"{name.replace('_', ' ')} {told:g} for {its:g}"] = told != its
+        value, papers = getattr(config, name), getattr(paper, name)
+        found[f"{name.replace('_', ' ')} {value:g} for {papers:g}"] = value != papers
     return tuple(text for text, holds in found.items() if holds)
 
 
 def reproducible_settings(config: SearchConfig) -> dict[str, Any]:
-    """The settings that a structure tells: those of a federated search where it was one."""
+    """List the settings that a structure states: those of a federated search where it was one.
+
+    Example:
+        >>> "rounds" in reproducible_settings(SearchConfig())
+        False
+    """
     table = {**asdict(config), "learning_rates": list(config.learning_rates)}
     if not config.federated:
         for name in _FEDERATED:
@@ -78,7 +92,12 @@ def reproducible_settings(config: SearchConfig) -> dict[str, Any]:
 
 
 def temperature(config: SearchConfig, progress: float) -> float:
-    """beta when a fraction of a search, in [0, 1], is over."""
+    """Return beta when a fraction of a search, in [0, 1], is over.
+
+    Example:
+        >>> round(temperature(SearchConfig(beta=1.0, beta_end=0.01), 0.5), 6)
+        0.1
+    """
     first, last = config.beta, config.beta_end
     return float(first * (last / first) ** min(1.0, progress)) if last else first
 
@@ -106,6 +125,11 @@ def settle(
     Raises:
         ConfigError: The budget does not read.
         StructureError: The mask alone is as large as the budget.
+
+    Example:
+        >>> ready = settle(SearchConfig(budget=0.001), TrainingConfig(), backbone_parameters=10**6)
+        >>> ready.budget, ready.learning_rate
+        (1000, 0.001)
     """
     budget = budget_values(
         config.budget, backbone_parameters=backbone_parameters, bytes_per_value=bytes_per_value

@@ -1,6 +1,4 @@
-"""The space: every small module that a search may choose, and what each one sends.
-
-    ... -> structure -> [search] -> model -> ...
+"""List every small module that a search may choose, and the values each one sends: the space.
 
 In:  a model, or its configuration alone (no weights: torch's meta device), and a space's name.
 Out: a `Space`: candidates with exact sizes, in values.
@@ -71,11 +69,11 @@ class Space:
 
     @property
     def num_values(self) -> int:
-        """Sum of all sizes: what the expected size is counted with."""
+        """Sum all sizes, as the expected size does."""
         return sum(self.sizes)
 
     def structure(self, chosen: Sequence[int] | None = None) -> Structure:
-        """The chosen candidates in the space's order; None takes all."""
+        """Return the chosen candidates in the space's order; None takes all."""
         indices = range(len(self.candidates)) if chosen is None else sorted(chosen)
         return Structure(tuple(self.candidates[index].spec for index in indices))
 
@@ -124,6 +122,15 @@ def build_space(
     Raises:
         ConfigError: An unknown space, or a rank below 1.
         StructureError: The model has no candidate of this space.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = BertForSequenceClassification(small)
+        >>> space = build_space(model, "mergeable")
+        >>> len(space.candidates), space.candidates[0].spec.kind, space.candidates[0].size
+        (40, 'lora', 32)
     """
     if name not in SPACES:
         raise ConfigError(f"a search space must be one of {', '.join(SPACES)}, got {name!r}.")
@@ -144,7 +151,17 @@ def build_space(
 def space_of_structure(
     model: nn.Module, structure: Structure, name: str, *, head: Collection[str] = ()
 ) -> Space:
-    """The modules of a structure as candidates: what each of them sends, and where it is."""
+    """Take the modules of a structure as candidates: what each of them sends, and where it is.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = BertForSequenceClassification(small)
+        >>> structure = preset_structure(model, "lnfit")
+        >>> space_of_structure(model, structure, "norms").num_values
+        128
+    """
     places = {(p.name, p.kind == "block"): p for p in find_target_modules(model, head)}
     candidates = []
     for spec in structure.modules:
@@ -159,7 +176,7 @@ def _candidate(spec: ModuleSpec, position: Position, model: nn.Module) -> Candid
 
 
 def _size(spec: ModuleSpec, position: Position, module: nn.Module) -> int:
-    """Values that a module sends, as `fedpet.pet.modules` lays them out."""
+    """Count the values that a module sends."""
     d_in, d_out = position.in_features, position.out_features
     if position.kind == "block":
         d_in = d_out = output_width(module)

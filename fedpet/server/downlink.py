@@ -20,7 +20,7 @@ from fedpet.pet.tiers import Tier
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import Path
-from fedpet.protocol.shared_reference import WHOLE, Reference, encode_full, seed_of_round
+from fedpet.protocol.shared_reference import FULL_CODEC, Reference, encode_full, seed_of_round
 
 __all__ = ["Changes", "Downlink", "Sent", "Values", "downlink_of"]
 
@@ -161,7 +161,7 @@ class _Line:
 
     def _packed_whole(self) -> bytes:
         if not self._whole:
-            self._whole = self._pack(WHOLE, encode_full(self._reference))
+            self._whole = self._pack(FULL_CODEC, encode_full(self._reference))
         return self._whole
 
     def _pack(self, codec: str, payload: bytes) -> bytes:

@@ -21,17 +21,10 @@ from flwr.app import Error, Message
 from fedpet.codec import VectorCodec
 from fedpet.errors import FrameError, ReplyError
 from fedpet.pet.tiers import Where
-from fedpet.protocol.frame import Frame, Refusal, unpack_frames
+from fedpet.protocol.frame import Frame, Refusal, RefusalCode, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
-from fedpet.protocol.request import (
-    PLAN_MISSING,
-    REFERENCE_MISSING,
-    RESIDUAL_MISSING,
-    STYPE,
-    from_record,
-    single_client_bytes,
-)
+from fedpet.protocol.request import STYPE, from_record, single_client_bytes
 from fedpet.server.reply_stream import SpooledPayloads
 from fedpet.server.requests import Retries
 from fedpet.server.tier_assignment import TierAssignment
@@ -110,29 +103,18 @@ class Replies:
         self._train_seconds: defaultdict[int, float] = defaultdict(float)  # by node, all messages
 
     def take(self, reply: Message) -> None:
-        """Accept or refuse each part of a message; mark clients that need another request."""
-        node, again = reply.metadata.src_node_id, self._again
+        """Accept or refuse what a message holds, but for those to be asked again.
+
+        Of a node that says so, and names another tier of the plan, the book of tiers takes it down.
+        """
+        node = reply.metadata.src_node_id
         if reply.has_error():
             self._refuse_cohort(node, _reason(reply.error))
             return
         try:
             for part in self._parts(reply):
                 self._count_upload(node, part)
-                if isinstance(part, Refusal) and part.reason in (PLAN_MISSING, REFERENCE_MISSING):
-                    whole = again.no_plan if part.reason == PLAN_MISSING else again.no_reference
-                    if node not in whole:
-                        whole.append(node)
-                    self._note(self._cohorts.get(node, []), part)
-                    continue
-                if isinstance(part, Refusal) and self._is_of_other_tier(node, part):
-                    name = self._names[part.client]
-                    again.other_tier.setdefault(node, []).append(name)
-                    self._note([name], part)
-                    continue
-                if isinstance(part, Refusal) and self._lost_its_residual(node, part):
-                    name = self._names[part.client]
-                    again.no_residual.setdefault(node, []).append(name)
-                    self._note([name], part)
+                if isinstance(part, Refusal) and self._asks_again(node, part):
                     continue
                 self._settle(node, part)
         except FrameError as error:
@@ -191,16 +173,26 @@ class Replies:
             )
         return change
 
-    def _is_of_other_tier(self, node: int, refusal: Refusal) -> bool:
+    def _asks_again(self, node: int, refusal: Refusal) -> bool:
+        """Note a refusal whose code names what the server can send or do instead."""
+        again, code = self._again, refusal.code
         name = self._names.get(refusal.client, "")
-        return self._is_due(node, name) and self._tiers.told(name, refusal.reason)
-
-    def _lost_its_residual(self, node: int, refusal: Refusal) -> bool:
-        name = self._names.get(refusal.client, "")
-        return self._is_due(node, name) and refusal.reason == RESIDUAL_MISSING
-
-    def _note(self, names: Iterable[str], refusal: Refusal) -> None:
-        self._asked_again.update(dict.fromkeys(names, refusal.reason))
+        clients: Sequence[str] = [name]
+        if code in (RefusalCode.PLAN_MISSING, RefusalCode.REFERENCE_MISSING):
+            nodes = again.no_plan if code == RefusalCode.PLAN_MISSING else again.no_reference
+            if node not in nodes:
+                nodes.append(node)
+            clients = self._cohorts.get(node, [])
+        elif not self._is_due(node, name):
+            return False
+        elif code == RefusalCode.OTHER_TIER and self._tiers.move(name, refusal.density):
+            again.other_tier.setdefault(node, []).append(name)
+        elif code == RefusalCode.RESIDUAL_MISSING:
+            again.no_residual.setdefault(node, []).append(name)
+        else:
+            return False
+        self._asked_again.update(dict.fromkeys(clients, refusal.text))
+        return True
 
     def _is_due(self, node: int, name: str) -> bool:
         return name in self._cohorts.get(node, []) and name not in self._accepted
@@ -243,7 +235,7 @@ class Replies:
         if name in self._accepted:
             raise FrameError(f"node {node} sent a second frame for this client.")
         if isinstance(part, Refusal):
-            raise ReplyError(part.reason)
+            raise ReplyError(part.text)
         if part.plan_digest != self._digest:
             raise FrameError(
                 f"the frame is of plan {part.plan_digest.hex()}, this run's is "

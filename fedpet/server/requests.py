@@ -25,7 +25,13 @@ from fedpet.config import StrategyConfig
 from fedpet.errors import RunError
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
-from fedpet.protocol.request import Request, single_client_bytes, to_record, write_request
+from fedpet.protocol.request import (
+    SOME_CLIENT,
+    Request,
+    single_client_bytes,
+    to_record,
+    write_request,
+)
 from fedpet.server.client_pool import ClientPool
 from fedpet.server.client_records import ClientRecords
 from fedpet.server.downlink import Sent, downlink_of
@@ -215,14 +221,15 @@ class Requests:
 
     def _bytes_if_alone(self, names: Sequence[str], plan: bytes = b"") -> int:
         """Return the bytes of requests to these clients, each alone with what it lacks."""
-        sizes: Counter[tuple[int, int]] = Counter()
+        sizes: Counter[tuple[int, int, int]] = Counter()
         for name in names:
-            tier = self._tiers.index(name)
-            sizes[tier, self.holders.reference_of_client(name, tier)] += 1
-        return sum(count * self._solo(tier, held, plan) for (tier, held), count in sizes.items())
+            tier, accepted = self._tiers.index(name), self.holders.accepted.get(name, 0)
+            sizes[tier, self.holders.reference_of_client(name, tier), accepted] += 1
+        return sum(count * self._solo(*of, plan) for of, count in sizes.items())
 
-    def _solo(self, tier: int, held: int, plan: bytes) -> int:
-        request = self._request((1,), [self._downlink.to(tier, held)], plan, accepted=(0,))
+    def _solo(self, tier: int, held: int, accepted: int, plan: bytes) -> int:
+        sent = [self._downlink.to(tier, held)]
+        request = self._request((SOME_CLIENT,), sent, plan, accepted=(accepted,))
         return single_client_bytes(request, reply=False)
 
 

@@ -6,7 +6,6 @@ from collections.abc import Iterable, Sequence
 
 from fedpet.config import MaskConfig
 from fedpet.pet.tiers import Tier, draw_tier
-from fedpet.protocol.request import OTHER_TIER
 from fedpet.utils.seeds import client_id64
 
 
@@ -40,17 +39,14 @@ class TierAssignment:
         """Return a client's tier."""
         return self.tiers[self.index(name)]
 
-    def told(self, name: str, reason: str) -> bool:
-        """Note a refusal by which a node names the tier that it trains this client at.
+    def move(self, name: str, density: float) -> bool:
+        """Move a client to the tier that its node trains, which is another than it was asked for.
 
         Returns:
-            Whether the refusal names another tier of the plan.
+            Whether the density is that of another tier of the plan.
         """
-        if not reason.startswith(OTHER_TIER):
-            return False
-        named = reason.removeprefix(OTHER_TIER)
         for index, tier in enumerate(self.tiers):
-            if repr(tier.density) == named and index != self.index(name):
+            if tier.density == density and index != self.index(name):
                 self._index[name] = index
                 return True
         return False

@@ -1,1 +1,1 @@
-"""A client's epochs in plain torch. Knows no Flower."""
+"""Train and evaluate in plain torch: loop, loss, optimiser, metrics. Knows no Flower."""

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedpet.backbone.device import moved
+from fedpet.backbone.device import to_device
 
 if TYPE_CHECKING:
     from fedpet.data import Rows
@@ -49,6 +49,6 @@ def inputs_of(
     rows: Rows, chosen: np.ndarray, device: torch.device
 ) -> tuple[dict[str, Tensor], Tensor]:
     """Return a batch as a model on this device takes it, and its labels."""
-    batch = moved(rows.batch(chosen), device)
+    batch = to_device(rows.batch(chosen), device)
     labels = batch.pop("labels")
     return batch, labels

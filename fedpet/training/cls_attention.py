@@ -1,19 +1,18 @@
-"""An attention of which only the first token's query is asked.
-
-    ... -> model -> [training] -> client -> ...
+"""Compute attention for the query of the first token alone.
 
 In:  the attention of a block, its query, key and value projections.
-Out: what attention makes of the first token, given out for all: a view, not a copy.
+Out: the attention of the first token, repeated for all as a view.
 
 The query of the other tokens is not computed. Nor are keys and values, where nothing but a mask,
 a bias or a low-rank branch acts on their projections K and V: the score of a token x is
-q . (K x + b) = (K^T q) . x + q . b, of which the last is the same for all tokens and falls out of
-the softmax; and the mean of V x + b over tokens, weighted to 1, is V times the mean of x, plus b.
+q . (K x + b) = (K^T q) . x + q . b, whose last term is the same for all tokens, so that softmax
+cancels it; and the mean of V x + b over tokens, weighted to 1, is V times the mean of x, plus b.
 One vector a text and head is multiplied with each, instead of one a token.
 
-Where attention is the sdpa function of `transformers`, or computes itself with a bias of relative
-positions, as MPNet's; `fedpet/training/cls_only.py` tries whether a model's attention does nothing
-else.
+It serves attention that is the sdpa function of `transformers`, and MPNet's own with its bias of
+relative positions; `fedpet/training/cls_only.py` tests that a model's attention does nothing else.
+
+Source: ours.
 """
 
 from __future__ import annotations
@@ -58,7 +57,7 @@ class _Folded:
     def attend(
         self, x: Tensor, query: Tensor, bias: Tensor | None, scaling: float | None = None
     ) -> Tensor:
-        """Attention of one query a text over the tokens themselves.
+        """Compute attention of one query a text over the tokens themselves.
 
         Args:
             x: The tokens, (rows, tokens, in).
@@ -84,24 +83,24 @@ class _Folded:
 
 
 def asks_queries_apart(module: nn.Module) -> bool:
-    """Whether an attention is one of those whose first query can be asked alone."""
+    """Tell whether attention of the first query alone can be computed for this module."""
     return _is_sdpa(module) or _is_biased(module)
 
 
 def _is_sdpa(module: nn.Module) -> bool:
-    """Whether it calls the function that its config names, and that is sdpa."""
+    """Tell whether it calls the function that its config names, and that is sdpa."""
     return getattr(getattr(module, "config", None), "_attn_implementation", None) == "sdpa"
 
 
 def _is_biased(module: nn.Module) -> bool:
-    """Whether it is given the bias of each pair of positions, as MPNet's is."""
+    """Tell whether it takes the bias of each pair of positions, as MPNet's does."""
     names = inspect.signature(type(module).forward).parameters
     return {"hidden_states", "attention_mask", "position_bias"} <= {*names}
 
 
 @contextmanager
 def first_query(attention: Attention) -> Iterator[None]:
-    """Within it, this attention is that of the first token for all."""
+    """Replace this attention, within the context, by that of the first token for all."""
     query, folded = _BroadcastFirst(), _fold(attention)
     with ExitStack() as stack:
         stack.enter_context(attention.query.register_forward_pre_hook(query.before))
@@ -115,12 +114,12 @@ def first_query(attention: Attention) -> Iterator[None]:
 
 
 def keep_first_token(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
-    """A forward pre-hook that leaves of (rows, tokens, ...) the first token."""
+    """Leave of (rows, tokens, ...) the first token: a forward pre-hook."""
     return (args[0][:, :1].contiguous(), *args[1:])  # a view would hold all tokens in memory
 
 
 class _BroadcastFirst:
-    """A projection of the first token, given out for all."""
+    """A projection of the first token, repeated for all."""
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self._tokens = args[0].shape[1]
@@ -131,7 +130,7 @@ class _BroadcastFirst:
 
 
 def _fold(attention: Attention) -> _Folded | None:
-    """What keys and values are replaced by; None where they must be made.
+    """Fold keys and values into their projections; None where they must be made.
 
     Dropped weights do not add up to 1, and half precision is left to torch.
     """
@@ -163,7 +162,7 @@ def _attend_with_bias(
     position_bias: Tensor | None = None,
     **options: Any,
 ) -> tuple[Tensor]:
-    """The forward of an attention that computes itself: what its output makes of the first token.
+    """Compute the output for the first token, in an attention that takes a bias.
 
     Args:
         attention: With its projections.
@@ -190,12 +189,12 @@ class _Tokens:
         self._tokens: Tensor | None = None
 
     def stand_in(self, x: Tensor) -> Tensor:
-        """Zeros of the shape of the keys, which take no memory; the tokens are remembered."""
+        """Remember the tokens, and return zeros of the keys' shape, which take no memory."""
         self._tokens = x
         return x.new_zeros(()).expand(*x.shape[:-1], len(self.folded.key.weight))
 
     def taken(self) -> Tensor:
-        """The tokens, once."""
+        """Return the tokens, once."""
         x, self._tokens = self._tokens, None
         assert x is not None
         return x
@@ -206,7 +205,7 @@ _not_made: WeakKeyDictionary[nn.Module, _Tokens] = WeakKeyDictionary()
 
 @contextmanager
 def _through_transformers(attention: Attention, folded: _Folded | None) -> Iterator[None]:
-    """The attention's config names `_attend`."""
+    """Name `_attend` in the attention's config."""
     from transformers import AttentionInterface
 
     AttentionInterface.register(_NAME, _attend)
@@ -231,7 +230,7 @@ def _attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """`transformers`' sdpa attention of the first query, given out for all.
+    """Compute `transformers`' sdpa attention of the first query, and repeat it for all.
 
     Args:
         module: The attention.

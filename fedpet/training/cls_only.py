@@ -1,22 +1,21 @@
-"""Training passes that leave out what the classifier never reads.
-
-    ... -> model -> [training] -> client -> ...
+"""Skip in training passes the tokens of the last block that the classifier never reads.
 
 In:  an encoder whose classifier reads its first token ([CLS], <s>) and no other.
-Out: passes whose last block computes what that token needs and no more.
+Out: passes whose last block computes the part that this token needs.
 
-What the last attention makes of the other tokens nobody reads; and what follows it (its output
-projection, norm, feed-forward part, norm) acts on each token by itself. So all of the last block's
-products are taken of one vector a text, or one a text and head, and not of one a token: a sixth of
-all products in six blocks, forward and backward. Logits and gradients are the same up to the order
-in which sums are rounded.
+After the last attention each token goes its own way: output projection, norm and feed-forward part
+act on single tokens. So the last block multiplies one vector a text, or one a text and head,
+instead of one a token: a sixth less products in six blocks, forward and backward. Logits and
+gradients are the same up to the order in which sums are rounded.
 
-The block goes on as if it had all tokens: what attention makes of the first is given out for all,
-without a copy. That is done where attention is the sdpa function of `transformers` or MPNet's own,
-see `fedpet/training/cls_attention.py`; in DeBERTa's, queries, keys and values stay whole.
+The shapes stay: the result for the first token is repeated for all as a view. Attention itself is
+cut where it is the sdpa function of `transformers` or MPNet's own, see
+`fedpet/training/cls_attention.py`; DeBERTa's stays whole.
 
-Whether a model is of that kind is not looked up but tried, once a model: what the last block gives
-for the other tokens is replaced by NaN, which reaches the logits wherever anything reads it.
+A model qualifies by a test, run once: the last block's outputs for other tokens are replaced by
+NaN, which reaches the logits if anything reads them.
+
+Source: ours.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ _CLOSENESS = 1e-3  # of the block's outputs for the first token, relative; wrong
 
 @dataclass(frozen=True)
 class _CutPoints:
-    """Where the last block of a model is cut."""
+    """The modules at which the last block of a model is cut."""
 
     after: tuple[nn.Module, ...]  # the last attention's output projection and norm
     attention: Attention | None = None  # itself, where only its first query need be asked
@@ -77,7 +76,7 @@ def check_first_token(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
 
 @contextmanager
 def first_token_only(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within it, passes compute of the last block what the first token needs.
+    """Compute of the last block, within this context, the part that the first token needs.
 
     Args:
         model: In training or evaluation mode.
@@ -94,7 +93,7 @@ def first_token_only(model: nn.Module, batch: Mapping[str, Tensor]) -> Iterator[
 
 
 def _places_of(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | None:
-    """What `_find` found for this model, once."""
+    """Return the result of `_find` for this model, computed once."""
     if model not in _known:
         _known[model] = _find(model, batch)
     return _known[model]
@@ -102,7 +101,7 @@ def _places_of(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | No
 
 @contextmanager
 def _cut(places: _CutPoints) -> Iterator[None]:
-    """These modules see the first token alone.
+    """Give these modules the first token alone.
 
     Where the output projection gives one token, the residual sum repeats it for all, and the norm
     is given the first of the sum.
@@ -117,7 +116,7 @@ def _cut(places: _CutPoints) -> Iterator[None]:
 
 @torch.no_grad()
 def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | None:
-    """The places in the last block; None where cutting there changes logits."""
+    """Find the places in the last block; None where cutting there changes logits."""
     found = {
         position.role: position
         for position in find_target_modules(model)
@@ -145,7 +144,7 @@ def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | None:
 
 
 def _attention(model: nn.Module, found: Mapping[str, Position]) -> Attention | None:
-    """The attention of the last block, where its first query can be asked alone."""
+    """Return the attention of the last block, where its first query can be computed alone."""
     if not {*_PROJECTIONS} <= {*found}:
         return None
     module = model.get_submodule(found["query"].name.rpartition(".")[0])
@@ -162,7 +161,7 @@ def _gives(
     block: nn.Module,
     batch: Mapping[str, Tensor],
 ) -> bool:
-    """Whether the block, cut there, gives this."""
+    """Tell whether the block, cut there, gives this."""
     try:
         with _cut(places):
             cut = _output(model, block, batch)
@@ -174,13 +173,13 @@ def _gives(
 
 
 def _block_of(name: str, layer: int | None) -> str:
-    """`a.layer.5` of `a.layer.5.attention.norm`: up to the number of the layer."""
+    """Cut `a.layer.5.attention.norm` to `a.layer.5`, up to the number of the layer."""
     parts = name.split(".")
     return ".".join(parts[: parts.index(str(layer)) + 1])
 
 
 def _output(model: nn.Module, block: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:
-    """What a block gives when the model is called; None where it is not called."""
+    """Return the output of a block when the model is called; None where it is not called."""
     seen: list[Tensor] = []
     with block.register_forward_hook(lambda _, __, out: seen.append(_hidden(out))):
         model(**batch)

@@ -1,6 +1,4 @@
-"""What a backbone takes: how its rows are filled up, and how long a text may be.
-
-    [backbone, rows] -> mask -> structure -> ...
+"""Check that a backbone can take the rows: their padding and their length.
 
 In:  a model as loaded, and the rows it is to be called with.
 Out: the model, its configuration naming the rows' padding where the model goes by it; or a refusal.
@@ -84,7 +82,7 @@ def check_inputs(model: PreTrainedModel, rows: Rows, max_length: int) -> None:
 
 
 def max_tokens(model: nn.Module) -> int | None:
-    """The most tokens a model has learned positions for; None where positions are computed.
+    """Return the most tokens that a model has learned positions for; None where it computes them.
 
     Rotary and relative positions (Llama, T5, DeBERTa) go on beyond `max_position_embeddings`, and
     data.max-length may: what the model makes of such a text is the user's to judge.
@@ -98,12 +96,12 @@ def max_tokens(model: nn.Module) -> int | None:
 
 
 def _is_of_positions(name: str) -> bool:
-    """Of the last part of a module's name: BERT's, BART's, GPT-2's, GPT's."""
+    """Tell by the last part of a module's name: BERT's, BART's, GPT-2's, GPT's."""
     return name in ("position_embeddings", "embed_positions", "wpe", "positions_embed")
 
 
 def _num_positions(table: nn.Embedding) -> int:
-    """Less the rows before that of the first token: BART's two, or RoBERTa's padding and those."""
+    """Count a table's rows from that of the first token: without BART's two, or RoBERTa's."""
     if isinstance(offset := getattr(table, "offset", None), int):
         return table.num_embeddings - offset
     return table.num_embeddings - (0 if table.padding_idx is None else table.padding_idx + 1)
@@ -111,7 +109,7 @@ def _num_positions(table: nn.Embedding) -> int:
 
 @torch.no_grad()
 def _pads_freely(model: nn.Module, rows: Rows) -> bool:
-    """Whether the shortest row has the same logits alone and with one column of padding."""
+    """Tell whether the shortest row has the same logits alone and with a column of padding."""
     shortest = np.asarray([np.argmin(rows.lengths)])
     batch, _ = inputs_of(rows, shortest, device_of(model))
     if batch["input_ids"].shape[1] > 2:  # make room: it may be as long as the model takes
@@ -132,7 +130,7 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
 
 
 def _filled(tensor: Tensor, value: int, left: bool) -> Tensor:
-    """With a column before, or after. `tensor`: (1, tokens)."""
+    """Add a column before, or after. `tensor`: (1, tokens)."""
     return nn.functional.pad(tensor, (1, 0) if left else (0, 1), value=value)
 
 

@@ -37,7 +37,7 @@ SentValues = tuple[Sequence[Tensor], Sequence[Callable[[], Tensor]]]
 
 @dataclass(frozen=True)
 class TrainResult:
-    """How a client's training went.
+    """The outcome of a client's training.
 
     Attributes:
         num_examples: Rows of the client; the weight of its update in the average.

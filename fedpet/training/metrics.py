@@ -275,7 +275,7 @@ def _balanced_accuracy(confusion: np.ndarray) -> float:
 
 
 def _matthews(confusion: np.ndarray) -> float:
-    """Gorodkin's correlation of two assignments to K classes; Matthews' where K is 2."""
+    """Compute Gorodkin's correlation of two assignments to K classes; Matthews' where K is 2."""
     n = confusion.sum()
     predicted, true = confusion.sum(axis=0), confusion.sum(axis=1)
     spread = np.sqrt(n**2 - predicted @ predicted) * np.sqrt(n**2 - true @ true)

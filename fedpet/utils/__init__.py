@@ -1,1 +1,1 @@
-"""Atomic writes, seeds, formatting."""
+"""Write files atomically, derive seeds, format numbers, lock folders."""

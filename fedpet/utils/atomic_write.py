@@ -1,4 +1,4 @@
-"""Files, and folders of files, that are whole or absent, whatever ends the process that writes."""
+"""Write files and folders so that they are whole or absent, whatever ends the process."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ def atomic_write(
     Args:
         path: In a folder that exists.
         content: All of it.
-        durable: Come back only when it would outlast a loss of power.
-        shared: Several processes may write this file at once; whose user alone may read it then.
+        durable: Return only when the file would outlast a loss of power.
+        shared: Several processes may write this file at once; only their user may read it.
 
     Raises:
         OSError: The disk does not take it. What was there before stays.
@@ -51,8 +51,7 @@ def atomic_write(
 def whole_folder(path: Path) -> Iterator[Path]:
     """Give an empty folder to fill, and put it in its place when it is full.
 
-    Whoever may read a file that this user makes may read those in it, by whatever program they were
-    written: some keep theirs to the user.
+    Its files get the mode of any file of this user: some programs write theirs for the user alone.
 
     Args:
         path: The place. A folder that is there stays, since a disk may be mounted on it: the new
@@ -92,7 +91,7 @@ def sync(path: Path, how: int) -> None:
 
 
 def untouched(paths: Iterable[Path], seconds: float) -> list[Path]:
-    """Those of `paths` that nobody has written or touched for so long."""
+    """Return the `paths` that nobody has written or touched for so long."""
     oldest = time.time() - seconds
     old = []
     for path in paths:

@@ -1,4 +1,4 @@
-"""How many threads of its own this process is to have."""
+"""Count the cores that this process may use."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import os
 
 
 def usable_cores() -> int:
-    """Cores for work that nothing else competes with.
+    """Return the number of cores for work that nothing else competes with.
 
     OMP_NUM_THREADS where it is set, as for any program that computes; else the cores that the
     process may run on (`taskset`, a scheduler's cpuset), where the system tells.

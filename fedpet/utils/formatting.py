@@ -1,13 +1,13 @@
-"""Numbers as people read them. MB is 10^6 bytes."""
+"""Format byte counts and durations for people. MB is 10^6 bytes."""
 
 from __future__ import annotations
 
 
 def format_bytes(count: float) -> str:
-    """A byte count with three significant digits.
+    """Format a byte count with three significant digits.
 
     Example:
-        >>> show_bytes(40643)
+        >>> format_bytes(40643)
         '40.6 kB'
     """
     value = float(count)
@@ -19,7 +19,7 @@ def format_bytes(count: float) -> str:
 
 
 def show_seconds(seconds: float) -> str:
-    """A duration in its two largest units.
+    """Format a duration in its two largest units.
 
     Example:
         >>> show_seconds(192)
@@ -34,7 +34,7 @@ def show_seconds(seconds: float) -> str:
 
 
 def show_duration(seconds: float) -> str:
-    """A duration of any size, milliseconds to years, in one unit with three significant digits.
+    """Format a duration from milliseconds to years in one unit with three significant digits.
 
     Example:
         >>> show_duration(0.0421), show_duration(73.8), show_duration(55_829)

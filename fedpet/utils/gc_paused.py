@@ -1,4 +1,4 @@
-"""Loading, and running with what is loaded, without looking through it for garbage.
+"""Keep Python's cyclic collector from scanning loaded libraries and models.
 
 Importing torch and transformers makes objects by the hundred thousand, all of which stay; Python's
 cyclic collector goes through them again and again, for a sixth of the time. A device pays that for
@@ -27,9 +27,9 @@ def gc_paused() -> Iterator[None]:
 
 @contextmanager
 def kept_from_collection() -> Iterator[None]:
-    """Leave what exists now out of every collection inside.
+    """Leave all objects that exist now out of every collection inside.
 
-    Afterwards it is looked through again, unless somebody had things left out before.
+    Afterwards they are scanned again, unless objects had been left out before.
     """
     before = gc.get_freeze_count()
     if not before:

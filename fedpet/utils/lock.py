@@ -35,7 +35,7 @@ def locked_folder(folder: Path, *, new: bool = False) -> Iterator[None]:
     """Make a folder where it is absent, and lock it; one that was made and stays empty goes again.
 
     Args:
-        folder: Which.
+        folder: The folder.
         new: It must not be there.
 
     Raises:
@@ -89,7 +89,7 @@ def locked(file: Path, what: Path) -> Iterator[None]:
 
     Args:
         file: The lock's.
-        what: What it guards, for the message.
+        what: The folder or file that it guards, for the message.
 
     Raises:
         ConfigError: Another process holds it, or the file cannot be made.
@@ -105,7 +105,7 @@ def locked(file: Path, what: Path) -> Iterator[None]:
 
 
 def _take(file: Path, what: Path) -> int | None:
-    """The locked file's descriptor; None where the file system has no locks."""
+    """Return the locked file's descriptor; None where the file system has no locks."""
     while True:
         try:
             handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o644)
@@ -138,7 +138,7 @@ def _take(file: Path, what: Path) -> int | None:
 
 
 def _is_at(file: Path, handle: int) -> bool:
-    """Whether an open file is still the one of this name."""
+    """Return True if an open file is still the one of this name."""
     try:
         return os.path.samestat(os.fstat(handle), file.stat())
     except FileNotFoundError:
@@ -146,7 +146,7 @@ def _is_at(file: Path, handle: int) -> bool:
 
 
 def _holder(handle: int) -> str:
-    """Who holds the lock, as it wrote into the file."""
+    """Return the holder of the lock, as it wrote into the file."""
     with contextlib.suppress(OSError):
         if told := os.pread(handle, _MOST_HOLDER_BYTES, 0).decode(errors="replace"):
             return f" ({told})"

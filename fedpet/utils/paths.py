@@ -1,4 +1,4 @@
-"""Paths that a user names: expand them, make them absolute, refuse those that cannot be used.
+"""Expand paths that a user names, make them absolute, refuse those that cannot be used.
 
 A relative path is relative to the current directory of the process that was given it. It is made
 absolute once, before anything is read (`Experiment.located`), so that what a run leaves behind
@@ -29,7 +29,7 @@ def replace_home() -> None:
 
 
 def give_no_home() -> ConfigError:
-    """The error of a path that begins with "~", or of a library's, where no folder is meant."""
+    """Return the error of a path with "~", or of a library's, for which there is no folder."""
     if os.path.expanduser("~") != "~":
         return ConfigError("a path begins with '~' and the name of a user that there is not.")
     return ConfigError(
@@ -51,7 +51,7 @@ def expand(path: str | Path) -> Path:
 
 
 def absolute(path: str | Path) -> Path:
-    """A path from the root, for the same file; links stay as they are named.
+    """Return the absolute path of the same file; links stay as they are named.
 
     Raises:
         ConfigError: It begins with "~", and there is no such folder.

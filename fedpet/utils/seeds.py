@@ -1,4 +1,4 @@
-"""One seed for every purpose, derived from the run's own and from nothing that can vary.
+"""Derive one seed for every purpose from the run's seed, and from nothing that can vary.
 
 A seed made here depends on its parts alone: not on the worker that asks, nor on the order of
 asking. That is half of law 6 (same seed, same bytes).
@@ -21,9 +21,9 @@ def derive_seed(*parts: int | str) -> int:
 
 
 def client_id64(client_id: str) -> int:
-    """The number that stands for a client in messages: 64 bits of its name's SHA-256.
+    """Return a client's number in messages: 64 bits of its name's SHA-256.
 
-    Never 0, which stands for the server.
+    It is never 0, which stands for the server.
     """
     number = int.from_bytes(hashlib.sha256(client_id.encode()).digest()[:8], "big")
     return number or 1

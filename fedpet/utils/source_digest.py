@@ -1,11 +1,11 @@
-"""The code of the fedpet that runs here, wherever it lies, and its digest.
+"""Compute a digest of the fedpet that runs here, wherever it is installed.
 
 In:  nothing.
 Out: its source files by their place in a wheel, and one hash of them all.
 
 A deployment's bundle holds two lines that import the fedpet installed on a machine, since code that
-is there need not travel with every run. What they check is this digest: a server and a node of
-different code would be told apart by their results only, and late.
+is there need not travel with every run. They check this digest: otherwise only results would show,
+and late, that server and node run different code.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def strategies_folder() -> Path:
 
 @functools.cache
 def code_digest() -> str:
-    """SHA-256 of all source files and their places, in hex."""
+    """Return the SHA-256 of all source files and their places, in hex."""
     digest = hashlib.sha256()
     for place, path in source_files().items():
         content = path.read_bytes()

@@ -227,7 +227,7 @@ def test_another_word_for_the_head_is_refused() -> None:
 def test_a_node_follows_the_plan_and_not_its_own_settings(
     classifier: Path, tmp_path: Path, head: str
 ) -> None:
-    from fedpet.client.node_config import NodeSettings
+    from fedpet.client.node_config import NodeConfig
     from fedpet.run.federate import federate
     from fedpet.run.local_grid import LocalGrid
     from fedpet.run.run_folder import new_run_folder
@@ -236,7 +236,7 @@ def test_a_node_follows_the_plan_and_not_its_own_settings(
     experiment = tiny.make_experiment(
         classifier, rows, tmp_path / "out", backbone_head=head, strategy_num_rounds=1
     )
-    settings = NodeSettings.of(experiment)
+    settings = NodeConfig.from_experiment(experiment)
     settings = replace(settings, backbone=replace(settings.backbone, head="train"))
     told = Told()
     result = federate(

@@ -19,7 +19,7 @@ from tiny import Silent
 from benchmarks import baselines
 from benchmarks.baselines import METHODS, Baseline, DenseFedAvg, DenseLedger
 from fedpet.backbone.pretrained import load_backbone, locate
-from fedpet.client.node_config import NodeSettings, cache_folder
+from fedpet.client.node_config import NodeConfig, cache_folder
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, RunError, TrainingError
@@ -44,7 +44,7 @@ def data(experiment: Any) -> FederatedData:
 
 
 def run_fedpet(settings: Experiment) -> dict[str, Any]:
-    grid = LocalGrid.of(NodeSettings.of(settings), 2)
+    grid = LocalGrid.of(NodeConfig.from_experiment(settings), 2)
     return federate(grid, prepare(settings, Silent()), new_run_folder(settings), Silent())
 
 

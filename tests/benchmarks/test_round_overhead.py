@@ -8,14 +8,14 @@ import pytest
 from tiny import Silent
 
 from benchmarks.round_overhead import noise_for_training
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.run_folder import new_run_folder
 
 
 def bytes_up(settings: Any) -> tuple[float, str]:
-    grid = LocalGrid.of(NodeSettings.of(settings), 1)
+    grid = LocalGrid.of(NodeConfig.from_experiment(settings), 1)
     result = federate(grid, prepare(settings, Silent()), new_run_folder(settings), Silent())
     return (
         result["communication"]["uplink_bytes_per_client_round"],

@@ -11,7 +11,7 @@ import in_process_run
 import pytest
 from tiny import Silent
 
-from fedpet.client.node_config import NodeSettings, cache_folder, make_cache
+from fedpet.client.node_config import NodeConfig, cache_folder, make_cache
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodeSpec
 from fedpet.errors import ConfigError, DataError
@@ -180,7 +180,7 @@ def test_a_node_s_cache_is_absolute(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("FEDPET_CACHE", "mine")
     assert cache_folder(Experiment()) == tmp_path / "mine"
-    assert NodeSettings.of(experiment()).on({"cache": "c"}).cache == tmp_path / "c"
+    assert NodeConfig.from_experiment(experiment(), {"cache": "c"}).cache == tmp_path / "c"
 
 
 def test_a_cache_that_cannot_be_made_is_one_sentence(tmp_path: Path) -> None:

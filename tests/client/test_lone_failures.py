@@ -10,7 +10,7 @@ import torch
 from in_process_run import run
 from search_runs import SEARCH
 
-from fedpet.client import node as client_module
+from fedpet.client import train_client as client_module
 from fedpet.config import Experiment
 from fedpet.errors import TrainingError
 from fedpet.search import SearchModel

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.errors import ConfigError
 
 
@@ -27,16 +27,20 @@ def test_a_node_config_that_cannot_be_is_refused(
     experiment: Any, node_config: dict[str, Any], words: str
 ) -> None:
     with pytest.raises(ConfigError, match=words):
-        NodeSettings.of(experiment()).on(node_config)
+        NodeConfig.from_experiment(experiment(), node_config)
 
 
 def test_a_simulated_node_s_config_changes_nothing(experiment: Any) -> None:
-    settings = NodeSettings.of(experiment())
-    assert settings.on({"partition-id": 0, "num-partitions": 2}) == settings
+    settings = NodeConfig.from_experiment(experiment())
+    assert (
+        NodeConfig.from_experiment(experiment(), {"partition-id": 0, "num-partitions": 2})
+        == settings
+    )
 
 
 def test_a_node_s_own_places_stand_above_the_experiment_s(experiment: Any) -> None:
-    settings = NodeSettings.of(experiment()).on(
+    settings = NodeConfig.from_experiment(
+        experiment(),
         {
             "data": "mine",
             "client": "device-7",
@@ -46,9 +50,9 @@ def test_a_node_s_own_places_stand_above_the_experiment_s(experiment: Any) -> No
             "backbone": "/opt/model",
             "cache": "/var/cache",
             "threads": 3,
-        }
+        },
     )
     assert (settings.data.source, settings.data.train_split) == ("mine", "day")
     assert (settings.data.text_columns, settings.data.label_column) == (("a", "b"), "y")
     assert (settings.backbone.model, settings.cache) == ("/opt/model", Path("/var/cache"))
-    assert (settings.profile.client, settings.profile.threads) == ("device-7", 3)
+    assert (settings.client, settings.threads) == ("device-7", 3)

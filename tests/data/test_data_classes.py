@@ -12,7 +12,7 @@ from in_process_run import run, threads_as_before
 from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, write
 from tiny import Silent, make_backbone, make_experiment, make_rows
 
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import (
     ClassCount,
@@ -141,7 +141,7 @@ def test_a_run_tells_its_classes_before_it_trains_and_leaves_them_with_its_rows(
     assert heard.lines[1] == (
         "Classes (rows to train on + to evaluate on): 0 = '0' (36 + 17), 1 = '1' (36 + 23)."
     )
-    grid, out = LocalGrid.of(NodeSettings.of(experiment), 1), new_run_folder(experiment)
+    grid, out = LocalGrid.of(NodeConfig.from_experiment(experiment), 1), new_run_folder(experiment)
     with pytest.raises(InterruptedError):
         federate(grid, prepared, out, heard)
     classes = json.loads((out.path / "classes.json").read_text(encoding="utf-8"))

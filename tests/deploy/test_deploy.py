@@ -34,7 +34,7 @@ from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
 from fedpet.client.flower_client import make_client_app
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodeSpec, write_deployment
 from fedpet.deploy.certificates import make_certificates
@@ -171,8 +171,8 @@ def test_nodes_that_share_a_machine_do_not_share_a_port(folder: Path) -> None:
 def test_a_node_s_settings_are_what_flower_and_fedpet_read(folder: Path) -> None:
     read = parse_config_args([str(folder / "nodes" / "ward-2" / "node.toml")])
     assert read == {"data": "/srv/rows", "client": "ward-2", "threads": 2, "cache": "cache"}
-    settings = NodeSettings.of(make().server_experiment()).on(read)
-    assert settings.profile.client == "ward-2"
+    settings = NodeConfig.from_experiment(make().server_experiment(), read)
+    assert settings.client == "ward-2"
     assert settings.population.partition == "iid"
 
 

@@ -13,7 +13,7 @@ import pytest
 import tiny
 from tiny import Silent
 
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.errors import DataError
 from fedpet.estimate import estimate
@@ -36,7 +36,7 @@ def config_only(files: tuple[Path, Path], tmp_path: Path) -> Path:
 
 def run(experiment: Experiment) -> dict[str, Any]:
     """The books of a run on a node in this process."""
-    grid = LocalGrid.of(NodeSettings.of(experiment), 1)
+    grid = LocalGrid.of(NodeConfig.from_experiment(experiment), 1)
     return federate(grid, prepare(experiment, Silent()), new_run_folder(experiment), Silent())
 
 

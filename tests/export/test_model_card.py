@@ -12,9 +12,9 @@ import pytest
 import tiny
 from huggingface_hub import ModelCard
 
-from fedpet.backbone import bundled
 from fedpet.export import export_run
 from fedpet.export.model_card import hub_name, write_adapter_card
+from fedpet.utils import bundled
 
 
 @pytest.fixture(autouse=True, scope="module")

@@ -65,7 +65,7 @@ def test_a_saved_model_starts_the_same_run_as_the_run_it_came_from(
     assert by_model["final_values_sha256"] == by_run["final_values_sha256"]
 
 
-@pytest.mark.parametrize("downlink", ["changes", "values"])
+@pytest.mark.parametrize("downlink", ["delta", "full"])
 def test_the_first_round_of_a_run_that_starts_elsewhere_pays_for_the_values(
     first: tuple[Experiment, dict[str, Any]], tmp_path: Path, downlink: str
 ) -> None:

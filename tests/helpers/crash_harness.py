@@ -22,7 +22,7 @@ from typing import Any
 import tiny
 from tiny import Silent
 
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.run.checkpoint_file import read_journal
 from fedpet.run.federate import Prepared, federate, prepare
 from fedpet.run.local_grid import LocalGrid
@@ -48,7 +48,7 @@ def attempt(prepared: Prepared, out: Path, *, step: int = 0, seconds: float = 0.
             if step:
                 kill_at(step)
             journal = check_journal(out, prepared) if (out / "config.toml").exists() else None
-            grid = LocalGrid.of(NodeSettings.of(prepared.experiment), 2)
+            grid = LocalGrid.of(NodeConfig.from_experiment(prepared.experiment), 2)
             federate(grid, prepared, RunFolder(out), Silent(), journal)
             code = 0
         except BaseException:

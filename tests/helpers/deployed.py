@@ -13,7 +13,7 @@ import tiny
 from tiny import Silent
 
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodeSpec, write_deployment
 from fedpet.run.federate import federate, prepare
@@ -73,7 +73,7 @@ class Place:
             path = self.folder / "expected-nodes" / name / "data.jsonl"
             self.write_rows(path, self.names.index(name))
             config = {"data": str(path), "client": name}
-            handlers[len(handlers) + 1] = Node(NodeSettings.of(settings).on(config)).answer
+            handlers[len(handlers) + 1] = Node(NodeConfig.from_experiment(settings, config)).answer
         prepared = prepare(settings, Silent())
         result = federate(LocalGrid(handlers), prepared, new_run_folder(settings), Silent())
         return str(result["final_values_sha256"])

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from tiny import Silent
 
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
@@ -18,7 +18,7 @@ Handler = Callable[[bytes], bytes]
 
 
 def run(experiment: Experiment, grid: LocalGrid | None = None, nodes: int = 1) -> dict[str, Any]:
-    grid = grid or LocalGrid.of(NodeSettings.of(experiment), nodes)
+    grid = grid or LocalGrid.of(NodeConfig.from_experiment(experiment), nodes)
     return federate(grid, prepare(experiment, Silent()), new_run_folder(experiment), Silent())
 
 

@@ -12,9 +12,10 @@ import pytest
 import torch
 from flwr.app import Message
 
-from fedpet.client import node as client_module
-from fedpet.client.node import LoadedPlan, Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client import train_client as client_module
+from fedpet.client.model_cache import LoadedPlan, ModelCache
+from fedpet.client.node import Node
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import (
     BackboneConfig,
     ClientsConfig,
@@ -25,13 +26,11 @@ from fedpet.config import (
     TrainingConfig,
 )
 from fedpet.data import Task
-from fedpet.errors import PlanError
 from fedpet.pet.layout import Segment
 from fedpet.pet.structure import Structure
 from fedpet.pet.tiers import tiers_of
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
-from fedpet.protocol.request import PLAN_MISSING
 from fedpet.run.local_grid import LocalGrid
 from fedpet.server.aggregation import from_arrays, to_arrays
 from fedpet.server.client_pool import ClientPool
@@ -101,10 +100,10 @@ class FakePet:
     def sent_values(self) -> tuple[list[Any], list[Any]]:
         return [], []
 
-    def load_values(self, values: torch.Tensor, *, seed: int) -> None:
+    def set_delta(self, values: torch.Tensor, *, seed: int) -> None:
         self._values = values.clone()
 
-    def values(self) -> torch.Tensor:
+    def get_delta(self) -> torch.Tensor:
         return self._values
 
     def train(self, client: int, seed: int) -> None:
@@ -114,16 +113,23 @@ class FakePet:
         self._values += 0.2 * (pull - self._values)
 
 
+class FakeModels(ModelCache):
+    """A cache whose models are `FakePet`s."""
+
+    def load(self, digest: bytes) -> LoadedPlan:
+        plan = Plan.from_bytes(self._plans.get(digest))
+        rows = {number: np.array([number], dtype=np.uint64) for number in NUMBERS}
+        pet: Any = FakePet(plan)
+        data: Any = SimpleNamespace(train=None)
+        return LoadedPlan(digest, plan, pet, data, rows)
+
+
 class FakeNode(Node):
     """A node whose model is a `FakePet`; use it under `train_by_formula`."""
 
-    def _prepare(self, digest: bytes) -> LoadedPlan:
-        path = self._plan_path(digest)
-        if not path.exists():
-            raise PlanError(PLAN_MISSING)
-        plan = Plan.from_bytes(path.read_bytes())
-        rows = {number: np.array([number], dtype=np.uint64) for number in NUMBERS}
-        return LoadedPlan(digest, plan, FakePet(plan), SimpleNamespace(train=None), rows)
+    def __init__(self, config: NodeConfig) -> None:
+        super().__init__(config)
+        self.models = FakeModels(config, self.plans)
 
 
 def train_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,8 +145,8 @@ def train_by_formula(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "train_rows", train)
 
 
-def node_settings(cache: Path) -> NodeSettings:
-    return NodeSettings(
+def node_settings(cache: Path) -> NodeConfig:
+    return NodeConfig(
         backbone=BackboneConfig(), data=DataConfig(), population=ClientsConfig(), cache=cache
     )
 

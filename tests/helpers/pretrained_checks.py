@@ -47,9 +47,9 @@ def check_laws(base: Backbone, names: str) -> None:
             shapes = [(key, value.shape) for key, value in merged.state_dict().items()]
             assert shapes == [(key, value.shape) for key, value in before.items()]
             assert [(name, type(module)) for name, module in merged.named_modules()] == tree
-        values = pet.values()
-        pet.load_values(values, seed=4)
-        assert torch.equal(pet.values(), values)
+        values = pet.get_delta()
+        pet.set_delta(values, seed=4)
+        assert torch.equal(pet.get_delta(), values)
         for name, positions in mask.positions.items():
             same = pet.model.get_parameter(name).flatten() == before[name].flatten()
             same[positions] = True
@@ -57,7 +57,7 @@ def check_laws(base: Backbone, names: str) -> None:
         if not pet.inexact_kinds:
             _check_average(pet, values)
     finally:
-        pet.restore()
+        pet.unload()
     after = base.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
@@ -67,9 +67,9 @@ def _check_average(pet: PetModel, first: torch.Tensor) -> None:
     second = 1e-3 * torch.randn(len(first), generator=torch.Generator().manual_seed(1))
     mean: dict[str, torch.Tensor] = {}
     for values in (first, second):
-        pet.load_values(values, seed=0)
+        pet.set_delta(values, seed=0)
         for key, parameter in pet.merged().named_parameters():
             mean[key] = mean.get(key, 0) + parameter / 2
-    pet.load_values((first + second) / 2, seed=0)
+    pet.set_delta((first + second) / 2, seed=0)
     for key, parameter in pet.merged().named_parameters():
         assert (parameter - mean[key]).abs().max() <= 1e-6, key

@@ -12,7 +12,7 @@ from typing import Any
 from in_process_run import Handler, run
 
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.run.local_grid import LocalGrid
 
@@ -38,7 +38,7 @@ def node_of(settings: Experiment, rows: Path, clients: list[str], **config: Any)
     folder.mkdir(exist_ok=True)
     (folder / "rows.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
     node_config = {"data": str(folder / "rows.jsonl"), "cache": str(folder / "cache"), **config}
-    return Node(NodeSettings.of(settings).on(node_config)).answer
+    return Node(NodeConfig.from_experiment(settings, node_config)).answer
 
 
 def three_nodes(settings: Experiment, rows: Path) -> dict[int, Handler]:
@@ -47,7 +47,7 @@ def three_nodes(settings: Experiment, rows: Path) -> dict[int, Handler]:
 
 
 def simulated(experiment: Experiment) -> dict[str, Any]:
-    return run(experiment, LocalGrid.of(NodeSettings.of(experiment), 2))
+    return run(experiment, LocalGrid.of(NodeConfig.from_experiment(experiment), 2))
 
 
 def lines_of(settings: Experiment) -> list[dict[str, Any]]:

@@ -6,9 +6,11 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from fedpet.codec import decode_values, encode_values, known_codecs
+from fedpet.codec import decode_values, encode_values
+from fedpet.codec.spec import CODEC_IDS
 
-CODECS = (*known_codecs(), "topk-0.1+eden-4", "topk-0.25+float32-raw", "topk-0.999999+int8")
+PLAIN_CODECS = (*CODEC_IDS, *(f"{base}-raw" for base in CODEC_IDS))
+CODECS = (*PLAIN_CODECS, "topk-0.1+eden-4", "topk-0.25+float32-raw", "topk-0.999999+int8")
 LOSSLESS = ("float32", "float32-raw")
 
 

@@ -25,31 +25,31 @@ def test_zero_values_are_the_checkpoint() -> None:
         before = base.model(**inputs).logits
         names = "lnfit+bitfit+ln-bias+lora+lora-factors+hiwi-bias+hiwi-weight"
         pet = PetModel(base, mask_of(base), structure_of(base, names), seed=7)
-        assert not pet.values().any()
+        assert not pet.get_delta().any()
         assert torch.equal(pet.model(**inputs).logits, before)
 
 
 def test_values_that_were_loaded_come_back_with_the_same_bits() -> None:
     pet = _pet()
     values = torch.randn(pet.num_values)
-    pet.load_values(values, seed=1)
-    assert torch.equal(pet.values(), values)
-    assert pet.values().dtype == torch.float32
+    pet.set_delta(values, seed=1)
+    assert torch.equal(pet.get_delta(), values)
+    assert pet.get_delta().dtype == torch.float32
 
 
 def test_loading_forgets_what_was_loaded_and_trained_before() -> None:
     values = 0.1 * torch.randn(_pet().num_values)
     inputs = batch("bert")
     fresh = _pet()
-    fresh.load_values(values, seed=5)
+    fresh.set_delta(values, seed=5)
     used = _pet()
-    used.load_values(torch.randn(used.num_values), seed=3)
+    used.set_delta(torch.randn(used.num_values), seed=3)
     train(used, inputs, steps=3)
-    used.load_values(values, seed=5)
+    used.set_delta(values, seed=5)
     for key, value in fresh.model.state_dict().items():
         assert torch.equal(used.model.state_dict()[key], value), key
     assert train(used, inputs, steps=3) == train(fresh, inputs, steps=3)
-    assert torch.equal(used.values(), fresh.values())
+    assert torch.equal(used.get_delta(), fresh.get_delta())
 
 
 def test_the_same_seed_draws_the_same_modules_whatever_was_drawn_before() -> None:
@@ -60,7 +60,7 @@ def test_the_same_seed_draws_the_same_modules_whatever_was_drawn_before() -> Non
     values = torch.randn(first.num_values)
     outputs = []
     for pet in (first, second, other):
-        pet.load_values(values, seed=1)
+        pet.set_delta(values, seed=1)
         outputs.append(pet.model(**batch("bert")).logits)
     assert torch.equal(outputs[0], outputs[1])
     assert not torch.equal(outputs[0], outputs[2])
@@ -72,10 +72,10 @@ def test_the_adapters_on_biases_start_anew_with_every_piece_of_work() -> None:
     group = pet.parameter_groups()["hiwi-bias"]
     starts = []
     for seed in (1, 2, 1):
-        pet.load_values(values, seed=seed)
+        pet.set_delta(values, seed=seed)
         starts.append(group.detach().clone())
         train(pet, batch("bert"), steps=2)
-        assert not torch.equal(pet.values(), values)
+        assert not torch.equal(pet.get_delta(), values)
     assert torch.equal(starts[0], starts[2])
     assert not torch.equal(starts[0], starts[1])
 
@@ -86,7 +86,7 @@ def test_segments_tile_the_values_mask_first_then_structure_then_head() -> None:
     for segment in pet.segments:
         assert segment.start == start
         start += segment.size
-    assert start == pet.num_values == len(pet.values())
+    assert start == pet.num_values == len(pet.get_delta())
     kinds = list(dict.fromkeys(segment.kind for segment in pet.segments))
     assert kinds == ["mask", "lora", "lnfit", "head"]
     assert list(pet.parameter_groups()) == kinds
@@ -108,7 +108,7 @@ def test_rank_order_is_what_is_communicated() -> None:
     base = backbone("bert")
     mask = mask_of(base)
     pet = PetModel(base, mask, Structure(), seed=0)
-    pet.load_values(torch.arange(pet.num_values, dtype=torch.float32), seed=0)
+    pet.set_delta(torch.arange(pet.num_values, dtype=torch.float32), seed=0)
     plain = backbone("bert").model.state_dict()
     for segment in (s for s in pet.segments if s.kind == "mask"):
         positions = mask.positions[segment.name]
@@ -125,7 +125,7 @@ def test_gates_of_one_change_nothing_and_gates_of_zero_take_the_modules_off() ->
     for segment in pet.segments:
         if segment.kind not in ("mask", "head"):
             values[segment.start : segment.start + segment.size] = 0.3 * torch.randn(segment.size)
-    pet.load_values(values, seed=0)
+    pet.set_delta(values, seed=0)
     count = len(structure_of(backbone("bert"), ALL.replace("+hiwi-bias", "")).modules)
     with torch.no_grad():
         free = pet.model(**inputs).logits
@@ -142,7 +142,7 @@ def test_each_gate_gets_the_gradient_of_its_own_module() -> None:
     base = backbone("bert", torch.float64)
     structure = structure_of(base, ALL)
     pet = PetModel(base, None, structure, seed=7)
-    pet.load_values(0.3 * torch.randn(pet.num_values), seed=0)
+    pet.set_delta(0.3 * torch.randn(pet.num_values), seed=0)
     with torch.no_grad():  # off its start, where an adapter on a bias changes nothing
         pet.parameter_groups()["hiwi-bias"].add_(0.1)
     inputs = batch("bert")
@@ -170,7 +170,7 @@ def test_each_gate_gets_the_gradient_of_its_own_module() -> None:
 def test_values_of_another_layout_are_refused() -> None:
     pet = _pet("lnfit")
     with pytest.raises(ValueError, match="belong to another mask or structure"):
-        pet.load_values(torch.zeros(3), seed=0)
+        pet.set_delta(torch.zeros(3), seed=0)
 
 
 def test_a_mask_of_another_backbone_is_refused() -> None:
@@ -213,8 +213,8 @@ def test_one_module_on_a_target_is_one_segment() -> None:
     pet = PetModel(base, None, both, seed=0)
     assert [s.kind for s in pet.segments if s.name == target] == ["bitfit"]
     values = torch.randn(pet.num_values)
-    pet.load_values(values, seed=0)
-    assert torch.equal(pet.values(), values)
+    pet.set_delta(values, seed=0)
+    assert torch.equal(pet.get_delta(), values)
     train(pet, batch("bert"), steps=3)
     with torch.no_grad():
         adapted = pet.model(**batch("bert")).logits

@@ -154,13 +154,13 @@ def test_the_mean_of_clients_is_the_mean_of_their_changes_on_the_shared_mask() -
     pet = _pet(w0.view(2, 5), positions)
     sent = []
     for change in given["client_deltas"]:
-        pet.load_values(torch.tensor(change), seed=0)
-        sent.append(pet.values())
+        pet.set_delta(torch.tensor(change), seed=0)
+        sent.append(pet.get_delta())
         assert sent[-1].numpy().nbytes == expected["upload_bytes_per_client_shared_mask"]
     mean = sum(s * v for s, v in zip(share, sent, strict=True))
     wanted = _vector(expected["mean_delta_on_mask"])
     torch.testing.assert_close(mean.double(), wanted, rtol=0, atol=1e-7)
-    pet.load_values(mean.float(), seed=0)
+    pet.set_delta(mean.float(), seed=0)
     merged = pet.merged().layer.weight.flatten()
     torch.testing.assert_close(merged, _vector(expected["w_new"]), rtol=0, atol=1e-7)
 

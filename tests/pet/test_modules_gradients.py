@@ -77,7 +77,7 @@ def test_every_module_passes_a_check_by_differences_in_float64(kind: str) -> Non
     else:
         structure = biases_of_norms(base) if "norms" in kind else Structure()
     pet = PetModel(base, mask, structure, seed=3)
-    pet.load_values(0.3 * torch.randn(pet.num_values), seed=1)
+    pet.set_delta(0.3 * torch.randn(pet.num_values), seed=1)
     inputs = batch(name, rows=2, tokens=5)
     _check(pet, kind, lambda: loss_of(pet.model, inputs))
 
@@ -86,7 +86,7 @@ def test_every_module_passes_a_check_by_differences_in_float64(kind: str) -> Non
 def test_gradients_through_every_architecture_pass_the_check(name: str) -> None:
     base = backbone(name, torch.float64)
     pet = PetModel(base, mask_of(base, 0.02), structure_of(base, "lnfit+lora"), seed=3)
-    pet.load_values(0.1 * torch.randn(pet.num_values), seed=1)
+    pet.set_delta(0.1 * torch.randn(pet.num_values), seed=1)
     inputs = batch(name, rows=2, tokens=5)
     if "pixel_values" in inputs:
         inputs["pixel_values"] = inputs["pixel_values"].double()

@@ -65,7 +65,7 @@ def test_the_merged_model_is_plain_and_gives_the_adapted_outputs(name: str, kind
     with torch.no_grad():
         pretrained = plain(**inputs).logits
     pet = _pet(name, kind)
-    pet.load_values(0.3 * torch.randn(pet.num_values), seed=1)
+    pet.set_delta(0.3 * torch.randn(pet.num_values), seed=1)
     train(pet, inputs, steps=2, rate=1e-2)
     adapted = pet.model(**inputs).logits  # with a graph: the forward that training sees
     merged = pet.merged()
@@ -131,7 +131,7 @@ def test_what_is_not_named_stays_bit_identical_through_fifty_steps(name: str) ->
             else:
                 assert bool(same.all()), key
         assert moved > 0.9 * mask.num_values
-    pet.restore()
+    pet.unload()
     after = base.model.state_dict()
     assert all(torch.equal(after[key], value) for key, value in before.items())
 
@@ -143,7 +143,7 @@ EXACT = [case for case in PRESENT if case.values[1] not in INEXACT]
 def test_averaging_values_is_averaging_merged_models(name: str, kind: str) -> None:
     pet = _pet(name, kind)
     first, second, mean_of_merged = _two_clients(pet, batch(name))
-    pet.load_values(0.25 * first + 0.75 * second, seed=5)
+    pet.set_delta(0.25 * first + 0.75 * second, seed=5)
     merged_of_mean = dict(pet.merged().named_parameters())
     for key, parameter in mean_of_merged.items():
         assert (merged_of_mean[key] - parameter).abs().max() <= 1e-6, key
@@ -155,9 +155,9 @@ def _two_clients(pet: PetModel, inputs: Any) -> tuple[Tensor, Tensor, dict[str, 
     start = 0.05 * torch.randn(pet.num_values)
     values, merged = [], []
     for client in range(2):
-        pet.load_values(start, seed=10 + client)
+        pet.set_delta(start, seed=10 + client)
         train(pet, inputs, steps=3, rate=5e-3 * (client + 1))
-        values.append(pet.values())
+        values.append(pet.get_delta())
         merged.append(dict(pet.merged().named_parameters()))
     mean = {key: 0.25 * merged[0][key] + 0.75 * merged[1][key] for key in merged[0]}
     return values[0], values[1], mean
@@ -171,10 +171,10 @@ def test_averaging_factors_is_not_averaging_models_and_says_so(kind: str) -> Non
     values, outputs, weights = [], [], []
     for _client in range(2):
         values.append(0.3 * torch.randn(pet.num_values))
-        pet.load_values(values[-1], seed=0)
+        pet.set_delta(values[-1], seed=0)
         weights.append(dict(pet.merged().named_parameters()))
         outputs.append(pet.model(**inputs).logits)
-    pet.load_values((values[0] + values[1]) / 2, seed=0)
+    pet.set_delta((values[0] + values[1]) / 2, seed=0)
     if kind == "lora-factors":
         mean = dict(pet.merged().named_parameters())
         key = "bert.encoder.layer.0.attention.self.query.weight"

@@ -45,7 +45,7 @@ def _pet(name: str, structure: str, products: str, *, masked: bool = True) -> Pe
 def _results(pet: PetModel, inputs: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
     """Logits without and with gradients, and the gradients."""
     values = torch.randn(pet.num_values, generator=torch.Generator().manual_seed(1))
-    pet.load_values(0.1 * values, seed=5)
+    pet.set_delta(0.1 * values, seed=5)
     with torch.inference_mode():
         plain = pet.model(**inputs).logits
     pet.zero_grad()
@@ -100,7 +100,7 @@ def test_torch_multiplies_where_nothing_is_said() -> None:
 def test_the_plain_model_and_the_checkpoint_multiply_as_ever() -> None:
     pet, inputs = _pet("bert", "lora+lnfit", "onednn"), batch("bert")
     merged = pet.merged()
-    pet.restore()
+    pet.unload()
     for model in (merged, pet.model):
         with Calls() as calls, torch.no_grad():
             model(**inputs)

@@ -96,12 +96,12 @@ def test_at_a_tier_the_model_is_that_of_a_mask_of_this_density_alone(name: str) 
         alone = model(name, MaskConfig(density=THREE.tier_densities[tier]))
         pet.set_tier(tier)
         assert pet.segments == alone.segments
-        assert not pet.values().any()
+        assert not pet.get_delta().any()
         values = 0.05 * torch.randn(alone.num_values)
-        pet.load_values(values, seed=3)
-        alone.load_values(values, seed=3)
+        pet.set_delta(values, seed=3)
+        alone.set_delta(values, seed=3)
         assert train(pet, inputs, steps=3) == train(alone, inputs, steps=3)
-        assert torch.equal(pet.values(), alone.values())
+        assert torch.equal(pet.get_delta(), alone.get_delta())
         merged = pet.merged().state_dict()
         for key, value in alone.merged().state_dict().items():
             assert torch.equal(merged[key], value), key
@@ -111,7 +111,7 @@ def test_training_at_a_tier_leaves_the_rest_of_the_mask_at_the_checkpoint_to_the
     pet = model("bert", THREE)
     before = {key: value.clone() for key, value in backbone("bert").model.state_dict().items()}
     mask = build_mask(maskable_weights(backbone("bert").model, backbone("bert").head), THREE)
-    pet.load_values(0.1 * torch.randn(pet.num_values), seed=0)  # the whole mask has moved
+    pet.set_delta(0.1 * torch.randn(pet.num_values), seed=0)  # the whole mask has moved
     pet.set_tier(0)
     train(pet, batch("bert"), steps=20)
     moved = 0
@@ -129,12 +129,12 @@ def test_values_of_a_tier_and_the_same_among_zeros_are_one_model() -> None:
     tiers = tiers_of(pet, THREE)
     values = torch.randn(tiers[1].count)
     pet.set_tier(1)
-    pet.load_values(values, seed=0)
+    pet.set_delta(values, seed=0)
     at_tier = {key: value.clone() for key, value in pet.model.state_dict().items()}
     pet.set_tier(2)
     among_zeros = torch.zeros(pet.num_values)
     among_zeros.numpy()[tiers[1].where] = values
-    pet.load_values(among_zeros, seed=0)
+    pet.set_delta(among_zeros, seed=0)
     assert all(torch.equal(value, at_tier[key]) for key, value in pet.model.state_dict().items())
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import struct
 from dataclasses import replace
 
 import numpy as np
@@ -10,8 +11,8 @@ import pytest
 from frame_mutations import forge
 from hypothesis import given
 from hypothesis import strategies as st
+from vectors import PLAIN_CODECS
 
-from fedpet.codec import known_codecs
 from fedpet.errors import ConfigError, FrameError
 from fedpet.protocol.frame import (
     HEADER_BYTES,
@@ -19,6 +20,7 @@ from fedpet.protocol.frame import (
     MAX_SECONDS,
     Frame,
     Refusal,
+    RefusalCode,
     pack_frame,
     pack_refusal,
     unpack_frames,
@@ -41,7 +43,7 @@ def unpack(buffer, max_frames=8, max_payload_bytes=10_000):
         plan_digest=st.binary(min_size=16, max_size=16),
         server_round=st.integers(0, 2**32 - 1),
         client=st.integers(0, 2**64 - 1),
-        codec=st.sampled_from((*known_codecs(), "topk-0.1+eden-4", "topk-0.000001+int8-raw")),
+        codec=st.sampled_from((*PLAIN_CODECS, "topk-0.1+eden-4", "topk-0.000001+int8-raw")),
         count=st.integers(0, 2**32 - 1),
         num_examples=st.integers(0, 2**32 - 1),
         loss=st.floats(-MAX_LOSS, MAX_LOSS),
@@ -85,7 +87,8 @@ def test_a_header_takes_68_bytes():
 @pytest.mark.parametrize(
     ("fields", "says"),
     [
-        ({"version": 2}, "version 2: run one version"),
+        ({"version": 1}, "version 1: run one version"),
+        ({"version": 3}, "version 3: run one version"),
         ({"kind": 0}, "kind 0"),
         ({"kind": 3}, "kind 3"),
         ({"codec": 0}, "0x00000000"),
@@ -134,8 +137,8 @@ def test_a_refusal_that_carries_numbers_or_no_text_is_refused():
         unpack(forge(packed, examples=5))
     with pytest.raises(FrameError, match="UTF-8"):
         unpack(forge(packed[:-1] + b"\xff"))
-    long = pack_frame(replace(FRAME, codec="float32", payload=bytes(501)))
-    with pytest.raises(FrameError, match="payload of 500 bytes"):
+    long = pack_frame(replace(FRAME, codec="float32", payload=bytes(510)))
+    with pytest.raises(FrameError, match="payload of 509 bytes"):
         unpack(forge(long, kind=2, codec=0, count=0, examples=0, loss=0.0, seconds=0.0))
 
 
@@ -162,3 +165,51 @@ def test_a_frame_that_would_be_refused_is_not_packed(field, value):
 def test_a_frame_of_an_unknown_codec_is_not_packed():
     with pytest.raises(ConfigError, match="unknown codec 'int2'"):
         pack_frame(replace(FRAME, codec="int2"))
+
+
+# ---------------------------------------------------------------- the codes of refusals
+
+
+@given(
+    code=st.integers(0, 255),
+    density=st.floats(0, 1, exclude_min=True),
+    reason=st.text(max_size=120),
+)
+def test_a_refusal_comes_back_with_its_code_and_the_density_of_another_tier(code, density, reason):
+    density = density if code == RefusalCode.OTHER_TIER else 0.0
+    sent = Refusal(DIGEST, 7, 1, reason, code, density)
+    packed = pack_refusal(sent)
+    assert unpack(packed) == [sent]
+    assert len(packed) == sent.num_bytes == HEADER_BYTES + 9 + len(reason.encode())
+
+
+def test_a_code_that_this_version_does_not_know_is_told_as_such():
+    (refusal,) = unpack(pack_refusal(Refusal(DIGEST, 7, 1, "out of battery", 77)))
+    assert refusal.text == ("refusal code 77, unknown to this version of fedpet: out of battery")
+    assert Refusal(DIGEST, 7, 1, "no rows").text == "no rows"
+
+
+@pytest.mark.parametrize(
+    ("code", "density"),
+    [(4, 0.0), (4, math.nan), (4, 1.5), (4, -0.1), (0, 0.5), (1, math.nan), (3, 1e-9)],
+)
+def test_a_density_without_its_code_or_out_of_range_is_refused_and_not_packed(code, density):
+    packed = bytearray(pack_refusal(Refusal(DIGEST, 7, 1, "no rows")))
+    packed[68:77] = struct.pack("<Bd", code, density)
+    with pytest.raises(FrameError, match="a density in"):
+        unpack(forge(packed))
+    with pytest.raises(ValueError, match="a density in"):
+        pack_refusal(Refusal(DIGEST, 7, 1, "no rows", code, density))
+
+
+@pytest.mark.parametrize("code", [-1, 256])
+def test_a_code_takes_a_byte(code):
+    with pytest.raises(ValueError, match="a code of a byte"):
+        pack_refusal(Refusal(DIGEST, 7, 1, "", code))
+
+
+def test_a_refusal_that_ends_within_its_code_is_refused():
+    packed = pack_refusal(Refusal(DIGEST, 7, 1, ""))
+    for length in range(9):
+        with pytest.raises(FrameError, match="cut short before its reason"):
+            unpack(forge(packed[: 68 + length], length=length))

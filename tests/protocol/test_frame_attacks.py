@@ -7,11 +7,11 @@ import math
 import random
 import tracemalloc
 from collections.abc import Callable
-from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import fake_training
+import msgspec
 import numpy as np
 import pytest
 from frame_mutations import attack
@@ -19,7 +19,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from sending import codec_of
 
-from fedpet.client.global_values import Start, decode_global_values, frames_by_tier
+from fedpet.client.global_values import TierValues, decode_global_values, frames_by_tier
 from fedpet.codec import VectorCodec
 from fedpet.config import CodecConfig
 from fedpet.errors import FrameError, PlanError
@@ -191,7 +191,7 @@ class Siege:
         path = Path(0 if way else len(frames), Reference(ROUND, self.values).checksum)
         return Request((5, 6), forge(frames), run=7, paths=(path,))
 
-    def receive(self, payload: bytes) -> list[Start]:
+    def receive(self, payload: bytes) -> list[TierValues]:
         """What a node does with a request before it trains."""
         request = read_request(payload)
         frames = frames_by_tier(request)
@@ -212,14 +212,14 @@ def forge_request(siege: Siege, rng: random.Random) -> bytes:
     packed = bytearray(write_request(siege.request(way)))
     if kind == 2:  # lengths, counts and parts of any size
         for _ in range(rng.randint(1, 3)):
-            at = rng.randrange(44)
+            at = rng.randrange(min(44, len(packed)))
             wild = rng.choice([b"\0", b"\1", b"\x7f", b"\xff", b"\xff" * 4, rng.randbytes(8)])
             packed[at : at + len(wild)] = wild
         return bytes(packed)
     request = siege.request(way)
     path = Path(rng.choice([0, 1, 2, 3, 65535]), rng.getrandbits(32))
     return write_request(
-        replace(request, run=rng.choice([0, 7]), paths=(path,) * rng.randint(1, 3))
+        msgspec.structs.replace(request, run=rng.choice([0, 7]), paths=(path,) * rng.randint(1, 3))
     )
 
 

@@ -10,13 +10,13 @@ from modelless import NUM_VALUES, SEED, TWO_TIERS, FakePet, make_plan
 from sending import codec_of
 
 from fedpet.client.global_values import decode_global_values, frames_by_tier
-from fedpet.client.state_store import NodeState, state_folder
+from fedpet.client.state_store import StateStore, state_folder
 from fedpet.config import CodecConfig, MaskConfig
 from fedpet.errors import FrameError, PlanError, RunError
 from fedpet.pet.tiers import tiers_of
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.plan import Plan
-from fedpet.protocol.request import REFERENCE_MISSING, Path, Request
+from fedpet.protocol.request import Path, Request
 from fedpet.server.downlink import Changes, Sent, Values, downlink_of
 
 LOSSY = codec_of(downlink="eden-4")
@@ -35,7 +35,7 @@ def request(*sent: Sent) -> Request:
     return Request((1,), b"".join(part.frames for part in sent), run=5, paths=paths)
 
 
-def receive(plan: Plan, asked: Request, state: NodeState) -> list[np.ndarray]:
+def receive(plan: Plan, asked: Request, state: StateStore) -> list[np.ndarray]:
     starts = decode_global_values(asked, frames_by_tier(asked), plan, FakePet(plan), state)
     return [start.values for start in starts]
 
@@ -62,20 +62,20 @@ def test_whoever_held_what_starts_from_the_same_bits(
     plan, downlink = server(codec, mask)
     random = np.random.default_rng(1)
     tiers = len(FakePet(plan).tiers)
-    devices = [[NodeState(tmp_path / f"{tier}-{d}") for d in range(6)] for tier in range(tiers)]
+    devices = [[StateStore(tmp_path / f"{tier}-{d}") for d in range(6)] for tier in range(tiers)]
     held = [[0] * 6 for _ in range(tiers)]
     paths = set()
     for server_round, values in enumerate(walk(25), start=1):
         downlink.begin(server_round, values)
         for tier in range(tiers):
-            newcomer = NodeState(tmp_path / f"new-{tier}-{server_round}")
+            newcomer = StateStore(tmp_path / f"new-{tier}-{server_round}")
             seen = {receive(plan, request(downlink.to(tier, 0)), newcomer)[0].tobytes()}
             for device in range(6):
                 if random.random() < 0.5 and device:  # device 0 is there each time
                     continue
                 sent = downlink.to(tier, held[tier][device])
                 if random.random() < 0.3:  # another process of the same device
-                    devices[tier][device] = NodeState(tmp_path / f"{tier}-{device}")
+                    devices[tier][device] = StateStore(tmp_path / f"{tier}-{device}")
                 [start] = receive(plan, request(sent), devices[tier][device])
                 seen.add(start.tobytes())
                 held[tier][device] = server_round
@@ -111,7 +111,7 @@ def test_the_reference_never_drifts_from_the_values(codec: str, tmp_path: FilePa
     Top-k of a tenth sends of a steady change so little that it takes longer.
     """
     plan, downlink = server(codec_of(downlink=codec))
-    state = NodeState(tmp_path)
+    state = StateStore(tmp_path)
     random = np.random.default_rng(0)
     values, errors = np.zeros(NUM_VALUES, dtype=np.float32), []
     for server_round in range(1, 101):
@@ -128,7 +128,7 @@ def test_the_reference_never_drifts_from_the_values(codec: str, tmp_path: FilePa
 
 def test_the_reference_is_a_plain_sum_of_decoded_changes(tmp_path: FilePath) -> None:
     plan, downlink = server()
-    state, expected = NodeState(tmp_path), np.zeros(NUM_VALUES, dtype=np.float32)
+    state, expected = StateStore(tmp_path), np.zeros(NUM_VALUES, dtype=np.float32)
     coding = plan.downlink([(0, 320), (320, 360), (360, 420)], [(360, 420)])
     for server_round, values in enumerate(walk(8), start=1):
         from fedpet.utils.seeds import derive_seed
@@ -188,15 +188,15 @@ def three_rounds() -> tuple[Plan, Changes]:
 
 def test_a_node_without_the_reference_says_so(tmp_path: FilePath) -> None:
     plan, downlink = three_rounds()
-    with pytest.raises(PlanError, match=REFERENCE_MISSING):
-        receive(plan, request(downlink.to(0, 2)), NodeState(tmp_path))
+    with pytest.raises(PlanError, match="reference that the changes"):
+        receive(plan, request(downlink.to(0, 2)), StateStore(tmp_path))
 
 
 def test_a_damaged_reference_is_no_reference(tmp_path: FilePath) -> None:
     plan, downlink = server()
     values = walk(2)
     downlink.begin(1, values[0] + 1)
-    receive(plan, request(downlink.to(0, 0)), NodeState(tmp_path))
+    receive(plan, request(downlink.to(0, 0)), StateStore(tmp_path))
     downlink.begin(2, values[1])
     file = tmp_path / "reference-0"
     whole = file.read_bytes()
@@ -207,14 +207,14 @@ def test_a_damaged_reference_is_no_reference(tmp_path: FilePath) -> None:
         if bytes(wrong[5:8]) != b"\0\0\0":
             continue  # reserved bytes are covered by the checksum too
         file.write_bytes(wrong)
-        with pytest.raises(PlanError, match=REFERENCE_MISSING):
-            receive(plan, request(downlink.to(0, 1)), NodeState(tmp_path))
+        with pytest.raises(PlanError, match="reference that the changes"):
+            receive(plan, request(downlink.to(0, 1)), StateStore(tmp_path))
     for wrong in (b"", whole[:-1], whole + b"\0"):
         file.write_bytes(wrong)
-        with pytest.raises(PlanError, match=REFERENCE_MISSING):
-            receive(plan, request(downlink.to(0, 1)), NodeState(tmp_path))
+        with pytest.raises(PlanError, match="reference that the changes"):
+            receive(plan, request(downlink.to(0, 1)), StateStore(tmp_path))
     file.write_bytes(whole)
-    assert receive(plan, request(downlink.to(0, 1)), NodeState(tmp_path))
+    assert receive(plan, request(downlink.to(0, 1)), StateStore(tmp_path))
 
 
 def test_a_reference_that_does_not_check_is_not_trained_from(tmp_path: FilePath) -> None:
@@ -222,12 +222,12 @@ def test_a_reference_that_does_not_check_is_not_trained_from(tmp_path: FilePath)
     sent = downlink.to(0, 0)
     assert sent.path is not None
     wrong = Sent(sent.frames, Path(sent.path.changes, sent.path.checksum ^ 1))
-    with pytest.raises(PlanError, match=REFERENCE_MISSING):
-        receive(plan, request(wrong), NodeState(tmp_path))
+    with pytest.raises(PlanError, match="reference that the changes"):
+        receive(plan, request(wrong), StateStore(tmp_path))
     line = downlink._lines[0]
     whole = Sent(line._packed_whole(), Path(0, sent.path.checksum ^ 1))
     with pytest.raises(FrameError, match="checksum"):
-        receive(plan, request(whole), NodeState(tmp_path))
+        receive(plan, request(whole), StateStore(tmp_path))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -264,10 +264,10 @@ def test_values_are_refused_where_the_plan_says_changes_and_the_reverse(
     plan, downlink = three_rounds()
     [frame] = unpack_frames(downlink.to(0, 2).frames, max_frames=1, max_payload_bytes=1 << 20)
     with pytest.raises(FrameError, match="'delta'"):
-        receive(plan, Request((1,), pack_frame(frame)), NodeState(tmp_path))
+        receive(plan, Request((1,), pack_frame(frame)), StateStore(tmp_path))
     values = make_plan(codec_of(downlink="eden-4", downlink_mode="full"))
     with pytest.raises(FrameError, match="'full'"):
-        receive(values, request(downlink.to(0, 2)), NodeState(tmp_path))
+        receive(values, request(downlink.to(0, 2)), StateStore(tmp_path))
 
 
 # -- what lies on the disk -------------------------------------------------------------------
@@ -275,21 +275,21 @@ def test_values_are_refused_where_the_plan_says_changes_and_the_reverse(
 
 def test_a_residual_is_found_by_client_round_and_run_alone(tmp_path: FilePath) -> None:
     folder = state_folder(tmp_path, b"\2" * 16, 5)
-    first, again = NodeState(folder), NodeState(folder)
+    first, again = StateStore(folder), StateStore(folder)
     residual = np.arange(6, dtype=np.float32)
     first.keep_residual(9, 1, residual, accepted=0)
     assert (again.residual(9, 1, 6) == residual).all()
     assert again.residual(9, 2, 6) is None
     assert again.residual(8, 1, 6) is None
     assert again.residual(9, 1, 5) is None
-    assert NodeState(state_folder(tmp_path, b"\2" * 16, 6)).residual(9, 1, 6) is None
-    assert NodeState(state_folder(tmp_path, b"\3" * 16, 5)).residual(9, 1, 6) is None
+    assert StateStore(state_folder(tmp_path, b"\2" * 16, 6)).residual(9, 1, 6) is None
+    assert StateStore(state_folder(tmp_path, b"\3" * 16, 5)).residual(9, 1, 6) is None
 
 
 def test_the_residual_of_the_last_accepted_round_outlives_every_refused_one(
     tmp_path: FilePath,
 ) -> None:
-    state = NodeState(tmp_path / "a" / "b" / "c")
+    state = StateStore(tmp_path / "a" / "b" / "c")
     accepted = 0
     random = np.random.default_rng(0)
     for server_round in range(1, 60):
@@ -307,9 +307,9 @@ def test_the_residual_of_the_last_accepted_round_outlives_every_refused_one(
 def test_what_a_run_left_is_removed_a_week_after_its_last_message(tmp_path: FilePath) -> None:
     import os
 
-    old = NodeState(state_folder(tmp_path, b"\1" * 16, 1)).folder
+    old = StateStore(state_folder(tmp_path, b"\1" * 16, 1)).folder
     os.utime(old, (1e9, 1e9))
-    recent = NodeState(state_folder(tmp_path, b"\1" * 16, 2)).folder
-    NodeState(state_folder(tmp_path, b"\2" * 16, 3))
+    recent = StateStore(state_folder(tmp_path, b"\1" * 16, 2)).folder
+    StateStore(state_folder(tmp_path, b"\2" * 16, 3))
     assert not old.exists()
     assert recent.exists()

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import struct
+from collections.abc import Sequence
 
+import msgspec
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -35,50 +36,57 @@ def test_a_roster_that_is_cut_short_or_goes_on_is_refused(
     cut = data.draw(st.integers(0, len(packed) - 1))
     with pytest.raises(ReplyError):
         decode_registration(packed[:cut])
-    with pytest.raises(FrameError, match="ends after its clients"):
+    with pytest.raises(FrameError, match=r"does not read.*trailing"):
         decode_registration(packed + b"\0")
 
 
 @given(st.binary(max_size=300))
 def test_any_other_bytes_are_refused_and_never_raise_anything_else(payload: bytes) -> None:
-    for one in (payload, b"FPRS\1\0\0\0" + payload):
+    for one in (payload, b"\x92\xa5FPRS2" + payload, b"FP" + payload):
         with contextlib.suppress(ReplyError):
             decode_registration(one)
 
 
-def test_a_count_that_the_bytes_cannot_hold_allocates_nothing() -> None:
-    with pytest.raises(FrameError, match="1 to 100000 clients, got 4294967295"):
-        decode_registration(struct.pack("<4sB3xI", b"FPRS", 1, 2**32 - 1))
-
-
-def entry(name: bytes, rows: int = 1) -> bytes:
-    return struct.pack("<IH", rows, len(name)) + name
+def forged(entries: Sequence[tuple[object, object]], tag: str = "FPRS2") -> bytes:
+    return msgspec.msgpack.encode([tag, entries])
 
 
 @pytest.mark.parametrize(
     ("entries", "words"),
     [
-        ([entry(b"a"), entry(b"a")], "each client once, got 'a' twice"),
-        ([entry(b"a", 0)], "'a' has at least 1 row"),
-        ([entry(b"")], "not blank"),
-        ([entry(b" ")], "not blank"),
-        ([entry(b"x" * 257)], "1 to 256 bytes"),
-        ([entry(b"\xff\xfe")], "UTF-8"),
-        ([entry(b"a\x1b[2Jb")], "no control characters"),
-        ([entry("a\u202eb".encode())], "no control characters"),
-        ([], "1 to 100000 clients, got 0"),
+        ([("a", 1), ("a", 1)], "each client once, got 'a' twice"),
+        ([("a", 0)], ">= 1"),
+        ([("a", 2**32)], "<= 4294967295"),
+        ([("a", True)], "Expected `int`, got `bool`"),
+        ([(b"a", 1)], "Expected `str`, got `bytes`"),
+        ([("a", 1, 1)], "length 2"),
+        ([("", 1)], "length >= 1"),
+        ([(" ", 1)], "not blank"),
+        ([("x" * 257, 1)], "length <= 256"),
+        ([("ü" * 129, 1)], "1 to 256 bytes"),
+        ([("a\x1b[2Jb", 1)], "no control characters"),
+        ([("a\u202eb", 1)], "no control characters"),
+        ([], "length >= 1"),
+        ([("a", 1)] * 100_001, "length <= 100000"),
     ],
 )
 def test_a_roster_no_log_or_population_could_take_is_refused(
-    entries: list[bytes], words: str
+    entries: list[tuple[object, object]], words: str
 ) -> None:
     with pytest.raises(FrameError, match=words):
-        decode_registration(struct.pack("<4sB3xI", b"FPRS", 1, len(entries)) + b"".join(entries))
+        decode_registration(forged(entries))
+
+
+def test_a_name_that_is_no_utf_8_is_refused_when_read_and_when_written() -> None:
+    with pytest.raises(FrameError, match="does not read"):
+        decode_registration(b"\x92\xa5FPRS2\x91\x92\xa2\xff\xfe\x01")
+    with pytest.raises(FrameError, match="UTF-8"):
+        encode_registration({"a\ud800": 1})
 
 
 def test_a_roster_of_another_version_says_what_to_do() -> None:
-    with pytest.raises(FrameError, match="run the same fedpet"):
-        decode_registration(struct.pack("<4sB3xI", b"FPRS", 9, 1) + entry(b"a"))
+    with pytest.raises(FrameError, match=r"Run the same fedpet"):
+        decode_registration(forged([("a", 1)], tag="FPRS9"))
 
 
 def test_a_node_s_reason_for_having_no_roster_is_handed_on() -> None:
@@ -88,5 +96,5 @@ def test_a_node_s_reason_for_having_no_roster_is_handed_on() -> None:
 
 def test_values_in_the_roster_s_place_are_refused() -> None:
     frame = Frame(bytes(16), 1, 5, "float32", 0, 1, 0.0, 0.0, b"")
-    with pytest.raises(ReplyError, match="neither a roster nor a refusal"):
+    with pytest.raises(ReplyError, match="neither a registration nor a refusal"):
         decode_registration(pack_frame(frame))

@@ -45,7 +45,7 @@ def leave_plan(run: Path, checkpoint: Path, *, broadcast: str) -> None:
     from fedpet.backbone.pretrained import load_backbone
     from fedpet.data import Task
     from fedpet.pet.structure import preset
-    from fedpet.protocol.plan_making import make_plan
+    from fedpet.protocol.plan import Plan
 
     experiment = replace(
         Experiment(),
@@ -58,7 +58,7 @@ def leave_plan(run: Path, checkpoint: Path, *, broadcast: str) -> None:
         "lnfit+bitfit", find_target_modules(backbone.model, backbone.head), rank=1, scale=1.0
     )
     task = Task("classification", ("bad", "good"), "accuracy")
-    plan, pet = make_plan(experiment, backbone, structure, task, "0" * 64)
+    plan, pet = Plan.for_training(experiment, backbone, structure, task, "0" * 64)
     (run / "plan.bin").write_bytes(plan.to_bytes())
     (run / "config.toml").write_text(tomli_w.dumps(experiment.to_tables()), encoding="utf-8")
     pet.model.config.save_pretrained(run / "model")

@@ -16,7 +16,7 @@ from in_process_run import run
 from tiny import Silent
 
 from fedpet.client.node import reply
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.protocol.flower_compat import RESTARTS
 from fedpet.protocol.ledger import Ledger, RoundRecord
@@ -41,7 +41,7 @@ class KillsIdleWorkers(Silent):
                 self.killed += 1
 
 
-def killed_once(settings: NodeSettings, folder: Path) -> ClientApp:
+def killed_once(settings: NodeConfig, folder: Path) -> ClientApp:
     """Workers that die once in their second message, when they have trained and not answered."""
     app = ClientApp()
     seen = [0]
@@ -74,7 +74,7 @@ def test_a_run_whose_workers_are_all_killed_ends_with_the_bytes_of_an_undisturbe
     out = new_run_folder(disturbed)
     result = run_on_ray(
         disturbed,
-        killed_once(NodeSettings.of(disturbed), tmp_path),
+        killed_once(NodeConfig.from_experiment(disturbed), tmp_path),
         lambda grid: federate(grid, prepared, out, listener),
     )
     assert listener.killed == 2
@@ -90,7 +90,7 @@ def test_a_cohort_that_kills_its_worker_each_time_is_refused_and_the_next_round_
     monkeypatch.setitem(RESTARTS, "max_task_retries", 1)  # each start of a worker takes seconds
     settled, tries = experiment(strategy_num_rounds=2, strategy_quorum=0.1), 2
     prepared, out = prepare(settled, Silent()), new_run_folder(settled)
-    settings = NodeSettings.of(settled)
+    settings = NodeConfig.from_experiment(settled)
     app = ClientApp()
 
     @app.train()

@@ -14,7 +14,7 @@ from in_process_run import run, threads_as_before
 
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.codec import decode_values
 from fedpet.pet.layout import quantisation_groups
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
@@ -40,7 +40,7 @@ def test_the_order_of_replies_does_not_change_the_result(experiment: Any) -> Non
             return list(super().pull_messages(message_ids))[::-1]
 
     settings = experiment()
-    reverse = Reversed({n: Node(NodeSettings.of(settings)).answer for n in (1, 2, 3)})
+    reverse = Reversed({n: Node(NodeConfig.from_experiment(settings)).answer for n in (1, 2, 3)})
     assert (
         run(settings, reverse)["final_values_sha256"]
         == run(experiment(), nodes=3)["final_values_sha256"]
@@ -132,7 +132,7 @@ def test_with_every_linear_in_scope_and_density_1_the_result_is_flower_s_fedavg(
         mask_density=1.0, structure_preset="none", strategy_num_rounds=1, run_seed=3
     )
     kept: list[Frame] = []
-    node = Node(NodeSettings.of(settings))
+    node = Node(NodeConfig.from_experiment(settings))
 
     def listen(payload: bytes) -> bytes:
         answer = node.answer(payload)
@@ -148,7 +148,7 @@ def test_with_every_linear_in_scope_and_density_1_the_result_is_flower_s_fedavg(
     for frame in kept:  # each client's whole model, as a Flower user would send it
         seed = derive_seed("encode", derive_seed("client", plan.seed, 1, frame.client))
         update = decode_values(frame.payload, frame.codec, groups, seed=seed)
-        pet.load_values(torch.from_numpy(update.copy()), seed=0)
+        pet.set_delta(torch.from_numpy(update.copy()), seed=0)
         content = RecordDict(
             {
                 "arrays": ArrayRecord(pet.merged().state_dict()),
@@ -159,7 +159,7 @@ def test_with_every_linear_in_scope_and_density_1_the_result_is_flower_s_fedavg(
     expected, _ = FedAvg(min_available_nodes=1).aggregate_train(1, replies)
     assert expected is not None
     values = np.load(Path(settings.run.out) / "checkpoint" / "values.npy")
-    pet.load_values(torch.from_numpy(values), seed=0)
+    pet.set_delta(torch.from_numpy(values), seed=0)
     for name, tensor in pet.merged().state_dict().items():
         difference = np.abs(tensor.numpy() - expected[name].numpy()).max()
         assert difference < 1e-6, (name, difference)

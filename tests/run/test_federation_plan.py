@@ -12,7 +12,7 @@ import pytest
 from in_process_run import run, threads_as_before
 
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.protocol.request import read_request
 from fedpet.run.local_grid import LocalGrid
 
@@ -25,7 +25,7 @@ def test_the_plan_travels_once_to_a_node_and_again_when_the_node_has_lost_it(
     settings = experiment(strategy_num_rounds=3, run_workers=1)
     seen: list[int] = []
     plans = Path(settings.run.cache) / "plans"
-    node = [Node(NodeSettings.of(settings))]
+    node = [Node(NodeConfig.from_experiment(settings))]
 
     def forgetful(payload: bytes) -> bytes:
         request = read_request(payload)
@@ -33,7 +33,7 @@ def test_the_plan_travels_once_to_a_node_and_again_when_the_node_has_lost_it(
         if len(seen) == 2:  # the device is wiped between two rounds
             for file in plans.iterdir():
                 file.unlink()
-            node[0] = Node(NodeSettings.of(settings))
+            node[0] = Node(NodeConfig.from_experiment(settings))
         return node[0].answer(payload)
 
     result = run(settings, LocalGrid({1: forgetful}))
@@ -54,7 +54,7 @@ def test_a_plan_that_was_damaged_on_the_device_s_disk_is_sent_again(
         if len(seen) == 2:  # it lost power while the plan was written
             [plan] = (Path(settings.run.cache) / "plans").iterdir()
             plan.write_bytes(damage(plan.read_bytes()))
-        return Node(NodeSettings.of(settings)).answer(payload)
+        return Node(NodeConfig.from_experiment(settings)).answer(payload)
 
     assert run(settings, LocalGrid({1: device}))["refused"] == []
     assert [bool(size) for size in seen] == [True, False, True]

@@ -16,8 +16,9 @@ import torch
 from in_process_run import Handler, run, threads_as_before
 
 from fedpet.backbone.pretrained import load_backbone
-from fedpet.client.node import LoadedPlan, Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.model_cache import LoadedPlan
+from fedpet.client.node import Node
+from fedpet.client.node_config import NodeConfig
 from fedpet.errors import RunError
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.run.local_grid import LocalGrid
@@ -55,7 +56,7 @@ WRONG = {
 def test_a_wrong_frame_is_refused_by_name_and_the_round_goes_on(experiment: Any, word: str) -> None:
     settings = experiment(strategy_num_rounds=1, strategy_clients_per_round=6)
     victim = client_id64("client 2")
-    honest = Node(NodeSettings.of(settings)).answer
+    honest = Node(NodeConfig.from_experiment(settings)).answer
     change: Callable[[Frame], bytes] = WRONG[word]
     result = run(settings, LocalGrid({1: spoil(honest, change, victim)}))
     [refused] = result["refused"]
@@ -63,7 +64,7 @@ def test_a_wrong_frame_is_refused_by_name_and_the_round_goes_on(experiment: Any,
     assert word in refused["reason"]
     if word != "second frame":  # of a duplicate the first is kept; else the others are averaged
         without = experiment(strategy_num_rounds=1, strategy_clients_per_round=6)
-        silent = spoil(Node(NodeSettings.of(without)).answer, lambda f: b"", victim)
+        silent = spoil(Node(NodeConfig.from_experiment(without)).answer, lambda f: b"", victim)
         assert (
             run(without, LocalGrid({1: silent}))["final_values_sha256"]
             == (result["final_values_sha256"])
@@ -93,18 +94,18 @@ def test_a_run_in_which_every_client_gives_nan_fails(
 
 def _poison(monkeypatch: pytest.MonkeyPatch, whom: Callable[[int], bool]) -> None:
     """Make the values of some clients NaN after their training, as a diverged step does."""
-    from fedpet.client import node as client_module
+    from fedpet.client import train_client as module
 
-    honest = client_module._moved
+    honest = module._train_or_search
 
     def diverged(resident: LoadedPlan, client: int, *args: Any) -> TrainResult:
         trained = honest(resident, client, *args)
         if whom(client):
             nan = torch.full((resident.pet.num_values,), math.nan)
-            resident.pet.load_values(nan, seed=0)
+            resident.pet.set_delta(nan, seed=0)
         return trained
 
-    monkeypatch.setattr(client_module, "_moved", diverged)
+    monkeypatch.setattr(module, "_train_or_search", diverged)
 
 
 def test_a_node_that_raises_or_talks_nonsense_does_not_end_the_run(experiment: Any) -> None:
@@ -112,7 +113,7 @@ def test_a_node_that_raises_or_talks_nonsense_does_not_end_the_run(experiment: A
         raise MemoryError("no room")
 
     settings = experiment(strategy_num_rounds=1, strategy_clients_per_round=6, strategy_quorum=0.3)
-    honest = Node(NodeSettings.of(settings)).answer
+    honest = Node(NodeConfig.from_experiment(settings)).answer
     grid = LocalGrid({1: honest, 2: broken, 3: lambda payload: b"\x80\x04nonsense"})
     result = run(settings, grid)
     reasons = {r["who"]: r["reason"] for r in result["refused"]}
@@ -123,7 +124,7 @@ def test_a_node_that_raises_or_talks_nonsense_does_not_end_the_run(experiment: A
 
 def test_a_round_below_its_quorum_leaves_the_values_alone(experiment: Any) -> None:
     settings = experiment(strategy_num_rounds=1, strategy_quorum=0.9)
-    honest = Node(NodeSettings.of(settings)).answer
+    honest = Node(NodeConfig.from_experiment(settings)).answer
 
     def broken(payload: bytes) -> bytes:
         raise MemoryError("no room")
@@ -139,9 +140,9 @@ def test_a_client_with_another_checkpoint_is_refused_with_both_fingerprints(
     other = tiny.make_backbone(tmp_path / "other", seed=1)
     settings = experiment(strategy_num_rounds=1, strategy_clients_per_round=6)
     strange = replace(
-        NodeSettings.of(settings), backbone=replace(settings.backbone, model=str(other))
+        NodeConfig.from_experiment(settings), backbone=replace(settings.backbone, model=str(other))
     )
-    nodes = {1: Node(NodeSettings.of(settings)).answer, 2: Node(strange).answer}
+    nodes = {1: Node(NodeConfig.from_experiment(settings)).answer, 2: Node(strange).answer}
     result = run(settings, LocalGrid(nodes))
     theirs = load_backbone(strange.backbone, num_outputs=2).fingerprint
     assert result["refused"]

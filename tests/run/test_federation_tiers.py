@@ -14,7 +14,7 @@ from in_process_run import run, threads_as_before
 
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.codec import decode_values
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
@@ -64,7 +64,7 @@ def tier_of(experiment: Experiment, client: str) -> int:
 class Listening:
     """A node that keeps what it was asked and what it answered."""
 
-    def __init__(self, settings: NodeSettings) -> None:
+    def __init__(self, settings: NodeConfig) -> None:
         self._node = Node(settings)
         self.asked: list[tuple[list[int], list[int]]] = []  # counts of frames, clients
         self.frames: list[Frame] = []
@@ -89,7 +89,7 @@ def test_the_clients_of_these_tests_are_of_all_three_tiers(experiment: Any) -> N
 def test_each_entry_is_averaged_over_the_clients_that_trained_it(experiment: Any) -> None:
     """Against plain numpy: a dense row of updates and of weights a client, NaN where untrained."""
     settings = experiment(strategy_num_rounds=1)
-    node = Listening(NodeSettings.of(settings))
+    node = Listening(NodeConfig.from_experiment(settings))
     run(settings, LocalGrid({1: node.answer}))
     plan = plan_of_run(settings)
     tiers = tiers_of(plan.build(load_backbone(settings.backbone, num_outputs=2)), plan.mask)
@@ -136,7 +136,7 @@ def test_a_client_of_a_tier_trains_as_in_a_run_of_that_density_alone(experiment:
     updates = []
     for changes in ({}, {"mask_tiers": [], "mask_density": 0.02}):
         settings = experiment(strategy_num_rounds=1, **changes)
-        node = Listening(NodeSettings.of(settings))
+        node = Listening(NodeConfig.from_experiment(settings))
         run(settings, LocalGrid({1: node.answer}))
         updates.append({frame.client: frame.payload for frame in node.frames})
     middle = [c for c in CLIENTS if tier_of(experiment(), c) == 1]
@@ -162,7 +162,7 @@ def test_whom_a_client_shares_a_node_with_does_not_change_the_result(
 
 def test_a_frame_of_another_tier_s_count_is_refused_by_name(experiment: Any) -> None:
     settings = experiment(strategy_num_rounds=1)
-    node = Node(NodeSettings.of(settings))
+    node = Node(NodeConfig.from_experiment(settings))
     weak, strong = (next(c for c in CLIENTS if tier_of(settings, c) == tier) for tier in (0, 2))
 
     def swapped(payload: bytes) -> bytes:
@@ -210,7 +210,7 @@ def test_with_one_client_a_node_the_bytes_are_those_on_the_wire(experiment: Any)
 
 def test_a_node_is_sent_one_frame_a_tier_of_its_cohort_and_no_other(experiment: Any) -> None:
     settings = experiment()
-    nodes = {number: Listening(NodeSettings.of(settings)) for number in (1, 2, 3)}
+    nodes = {number: Listening(NodeConfig.from_experiment(settings)) for number in (1, 2, 3)}
     result = run(settings, LocalGrid({n: node.answer for n, node in nodes.items()}))
     counts = [tier["values"] for tier in result["model"]["tiers"]]
     of = {client_id64(client): tier_of(settings, client) for client in CLIENTS}
@@ -224,7 +224,7 @@ def test_a_node_is_sent_one_frame_a_tier_of_its_cohort_and_no_other(experiment: 
 
 def test_a_node_that_names_its_tier_is_asked_again_once_and_then_rightly(experiment: Any) -> None:
     settings = experiment(strategy_num_rounds=3)
-    weak = Listening(NodeSettings.of(settings, {"max-density": 0.01}))
+    weak = Listening(NodeConfig.from_experiment(settings, {"max-density": 0.01}))
     result = run(settings, LocalGrid({1: weak.answer}))
     counts = [tier["values"] for tier in result["model"]["tiers"]]
     assert {frame.count for frame in weak.frames} == {counts[0]}
@@ -245,8 +245,8 @@ def test_a_node_that_names_its_tier_is_asked_again_once_and_then_rightly(experim
 
 def test_a_node_too_weak_for_every_tier_is_refused_with_what_to_do(experiment: Any) -> None:
     settings = experiment(strategy_num_rounds=1, strategy_quorum=0.3)
-    weak = Node(NodeSettings.of(settings, {"max-density": 0.001})).answer
-    strong = Node(NodeSettings.of(settings)).answer
+    weak = Node(NodeConfig.from_experiment(settings, {"max-density": 0.001})).answer
+    strong = Node(NodeConfig.from_experiment(settings)).answer
     result = run(settings, LocalGrid({1: weak, 2: strong}))
     assert len(result["refused"]) == 3
     for refused in result["refused"]:
@@ -256,7 +256,7 @@ def test_a_node_too_weak_for_every_tier_is_refused_with_what_to_do(experiment: A
 @pytest.mark.parametrize("wrong", [0, 2, "half", True])
 def test_a_strength_that_is_no_density_is_refused(experiment: Any, wrong: object) -> None:
     with pytest.raises(ConfigError, match=r"max-density must be in \(0, 1\]"):
-        NodeSettings.of(experiment(), {"max-density": wrong})
+        NodeConfig.from_experiment(experiment(), {"max-density": wrong})
 
 
 def test_a_rule_that_compares_whole_replies_is_refused_with_tiers(experiment: Any) -> None:

@@ -18,7 +18,7 @@ import tiny
 import torch
 
 from fedpet.backbone.pretrained import load_for_task
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import BackboneConfig
 from fedpet.data import Task
 from fedpet.errors import ConfigError, RunError
@@ -204,7 +204,7 @@ def test_a_run_whose_disk_is_full_at_the_plain_model_says_so_and_is_resumed(
     journal = check_journal(tmp_path / "run", prepared)
     assert journal is not None
     assert journal.server_round == 2
-    grid = LocalGrid.of(NodeSettings.of(experiment), 1)
+    grid = LocalGrid.of(NodeConfig.from_experiment(experiment), 1)
     result = federate(grid, prepared, RunFolder(tmp_path / "run"), tiny.Silent(), journal)
     assert result["final_values_sha256"] == expected["final_values_sha256"]
     whole, resumed = (
@@ -219,7 +219,7 @@ def test_a_merge_on_a_full_disk_says_so_and_leaves_nothing(
     rows = tiny.make_rows(tmp_path / "rows", clients=4)
     experiment = tiny.make_experiment(tokenizer, rows, tmp_path / "run", strategy_num_rounds=1)
     federate(
-        LocalGrid.of(NodeSettings.of(experiment), 1),
+        LocalGrid.of(NodeConfig.from_experiment(experiment), 1),
         prepare(experiment, tiny.Silent()),
         new_run_folder(experiment),
         tiny.Silent(),

@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny import Silent
 
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
 from fedpet.protocol.ledger import Ledger
@@ -46,7 +46,7 @@ def cut_short(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experim
 
     def make(**changes: Any) -> Experiment:
         experiment = tiny.make_experiment(*files, tmp_path / "cut", **changes)
-        grid = StopsInRound2.of(NodeSettings.of(experiment), 1)
+        grid = StopsInRound2.of(NodeConfig.from_experiment(experiment), 1)
         with pytest.raises(KeyboardInterrupt):
             federate(grid, prepare(experiment, Silent()), new_run_folder(experiment), Silent())
         return experiment
@@ -56,7 +56,7 @@ def cut_short(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experim
 
 def resume(run: Path) -> dict[str, Any]:
     prepared = prepare(read_cut_short(run), Silent())
-    grid = LocalGrid.of(NodeSettings.of(prepared.experiment), 1)
+    grid = LocalGrid.of(NodeConfig.from_experiment(prepared.experiment), 1)
     return federate(grid, prepared, RunFolder(run), Silent(), check_journal(run, prepared))
 
 
@@ -105,7 +105,7 @@ def test_a_run_stopped_between_its_last_round_and_its_result_is_finished(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     experiment = tiny.make_experiment(*files, tmp_path / "cut", strategy_num_rounds=1)
-    grid = LocalGrid.of(NodeSettings.of(experiment), 1)
+    grid = LocalGrid.of(NodeConfig.from_experiment(experiment), 1)
     with monkeypatch.context() as patched:
 
         def stop(*args: object) -> None:

@@ -18,7 +18,7 @@ import pytest
 from tiny import Silent
 
 from fedpet.cli import main
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.errors import ConfigError
 from fedpet.export.saved_run import merge_run
 from fedpet.run import central_search, flower_server, ray_engine, resume
@@ -119,7 +119,7 @@ def test_flower_s_server_leaves_a_whole_run_and_no_lock(experiment: Any, capsys:
     class Context:
         run_config = settings.to_run_config()
 
-    flower_server.serve_run(LocalGrid.of(NodeSettings.of(settings), 1), Context())
+    flower_server.serve_run(LocalGrid.of(NodeConfig.from_experiment(settings), 1), Context())
     assert (folder / "result.json").exists()
     assert not (folder / LOCK_FILE).exists()
     assert f"run folder: {folder}" in capsys.readouterr().err.splitlines()

@@ -239,14 +239,14 @@ def test_a_run_whose_outputs_end_not_finite_has_diverged_and_fails(
 def test_a_run_taken_up_after_its_last_round_assesses_its_final_model(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    from fedpet.client.node_config import NodeSettings
+    from fedpet.client.node_config import NodeConfig
     from fedpet.run.checkpoint_file import read_journal
     from fedpet.run.federate import federate, prepare
     from fedpet.run.local_grid import LocalGrid
     from fedpet.run.run_folder import RunFolder, new_run_folder
 
     experiment = make_experiment(*files, tmp_path / "run")
-    grid = LocalGrid.of(NodeSettings.of(experiment), 1)
+    grid = LocalGrid.of(NodeConfig.from_experiment(experiment), 1)
 
     class Stops(Silent):
         def on_stage(self, text: str) -> None:

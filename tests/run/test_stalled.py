@@ -13,7 +13,7 @@ from search_runs import SEARCH
 from tiny import Silent
 
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.errors import RunError, Stalled
 from fedpet.run.federate import federate, prepare
@@ -25,7 +25,7 @@ from fedpet.run.run_state import STALLED_ROUNDS
 
 def broken_in(experiment: Experiment, *rounds: int) -> LocalGrid:
     """One node, whose every client is lost in these rounds, counted by its messages from 1."""
-    node, asked = Node(NodeSettings.of(experiment)), [0]
+    node, asked = Node(NodeConfig.from_experiment(experiment)), [0]
 
     def answer(payload: bytes) -> bytes:
         asked[0] += 1
@@ -38,7 +38,7 @@ def broken_in(experiment: Experiment, *rounds: int) -> LocalGrid:
 
 def go_on(path: Path) -> dict[str, Any]:
     prepared = prepare(read_cut_short(path), Silent(), structure=searched_structure(path))
-    grid = LocalGrid.of(NodeSettings.of(prepared.experiment), 1)
+    grid = LocalGrid.of(NodeConfig.from_experiment(prepared.experiment), 1)
     return federate(grid, prepared, RunFolder(path), Silent(), check_journal(path, prepared))
 
 

@@ -8,8 +8,7 @@ import numpy as np
 import pytest
 from fake_training import CLIENTS, NUM_VALUES, ShuffledGrid, make_strategy
 
-from fedpet.protocol.frame import Frame, Refusal, pack_frame, pack_refusal
-from fedpet.protocol.request import RESIDUAL_MISSING
+from fedpet.protocol.frame import Frame, Refusal, RefusalCode, pack_frame, pack_refusal
 from fedpet.server.aggregation import to_arrays
 from fedpet.utils.seeds import client_id64
 
@@ -21,8 +20,8 @@ def test_seconds_of_a_node_that_is_asked_again_are_added_up(asked_again: tuple[s
     def change(frame: Frame) -> bytes:
         if frame.client in lost:
             lost.remove(frame.client)
-            refusal = (frame.plan_digest, frame.server_round, frame.client, RESIDUAL_MISSING)
-            return pack_refusal(Refusal(*refusal))
+            refusal = (frame.plan_digest, frame.server_round, frame.client, "lost")
+            return pack_refusal(Refusal(*refusal, RefusalCode.RESIDUAL_MISSING))
         return pack_frame(replace(frame, train_seconds=1.0))
 
     strategy = make_strategy("fedavg")

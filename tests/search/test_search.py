@@ -27,7 +27,7 @@ from fedpet.search import (
     deviations,
     expected_size,
     faithful,
-    search_structure,
+    run_search,
     solve_zeta,
     split_rows,
 )
@@ -71,7 +71,7 @@ def run(
     folder: Path, data: FederatedData, config: SearchConfig = CONFIG, **options: object
 ) -> SearchResult:
     indices = np.arange(len(data.train))
-    return search_structure(load(folder), data.train, indices, data.task, config, **options)  # type: ignore[arg-type]
+    return run_search(load(folder), data.train, indices, data.task, config, **options)  # type: ignore[arg-type]
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +105,7 @@ def test_a_search_moves_every_alpha_and_the_backbone_is_the_checkpoint_after_it(
 ) -> None:
     backbone, plain = load(folder), load(folder)
     seen: list[SearchProgress] = []
-    result = search_structure(
+    result = run_search(
         backbone, data.train, np.arange(len(data.train)), data.task,
         replace(CONFIG, epochs=1, checkpoint="last"), progress=seen.append,
     )  # fmt: skip
@@ -278,10 +278,8 @@ def test_adjusted_logits_move_a_search_and_are_told(folder: Path, data: Federate
     """With rows of one class in three: labels of equal shares would give the same twice."""
     labels = np.asarray(data.train.labels)
     rows = np.concatenate([np.flatnonzero(labels == 0)[:10], np.flatnonzero(labels == 1)[:30]])
-    plain = search_structure(load(folder), data.train, rows, data.task, CONFIG)
-    adjusted = search_structure(
-        load(folder), data.train, rows, data.task, CONFIG, logit_adjustment=1.0
-    )
+    plain = run_search(load(folder), data.train, rows, data.task, CONFIG)
+    adjusted = run_search(load(folder), data.train, rows, data.task, CONFIG, logit_adjustment=1.0)
     assert adjusted.alpha != plain.alpha
     told = "logits adjusted by 1 for label shares"
     assert told in adjusted.structure.provenance["deviations"]

@@ -13,7 +13,7 @@ from fedpet.backbone.pretrained import load_backbone
 from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import RunError
-from fedpet.search import SearchResult, central, search_structure
+from fedpet.search import SearchResult, central, run_search
 
 CONFIG = SearchConfig(
     budget=700,
@@ -40,7 +40,7 @@ def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FederatedDat
 
 def run(folder: Path, data: FederatedData) -> SearchResult:
     backbone = load_backbone(BackboneConfig(model=str(folder)), num_outputs=2)
-    return search_structure(backbone, data.train, np.arange(len(data.train)), data.task, CONFIG)
+    return run_search(backbone, data.train, np.arange(len(data.train)), data.task, CONFIG)
 
 
 @pytest.mark.parametrize(

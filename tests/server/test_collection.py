@@ -11,7 +11,7 @@ import pytest
 from search_runs import SEARCH
 from tiny import Silent
 
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
@@ -26,7 +26,7 @@ def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     Nodes are in this process, and freeze by themselves: theirs is left out.
     """
     nodes = SimpleNamespace(freeze=lambda: None, unfreeze=lambda: None)
-    monkeypatch.setattr("fedpet.client.node.gc", nodes)
+    monkeypatch.setattr("fedpet.client.model_cache.gc", nodes)
     gc.unfreeze()
     yield
     gc.freeze()
@@ -60,7 +60,7 @@ def test_a_collection_in_the_rounds_leaves_out_what_was_loaded_before(
     settled, watch = experiment(**changes), Watch()
     prepared, out = prepare(settled, Silent()), new_run_folder(settled)
     loaded = len(gc.get_objects())
-    federate(LocalGrid.of(NodeSettings.of(settled), 1), prepared, out, watch)
+    federate(LocalGrid.of(NodeConfig.from_experiment(settled), 1), prepared, out, watch)
     assert max(watch.to_look_at) < loaded / 4
     assert not gc.get_freeze_count()
 

@@ -25,9 +25,9 @@ from fedpet.config import Experiment, StrategyConfig, TrainingConfig
 from fedpet.config.ranges import FromZero
 from fedpet.config.strategy_registry import default_parameters, registered_rules
 from fedpet.errors import ConfigError
+from fedpet.export.saved_run import SavedRun
 from fedpet.pet.tiers import Tier
 from fedpet.protocol.ledger import Ledger
-from fedpet.run.merge import load_trained
 from fedpet.server.aggregation import from_arrays, to_arrays
 from fedpet.server.client_pool import ClientPool
 from fedpet.server.rounds import SparseStrategy
@@ -346,7 +346,7 @@ def test_a_wrapped_class_runs_in_a_whole_run_and_stands_in_its_folder(experiment
     assert summary["final_values_sha256"] == run_in_process(plain)["final_values_sha256"]
     text = (Path(wrapped.run.out) / "config.toml").read_text(encoding="utf-8")
     assert 'name = "recording"' in text
-    pet = load_trained(Path(wrapped.run.out))  # where the class is not at hand
+    pet = SavedRun(Path(wrapped.run.out)).load()  # where the class is not at hand
     assert pet.num_values == summary["model"]["communicated_values"]
     with pytest.raises(ConfigError, match=r"strategy\.name must be one of fedavg, .*'recording'"):
         Experiment.from_file(Path(wrapped.run.out) / "config.toml")

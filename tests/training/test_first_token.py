@@ -38,7 +38,7 @@ def _pet(name: str, structure: str = "lora+lnfit+bitfit", density: float = 0.1) 
 def _moved(pet: PetModel) -> PetModel:
     """Off zero, where what is not trained yet does nothing."""
     generator = torch.Generator().manual_seed(1)
-    pet.load_values(0.05 * torch.randn(pet.num_values, generator=generator), seed=0)
+    pet.set_delta(0.05 * torch.randn(pet.num_values, generator=generator), seed=0)
     return pet
 
 
@@ -225,12 +225,12 @@ def test_local_training_is_the_same_up_to_rounding() -> None:
             seed=1, after_step=pet.after_step,
         )  # fmt: skip
         handle.remove()
-        values.append(pet.values())
+        values.append(pet.get_delta())
         losses.append(trained.loss)
         widths.append(max(seen[-6:]))  # of the six steps
-        pet.restore()
+        pet.unload()
     assert widths[1] == 1 < widths[0]
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-    moved = (values[0] - _pet("bert").values()).norm()
+    moved = (values[0] - _pet("bert").get_delta()).norm()
     assert moved > 0.01
     assert (values[1] - values[0]).norm() < 1e-3 * moved

@@ -16,7 +16,7 @@ import torch
 from tiny import Silent
 
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import DataConfig, Experiment
 from fedpet.data import Task
 from fedpet.errors import ConfigError, RunError
@@ -43,7 +43,7 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
 
 def run(files: tuple[Path, Path], out: Path, **changes: Any) -> dict[str, Any]:
     settings: Experiment = tiny.make_experiment(*files, out, strategy_num_rounds=1, **changes)
-    grid = LocalGrid({1: Node(NodeSettings.of(settings)).answer})
+    grid = LocalGrid({1: Node(NodeConfig.from_experiment(settings)).answer})
     return dict(federate(grid, prepare(settings, Silent()), new_run_folder(settings), Silent()))
 
 

@@ -43,7 +43,7 @@ def test_the_gradient_is_that_of_the_squared_distance_of_the_values(
     pet = make(folder, structure)
     generator = torch.Generator().manual_seed(1)
     start = 0.1 * torch.randn(pet.num_values, generator=generator)
-    pet.load_values(start, seed=5)
+    pet.set_delta(start, seed=5)
     before = sent(pet)
     add = proximal_gradient(0.7, *pet.sent_values())
     groups = list(pet.parameter_groups().values())
@@ -75,7 +75,7 @@ def sent(pet: PetModel) -> torch.Tensor:
 
 def test_the_gradient_vanishes_at_the_global_values(folder: Path) -> None:
     pet = make(folder, "hiwi-bias")
-    pet.load_values(torch.ones(pet.num_values), seed=5)
+    pet.set_delta(torch.ones(pet.num_values), seed=5)
     add = proximal_gradient(3.0, *pet.sent_values())
     add()
     gradients = [group.grad for group in pet.parameter_groups().values()]
@@ -84,7 +84,7 @@ def test_the_gradient_vanishes_at_the_global_values(folder: Path) -> None:
 
 def test_a_strong_term_keeps_a_client_near_the_global_values(tmp_path: Path) -> None:
     from fedpet.client.node import Node
-    from fedpet.client.node_config import NodeSettings
+    from fedpet.client.node_config import NodeConfig
     from fedpet.run.federate import federate, prepare
     from fedpet.run.local_grid import LocalGrid
     from fedpet.run.run_folder import new_run_folder
@@ -104,7 +104,7 @@ def test_a_strong_term_keeps_a_client_near_the_global_values(tmp_path: Path) -> 
             training_clip_norm=0.0,
             structure_preset="lnfit",
         )
-        grid = LocalGrid({1: Node(NodeSettings.of(settings)).answer})
+        grid = LocalGrid({1: Node(NodeConfig.from_experiment(settings)).answer})
         federate(grid, prepare(settings, Silent()), new_run_folder(settings), Silent())
         values = np.load(Path(settings.run.out) / "checkpoint" / "values.npy")
         moved[mu] = float(np.linalg.norm(values))

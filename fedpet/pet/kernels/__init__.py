@@ -1,1 +1,1 @@
-"""Products of a step that forms no dense weight gradient: index, recomputation, matmul."""
+"""Multiply in a step that forms no dense weight gradient: index, recomputation, matmul."""

@@ -1,19 +1,21 @@
-"""What a masked layer keeps of its input, so that keeping costs next to nothing.
+"""Recompute the input of a masked layer, so that it need not be stored for the backward pass.
 
 In:  the input of a dense layer, in the forward pass.
 Out: the same numbers in the backward pass, as rows or as columns, for the sampled product.
 
-A layer whose weight is frozen keeps nothing; a masked one needs its input again. Most inputs are
-the output of a norm or of an activation, whose own input autograd keeps anyway: such an output is
-marked with how to make it again, and only that is kept. Making it again is elementwise work, a
-percent or two of a step, and the memory of training stays that of frozen weights.
+A layer with a frozen weight stores no input; a masked one needs its input again. Most inputs are
+the output of a norm or an activation, whose own input autograd stores anyway: such an output
+carries the function that makes it, and that alone is stored. To run it again is elementwise work,
+a percent or two of a step, and training takes the memory of frozen weights.
 
-Layers that read one input (query, key, value) share one `Kept`: it is made, and transposed, once.
+Layers that read one input (query, key, value) share one `SavedInput`, which is made, and
+transposed, once.
 
-The sampled product wants both factors as columns, each (features, tokens) and contiguous.
-Transposing the wide inner activations of a feed-forward part would cost more than the product, so
-there the layers write their output in columns to begin with (see `dense`), and the activation in
-between is applied to the columns.
+The sampled product wants both factors as contiguous columns, (features, tokens). To transpose the
+wide inner activations of a feed-forward part would cost more than the product, so there the layers
+write their output in columns (see `dense`), and the activation in between takes columns.
+
+Source: ours.
 """
 
 from __future__ import annotations
@@ -26,11 +28,11 @@ from torch import Tensor, nn
 
 __all__ = [
     "COLLIDING",
-    "Kept",
+    "SavedInput",
     "activation_forward",
     "in_columns",
-    "keep",
     "norm_forward",
+    "save_input",
     "to_columns",
 ]
 
@@ -41,11 +43,11 @@ STRIPE = 64  # tokens
 _Make = Callable[[Tensor], Tensor]
 
 
-class Kept:
+class SavedInput:
     """An input of dense layers: itself, or how to make it again.
 
     The tensor it starts from, `source`, lies with autograd (`save_for_backward`), which watches
-    it for changes and frees it; what is made from it is held here until its last reader is done.
+    it for changes and frees it; what is made from it stays here until its last reader is done.
     """
 
     def __init__(self, make: _Make | None) -> None:
@@ -54,7 +56,7 @@ class Kept:
         self._columns: Tensor | None = None
 
     def rows(self, source: Tensor, dtype: torch.dtype, live: Tensor | None = None) -> Tensor:
-        """(tokens, in), of any strides; of the tokens `live` alone where they are given."""
+        """Make (tokens, in), of any strides; of the tokens `live` alone where they are given."""
         if live is not None:
             source = source.reshape(-1, source.shape[-1])[live]
         x = source if self._make is None else self._make(source)
@@ -62,7 +64,7 @@ class Kept:
         return x if x.dtype == dtype else x.to(dtype)
 
     def columns(self, source: Tensor, dtype: torch.dtype) -> Tensor:
-        """(in, tokens), contiguous."""
+        """Make (in, tokens), contiguous."""
         if self._columns is not None:
             return self._columns
         columns = to_columns(self.rows(source, dtype))
@@ -71,30 +73,30 @@ class Kept:
         return columns
 
     def release(self) -> None:
-        """One reader is done; after the last, nothing is held."""
+        """Note that one reader is done; after the last, free what was made."""
         self.readers -= 1
         if self.readers <= 0:
             self._columns = None
 
 
-def keep(x: Tensor) -> tuple[Kept, Tensor]:
-    """What to keep of `x` for one more layer that reads it, and the tensor to save for that."""
+def save_input(x: Tensor) -> tuple[SavedInput, Tensor]:
+    """Return the record of `x` for one more layer that reads it, and the tensor to save."""
     version = x._version
-    known: tuple[Kept, Tensor, int] | None = getattr(x, "_fedpet_kept", None)
+    known: tuple[SavedInput, Tensor, int] | None = getattr(x, "_fedpet_saved", None)
     if known is None or known[2] != version:
         remake: tuple[_Make, Tensor, int] | None = getattr(x, "_fedpet_remake", None)
         if remake is not None and remake[2] == version:
-            known = (Kept(remake[0]), remake[1].detach(), version)
+            known = (SavedInput(remake[0]), remake[1].detach(), version)
         else:
-            known = (Kept(None), x.detach(), version)
-        x._fedpet_kept = known  # type: ignore[attr-defined]
-    kept, source, _ = known
-    kept.readers += 1
-    return kept, source
+            known = (SavedInput(None), x.detach(), version)
+        x._fedpet_saved = known  # type: ignore[attr-defined]
+    saved, source, _ = known
+    saved.readers += 1
+    return saved, source
 
 
 def norm_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The forward of a norm that marks its output with how to make it again."""
+    """Return the forward of a norm that marks its output with a way to make it again."""
 
     def forward(x: Tensor) -> Any:
         y = plain(x)
@@ -106,7 +108,7 @@ def norm_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def activation_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
-    """The same of an activation, which is also applied to columns as they lie."""
+    """Return the same of an activation, which also takes columns as they lie."""
 
     def apply(x: Tensor) -> Any:
         if in_columns(x):
@@ -117,12 +119,12 @@ def activation_forward(plain: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def in_columns(x: Tensor) -> bool:
-    """Whether (..., features) lies in memory as (features, tokens)."""
+    """Tell whether (..., features) lies in memory as (features, tokens)."""
     return x.dim() > 1 and x.stride(-2) == 1 and x.stride(-1) == x.numel() // x.shape[-1] > 1
 
 
 def to_columns(rows: Tensor) -> Tensor:
-    """(features, tokens), contiguous, of (tokens, features).
+    """Transpose (tokens, features) to contiguous (features, tokens).
 
     torch copies a transposed matrix number by number. As an image of one pixel, whose channels lie
     one behind the other, its channels are shuffled by the same permutation in blocks of registers:
@@ -142,7 +144,7 @@ def to_columns(rows: Tensor) -> Tensor:
 
 
 def _shuffled(rows: Tensor, pixels: int) -> Tensor:
-    """Each of so many runs of rows transposed, one behind the other: flat."""
+    """Transpose each of so many runs of rows, and lay them one behind the other: flat."""
     size = rows.numel() // pixels
     image = rows.as_strided((1, size, 1, pixels), (rows.numel(), 1, rows.numel(), size))
     shuffled = nn.functional.channel_shuffle(image, len(rows) // pixels)

@@ -1,4 +1,4 @@
-"""The matrix product of dense layers: torch's own, or that of oneDNN.
+"""Multiply the matrices of dense layers, by torch's own product or that of oneDNN.
 
 In:  two matrices of rows, and a bias.
 Out: the rows of one times the rows of the other.
@@ -25,7 +25,7 @@ Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
 def torch_matmul(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """left right^T + bias.
+    """Compute left right^T + bias.
 
     Args:
         left: (m, k), of any strides, as `right`.
@@ -38,10 +38,10 @@ def torch_matmul(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def onednn_matmul(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
-    """The same by oneDNN, where it can: float32 on a CPU, in a torch that carries it.
+    """Compute the same by oneDNN, where it can: float32 on a CPU, in a torch that carries it.
 
-    torch hands `right` to it as it lies, and copies a transposed `left` number by number first. So
-    either that is transposed faster, or the sides are exchanged and the result is: what is smaller.
+    torch hands `right` to it as it lies, and copies a transposed `left` number by number first. We
+    transpose whichever is smaller: `left`, or (computing right left^T) the result.
     """
     if not _can(left, right):
         return torch_matmul(left, right, bias)

@@ -1,4 +1,4 @@
-"""Which entries of one weight are trained, in the order in which the weight holds them.
+"""Index the trained entries of one weight, in the order in which the weight holds them.
 
 In:  a weight, and the flat positions that may move, in the order of their rank.
 Out: the same in ascending order: ranks, positions, pretrained numbers, and the rows and columns of
@@ -38,7 +38,7 @@ class SparseIndex:
 
     @classmethod
     def of(cls, weight: Tensor, positions: Tensor) -> SparseIndex:
-        """Entries of `weight` at `positions`, int64, (k,), flat, in the order of rank."""
+        """Index entries of `weight` at `positions`, int64, (k,), flat, in the order of rank."""
         rank = torch.argsort(positions)
         flat = positions[rank]
         rows, columns = weight.shape
@@ -55,17 +55,17 @@ class SparseIndex:
         )
 
     def prefix(self, count: int, weight: Tensor) -> SparseIndex:
-        """The `count` entries of the lowest rank. Reads nothing of the weight but its shape."""
-        kept = self.rank < self.first + count
-        before = torch.cat([self.crow[:1], kept.cumsum(0, dtype=torch.int32)])  # (k + 1,)
+        """Take the `count` entries of the lowest rank. Of the weight it reads the shape alone."""
+        inside = self.rank < self.first + count
+        before = torch.cat([self.crow[:1], inside.cumsum(0, dtype=torch.int32)])  # (k + 1,)
         crow = before[self.crow.long()]
         return SparseIndex(
-            self.rank[kept] - self.first,
+            self.rank[inside] - self.first,
             0,
-            self.flat[kept],
-            self.start[kept],
+            self.flat[inside],
+            self.start[inside],
             crow,
-            self.columns[kept],
+            self.columns[inside],
             _blocks(crow, weight),
         )
 

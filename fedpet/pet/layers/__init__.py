@@ -1,1 +1,1 @@
-"""Adapted layers: their forward and backward passes, and how they are put in place."""
+"""Compute adapted layers, forward and backward, and put them in the place of plain ones."""

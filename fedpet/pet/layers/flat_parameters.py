@@ -1,10 +1,10 @@
-"""All trainables in one tensor, all their gradients in another.
+"""Lay all trainables in one tensor, and all their gradients in another.
 
 In:  a model and the PET modules on it.
 Out: each module's trainables as views; for the optimiser, one parameter a kind of module; a hook
      that writes pretrained + change into the model before a forward pass, where a step moved it.
 
-A change of a tensor's own shape (a bias, a gain, a head) is *held*: the model's parameter is
+A change of a tensor's own shape (a bias, a gain, a head) is a *leaf*: the model's parameter is
 pretrained + change, a view of a third tensor that mirrors the end of the first, and the autograd
 leaf, whose gradient lies where the optimiser looks for the trainable's.
 """
@@ -32,7 +32,7 @@ _GRAD: Any = torch.Tensor.grad  # the attribute itself, below the property of `_
 
 @dataclass
 class _Reads:
-    """Whether a gradient was read since the model was written."""
+    """Remember that a gradient was read since the model was written."""
 
     seen: bool = False
 
@@ -64,7 +64,7 @@ class _Pinned:
             own.copy_(value.detach())
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        """A copy is a plain parameter: nothing is written into it."""
+        """Copy as a plain parameter: nothing is written into it."""
         own = cast(nn.Parameter, self)
         copied = nn.Parameter(own.data.clone(), own.requires_grad)
         memo[id(self)] = copied
@@ -73,7 +73,7 @@ class _Pinned:
 
 @functools.cache
 def _pinned(plain: type[nn.Parameter]) -> type[nn.Parameter]:
-    """The class of pinned parameters that are otherwise like `plain`, a kind of tensor."""
+    """Make the class of pinned parameters that are otherwise like `plain`, a kind of tensor."""
     own = {"_plain": plain, "__torch_function__": torch._C._disabled_torch_function_impl}
     metaclass: Any = type(plain)
     made: type[nn.Parameter] = metaclass(f"Pinned{plain.__name__}", (_Pinned, plain), own)
@@ -101,7 +101,7 @@ class FlatParameters:
     """The trainables of PET modules, bound to them.
 
     Attributes:
-        flat: All trainables, (n,): a stretch for each kind, those of held kinds at the end.
+        flat: All trainables, (n,): a stretch for each kind, those of leaf kinds at the end.
         gradient: Theirs, (n,).
         groups: By kind, in the modules' order: its stretch as a parameter, its gradient in place.
     """
@@ -123,22 +123,22 @@ class FlatParameters:
         self._masks = [module for module in modules if isinstance(module, MaskedWeights)]
         like = next(model.parameters())
         kinds = list(dict.fromkeys(module.kind for module in modules))
-        held = {module.kind: module.held for module in modules}
-        sizes = dict.fromkeys(sorted(kinds, key=lambda kind: held[kind]), 0)
+        as_leaf = {module.kind: module.as_leaf for module in modules}
+        sizes = dict.fromkeys(sorted(kinds, key=lambda kind: as_leaf[kind]), 0)
         for module in modules:
             sizes[module.kind] += sum(math.prod(shape) for shape in module.shapes)
         self.flat = torch.zeros(sum(sizes.values()), dtype=like.dtype, device=like.device)
         self.gradient = torch.zeros_like(self.flat)
         self._first = dict(zip(sizes, itertools.accumulate([0, *sizes.values()]), strict=False))
-        self._held_from = min(
-            (first for kind, first in self._first.items() if held[kind]), default=len(self.flat)
+        self._leaves_from = min(
+            (first for kind, first in self._first.items() if as_leaf[kind]), default=len(self.flat)
         )
         self._reads = _Reads()
         self._version = 0
         self.groups: dict[str, nn.Parameter] = dict(groups or {})
         for kind in kinds:
             self.bind(kind)
-        self._hold(model)
+        self._make_leaves(model)
 
     def bind(self, kind: str) -> None:
         """Give the modules of a kind their views, in the shapes that they have now."""
@@ -163,7 +163,7 @@ class FlatParameters:
     @torch.no_grad()
     def write(self) -> None:
         """Write pretrained + change where the model computes with it."""
-        torch.add(self._pretrained, self.flat[self._held_from :], out=self._held)
+        torch.add(self._pretrained, self.flat[self._leaves_from :], out=self._leaves)
         for mask in self._masks:
             mask.write_weights()
         self._note_written()
@@ -176,8 +176,8 @@ class FlatParameters:
         still to come may have kept the tensor.
         """
         if self._reads.seen or self._versions() != self._version:
-            held = self._pretrained + self.flat[self._held_from :]
-            if torch.equal(held, self._held) and all(mask.is_written() for mask in self._masks):
+            now = self._pretrained + self.flat[self._leaves_from :]
+            if torch.equal(now, self._leaves) and all(mask.is_written() for mask in self._masks):
                 self._note_written()
             else:
                 self.write()
@@ -198,8 +198,8 @@ class FlatParameters:
             merged: They keep the change; without it they get their pretrained numbers back.
         """
         if not merged:
-            self._held.copy_(self._pretrained)
-        for parameter in self._holders:
+            self._leaves.copy_(self._pretrained)
+        for parameter in self._leaf_parameters:
             unpin(parameter)
             parameter.data = parameter.data.clone()
 
@@ -210,28 +210,28 @@ class FlatParameters:
         return view
 
     @torch.no_grad()
-    def _hold(self, model: nn.Module) -> None:
-        """Make the parameters of held modules views of one storage, and leaves."""
-        self._held = torch.zeros_like(self.flat[self._held_from :])
-        self._pretrained = torch.zeros_like(self._held)
-        self._holders: list[nn.Parameter] = []
+    def _make_leaves(self, model: nn.Module) -> None:
+        """Make the parameters of leaf modules views of one storage, and leaves."""
+        self._leaves = torch.zeros_like(self.flat[self._leaves_from :])
+        self._pretrained = torch.zeros_like(self._leaves)
+        self._leaf_parameters: list[nn.Parameter] = []
         for module in self._modules:
-            parameter = _parameter_of(module, model) if module.held else None
+            parameter = _parameter_of(module, model) if module.as_leaf else None
             if parameter is None:
                 continue
             trainable = module.trainables[0]
-            start = trainable.storage_offset() - self._held_from
+            start = trainable.storage_offset() - self._leaves_from
             here = slice(start, start + trainable.numel())
             module.pretrained = self._pretrained[here].view(trainable.shape)
             module.pretrained.copy_(parameter)
-            parameter.data = self._held[here].view(trainable.shape).copy_(parameter)
+            parameter.data = self._leaves[here].view(trainable.shape).copy_(parameter)
             parameter.requires_grad_(True)
             assert trainable.grad is not None
             _pin(parameter, trainable.grad, self._reads)
-            self._holders.append(parameter)
+            self._leaf_parameters.append(parameter)
 
     def _versions(self) -> int:
-        """A number that grows with each change in place that torch counts."""
+        """Return a number that grows with each change in place that torch counts."""
         return self.flat._version + sum(group._version for group in self.groups.values())
 
     def _note_written(self) -> None:
@@ -239,13 +239,13 @@ class FlatParameters:
 
 
 def is_adapted(model: nn.Module) -> bool:
-    """Whether a storage holds some of this model's parameters."""
+    """Tell whether a storage has some of this model's parameters."""
     hooks = model._forward_pre_hooks.values()
     return any(isinstance(getattr(hook, "__self__", None), FlatParameters) for hook in hooks)
 
 
 def _parameter_of(module: PetModule, model: nn.Module) -> nn.Parameter | None:
-    """The parameter that a held module changes; None where the model has none of it."""
+    """Return the parameter that a leaf module changes; None where the model has none of it."""
     if module.place == "tensor":
         return model.get_parameter(module.target)
     parameter: Tensor | None = getattr(model.get_submodule(module.target), module.place, None)

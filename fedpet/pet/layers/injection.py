@@ -1,4 +1,4 @@
-"""A site: one module of the backbone and everything that acts on it, as one forward.
+"""Install one forward for a module of the backbone and everything that acts on it: a site.
 
 In:  a module, the mask of its weight, the PET modules whose target it is.
 Out: a `forward` on the instance that computes them together, or none where the plain one does.
@@ -37,7 +37,7 @@ class Site:
     module: nn.Module
     mask: MaskedWeight | None = None
     effects: list[GatedModule] = field(default_factory=list)
-    marks: Callable[[Forward], Forward] | None = None  # the output can be made again: `kept`
+    marks: Callable[[Forward], Forward] | None = None  # for `input_recompute`
     columns: bool = False  # lays its output in columns, for an activation that takes them
     product: Product = torch_matmul
 
@@ -48,7 +48,7 @@ class Site:
         """Give the module the forward it needs.
 
         Args:
-            gated: Whether effects are multiplied by gates; a held tensor then stays out of the
+            gated: Whether effects are multiplied by gates; a leaf tensor then stays out of the
                 forward pass, and its change is added to the pretrained one.
         """
         self.remove()
@@ -72,7 +72,7 @@ class Site:
         tensors: dict[str, list[GatedModule]] = {}
         for effect in self.effects:
             if effect.place in ("weight", "bias"):
-                in_the_model = effect.held and effect.pretrained is not None
+                in_the_model = effect.as_leaf and effect.pretrained is not None
                 if gated or not in_the_model:
                     tensors.setdefault(effect.place, []).append(effect)
         parallel = [effect for effect in self.effects if effect.place == "parallel"]
@@ -87,7 +87,7 @@ class Site:
         return None
 
     def _product(self) -> Product:
-        """torch's own where the whole weight is trained, as of a head: autograd sees it."""
+        """Take torch's own where the whole weight is trained, as of a head: autograd sees it."""
         weight = self.module._parameters["weight"]
         assert weight is not None
         return torch_matmul if weight.requires_grad else self.product
@@ -137,20 +137,20 @@ class Site:
     def _other(
         self, tensors: dict[str, list[GatedModule]], sequential: Sequence[GatedModule]
     ) -> Forward:
-        """Of a norm, or of a block: its own forward, with other tensors and more after it."""
+        """Return the forward of a norm or a block, with changed tensors and more after it."""
         own: dict[str, Any] = self.module._parameters
         plain = self._plain()
         replaced = {name: effects for name, effects in tensors.items() if own.get(name) is not None}
         added = [e for name, effects in tensors.items() if name not in replaced for e in effects]
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            held = {name: own[name] for name in replaced}
+            before = {name: own[name] for name in replaced}
             try:
                 for name, effects in replaced.items():
-                    own[name] = _changed(held[name], effects)
+                    own[name] = _changed(before[name], effects)
                 output = plain(*args, **kwargs)
             finally:
-                own.update(held)
+                own.update(before)
             for effect in added:
                 output = output + effect.gated(None)
             for effect in sequential:
@@ -170,7 +170,7 @@ def build_sites(
     structure: Sequence[GatedModule],
     product: Product,
 ) -> list[Site]:
-    """Modules that something acts on, and those whose output a masked layer need not keep.
+    """Build a site for each module that something acts on, or whose output is recomputed.
 
     All dense ones too, where their products are not torch's.
     """
@@ -200,9 +200,9 @@ def build_sites(
 
 
 def _changed(tensor: Tensor | None, effects: Sequence[GatedModule]) -> Tensor | None:
-    """A tensor with changes: of the pretrained one where a held module is gated."""
+    """Add changes to a tensor: to the pretrained one where a leaf module is gated."""
     for effect in effects:
-        if effect.held and effect.pretrained is not None:
+        if effect.as_leaf and effect.pretrained is not None:
             tensor = effect.pretrained
     for effect in effects:
         change = effect.gated(None)

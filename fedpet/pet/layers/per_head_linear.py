@@ -1,4 +1,4 @@
-"""A dense layer of an attention applied a head at a time, and the same backwards.
+"""Apply a dense layer of an attention a head at a time, and the same backwards.
 
 In:  what one head of a key or a value projection is multiplied with, and what acts on the layer.
 Out: the product with that head's rows of the weight; in backward, the trainables' gradients.
@@ -36,7 +36,7 @@ class PerHeadLinear:
     branches: Sequence[LowRankBranch] = ()
 
     def to_inputs(self, z: Tensor) -> Tensor:
-        """Each head's z times its rows of the weight.
+        """Multiply each head's z by its rows of the weight.
 
         Args:
             z: (heads, n, out / heads).
@@ -51,7 +51,7 @@ class PerHeadLinear:
         return y
 
     def to_outputs(self, z: Tensor) -> Tensor:
-        """Each head's rows of the weight times its z, without the bias.
+        """Multiply each head's rows of the weight by its z, without the bias.
 
         Args:
             z: (heads, n, in).
@@ -73,7 +73,7 @@ class PerHeadLinear:
 
 
 def by_heads(module: nn.Module) -> PerHeadLinear | None:
-    """A dense layer so applied; None where something acts on it that this leaves out."""
+    """Return a dense layer so applied; None where something acts on it that this leaves out."""
     own = module.__dict__.get("forward")
     if own is not None:
         known: PerHeadLinear | None = getattr(own, "by_heads", None)
@@ -106,12 +106,12 @@ class _MaskedByHeads(torch.autograd.Function):
 
 
 def _heads(tensor: Tensor, z: Tensor) -> Tensor:
-    """(heads, out / heads, ...) of (out, ...)."""
+    """View (out, ...) as (heads, out / heads, ...)."""
     return tensor.view(len(z), -1, tensor.shape[-1])
 
 
 def _on_diagonal(z: Tensor) -> Tensor:
-    """(heads, n, size) as columns (heads * size, heads * n), zeros between one head and another."""
+    """Lay (heads, n, size) as columns (heads * size, heads * n), zeros between heads."""
     heads, n, size = z.shape
     columns = z.new_zeros(heads, size, heads, n)
     columns.diagonal(dim1=0, dim2=2).copy_(z.permute(2, 1, 0))

@@ -1,4 +1,4 @@
-"""A dense layer with a masked weight, low-rank branches, or both, as one step of autograd.
+"""Compute a dense layer with a masked weight, low-rank branches or both as one autograd step.
 
 In:  the layer's input, its weight and bias, its mask and the branches beside it.
 Out: its output; in backward, the input's gradient, and the trainables' added where they lie.
@@ -20,7 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fedpet.pet.kernels.input_recompute import Kept, in_columns, keep
+from fedpet.pet.kernels.input_recompute import SavedInput, in_columns, save_input
 from fedpet.pet.kernels.matmul import Product, torch_matmul
 from fedpet.pet.modules.lora import LowRankBranch
 from fedpet.pet.modules.masked_weight import MaskedWeight
@@ -30,7 +30,7 @@ __all__ = ["LinearSpec", "dense"]
 
 @dataclass(frozen=True)
 class LinearSpec:
-    """What acts on one dense layer."""
+    """All that acts on one dense layer."""
 
     transposed: bool  # weight is (in, out)
     mask: MaskedWeight | None = None
@@ -40,7 +40,7 @@ class LinearSpec:
 
     @property
     def trainables(self) -> list[Tensor]:
-        """v of the mask, then B of each branch."""
+        """List v of the mask, then B of each branch."""
         of_mask = () if self.mask is None else (self.mask.trainable,)
         return [*of_mask, *(branch.trainables[0] for branch in self.branches)]
 
@@ -48,7 +48,7 @@ class LinearSpec:
 def dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearSpec, trainables: Sequence[Tensor]
 ) -> Tensor:
-    """x W^T + b and the branches, times their gates where they have some, trained as planned.
+    """Compute x W^T + b and the branches, times their gates where they have some.
 
     Args:
         x: (..., in).
@@ -58,9 +58,9 @@ def dense(
         trainables: The plan's, in its order. The numbers of v are not read: the weight has them.
     """
     if torch.is_grad_enabled():
-        kept, source = (None, None) if plan.mask is None else keep(x)
+        saved, source = (None, None) if plan.mask is None else save_input(x)
         gates = [branch.gate for branch in plan.branches]
-        return _Dense.apply(x, weight, bias, plan, kept, source, *trainables, *gates)  # type: ignore[no-any-return, no-untyped-call]
+        return _Dense.apply(x, weight, bias, plan, saved, source, *trainables, *gates)  # type: ignore[no-any-return, no-untyped-call]
     matrix = weight.t() if plan.transposed else weight  # (out, in)
     y = plan.product(x.reshape(-1, x.shape[-1]), matrix, bias).view(*x.shape[:-1], -1)
     for branch in plan.branches:
@@ -76,7 +76,7 @@ class _Dense(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         plan: LinearSpec,
-        kept: Kept | None,
+        saved: SavedInput | None,
         source: Tensor | None,
         *trainables_and_gates: Tensor | None,
     ) -> Tensor:
@@ -104,7 +104,7 @@ class _Dense(torch.autograd.Function):
                 inner.append(rows @ down.t())
                 y.addmm_(_times(inner[-1], gate), up.t(), alpha=branch.scale)
         ctx.save_for_backward(weight, source, *inner, *gates)
-        ctx.plan, ctx.kept = plan, kept
+        ctx.plan, ctx.saved = plan, saved
         ctx.shape, ctx.dtype, ctx.input_columns = x.shape, x.dtype, in_columns(x)
         return y if x.dim() == 2 else y.view(*x.shape[:-1], -1)
 
@@ -125,8 +125,8 @@ class _Dense(torch.autograd.Function):
         gradients: list[Tensor | None] = []
         of_gates: list[Tensor | None] = []
         if plan.mask is not None:
-            gradients.append(plan.mask.gradient(ctx.kept, source, g, live))
-            ctx.kept.release()
+            gradients.append(plan.mask.gradient(ctx.saved, source, g, live))
+            ctx.saved.release()
         grad_x = None
         if needs_x:
             matrix = weight if weight.dtype == g.dtype else weight.to(g.dtype)
@@ -162,7 +162,7 @@ def _spread(part: Tensor, live: Tensor, tokens: int, columns: bool) -> Tensor:
 
 
 def _live(g: Tensor) -> Tensor | None:
-    """The tokens whose output gradient is not zero, (n,), where leaving out the rest pays.
+    """Find the tokens whose output gradient is not zero, (n,), where leaving out the rest pays.
 
     In the last layer of a classifier only the first token has a gradient, and a padding token
     has none in any layer. A look at eight numbers of some sixty tokens tells whether it is worth

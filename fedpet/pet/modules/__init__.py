@@ -1,4 +1,4 @@
-"""The PET modules, one a file, behind the interface of `base`."""
+"""Implement the PET modules, one a file, behind the interface of `base`."""
 
 from fedpet.pet.modules.adapter import LowRankAdapter
 from fedpet.pet.modules.base import GatedModule, PetModule

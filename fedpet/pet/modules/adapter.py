@@ -1,4 +1,4 @@
-"""S3PET's low-rank adapter on hidden states: the one module that stays and costs latency.
+"""Adapt hidden states by S3PET's low-rank adapter: the one module that stays and costs latency.
 
 In:  a block whose output, or its element 0, is that of a whole sub-layer, width d.
 Out: h + scale * up(gelu(down(h))); down d -> m, up m -> d, m = d // 32, each weight a product of
@@ -101,7 +101,7 @@ class LowRankAdapter(GatedModule):
         return _apply(x, self._tensors(), self._scale)
 
     def gated(self, x: Tensor | None) -> Tensor:
-        """The gate meets r numbers a token, so that no output of all tokens is kept for it."""
+        """Multiply the gate into r numbers a token: no output of all tokens is stored for it."""
         assert x is not None
         return _apply(x, self._tensors(), self._scale, self.gate)
 

@@ -1,6 +1,4 @@
-"""The one interface of all PET modules: a small change to one named tensor or module.
-
-    ... -> structure -> search -> [model] -> codec -> plan -> client -> ...
+"""Define the interface of all PET modules: a small change to one named tensor or module.
 
 In:  the module of the backbone it acts on, and views of the flat storage of trainables.
 Out: its effect in the forward pass, its communicated values, and its fold into a plain model.
@@ -60,18 +58,18 @@ class PetModule(ABC):
     exact: ClassVar[bool] = True  # linear in its values: averaging them is averaging models
     # The change is the trainable itself, of the tensor's own shape: the model's parameter can
     # hold pretrained + change and be the autograd leaf, so the forward pass is left alone.
-    held: ClassVar[bool] = False
+    as_leaf: ClassVar[bool] = False
 
     def __init__(self, kind: str, target: str) -> None:
         self.kind = kind
         self.target = target
         self.trainables: tuple[Tensor, ...] = ()
-        self.pretrained: Tensor | None = None  # of a held module: the tensor in the checkpoint
+        self.pretrained: Tensor | None = None  # of a leaf module: the tensor in the checkpoint
 
     @property
     @abstractmethod
     def shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Shapes of the trainables."""
+        """Return the shapes of the trainables."""
 
     @property
     def num_values(self) -> int:
@@ -79,12 +77,12 @@ class PetModule(ABC):
 
     @property
     def parts(self) -> tuple[tuple[str, int], ...]:
-        """What the values belong to, in their order: a name, and how many are its."""
+        """Name the owners of the values, in their order, and count the values of each."""
         return ((self.target, self.num_values),)
 
     @property
     def added_parameters(self) -> tuple[str, ...]:
-        """Names that the merged model has and the pretrained one has not; () for most.
+        """Name parameters that the merged model has and the pretrained one has not; () for most.
 
         A model that has some computes more than the pretrained one.
         """
@@ -105,21 +103,21 @@ class PetModule(ABC):
 
     @property
     def sends_trainables(self) -> bool:
-        """Whether the values are the trainables themselves, but for a constant."""
+        """Tell whether the values are the trainables themselves, but for a constant."""
         return True
 
     def sent(self) -> Tensor:
-        """The communicated values, (num_values,), as a function of the trainables."""
+        """Compute the communicated values, (num_values,), from the trainables, for autograd."""
         flat = [trainable.reshape(-1) for trainable in self.trainables]
         return flat[0] if len(flat) == 1 else torch.cat(flat)
 
     def read(self) -> Tensor:
-        """The communicated values, (num_values,)."""
+        """Return the communicated values, (num_values,)."""
         return self.sent().detach()
 
     @property
     def origin(self) -> Tensor | None:
-        """What the trainables count from, where the checkpoint does not tell; None for most."""
+        """Return the point that trainables count from, where no checkpoint has it; or None."""
         return None
 
     def count_from(self, origin: Tensor) -> None:
@@ -151,25 +149,25 @@ class GatedModule(PetModule):
 
     @abstractmethod
     def effect(self, x: Tensor | None) -> Tensor:
-        """D of this module's place; `x` is the input or the output, None for "weight", "bias"."""
+        """Compute D; `x` is the input or the output, by `place`; None for "weight", "bias"."""
 
     def gated(self, x: Tensor | None) -> Tensor:
-        """D times the gate."""
+        """Compute D times the gate."""
         change = self.effect(x)
         return change if self.gate is None else self.gate * change
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
-        """y plus D times the gate, where D adds to an output."""
+        """Compute y plus D times the gate, where D adds to an output."""
         return y + self.gated(x)
 
 
 def is_transposed(module: nn.Module) -> bool:
-    """Whether a dense module's weight is (in, out), as in Conv1D, and not (out, in)."""
+    """Tell whether a dense module's weight is (in, out), as in Conv1D, and not (out, in)."""
     return not isinstance(module, nn.Linear)
 
 
 def dense_sizes(module: nn.Module) -> tuple[int, int]:
-    """(in, out) of a dense module."""
+    """Return (in, out) of a dense module."""
     weight = module.weight
     assert isinstance(weight, Tensor)
     first, second = weight.shape
@@ -177,19 +175,19 @@ def dense_sizes(module: nn.Module) -> tuple[int, int]:
 
 
 def output_width(block: nn.Module) -> int:
-    """The width of a block's output: that of its last dense module."""
+    """Return the width of a block's output: that of its last dense module."""
     return dense_sizes([inner for inner in block.modules() if is_dense(inner)][-1])[1]
 
 
 def seeded(seed: int, target: str, what: str) -> torch.Generator:
-    """The generator of one tensor of one module: every device draws the same from it."""
+    """Make the generator of one tensor of one module: every device draws the same from it."""
     return torch.Generator().manual_seed(derive_seed("module", seed, target, what))
 
 
 def kaiming_uniform(
     shape: tuple[int, ...], fan_in: int, generator: torch.Generator, *, a: float = 0.0
 ) -> Tensor:
-    """Kaiming-uniform float32 on the CPU; `a` is the slope of the leaky ReLU, sqrt 5 in LoRA."""
+    """Draw Kaiming-uniform float32 on the CPU; `a` is the leaky ReLU's slope, sqrt 5 in LoRA."""
     bound = math.sqrt(6.0 / ((1.0 + a * a) * fan_in))
     return torch.empty(shape).uniform_(-bound, bound, generator=generator)
 

@@ -1,4 +1,4 @@
-"""BitFit: a change of a bias.
+"""Change a bias: BitFit.
 
 In:  a dense module or a norm.
 Out: a vector added to its output, values (d_out,).
@@ -6,8 +6,10 @@ Out: a vector added to its output, values (d_out,).
 Where the layer has no bias (T5, Llama) the vector is one: merging then leaves a parameter named
 "bias" in the model, which `added_parameters` declares (law 1's exception).
 
-Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382): a constant vector, zero at the start,
-added to the output of Linear or LayerNorm.
+Source: Ben Zaken et al., ACL 2022, arXiv:2106.10199 (BitFit), in the form of S3PET (Hu et al.,
+NeurIPS 2022, arXiv:2206.07382): a constant vector, zero at the start, added to the output of
+Linear or LayerNorm. Ours: key biases and the pooler's are no usual targets, and HiWi on the same
+bias shares its values.
 """
 
 from __future__ import annotations
@@ -42,7 +44,7 @@ class BitFitConfig(ModuleConfig):
 
 
 def _is_live(p: Position) -> bool:
-    """Softmax cancels a constant that is added to every key."""
+    """Tell whether a bias has an effect: softmax cancels a constant added to every key."""
     return p.has_bias and linears()(p) and p.role not in ("key", "cross-key", "pooler")
 
 
@@ -65,7 +67,7 @@ class BitFit(GatedModule):
     """A change of a bias, or a bias where there is none. Exact."""
 
     place = "bias"
-    held = True
+    as_leaf = True
 
     def __init__(self, target: str, module: nn.Module, kind: str = "bitfit") -> None:
         super().__init__(kind, target)

@@ -1,4 +1,4 @@
-"""From names to modules: a mask and a structure, put on a backbone.
+"""Build the modules that a mask and a structure name, to act on a backbone.
 
 In:  the model, a `Mask`'s positions by parameter name, a `Structure`.
 Out: the `GatedModule`s, in the order in which their values are communicated.
@@ -19,11 +19,11 @@ from fedpet.pet.modules.masked_weight import MaskedWeight, MaskedWeights
 from fedpet.pet.modules.registry import KINDS
 from fedpet.pet.structure import Structure
 
-__all__ = ["build_mask", "build_structure"]
+__all__ = ["build_masked_weights", "build_structure"]
 
 
-def build_mask(model: nn.Module, positions: Mapping[str, Tensor]) -> MaskedWeights | None:
-    """The weights with positions, in the order of the model; None where there are none.
+def build_masked_weights(model: nn.Module, positions: Mapping[str, Tensor]) -> MaskedWeights | None:
+    """Build the masked weights, in the order of the model; None where there are none.
 
     Raises:
         StructureError: A name that is no weight of a dense module here, or a position outside it.
@@ -54,7 +54,7 @@ def build_mask(model: nn.Module, positions: Mapping[str, Tensor]) -> MaskedWeigh
 def build_structure(
     model: nn.Module, positions: Sequence[Position], structure: Structure, seed: int
 ) -> list[GatedModule]:
-    """One `GatedModule` for each spec, in the order of the structure.
+    """Build a `GatedModule` for each spec, in the order of the structure.
 
     Raises:
         StructureError: A target that is absent, or cannot carry the kind of module.
@@ -81,7 +81,7 @@ def build_structure(
 
 
 def _share_bias(modules: Sequence[GatedModule]) -> None:
-    """One bias is sent once: a BitFit holds and sends what a HiWi adapter beside it does.
+    """Send one bias once: a BitFit stores and sends the change of a HiWi adapter beside it.
 
     Raises:
         StructureError: Two modules of the kind that hold the same bias.

@@ -1,4 +1,4 @@
-"""The task's head, trained in full.
+"""Train the task's head in full.
 
 In:  a parameter of the head at its start: the checkpoint's, or drawn anew.
 Out: its change since that start, as values.
@@ -17,7 +17,7 @@ class HeadTensor(PetModule):
     """A dense change of one parameter of the head. Exact."""
 
     place = "tensor"
-    held = True
+    as_leaf = True
 
     def __init__(self, name: str, parameter: Tensor) -> None:
         super().__init__("head", name)
@@ -29,7 +29,7 @@ class HeadTensor(PetModule):
 
     @property
     def origin(self) -> Tensor | None:
-        """The parameter's seeded start, which no checkpoint holds."""
+        """Return the parameter's seeded start, which no checkpoint has."""
         return self.pretrained
 
     def count_from(self, origin: Tensor) -> None:
@@ -37,4 +37,4 @@ class HeadTensor(PetModule):
         self.pretrained.copy_(origin)
 
     def merge(self, module: nn.Module) -> None:
-        """Nothing to do: the parameter holds the change already."""
+        """Do nothing: the parameter has the change already."""

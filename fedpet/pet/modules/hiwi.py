@@ -1,4 +1,4 @@
-"""HiWi: adapters that read pretrained weights and biases, and are thrown away.
+"""Adapt pretrained weights and biases by HiWi's adapters, which are discarded after training.
 
 In:  a dense module of the feed-forward part, with weight W0 (d_in, d_out) or bias b0 (d,).
 Out: on a bias, b' = b + scale * f(b Wd) Wu; what is sent is b' - b0, (d,), whatever the rank.
@@ -144,7 +144,7 @@ class HiwiBias(GatedModule):
 
     @property
     def origin(self) -> Tensor:
-        """The values at the last start, (d,)."""
+        """Return the values at the last start, (d,)."""
         return self._origin
 
     def count_from(self, origin: Tensor) -> None:

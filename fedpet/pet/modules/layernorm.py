@@ -1,4 +1,4 @@
-"""LNFit: a change of the gain of a LayerNorm or an RMS norm.
+"""Change the gain of a LayerNorm or an RMS norm: LNFit.
 
 In:  a norm.
 Out: a change of its weight, values (d,).
@@ -70,7 +70,7 @@ class LNFit(GatedModule):
     """A change of a norm's gain. Exact."""
 
     place = "weight"
-    held = True
+    as_leaf = True
 
     def __init__(self, target: str, module: nn.Module) -> None:
         super().__init__("lnfit", target)
@@ -89,4 +89,4 @@ class LNFit(GatedModule):
         return self.trainables[0]
 
     def merge(self, module: nn.Module) -> None:
-        """Nothing to do: the model's gain holds the change already."""
+        """Do nothing: the model's gain has the change already."""

@@ -1,4 +1,4 @@
-"""LoRA: a low-rank change of a dense weight.
+"""Change a dense weight by a matrix of low rank: LoRA.
 
 In:  a dense module with input d_in and output d_out.
 Out: scale * (x A^T) B^T beside it. A (r, d_in) is Kaiming-uniform, B (d_out, r) starts at zero.
@@ -8,7 +8,8 @@ change of the weight is linear in B, so averaging values is averaging models (la
 both factors is not, since mean(B) mean(A) is not mean(B A): that is `LoRAFactors`, kept because
 it is what the papers train.
 
-Source: Hu et al., ICLR 2022, arXiv:2106.09685.
+Source: Hu et al., ICLR 2022, arXiv:2106.09685; the frozen A is that of FFA-LoRA (Sun et al., ICLR
+2024, arXiv:2403.12313). Ours: each device draws A from one seed, and it is never sent.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ class LowRankBranch(GatedModule):
         return (self._up_shape,)
 
     def factors(self) -> tuple[Tensor, Tensor]:
-        """A (r, d_in) and B (d_out, r)."""
+        """Return A (r, d_in) and B (d_out, r)."""
         return self._down, self.trainables[0]
 
     def effect(self, x: Tensor | None) -> Tensor:
@@ -56,21 +57,21 @@ class LowRankBranch(GatedModule):
         return linear(linear(x, down) * self.scale, up)
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
-        """y + gate * scale * (x A^T) B^T: the gate meets r numbers a token and not d_out."""
+        """Compute y + gate * scale * (x A^T) B^T; the gate meets r numbers a token."""
         down, up = self.factors()
         inner = self.scaled(nn.functional.linear(x, down))
         rows = inner.reshape(-1, inner.shape[-1])
         return torch.addmm(y.reshape(-1, y.shape[-1]), rows, up.t()).view(y.shape)
 
     def scaled(self, inner: Tensor) -> Tensor:
-        """What lies between the factors, times the scale and the gate."""
+        """Multiply the inner numbers, between the factors, by the scale and the gate."""
         inner = inner * self.scale
         return inner if self.gate is None else inner * self.gate
 
     def gradient(
         self, inner: Tensor, g: Tensor, grad_x: Tensor | None, gate: Tensor | None = None
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of B, (d_out, r), or None where it was added to what B holds; and of the gate.
+        """Compute the gradients of B, (d_out, r), and of the gate; None of B if added in place.
 
         Args:
             inner: x A^T, (tokens, r).

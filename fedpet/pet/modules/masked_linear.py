@@ -32,5 +32,5 @@ class MaskedLinear(nn.Module):
         return nn.functional.linear(x, self.start + self.mask * self.change, self.bias)
 
     def values(self) -> Tensor:
-        """What is communicated: the change at the positions, (k,), in their order."""
+        """Return the communicated change at the positions, (k,), in their order."""
         return self.change.detach().flatten()[self.positions]

@@ -1,4 +1,4 @@
-"""The mask: a few entries of the dense weights, trained without a dense gradient.
+"""Train a few entries of the dense weights, the mask, without a dense gradient.
 
 In:  the dense weights, and for each the flat positions that may move, in the order of their rank.
 Out: the change at each position, as values in that order, weight by weight.
@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedpet.pet.kernels.input_recompute import Kept, to_columns
+from fedpet.pet.kernels.input_recompute import SavedInput, to_columns
 from fedpet.pet.kernels.sparse_index import BLOCK_ROWS, ConcatenatedIndex, SparseIndex
 from fedpet.pet.modules.base import PetModule
 
@@ -94,7 +94,7 @@ class MaskedWeights(PetModule):
         self._put(self._entries.start + self._changes)
 
     def is_written(self) -> bool:
-        """Whether the weights hold w0 + v."""
+        """Tell whether the weights are w0 + v."""
         changed = self._entries.start + self._changes
         return torch.equal(changed, torch.cat([w[p] for w, p in self._places()]))
 
@@ -108,12 +108,12 @@ class MaskedWeights(PetModule):
             weight.index_copy_(0, places, numbers)
 
     def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Each weight, flat, and the positions of its entries, int64."""
+        """Yield each weight, flat, and the positions of its entries, int64."""
         places = torch.split(self._entries.flat.to(torch.int64), self._sizes)
         return zip(self._flat_weights, places, strict=True)
 
     def merge(self, module: nn.Module) -> None:
-        """Nothing to do: the weights hold the changes already."""
+        """Do nothing: the weights have the changes already."""
 
 
 class MaskedWeight:
@@ -150,11 +150,13 @@ class MaskedWeight:
                 self.entries.crow, self.entries.columns, gradient, self.weight.shape
             )
 
-    def gradient(self, kept: Kept, source: Tensor, g: Tensor, live: Tensor | None) -> Tensor | None:
-        """The weight's gradient at the positions, ascending: (k,); None where `in_place`.
+    def gradient(
+        self, saved: SavedInput, source: Tensor, g: Tensor, live: Tensor | None
+    ) -> Tensor | None:
+        """Compute the weight's gradient at the positions, ascending: (k,); None where `in_place`.
 
         Args:
-            kept: Input of the layer,
+            saved: Input of the layer,
             source: and what it is made from.
             g: Gradient of its output, (tokens, out).
             live: The tokens that `g` is given for; None where it is given for all.
@@ -163,15 +165,15 @@ class MaskedWeight:
         if g.dtype != dtype:
             g = g.to(dtype)
         if self.entries.blocks is not None:
-            return self.sampled(kept.rows(source, dtype, live).t(), g.t())
+            return self.sampled(saved.rows(source, dtype, live).t(), g.t())
         if live is None:
-            x = kept.columns(source, dtype)
+            x = saved.columns(source, dtype)
         else:
-            x = to_columns(kept.rows(source, dtype, live))
+            x = to_columns(saved.rows(source, dtype, live))
         return self.sampled(x, to_columns(g))
 
     def sampled(self, x: Tensor, g: Tensor) -> Tensor | None:
-        """The product of both at the positions: as `gradient`, of columns.
+        """Multiply both at the positions: as `gradient`, of columns.
 
         Args:
             x: Input of the layer, (in, tokens); contiguous, but for entries in blocks.
@@ -188,7 +190,7 @@ class MaskedWeight:
         return sampled.values()
 
     def _by_blocks(self, left: Tensor, right: Tensor, ends: Sequence[int]) -> Tensor | None:
-        """The same for many positions: dense products of a few rows at a time, then a choice."""
+        """Do the same for many positions: dense products of a few rows at a time, then a choice."""
         gradient = torch.empty_like(self.entries.start)
         columns = self.weight.shape[1]
         start = 0

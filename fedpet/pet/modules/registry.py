@@ -218,7 +218,7 @@ def register_preset(name: str, kind: str, usual: _Wanted) -> None:
 
 
 def linears(*roles: str) -> _Wanted:
-    """Dense layers of these roles; all, where none is named.
+    """Select dense layers of these roles; all, where none is named.
 
     Example:
         >>> from fedpet.backbone.module_roles import Position

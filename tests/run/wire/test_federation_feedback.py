@@ -6,6 +6,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
 import torch
 from modelless import (
@@ -54,9 +55,9 @@ def test_error_feedback_is_that_of_a_plain_simulation_also_when_a_round_is_not_a
         for name in CLIENTS:
             number = client_id64(name)
             seed = derive_seed("client", SEED, server_round, number)
-            pet.load_values(torch.from_numpy(expected), seed=seed)
+            pet.set_delta(torch.from_numpy(expected), seed=seed)
             pet.train(number, seed)
-            wanted = pet.values().numpy() - expected
+            wanted = pet.get_delta().numpy() - expected
             if name in residuals:
                 wanted = wanted + residuals[name]
             encode_seed = derive_seed("encode", seed)
@@ -81,14 +82,14 @@ def test_with_error_feedback_top_k_comes_nearer_to_what_was_meant(run: Any) -> N
     assert np.linalg.norm(fed - meant) < 0.7 * np.linalg.norm(bare - meant)
 
 
-def test_nothing_of_the_clients_state_is_in_messages_but_four_bytes_a_client(run: Any) -> None:
+def test_nothing_of_the_clients_state_is_in_messages_but_a_number_a_client(run: Any) -> None:
     # Raw values, coded anew each round: all frames of a direction are of one length.
     plain = codec_of(uplink="topk-0.1+int8-raw", downlink="bfloat16-raw", downlink_mode="full")
     _, _, fed = run(replace(plain, error_feedback=True), rounds=4)
     _, _, bare = run(plain, rounds=4)
-    # 8 for the run, 4 for the last accepted round of each client; the first has the plan, whose
-    # words differ.
-    assert [a - b for a, b in zip(fed[1:], bare[1:], strict=True)] == [8 + 4 * 5] * 3
+    # 8 for the run, and the last accepted round of each client, a byte up to 127; the first has the
+    # plan, whose words differ.
+    assert [a - b for a, b in zip(fed[1:], bare[1:], strict=True)] == [8 + 5] * 3
 
 
 def test_a_request_that_names_a_round_to_come_is_refused(tmp_path: Path) -> None:
@@ -97,7 +98,9 @@ def test_a_request_that_names_a_round_to_come_is_refused(tmp_path: Path) -> None
 
     def forward(payload: bytes) -> bytes:
         asked = read_request(payload)
-        changed.append(write_request(replace(asked, accepted=(9,) * len(asked.clients))))
+        changed.append(
+            write_request(msgspec.structs.replace(asked, accepted=(9,) * len(asked.clients)))
+        )
         return node.answer(changed[-1])
 
     strategy = make_strategy(make_plan(FEEDBACK))

@@ -25,7 +25,7 @@ from safetensors.numpy import load, save
 from wire_runs import ALL, CHANGES, FEEDBACK
 
 from fedpet.client.global_values import frames_by_tier
-from fedpet.client.state_store import NodeState
+from fedpet.client.state_store import StateStore
 from fedpet.config import CodecConfig
 from fedpet.protocol.request import read_request
 from fedpet.server.client_records import ClientRecords
@@ -133,14 +133,14 @@ def test_a_client_whose_residual_is_lost_goes_on_without_it(run: Any, tmp_path: 
 def test_a_client_whose_residual_the_disk_does_not_take_is_refused_and_the_others_are_not(
     run: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    honest = NodeState.keep_residual
+    honest = StateStore.keep_residual
 
-    def full(self: NodeState, client: int, *args: Any, **named: Any) -> None:
+    def full(self: StateStore, client: int, *args: Any, **named: Any) -> None:
         if client == client_id64(CLIENTS[-1]):
             raise OSError(28, "No space left on device")
         honest(self, client, *args, **named)
 
-    monkeypatch.setattr(NodeState, "keep_residual", full)
+    monkeypatch.setattr(StateStore, "keep_residual", full)
     _, ledger, _ = run(FEEDBACK, rounds=1, clients_per_round=8)
     [refused] = ledger.rounds[0].refused
     assert refused["who"] == CLIENTS[-1]
@@ -149,15 +149,15 @@ def test_a_client_whose_residual_the_disk_does_not_take_is_refused_and_the_other
 
 
 def test_a_node_that_is_never_content_is_refused_by_its_reason(run: Any) -> None:
-    from fedpet.protocol.frame import Refusal, pack_refusal
-    from fedpet.protocol.request import REFERENCE_MISSING
+    from fedpet.protocol.frame import Refusal, RefusalCode, pack_refusal
 
     def never(handler: Handler) -> Handler:
         def answer(payload: bytes) -> bytes:
             asked = read_request(payload)
             [*_, frame] = frames_by_tier(asked)[-1]
+            code = RefusalCode.REFERENCE_MISSING
             return b"".join(
-                pack_refusal(Refusal(frame.plan_digest, frame.server_round, n, REFERENCE_MISSING))
+                pack_refusal(Refusal(frame.plan_digest, frame.server_round, n, "gone", code))
                 for n in asked.clients
             )
 
@@ -166,4 +166,4 @@ def test_a_node_that_is_never_content_is_refused_by_its_reason(run: Any) -> None
     _, ledger, sizes = run(CHANGES, rounds=1, spoil=never)
     assert len(sizes) == 4
     assert len(ledger.rounds[0].refused) == 5
-    assert all(REFERENCE_MISSING in refused["reason"] for refused in ledger.rounds[0].refused)
+    assert all("gone" in refused["reason"] for refused in ledger.rounds[0].refused)

@@ -125,9 +125,9 @@ def test_a_searched_structure_trains_in_an_experiment_and_its_gates_stay_with_th
 
 
 def node_settings(settings: Experiment) -> Any:
-    from fedpet.client.node_config import NodeSettings
+    from fedpet.client.node_config import NodeConfig
 
-    return NodeSettings.of(settings)
+    return NodeConfig.from_experiment(settings)
 
 
 def test_random_and_manual_structures_come_under_the_same_budget_by_the_same_command(

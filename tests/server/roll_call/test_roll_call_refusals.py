@@ -12,7 +12,7 @@ from roll_call_runs import simulated, three_nodes
 from tiny import Silent
 
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.errors import ConfigError, RunError
 from fedpet.protocol.frame import Refusal, pack_refusal
 from fedpet.protocol.registration import encode_registration
@@ -35,7 +35,7 @@ def _raises() -> bytes:
 
 
 LIES: dict[str, Callable[[], bytes]] = {
-    "neither a roster|opens with": lambda: b"\x80\x04nonsense" * 30,
+    "registration does not read": lambda: b"\x80\x04nonsense" * 30,
     "control characters": lambda: encode_registration({"xy": 1}).replace(b"y", b"\n"),
     "no room": _raises,
     "I will not": lambda: pack_refusal(Refusal(bytes(16), 0, 0, "I will not.")),
@@ -76,7 +76,7 @@ def test_a_run_whose_nodes_all_refuse_ends_with_the_reason(
     deployed: Any, files: tuple[Path, Path]
 ) -> None:
     settings = deployed(strategy_node_wait_seconds=0.2)
-    missing = NodeSettings.of(settings).on({"data": "nowhere.jsonl"})
+    missing = NodeConfig.from_experiment(settings, {"data": "nowhere.jsonl"})
     with pytest.raises(RunError, match=r"none of 1 nodes .* no file or folder 'nowhere.jsonl'"):
         run(settings, LocalGrid({3: Node(missing).answer}))
 
@@ -88,7 +88,7 @@ def test_a_label_that_the_plan_does_not_know_is_found_at_the_roll_call(
     nodes = three_nodes(settings, files[1])
     strange = tmp_path / "strange.jsonl"
     strange.write_text('{"text": "a film", "label": 7, "client": "x"}\n' * 4, encoding="utf-8")
-    nodes[9] = Node(NodeSettings.of(settings).on({"data": str(strange)})).answer
+    nodes[9] = Node(NodeConfig.from_experiment(settings, {"data": str(strange)})).answer
     [refused] = run(settings, LocalGrid(nodes))["refused"]
     assert refused["who"] == "node 9"
     assert "7" in refused["reason"]
@@ -99,7 +99,7 @@ def test_a_node_without_rows_of_its_own_says_how_to_give_it_some(
 ) -> None:
     settings = deployed(strategy_node_wait_seconds=0.2)
     with pytest.raises(RunError, match="--node-config"):
-        run(settings, LocalGrid({3: Node(NodeSettings.of(settings)).answer}))
+        run(settings, LocalGrid({3: Node(NodeConfig.from_experiment(settings)).answer}))
 
 
 def test_a_simulation_cannot_have_its_clients_on_nodes(deployed: Any) -> None:

@@ -16,7 +16,7 @@ from search_runs import BUDGET, lines_of, structure_of
 from tiny import Silent
 
 from fedpet.backbone.pretrained import load_backbone
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment, SearchConfig, StrategyConfig
 from fedpet.errors import TrainingError
 from fedpet.pet.structure import Structure
@@ -55,7 +55,7 @@ def strategy_of(experiment: Experiment) -> tuple[StructureSearch, LocalGrid, Pre
         ledger=Ledger(),
         space=prepared.space,
     )
-    return strategy, LocalGrid.of(NodeSettings.of(experiment), 1), prepared
+    return strategy, LocalGrid.of(NodeConfig.from_experiment(experiment), 1), prepared
 
 
 @pytest.mark.parametrize(("space", "adjustment"), [("mergeable", 0.0), ("s3pet-mix", 1.0)])
@@ -85,7 +85,7 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
     values = np.zeros(plan.num_values, dtype=np.float32)
     for number_of_round in (1, 2):
         seed = derive_seed("client", plan.seed, number_of_round, number)
-        model.pet.load_values(torch.from_numpy(values[: model.pet.num_values]), seed=seed)
+        model.pet.set_delta(torch.from_numpy(values[: model.pet.num_values]), seed=seed)
         total = config.rounds * config.local_steps
         loss = client_loss(
             data.train.labels[client.rows], data.task, adjustment, torch.device("cpu")
@@ -97,7 +97,7 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
             if done <= step < done + config.local_steps:
                 central.step(*batch)
         alpha = central.alpha.detach().float()
-        values = torch.cat([model.pet.values(), alpha]).numpy()
+        values = torch.cat([model.pet.get_delta(), alpha]).numpy()
         strategy.run_round(grid)
         if number_of_round == 1:
             assert np.array_equal(strategy.values, values)

@@ -111,7 +111,7 @@ def test_the_model_after_search_and_training_is_plain_and_gives_the_adapted_outp
     plan = Plan.from_bytes((out / "plan.bin").read_bytes())
     assert plan.search is None
     pet = plan.build(load_backbone(settings.backbone, num_outputs=2))
-    pet.load_values(torch.from_numpy(np.load(out / "checkpoint" / "values.npy")), seed=plan.seed)
+    pet.set_delta(torch.from_numpy(np.load(out / "checkpoint" / "values.npy")), seed=plan.seed)
     ids = torch.tensor([[2, 5, 9, 7, 3], [2, 6, 11, 8, 3]])
     with torch.no_grad():
         adapted, plain = pet.model.eval()(ids).logits, saved(ids).logits

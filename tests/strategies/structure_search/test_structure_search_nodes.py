@@ -18,7 +18,7 @@ from tiny import Silent
 
 from fedpet.cli import main
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.protocol.plan import Plan
 from fedpet.run.central_search import state_file
@@ -34,7 +34,7 @@ def test_the_order_of_replies_and_the_spread_over_nodes_change_no_bit(experiment
     found = set()
     for nodes, kind in ((1, LocalGrid), (3, LocalGrid), (3, Reversed)):
         settings = experiment()
-        node = NodeSettings.of(settings)
+        node = NodeConfig.from_experiment(settings)
         grid = kind({n: Node(node).answer for n in range(1, nodes + 1)})
         result = run(settings, grid)
         text = (Path(settings.run.out) / "structure.json").read_bytes()
@@ -78,7 +78,7 @@ def node_with(
     own = [line for line in lines if json.loads(line)["client"] in clients]
     (folder / "rows.jsonl").write_text("\n".join(own) + "\n", encoding="utf-8")
     config = {"data": str(folder / "rows.jsonl"), "cache": str(folder / "cache")}
-    return Node(NodeSettings.of(settings).on(config)).answer
+    return Node(NodeConfig.from_experiment(settings, config)).answer
 
 
 def test_training_after_a_search_is_training_with_the_structure_s_file(experiment: Any) -> None:

@@ -15,7 +15,7 @@ from tiny import Silent
 
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.errors import ConfigError, RunError, StructureError, TrainingError
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.plan import Plan
@@ -63,8 +63,8 @@ def test_a_wrong_reply_of_a_search_is_refused_by_name_and_the_round_goes_on(
 ) -> None:
     settings = experiment()
     # The victim is alone on its node, so that a reply that cannot be read at all is its own.
-    alone = spoil(Node(NodeSettings.of(settings)).answer, WRONG[word])
-    grid = LocalGrid({n: spoil(Node(NodeSettings.of(settings)).answer, WRONG[word])
+    alone = spoil(Node(NodeConfig.from_experiment(settings)).answer, WRONG[word])
+    grid = LocalGrid({n: spoil(Node(NodeConfig.from_experiment(settings)).answer, WRONG[word])
                       for n in range(1, 6)} | {6: alone})  # fmt: skip
     result = run(settings, grid)
     [refused] = result["refused"]

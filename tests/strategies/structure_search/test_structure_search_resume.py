@@ -12,7 +12,7 @@ from in_process_run import run
 from search_runs import SEARCH, lines_of, structure_of
 from tiny import Silent
 
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.pet.structure import Structure
 from fedpet.run.checkpoint_file import read_journal
 from fedpet.run.federate import PreparedSearch, federate, prepare
@@ -58,7 +58,7 @@ def test_a_run_cut_short_in_or_after_its_search_goes_on_to_the_same_bytes(
 
     cut = experiment(**TWO_ROUNDS, **changes)
     with pytest.raises(KeyboardInterrupt):
-        run(cut, Stops.of(NodeSettings.of(cut), 1))
+        run(cut, Stops.of(NodeConfig.from_experiment(cut), 1))
     result = gone_on_with(Path(cut.run.out))
     assert result["final_values_sha256"] == expected["final_values_sha256"]
     assert result["run"]["resumed"] == (stop > 1)  # before the first journal it begins again
@@ -71,7 +71,7 @@ def test_a_run_cut_short_in_or_after_its_search_goes_on_to_the_same_bytes(
 def gone_on_with(out: Path) -> dict[str, Any]:
     settings = read_cut_short(out)
     prepared = prepare(settings, Silent(), structure=searched_structure(out))
-    grid = LocalGrid.of(NodeSettings.of(settings), 1)
+    grid = LocalGrid.of(NodeConfig.from_experiment(settings), 1)
     return federate(grid, prepared, RunFolder(out), Silent(), check_journal(out, prepared))
 
 
@@ -109,7 +109,7 @@ def test_a_structure_s_file_that_the_search_did_not_leave_does_not_end_it(experi
             return super().push_messages(messages)
 
     with pytest.raises(KeyboardInterrupt):
-        run(cut, Stops.of(NodeSettings.of(cut), 1))
+        run(cut, Stops.of(NodeConfig.from_experiment(cut), 1))
     out = Path(cut.run.out)
     (out / "structure.json").write_text(Structure().to_json(), encoding="utf-8")
     assert searched_structure(out) is None

@@ -1,0 +1,114 @@
+"""Keep the plan in force loaded: its backbone, adapted model and tokenised rows.
+
+Loading takes seconds and training a client less, so one plan stays in memory from message to
+message; a client's values are written into the resident model and read out again.
+"""
+
+from __future__ import annotations
+
+import gc
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from fedpet.backbone.device import check_device
+from fedpet.backbone.pretrained import load_for_task, locate
+from fedpet.client.node_config import NodeConfig
+from fedpet.client.plan_store import PlanStore
+from fedpet.data import FederatedData, load_data
+from fedpet.errors import PlanError
+from fedpet.pet.model import PetModel
+from fedpet.protocol.plan import Plan
+from fedpet.search import SearchModel
+from fedpet.training.input_checks import settle_padding
+from fedpet.utils.seeds import client_id64
+
+__all__ = ["LoadedPlan", "ModelCache"]
+
+
+@dataclass(frozen=True)
+class LoadedPlan:
+    """A plan with all that its training needs.
+
+    Attributes:
+        digest: Names the plan in messages.
+        plan: The plan.
+        pet: The adapted model; of a plan that searches, the whole search space.
+        data: The node's rows, tokenised.
+        rows_of: Client number -> indices of its rows.
+    """
+
+    digest: bytes
+    plan: Plan
+    pet: PetModel | SearchModel
+    data: FederatedData
+    rows_of: dict[int, np.ndarray]
+
+
+class ModelCache:
+    """Load plans, one at a time.
+
+    Args:
+        config: The node's checkpoint, rows and device.
+        plans: The store of plans.
+    """
+
+    def __init__(self, config: NodeConfig, plans: PlanStore) -> None:
+        self._config = config
+        self._plans = plans
+        self._loaded: LoadedPlan | None = None
+
+    def load(self, digest: bytes) -> LoadedPlan:
+        """Return a plan with its model and rows, loaded unless it is the one in force.
+
+        Raises:
+            PlanError: The plan is not stored here, or does not fit the checkpoint here.
+            InputError: Checkpoint, rows or device cannot be used.
+        """
+        if self._loaded is None or self._loaded.digest != digest:
+            plan = Plan.from_bytes(self._plans.get(digest))
+            self._loaded = None  # free the old model before the new one is built
+            gc.unfreeze()
+            try:
+                self._loaded = self._build(digest, plan)
+            finally:  # all of it stays: no collection needs to look through it
+                gc.freeze()
+        return self._loaded
+
+    def load_rows(self, plan: Plan) -> FederatedData:
+        """Return this node's rows, tokenised as the plan says, and its clients.
+
+        Raises:
+            PlanError: The tokeniser is another than the plan's.
+            DataError: The rows cannot be used.
+        """
+        config = self._config
+        data = load_data(
+            replace(config.data, label_names=plan.task.label_names, max_length=plan.max_length),
+            config.population,
+            locate(config.backbone),
+            cache=config.cache,
+            evaluation=False,
+            all_rows=config.has_own_rows,
+        )
+        if data.tokenizer_hash != plan.tokenizer_hash:
+            raise PlanError(
+                f"the tokeniser here is {data.tokenizer_hash:.16}, the plan's is "
+                f"{plan.tokenizer_hash:.16}: start server and nodes from the same checkpoint."
+            )
+        if not config.client:
+            return data
+        clients = tuple(replace(client, id=config.client) for client in data.clients)
+        return replace(data, clients=clients)
+
+    def _build(self, digest: bytes, plan: Plan) -> LoadedPlan:
+        data = self.load_rows(plan)
+        backbone = load_for_task(
+            plan.backbone(self._config.backbone),
+            plan.task,
+            device=check_device(self._config.device),
+        )
+        settle_padding(backbone.model, data.train)
+        rows_of = {client_id64(client.id): client.rows for client in data.clients}
+        pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
+        return LoadedPlan(digest, plan, pet, data, rows_of)

@@ -1,0 +1,98 @@
+"""Train one client: write the global values in, train, read them out, encode the update.
+
+A plan that searches takes the steps of fedpet/search/on_client.py instead of training.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from fedpet.client.global_values import TierValues
+from fedpet.client.model_cache import LoadedPlan
+from fedpet.codec import encode_with_feedback
+from fedpet.errors import TrainingError
+from fedpet.pet.layout import head_groups, quantisation_groups
+from fedpet.protocol.frame import Frame
+from fedpet.search import SearchModel, client_config
+from fedpet.training.loop import TrainResult, train_rows
+from fedpet.utils.seeds import derive_seed
+
+__all__ = ["train_client"]
+
+
+def train_client(
+    loaded: LoadedPlan,
+    start: TierValues,
+    client: int,
+    server_round: int,
+    residual: np.ndarray | None = None,
+) -> tuple[Frame, np.ndarray | None]:
+    """Train a client from the global values.
+
+    Args:
+        loaded: The plan in force.
+        start: The client's tier, and the global values of it.
+        client: Its number.
+        server_round: Counted from 1.
+        residual: With error feedback what the codec lost of the client's last accepted update,
+            float32, (values of the tier,); None is nothing.
+
+    Returns:
+        The frame with the update, and with error feedback the residual that it leaves.
+
+    Raises:
+        TrainingError: The trained values are not finite.
+    """
+    plan, pet = loaded.plan, loaded.pet
+    seed = derive_seed("client", plan.seed, server_round, client)
+    pet.set_tier(start.tier)
+    pet.set_delta(torch.from_numpy(start.values), seed=seed)
+    result = _train_or_search(loaded, client, server_round, seed)
+    update = pet.get_delta().numpy() - start.values  # (values of the tier,)
+    if not np.isfinite(update).all():
+        raise TrainingError(
+            "the trained values hold NaN or infinity: lower training.learning-rate."
+        )
+    coding = plan.uplink(quantisation_groups(pet.segments), head_groups(pet.segments))
+    encode_seed = derive_seed("encode", seed)
+    if plan.codec.error_feedback:
+        payload, residual = encode_with_feedback(update, residual, coding, seed=encode_seed)
+    else:
+        payload, residual = coding.encode(update, seed=encode_seed), None
+    frame = Frame(
+        plan_digest=loaded.digest,
+        server_round=server_round,
+        client=client,
+        codec=plan.codec.uplink,
+        count=pet.num_values,
+        num_examples=result.num_examples,
+        loss=result.loss,
+        train_seconds=result.train_seconds,
+        payload=payload,
+    )
+    return frame, residual
+
+
+def _train_or_search(loaded: LoadedPlan, client: int, server_round: int, seed: int) -> TrainResult:
+    plan, pet, data = loaded.plan, loaded.pet, loaded.data
+    rows = loaded.rows_of[client]
+    if isinstance(pet, SearchModel):
+        assert plan.search is not None
+        config = client_config(plan.search, client)
+        return pet.search_rows(
+            data.train, rows, plan.task, config, server_round=server_round,
+            logit_adjustment=plan.training.logit_adjustment, loss=plan.training.loss,
+        )  # fmt: skip
+    return train_rows(
+        pet.model,
+        pet.parameter_groups(),
+        data.train,
+        rows,
+        plan.task,
+        plan.training,
+        seed=seed,
+        progress=plan.progress(server_round),
+        after_step=pet.after_step,
+        sent=pet.sent_values(),
+    )
