@@ -21,7 +21,6 @@ from fedpet.utils.telemetry import turn_off_telemetry
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
     from fedpet.config import Experiment, MaskConfig, SearchConfig, TrainingConfig
-    from fedpet.data.bundled_data import bundled_model, bundled_reviews
     from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
     from fedpet.errors import FedpetError, InputError
     from fedpet.export import export_peft
@@ -39,6 +38,7 @@ if TYPE_CHECKING:
     from fedpet.pet.pet_config import PetConfig
     from fedpet.pet.structure import Structure
     from fedpet.protocol.ledger import Ledger
+    from fedpet.run.bundled_data import bundled_model, bundled_reviews
     from fedpet.run.callbacks import Callback
     from fedpet.run.finished import Run
     from fedpet.run.simulate import resume, simulate
@@ -53,7 +53,6 @@ turn_off_telemetry()
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
     "fedpet.config": ("Experiment", "MaskConfig", "SearchConfig", "TrainingConfig"),
-    "fedpet.data.bundled_data": ("bundled_model", "bundled_reviews"),
     "fedpet.data.federated_dataset": ("FederatedDataset", "load_federated_dataset"),
     "fedpet.errors": ("FedpetError", "InputError"),
     "fedpet.export": ("export_peft",),
@@ -71,6 +70,7 @@ _HOME = {
     "fedpet.pet.modules.module_config": ("CustomModuleConfig", "ModuleConfig"),
     "fedpet.pet.pet_config": ("PetConfig",),
     "fedpet.pet.structure": ("Structure",),
+    "fedpet.run.bundled_data": ("bundled_model", "bundled_reviews"),
     "fedpet.run.callbacks": ("Callback",),
     "fedpet.run.finished": ("Run",),
     "fedpet.run.simulate": ("resume", "simulate"),

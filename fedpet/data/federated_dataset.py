@@ -40,18 +40,18 @@ class FederatedDataset:
 
     Attributes:
         data: Keys of the experiment's table [data] that differ from their defaults.
-        population: The same of [population].
+        clients: The same of [clients].
         splits: Rows in memory, by split; empty where `data["source"]` names them.
         tokenizer: Reads the texts; None takes the model's own.
     """
 
     data: Mapping[str, Any]
-    population: Mapping[str, Any]
+    clients: Mapping[str, Any]
     splits: Mapping[str, Dataset] = field(default_factory=dict)
     tokenizer: Any = None
 
     def tables(self, cache: Path) -> dict[str, dict[str, Any]]:
-        """Return the experiment's tables [data] and [population]; rows in memory are written.
+        """Return the experiment's tables [data] and [clients]; rows in memory are written.
 
         Args:
             cache: Root of the cache.
@@ -62,7 +62,7 @@ class FederatedDataset:
         data = dict(self.data)
         if self.splits:
             data["source"] = str(store_folder(cache / "datasets", self._write).absolute())
-        return {"data": data, "population": dict(self.population)}
+        return {"data": data, "clients": dict(self.clients)}
 
     def _write(self, folder: Path) -> None:
         import pyarrow as pa
@@ -97,7 +97,7 @@ def load_federated_dataset(
         tokenizer: Of the model; None takes the one beside its checkpoint.
         partitioner: Makes clients where no column tells them: an object with flwr-datasets'
             interface (`dataset` is assigned, `num_partitions` and `load_partition(i)` are read),
-            or the name of a rule of the experiment's [population] ("dirichlet", "shards", "iid").
+            or the name of a rule of the experiment's [clients] ("dirichlet", "shards", "iid").
             An object deals out the training rows here; rows that it gives to nobody are left out.
         evaluation: The rows to evaluate on: a split's name, a dataset, or the fraction of the
             training rows to hold out by a hash of their text. None takes the split "test" or
@@ -112,7 +112,7 @@ def load_federated_dataset(
     Example:
         >>> rows = [{"text": "a fine film", "label": "fresh", "client": "Ann"},
         ...         {"text": "dull", "label": "rotten", "client": "Bob"}] * 20
-        >>> load_federated_dataset(rows, client_column="client", evaluation=0.25).population
+        >>> load_federated_dataset(rows, client_column="client", evaluation=0.25).clients
         {'partition': 'column', 'client-column': 'client'}
     """
     texts = [text_columns] if isinstance(text_columns, str) else list(text_columns)
@@ -123,7 +123,7 @@ def load_federated_dataset(
             "the rows are the first argument of load_federated_dataset, and those to evaluate on "
             "its argument `evaluation`: leave source, eval_split and eval_fraction out."
         )
-    population = _population(client_column, partitioner)
+    clients = _clients(client_column, partitioner)
     by_object = partitioner is not None and not isinstance(partitioner, str)
     splits: dict[str, Dataset] = {}
     if isinstance(dataset, str | Path):
@@ -136,10 +136,10 @@ def load_federated_dataset(
     config = read_stage(DataConfig, "data", _lists(data))
     if by_object:
         splits = _partitioned(splits, partitioner, config, data)
-    return FederatedDataset(data=data, population=population, splits=splits, tokenizer=tokenizer)
+    return FederatedDataset(data=data, clients=clients, splits=splits, tokenizer=tokenizer)
 
 
-def _population(client_column: str, partitioner: Any) -> dict[str, Any]:
+def _clients(client_column: str, partitioner: Any) -> dict[str, Any]:
     if client_column and partitioner is not None:
         raise ConfigError(
             f"clients come from a column or from a partitioner, got client_column "

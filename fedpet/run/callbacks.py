@@ -88,7 +88,7 @@ class Callback:
         """Read where a central search of the structure stands."""
 
     def on_run_end(self, result: Mapping[str, Any], folder: Path) -> None:
-        """Read the result.
+        """Read the result; a run that an exception ends has none, and this is not called.
 
         Args:
             result: What `result.json` holds.

@@ -79,7 +79,7 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     mask = None
     if experiment.mask.enabled:
         mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
-    config = settled_search(experiment, backbone, mask)
+    config = resolve_search(experiment, backbone, mask)
     origin = origin_of(experiment, rows=len(data.train), masked=mask is not None)
     structure = find_structure(
         backbone,
@@ -98,7 +98,7 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     return structure
 
 
-def settled_search(experiment: Experiment, backbone: Backbone, mask: Mask | None) -> SearchConfig:
+def resolve_search(experiment: Experiment, backbone: Backbone, mask: Mask | None) -> SearchConfig:
     """Return the experiment's search with its rates, and its budget in values.
 
     Raises:

@@ -92,7 +92,7 @@ def federate(
         structure = search_in_rounds(
             grid, prepared, population, ledger, out, callback, journal, resumed=resumed
         )
-        prepared, journal = prepared.found(structure), None
+        prepared, journal = prepared.with_structure(structure), None
         out.write_inputs(experiment, prepared.plan)
     elif journal is not None and journal.kind == SEARCH:
         journal = None  # the search was over, and training had not begun

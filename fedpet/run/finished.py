@@ -91,7 +91,9 @@ class Run:
         """Return the rounds of training, a row each."""
         path = self.folder / "rounds.jsonl"
         length = path.stat().st_size
-        metric, total, rows = self.result["quality"]["metric"], 0, History()
+        quality, total, rows = self.result["quality"], 0, History()
+        metric = quality["metric"]
+        others = [name for name in quality.get("metrics", {}) if name != metric]
         for record in Ledger.reopen(path, length).rounds:
             total += record.uplink_bytes + record.downlink_bytes + record.plan_bytes
             if record.kind == TRAINING:
@@ -99,7 +101,7 @@ class Run:
                     {
                         "round": record.round,
                         metric: record.metric,
-                        **(getattr(record, "metrics", None) or {}),
+                        **{name: record.metrics.get(name) for name in others},
                         "loss": record.loss,
                         "clients": record.clients,
                         "replies": record.replies,

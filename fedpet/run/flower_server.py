@@ -46,7 +46,7 @@ def serve_run(grid: Grid, context: Context) -> None:
         callbacks = Callbacks([progress, *experiment.run.callbacks])
         progress.on_stage(f"run folder: {out.path.absolute()}")
         prepared = prepare(
-            experiment, callbacks, found=searched_structure(folder) if goes_on else None
+            experiment, callbacks, structure=searched_structure(folder) if goes_on else None
         )
         journal = check_journal(folder, prepared) if goes_on else None
         result = federate(grid, prepared, out, callbacks, journal)

@@ -101,8 +101,8 @@ def read_model(
     """Turn a model and what trains of it into tables of an experiment.
 
     Args:
-        model: A `PetModel` that is not trained yet, a plain model that classifies sequences, or a
-            checkpoint's name. It stays as it is.
+        model: A `PetModel`, whose values the run starts from; a plain model that classifies
+            sequences; or a checkpoint's name. It stays as it is.
         pet_config: What trains of a plain model or a checkpoint; None leaves that to settings.
         tokenizer: Of the model; None takes the one beside its checkpoint.
         cache: Root of the cache.
@@ -140,11 +140,6 @@ def read_model(
 
 
 def _of_pet_model(pet: PetModel, tokenizer: Any, cache: Path) -> ModelInput:
-    if pet.get_delta().any():
-        raise ConfigError(
-            "the PetModel was trained already, and a run starts from the backbone: give "
-            "get_pet_model(model.merge_and_unload(), config)."
-        )
     if pet.mask is not None and pet.mask_config is None:
         raise ConfigError(
             "the PetModel has a mask without a MaskConfig, and every client must compute the same "
@@ -155,6 +150,9 @@ def _of_pet_model(pet: PetModel, tokenizer: Any, cache: Path) -> ModelInput:
     trainables = _Trainables(pet.mask_config, pet.structure, pet.seed, tuple(starts))
     tables = _join({"backbone": _store(base, tokenizer, cache)}, trainables.tables(cache))
     tables["backbone"]["head"] = _head_key(base, tuple(starts), pet.head)
+    if pet.get_delta().any():
+        place = store_folder(cache / "starts", pet.save_pretrained)
+        tables["run"]["start"] = str(place.absolute())
     num_values, layout = pet.num_values, layout_hash(pet.tiers)
 
     def check(prepared: Prepared | PreparedSearch) -> None:

@@ -34,7 +34,7 @@ from fedpet.pet.structure import Structure, load_structure
 from fedpet.pet.tiers import Tier, tiers_of
 from fedpet.protocol.plan import Plan
 from fedpet.run.callbacks import Callback
-from fedpet.run.central_search import settled_search
+from fedpet.run.central_search import resolve_search
 from fedpet.search import Space, check_structure
 from fedpet.training.batching import inputs_of
 from fedpet.training.cls_only import check_first_token
@@ -79,20 +79,20 @@ class PreparedSearch(RunInputs):
     tiers: tuple[Tier, ...]
     inexact_kinds: tuple[str, ...]  # of the space's modules
 
-    def found(self, structure: Structure) -> Prepared:
-        """Settle the training's plan. The backbone is used up."""
-        return _settle(self, self.backbone, structure)
+    def with_structure(self, structure: Structure) -> Prepared:
+        """Make the training's plan of this structure. The backbone is used up."""
+        return _training_inputs(self, self.backbone, structure)
 
 
 def prepare(
-    experiment: Experiment, callback: Callback, *, found: Structure | None = None
+    experiment: Experiment, callback: Callback, *, structure: Structure | None = None
 ) -> Prepared | PreparedSearch:
-    """Read the rows, load the backbone, find the structure or the space, settle the plan.
+    """Read the rows, load the backbone, find the structure or the space, make the plan.
 
     Args:
         experiment: What to run.
         callback: Is called at stages.
-        found: What a search of this run has found already.
+        structure: Of a search of this run that is over.
 
     Raises:
         InputError: The experiment, the checkpoint or the data cannot be used.
@@ -113,7 +113,7 @@ def prepare(
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     for line in backbone.origin.lines():
         callback.on_stage(line)
-    ground = RunInputs(
+    inputs = RunInputs(
         experiment,
         data,
         _num_parameters(backbone.model),
@@ -126,12 +126,12 @@ def prepare(
     if experiment.training.cls_only:
         one, _ = inputs_of(data.evaluation, np.arange(1), device_of(backbone.model))
         check_first_token(backbone.model, one)
-    if experiment.search.federated and found is None:
-        return _to_search(ground, backbone)
-    if found is None:
+    if experiment.search.federated and structure is None:
+        return _search_inputs(inputs, backbone)
+    if structure is None:
         positions = find_target_modules(backbone.model, backbone.head)
-        found = load_structure(experiment.structure, positions)
-    return _settle(ground, backbone, found)
+        structure = load_structure(experiment.structure, positions)
+    return _training_inputs(inputs, backbone, structure)
 
 
 def is_deployed(experiment: Experiment) -> bool:
@@ -139,26 +139,26 @@ def is_deployed(experiment: Experiment) -> bool:
     return experiment.clients.partition == "nodes"
 
 
-def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prepared:
+def _training_inputs(inputs: RunInputs, backbone: Backbone, structure: Structure) -> Prepared:
     """Make the training's plan of a structure of this backbone."""
     check_structure(structure, backbone.fingerprint)
-    data = ground.data
+    data = inputs.data
     plan, pet = Plan.for_training(
-        ground.experiment, backbone, structure, data.task, data.tokenizer_hash
+        inputs.experiment, backbone, structure, data.task, data.tokenizer_hash
     )
     if not plan.num_values:
         raise ConfigError(
             "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
             "is empty. Enable one of them."
         )
-    folder = ground.experiment.run.start
+    folder = inputs.experiment.run.start
     return Prepared(
-        ground.experiment,
+        inputs.experiment,
         data,
-        ground.all_parameters,
-        ground.pretrained_parameters,
-        ground.origin,
-        ground.started,
+        inputs.all_parameters,
+        inputs.pretrained_parameters,
+        inputs.origin,
+        inputs.started,
         structure,
         plan,
         pet,
@@ -166,23 +166,23 @@ def _settle(ground: RunInputs, backbone: Backbone, structure: Structure) -> Prep
     )
 
 
-def _to_search(ground: RunInputs, backbone: Backbone) -> PreparedSearch:
+def _search_inputs(inputs: RunInputs, backbone: Backbone) -> PreparedSearch:
     """Make the search's plan; the backbone is the checkpoint again."""
-    experiment, data = ground.experiment, ground.data
+    experiment, data = inputs.experiment, inputs.data
     mask = None
     if experiment.mask.enabled:
         mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
-    search = settled_search(experiment, backbone, mask)
+    search = resolve_search(experiment, backbone, mask)
     plan, model = Plan.for_search(experiment, search, backbone, data.task, data.tokenizer_hash)
     tiers, inexact = tiers_of(model, plan.mask), model.inexact_kinds
     model.pet.unload()
     return PreparedSearch(
         experiment,
         data,
-        ground.all_parameters,
-        ground.pretrained_parameters,
-        ground.origin,
-        ground.started,
+        inputs.all_parameters,
+        inputs.pretrained_parameters,
+        inputs.origin,
+        inputs.started,
         backbone,
         plan,
         model.space,

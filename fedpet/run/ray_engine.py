@@ -116,7 +116,7 @@ def resume(
     """
     _check_backend(backend)
     with stoppable(lambda: _resume_sentence(run)), cut_short(run, strategy) as experiment:
-        prepared = prepare(experiment, callback, found=searched_structure(run))
+        prepared = prepare(experiment, callback, structure=searched_structure(run))
         journal = check_journal(run, prepared)
         done, kind = (0, "") if journal is None else (journal.server_round, journal.kind)
         if kind == SEARCH:

@@ -50,9 +50,10 @@ def simulate(
     """Fine-tune a model over simulated clients.
 
     Args:
-        model: What `get_pet_model` gives, a transformers model that classifies sequences, or a
-            checkpoint's name (a folder, a hub name, "bundled"); it stays as it is. Without `data`
-            (or with a dict for it): an experiment file, a built-in one's name, or an `Experiment`.
+        model: What `get_pet_model` gives, trained or not; a transformers model that classifies
+            sequences; or a checkpoint's name (a folder, a hub name, "bundled"). It stays as it is.
+            Without `data` (or with a dict for it): an experiment file, a built-in one's name, or
+            an `Experiment`.
         data: What `load_federated_dataset` gives or takes as its first argument.
         strategy: An object of `fedpet.strategies`, which stands for the whole table [strategy]; or
             a name ("fedadam"), or a dict of keys.
@@ -75,6 +76,14 @@ def simulate(
         InputError: The model, the data or a setting cannot be used.
         RunError: Nothing was learned.
         RunInterrupted: It was stopped; the message says how to resume it.
+
+    Example:
+        >>> rows = bundled_reviews()["train"].select(range(100))
+        >>> data = load_federated_dataset(rows, client_column="film")
+        >>> run = simulate(bundled_model(), data, num_rounds=1, training={"batch_size": 4},
+        ...                backend="in-process", progress=False)
+        >>> [row["round"] for row in run.history], run.ledger.ratio_to_dense < 0.01
+        ([0, 1], True)
     """
     names = get_type_hints(Experiment)
     refuse_unknown("keyword", settings, [name for name in names if name != "data"])
@@ -149,6 +158,12 @@ def resume(
         InputError: The folder holds no such run, or model, rows or packages are others now.
         RunError: Nothing was learned.
         RunInterrupted: It was stopped once more.
+
+    Example:
+        >>> resume("runs/nothing-of-the-kind")
+        Traceback (most recent call last):
+        fedpet.errors.ConfigError: 'runs/nothing-of-the-kind' is no run folder: config.toml is \
+absent. A run that was stopped before it left one has nothing to resume: start it again.
     """
     folder = Path(folder)
     experiment = read_cut_short(folder, strategy)

@@ -79,8 +79,9 @@ def _with_examples() -> list[str]:
 
 @pytest.mark.parametrize("name", _with_examples())
 def test_every_example_in_a_docstring_gives_what_it_says(
-    name: str, monkeypatch: pytest.MonkeyPatch
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # an example may leave a run folder
     for table in (registry.KINDS, registry.PRESETS):
         monkeypatch.delitem(table, "ia3", raising=False)  # and away again afterwards
     one: Any = getattr(fedpet, name)

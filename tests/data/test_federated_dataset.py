@@ -35,7 +35,7 @@ def loaded(data: fedpet.FederatedDataset, files: tuple[Path, Path], cache: Path)
     tables = data.tables(cache)
     return load_data(
         read_stage(DataConfig, "data", {"max-length": 16, **tables["data"]}),
-        read_stage(ClientsConfig, "population", {"min-rows": 1, **tables["population"]}),
+        read_stage(ClientsConfig, "clients", {"min-rows": 1, **tables["clients"]}),
         files[0],
         cache=cache,
     )
@@ -193,7 +193,7 @@ def test_a_run_over_a_foreign_partitioner_is_resumed_without_it(
 
 def test_rules_by_name_are_those_of_the_experiment(rows: list[dict[str, Any]]) -> None:
     data = fedpet.load_federated_dataset(rows, partitioner="dirichlet")
-    assert data.population == {"partition": "dirichlet"}
+    assert data.clients == {"partition": "dirichlet"}
 
 
 def test_the_same_rows_get_the_same_place_and_other_rows_another(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 
 import pytest
+from rich.console import Console
 
 from fedpet.protocol.ledger import Ledger
 from fedpet.run.progress import Progress
@@ -46,3 +47,25 @@ def test_a_resumed_run_tells_the_time_left_from_its_own_rounds(
     assert "left" not in first
     assert second.endswith(f"{show_seconds(60.0)} left")
     assert third.endswith(f"{show_seconds(30.0)} left")
+
+
+@pytest.mark.parametrize("widgets", [True, False])
+def test_a_notebook_has_a_bar_where_it_can_be_redrawn_and_else_lines(
+    widgets: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    notebook = Console(force_jupyter=True)
+    monkeypatch.setattr("fedpet.run.progress.Console", lambda **_: notebook)
+    monkeypatch.setattr("fedpet.run.progress.find_spec", lambda name: widgets or None)
+    progress = Progress(4, "f1")
+    assert progress._bar.disable is not widgets
+    progress.on_stage("starting the rounds")
+    assert ("starting" in capsys.readouterr().err) is not widgets
+
+
+def test_a_line_of_a_round_tells_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
+    ledger = Ledger()
+    with Progress(4, "f1") as progress:
+        record = ledger.begin(1)
+        record.metric, record.loss = 0.5, 0.6931
+        progress.on_round_end(record, ledger)
+    assert capsys.readouterr().err == "round 1/4: f1 0.5000, loss 0.693, 0 B\n"

@@ -14,7 +14,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 import fedpet
 from fedpet.config import Experiment
-from fedpet.data.bundled_data import bundled_model, bundled_reviews
+from fedpet.run.bundled_data import bundled_model, bundled_reviews
 
 pytestmark = [
     pytest.mark.simulation,

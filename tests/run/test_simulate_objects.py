@@ -19,7 +19,7 @@ from fedpet.errors import InputError
 
 REST: dict[str, Any] = {
     "training": {"learning_rate": 0.01, "batch_size": 4},
-    "population": {"min_rows": 2},
+    "clients": {"min_rows": 2},
     "strategy": {"clients_per_round": 4},
     "num_rounds": 2,
     "backend": "in-process",
@@ -76,7 +76,7 @@ model = "{folder / "model"}"
 [data]
 source = "{files[1]}"
 max-length = 16
-[population]
+[clients]
 min-rows = 2
 [mask]
 density = 0.05
@@ -238,6 +238,22 @@ def test_the_same_objects_twice_are_written_once(
         assert len(list((tmp_path / "cache" / kind).iterdir())) == 1
 
 
+def test_a_trained_pet_model_goes_on_from_its_values_as_run_start_does(
+    rows: DatasetDict, files: tuple[Path, Path], by_file: fedpet.Run, tmp_path: Path
+) -> None:
+    model = by_file.model
+    run = fedpet.simulate(model, described(rows, files), out=tmp_path / "objects", **REST)
+    assert run.history[0]["accuracy"] == by_file.metrics["accuracy"]
+    settings = Experiment.from_file(by_file.folder / "config.toml")
+    again = fedpet.simulate(
+        settings,
+        run={"start": str(by_file.folder), "out": str(tmp_path / "by-file")},
+        backend="in-process",
+        progress=False,
+    )
+    assert sha(run) == sha(again) != sha(by_file)
+
+
 def refused(call: Callable[[], object]) -> str:
     with pytest.raises(InputError) as caught:
         call()
@@ -263,8 +279,6 @@ def test_what_cannot_become_a_run_is_refused_in_one_sentence(
     assert "backend must be one of" in simulate(pet, backend="thread")
     assert "tensorboard, wandb" in simulate(pet, callbacks=["mlfow"])
     assert "simulate needs rows" in refused(lambda: fedpet.simulate(pet))
-    pet.set_delta(torch.ones(pet.num_values))
-    assert "trained already" in simulate(pet)
     assert "a model must be" in simulate(7)
     three = AutoModelForSequenceClassification.from_pretrained(files[0], num_labels=3)
     assert "num_labels=2" in simulate(fedpet.get_pet_model(three, CONFIG))

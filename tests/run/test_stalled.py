@@ -37,7 +37,7 @@ def broken_in(experiment: Experiment, *rounds: int) -> LocalGrid:
 
 
 def go_on(path: Path) -> dict[str, Any]:
-    prepared = prepare(read_cut_short(path), Silent(), found=searched_structure(path))
+    prepared = prepare(read_cut_short(path), Silent(), structure=searched_structure(path))
     grid = LocalGrid.of(NodeConfig.from_experiment(prepared.experiment), 1)
     return federate(grid, prepared, RunFolder(path), Silent(), check_journal(path, prepared))
 

@@ -225,7 +225,7 @@ def test_a_search_is_over_when_the_choice_stays_often_enough_and_at_its_last_rou
         assert strategy.is_over == over
 
 
-def test_a_settled_search_ends_before_its_last_round_and_says_so(experiment: Any) -> None:
+def test_a_resolve_search_ends_before_its_last_round_and_says_so(experiment: Any) -> None:
     settings = experiment(search_rounds=9, search_settled_overlap=0.01, search_settled_rounds=2)
     run(settings)
     out = Path(settings.run.out)

@@ -70,7 +70,7 @@ def test_a_run_cut_short_in_or_after_its_search_goes_on_to_the_same_bytes(
 
 def gone_on_with(out: Path) -> dict[str, Any]:
     settings = read_cut_short(out)
-    prepared = prepare(settings, Silent(), found=searched_structure(out))
+    prepared = prepare(settings, Silent(), structure=searched_structure(out))
     grid = LocalGrid.of(NodeConfig.from_experiment(settings), 1)
     return federate(grid, prepared, RunFolder(out), Silent(), check_journal(out, prepared))
 

@@ -19,6 +19,11 @@ def bundled_model() -> str:
 
     Raises:
         BackboneError: Its package is not installed.
+
+    Example:
+        >>> from transformers import AutoConfig
+        >>> AutoConfig.from_pretrained(bundled_model()).hidden_size
+        384
     """
     return str(locate(BackboneConfig()))
 
@@ -31,6 +36,10 @@ def bundled_reviews() -> DatasetDict:
 
     Raises:
         DataError: Their package is not installed.
+
+    Example:
+        >>> bundled_reviews()["train"].column_names
+        ['text', 'label', 'film']
     """
     from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
 
