@@ -58,7 +58,7 @@ def inline_code(page: Path) -> list[str]:
 def run_python(page: Path, blocks: list[Block]) -> dict[str, Any]:
     """Execute blocks in one namespace; a traceback names the page and its line.
 
-    `[...]` stands for a list of the reader's own, and is empty here. Ten rounds and more are two here.
+    `[...]` stands for a list of the reader's own: it is empty here. Ten rounds or more are two.
     """
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
