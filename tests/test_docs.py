@@ -50,7 +50,9 @@ def _python_pages() -> Iterator[Any]:
                 yield pytest.param(
                     page,
                     [block for block in blocks if block.marker in allowed],
-                    marks=[getattr(pytest.mark, marker)] if marker else [],
+                    marks=[getattr(pytest.mark, marker), pytest.mark.timeout(600)]
+                    if marker
+                    else [],
                     id=" ".join(filter(None, [_name(page), marker])),
                 )
 

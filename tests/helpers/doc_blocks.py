@@ -58,10 +58,11 @@ def inline_code(page: Path) -> list[str]:
 def run_python(page: Path, blocks: list[Block]) -> dict[str, Any]:
     """Execute blocks in one namespace; a traceback names the page and its line.
 
-    `[...]` stands for a list of the reader's own, and is an empty one here.
+    `[...]` stands for a list of the reader's own: it is empty here. Ten rounds or more are two.
     """
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
-        code = "\n" * (block.line - 1) + block.code.replace("[...]", "[]")
+        shorter = re.sub(r"num_rounds=\d\d+", "num_rounds=2", block.code.replace("[...]", "[]"))
+        code = "\n" * (block.line - 1) + shorter
         exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
     return namespace
