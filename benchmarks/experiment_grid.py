@@ -350,14 +350,16 @@ class ExperimentGrid(Grid):
 
 
 def stored_experiment(tables: Mapping[str, Any]) -> Experiment:
-    """Return the experiment of a stored cell; a key that it lacks has its default.
+    """Return the experiment of a stored cell; a key that it lacks has the default of its time.
 
     Cells name their structures below the checkout, where benchmarks once lay in another folder.
 
     Raises:
         ConfigError: The settings do not read any more.
     """
-    experiment = Experiment.from_tables(with_new_names(tables))
+    named = with_new_names(tables)
+    codec = {"uplink": "float32", "downlink": "float32", "downlink-mode": "delta"}
+    experiment = Experiment.from_tables({**named, "codec": codec | named.get("codec", {})})
     file = experiment.structure.file.removeprefix("simulations/")
     return replace(experiment, structure=replace(experiment.structure, file=file))
 

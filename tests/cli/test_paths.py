@@ -97,7 +97,7 @@ def leave_journal(settings: Experiment) -> None:
         class requests:
             class holders:
                 plan_nodes: tuple[int, ...] = ()
-                told: tuple[str, ...] = ()
+                clients_with_plan: tuple[str, ...] = ()
 
         class ledger:
             class current:

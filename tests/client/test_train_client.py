@@ -19,12 +19,13 @@ from modelless import (
     node_settings,
     train_by_formula,
 )
+from sending import codec_of
 
 from fedpet.client.global_values import TierValues
 from fedpet.client.plan_store import PlanStore
 from fedpet.client.train_client import train_client
 from fedpet.codec import encode_values
-from fedpet.config import CodecConfig, MaskConfig
+from fedpet.config import MaskConfig
 from fedpet.errors import TrainingError
 from fedpet.protocol.frame import Frame, Refusal, RefusalCode, pack_frame, unpack_frames
 from fedpet.protocol.plan import Plan
@@ -56,7 +57,7 @@ def answer(node: FakeNode, request: Request) -> list[Frame | Refusal]:
 
 
 def test_a_node_answers_with_the_frames_of_the_function(tmp_path: Path) -> None:
-    plan = make_plan(CodecConfig(up="eden-4"))
+    plan = make_plan(codec_of(uplink="eden-4"))
     clients = [client_id64(name) for name in CLIENTS[:3]]
     frames = answer(FakeNode(node_settings(tmp_path)), request_for(plan, *clients))
     config = node_settings(tmp_path)
@@ -68,7 +69,7 @@ def test_a_node_answers_with_the_frames_of_the_function(tmp_path: Path) -> None:
 
 
 def test_with_error_feedback_the_update_is_the_payload_and_the_residual(tmp_path: Path) -> None:
-    plan = make_plan(CodecConfig(up="topk-0.1+int8", error_feedback=True))
+    plan = make_plan(codec_of(uplink="topk-0.1+int8", error_feedback=True))
     config = node_settings(tmp_path)
     plans = PlanStore(config.cache)
     plans.put(plan.to_bytes(), digest := Plan.digest(plan.to_bytes()))
@@ -85,7 +86,7 @@ def test_with_error_feedback_the_update_is_the_payload_and_the_residual(tmp_path
 def test_values_that_are_not_finite_raise_and_no_frame_is_made(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    plan = make_plan(CodecConfig())
+    plan = make_plan(codec_of())
     config = node_settings(tmp_path)
     plans = PlanStore(config.cache)
     plans.put(plan.to_bytes(), digest := Plan.digest(plan.to_bytes()))
@@ -101,7 +102,7 @@ def test_values_that_are_not_finite_raise_and_no_frame_is_made(
 
 
 def test_a_node_without_the_plan_says_so_by_its_code(tmp_path: Path) -> None:
-    plan = make_plan(CodecConfig())
+    plan = make_plan(codec_of())
     node = FakeNode(node_settings(tmp_path))
     [refusal] = answer(node, request_for(plan, CLIENT, with_plan=False))
     assert isinstance(refusal, Refusal)
@@ -111,7 +112,7 @@ def test_a_node_without_the_plan_says_so_by_its_code(tmp_path: Path) -> None:
 
 
 def test_a_node_of_another_tier_names_its_density_in_the_refusal(tmp_path: Path) -> None:
-    plan = make_plan(CodecConfig(), TWO_TIERS)
+    plan = make_plan(codec_of(), TWO_TIERS)
     weak = FakeNode(replace(node_settings(tmp_path), max_density=0.01))
     [refusal] = answer(weak, request_for(plan, CLIENT))
     assert isinstance(refusal, Refusal)
@@ -124,7 +125,7 @@ def test_a_node_of_another_tier_names_its_density_in_the_refusal(tmp_path: Path)
 
 
 def test_a_client_of_another_node_is_refused_and_the_others_train(tmp_path: Path) -> None:
-    plan = make_plan(CodecConfig(), MaskConfig(density=0.02))
+    plan = make_plan(codec_of(), MaskConfig(density=0.02))
     node = FakeNode(node_settings(tmp_path))
     stranger, frame = answer(node, request_for(plan, 12345, CLIENT))
     assert isinstance(stranger, Refusal)
@@ -134,7 +135,7 @@ def test_a_client_of_another_node_is_refused_and_the_others_train(tmp_path: Path
 
 
 def test_a_tier_that_the_request_does_not_carry_refuses_all_its_clients(tmp_path: Path) -> None:
-    request = request_for(make_plan(CodecConfig()), CLIENT, client_id64(CLIENTS[1]))
+    request = request_for(make_plan(codec_of()), CLIENT, client_id64(CLIENTS[1]))
     refusals = answer(
         FakeNode(node_settings(tmp_path)), msgspec.structs.replace(request, which=(0, 1))
     )

@@ -71,7 +71,7 @@ def test_the_first_round_of_a_run_that_starts_elsewhere_pays_for_the_values(
 ) -> None:
     """All clients hold the checkpoint, and nobody holds where this run starts."""
     experiment, _ = first
-    codecs = {"down": "int8", "downlink": downlink}
+    codecs = {"downlink": "int8", "downlink_mode": downlink}
     start = Path(experiment.run.out)
     in_process_run.run(following(experiment, tmp_path / "b", start, **codecs))
     plain = following(experiment, tmp_path / "c", start, **codecs)

@@ -170,7 +170,7 @@ def test_a_plan_that_leaves_a_setting_to_its_reader_is_refused() -> None:
 def test_a_value_that_the_config_refuses_is_refused_in_a_plan() -> None:
     for table, key, value, words in [
         ("training", "batch_size", 0, "training.batch-size must be at least 1"),
-        ("codec", "downlink", "sideways", "codec.downlink"),
+        ("codec", "downlink_mode", "sideways", "codec.downlink-mode"),
         ("training", "dropout", "yes", "Expected `bool`"),
     ]:
         fields = header()

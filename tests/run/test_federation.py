@@ -115,7 +115,7 @@ def test_the_reported_metric_is_that_of_the_saved_model(experiment: Any) -> None
     saved = AutoModelForSequenceClassification.from_pretrained(Path(settings.run.out) / "model")
     data = load_data(
         settings.data,
-        settings.population,
+        settings.clients,
         locate(settings.backbone),
         cache=Path(settings.run.cache),
     )

@@ -8,7 +8,7 @@ from fake_training import CLIENTS, NUM_VALUES, Change, ShuffledGrid, make_strate
 
 from fedpet.protocol.frame import Frame, Refusal, RefusalCode, pack_frame, pack_refusal
 from fedpet.protocol.ledger import RoundRecord
-from fedpet.strategies import to_arrays
+from fedpet.server.aggregation import to_arrays
 from fedpet.utils.seeds import client_id64
 
 

@@ -10,7 +10,7 @@ import tiny
 from tiny import Silent
 
 from fedpet.client.node import Node
-from fedpet.client.node_config import NodeSettings
+from fedpet.client.node_config import NodeConfig
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.ray_engine import simulate
@@ -27,7 +27,7 @@ def test_workers_import_a_loss_that_was_registered_by_name_in_the_run_s_process(
     files = tiny.make_backbone(tmp_path / "b"), tiny.make_rows(tmp_path / "r")
     changes = {"strategy_num_rounds": 1, "training_loss": "focal"}
     here = tiny.make_experiment(*files, tmp_path / "here", **changes)
-    grid = LocalGrid({1: Node(NodeSettings.of(here)).answer})
+    grid = LocalGrid({1: Node(NodeConfig.from_experiment(here)).answer})
     expected = federate(grid, prepare(here, Silent()), new_run_folder(here), Silent())
     found, _ = simulate(tiny.make_experiment(*files, tmp_path / "ray", **changes), Silent())
     assert found["refused"] == []

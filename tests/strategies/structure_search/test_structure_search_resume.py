@@ -85,7 +85,7 @@ def test_a_run_killed_between_its_search_and_its_training_keeps_the_search_s_boo
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patched:
-        patched.setattr(PreparedSearch, "found", stop)
+        patched.setattr(PreparedSearch, "with_structure", stop)
         with pytest.raises(KeyboardInterrupt):
             run(cut)
     out = Path(cut.run.out)
