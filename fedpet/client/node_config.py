@@ -13,7 +13,7 @@ In:  an experiment, and Flower's node config, a flat table of scalars:
     cache           folder for tokenised rows and plans
     max-density     the largest tier of the mask that the device trains, see fedpet/pet/tiers.py
     threads         torch threads; results are the same to the bit at the same number only
-    device          "cuda", where it has a GPU; untested as yet
+    device          "cuda", where it has a GPU
 
 Out: a `NodeConfig`. A simulated node has none of these keys: its rows are the experiment's.
 """

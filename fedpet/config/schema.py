@@ -401,7 +401,7 @@ class RunConfig(Stage):
     name: str = "experiment"  # of the run folder and of tables; a file's stem where it says none
     seed: AnyInteger = 0  # sampling of clients, batches, adapters, stochastic rounding
     workers: Count = 2  # Ray actors, each with training.threads
-    device: str = "cpu"  # of the server and of simulated clients; or "cuda", untested as yet
+    device: str = "cpu"  # of the server and of simulated clients; or "cuda", tried on one H200
     cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
     # Trackers: tensorboard, wandb, mlflow, trackio, where their package is installed.
