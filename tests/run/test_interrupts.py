@@ -243,5 +243,5 @@ def test_sigterm_and_ctrl_c_right_after_it_end_a_run_on_ray_with_143_and_one_sen
     assert process.returncode == 143, said
     *stages, last = said.splitlines()
     assert last == f"Interrupted. Go on with it: fedpet simulate --resume {out}"
-    assert all(line.startswith(("read", "load", "start", "round ")) for line in stages), stages
+    assert not any("Traceback" in line or "Interrupted" in line for line in stages), stages
     assert set(ray_folders.glob("fedpet-*")) == before
