@@ -19,6 +19,7 @@ from urllib.parse import unquote
 import pytest
 import typer
 from doc_blocks import Block, blocks_of, inline_code, run_python
+from own_names import begin_with_built_in_names
 
 import fedpet
 from fedpet.cli.main import app
@@ -62,6 +63,7 @@ def test_every_python_block_of_a_page_runs(
     page: Path, blocks: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    begin_with_built_in_names(monkeypatch)
     before = [(table, dict(table)) for table in (registry.KINDS, registry.PRESETS)]
     try:
         run_python(page, blocks)

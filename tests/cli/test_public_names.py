@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from own_names import begin_with_built_in_names
 
 import fedpet
 from fedpet.pet.modules import registry
@@ -82,6 +83,7 @@ def test_every_example_in_a_docstring_gives_what_it_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # an example may leave a run folder
+    begin_with_built_in_names(monkeypatch)
     for table in (registry.KINDS, registry.PRESETS):
         monkeypatch.delitem(table, "ia3", raising=False)  # and away again afterwards
     one: Any = getattr(fedpet, name)

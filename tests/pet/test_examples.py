@@ -10,6 +10,7 @@ import pkgutil
 import numpy as np
 import pytest
 import torch
+from own_names import begin_with_built_in_names
 
 import fedpet
 import fedpet.pet
@@ -18,7 +19,6 @@ import fedpet.training
 import fedpet.utils.named_callables
 from fedpet.data import Task
 from fedpet.pet.modules import registry
-from fedpet.training import loss, metrics
 
 
 def modules() -> list[str]:
@@ -34,8 +34,7 @@ def modules() -> list[str]:
 def _registered_for_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
     for table in (registry.KINDS, registry.PRESETS):
         monkeypatch.delitem(table, "ia3", raising=False)  # and away again afterwards
-    for callables in (loss.LOSSES, metrics.METRICS):
-        monkeypatch.setattr(callables, "_functions", dict(callables._functions))
+    begin_with_built_in_names(monkeypatch)
 
 
 @pytest.mark.usefixtures("_registered_for_the_test")
