@@ -1,4 +1,4 @@
-"""What can go wrong, and whose it is to mend.
+"""Define exceptions: user errors, run errors, rejected replies.
 
     FedpetError
     ├── InputError            what a user gave; the command line exits with 2
@@ -8,7 +8,7 @@
     │   └── StructureError    a structure for another backbone, or one that does not fit
     ├── RunError              the run failed, or nothing was learned; exits with 1
     │   └── Stalled           too many rounds in a row came to no average; can be gone on with
-    ├── Interrupted           stopped from outside; exits with 130 (Ctrl-C) or 143 (SIGTERM)
+    ├── RunInterrupted        stopped from outside; exits with 130 (Ctrl-C) or 143 (SIGTERM)
     └── ReplyError            one client's reply is refused; the round goes on (law 7)
         ├── FrameError        bytes that are no frame of this plan and round
         ├── PlanError         a plan that this node does not hold, or cannot follow

@@ -159,7 +159,7 @@ class _Wrapped(Strategy):
 
     @property
     def compares_replies(self) -> bool:  # type: ignore[override]  # a class attribute of others
-        """Whether the class sees one message a client."""
+        """Tell if the class sees one message a client."""
         return self.comparing
 
     def check_name(self) -> None:

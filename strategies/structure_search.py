@@ -134,14 +134,14 @@ class StructureSearch(SparseStrategy):
 
     @property
     def has_settled(self) -> bool:
-        """Whether enough of the last choices in a row were alike."""
+        """Tell if enough of the last choices in a row were alike."""
         last = self.overlaps[-self.search.settled_rounds :]
         enough = len(last) == self.search.settled_rounds
         return enough and min(last, default=1.0) >= self.search.settled_overlap
 
     @property
     def is_over(self) -> bool:
-        """Whether the search has ended."""
+        """Tell if the search has ended."""
         return self.has_settled or self.rounds_done >= self.search.rounds
 
     # -- the rounds --------------------------------------------------------------------------

@@ -1,4 +1,4 @@
-"""What every test stands on: settings of its own, nothing of the user's, nothing left behind."""
+"""Give every test settings of its own: nothing of the user's, nothing left behind."""
 
 from __future__ import annotations
 

@@ -39,13 +39,13 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def binaries(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the commands are of an environment that has the wheel and not the checkout."""
+    """Return the folder of commands of an environment that has the wheel and not the checkout."""
     return install_wheel(wheel, tmp_path_factory.mktemp("wheel-venv"))
 
 
 @pytest.fixture(scope="module")
 def bundle(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """What `flwr run` sends to the nodes, unpacked where it knows nothing of the checkout."""
+    """Return what `flwr run` sends to the nodes, unpacked apart from the checkout."""
     folder = tmp_path_factory.mktemp("bundle")
     # Flower would walk through the environment too, for seconds, to leave it out afterwards.
     roots = [repository / name for name in ("fedpet", *FOLDERS, "tests")]
@@ -64,7 +64,7 @@ def bundle(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def answer(code: str, *, cwd: Path, python: Path | str = sys.executable) -> Any:
-    """What a new interpreter in `cwd` says to an expression after statements, through JSON."""
+    """Return the value of an expression after statements, from a new interpreter in `cwd`."""
     *statements, expression = code.split("; ")
     lines = ["import json, sys", *statements, f"print(json.dumps({expression}))"]
     done = subprocess.run(
@@ -295,7 +295,7 @@ def stage_of(path: Path, repository: Path) -> str:
 
 
 def sources(repository: Path) -> list[Path]:
-    """What runs in a federation: benchmarks and tests may ask for more."""
+    """Return the files that run in a federation: benchmarks and tests may import more."""
     patterns = ("fedpet/**/*.py", "strategies/**/*.py", "simulations/*.py")
     found = sorted(path for pattern in patterns for path in repository.glob(pattern))
     return [path for path in found if path != repository / "fedpet" / "strategies.py"]

@@ -1,4 +1,4 @@
-"""What a user may set: the stages, their keys, and an experiment of all of them."""
+"""Define what a user may set: the stages, their keys, and an experiment of all of them."""
 
 from fedpet.config.experiment import Experiment, Scalar
 from fedpet.config.schema import (

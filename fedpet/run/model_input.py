@@ -57,7 +57,7 @@ class ModelInput:
 
 @dataclass(frozen=True)
 class _Trainables:
-    """What trains of a model.
+    """The trainable part of a model.
 
     Attributes:
         mask_config: None for no mask.

@@ -36,7 +36,7 @@ STALLED_ROUNDS = 5  # in a row
 
 
 class RunState:
-    """Where a run stands.
+    """The state of a run between its rounds.
 
     Attributes:
         values: Global values, float32, (num_values,).

@@ -38,7 +38,7 @@ class PendingMessages:
         self._at_once = AT_ONCE
 
     def __bool__(self) -> bool:
-        """Whether a reply is awaited."""
+        """Tell if a reply is awaited."""
         return bool(self._out)
 
     @property

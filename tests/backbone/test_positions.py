@@ -1,4 +1,4 @@
-"""Where things are: the role table on every architecture, and what it does without a name."""
+"""Test the role table on every architecture, and what it does without a name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What `fedpet estimate` tells of recorded runs of the real model is what their ledgers say."""
+"""Test `fedpet estimate` against the ledgers of recorded runs of the real model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the server holds does not grow with the number of clients."""
+"""Test that the server's memory does not grow with the number of clients."""
 
 from __future__ import annotations
 

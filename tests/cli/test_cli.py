@@ -1,4 +1,4 @@
-"""What the command line says to a person: one sentence, and the right exit code."""
+"""Test what the command line says to a person: one sentence, and the right exit code."""
 
 from __future__ import annotations
 

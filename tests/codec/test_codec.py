@@ -1,4 +1,4 @@
-"""What every codec promises: law 5, what is decoded is what was encoded."""
+"""Test what every codec promises: law 5, what is decoded is what was encoded."""
 
 from __future__ import annotations
 

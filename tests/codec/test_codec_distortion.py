@@ -1,4 +1,4 @@
-"""How far off a codec is: what the theory says of it, without bias, and group by group."""
+"""Test a codec's error: as the theory says, without bias, and group by group."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_integers_err_as_their_blocks_say(codec, distribution, expected, most_bi
 
 
 def bias(values, codec, num_seeds):
-    """How large the mean error is against what chance alone makes of it: near 1 without bias."""
+    """Return the mean error over what chance alone makes of it: near 1 without bias."""
     total = np.zeros(len(values))
     squares = 0.0
     for seed in range(num_seeds):

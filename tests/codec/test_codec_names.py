@@ -1,4 +1,4 @@
-"""What codecs are called, one name and one number each, and which of them go together."""
+"""Test the names of codecs, one name and one number each, and which of them go together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What codecs refuse: values that are not finite, and payloads that are not what they say."""
+"""Test what codecs refuse: values that are not finite, and payloads that are not what they say."""
 
 from __future__ import annotations
 

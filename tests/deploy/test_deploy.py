@@ -1,4 +1,4 @@
-"""What `fedpet deploy` leaves for an engineer: certificates that verify, scripts that are whole."""
+"""Test the folder of `fedpet deploy`: certificates that verify, scripts that are whole."""
 
 from __future__ import annotations
 
@@ -63,7 +63,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def handshake(host: str, authority: bytes, folder: Path) -> bool:
-    """Whether a client that trusts the authority believes the server to be `host`."""
+    """Tell if a client that trusts the authority believes the server to be `host`."""
     there = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
     there.load_cert_chain(folder / "server.pem", folder / "server.key")
     here = ssl.create_default_context(cadata=authority.decode())
@@ -191,7 +191,7 @@ def test_the_app_is_one_that_flower_runs_with_the_clients_on_the_nodes(folder: P
 
 
 def _said(app: Path, folder: Path, code: str) -> subprocess.CompletedProcess[str]:
-    """What Python says where the app, and no checkout, is what there is of fedpet."""
+    """Return what Python says where fedpet is the app alone, without a checkout."""
     environment = {**os.environ, "PYTHONPATH": str(app)}
     command = [sys.executable, "-c", code]
     return subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)

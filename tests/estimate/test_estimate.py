@@ -1,4 +1,4 @@
-"""What is estimated is what a run's ledger says, of the clients that the run draws."""
+"""Test estimates against a run's ledger, of the clients that the run draws."""
 
 from __future__ import annotations
 
@@ -168,7 +168,7 @@ def test_an_estimate_agrees_for_other_plans_and_populations(
 
 
 def test_an_explicit_mask_is_reckoned_at_least_as_long_as_it_is(experiment: Any) -> None:
-    """Where tensors differ in density, the coder makes use of it."""
+    """The coder makes use of tensors that differ in density."""
     settings = experiment(mask_broadcast="send", mask_density=0.1)
     told = estimate(settings)
     prepared = prepare(settings, Silent())

@@ -1,4 +1,4 @@
-"""What an outline says of a model is what the model is, on every architecture."""
+"""Test an outline of a model against the model, on every architecture."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def an_experiment(model: Path | str, **changes: Any) -> Experiment:
 
 
 def values_of_a_run(backbone: Backbone, experiment: Experiment) -> dict[str, int]:
-    """What PetModel communicates, by kind."""
+    """Return the number of values that PetModel communicates, by kind."""
     structure = load_structure(
         experiment.structure, find_target_modules(backbone.model, backbone.head)
     )

@@ -1,4 +1,4 @@
-"""What a link's rate makes of an estimate: seconds on air, sources, and how a duration reads."""
+"""Test the rates of links: seconds on air, sources, and how a duration reads."""
 
 from __future__ import annotations
 

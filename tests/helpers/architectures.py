@@ -117,7 +117,7 @@ def backbone(name: str, dtype: torch.dtype = torch.float32) -> Backbone:
 
 
 def _rms_norm(norm: Any, x: Tensor) -> Tensor:
-    """What the norm computes, in the type it is given; transformers' own computes in float32."""
+    """Compute the norm in the type it is given; transformers' own computes in float32."""
     return norm.weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + norm.variance_epsilon)
 
 

@@ -90,7 +90,7 @@ def kill_at(step: int) -> None:
 
 
 def summary(out: Path) -> dict[str, Any]:
-    """What must be the same however often the run was killed."""
+    """Return what must be the same however often the run was killed."""
     result = json.loads((out / "result.json").read_text())
     lines = [json.loads(line) for line in (out / "rounds.jsonl").read_text().splitlines()]
     return {

@@ -81,7 +81,7 @@ def make_strategy(name: str, plan: Plan | None = None, **changes: Any) -> Sparse
 
 
 def update_of(client: str, server_round: int, values: np.ndarray) -> tuple[np.ndarray, float]:
-    """What a client's training comes to: a pull to a point of its own, some noise, and its loss."""
+    """Return a client's training: a pull to a point of its own, some noise, and its loss."""
     own = np.random.default_rng(derive_seed("target", client))
     noise = np.random.default_rng(derive_seed("noise", client, server_round))
     target = own.normal(size=len(values))

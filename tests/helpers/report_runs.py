@@ -124,7 +124,7 @@ def make_runs(tmp_path: Path) -> Path:
 
 
 def to_text(renderable: Any, width: int = 80) -> str:
-    """What a file or a pipe would get."""
+    """Return what a file or a pipe would get."""
     import io
 
     from rich.console import Console

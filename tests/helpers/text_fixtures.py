@@ -71,7 +71,7 @@ def two_splits(folder: Path) -> Path:
 
 
 def texts_of(rows: Rows, tokenizer_folder: Path) -> list[str]:
-    """What the loaded rows say."""
+    """Return the texts of the loaded rows."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
     return [
         tokenizer.decode(rows.tokens[a + 1 : b - 1])  # between [CLS] and [SEP]

@@ -36,7 +36,7 @@ def _pet(name: str, kind: str, *, seed: int = 7) -> PetModel:
 
 
 def _carries(name: str, kind: str) -> bool:
-    """Whether an architecture has something for a kind to act on."""
+    """Tell if an architecture has something for a kind to act on."""
     no_biases = name in ("t5", "t5-gated", "llama")
     if kind in ("bitfit", "ln-bias", "hiwi-bias"):
         return not no_biases

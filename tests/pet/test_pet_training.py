@@ -81,7 +81,7 @@ def _rows() -> Rows:
 
 
 def _batches(rows: Rows) -> list[dict[str, Tensor]]:
-    """Those that `train_rows` visits, in its order."""
+    """Return the batches that `train_rows` visits, in its order."""
     generator = np.random.default_rng(derive_seed("batches", SEED))
     indices = np.arange(len(rows.labels))
     return [

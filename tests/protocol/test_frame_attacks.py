@@ -45,7 +45,7 @@ CODINGS = (
 
 
 def receive(buffer, coding, count=COUNT):
-    """What a server does with a reply: the frames that pass every check, or a `FrameError`."""
+    """Read a reply as a server does: the frames that pass every check, or a `FrameError`."""
     accepted = []
     most = coding.max_payload_bytes
     for frame in unpack_frames(buffer, max_frames=3, max_payload_bytes=most):
@@ -139,7 +139,7 @@ NODE_CODECS = (
 
 
 class Held:
-    """What a node holds of a run: one reference in memory, and none on disk."""
+    """Stand in for a node's state of a run: one reference in memory, and none on disk."""
 
     def __init__(self, reference: Reference) -> None:
         self._reference = reference
@@ -192,7 +192,7 @@ class Siege:
         return Request((5, 6), forge(frames), run=7, paths=(path,))
 
     def receive(self, payload: bytes) -> list[TierValues]:
-        """What a node does with a request before it trains."""
+        """Read a request as a node does before it trains."""
         request = read_request(payload)
         frames = frames_by_tier(request)
         if frames[-1][-1].plan_digest != DIGEST:

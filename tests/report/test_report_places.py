@@ -1,4 +1,4 @@
-"""Where a run trains: read off its plan, or left out aloud."""
+"""Test the places that a run trains: read off its plan, or left out aloud."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where Ray is to run is looked at first: told in one sentence, and nothing is left behind."""
+"""Test the check of Ray's place: one sentence, before anything is made."""
 
 from __future__ import annotations
 

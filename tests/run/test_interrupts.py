@@ -34,7 +34,7 @@ def send(number: int) -> None:
 
 
 def stopped(number: int, command: Callable[[], object]) -> str:
-    """What a command that a signal ends says; its exit code is checked."""
+    """Return what a command that a signal ends says; its exit code is checked."""
     before = [signal.getsignal(each) for each in CODES]
     with pytest.raises(RunInterrupted) as caught:
         command()

@@ -1,4 +1,4 @@
-"""Who takes part, and where: by the client's name, never by the node."""
+"""Test sampling: by the client's name, never by the node."""
 
 from __future__ import annotations
 

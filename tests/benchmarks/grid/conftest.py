@@ -1,4 +1,4 @@
-"""What the tests of the table of methods share: tiny data, and a table file over them."""
+"""Share tiny data, and a table file over them, among the tests of the table of methods."""
 
 from __future__ import annotations
 

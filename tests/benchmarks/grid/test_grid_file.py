@@ -1,4 +1,4 @@
-"""What a table file may say, and what is refused: like is compared with like."""
+"""Test what a table file may say, and what is refused: like is compared with like."""
 
 from __future__ import annotations
 

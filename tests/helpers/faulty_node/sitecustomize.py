@@ -1,4 +1,4 @@
-"""What makes a real node a faulty one: Python imports this at the start of each of its processes.
+"""Make a real node a faulty one: Python imports this at the start of each of its processes.
 
 Put on a node's PYTHONPATH, and only there: the app that the server sends is the same for all. The
 fault is named by $FAULT; `fedpet.client.node` is changed when the app imports it.

@@ -1,4 +1,4 @@
-"""What whole runs over the wire share: training by a formula, and a way to run."""
+"""Share training by a formula, and a way to run, among whole runs over the wire."""
 
 from __future__ import annotations
 

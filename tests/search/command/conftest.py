@@ -1,4 +1,4 @@
-"""What the tests of `fedpet search` share: a tiny backbone, an experiment, one finished search."""
+"""Share a tiny backbone, an experiment and a finished search among tests of `fedpet search`."""
 
 from __future__ import annotations
 

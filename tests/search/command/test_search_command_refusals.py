@@ -1,4 +1,4 @@
-"""What `fedpet search` refuses, and structures that a run refuses: one sentence, exit code 2."""
+"""Test the refusals of `fedpet search`, and of structures by a run: one sentence, exit code 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the roll call share: an experiment whose clients live on the nodes."""
+"""Share an experiment whose clients live on the nodes among the tests of registration."""
 
 from __future__ import annotations
 

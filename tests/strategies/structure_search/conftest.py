@@ -1,4 +1,4 @@
-"""What the tests of a search by many clients share: its settings, and a run before it."""
+"""Share settings, and a run before it, among the tests of a search by many clients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search leaves: bytes told apart, how it was found, gates on the page, a plain model."""
+"""Test what a search leaves: bytes told apart, provenance, gates on the page, a plain model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a search refuses: law 7, a wrong reply, by name; and settings that cannot be, at once."""
+"""Test the refusals of a search: law 7, a wrong reply, by name; impossible settings, at once."""
 
 from __future__ import annotations
 
