@@ -170,16 +170,15 @@ def _classes(quality: Mapping[str, Any]) -> Parts | None:
     predicted: Mapping[str, float] = quality.get("predicted") or {}
     if not predicted:
         return None
-    counts = quality.get("confusion") or []  # rows: true classes; columns: predicted ones
+    counts = quality.get("by_class") or {}
     majority = quality.get("majority_class")
     names = list(predicted)
     marked = [f"{name} (majority)" if name == majority else name for name in names]
     heads, rows = ["class", "predicted"], [[name] for name in marked]
-    if len(counts) == len(names):
+    if set(counts) == set(names):
         heads[1:1] = ["rows", "recall", "precision"]
-        for index, row in enumerate(rows):
-            hits, of_class = counts[index][index], sum(counts[index])
-            answers = sum(of_true[index] for of_true in counts)
+        for name, row in zip(names, rows, strict=True):
+            of_class, answers, hits = (counts[name][k] for k in ("rows", "predicted", "correct"))
             row += [f"{of_class:,}", _ratio(hits, of_class), _ratio(hits, answers)]
     for row, share in zip(rows, predicted.values(), strict=True):
         row.append(show_percent(share))

@@ -95,6 +95,10 @@ def quality_of(
         "by_round": [{"round": number, "value": value} for number, value in measured],
         "loss_by_round": [{"round": number, "value": value} for number, value in losses],
         "predicted": dict(final.predicted),
+        "by_class": {
+            name: {"rows": rows, "predicted": answers, "correct": hits}
+            for name, (rows, answers, hits) in final.by_class.items()
+        },
         "warnings": warnings,
     }
 

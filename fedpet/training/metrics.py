@@ -99,6 +99,8 @@ class Assessment:
             a regression, and where `value` is NaN.
         is_constant: All of several rows have one prediction: one class, or one value.
         metrics: Every metric by name, `value` among them.
+        by_class: Name of each class -> its rows, the rows predicted as it, and those of both.
+            Empty where `predicted` is.
     """
 
     value: float
@@ -107,6 +109,7 @@ class Assessment:
     predicted: Mapping[str, float]
     is_constant: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
+    by_class: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
 
 
 def assess(task: Task, logits: np.ndarray, labels: np.ndarray) -> Assessment:
@@ -150,7 +153,17 @@ def assess(task: Task, logits: np.ndarray, labels: np.ndarray) -> Assessment:
         predicted,
         finite and len(labels) > 1 and int(np.count_nonzero(counts)) == 1,
         metrics,
+        dict(zip(names, _counts_by_class(task, logits, labels), strict=True)) if finite else {},
     )
+
+
+def _counts_by_class(
+    task: Task, logits: np.ndarray, labels: np.ndarray
+) -> list[tuple[int, int, int]]:
+    """Count the rows of each class, the rows predicted as it, and those of both."""
+    counts = _confusion(logits.argmax(axis=1), labels, task.num_outputs)
+    found = zip(counts.sum(axis=1), counts.sum(axis=0), np.diag(counts), strict=True)
+    return [(int(rows), int(answers), int(hits)) for rows, answers, hits in found]
 
 
 def _is_constant(outputs: np.ndarray) -> bool:

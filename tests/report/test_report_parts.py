@@ -7,12 +7,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 from html_reader import Reader
 from report_runs import make_result
 
+from fedpet.data.task import Task
 from fedpet.report.loading import read_report
 from fedpet.report.page import page
+from fedpet.training.metrics import assess
 
 
 @pytest.fixture
@@ -30,12 +33,20 @@ def with_quality(run: Path, **more: Any) -> str:
     return page(read_report(run))
 
 
+def by_class(*counts: tuple[int, int, int]) -> dict[str, dict[str, int]]:
+    keys = ("rows", "predicted", "correct")
+    return {
+        name: dict(zip(keys, of, strict=True))
+        for name, of in zip(("bad", "good"), counts, strict=True)
+    }
+
+
 def words(text: str) -> str:
     return Reader(text).text
 
 
 def test_recall_and_precision_stand_by_class_beside_the_majority_baseline(run: Path) -> None:
-    text = words(with_quality(run, confusion=[[20, 30], [5, 45]]))
+    text = words(with_quality(run, by_class=by_class((50, 25, 20), (50, 75, 45))))
     assert "class rows recall precision predicted" in text
     assert "bad 50 0.400 0.800 25.0 %" in text
     assert "good (majority) 50 0.900 0.600 75.0 %" in text
@@ -43,7 +54,9 @@ def test_recall_and_precision_stand_by_class_beside_the_majority_baseline(run: P
 
 
 def test_a_class_that_is_never_predicted_has_no_precision(run: Path) -> None:
-    assert "bad 50 0.000 –" in words(with_quality(run, confusion=[[0, 50], [0, 50]]))
+    assert "bad 50 0.000 –" in words(
+        with_quality(run, by_class=by_class((50, 0, 0), (50, 100, 50)))
+    )
 
 
 def test_a_run_without_counts_shows_what_it_predicts(run: Path) -> None:
@@ -106,3 +119,11 @@ def test_markup_in_names_is_shown_as_it_stands(run: Path) -> None:
     assert "b" not in Reader(text).tags
     assert "{{ 7 * 7 }}" in words(text)
     assert "<b>&" in words(text)
+
+
+def test_an_assessment_counts_each_class(run: Path) -> None:
+    task = Task("classification", ("no", "yes"), "accuracy")
+    logits = np.array([[0.1, 0.9], [0.2, 0.8], [0.6, 0.4], [0.7, 0.3]])
+    found = assess(task, logits, np.array([1, 0, 0, 0]))
+    assert found.by_class == {"no": (3, 2, 2), "yes": (1, 2, 1)}
+    assert assess(task, np.full((4, 2), np.nan), np.array([1, 0, 0, 0])).by_class == {}
