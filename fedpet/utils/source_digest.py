@@ -21,7 +21,7 @@ __all__ = ["check_source_digest", "code_digest", "source_files", "strategies_fol
 
 
 def source_files() -> dict[str, Path]:
-    """Return each Python file by its place in a wheel: "fedpet/strategies/rules.py"."""
+    """Return each Python file by its place in a wheel: "fedpet/strategies/fedavg.py"."""
     package, strategies = Path(fedpet.__file__).parent, strategies_folder()
     found = {
         f"fedpet/{path.relative_to(package).as_posix()}": path
