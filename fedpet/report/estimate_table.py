@@ -14,6 +14,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedpet.estimate import Estimate
+from fedpet.report.facts_table import facts_table
 from fedpet.report.number_format import show_count, show_percent, show_ratio
 from fedpet.utils.formatting import format_bytes, show_duration
 
@@ -38,26 +39,8 @@ def estimate_table(estimate: Estimate) -> RenderableType:
 
 def _facts(estimate: Estimate) -> Table:
     run = estimate.run
-    table = Table(
-        title=Text(
-            f"{run['experiment']}: {run['backbone']}, before any training",
-            style="bold",
-            no_wrap=True,  # a path stays whole, in a log too
-            overflow="ignore",
-        ),
-        title_justify="left",
-        box=box.SIMPLE,
-        show_edge=False,
-        show_header=False,
-        pad_edge=False,
-    )
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for section in (_values, _messages, _totals):
-        for name, value in section(estimate):
-            table.add_row(Text(name), Text(value))
-        table.add_section()
-    return table
+    title = f"{run['experiment']}: {run['backbone']}, before any training"
+    return facts_table(title, (part(estimate) for part in (_values, _messages, _totals)))
 
 
 def _values(estimate: Estimate) -> Iterator[Row]:

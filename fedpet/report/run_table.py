@@ -9,11 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from rich import box
 from rich.console import RenderableType
-from rich.table import Table
-from rich.text import Text
 
+from fedpet.report.facts_table import facts_table
 from fedpet.report.number_format import (
     show_baseline,
     show_count,
@@ -37,29 +35,11 @@ def run_table(result: Mapping[str, Any]) -> RenderableType:
         result: The content of `result.json`, schema 1.
     """
     run = result["run"]
-    table = Table(
-        title=Text(
-            f"{run['experiment']}: {run['method']}, {run['backbone']}, seed {run['seed']}"
-            + (f", {run['codec']}" if "codec" in run else ""),
-            style="bold",
-            no_wrap=True,  # a path stays whole, in a log too
-            overflow="ignore",
-        ),
-        title_justify="left",
-        box=box.SIMPLE,
-        show_edge=False,
-        show_header=False,
-        pad_edge=False,
-    )
-    table.add_column(style="cyan", no_wrap=True)
-    table.add_column(overflow="fold")
-    for section in (_quality, _values, _bytes, _time, _trouble):
-        rows = list(section(result))
-        for name, value in rows:
-            table.add_row(Text(name), Text(value))
-        if rows:
-            table.add_section()
-    return table
+    title = f"{run['experiment']}: {run['method']}, {run['backbone']}, seed {run['seed']}"
+    if "codec" in run:
+        title += f", {run['codec']}"
+    parts = (_quality, _values, _bytes, _time, _trouble)
+    return facts_table(title, (part(result) for part in parts))
 
 
 def _quality(result: Mapping[str, Any]) -> Iterator[Row]:
