@@ -86,6 +86,9 @@ class DataConfig(Stage):
     metric: str = "accuracy"
     # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
     metrics: tuple[str, ...] = ()
+    # Makes batches as Trainer's data_collator does: a registered name, or
+    # "package.module:function"; "" pads each batch to its longest row.
+    collator: str = ""
     max_length: Annotated[int, Range(8)] = 64  # tokens a row, special ones counted
     max_train_rows: Whole = 0  # 0 takes all
     max_eval_rows: Whole = 0  # 0 takes all

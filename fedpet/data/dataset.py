@@ -21,6 +21,7 @@ import numpy as np
 
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data.cache import Entry, cached
+from fedpet.data.collator import COLLATORS
 from fedpet.data.partition import (
     Client,
     drop_small_clients,
@@ -118,9 +119,9 @@ def load_data(
         return _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
 
     train_entry = rows_entry(train_split)
-    train = _rows(train_entry)
+    train = _rows(train_entry, data)
     held_entry = rows_entry(held_split) if evaluation else None
-    held = _rows(held_entry) if held_entry else no_rows(train)
+    held = _rows(held_entry, data) if held_entry else no_rows(train)
 
     if partitioner is not None:
         dataset = source.read(data.train_split).dataset()
@@ -179,7 +180,7 @@ def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) ->
     task = Task(data.task, _label_names(split, data, cache), data.metric, data.metrics)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
     entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
-    held, books = _rows(entry), {"evaluation": _books(entry, "data.max-eval-rows")}
+    held, books = _rows(entry, data), {"evaluation": _books(entry, "data.max-eval-rows")}
     tokenizer_hash = hash_tokenizer(tokenizer_folder)
     return FederatedData(task, no_rows(held), held, (), 0, 0, tokenizer_hash, books)
 
@@ -429,7 +430,7 @@ def _draw(row: Sequence[str]) -> float:
     return int.from_bytes(digest[:6], "big") / 2**48
 
 
-def _rows(entry: Entry) -> Rows:
+def _rows(entry: Entry, data: DataConfig) -> Rows:
     return Rows(
         tokens=entry.arrays["tokens"],
         offsets=entry.arrays["offsets"],
@@ -437,6 +438,7 @@ def _rows(entry: Entry) -> Rows:
         types=entry.arrays.get("types"),
         pad_id=entry.meta["padding"]["token"],
         pad_left=entry.meta["padding"]["left"],
+        collator=COLLATORS.find(data.collator) if data.collator else None,
     )
 
 

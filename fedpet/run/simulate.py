@@ -16,6 +16,7 @@ from fedpet.client.node_config import make_cache
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.config.builtin import load_experiment
 from fedpet.config.parsing import refuse_unknown
+from fedpet.data.collator import COLLATORS, Collator
 from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
 from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
@@ -41,6 +42,7 @@ def simulate(
     strategy: Any = None,
     num_rounds: int | None = None,
     callbacks: Iterable[Callback | str] = (),
+    data_collator: str | Collator = "",
     pet_config: PetConfig | None = None,
     out: str | Path = "",
     backend: str = "ray",
@@ -59,6 +61,8 @@ def simulate(
             a name ("fedadam"), or a dict of keys.
         num_rounds: Of training: `strategy.num-rounds`.
         callbacks: Objects of subclasses of `Callback`, or names of trackers ("tensorboard").
+        data_collator: Makes every batch, as `Trainer`'s does: what `register_data_collator` has
+            given a name, the name itself, or its import path: `data.collator`.
         pet_config: What trains of a model that `get_pet_model` has not adapted.
         out: The run folder; "" takes the next free runs/NAME-N.
         backend: "ray" for Ray's workers, or "in-process" for one client after another in this
@@ -123,6 +127,8 @@ def simulate(
         told_model = read_model(model, pet_config, rows.tokenizer, cache)
         _refuse_twice(told_model.tables, given)
         tables, check = _laid_over(tables, told_model.tables), told_model.check
+    if data_collator:
+        given.setdefault("data", {})["collator"] = COLLATORS.name_of(data_collator)
     if isinstance(structure := settings.get("structure"), Structure):
         cache = make_cache(Experiment.from_tables({"run": _cache_key(given)}))
         given["structure"] = structure_table(structure, cache)
