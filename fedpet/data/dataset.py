@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -122,6 +122,9 @@ def load_data(
     train = _rows(train_entry, data)
     held_entry = rows_entry(held_split) if evaluation else None
     held = _rows(held_entry, data) if held_entry else no_rows(train)
+    if held_entry and partitioner is None and population.partition == "column":
+        owners = _owners(held_split, held_entry, population.client_column, cache)
+        held = replace(held, clients=owners)
 
     if partitioner is not None:
         dataset = source.read(data.train_split).dataset()
@@ -464,3 +467,23 @@ def _natural_clients(
     key = {**split.source.identity(split.name), "numbers": digest, "column": column}
     entry = cached(cache, "clients", key, compute)
     return group_rows(entry.arrays["codes"], tuple(entry.meta["names"]))
+
+
+def _owners(split: _Split, rows_entry: Entry, column: str, cache: Path) -> np.ndarray | None:
+    """Return the client of each evaluation row, as a number; None where they name none."""
+    numbers = rows_entry.arrays["numbers"]
+
+    def compute() -> Entry:
+        try:
+            clients = _natural_clients(split, rows_entry, column, cache)
+        except DataError:  # they need not have the column, as training rows must
+            return Entry({"owners": np.empty(0, dtype=np.int32)}, {})
+        owners = np.empty(len(numbers), dtype=np.int32)
+        for number, rows in enumerate(clients.values()):
+            owners[rows] = number
+        return Entry({"owners": owners}, {})
+
+    digest = hashlib.sha256(numbers.tobytes()).hexdigest()
+    key = {**split.source.identity(split.name), "numbers": digest, "column": column}
+    owners: np.ndarray = cached(cache, "owners", key, compute).arrays["owners"]
+    return owners if len(owners) else None

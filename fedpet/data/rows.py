@@ -29,6 +29,7 @@ class Rows:
     types: np.ndarray | None  # uint8 (num_tokens,), where the tokeniser makes token type ids
     pad_id: int  # what fills a row up; masked out by attention_mask
     pad_left: bool = False  # on which side
+    clients: np.ndarray | None = None  # int32 (n,), a number for each client, where rows tell
     collator: Collator | None = None  # a user's own, makes batches in place of `batch`'s padding
 
     def __len__(self) -> int:
@@ -88,6 +89,7 @@ class Rows:
             offsets=np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64),
             labels=np.asarray(self.labels)[indices],
             types=None if self.types is None else self.types[places],
+            clients=None if self.clients is None else self.clients[indices],
         )
 
 
@@ -99,4 +101,5 @@ def no_rows(like: Rows) -> Rows:
         offsets=np.zeros(1, dtype=np.int64),
         labels=like.labels[:0],
         types=None if like.types is None else like.types[:0],
+        clients=None if like.clients is None else like.clients[:0],
     )

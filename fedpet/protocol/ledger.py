@@ -44,7 +44,8 @@ class RoundRecord:
     training: the length of the round if nothing but training took time. `wire_by_node` has
     `wire_bytes` by node, and for each by kind and direction: "train down", "search up", "query up",
     and "plan down", whichever message it is in.
-    `metric` is the one that decides, `metrics` are all that were taken, by name.
+    `metric` is the one that decides, `metrics` are all that were taken, by name; `by_client` is the
+    spread of the first over clients, where held-out rows name theirs.
     `overlap`, of a round of a search, compares its choice with that of the round before (Jaccard
     index).
     """
@@ -69,12 +70,15 @@ class RoundRecord:
     evaluation_seconds: float = 0.0
     kind: str = TRAINING
     overlap: float | None = None
+    by_client: dict[str, float] = field(default_factory=dict)
 
     def to_line(self) -> dict[str, Any]:
         """Return the line as a table."""
         line = asdict(self)
         if self.kind == TRAINING:
             del line["kind"], line["overlap"]
+        if not self.by_client:
+            del line["by_client"]
         return line
 
 
