@@ -56,7 +56,8 @@ class Evaluation:
 class Callback:
     """Base class: override the events to act on. Each does nothing here.
 
-    An event is called in the server's process, between rounds: what it takes, the run waits for.
+    An event is called in the server's process, `on_reply` within rounds and the others between
+    them: what it takes, the run waits for.
     An exception ends the run, which can be resumed.
 
     Example:
@@ -73,6 +74,14 @@ class Callback:
 
     def on_evaluate(self, evaluation: Evaluation) -> None:
         """Read the metrics of an evaluation; called before the end of its round."""
+
+    def on_reply(self, record: RoundRecord, answered: int) -> None:
+        """Read how far a round is; called as replies come, of one client or of many.
+
+        Args:
+            record: Of the open round; `record.clients` were asked.
+            answered: Of them, those that have been answered for by now.
+        """
 
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Read what a round cost and gave.
@@ -123,25 +132,26 @@ class Callbacks(Callback):
             self._callbacks.append(callback)
 
     def on_stage(self, text: str) -> None:
-        for callback in self._callbacks:
-            callback.on_stage(text)
+        self._call("on_stage", text)
 
     def on_run_start(self, run: RunStart) -> None:
-        for callback in self._callbacks:
-            callback.on_run_start(run)
+        self._call("on_run_start", run)
 
     def on_evaluate(self, evaluation: Evaluation) -> None:
-        for callback in self._callbacks:
-            callback.on_evaluate(evaluation)
+        self._call("on_evaluate", evaluation)
+
+    def on_reply(self, record: RoundRecord, answered: int) -> None:
+        self._call("on_reply", record, answered)
 
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
-        for callback in self._callbacks:
-            callback.on_round_end(record, ledger)
+        self._call("on_round_end", record, ledger)
 
     def on_search_step(self, step: SearchProgress) -> None:
-        for callback in self._callbacks:
-            callback.on_search_step(step)
+        self._call("on_search_step", step)
 
     def on_run_end(self, result: Mapping[str, Any], folder: Path) -> None:
+        self._call("on_run_end", result, folder)
+
+    def _call(self, event: str, *arguments: Any) -> None:
         for callback in self._callbacks:
-            callback.on_run_end(result, folder)
+            getattr(callback, event)(*arguments)
