@@ -1,6 +1,6 @@
 """Call a user's code at the events of a run.
 
-In:  callbacks: objects of a subclass of `Callback`, or the names of the shipped ones.
+In:  objects of a subclass of `Callback`; fedpet/run/trackers.py makes the shipped ones by name.
 Out: one `Callbacks`, which passes each event on to all of them, in their order.
 """
 
@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from fedpet.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedpet.config import Experiment
@@ -106,30 +104,10 @@ class Callback:
 
 
 class Callbacks(Callback):
-    """Pass each event on to several callbacks.
+    """Pass each event on to several callbacks, in their order."""
 
-    Args:
-        callbacks: Objects, or names of shipped ones ("tensorboard").
-
-    Raises:
-        ConfigError: An unknown name, or one whose package is not installed.
-    """
-
-    def __init__(self, callbacks: Iterable[Callback | str] = ()) -> None:
-        self._callbacks: list[Callback] = []
-        if isinstance(callbacks, str | Callback):
-            callbacks = [callbacks]
-        for callback in callbacks:
-            if isinstance(callback, str):
-                from fedpet.run.trackers import make_tracker
-
-                callback = make_tracker(callback)
-            elif not isinstance(callback, Callback):
-                raise ConfigError(
-                    f"callbacks must be objects of a subclass of fedpet.Callback, or names, got "
-                    f"{callback!r}."
-                )
-            self._callbacks.append(callback)
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self._callbacks = list(callbacks)
 
     def on_stage(self, text: str) -> None:
         self._call("on_stage", text)

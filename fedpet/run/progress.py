@@ -6,7 +6,7 @@ import sys
 import time
 from importlib.util import find_spec
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, Task, TextColumn, TimeElapsedColumn
@@ -88,11 +88,12 @@ class LiveLine(Callback):
         else:
             self._print(text)
 
-    def _show(self, stage: str, completed: float, total: int | None, **state: str) -> None:
+    def _show(self, stage: str, completed: float, total: int | None, state: str = "") -> None:
         """Redraw the line; a state stays until there is another."""
         if self._live:
+            fields: dict[str, Any] = {"state": state} if state else {}
             self._bar.update(
-                self._task, description=stage, total=total, completed=completed, **state
+                self._task, description=stage, total=total, completed=completed, **fields
             )
 
     def _print(self, text: str) -> None:
@@ -166,7 +167,7 @@ class Progress(LiveLine):
         parts += self._time_left(record.round, self._num_rounds)
         state = ", ".join(parts)
         stage, total = self._round(record)
-        self._show(stage, record.round, total, state=state)
+        self._show(stage, record.round, total, state)
         if record.metric is not None:
             self._print(f"{stage}: {state}")
 
@@ -177,7 +178,7 @@ class Progress(LiveLine):
             parts.append(f"{100 * record.overlap:.0f} % of the choice as before")
         state = ", ".join((*parts, *_sent_and_refused(record, ledger)))
         stage, total = self._round(record)
-        self._show(stage, record.round, total, state=state)
+        self._show(stage, record.round, total, state)
         self._print(f"{stage}: {state}")
 
 
@@ -228,6 +229,6 @@ class SearchBar(LiveLine):
         self._last = step.step
         state = ", ".join(parts)
         stage = f"step {step.step} of {step.total_steps}"
-        self._show(stage, step.step, step.total_steps, state=state)
+        self._show(stage, step.step, step.total_steps, state)
         if step.score is not None:
             self._print(f"{stage}: {state}")

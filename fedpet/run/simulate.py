@@ -21,11 +21,12 @@ from fedpet.data.federated_dataset import FederatedDataset, load_federated_datas
 from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
 from fedpet.run import ray_engine
-from fedpet.run.callbacks import Callback, Callbacks
+from fedpet.run.callbacks import Callback
 from fedpet.run.finished import Run
 from fedpet.run.model_input import Check, read_model, structure_table
 from fedpet.run.progress import Progress
 from fedpet.run.resume import read_cut_short
+from fedpet.run.trackers import callbacks_of
 
 if TYPE_CHECKING:
     from fedpet.pet.pet_config import PetConfig
@@ -138,7 +139,7 @@ def simulate(
     experiment = Experiment.from_tables(_laid_over(tables, given), strategy=rule)
     with ExitStack() as shown:
         bars = [shown.enter_context(Progress.of(experiment))] if progress else []
-        every = Callbacks([*bars, *objects, *experiment.run.callbacks])
+        every = callbacks_of([*bars, *objects, *experiment.run.callbacks])
         _, folder = ray_engine.simulate(experiment, every, backend=backend, check=check)
     return Run(folder.path)
 
@@ -175,7 +176,7 @@ absent. A run that was stopped before it left one has nothing to resume: start i
     experiment = read_cut_short(folder, strategy)
     with ExitStack() as shown:
         bars = [shown.enter_context(Progress.of(experiment))] if progress else []
-        every = Callbacks([*bars, *_listed(callbacks), *experiment.run.callbacks])
+        every = callbacks_of([*bars, *_listed(callbacks), *experiment.run.callbacks])
         ray_engine.resume(folder, every, backend=backend, strategy=strategy)
     return Run(folder)
 

@@ -264,7 +264,7 @@ def test_a_live_line_shows_markup_as_it_is(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr("fedpet.run.progress.Console", lambda **_: shown)
     with LiveLine() as line:
         line.on_stage("loading the backbone 'a[b]c[/d]'")
-        line._show("resuming x[b]", 1, 2, state="state [/]")
+        line._show("resuming x[b]", 1, 2, "state [/]")
         line._bar.refresh()
     shown.file.close()
     text = shown.export_text()
