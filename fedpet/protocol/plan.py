@@ -158,7 +158,7 @@ class Plan:
 
         Args:
             experiment: The run's.
-            search: Settled, see `fedpet.search.settle`.
+            search: Settled, see `fedpet.search.resolve_settings`.
             backbone: In use until `SearchModel.pet.restore` is called, and the checkpoint again
                 then.
             task: Kind, labels, metric.

@@ -18,7 +18,7 @@ from fedpet.run.federate import federate
 from fedpet.run.prepare import is_deployed, prepare
 from fedpet.run.progress import Progress
 from fedpet.run.resume import check_journal, cut_short, is_cut_short, searched_structure
-from fedpet.run.run_folder import RunFolder, claimed_run
+from fedpet.run.run_folder import RunFolder, locked_run_folder
 from fedpet.run.trackers import callbacks_of
 from fedpet.utils.paths import expand
 
@@ -41,7 +41,7 @@ def serve_run(grid: Grid, context: Context) -> None:
             experiment = held.enter_context(cut_short(folder))
             out = RunFolder(folder)
         else:
-            out = held.enter_context(claimed_run(experiment))
+            out = held.enter_context(locked_run_folder(experiment))
         progress = held.enter_context(Progress.of(experiment))
         callbacks = callbacks_of([progress, *experiment.run.callbacks])
         progress.on_stage(f"run folder: {out.path.absolute()}")

@@ -105,8 +105,8 @@ def simulate(
         given.setdefault("run", {})["out"] = str(out)
     objects = [one for one in _listed(callbacks) if not isinstance(one, str)]
     if trackers := [one for one in _listed(callbacks) if isinstance(one, str)]:
-        told = given.setdefault("run", {}).get("callbacks", ())
-        given["run"]["callbacks"] = list(dict.fromkeys([*_listed(told), *trackers]))
+        by_settings = given.setdefault("run", {}).get("callbacks", ())
+        given["run"]["callbacks"] = list(dict.fromkeys([*_listed(by_settings), *trackers]))
 
     check: Check | None = None
     if _is_experiment(model, data):
@@ -125,9 +125,9 @@ def simulate(
         rows = data if isinstance(data, FederatedDataset) else load_federated_dataset(data)
         tables = {"run": {"name": "simulation"}}
         tables = _laid_over(tables, rows.tables(cache))
-        told_model = read_model(model, pet_config, rows.tokenizer, cache)
-        _refuse_twice(told_model.tables, given)
-        tables, check = _laid_over(tables, told_model.tables), told_model.check
+        from_model = read_model(model, pet_config, rows.tokenizer, cache)
+        _refuse_twice(from_model.tables, given)
+        tables, check = _laid_over(tables, from_model.tables), from_model.check
     if data_collator:
         given.setdefault("data", {})["collator"] = COLLATORS.name_of(data_collator)
     if isinstance(structure := settings.get("structure"), Structure):
@@ -233,7 +233,7 @@ def _refuse_twice(by_model: Tables, given: Tables) -> None:
     """
     for stage, table in by_model.items():
         for key, value in given.get(stage, {}).items():
-            wanted = {name.replace("-", "_"): told for name, told in table.items()}
+            wanted = {name.replace("-", "_"): wish for name, wish in table.items()}
             if stage in ("mask", "structure") or wanted.get(key, value) != value:
                 raise ConfigError(
                     f"{stage}.{key.replace('_', '-')} is decided by the model and its PetConfig: "
