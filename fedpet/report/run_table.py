@@ -59,7 +59,7 @@ def _quality(result: Mapping[str, Any]) -> Iterator[Row]:
         yield (
             f"{metric} by client",
             f"mean {spread['mean']:.4f}, worst tenth {spread['worst_decile']:.4f}   "
-            f"({spread['clients']:,} clients with held-out rows)",
+            f"({spread['clients']:,} clients)",
         )
     if "majority_baseline" in quality:  # the result of an older fedpet has none
         yield "majority baseline", show_baseline(quality)
