@@ -322,7 +322,7 @@ def test_the_run_s_end_names_its_folder_whole(
 def test_a_live_line_shows_markup_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Console(force_terminal=True, record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr("fedpet.run.progress.Console", lambda **_: shown)
-    with LiveLine("rounds") as line:
+    with LiveLine() as line:
         line.on_stage("loading the backbone 'a[b]c[/d]'")
         line._show("resuming x[b]", 1, 2, "state [/]")
         line._bar.refresh()
