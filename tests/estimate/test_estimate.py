@@ -68,7 +68,7 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
     told, counted = estimate(settings), run(settings)
     books = counted["communication"]
     assert told.tolerance == (0.05 if "topk" in up or "int" in up + down else 0.01)
-    near = 0.02 if "int" in up + down else told.tolerance  # here it is nearer than it says
+    near = 0.03 if "int" in up + down else told.tolerance  # here it is nearer than it says
     for name in ("total_bytes", "plan_bytes", "ratio_to_dense", "dense_fedavg_total_bytes"):
         assert told.communication[name] == pytest.approx(books[name], rel=near), name
     for name in ("uplink_bytes", "downlink_bytes"):
