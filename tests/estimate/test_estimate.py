@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from tiny import Silent
 
 from fedpet.client.node_config import NodeConfig
@@ -27,11 +26,6 @@ from fedpet.server.client_pool import ClientPool
 def experiment(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
     """As elsewhere, but hardly ever measured: no byte hangs on that."""
     return partial(experiment, strategy_evaluate_every=9)
-
-
-@pytest.fixture
-def config_only(files: tuple[Path, Path], tmp_path: Path) -> Path:
-    return tiny.config_alone(files[0], tmp_path / "alone")
 
 
 def run(experiment: Experiment) -> dict[str, Any]:

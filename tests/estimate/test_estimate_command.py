@@ -10,18 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from rich.console import Console
 
 from fedpet.cli import main
 from fedpet.config import Experiment
 from fedpet.estimate import Estimate, estimate, find_links
 from fedpet.report.estimate_table import estimate_table
-
-
-@pytest.fixture
-def config_only(files: tuple[Path, Path], tmp_path: Path) -> Path:
-    return tiny.config_alone(files[0], tmp_path / "alone")
 
 
 def as_text(told: Estimate, width: int = 80) -> str:

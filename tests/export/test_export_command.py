@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,6 @@ from huggingface_hub import constants
 from fedpet.cli import main
 
 Command = Callable[..., tuple[Any, str, str]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def threads() -> Iterator[None]:
-    yield from in_process_run.threads_as_before()
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import tiny
-from in_process_run import run, threads_as_before
+from in_process_run import run
 
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.client.node import Node
@@ -28,8 +28,6 @@ from fedpet.utils.seeds import client_id64, derive_seed
 THREE = ["0.005=0.3", "0.02=0.4", "0.05=0.3"]
 CLIENTS = [f"client {index}" for index in range(6)]
 NUMBERS = [client_id64(client) for client in CLIENTS]
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 
 @pytest.fixture

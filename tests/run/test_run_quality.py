@@ -26,8 +26,6 @@ TASK = Task("classification", ("bad", "good", "odd"), "accuracy")
 REGRESSION = Task("regression", (), "pearson")
 GOOD = Assessment(0.8, 0.5, "good", {"bad": 0.4, "good": 0.6}, is_constant=False)
 
-reset_threads = pytest.fixture(autouse=True)(in_process_run.threads_as_before)
-
 
 # What outputs are compared with
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from in_process_run import threads_as_before
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import fedpet
@@ -30,11 +29,6 @@ CONFIG = fedpet.PetConfig(
     modules=[fedpet.LoraConfig(r=2, target_modules=["query", "value"]), fedpet.LayerNormConfig()],
     seed=3,
 )
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    yield from threads_as_before()
 
 
 @pytest.fixture(scope="module")

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import pytest
 from fake_training import CLIENTS, NUM_VALUES, ROWS, ShuffledGrid, make_plan, update_of
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from in_process_run import run as run_in_process
-from in_process_run import threads_as_before
 from tiny import make_backbone, make_experiment, make_rows
 
 import fedpet
@@ -96,11 +95,6 @@ class Recording(flower.FedAvg):
             reply.content["arrays"] = to_arrays(limited)
         self.seen.append([from_arrays(r.content.array_records["arrays"]) for r in replies])
         return super().aggregate_train(server_round, replies)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    yield from threads_as_before()
 
 
 def bind(strategy: Strategy) -> SparseStrategy:
