@@ -100,6 +100,43 @@ def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experi
     return make
 
 
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run fedpet in an empty folder; give its exit code, what it said and what it printed."""
+    from fedpet.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedpet", *arguments])
+        code: Any = 0
+        try:
+            main.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.err, captured.out
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Run a command that must end with exit code 2 and one message; give the message."""
+
+    def run(*arguments: str, code: int = 2) -> str:
+        found, said, _ = command(*arguments)
+        assert found == code
+        assert not Path("runs").exists(), "nothing is left behind"
+        [line] = [line for line in said.splitlines() if line.startswith("Error: ")]
+        return line
+
+    return run
+
+
 def pytest_collection_finish() -> None:
     """Flower collects garbage in every round, and would go through all that was imported."""
     gc.freeze()

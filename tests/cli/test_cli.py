@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tiny
@@ -19,27 +19,6 @@ Refusal = Callable[..., str]
 @pytest.fixture(scope="module")
 def backbone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tiny.make_backbone(tmp_path_factory.mktemp("tiny") / "backbone")
-
-
-@pytest.fixture
-def refused(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Refusal:
-    """Run a command that must end with exit code 2 and one message; give the message."""
-
-    def run(*arguments: str, code: int = 2) -> str:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["fedpet", *arguments])
-        with pytest.raises(SystemExit) as exit_info:
-            main.main()
-        assert exit_info.value.code == code
-        said = capsys.readouterr().err
-        assert "Traceback" not in said
-        assert not (tmp_path / "runs").exists(), "nothing is left behind"
-        [line] = [line for line in said.splitlines() if line.startswith("Error: ")]
-        return line
-
-    return run
 
 
 @pytest.fixture
@@ -165,23 +144,15 @@ def test_comparing_what_is_no_run_is_refused(refused: Refusal, tmp_path: Path) -
     assert str(tmp_path) in refused("compare", str(tmp_path))
 
 
-def test_an_unknown_option_exits_with_2(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["fedpet", "simulate", "--nope"])
-    with pytest.raises(SystemExit) as exit_info:
-        main.main()
-    assert exit_info.value.code == 2
-    assert "--nope" in capsys.readouterr().err
+def test_an_unknown_option_exits_with_2(command: Any) -> None:
+    code, said, _ = command("simulate", "--nope")
+    assert code == 2
+    assert "--nope" in said
 
 
-@pytest.mark.parametrize("command", ["simulate", "mask", "search", "merge", "compare", "report"])
-def test_every_command_has_help_with_an_example(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], command: str
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["fedpet", command, "--help"])
-    main.main()
-    assert f"Example: fedpet {command}" in capsys.readouterr().out
+@pytest.mark.parametrize("name", ["simulate", "mask", "search", "merge", "compare", "report"])
+def test_every_command_has_help_with_an_example(command: Any, name: str) -> None:
+    assert f"Example: fedpet {name}" in command(name, "--help")[2]
 
 
 def test_every_argument_and_option_says_what_it_is() -> None:
@@ -191,14 +162,9 @@ def test_every_argument_and_option_says_what_it_is() -> None:
 
 
 def test_the_mask_command_shows_the_bound_and_keeps_within_it(
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-    backbone: Path,
-    tmp_path: Path,
+    command: Any, backbone: Path, tmp_path: Path
 ) -> None:
     file = tmp_path / "mask.bin"
-    arguments = ["fedpet", "mask", str(backbone), "--density", "0.05", "--out", str(file)]
-    monkeypatch.setattr(sys, "argv", arguments)
-    main.main()
-    assert "entropy" in capsys.readouterr().out
+    _, _, printed = command("mask", str(backbone), "--density", "0.05", "--out", str(file))
+    assert "entropy" in printed
     assert file.stat().st_size > 0

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from fake_training import make_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sending import codec_of
@@ -15,13 +16,10 @@ from tiny import Silent
 
 from fedpet.codec import encode_positions, max_payload_bytes
 from fedpet.config import Experiment, StrategyConfig, TrainingConfig
-from fedpet.data import Task
 from fedpet.estimate import estimate, outline
 from fedpet.estimate.message_sizes import CHUNK_BYTES, made_up_plan, message_bytes
 from fedpet.estimate.participants import Participant
 from fedpet.estimate.payload_simulation import Payloads, payloads
-from fedpet.pet.structure import Structure
-from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import single_client_bytes
 from fedpet.run.federate import prepare
 
@@ -35,18 +33,8 @@ def lengths_of(
     training: TrainingConfig | None = None,
 ) -> Payloads:
     """Payloads of clients with these rows, by round."""
-    plan = Plan(
-        fingerprint="",
-        head_seed=0,
-        task=Task("classification", ("0", "1"), "accuracy"),
-        max_length=8,
-        tokenizer_hash="",
-        mask=None,
-        mask_sha256="",
-        mask_positions=b"",
-        structure=Structure(),
+    plan = make_plan(
         num_values=sum(size for _, size in kinds),
-        layout="",
         codec=codec_of(uplink=codec, downlink=codec, downlink_mode="full"),
         training=training or TrainingConfig(),
         num_rounds=len(rows),

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from in_process_run import run
 
 from fedpet.backbone.pretrained import load_backbone
@@ -31,19 +30,10 @@ NUMBERS = [client_id64(client) for client in CLIENTS]
 
 
 @pytest.fixture
-def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experiment]:
-    counter = iter(range(100))
-
-    def make(**changes: Any) -> Experiment:
-        wanted = {
-            "mask_tiers": THREE,
-            "structure_preset": "lnfit",
-            "strategy_num_rounds": 2,
-            "strategy_clients_per_round": 6,
-        }
-        return tiny.make_experiment(*files, tmp_path / f"run{next(counter)}", **wanted | changes)
-
-    return make
+def experiment(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
+    wanted = {"mask_tiers": THREE, "structure_preset": "lnfit"}
+    wanted |= {"strategy_num_rounds": 2, "strategy_clients_per_round": 6}
+    return lambda **changes: experiment(**wanted | changes)
 
 
 def values_of_run(experiment: Experiment) -> np.ndarray:
