@@ -22,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import Strategy
 
 from fedpet.codec import VectorCodec, parse_codec
 from fedpet.config import StrategyConfig, TrainingConfig
@@ -228,17 +229,19 @@ class _Federation:
         moves = min(num_rounds, MAX_MOVES)
         more = np.float32(math.sqrt(num_rounds / moves))
         for index in range(moves):
-            self._values = self._values + more * self._step(mean, server_round + index)
+            step = mean
+            if self._strategy.has_server_optimizer:
+                step = server_step(self._rule, self._values, mean, server_round + index)
+            self._values = self._values + more * step
             mean = mean * self._random.choice(np.array([-1, 1], dtype=np.float32), len(mean))
 
-    def _step(self, mean: Floats, server_round: int) -> Floats:
-        """Return the server's own step, by Flower's rule where that is more than the mean."""
-        if not self._strategy.has_server_optimizer:
-            return mean
-        reply = train_message(self._values + mean, num_examples=1, loss=0.0)
-        with quiet_flower():
-            self._rule.configure_train(server_round, to_arrays(self._values), ConfigRecord(), None)  # type: ignore[arg-type]  # no grid: nobody is sampled
-            return aggregate(self._rule, server_round, self._values, [reply])[0] - self._values
+
+def server_step(rule: Strategy, values: Floats, mean: Floats, server_round: int) -> Floats:
+    """Return the step that Flower's rule makes of a mean update."""
+    reply = train_message(values + mean, num_examples=1, loss=0.0)
+    with quiet_flower():
+        rule.configure_train(server_round, to_arrays(values), ConfigRecord(), None)  # type: ignore[arg-type]  # no grid: nobody is sampled
+        return aggregate(rule, server_round, values, [reply])[0] - values
 
 
 def _codec(way: Any, kinds: Kinds) -> VectorCodec:

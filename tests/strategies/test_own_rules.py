@@ -246,11 +246,12 @@ def test_a_name_that_another_rule_has_is_not_registered() -> None:
 
 
 def test_a_registered_rule_is_estimated_by_its_own_server(experiment: Any) -> None:
-    from fedpet.estimate.payload_simulation import Server
+    from fedpet.estimate.payload_simulation import server_step
+    from fedpet.server.rounds import make_rule
 
-    rule = Server(ToySign(step_size=0.5), TrainingConfig())
-    moved = rule.move(START, np.full_like(START, 1e-3), 1)
-    np.testing.assert_allclose(moved, START + 0.5, atol=1e-6)
+    rule = make_rule(ToySign(step_size=0.5), TrainingConfig())
+    step = server_step(rule, START, np.full_like(START, 1e-3), 1)
+    np.testing.assert_allclose(step, 0.5, atol=1e-6)
 
 
 # -- a Flower class of one's own -------------------------------------------------------------
