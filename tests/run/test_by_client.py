@@ -20,8 +20,6 @@ from fedpet.run.finished import Run
 from fedpet.training.evaluation import predict
 from fedpet.training.metrics import assess
 
-reset_threads = pytest.fixture(autouse=True)(in_process_run.threads_as_before)
-
 
 @pytest.fixture(scope="module")
 def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:

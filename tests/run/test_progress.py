@@ -6,7 +6,6 @@ import io
 import time
 from pathlib import Path
 
-import in_process_run
 import pytest
 from rich.console import Console
 from tiny import Silent, make_backbone, make_experiment, make_rows
@@ -91,9 +90,6 @@ class Counted(Silent):
 
     def on_reply(self, record: RoundRecord, answered: int) -> None:
         self.seen.append((record.kind, record.round, answered, record.clients))
-
-
-reset_threads = pytest.fixture(autouse=True)(in_process_run.threads_as_before)
 
 
 @pytest.fixture(scope="module")
