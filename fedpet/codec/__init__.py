@@ -24,9 +24,11 @@ from fedpet.codec.index_coding import decode_positions, encode_positions
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
 from fedpet.codec.spec import check_codecs, parse_codec
 from fedpet.codec.vector_codec import VectorCodec
+from fedpet.codec.vector_sum import VectorSum
 
 __all__ = [
     "VectorCodec",
+    "VectorSum",
     "check_codecs",
     "decode_positions",
     "decode_values",
