@@ -212,7 +212,7 @@ def quantise(rotated: Floats, words: Words, windows: Windows, steps: Floats) -> 
         symbols = np.empty(len(rotated), dtype=np.int16)
         fast.quantise(rotated, words, windows.starts, windows.lengths, steps, symbols)
         return symbols
-    inverse = np.divide(np.float32(1), steps, out=np.zeros_like(steps), where=steps > 0)
+    inverse: Floats = np.divide(np.float32(1), steps, out=np.zeros_like(steps), where=steps > 0)
     multiples = rotated * np.repeat(inverse, windows.lengths)
     multiples *= _signs(words)
     multiples += _offsets(words)
