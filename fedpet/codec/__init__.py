@@ -25,8 +25,10 @@ from fedpet.codec.pipeline import decode_values, encode_values, max_payload_byte
 from fedpet.codec.spec import check_codecs, parse_codec
 from fedpet.codec.vector_codec import VectorCodec
 from fedpet.codec.vector_sum import VectorSum
+from fedpet.codec.vector_types import Seeds
 
 __all__ = [
+    "Seeds",
     "VectorCodec",
     "VectorSum",
     "check_codecs",

@@ -42,12 +42,15 @@ class Rotation:
     Args:
         sizes: Values of each group, at least 2.
         seed: Any non-negative integer.
+
+    Attributes:
+        signs: Packed signs of each group: uint8 (windows, 2, C/8), a bit a sign.
     """
 
     def __init__(self, sizes: tuple[int, ...], seed: int) -> None:
         generator = bit_generator(seed, Purpose.ROTATION)
         self._sizes = sizes
-        self._signs = [_draw_signs(size, generator) for size in sizes]
+        self.signs = [_draw_signs(size, generator) for size in sizes]
 
     def forward(self, values: Floats) -> Floats:
         """Rotate values (n,) in place, and return them."""
@@ -75,7 +78,7 @@ class Rotation:
 
     def _groups(self, values: Floats) -> Iterator[tuple[Floats, int, Packed]]:
         offset = 0
-        for count, signs in zip(self._sizes, self._signs, strict=True):
+        for count, signs in zip(self._sizes, self.signs, strict=True):
             yield values[offset : offset + count], window_size(count), signs
             offset += count
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TypedDict
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +23,7 @@ import numpy.typing as npt
 from fedpet.codec.entropy import Reader, varint
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
 from fedpet.codec.vector_sum import VectorSum
-from fedpet.codec.vector_types import Floats, Groups
+from fedpet.codec.vector_types import Floats, Groups, Seeds
 from fedpet.codec.windows import LARGEST
 from fedpet.utils.seeds import derive_seed
 
@@ -131,13 +130,6 @@ class VectorCodec:
             return (Part(self.codec, list(self.groups), slice(None)),)
         rest = [group for group in self.groups if group not in self.head_groups]
         return (_part(self.codec, rest), _part(self.head_codec, self.head_groups, "head"))
-
-
-class Seeds(TypedDict):
-    """Seeds of a part, as `encode_values` takes them."""
-
-    seed: int
-    rotation_seed: int
 
 
 @dataclass(frozen=True)
