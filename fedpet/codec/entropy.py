@@ -16,7 +16,6 @@ against the bytes that are there, and nothing is allocated by a number that the 
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -255,25 +254,25 @@ def _join_digits(symbols: Bytes, alphabet: int) -> Bytes:
     while _num_digits(alphabet) > 1:
         if len(symbols) % 2:
             symbols = np.append(symbols, np.uint8(0))
-        symbols, alphabet = symbols[::2] + symbols[1::2] * np.uint8(alphabet), alphabet**2
-    return np.ascontiguousarray(symbols)
+        pairs = symbols.view("<u2")
+        upper = (pairs >> np.uint16(8)) * np.uint16(alphabet)
+        symbols, alphabet = ((pairs & np.uint16(0xFF)) + upper).astype(np.uint8), alphabet**2
+    return symbols
 
 
 def _split_digits(packed: Bytes, count: int, alphabet: int) -> Bytes:
     """Read `count` symbols out of bytes."""
     num = _num_digits(alphabet)
     _check_below(packed, alphabet**num)
-    symbols = _digits(alphabet, num)[packed].view(np.uint8).ravel()
+    symbols = packed
+    while num > 1:
+        num //= 2
+        pairs = symbols.astype("<u2")  # lower + alphabet^num · upper
+        pairs += pairs // np.uint16(alphabet**num) * np.uint16(256 - alphabet**num)
+        symbols = pairs.view(np.uint8)
     if symbols[count:].any():
         raise FrameError("symbols that fill up a byte must be zero: the last ones are not.")
     return symbols[:count]
-
-
-@lru_cache
-def _digits(alphabet: int, num: int) -> npt.NDArray[np.unsignedinteger[Any]]:
-    """Return the digits of every byte, `num` bytes to an entry."""
-    numbers = np.arange(256)[:, np.newaxis] // alphabet ** np.arange(num) % alphabet
-    return np.ascontiguousarray(numbers.astype(np.uint8)).view(np.dtype(f"u{num}")).ravel()
 
 
 def _check_below(symbols: Bytes, alphabet: int) -> None:
