@@ -77,6 +77,8 @@ def _load() -> None:
             from numba import config
 
             settings: Any = config  # its names are set at run time
+            if settings.DISABLE_JIT:
+                raise ImportError("NUMBA_DISABLE_JIT is set.")
             before = settings.CACHE_DIR
             with _cache_folder() as folder:
                 try:

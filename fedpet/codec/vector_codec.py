@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -128,7 +128,7 @@ class VectorCodec:
         """Values by codec: all of them, or those of the rest and of the head."""
         if not self.head_groups or self.head_codec in ("", self.codec):
             return (Part(self.codec, list(self.groups), slice(None)),)
-        rest = [group for group in self.groups if group not in self.head_groups]
+        rest = tuple(group for group in self.groups if group not in self.head_groups)
         return (_part(self.codec, rest), _part(self.head_codec, self.head_groups, "head"))
 
 
@@ -149,7 +149,8 @@ class Part:
         return {"seed": seed, "rotation_seed": rotation_seed}
 
 
-def _part(codec: str, groups: Groups, name: str = "") -> Part:
+@lru_cache
+def _part(codec: str, groups: tuple[tuple[int, int], ...], name: str = "") -> Part:
     pieces = [np.arange(start, stop, dtype=np.int64) for start, stop in groups]
     stops = np.cumsum([0, *map(len, pieces)]).tolist()
     where = np.concatenate([np.empty(0, dtype=np.int64), *pieces])
