@@ -29,7 +29,7 @@ __all__ = ["compiled_kernels", "use_kernels"]
 
 Choice = Literal["auto", "numpy", "compiled"]
 
-PAYS_AFTER = 20_000_000  # values, which numpy takes half a second to rotate and quantise
+PAYS_AFTER = 50_000_000  # values through a kernel, on which numpy loses a third of a second
 
 LOG = logging.getLogger("fedpet")
 

@@ -104,24 +104,20 @@ class Dithered:
 
     def rotated(self, seed: int) -> Floats:
         """Return the estimates before they are rotated back, float32."""
-        steps, windows = self.deviations * self.grid.step, self.windows
-        words = _words(seed, len(self.symbols))
-        if fast := compiled_kernels(len(self.symbols)):
-            values = np.empty(len(self.symbols), dtype=np.float32)
-            fast.dequantise(self.symbols, words, windows.starts, windows.lengths, steps, values)
-            return values
-        return dequantise(self.symbols, words, windows, steps)
+        return dequantise(self.symbols, _words(seed, len(self.symbols)), self.windows, self._steps)
 
     def add_to(self, total: Doubles, seed: int, weight: float) -> None:
         """Add the estimates, before they are rotated back, times a weight to a sum."""
         if fast := compiled_kernels(len(self.symbols)):
-            steps, windows = self.deviations * self.grid.step, self.windows
-            words = _words(seed, len(self.symbols))
-            fast.fold(
-                self.symbols, words, windows.starts, windows.lengths, steps, float(weight), total
-            )
-            return
-        total += weight * self.rotated(seed).astype(np.float64)
+            words, units = _words(seed, len(self.symbols)), self.windows
+            places = units.starts, units.lengths
+            fast.fold(self.symbols, words, *places, self._steps, float(weight), total)
+        else:
+            total += weight * self.rotated(seed).astype(np.float64)
+
+    @property
+    def _steps(self) -> Floats:
+        return self.deviations * self.grid.step
 
 
 def encode_dither(
@@ -222,6 +218,10 @@ def quantise(rotated: Floats, words: Words, windows: Windows, steps: Floats) -> 
 
 def dequantise(symbols: Symbols, words: Words, windows: Windows, steps: Floats) -> Floats:
     """Return the rotated values of symbols."""
+    if fast := compiled_kernels(len(symbols)):
+        values = np.empty(len(symbols), dtype=np.float32)
+        fast.dequantise(symbols, words, windows.starts, windows.lengths, steps, values)
+        return values
     values = symbols.astype(np.float32)
     values -= _offsets(words)
     values *= np.repeat(steps, windows.lengths) * _signs(words)
