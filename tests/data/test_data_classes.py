@@ -124,7 +124,7 @@ def test_a_sentence_stays_in_a_terminal_above_the_line_that_is_redrawn(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with LiveLine("rounds", 3) as line:
+    with LiveLine(3) as line:
         line.on_stage("Classes: 0 = '[no]'.")
         line.on_stage("loading the backbone")
     assert "Classes: 0 = '[no]'.\n" in capsys.readouterr().err

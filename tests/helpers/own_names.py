@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 from fedpet.config import strategy_registry
+from fedpet.data import collator
 from fedpet.pet.modules import registry
 from fedpet.training import loss, metrics
 
@@ -20,6 +21,7 @@ def built_in_names() -> Iterator[None]:
         (strategy_registry._rules, _is_ours),
         (loss.LOSSES._functions, _is_ours),
         (metrics.METRICS._functions, _is_ours),
+        (collator.COLLATORS._functions, _is_ours),
         (registry.KINDS, _builds_ours),
         (registry.PRESETS, lambda preset: preset[0] in kinds),
     ]
