@@ -8,24 +8,24 @@ order of the clients' names, whichever node it came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import Strategy
 
+from fedpet.codec import VectorCodec, VectorSum
 from fedpet.pet.tiers import Where
 from fedpet.protocol.flower_compat import load_optimizer_state, make_reply, optimizer_state
 from fedpet.server.replies import LARGEST_VALUE, Update
 
 __all__ = [
-    "MeanUpdate",
-    "UpdateStream",
+    "EachFold",
+    "Fold",
+    "MeanFold",
     "aggregate",
-    "client_messages",
     "from_arrays",
-    "mean_message",
     "reset_optimizer",
     "to_arrays",
 ]
@@ -44,90 +44,100 @@ def from_arrays(arrays: ArrayRecord) -> np.ndarray:
     return arrays[VALUES].numpy()
 
 
-class MeanUpdate:
-    """Weighted mean of updates, each entry over the clients that trained it; sums in float64.
+class Fold:
+    """Fold a round's updates one by one into what its rule is given.
 
-    Add updates in a fixed order: floating-point sums depend on it (law 6).
-    """
-
-    def __init__(self, num_values: int) -> None:
-        self._sum = np.zeros(num_values, dtype=np.float64)
-        self._weight = 0  # of the clients that trained every entry
-        self._weights: np.ndarray | None = None  # of those that trained a part, by entry
-
-    def add(self, change: np.ndarray, where: Where, weight: int) -> None:
-        """Add one client's update.
-
-        Args:
-            change: float32, (n,).
-            where: Positions of its n entries among the global values, each once.
-            weight: Rows it trained on.
-        """
-        self._sum[where] += weight * change.astype(np.float64)
-        if isinstance(where, slice):
-            self._weight += weight
-        else:
-            if self._weights is None:
-                self._weights = np.zeros_like(self._sum)
-            self._weights[where] += weight
-
-    def apply_to(self, values: np.ndarray) -> np.ndarray:
-        """Return `values` plus the mean update; an entry that nobody trained stays as it was.
-
-        Returns:
-            float32, (num_values,).
-        """
-        weights = self._weight if self._weights is None else self._weight + self._weights
-        mean = values.astype(np.float64) + self._sum / np.maximum(weights, 1)
-        return mean.astype(np.float32)
-
-
-class UpdateStream:
-    """Count updates as they go by.
+    Args:
+        values: Global values, float32, (num_values,).
 
     Attributes:
-        count: Updates so far.
+        names: Clients of the updates so far.
         weight: Their examples together.
-        names: Their clients.
     """
 
-    def __init__(self, updates: Iterable[Update]) -> None:
-        self._updates = updates
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
         self._weighted_loss = 0.0
-        self.count = 0
         self.weight = 0
         self.names: list[str] = []
 
-    def __iter__(self) -> Iterator[Update]:
-        for update in self._updates:
-            self.count += 1
-            self.names.append(update.name)
-            self.weight += update.num_examples
-            self._weighted_loss += update.num_examples * update.loss
-            yield update
+    def add(self, update: Update) -> None:
+        """Add the next update, in the order of the clients' names.
+
+        Raises:
+            FrameError: It does not decode; it is left out.
+        """
+        self._add(update)
+        self.names.append(update.name)
+        self.weight += update.num_examples
+        self._weighted_loss += update.num_examples * update.loss
 
     @property
     def loss(self) -> float | None:
         """Mean training loss of the updates so far; None without any."""
         return self._weighted_loss / self.weight if self.weight else None
 
+    def messages(self) -> list[Message]:
+        """Return the replies that the rule aggregates."""
+        raise NotImplementedError
 
-def mean_message(values: np.ndarray, updates: UpdateStream) -> list[Message]:
-    """Return one message with the values moved by the mean update; none without updates."""
-    mean = MeanUpdate(len(values))
-    for update in updates:
-        mean.add(update.change, update.where, update.num_examples)
-    if updates.loss is None:
-        return []
-    return [train_message(mean.apply_to(values), updates.weight, updates.loss)]
+    def _add(self, update: Update) -> None:
+        raise NotImplementedError
 
 
-def client_messages(values: np.ndarray, updates: UpdateStream) -> list[Message]:
-    """Return one message a client, with the values that its training came to."""
-    return [
-        train_message(values + update.change, update.num_examples, update.loss)
-        for update in updates
-    ]
+class MeanFold(Fold):
+    """Give one message with the values moved by the mean update; none without updates.
+
+    An entry's mean is over the clients that trained it. Updates are added as they were sent, in
+    float64: what is coded on a shared rotation is rotated back once (fedpet/codec/vector_sum.py).
+    """
+
+    def __init__(self, values: np.ndarray) -> None:
+        super().__init__(values)
+        self._tiers: dict[VectorCodec, tuple[Where, VectorSum]] = {}
+
+    def _add(self, update: Update) -> None:
+        if update.coding not in self._tiers:
+            rotation_seed = update.seeds["rotation_seed"]
+            empty = update.coding.accumulator(rotation_seed, largest=LARGEST_VALUE)
+            self._tiers[update.coding] = update.where, empty
+        _, tier_sum = self._tiers[update.coding]
+        tier_sum.add(update.payload, seed=update.seeds["seed"], weight=update.num_examples)
+
+    def moved(self) -> np.ndarray:
+        """Return the values plus the mean update; an entry that nobody trained stays as it was.
+
+        Returns:
+            float32, (num_values,).
+        """
+        total, weights = np.zeros((2, len(self._values)))
+        for where, tier_sum in self._tiers.values():
+            total[where] += tier_sum.total()
+            weights[where] += tier_sum.weight
+        mean = self._values.astype(np.float64) + total / np.maximum(weights, 1)
+        return mean.astype(np.float32)
+
+    def messages(self) -> list[Message]:
+        """Return the one message."""
+        if self.loss is None:
+            return []
+        return [train_message(self.moved(), self.weight, self.loss)]
+
+
+class EachFold(Fold):
+    """Give one message a client, with the values that its training came to."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        super().__init__(values)
+        self._messages: list[Message] = []
+
+    def _add(self, update: Update) -> None:
+        moved = self._values + update.decode()
+        self._messages.append(train_message(moved, update.num_examples, update.loss))
+
+    def messages(self) -> list[Message]:
+        """Return the messages, in the order of the clients' names."""
+        return self._messages
 
 
 def train_message(values: np.ndarray, num_examples: int, loss: float) -> Message:
@@ -145,7 +155,7 @@ def aggregate(
         rule: Knows the global values from `configure_train`.
         server_round: From 1.
         values: Global values, float32, (num_values,).
-        messages: Of `mean_message` or `client_messages`.
+        messages: Of a `Fold`.
 
     Returns:
         The new global values, float32, (num_values,), and Flower's metrics.
