@@ -12,7 +12,7 @@ from flwr.serverapp.strategy import FedAvg
 
 from fedpet.protocol.flower_compat import make_message
 from fedpet.protocol.ledger import Ledger
-from fedpet.protocol.request import single_client_bytes, to_record, wire_bytes
+from fedpet.protocol.request import flower_bytes, single_client_bytes, to_record
 
 
 @dataclass
@@ -35,13 +35,13 @@ class DenseLedger(Ledger):
             return
         is_reply = bool(message.metadata.reply_to_message_id)
         envelope = make_message(message.metadata, content=to_record(b""))
-        self.current.wire_bytes += wire_bytes(envelope) - _content_bytes(to_record(b""))
+        self.current.wire_bytes += flower_bytes(envelope) - flower_bytes(to_record(b""))
         self.current.wire_bytes += self.weigh(message.content, is_reply=is_reply)
         self.current.messages += 1
 
     def weigh_alone(self, content: RecordDict, *, is_reply: bool) -> int:
         """Return the size of a message with this content, to or from one device alone."""
-        envelope = single_client_bytes(b"", reply=is_reply) - _content_bytes(to_record(b""))
+        envelope = single_client_bytes(0, reply=is_reply) - flower_bytes(to_record(b""))
         return envelope + self.weigh(content, is_reply=is_reply)
 
     def weigh(self, content: RecordDict, *, is_reply: bool) -> int:
@@ -55,19 +55,15 @@ class DenseLedger(Ledger):
                 name: Array(array.dtype, array.shape, array.stype, array.data)
                 for name, array in arrays.items()
             }
-            self._arrays_bytes[key] = wire_bytes(ArrayRecord(copied))  # type: ignore[arg-type]
+            self._arrays_bytes[key] = flower_bytes(ArrayRecord(copied))
         others = RecordDict(
             {
                 name: ArrayRecord() if isinstance(record, ArrayRecord) else record
                 for name, record in content.items()
             }
         )
-        empty = wire_bytes(ArrayRecord())  # type: ignore[arg-type]
-        return _content_bytes(others) - empty + self._arrays_bytes[key]
-
-
-def _content_bytes(content: RecordDict) -> int:
-    return wire_bytes(content)  # type: ignore[arg-type]
+        empty = flower_bytes(ArrayRecord())
+        return flower_bytes(others) - empty + self._arrays_bytes[key]
 
 
 class LedgerMixin(FedAvg):

@@ -31,7 +31,13 @@ from fedpet.protocol.frame import (
 )
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.registration import encode_registration
-from fedpet.protocol.request import Request, from_record, read_request, to_record
+from fedpet.protocol.request import (
+    HeldValues,
+    Request,
+    from_record,
+    read_request,
+    to_record,
+)
 
 __all__ = ["Node", "get_node", "reply"]
 
@@ -50,6 +56,9 @@ class Node:
         self.plans = PlanStore(config.cache)
         self.models = ModelCache(config, self.plans)
         self._state: StateStore | None = None
+        self._values: tuple[tuple[HeldValues, int], list[TierValues]] | None = (
+            None  # of the last request
+        )
 
     def answer(self, payload: bytes) -> bytes:
         """Train the clients that a request names.
@@ -67,15 +76,24 @@ class Node:
         request = read_request(payload)
         if not request.clients:
             return self._register(request.plan)
-        frames = frames_by_tier(request)
-        digest, server_round = frames[-1][-1].plan_digest, frames[-1][-1].server_round
+        frames = [] if (held := request.held) else frames_by_tier(request)
+        if held is None:
+            held = request.name_values(frames[-1][-1].plan_digest, frames[-1][-1].server_round)
+        digest, server_round = held.digest, held.server_round
         try:
             if request.plan:
                 self.plans.put(request.plan, digest)
             loaded = self.models.load(digest)
             _check_feedback(request, loaded.plan)
             state = self._open_state(digest, request.run)
-            starts = decode_global_values(request, frames, loaded.plan, loaded.pet, state)
+            key = held, request.run
+            if self._values is None or self._values[0] != key:
+                if not frames:
+                    raise StateMissingError(RefusalCode.VALUES_MISSING)
+                self._values = None  # free the round before
+                starts = decode_global_values(request, frames, loaded.plan, loaded.pet, state)
+                self._values = key, starts
+            starts = self._values[1]
             if request.which and max(request.which) >= len(starts):
                 raise FrameError(
                     f"the request gives a client tier {max(request.which)}, counted from 0, and "

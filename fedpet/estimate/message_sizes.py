@@ -1,8 +1,4 @@
-"""Count the bytes of messages around payloads of given lengths, as the ledger does.
-
-Messages are Flower's, serialised around random bytes. Flower cuts an array into chunks of a few
-MiB, each with a header of its own; long ones are computed from the headers of short ones.
-"""
+"""Count the bytes of messages around payloads of given lengths, as the ledger does."""
 
 from __future__ import annotations
 
@@ -21,7 +17,6 @@ from fedpet.estimate.payload_simulation import Payloads
 from fedpet.estimate.value_counts import Layout
 from fedpet.pet.mask import mask_size
 from fedpet.pet.structure import Structure
-from fedpet.protocol.flower_compat import CHUNK_BYTES
 from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.registration import encode_registration
@@ -36,7 +31,6 @@ from fedpet.protocol.request import (
 __all__ = [
     "frames_down",
     "made_up_plan",
-    "message_bytes",
     "reply_bytes",
     "request_bytes",
     "roll_call_bytes",
@@ -48,7 +42,7 @@ _SAMPLE = 1 << 22  # entries of a tensor whose positions are coded; of a larger 
 
 def reply_bytes(payload: int) -> int:
     """Return one client's reply, from the length of its payload."""
-    return message_bytes(HEADER_BYTES + payload, reply=True)
+    return single_client_bytes(HEADER_BYTES + payload, reply=True)
 
 
 def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
@@ -63,14 +57,14 @@ def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
     accepted = (0,) if plan.codec.error_feedback else ()
     run = 1 << 63 if paths or accepted else 0
     request = Request((SOME_CLIENT,), b"", run=run, paths=paths, accepted=accepted)
-    return message_bytes(_length(request, frames, with_plan), reply=False)
+    return single_client_bytes(_length(request, frames, with_plan), reply=False)
 
 
 def roll_call_bytes(plan_length: int) -> int:
     """Return what registering one real client takes, both ways: the plan, and one client's rows."""
     question = _length(Request((), b""), 0, plan_length)
     answer = len(encode_registration({_NAME: 1}))
-    return message_bytes(question, reply=False) + message_bytes(answer, reply=True)
+    return single_client_bytes(question, reply=False) + single_client_bytes(answer, reply=True)
 
 
 def frames_down(
@@ -109,16 +103,6 @@ def _length(request: Request, frames: int, plan: int) -> int:
     frame, coded = (bytes(min(size, 1 << 16)) for size in (frames, plan))  # beyond, none is dearer
     whole = msgspec.structs.replace(request, frame=frame, plan=coded)
     return len(write_request(whole)) + frames + plan - len(frame) - len(coded)
-
-
-def message_bytes(count: int, *, reply: bool) -> int:
-    """Return the size of a message with one array of `count` bytes, to or from one device."""
-    if count <= 2 * CHUNK_BYTES:
-        return single_client_bytes(_noise(count), reply=reply)
-    one, two = (single_client_bytes(_noise(n * CHUNK_BYTES), reply=reply) for n in (1, 2))
-    framing = two - 2 * CHUNK_BYTES
-    each = framing - (one - CHUNK_BYTES)
-    return count + framing + each * (-(-count // CHUNK_BYTES) - 2)
 
 
 def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
@@ -161,10 +145,6 @@ def _positions_bytes(scope: tuple[int, ...], density: float) -> int:
         chosen = np.sort(random.choice(sample, mask_size(density, sample), replace=False))
         total += times * len(encode_positions([chosen], [sample])) * size / sample
     return round(total)
-
-
-def _noise(count: int) -> bytes:
-    return np.random.default_rng(0).bytes(count)
 
 
 def _hash(of: str) -> str:

@@ -68,6 +68,7 @@ class RefusalCode(IntEnum):
     REFERENCE_MISSING = 2
     RESIDUAL_MISSING = 3
     OTHER_TIER = 4
+    VALUES_MISSING = 5
 
 
 _KNOWN = frozenset(RefusalCode)
@@ -75,6 +76,7 @@ _MISSING = {
     RefusalCode.PLAN_MISSING: "plan",
     RefusalCode.REFERENCE_MISSING: "reference that the changes are of",
     RefusalCode.RESIDUAL_MISSING: "residual of the client's last accepted round",
+    RefusalCode.VALUES_MISSING: "values that the message names",
 }
 
 

@@ -4,13 +4,18 @@ A request (server to node) names clients and carries the global values, a frame 
 them (mostly one), and the plan where the node may lack it. A reply is one frame or refusal a
 client, joined (fedpet/protocol/frame.py).
 
-A request is a `Request` in MessagePack, see fedpet/protocol/wire_struct.py.
+A request is a `Request` in MessagePack, see fedpet/protocol/wire_struct.py. A node with many
+clients is sent several a round, and the global values in the first alone: those after it name them
+(`HeldValues`).
 
 A message holds one flat array, since Flower's cost follows the number of arrays and not their size.
 """
 
 from __future__ import annotations
 
+import functools
+import json
+import zlib
 from collections.abc import Sequence
 from typing import Annotated
 
@@ -19,13 +24,14 @@ from msgspec import Meta
 
 from fedpet.config import MAX_TIERS
 from fedpet.errors import FrameError
-from fedpet.protocol.flower_compat import InflatableObject, make_message
+from fedpet.protocol.flower_compat import CHUNK_BYTES, InflatableObject, make_message
 from fedpet.protocol.wire_struct import WireStruct, decode_struct, encode_struct
 
 MAX_CLIENTS = 1_000_000
 STYPE = "fedpet.bytes"  # Flower's name for the coding of an array; not one that it reads itself
 SOME_CLIENT = 1 << 63  # stands for a client's number where only the size of a request matters
 
+_HELD = b"\x94\xa5FPHV1"  # how `HeldValues` begins
 _RECORD, _ARRAY = "fedpet", "bytes"
 _SOME_ID = 1 << 62
 
@@ -45,13 +51,27 @@ class Path(WireStruct, frozen=True):
     checksum: Annotated[int, Meta(ge=0, le=2**32 - 1)]
 
 
+class HeldValues(WireStruct, frozen=True, tag="FPHV1"):
+    """The name of a round's global values, which an earlier request brought.
+
+    Attributes:
+        digest: Of the plan, see fedpet/protocol/frame.py.
+        server_round: Counted from 1.
+        checksum: Of the frames, or of the references they lead to.
+    """
+
+    digest: Annotated[bytes, Meta(min_length=16, max_length=16)]
+    server_round: Round
+    checksum: Annotated[int, Meta(ge=0, le=2**32 - 1)]
+
+
 class Request(WireStruct, frozen=True, tag="FPRQ2"):
     """A request to train these clients from these values.
 
     Attributes:
         clients: Numbers of the clients, see `fedpet.utils.seeds.client_id64`.
         frame: Packed frame with the global values; several, joined, where clients differ in tier,
-            or where the values are reached by changes.
+            or where the values are reached by changes; or `HeldValues` in their place.
         plan: The plan's bytes, or nothing where the node is known to hold it.
         which: For each client, which of the tiers here is its own, from 0; () where there is one.
         run: Names the run among those of one plan; 0 where nothing of earlier rounds matters.
@@ -77,6 +97,24 @@ class Request(WireStruct, frozen=True, tag="FPRQ2"):
                     f"a request for {len(self.clients)} clients has {name!r} of none or of each, "
                     f"got {count}"
                 )
+
+    @property
+    def held(self) -> HeldValues | None:
+        """Name of the values where the request does not bring them.
+
+        Raises:
+            FrameError: It is cut short.
+        """
+        if not self.frame.startswith(_HELD):
+            return None
+        return decode_struct(self.frame, HeldValues, "name of a round's values")
+
+    def name_values(self, digest: bytes, server_round: int) -> HeldValues:
+        """Name the values that this request brings."""
+        checksum = zlib.crc32(self.frame)
+        if self.paths:  # nodes come to the same reference by different frames
+            checksum = zlib.crc32(repr([path.checksum for path in self.paths]).encode())
+        return HeldValues(digest, server_round, checksum)
 
 
 def write_request(request: Request) -> bytes:
@@ -119,14 +157,29 @@ def from_record(record: RecordDict) -> bytes:
 
 def wire_bytes(message: Message) -> int:
     """Return the size of a message as Flower serialises it, metadata and headers included."""
+    if not message.has_content() or not _is_ours(message.content):
+        return flower_bytes(message)
+    count = len(from_record(message.content))
+    envelope = flower_bytes(make_message(message.metadata, content=to_record(b"")))
+    return envelope + _array_bytes(count) - _array_bytes(0)
+
+
+def single_client_bytes(count: int, *, reply: bool) -> int:
+    """Return the size of a message with `count` bytes to or from one device alone, with framing.
+
+    The ids in its metadata are fixed, so that the same number always weighs the same.
+    """
+    return _single_envelope(reply) + _array_bytes(count) - _array_bytes(0)
+
+
+def flower_bytes(message: InflatableObject) -> int:
+    """Return what Flower serialises of a message or a part of it, by doing so."""
     return sum(len(part.deflate()) for part in _parts(message))
 
 
-def single_client_bytes(payload: bytes, *, reply: bool) -> int:
-    """Return the size of a message with this payload to or from one device alone, with framing.
-
-    The ids in its metadata are fixed, so that the same payload always weighs the same.
-    """
+@functools.cache
+def _single_envelope(reply: bool) -> int:
+    """Return the size of such a message without a byte in it."""
     metadata = Metadata(
         run_id=_SOME_ID,
         message_id="",
@@ -140,7 +193,36 @@ def single_client_bytes(payload: bytes, *, reply: bool) -> int:
         src_task_id=_SOME_ID,
         dst_task_id=_SOME_ID,
     )
-    return wire_bytes(make_message(metadata, content=to_record(payload)))
+    return flower_bytes(make_message(metadata, content=to_record(b"")))
+
+
+def _is_ours(content: RecordDict) -> bool:
+    """Tell if a message holds one array of bytes and nothing else."""
+    try:
+        from_record(content)
+        return len(content) == len(content[_RECORD]) == 1
+    except FrameError:
+        return False
+
+
+def _array_bytes(count: int) -> int:
+    """Return what Flower makes of an array: its header, and its data in pieces with a header each.
+
+    Serialising one would copy and hash it to learn a length that follows from `count`.
+    """
+    pieces = -(-count // CHUNK_BYTES)
+    body = {"dtype": "uint8", "shape": [count], "stype": STYPE, "arraychunk_ids": [*range(pieces)]}
+    size = _object_bytes("Array", pieces, len(json.dumps(body)))
+    if pieces:
+        size += (pieces - 1) * _object_bytes("ArrayChunk", 0, CHUNK_BYTES)
+        size += _object_bytes("ArrayChunk", 0, count - (pieces - 1) * CHUNK_BYTES)
+    return size
+
+
+def _object_bytes(kind: str, children: int, body: int) -> int:
+    """Return the size of one of Flower's objects: "KIND ID,ID BODY-LENGTH", a zero, the body."""
+    ids = max(65 * children - 1, 0)
+    return len(kind) + ids + len(str(body)) + 3 + body
 
 
 def _parts(node: InflatableObject) -> Sequence[InflatableObject]:

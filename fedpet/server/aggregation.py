@@ -8,7 +8,7 @@ order of the clients' names, whichever node it came from.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
@@ -20,12 +20,12 @@ from fedpet.protocol.flower_compat import load_optimizer_state, make_reply, opti
 from fedpet.server.replies import LARGEST_VALUE, Update
 
 __all__ = [
+    "EachFold",
+    "Fold",
+    "MeanFold",
     "MeanUpdate",
-    "UpdateStream",
     "aggregate",
-    "client_messages",
     "from_arrays",
-    "mean_message",
     "reset_optimizer",
     "to_arrays",
 ]
@@ -82,52 +82,78 @@ class MeanUpdate:
         return mean.astype(np.float32)
 
 
-class UpdateStream:
-    """Count updates as they go by.
+class Fold:
+    """Fold a round's updates one by one into what its rule is given.
+
+    Args:
+        values: Global values, float32, (num_values,).
 
     Attributes:
-        count: Updates so far.
+        names: Clients of the updates so far.
         weight: Their examples together.
-        names: Their clients.
     """
 
-    def __init__(self, updates: Iterable[Update]) -> None:
-        self._updates = updates
+    def __init__(self, values: np.ndarray) -> None:
+        self._values = values
         self._weighted_loss = 0.0
-        self.count = 0
         self.weight = 0
         self.names: list[str] = []
 
-    def __iter__(self) -> Iterator[Update]:
-        for update in self._updates:
-            self.count += 1
-            self.names.append(update.name)
-            self.weight += update.num_examples
-            self._weighted_loss += update.num_examples * update.loss
-            yield update
+    def add(self, update: Update) -> None:
+        """Add the next update, in the order of the clients' names.
+
+        Raises:
+            FrameError: It does not decode; it is left out.
+        """
+        self._add(update)
+        self.names.append(update.name)
+        self.weight += update.num_examples
+        self._weighted_loss += update.num_examples * update.loss
 
     @property
     def loss(self) -> float | None:
         """Mean training loss of the updates so far; None without any."""
         return self._weighted_loss / self.weight if self.weight else None
 
+    def messages(self) -> list[Message]:
+        """Return the replies that the rule aggregates."""
+        raise NotImplementedError
 
-def mean_message(values: np.ndarray, updates: UpdateStream) -> list[Message]:
-    """Return one message with the values moved by the mean update; none without updates."""
-    mean = MeanUpdate(len(values))
-    for update in updates:
-        mean.add(update.change, update.where, update.num_examples)
-    if updates.loss is None:
-        return []
-    return [train_message(mean.apply_to(values), updates.weight, updates.loss)]
+    def _add(self, update: Update) -> None:
+        raise NotImplementedError
 
 
-def client_messages(values: np.ndarray, updates: UpdateStream) -> list[Message]:
-    """Return one message a client, with the values that its training came to."""
-    return [
-        train_message(values + update.change, update.num_examples, update.loss)
-        for update in updates
-    ]
+class MeanFold(Fold):
+    """Give one message with the values moved by the mean update; none without updates."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        super().__init__(values)
+        self._mean = MeanUpdate(len(values))
+
+    def _add(self, update: Update) -> None:
+        self._mean.add(update.decode(), update.where, update.num_examples)
+
+    def messages(self) -> list[Message]:
+        """Return the one message."""
+        if self.loss is None:
+            return []
+        return [train_message(self._mean.apply_to(self._values), self.weight, self.loss)]
+
+
+class EachFold(Fold):
+    """Give one message a client, with the values that its training came to."""
+
+    def __init__(self, values: np.ndarray) -> None:
+        super().__init__(values)
+        self._messages: list[Message] = []
+
+    def _add(self, update: Update) -> None:
+        moved = self._values + update.decode()
+        self._messages.append(train_message(moved, update.num_examples, update.loss))
+
+    def messages(self) -> list[Message]:
+        """Return the messages, in the order of the clients' names."""
+        return self._messages
 
 
 def train_message(values: np.ndarray, num_examples: int, loss: float) -> Message:
@@ -145,7 +171,7 @@ def aggregate(
         rule: Knows the global values from `configure_train`.
         server_round: From 1.
         values: Global values, float32, (num_values,).
-        messages: Of `mean_message` or `client_messages`.
+        messages: Of a `Fold`.
 
     Returns:
         The new global values, float32, (num_values,), and Flower's metrics.

@@ -165,9 +165,9 @@ class NodeRegistry(GridWrapper):
         newcomers = num_rows.keys() - self._holders.clients_with_plan
         self._holders.clients_with_plan.update(newcomers)
         self._ledger.current.newcomers += len(newcomers)
-        down = single_client_bytes(self._question, reply=False)
+        down = single_client_bytes(len(self._question), reply=False)
         up = sum(
-            single_client_bytes(encode_registration({c: num_rows[c]}), reply=True)
+            single_client_bytes(len(encode_registration({c: num_rows[c]})), reply=True)
             for c in newcomers
         )
         self._ledger.add_client_bytes(plan=down * len(newcomers) + up)

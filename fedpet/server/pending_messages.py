@@ -18,7 +18,7 @@ import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpet.protocol.flower_compat import make_reply, set_sender
+from fedpet.protocol.flower_compat import make_reply, set_message_id, set_sender
 
 AT_ONCE = 16  # replies pulled at most before they are handed on
 UNREADABLE = 1001  # Flower's error codes below are its own
@@ -55,7 +55,9 @@ class PendingMessages:
         for message in messages:
             asked = _Asked(message.metadata.dst_node_id, message.metadata.message_type)
             # Flower gives None for a message that it could not send: nobody will answer it.
-            self._out |= {n: asked for n in self._grid.push_messages([message]) if n}
+            for number in filter(None, self._grid.push_messages([message])):
+                self._out[number] = asked
+                set_message_id(message, number)
 
     def collect(self) -> Iterator[Message]:
         """Yield the replies that have come by now."""

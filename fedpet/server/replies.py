@@ -1,18 +1,19 @@
 """Check a round's replies: accept frames, refuse the rest by name and with the reason (law 7).
 
-In:  messages of nodes, each with a frame or a refusal for each client of its cohort.
+In:  messages of nodes, each with a frame or a refusal for each client of a chunk.
 Out: one checked update a client; every other client in the ledger with the reason.
 
-Messages are taken one by one as they come. Frames wait in their encoded form: `updates` decodes
-them one at a time, in the order of the clients' names, so that neither memory nor the result
-depends on their number, their order, or the number of nodes (law 6).
+Messages are taken one by one as they come. `updates` gives the updates in the order of the clients'
+names, each as soon as all before it have come or are refused, so that neither memory nor the
+result depends on their number, their order, or the number of nodes (law 6). A frame whose turn has
+not come waits in its encoded form.
 """
 
 from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -20,19 +21,21 @@ from flwr.app import Error, Message
 
 from fedpet.codec import VectorCodec
 from fedpet.errors import FrameError, ReplyError
-from fedpet.pet.tiers import Where
+from fedpet.pet.tiers import Tier, Where
 from fedpet.protocol.frame import Frame, Refusal, RefusalCode, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import STYPE, from_record, single_client_bytes
 from fedpet.server.reply_stream import SpooledPayloads
-from fedpet.server.requests import Retries
+from fedpet.server.requests import Retry
+from fedpet.server.schedule import Chunk
 from fedpet.server.tier_assignment import TierAssignment
 from fedpet.utils.seeds import derive_seed
 
 # Largest magnitude of an update's values and of the global values: their squares fit a float32, and
 # after a few rounds of it every codec can still encode the values.
 LARGEST_VALUE = 1e18
+MAX_REPEATS = 3  # messages to a node for the same clients, whatever it lacked
 # Ray's errors for a worker that is gone, as Flower quotes them.
 WORKER_DIED = ("exceptions.ActorDiedError", "exceptions.ActorUnavailableError")
 MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it must
@@ -40,21 +43,41 @@ MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it 
 
 @dataclass(frozen=True)
 class Update:
-    """Update of one client.
+    """Update of one client, as it was sent.
 
     Attributes:
         name: The client.
-        change: Its values less the global ones, float32, (values of its tier,), all finite.
+        node: Id of its node.
+        payload: Its values less the global ones, encoded.
+        coding: Decodes them.
+        seed: They were encoded by it.
         where: Their positions among the global values.
         num_examples: Rows it trained on; its weight in a mean.
         loss: Its mean training loss.
     """
 
     name: str
-    change: np.ndarray
+    node: int
+    payload: bytes
+    coding: VectorCodec
+    seed: int
     where: Where
     num_examples: int
     loss: float
+
+    def decode(self) -> np.ndarray:
+        """Return the values less the global ones, float32, (values of its tier,), all finite.
+
+        Raises:
+            FrameError: The payload gives no such values.
+        """
+        change = self.coding.decode(self.payload, seed=self.seed)
+        if not (np.abs(change) <= LARGEST_VALUE).all():
+            raise FrameError(
+                f"an update's values are at most {LARGEST_VALUE:g} in magnitude, and no NaN: the "
+                f"largest here is {np.abs(change).max():g}."
+            )
+        return change
 
 
 class Replies:
@@ -64,10 +87,11 @@ class Replies:
         server_round: Round that the frames must be of.
         plan: Plan that the frames must be of.
         digest: Digest of the plan.
-        cohorts: Node -> clients it was sent to train.
+        sampled: The round's clients, in alphabetical order.
         names: Number of a client in a frame -> its name.
         num_rows: Client -> its number of rows, the most it may weigh.
         tiers: Tier of each client, which decides its values.
+        longest_payload: Bytes of the longest payload of any tier.
         ledger: Counts refusals, bytes and seconds.
         answered: Called for each accepted frame with node, client and round.
     """
@@ -78,10 +102,11 @@ class Replies:
         server_round: int,
         plan: Plan,
         digest: bytes,
-        cohorts: Mapping[int, Sequence[str]],
+        sampled: Sequence[str],
         names: Mapping[int, str],
         num_rows: Mapping[str, int],
         tiers: TierAssignment,
+        longest_payload: int,
         ledger: Ledger,
         answered: Callable[[int, str, int], None] = lambda node, name, server_round: None,
     ) -> None:
@@ -89,150 +114,163 @@ class Replies:
         self._round = server_round
         self._plan = plan
         self._digest = digest
-        self._cohorts = cohorts
+        self._sampled = sampled
         self._names = names
         self._num_rows = num_rows
         self._tiers = tiers
+        self._longest = longest_payload
         self._ledger = ledger
-        codings = (plan.uplink(tier.groups, tier.head_groups) for tier in tiers.tiers)
-        self._longest = max(coding.max_payload_bytes for coding in codings)
-        self._accepted: dict[str, tuple[Frame, tuple[int, int]]] = {}  # without payload; where
+        self._settled: set[str] = set()  # clients that are accepted or refused
+        self._turn = 0  # index of the first client whose update was not given out
+        self._waiting: dict[str, tuple[int, Frame, tuple[int, int]]] = {}  # node, head, place
         self._payloads = SpooledPayloads()
-        self._again = Retries()
+        self._codings: dict[int, VectorCodec] = {}
         self._asked_again: dict[str, str] = {}  # client -> why
         self._train_seconds: defaultdict[int, float] = defaultdict(float)  # by node, all messages
 
-    def take(self, reply: Message) -> None:
-        """Accept or refuse what a message holds, but for those to be asked again.
+    def take(self, reply: Message, chunk: Chunk) -> Retry:
+        """Accept or refuse what a message holds; return what of its chunk to ask for again.
 
         Of a node that says so, and names another tier of the plan, the book of tiers takes it down.
         """
-        node = reply.metadata.src_node_id
+        node, again = chunk.node, Retry()
+        reason = f"node {node}: no reply came for this client, only for others."
         if reply.has_error():
-            self._refuse_cohort(node, _reason(reply.error))
-            return
-        try:
-            for part in self._parts(reply):
-                self._count_upload(node, part)
-                if isinstance(part, Refusal) and self._asks_again(node, part):
-                    continue
-                self._settle(node, part)
-        except FrameError as error:
-            self._refuse_cohort(node, str(error))
-        # Flower's loop holds a round's messages until the next round's have come.
-        reply.content.clear()
+            reason = f"node {node}: {_reason(reply.error)}"
+        else:
+            try:
+                self._read(reply, chunk, again)
+            except FrameError as error:
+                reason = f"node {node}: {error}"
+            # Flower's loop holds a round's messages until the next round's have come.
+            reply.content.clear()
+        again.names = [name for name in again.names if name not in self._settled]
+        asked = {*again.names}
+        missing = [n for n in chunk.names if n not in self._settled and n not in asked]
+        if again.is_whole:
+            again.names += missing
+        else:
+            for name in missing:
+                self._refuse(name, reason, node)
         record = self._ledger.current
         record.train_seconds = max(record.train_seconds, self._train_seconds[node])
-
-    def to_ask_again(self) -> Retries:
-        """Return who needs another request, since this was called last."""
-        again, self._again = self._again, Retries()
         return again
 
-    def refuse_absent(self, sampled: Iterable[str]) -> None:
-        """Refuse the clients without a reply, and put refusals in the order of nodes."""
-        self._ledger.current.refused.sort(key=lambda refused: int(refused.get("node", -1)))
-        homes = self._homes()
-        for name in sampled:
-            if name in self._accepted or self._was_refused(name):
-                continue
-            node = homes.get(name)
-            if name in self._asked_again:
-                reason = f"{self._asked_again[name]}; nothing usable came when it was asked again."
-            elif node is None:
-                reason = "the node that it lives on is not connected."
-            else:
-                reason = f"node {node}: no reply came before the round's deadline."
-            self._ledger.refuse(name, reason, node)
+    def refuse_absent(self, why: Callable[[str], tuple[str, int | None]]) -> None:
+        """Refuse the clients without a reply.
+
+        Args:
+            why: Gives the reason why nothing came of a client, and its node.
+        """
+        for name in self._sampled:
+            if name not in self._settled:
+                reason, node = why(name)
+                if name in self._asked_again:
+                    reason = f"{self._asked_again[name]}; nothing usable came when it was asked "
+                    reason += "again."
+                self._refuse(name, reason, node)
 
     def updates(self) -> Iterator[Update]:
-        """Decode the accepted frames, in the order of the clients' names.
+        """Give the updates whose turn has come, in the order of the clients' names, each once."""
+        while self._turn < len(self._sampled):
+            name = self._sampled[self._turn]
+            if name not in self._settled:
+                break
+            self._turn += 1
+            if name in self._waiting:
+                yield self._update(name)
+        if not self._waiting:
+            self._payloads.clear()
 
-        A frame that does not decode to finite values is refused and left out. Iterate once.
-        """
-        homes = self._homes()
-        for name in sorted(self._accepted):
-            frame, place = self._accepted[name]
-            frame = replace(frame, payload=self._payloads.get(place))
-            tier = self._tiers.of(name)
-            try:
-                change = self._decode(frame, self._plan.uplink(tier.groups, tier.head_groups))
-            except FrameError as error:
-                self._ledger.refuse(name, str(error), homes[name])
+    def _update(self, name: str) -> Update:
+        node, head, place = self._waiting.pop(name)
+        client_seed = derive_seed("client", self._plan.seed, self._round, head.client)
+        return Update(
+            name=name,
+            node=node,
+            payload=self._payloads.get(place),
+            coding=self._coding(name),
+            seed=derive_seed("encode", client_seed),
+            where=self._tiers.of(name).where,
+            num_examples=head.num_examples,
+            loss=head.loss,
+        )
+
+    def _coding(self, name: str) -> VectorCodec:
+        index = self._tiers.index(name)
+        if index not in self._codings:
+            tier: Tier = self._tiers.tiers[index]
+            self._codings[index] = self._plan.uplink(tier.groups, tier.head_groups)
+        return self._codings[index]
+
+    def _read(self, reply: Message, chunk: Chunk, again: Retry) -> None:
+        due = {*chunk.names}
+        parts = unpack_frames(
+            from_record(reply.content),
+            max_frames=2 * len(due),
+            max_payload_bytes=self._longest,
+            views=True,
+        )
+        for part in parts:
+            name = self._names.get(part.client, "")
+            if name in due:  # its bytes count whether it is used or not
+                up = single_client_bytes(part.num_bytes, reply=True)
+                self._ledger.add_client_bytes(up=up)
+            if isinstance(part, Refusal) and self._asks_again(part, name, due, chunk, again):
                 continue
-            yield Update(name, change, tier.where, frame.num_examples, frame.loss)
-        self._payloads.close()
+            if name not in due:  # nobody speaks in another's name
+                stranger = f"node {chunk.node}, client {part.client:016x}"
+                reason = f"node {chunk.node} was not asked to train this client."
+                self._ledger.refuse(stranger, reason, chunk.node)
+            else:
+                self._settle(chunk.node, part, name)
 
-    def _decode(self, frame: Frame, coding: VectorCodec) -> np.ndarray:
-        seed = derive_seed("client", self._plan.seed, frame.server_round, frame.client)
-        change = coding.decode(frame.payload, seed=derive_seed("encode", seed))
-        if not (np.abs(change) <= LARGEST_VALUE).all():
-            raise FrameError(
-                f"an update's values are at most {LARGEST_VALUE:g} in magnitude, and no NaN: the "
-                f"largest here is {np.abs(change).max():g}."
-            )
-        return change
-
-    def _asks_again(self, node: int, refusal: Refusal) -> bool:
+    def _asks_again(
+        self, refusal: Refusal, name: str, due: set[str], chunk: Chunk, again: Retry
+    ) -> bool:
         """Note a refusal whose code names what the server can send or do instead."""
-        again, code = self._again, refusal.code
-        name = self._names.get(refusal.client, "")
-        clients: Sequence[str] = [name]
-        if code in (RefusalCode.PLAN_MISSING, RefusalCode.REFERENCE_MISSING):
-            nodes = again.no_plan if code == RefusalCode.PLAN_MISSING else again.no_reference
-            if node not in nodes:
-                nodes.append(node)
-            clients = self._cohorts.get(node, [])
-        elif not self._is_due(node, name):
+        code, clients = refusal.code, [name]
+        if code == RefusalCode.VALUES_MISSING and not chunk.brings_values:
+            again.no_values = True
+        elif chunk.repeats == MAX_REPEATS:
+            return False
+        elif code == RefusalCode.PLAN_MISSING:
+            again.no_plan, clients = True, list(chunk.names)
+        elif code == RefusalCode.REFERENCE_MISSING:
+            again.no_reference, clients = True, list(chunk.names)
+        elif name not in due or name in self._settled:
             return False
         elif code == RefusalCode.OTHER_TIER and self._tiers.move(name, refusal.density):
-            again.other_tier.setdefault(node, []).append(name)
+            again.other_tier.append(name)
+            again.names.append(name)
         elif code == RefusalCode.RESIDUAL_MISSING:
-            again.no_residual.setdefault(node, []).append(name)
+            again.no_residual.append(name)
+            again.names.append(name)
         else:
             return False
         self._asked_again.update(dict.fromkeys(clients, refusal.text))
         return True
 
-    def _is_due(self, node: int, name: str) -> bool:
-        return name in self._cohorts.get(node, []) and name not in self._accepted
-
-    def _parts(self, reply: Message) -> Iterator[Frame | Refusal]:
-        cohort = self._cohorts.get(reply.metadata.src_node_id, [])
-        return iter(
-            unpack_frames(
-                from_record(reply.content),
-                max_frames=2 * len(cohort),
-                max_payload_bytes=self._longest,
-                views=True,
-            )
-        )
-
-    def _settle(self, node: int, part: Frame | Refusal) -> None:
+    def _settle(self, node: int, part: Frame | Refusal, name: str) -> None:
         """Accept one frame and count its training seconds, or record the refusal."""
-        name = self._names.get(part.client, "")
-        if name not in self._cohorts.get(node, []):  # nobody speaks in another's name
-            stranger = f"node {node}, client {part.client:016x}"
-            reason = f"node {node} was not asked to train this client."
-            self._ledger.refuse(stranger, reason, node)
-            return
         try:
             self._check(node, part, name)
         except ReplyError as error:
-            self._ledger.refuse(name, str(error), node)
+            self._refuse(name, str(error), node)
             return
         assert isinstance(part, Frame)
-        self._accepted[name] = replace(part, payload=b""), self._payloads.put(part.payload)
+        self._settled.add(name)
+        self._waiting[name] = node, replace(part, payload=b""), self._payloads.put(part.payload)
         self._train_seconds[node] += part.train_seconds
+        self._ledger.current.replies += 1
         self._answered(node, name, self._round)
 
-    def _count_upload(self, node: int, part: Frame | Refusal) -> None:
-        """Count a client's bytes, whether its frame is used or not."""
-        if self._names.get(part.client, "") in self._cohorts.get(node, []):
-            self._ledger.add_client_bytes(up=single_client_bytes(bytes(part.num_bytes), reply=True))
+    def _refuse(self, name: str, reason: str, node: int | None) -> None:
+        self._settled.add(name)
+        self._ledger.refuse(name, reason, node)
 
     def _check(self, node: int, part: Frame | Refusal, name: str) -> None:
-        if name in self._accepted:
+        if name in self._settled:
             raise FrameError(f"node {node} sent a second frame for this client.")
         if isinstance(part, Refusal):
             raise ReplyError(part.text)
@@ -257,19 +295,6 @@ class Replies:
             )
         if not 0 <= part.loss < math.inf:
             raise FrameError(f"a training loss is finite and not negative, got {part.loss}.")
-
-    def _refuse_cohort(self, node: int, reason: str) -> None:
-        """Refuse all of a node's clients whose frames had not been read yet."""
-        for name in self._cohorts.get(node, []):
-            if name not in self._accepted and not self._was_refused(name):
-                self._ledger.refuse(name, f"node {node}: {reason}", node)
-
-    def _homes(self) -> dict[str, int]:
-        """Return client -> the node that was sent it to train."""
-        return {name: node for node, cohort in self._cohorts.items() for name in cohort}
-
-    def _was_refused(self, name: str) -> bool:
-        return any(refused["who"] == name for refused in self._ledger.current.refused)
 
 
 def _reason(error: Error) -> str:

@@ -2,7 +2,7 @@
 
 In:  Flower's Grid, which returns a round's replies in one list.
 Out: the same Grid, which hands each reply to `take` while others are still awaited; and
-     `SpooledPayloads`, where payloads wait for the round's end, on disk past a few megabytes.
+     `SpooledPayloads`, where payloads wait for their turn, on disk past a few megabytes.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from flwr.serverapp import Grid
 from fedpet.errors import RunError
 from fedpet.server.pending_messages import PendingMessages
 
-SHORTEST_PAUSE, LONGEST_PAUSE = 0.1, 3.0  # seconds
+SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 3.0  # seconds
 IN_MEMORY_BYTES = 8 << 20
 
 
@@ -67,7 +67,7 @@ class GridWrapper(Grid):
 
 
 class StreamingGrid(GridWrapper):
-    """Hand each reply to `take` when it comes, and send the messages that it returns."""
+    """Hand each reply to `take` when it comes, and send the messages that it gives as it goes."""
 
     def __init__(self, grid: Grid, take: Callable[[Message], Iterable[Message]]) -> None:
         super().__init__(grid)
@@ -120,6 +120,12 @@ class SpooledPayloads:
         place = (self._end, len(data))
         self._end += len(data)
         return place
+
+    def clear(self) -> None:
+        """Let go of everything, on disk as well."""
+        self._file.seek(0)
+        self._file.truncate()
+        self._end = 0
 
     def get(self, place: tuple[int, int]) -> bytes:
         """Read the bytes at a place."""

@@ -1,10 +1,11 @@
-"""Make a round's train messages: a cohort, the global values, the plan for a node that lacks it.
+"""Make a round's train messages: clients, the global values, the plan for a node that lacks it.
 
-In:  the global values, the round, the online nodes.
-Out: one train message a node.
+In:  the global values, the round, the online nodes; replies, which ask for more.
+Out: train messages, each for a chunk of clients (fedpet/server/schedule.py).
 
-Where clients differ in tier, a message carries a frame for each tier in its cohort, and each client
-reads its own: its bytes do not depend on the clients that share its node (law 6).
+The first message to a node in a round carries the values, and later ones name them. Where clients
+differ in tier, it has a frame for each tier of the node's clients, and each client reads its own:
+its bytes do not depend on the clients that share its node (law 6).
 
 A node that has the plan or a reference of an earlier round is sent less. The ledger counts each
 client alone, by its own records (`holders`).
@@ -15,11 +16,12 @@ from __future__ import annotations
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
-from flwr.app import Message
+from flwr.app import Message, Metadata
 from flwr.serverapp import Grid
+from msgspec import structs
 
 from fedpet.config import StrategyConfig
 from fedpet.errors import RunError
@@ -27,36 +29,53 @@ from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import (
     SOME_CLIENT,
+    HeldValues,
     Request,
     single_client_bytes,
     to_record,
     write_request,
 )
+from fedpet.protocol.wire_struct import encode_struct
 from fedpet.server.client_pool import ClientPool
 from fedpet.server.client_records import ClientRecords
 from fedpet.server.downlink import Sent, downlink_of
+from fedpet.server.schedule import IN_FLIGHT, Chunk, Schedule, chunk_size
 from fedpet.server.tier_assignment import TierAssignment
 from fedpet.utils.seeds import client_id64
 
 
 @dataclass
-class Retries:
-    """List who needs another request, since the first one could not be answered.
+class Retry:
+    """List what of a chunk needs another message, since the first could not be answered.
 
     Attributes:
-        no_plan: Nodes that lack the plan.
-        no_reference: Nodes that lack the reference that they were sent changes of.
-        other_tier: Node -> its clients that it trains at another tier than it was sent.
-        no_residual: Node -> its clients whose last residual is lost.
+        names: Clients to ask for once more.
+        no_plan: The node lacks the plan.
+        no_reference: It lacks the reference that it was sent changes of.
+        no_values: It lacks the values that the message named.
+        other_tier: Clients that it trains at another tier than it was sent.
+        no_residual: Clients whose last residual is lost.
     """
 
-    no_plan: list[int] = field(default_factory=list)
-    no_reference: list[int] = field(default_factory=list)
-    other_tier: dict[int, list[str]] = field(default_factory=dict)
-    no_residual: dict[int, list[str]] = field(default_factory=dict)
+    names: list[str] = field(default_factory=list)
+    no_plan: bool = False
+    no_reference: bool = False
+    no_values: bool = False
+    other_tier: list[str] = field(default_factory=list)
+    no_residual: list[str] = field(default_factory=list)
 
-    def __bool__(self) -> bool:
-        return bool(self.no_plan or self.no_reference or self.other_tier or self.no_residual)
+    @property
+    def is_whole(self) -> bool:
+        """Tell if the node could begin with none of the chunk."""
+        return self.no_plan or self.no_reference or self.no_values
+
+
+@dataclass
+class _Given:
+    """The values that a node was sent in this round: the tiers, and the name of all together."""
+
+    tiers: list[int]
+    name: HeldValues | None = None  # None is sent to a node that forgets
 
 
 class Requests:
@@ -65,7 +84,7 @@ class Requests:
     Attributes:
         digest: Digest that names the plan in messages.
         sampled: Clients of the current round, in alphabetical order.
-        cohorts: Node -> its clients in this round.
+        homes: Client -> node that was asked to train it in this round.
         holders: Records of who has the plan and which reference.
     """
 
@@ -87,16 +106,19 @@ class Requests:
         self.digest = Plan.digest(self._plan_bytes)
         self._downlink = downlink_of(plan, self.digest, tiers.tiers)
         self._remembers = plan.is_delta_downlink or plan.codec.error_feedback
+        tierwise = (plan.uplink(tier.groups, tier.head_groups) for tier in tiers.tiers)
+        self.longest_payload = max(coding.max_payload_bytes for coding in tierwise)
         self.sampled: list[str] = []
-        self.cohorts: dict[int, list[str]] = {}
+        self.homes: dict[str, int] = {}
         self.holders = ClientRecords(population.num_rows)
 
     def first_requests(
         self, server_round: int, values: np.ndarray, nodes: Sequence[int]
     ) -> Iterator[Message]:
-        """Draw the round's clients and make one request a node.
+        """Draw the round's clients and make the first requests of each node.
 
-        Each message is made when it is iterated over, since each holds the frame of values anew.
+        Each message is made when it is iterated over, since it may hold the frame of values anew. A
+        node that is sent the plan has stored it before it is sent a second message.
 
         Args:
             server_round: Counted from 1.
@@ -106,31 +128,70 @@ class Requests:
         self.sampled = self._population.sample(
             server_round, self._config.clients_per_round, self._plan.seed
         )
-        self.cohorts = self._population.cohorts(self.sampled, nodes)
+        self._round = server_round
+        self._schedule = Schedule(
+            self.sampled, nodes, self._population, chunk_size(self.longest_payload)
+        )
+        self.homes = {}
+        self._given: dict[int, _Given] = {}
+        self._sent: list[tuple[Metadata, Chunk]] = []  # not yet known by their messages' ids
+        self._out: dict[str, Chunk] = {}
+        self._num_out: Counter[int] = Counter()
         self._downlink.begin(server_round, values)
         self._count()
-        return (self._message(node, names) for node, names in self.cohorts.items())
+        return self._first(set(self.holders.plan_nodes))
 
-    def retry_requests(self, asked: Retries) -> list[Message]:
-        """Make the requests that take the place of those that could not be answered."""
-        for node in asked.no_plan:
+    def _first(self, ready: set[int]) -> Iterator[Message]:
+        for turn in range(IN_FLIGHT):
+            for node in self._schedule.nodes:
+                if not turn or node in ready:
+                    yield from self._next(node)
+
+    def chunk_of(self, reply: Message) -> Chunk:
+        """Return what a reply answers, which is no longer awaited."""
+        if (number := reply.metadata.reply_to_message_id) not in self._out:
+            self._out |= {metadata.message_id: chunk for metadata, chunk in self._sent}
+            self._sent.clear()
+        chunk = self._out.pop(number)
+        self._num_out[chunk.node] -= 1
+        return chunk
+
+    def further_requests(self, chunk: Chunk, asked: Retry) -> Iterator[Message]:
+        """Make the requests that follow a reply: what it asks for again, and the node's next."""
+        if asked.names:
+            self._prepare_retry(chunk.node, asked)
+            repeats = chunk.repeats + (not asked.no_values)
+            yield self._message(Chunk(chunk.node, sorted(asked.names), repeats=repeats))
+        while self._num_out[chunk.node] < IN_FLIGHT:
+            count = self._num_out[chunk.node]
+            yield from self._next(chunk.node)
+            if self._num_out[chunk.node] == count:
+                return
+
+    def why_absent(self, name: str) -> tuple[str, int | None]:
+        """Return why nothing came of a client, and its node."""
+        if (node := self.homes.get(name)) is not None:
+            return f"node {node}: no reply came before the round's deadline.", node
+        if name in self._schedule:
+            return "the round's deadline came before its turn.", None
+        return "the node that it lives on is not connected.", None
+
+    def _next(self, node: int) -> Iterator[Message]:
+        if names := self._schedule.next(node):
+            yield self._message(Chunk(node, names))
+
+    def _prepare_retry(self, node: int, asked: Retry) -> None:
+        if asked.no_plan:
             self.holders.forget_plan(node)
-        for node in asked.no_reference:
+        if asked.no_reference:
             self.holders.forget_reference(node)
-        others = [name for names in asked.other_tier.values() for name in names]
-        lost = [name for names in asked.no_residual.values() for name in names]
-        for name in lost:
+        if asked.no_values:
+            self._given[node].name = None
+        for name in asked.no_residual:
             self.holders.accepted.pop(name, None)
-        for name in others:  # a residual of another tier is of other values
+        for name in asked.other_tier:  # a residual of another tier is of other values
             self.holders.keep_tier(name, self._tiers.index(name))
-        self._count_again(asked, (*others, *lost))
-        whole = {node: self.cohorts[node] for node in (*asked.no_plan, *asked.no_reference)}
-        for part in (asked.other_tier, asked.no_residual):
-            for node, names in part.items():
-                if node not in whole:
-                    whole[node] = []
-                whole[node] = sorted({*whole[node], *names})
-        return [self._message(node, names) for node, names in whole.items()]
+        self._count_again(asked)
 
     def answered(self, node: int, name: str, server_round: int) -> None:
         """Record that a client's update came."""
@@ -153,21 +214,35 @@ class Requests:
         self.holders.load_state(state)
         self._downlink.load_state(state)
 
-    def _message(self, node: int, names: Sequence[str]) -> Message:
-        plan = b"" if node in self.holders.plan_nodes else self._plan_bytes
-        tiers = sorted({self._tiers.index(name) for name in names})
-        held = self.holders.reference_of_node
-        sent = [self._downlink.to(tier, held(node, tier)) for tier in tiers]
-        which = tuple(tiers.index(self._tiers.index(name)) for name in names)
-        self.holders.plan_nodes.add(node)
-        payload = self._request(
+    def _message(self, chunk: Chunk) -> Message:
+        node, names = chunk.node, chunk.names
+        tiers, given = [self._tiers.index(name) for name in names], self._given.get(node)
+        held = given.name if given and not chunk.repeats and {*tiers} <= {*given.tiers} else None
+        sent: list[Sent] = []
+        if given and held:
+            among = given.tiers
+        else:
+            later = () if given else self._schedule.clients_of(node)
+            among = sorted({*tiers, *map(self._tiers.index, later)})
+            known = self.holders.reference_of_node
+            sent = [self._downlink.to(tier, known(node, tier)) for tier in among]
+        request = self._request(
             tuple(client_id64(name) for name in names),
             sent,
-            plan,
-            which=which if len(tiers) > 1 else (),
+            b"" if node in self.holders.plan_nodes else self._plan_bytes,
+            which=tuple(among.index(tier) for tier in tiers) if len(among) > 1 else (),
             accepted=tuple(self.holders.accepted.get(name, 0) for name in names),
         )
-        return Message(to_record(payload), dst_node_id=node, message_type="train")
+        if held:
+            request = structs.replace(request, frame=encode_struct(held))
+        elif not given:
+            self._given[node] = _Given(among, request.name_values(self.digest, self._round))
+        self.holders.plan_nodes.add(node)
+        message = Message(to_record(write_request(request)), dst_node_id=node, message_type="train")
+        self._sent.append((message.metadata, replace(chunk, brings_values=held is None)))
+        self._num_out[node] += 1
+        self.homes.update(dict.fromkeys(names, node))
+        return message
 
     def _request(
         self,
@@ -177,17 +252,15 @@ class Requests:
         *,
         which: tuple[int, ...] = (),
         accepted: tuple[int, ...],
-    ) -> bytes:
-        return write_request(
-            Request(
-                clients,
-                b"".join(part.frames for part in sent),
-                plan,
-                which,
-                self.holders.run if self._remembers else 0,
-                tuple(part.path for part in sent if part.path is not None),
-                accepted if self._plan.codec.error_feedback else (),
-            )
+    ) -> Request:
+        return Request(
+            clients,
+            b"".join(part.frames for part in sent),
+            plan,
+            which,
+            self.holders.run if self._remembers else 0,
+            tuple(part.path for part in sent if part.path is not None),
+            accepted if self._plan.codec.error_feedback else (),
         )
 
     def _count(self) -> None:
@@ -201,23 +274,20 @@ class Requests:
         plans = self._bytes_if_alone(newcomers, self._plan_bytes) - frames
         self._ledger.add_client_bytes(down=self._bytes_if_alone(self.sampled), plan=plans)
 
-    def _count_again(self, asked: Retries, clients: Sequence[str]) -> None:
+    def _count_again(self, asked: Retry) -> None:
         """Count what clients are sent a second time.
 
         A node that lost plan or reference is a device where clients live on their nodes. Elsewhere
-        it is a simulation's worker, which stands for many devices, and none of those lost it.
+        it is a simulation's worker, which stands for many devices, and none of those lost it. No
+        device alone is sent values by name.
         """
+        clients = (*asked.other_tier, *asked.no_residual)
         self._ledger.add_client_bytes(down=self._bytes_if_alone(clients))
-        if not self._population.homes:
-            return
-        for node in (*asked.no_plan, *asked.no_reference):
-            names = self.cohorts[node]
-            self.holders.forget_clients(names)
-            frames = self._bytes_if_alone(names)
-            with_plan = (
-                self._bytes_if_alone(names, self._plan_bytes) if node in asked.no_plan else frames
-            )
-            self._ledger.add_client_bytes(down=frames, plan=with_plan - frames)
+        if self._population.homes and (asked.no_plan or asked.no_reference):
+            self.holders.forget_clients(asked.names)
+            down = self._bytes_if_alone(asked.names)
+            plan = self._bytes_if_alone(asked.names, self._plan_bytes) if asked.no_plan else down
+            self._ledger.add_client_bytes(down=down, plan=plan - down)
 
     def _bytes_if_alone(self, names: Sequence[str], plan: bytes = b"") -> int:
         """Return the bytes of requests to these clients, each alone with what it lacks."""
@@ -230,7 +300,7 @@ class Requests:
     def _solo(self, tier: int, held: int, accepted: int, plan: bytes) -> int:
         sent = [self._downlink.to(tier, held)]
         request = self._request((SOME_CLIENT,), sent, plan, accepted=(accepted,))
-        return single_client_bytes(request, reply=False)
+        return single_client_bytes(len(write_request(request)), reply=False)
 
 
 def wait_for_nodes(grid: Grid, limit_seconds: float) -> list[int]:

@@ -9,7 +9,6 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -20,17 +19,16 @@ from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import FedAvg, Result, Strategy
 
 from fedpet.config import StrategyConfig, TrainingConfig
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, FrameError
 from fedpet.pet.tiers import Tier
 from fedpet.protocol.flower_compat import optimizer_state
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.server.aggregation import (
-    UpdateStream,
+    EachFold,
+    MeanFold,
     aggregate,
-    client_messages,
     from_arrays,
-    mean_message,
     reset_optimizer,
     to_arrays,
 )
@@ -42,7 +40,6 @@ from fedpet.server.tier_assignment import TierAssignment
 from fedpet.utils.gc_paused import kept_from_collection
 
 WIRE = "wire/"  # prefix, in `state`, of the entries that decide what is sent
-MAX_REPEATS = 3  # retries a node and round, whether plan, reference, tier or residual was missing
 
 LOG = logging.getLogger("fedpet")
 
@@ -112,12 +109,11 @@ class SparseStrategy(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Make one message a node: its cohort, the global values, the plan if it may lack it."""
+        """Make each node's first messages: clients, the values, the plan if it may lack it."""
         server_round += self.rounds_done
         self.ledger.begin(server_round)
         self._round_started = time.perf_counter()
         nodes = wait_for_nodes(grid, self.config.node_wait_seconds)
-        self._repeats: Counter[int] = Counter()
         self._values = from_arrays(arrays)
         self.rule.configure_train(server_round, arrays, config, grid)  # it notes the values
         messages = self.requests.first_requests(server_round, self._values, nodes)
@@ -125,13 +121,15 @@ class SparseStrategy(Strategy):
             server_round=server_round,
             plan=self.plan,
             digest=self.digest,
-            cohorts=self.requests.cohorts,
+            sampled=self.requests.sampled,
             names=self._names,
             num_rows=self._num_rows,
             tiers=self.tiers,
+            longest_payload=self.requests.longest_payload,
             ledger=self.ledger,
             answered=self.requests.answered,
         )
+        self._fold = (EachFold if self.config.compares_replies else MeanFold)(self._values)
         return self._counted(messages)
 
     def _counted(self, messages: Iterable[Message]) -> Iterator[Message]:
@@ -140,15 +138,21 @@ class SparseStrategy(Strategy):
             self.ledger.add_message(message)
             yield message
 
-    def _take(self, reply: Message) -> list[Message]:
-        """Count and read a reply as it comes; return the retries that it calls for."""
+    def _take(self, reply: Message) -> Iterator[Message]:
+        """Count and read a reply as it comes; make the messages that follow, and then fold."""
         self.ledger.add_message(reply)
-        self._replies.take(reply)
-        again, node = self._replies.to_ask_again(), reply.metadata.src_node_id
-        if not again or self._repeats[node] == MAX_REPEATS:
-            return []
-        self._repeats[node] += 1
-        return list(self._counted(self.requests.retry_requests(again)))
+        chunk = self.requests.chunk_of(reply)
+        again = self._replies.take(reply, chunk)
+        yield from self._counted(self.requests.further_requests(chunk, again))
+        if not self.config.compares_replies:  # a rule that does holds all vectors: decode them late
+            self._fold_updates()
+
+    def _fold_updates(self) -> None:
+        for update in self._replies.updates():
+            try:
+                self._fold.add(update)
+            except FrameError as error:
+                self.ledger.refuse(update.name, str(error), update.node)
 
     def aggregate_train(
         self, server_round: int, replies: Iterable[Message]
@@ -162,19 +166,18 @@ class SparseStrategy(Strategy):
         server_round += self.rounds_done
         for reply in replies:
             self.ledger.add_message(reply)
-            self._replies.take(reply)
-        self._replies.refuse_absent(self.requests.sampled)
-        updates = UpdateStream(self._replies.updates())
-        as_messages = client_messages if self.config.compares_replies else mean_message
-        messages = as_messages(self._values, updates)
-        record = self.ledger.current
-        record.replies, record.loss = updates.count, updates.loss
+            self._replies.take(reply, self.requests.chunk_of(reply))
+        self._replies.refuse_absent(self.requests.why_absent)
+        self._fold_updates()
+        fold, record = self._fold, self.ledger.current
+        record.replies, record.loss = len(fold.names), fold.loss
+        record.refused.sort(key=lambda refused: (int(refused.get("node", -1)), refused["who"]))
         for refused in record.refused:
             LOG.warning("round %s: %s: %s", server_round, refused["who"], refused["reason"])
         try:
-            self._check_enough(updates.count)
-            values, metrics = aggregate(self.rule, server_round, self._values, messages)
-            self.requests.settle(server_round, updates.names)
+            self._check_enough(len(fold.names))
+            values, metrics = aggregate(self.rule, server_round, self._values, fold.messages())
+            self.requests.settle(server_round, fold.names)
             record.aggregated = True
             return to_arrays(values), metrics
         except AggregationError as error:

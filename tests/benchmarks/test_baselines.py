@@ -23,7 +23,7 @@ from fedpet.client.node_config import NodeConfig, cache_folder
 from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError, RunError, TrainingError
-from fedpet.protocol.request import single_client_bytes, to_record, wire_bytes
+from fedpet.protocol.request import flower_bytes, single_client_bytes, to_record, wire_bytes
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.run_folder import new_run_folder
@@ -337,8 +337,8 @@ def test_each_client_alone_is_charged_its_own_serialised_message(experiment: Any
     messages, replies, _ = _one_round(experiment(), ledger)
 
     def alone(message: Message, is_reply: bool) -> int:
-        envelope = single_client_bytes(b"", reply=is_reply) - wire_bytes(to_record(b""))
-        return envelope + wire_bytes(message.content)
+        envelope = single_client_bytes(0, reply=is_reply) - flower_bytes(to_record(b""))
+        return envelope + flower_bytes(message.content)
 
     assert ledger.current.downlink_bytes == sum(alone(m, False) for m in messages)
     assert ledger.current.uplink_bytes == sum(alone(r, True) for r in replies)

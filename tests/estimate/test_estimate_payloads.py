@@ -17,10 +17,9 @@ from tiny import Silent
 from fedpet.codec import encode_positions, max_payload_bytes
 from fedpet.config import Experiment, StrategyConfig, TrainingConfig
 from fedpet.estimate import estimate, outline
-from fedpet.estimate.message_sizes import CHUNK_BYTES, made_up_plan, message_bytes
+from fedpet.estimate.message_sizes import made_up_plan
 from fedpet.estimate.participants import Participant
 from fedpet.estimate.payload_simulation import Payloads, payloads
-from fedpet.protocol.request import single_client_bytes
 from fedpet.run.federate import prepare
 
 KINDS = [("mask", 5000), ("lnfit", 400), ("head", 66)]
@@ -77,15 +76,6 @@ def test_no_payload_is_longer_than_its_codec_can_write(
     assert lengths.up.shape == lengths.down.shape == (len(rows), 1)
     assert np.all(lengths.up <= most)
     assert np.all(lengths.down <= most)
-
-
-@pytest.mark.parametrize("reply", [True, False])
-@pytest.mark.parametrize("chunks", [0.0, 0.2, 1.0, 2.0, 2.5, 3.0])
-def test_a_message_weighs_what_flower_makes_of_it(chunks: float, reply: bool) -> None:
-    """Long ones are reckoned from short ones, to a few bytes."""
-    count = int(chunks * CHUNK_BYTES)
-    real = single_client_bytes(np.random.default_rng(1).bytes(count), reply=reply)
-    assert abs(message_bytes(count, reply=reply) - real) <= (0 if chunks <= 2 else 16)
 
 
 def test_a_made_up_plan_is_as_long_as_a_real_one(experiment: Any) -> None:

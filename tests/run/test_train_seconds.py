@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -37,5 +38,5 @@ def test_nodes_train_side_by_side_so_the_longest_one_counts() -> None:
     start = to_arrays(np.zeros(NUM_VALUES, dtype=np.float32))
     grid = ShuffledGrid(2, change=lambda frame: pack_frame(replace(frame, train_seconds=1.0)))
     strategy.start(grid, start, num_rounds=1)
-    longest = max(len(names) for names in strategy.requests.cohorts.values())
+    longest = max(Counter(strategy.requests.homes.values()).values())
     assert strategy.ledger.current.train_seconds == longest < len(CLIENTS)
