@@ -24,7 +24,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -49,6 +49,7 @@ CODECS = {
     "default": (),
 }
 NOISE = 1e-3  # deviation of an update's entries
+PLACES = 1 << 20  # in the noise, at which a client's may begin
 PARTS = ("worker", "server", "ray")
 SAMPLE_SECONDS = 0.2  # between two looks at the memory
 
@@ -85,19 +86,28 @@ def processor_seconds() -> dict[str, float]:
 
 @contextmanager
 def noise_for_training() -> Iterator[None]:
-    """Move trained tensors by noise wherever this process would run a client's epochs."""
+    """Move trained tensors by noise wherever this process would run a client's epochs.
+
+    The noise is drawn once, and each client takes it from another place, by its seed: drawing it
+    would take longer than much of what is measured.
+    """
     from fedpet.training import loop
 
-    plain = loop.train_rows
+    plain, drawn = loop.train_rows, torch.empty(0)
 
     def noisy(model: Any, groups: Any, *given: Any, seed: int, **options: Any) -> Any:
-        generator = torch.Generator().manual_seed(seed % 2**63)
+        nonlocal drawn
+        tensors = [
+            t for group in groups.values() for t in ([group], group)[isinstance(group, list)]
+        ]
+        count = sum(tensor.numel() for tensor in tensors)
+        if len(drawn) != count + PLACES:
+            drawn = NOISE * torch.randn(count + PLACES, generator=torch.Generator().manual_seed(0))
+        start = seed % PLACES
         with torch.no_grad():
-            for group in groups.values():
-                for tensor in group if isinstance(group, list) else [group]:
-                    tensor += NOISE * torch.randn(tensor.shape, generator=generator)
-            if options.get("after_step"):
-                options["after_step"]()
+            for tensor in tensors:
+                tensor += drawn[start : start + tensor.numel()].view_as(tensor)
+                start += tensor.numel()
         return plain(model, groups, *given, seed=seed, **options)  # of no epoch
 
     users = [module for module in sys.modules.values() if vars(module).get("train_rows") is plain]
@@ -110,16 +120,27 @@ def noise_for_training() -> Iterator[None]:
             module.train_rows = plain  # type: ignore[attr-defined]
 
 
+_noisy: list[AbstractContextManager[None]] = []
+
+
+def answer_with_noise(message: Message, settings: NodeConfig) -> Message:
+    """Answer as a node does, with noise for training as long as the process lives."""
+    from fedpet.client.node import reply
+
+    if not _noisy:
+        _noisy.append(noise_for_training())
+        _noisy[0].__enter__()
+    return reply(message, settings)
+
+
 def _client_app(experiment: Experiment) -> ClientApp:
     app, settings = ClientApp(), NodeConfig.from_experiment(experiment)
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        from benchmarks.round_overhead import noise_for_training  # not pickled with the app
-        from fedpet.client.node import reply
+        from benchmarks.round_overhead import answer_with_noise  # not pickled with the app
 
-        with noise_for_training():
-            return reply(message, settings)
+        return answer_with_noise(message, settings)
 
     return app
 
