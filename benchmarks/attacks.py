@@ -37,6 +37,7 @@ from fedpet.config import Experiment
 from fedpet.config.builtin import experiment_file
 from fedpet.errors import ConfigError, FedpetError, InputError, RunError
 from fedpet.pet.layout import quantisation_groups
+from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.flower_compat import quiet_flower
 from fedpet.protocol.frame import Frame, pack_frame, pack_refusal, unpack_frames
 from fedpet.protocol.request import read_request
@@ -137,13 +138,12 @@ class Liars:
 
     def _twisted(self, frame: Frame) -> Frame:
         assert self._lie is not None
-        seed = derive_seed("client", self._seed, frame.server_round, frame.client)
-        seed = derive_seed("encode", seed)
-        update = decode_values(frame.payload, frame.codec, self._groups, seed=seed)
-        generator = np.random.default_rng(derive_seed("lie", seed))
+        seeds = uplink_seeds(self._seed, frame.server_round, frame.client)
+        update = decode_values(frame.payload, frame.codec, self._groups, **seeds)
+        generator = np.random.default_rng(derive_seed("lie", seeds["seed"]))
         twisted = self._lie(update, generator).astype(np.float32)
         if np.isfinite(twisted).all():
-            payload = encode_values(twisted, frame.codec, self._groups, seed=seed)
+            payload = encode_values(twisted, frame.codec, self._groups, **seeds)
         else:  # the codec refuses to write it: a liar's own does not
             assert frame.codec == "float32", "NaN is sent by the lossless codec"
             payload = encode_float32(twisted)

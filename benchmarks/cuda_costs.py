@@ -384,14 +384,14 @@ def rotation_there(place: Place) -> None:
     for count in (1000,) if place.tiny else (90_000, 4_096 * 24, 8_000_000):
         with noted(place, f"{count} values"):
             values = np.random.default_rng(0).standard_normal(count).astype(np.float32)
-            expected = rotation.rotate(values, np.random.PCG64(5))
+            expected = rotation.Rotation((count,), 5).forward(values.copy())
             there = torch.from_numpy(values).to(place.device)
             signs = _signs(count, place.device)
             found = _rotate(there, *signs)
             numpy = [0.0] * 5
             for index in range(5):
                 started = time.perf_counter()
-                rotation.rotate(values, np.random.PCG64(5))
+                rotation.Rotation((count,), 5).forward(values.copy())
                 numpy[index] = time.perf_counter() - started
             row: dict[str, Any] = {
                 "the same bits": bool(np.array_equal(found.cpu().numpy(), expected)),
@@ -415,9 +415,11 @@ def _rotate_and_fetch(values: Tensor, device: str) -> Tensor:
 def _signs(count: int, device: str) -> list[Tensor]:
     """Return signs of both rounds as factors, (2, windows, C), and of the last window."""
     from fedpet.codec import rotation
+    from fedpet.codec.windows import window_size
 
-    size = rotation.window_size(count)
-    drawn = rotation._draw_signs(count, size, np.random.PCG64(5))
+    whole = count // window_size(count)
+    [signs] = rotation.Rotation((count,), 5).signs
+    drawn = [np.moveaxis(part, 1, 0) for part in (signs[:whole], signs[whole:])]
     places = torch.arange(8, dtype=torch.uint8, device=device)
     factors = []
     for packed in drawn:

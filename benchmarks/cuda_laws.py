@@ -226,9 +226,9 @@ def run(place: Place) -> None:
 
 
 RUNS: dict[str, dict[str, dict[str, Any]]] = {
-    "mask and lora, eden-3": {
+    "mask and lora, dither-3": {
         "structure": {"preset": "lnfit+lora", "rank": 4},
-        "codec": {"uplink": "eden-3", "downlink": "eden-5", "downlink-mode": "full"},
+        "codec": {"uplink": "dither-3", "downlink": "dither-5", "downlink-mode": "full"},
     },
     "first token, tiers": {
         "structure": {"preset": "lnfit"},

@@ -31,6 +31,7 @@ from fedpet.config import CodecConfig, StrategyConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.pet.structure import Structure
 from fedpet.pet.tiers import Tier
+from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.flower_compat import quiet_flower, set_message_id
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.ledger import Ledger
@@ -78,7 +79,9 @@ def answer(payload: bytes, plan: Plan) -> bytes:
         seed = derive_seed("client", SEED, wanted.server_round, client)
         values = np.random.default_rng(seed).normal(size=plan.num_values).astype(np.float32)
         groups = [(0, plan.num_values)]
-        encoded = encode_values(values, plan.codec.uplink, groups, seed=derive_seed("encode", seed))
+        encoded = encode_values(
+            values, plan.codec.uplink, groups, **uplink_seeds(SEED, wanted.server_round, client)
+        )
         frames += pack_frame(
             Frame(
                 plan_digest=wanted.plan_digest,

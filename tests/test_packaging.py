@@ -233,9 +233,9 @@ def test_what_is_installed_names_no_index_and_no_host(repository: Path) -> None:
 def test_every_foreign_import_is_a_declared_dependency(
     pyproject: dict[str, Any], repository: Path
 ) -> None:
-    declared = {
-        canonicalize_name(Requirement(one).name) for one in pyproject["project"]["dependencies"]
-    }
+    project = pyproject["project"]
+    wanted = [*project["dependencies"], *project["optional-dependencies"]["fast"]]
+    declared = {canonicalize_name(Requirement(one).name) for one in wanted}
     declared.add("ray")  # in the exact version that flwr[simulation] asks for
     providers = importlib.metadata.packages_distributions()
     for path in sources(repository):

@@ -14,7 +14,7 @@ from fedpet.utils.paths import check_output, expand
 
 
 @app.command(
-    epilog="Example: fedpet estimate --model config.json --clients 1000 --set codec.uplink=eden-4"
+    epilog="Example: fedpet estimate --model config.json --clients 1000 --set codec.uplink=dither-4"
 )
 def estimate(
     experiment: Annotated[

@@ -20,10 +20,11 @@ from fedpet.codec import VectorCodec
 from fedpet.config import MAX_TIERS
 from fedpet.errors import FrameError
 from fedpet.pet.layout import Communicated, head_groups, quantisation_groups
+from fedpet.protocol.codec_seeds import downlink_seed
 from fedpet.protocol.frame import Frame, RefusalCode, StateMissingError, unpack_frames
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import Path, Request
-from fedpet.protocol.shared_reference import Reference, apply_changes, decode_full, seed_of_round
+from fedpet.protocol.shared_reference import Reference, apply_changes, decode_full
 
 __all__ = ["TierValues", "decode_global_values", "frames_by_tier"]
 
@@ -104,7 +105,7 @@ def decode_global_values(
             path = request.paths[index]
             values = _reference(path, parts, tier, coding, plan.seed, state).values
         else:
-            seed = seed_of_round(plan.seed, frame.server_round)
+            seed = downlink_seed(plan.seed, frame.server_round)
             values = coding.decode(frame.payload, seed=seed)
         starts.append(TierValues(tier, values))
     return starts

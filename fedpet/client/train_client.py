@@ -13,6 +13,7 @@ from fedpet.client.model_cache import LoadedPlan
 from fedpet.codec import encode_with_feedback
 from fedpet.errors import TrainingError
 from fedpet.pet.layout import head_groups, quantisation_groups
+from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame
 from fedpet.search import SearchModel, client_config
 from fedpet.training.loop import TrainResult, train_rows
@@ -55,11 +56,11 @@ def train_client(
             "the trained values hold NaN or infinity: lower training.learning-rate."
         )
     coding = plan.uplink(quantisation_groups(pet.segments), head_groups(pet.segments))
-    encode_seed = derive_seed("encode", seed)
+    seeds = uplink_seeds(plan.seed, server_round, client)
     if plan.codec.error_feedback:
-        payload, residual = encode_with_feedback(update, residual, coding, seed=encode_seed)
+        payload, residual = encode_with_feedback(update, residual, coding, **seeds)
     else:
-        payload, residual = coding.encode(update, seed=encode_seed), None
+        payload, residual = coding.encode(update, **seeds), None
     frame = Frame(
         plan_digest=loaded.digest,
         server_round=server_round,

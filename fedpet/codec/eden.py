@@ -29,13 +29,10 @@ import numpy.typing as npt
 from fedpet.codec.entropy import Reader, pack_symbols, unpack_symbols
 from fedpet.codec.floats import decode_float32, encode_float32
 from fedpet.codec.lloyd_max import levels
-from fedpet.codec.random_bits import Purpose, bit_generator
-from fedpet.codec.rotation import rotate, unrotate, window_size
+from fedpet.codec.rotation import Rotation
 from fedpet.codec.vector_types import Floats, Groups
-from fedpet.errors import FrameError, TrainingError
-
-LEAST_ROTATED = 32  # values; smaller groups are sent as they are
-LARGEST = 1e30
+from fedpet.codec.windows import windows_of
+from fedpet.errors import FrameError
 
 _CELLS_A_UNIT = 256  # finer than any two borders, which are 0.0123 apart or more
 
@@ -48,18 +45,12 @@ def encode_eden(
     Raises:
         TrainingError: A value is beyond 1e30, where float32 could not add up a window.
     """
-    largest = np.abs(values).max()
-    if largest > LARGEST:
-        raise TrainingError(
-            f"a rotation takes values up to {LARGEST:g} in magnitude, got {largest:g}: training "
-            "diverged, lower the learning rate."
-        )
-    loose, turned = _split(groups)
-    generator = bit_generator(seed, Purpose.ROTATION)
-    rotated = [rotate(values[start:stop], generator) for start, stop in turned]
-    symbols, scales = _quantise(_join(rotated), bits, *_units(turned))
+    windows = windows_of(groups)
+    loose, turned = windows.divide(values)
+    rotated = Rotation(windows.sizes, seed).forward(turned)
+    symbols, scales = _quantise(rotated, bits, windows.starts, windows.lengths)
     return (
-        encode_float32(_join([values[start:stop] for start, stop in loose]), entropy=entropy)
+        encode_float32(loose, entropy=entropy)
         + encode_float32(scales, entropy=entropy)
         + pack_symbols(symbols, 1 << bits, entropy=entropy)
     )
@@ -71,26 +62,15 @@ def decode_eden(reader: Reader, bits: int, groups: Groups, seed: int) -> Floats:
     Raises:
         FrameError: A scale is not a finite number, or the bytes are no windows.
     """
-    loose, turned = _split(groups)
-    starts, lengths = _units(turned)
-    small = decode_float32(reader, sum(stop - start for start, stop in loose))
-    scales = decode_float32(reader, len(starts))
+    windows = windows_of(groups)
+    loose = decode_float32(reader, windows.num_loose)
+    scales = decode_float32(reader, len(windows.starts))
     if not (np.isfinite(scales).all() and not np.signbit(scales).any()):
         raise FrameError("the scale of a window must be finite and not negative: one is not.")
-    symbols = unpack_symbols(reader, int(lengths.sum()), 1 << bits)
+    symbols = unpack_symbols(reader, sum(windows.sizes), 1 << bits)
     estimate = levels(bits)[symbols]
-    estimate *= np.repeat(scales, lengths)
-    values = np.empty(groups[-1][1], dtype=np.float32)
-    generator = bit_generator(seed, Purpose.ROTATION)
-    offset = 0
-    for start, stop in turned:
-        values[start:stop] = unrotate(estimate[offset : offset + stop - start], generator)
-        offset += stop - start
-    offset = 0
-    for start, stop in loose:
-        values[start:stop] = small[offset : offset + stop - start]
-        offset += stop - start
-    return values
+    estimate *= np.repeat(scales, windows.lengths)
+    return windows.unite(loose, Rotation(windows.sizes, seed).backward(estimate))
 
 
 def _quantise(
@@ -130,31 +110,3 @@ def _cells(bits: int) -> tuple[Floats, npt.NDArray[np.uint8], np.float32]:
     edges = np.arange(2 * int(reach) * _CELLS_A_UNIT + 1) / _CELLS_A_UNIT - reach
     first_symbol = np.searchsorted(middles, edges.astype(np.float32), side="right")
     return np.append(middles, np.float32(np.inf)), first_symbol.astype(np.uint8), reach
-
-
-def _split(groups: Groups) -> tuple[Groups, Groups]:
-    """Return the groups sent as they are, and those that are rotated."""
-    loose = [group for group in groups if group[1] - group[0] < LEAST_ROTATED]
-    return loose, [group for group in groups if group[1] - group[0] >= LEAST_ROTATED]
-
-
-def _units(turned: Groups) -> tuple[npt.NDArray[np.int64], npt.NDArray[np.int64]]:
-    """Return starts and lengths of the units, in the rotated groups side by side.
-
-    A unit has a scale of its own. It is a window, or the part of the second-last window that the
-    last, overlapping one leaves.
-    """
-    starts: list[npt.NDArray[np.int64]] = [np.empty(0, dtype=np.int64)]
-    offset = 0
-    for start, stop in turned:
-        count, size = stop - start, window_size(stop - start)
-        starts.append(offset + np.arange(0, count - size + 1, size))
-        if count % size:
-            starts.append(np.array([offset + count - size]))
-        offset += count
-    joined = np.concatenate(starts)
-    return joined, np.diff(joined, append=offset)
-
-
-def _join(parts: list[Floats]) -> Floats:
-    return np.concatenate(parts) if parts else np.empty(0, dtype=np.float32)

@@ -25,7 +25,7 @@ __all__ = ["decode", "encode"]
 
 def encode(
     values: Tensor | npt.ArrayLike,
-    codec: str = "eden-4",
+    codec: str = "dither-4",
     *,
     seed: int = 0,
     groups: Sequence[tuple[int, int]] | None = None,
@@ -34,7 +34,7 @@ def encode(
 
     Args:
         values: Finite, (n,): a tensor, an array or a list.
-        codec: "float32", "bfloat16", "int8", "int4", "eden-1" ... "eden-8", "topk-0.1+eden-4", ...
+        codec: "float32", "bfloat16", "int8", "int4", "dither-1" ... "dither-8", ...
         seed: Of rounding and rotation. A new one a vector makes errors average out; `decode` needs
             the same.
         groups: (start, stop) of parts that are scaled apart, from 0 to n; None is one part.
@@ -46,10 +46,10 @@ def encode(
     Example:
         >>> import numpy as np
         >>> delta = np.linspace(-1, 1, 1000)
-        >>> payload = encode(delta, "eden-4", seed=1)
+        >>> payload = encode(delta, "dither-4", seed=1)
         >>> len(payload) < 4 * len(delta) / 7
         True
-        >>> error = decode(payload, "eden-4", count=1000, seed=1) - delta
+        >>> error = decode(payload, "dither-4", count=1000, seed=1) - delta
         >>> bool(np.square(error).sum() / np.square(delta).sum() < 0.02)
         True
     """
@@ -68,7 +68,7 @@ def encode(
 
 def decode(
     payload: bytes,
-    codec: str = "eden-4",
+    codec: str = "dither-4",
     *,
     count: int,
     seed: int = 0,

@@ -19,7 +19,12 @@ from fedpet.errors import TrainingError
 
 
 def encode_with_feedback(
-    values: Floats, residual: Floats | None, coding: VectorCodec, *, seed: int
+    values: Floats,
+    residual: Floats | None,
+    coding: VectorCodec,
+    *,
+    seed: int,
+    rotation_seed: int | None = None,
 ) -> tuple[bytes, Floats]:
     """Write values and the residual of the ones before.
 
@@ -27,7 +32,7 @@ def encode_with_feedback(
         values: float32 (n,), finite.
         residual: float32 (n,), of the last accepted round; None is nothing.
         coding: The codec of the values.
-        seed: As `encode_values`; a new one each round.
+        seed, rotation_seed: As `encode_values`; new ones each round.
 
     Returns:
         The payload, and the residual float32 (n,): `values + residual` less the decoded
@@ -47,6 +52,6 @@ def encode_with_feedback(
         if not np.isfinite(residual).all():
             raise TrainingError("a residual must be finite, this one is not. Drop it.")
         wanted += residual
-    payload = coding.encode(wanted, seed=seed)
-    wanted -= coding.decode(payload, seed=seed)
+    payload = coding.encode(wanted, seed=seed, rotation_seed=rotation_seed)
+    wanted -= coding.decode(payload, seed=seed, rotation_seed=rotation_seed)
     return payload, wanted

@@ -6,25 +6,34 @@ Out: bytes. The reader knows the codec, the groups and the seed, and with them n
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import replace
 
 import numpy as np
 import numpy.typing as npt
 
-from fedpet.codec.eden import LEAST_ROTATED, decode_eden, encode_eden
+from fedpet.codec.dither import DITHER_GRIDS, decode_dither, encode_dither
+from fedpet.codec.eden import decode_eden, encode_eden
 from fedpet.codec.entropy import Reader, stored_bytes, varint
 from fedpet.codec.floats import decode_bfloat16, decode_float32, encode_bfloat16, encode_float32
 from fedpet.codec.index_coding import decode_positions, encode_positions, most_position_bytes
 from fedpet.codec.integers import GRIDS, decode_integers, encode_integers
-from fedpet.codec.rotation import window_size
 from fedpet.codec.spec import Codec, parse_codec
 from fedpet.codec.topk import largest, num_kept
 from fedpet.codec.vector_types import Floats, Groups
+from fedpet.codec.windows import Windows
 from fedpet.errors import FrameError, TrainingError
+
+Seeds = tuple[int, int]  # the sender's own, and the rotation's
 
 
 def encode_values(
-    values: npt.NDArray[np.floating], codec: str, groups: Groups, *, seed: int
+    values: npt.NDArray[np.floating],
+    codec: str,
+    groups: Groups,
+    *,
+    seed: int,
+    rotation_seed: int | None = None,
 ) -> bytes:
     """Write values.
 
@@ -33,8 +42,10 @@ def encode_values(
         codec: A codec's name.
         groups: (start, stop) of the parts that are scaled and rotated apart. They follow one
             another from 0 to n.
-        seed: Of rounding and rotation; non-negative. The decoder must have the same. A new one for
-            each run, round and client, or their errors do not average out.
+        seed: Of rounding, dither and rotation; non-negative. The decoder must have the same. A new
+            one for each run, round and client, or their errors do not average out.
+        rotation_seed: Of the rotation of "dither" codecs, which senders whose values are added may
+            share; None is `seed`.
 
     Raises:
         ConfigError: There is no such codec.
@@ -46,20 +57,28 @@ def encode_values(
     count = _count(groups)
     if values.shape != (count,):
         raise ValueError(f"groups end at {count}, values are of shape {values.shape}.")
-    wrong = np.flatnonzero(~np.isfinite(values))
-    if len(wrong):
+    if not np.isfinite(values).all():
+        wrong = np.flatnonzero(~np.isfinite(values))
         raise TrainingError(
             f"values must be finite, got {values[wrong[0]]} at position {wrong[0]} and "
             f"{len(wrong)} of {count} in all: training diverged, lower the learning rate."
         )
-    return _encode(values, parsed, groups, seed) if count else b""
+    seeds = (seed, seed if rotation_seed is None else rotation_seed)
+    return _encode(values, parsed, groups, seeds) if count else b""
 
 
-def decode_values(payload: bytes | memoryview, codec: str, groups: Groups, *, seed: int) -> Floats:
+def decode_values(
+    payload: bytes | memoryview,
+    codec: str,
+    groups: Groups,
+    *,
+    seed: int,
+    rotation_seed: int | None = None,
+) -> Floats:
     """Read values.
 
     Args:
-        payload: Bytes of `encode_values`, with the same codec, groups and seed.
+        payload: Bytes of `encode_values`, with the same codec, groups and seeds.
 
     Returns:
         float32 (n,), finite.
@@ -70,10 +89,11 @@ def decode_values(payload: bytes | memoryview, codec: str, groups: Groups, *, se
     parsed = parse_codec(codec)
     count = _count(groups)
     reader = Reader(payload)
+    seeds = (seed, seed if rotation_seed is None else rotation_seed)
     values = np.empty(0, dtype=np.float32)
     if count:
         with np.errstate(over="ignore", invalid="ignore"):  # what overflows is refused below
-            values = _decode(reader, parsed, groups, seed)
+            values = _decode(reader, parsed, groups, seeds)
     reader.end()
     if not np.isfinite(values).all():
         wrong = np.flatnonzero(~np.isfinite(values))
@@ -108,10 +128,13 @@ def _most_bytes(codec: Codec, sizes: list[int]) -> int:
     if codec.base in GRIDS:
         num_blocks = sum(-(-size // GRIDS[codec.base].block) for size in sizes)
         return _words_bytes(num_blocks, 2) + 1 + stored_bytes(count, GRIDS[codec.base].alphabet)
-    loose = sum(size for size in sizes if size < LEAST_ROTATED)
-    num_windows = sum(-(-size // window_size(size)) for size in sizes if size >= LEAST_ROTATED)
-    floats = _words_bytes(loose, 4) + _words_bytes(num_windows, 4)
-    return floats + 1 + stored_bytes(count - loose, 1 << codec.bits)
+    stops = np.cumsum([0, *sizes]).tolist()
+    windows = Windows(list(itertools.pairwise(stops)))
+    floats = _words_bytes(windows.num_loose, 4) + _words_bytes(len(windows.starts), 4)
+    turned = count - windows.num_loose
+    if codec.is_dithered:
+        return floats + 1 + (turned + 7) // 8 * DITHER_GRIDS[codec.bits].plane_bits
+    return floats + 1 + stored_bytes(turned, 1 << codec.bits)
 
 
 def _words_bytes(count: int, num_planes: int) -> int:
@@ -130,23 +153,25 @@ def _count(groups: Groups) -> int:
     return end
 
 
-def _encode(values: Floats, codec: Codec, groups: Groups, seed: int) -> bytes:
+def _encode(values: Floats, codec: Codec, groups: Groups, seeds: Seeds) -> bytes:
     entropy = codec.entropy
     if codec.topk_ppm:
-        return _encode_largest(values, codec, groups, seed)
+        return _encode_largest(values, codec, groups, seeds)
     if codec.base == "float32":
         return encode_float32(values, entropy=entropy)
     if codec.base == "bfloat16":
-        return encode_bfloat16(values, seed, entropy=entropy)
+        return encode_bfloat16(values, seeds[0], entropy=entropy)
     filled = [(start, stop) for start, stop in groups if start < stop]
     if codec.base in GRIDS:
-        return encode_integers(values, GRIDS[codec.base], filled, seed, entropy=entropy)
-    return encode_eden(values, codec.bits, filled, seed, entropy=entropy)
+        return encode_integers(values, GRIDS[codec.base], filled, seeds[0], entropy=entropy)
+    if codec.is_dithered:
+        return encode_dither(values, codec.bits, filled, *seeds, entropy=entropy)
+    return encode_eden(values, codec.bits, filled, seeds[0], entropy=entropy)
 
 
-def _decode(reader: Reader, codec: Codec, groups: Groups, seed: int) -> Floats:
+def _decode(reader: Reader, codec: Codec, groups: Groups, seeds: Seeds) -> Floats:
     if codec.topk_ppm:
-        return _decode_largest(reader, codec, groups, seed)
+        return _decode_largest(reader, codec, groups, seeds)
     if codec.base == "float32":
         return decode_float32(reader, groups[-1][1])
     if codec.base == "bfloat16":
@@ -154,10 +179,12 @@ def _decode(reader: Reader, codec: Codec, groups: Groups, seed: int) -> Floats:
     filled = [(start, stop) for start, stop in groups if start < stop]
     if codec.base in GRIDS:
         return decode_integers(reader, GRIDS[codec.base], filled)
-    return decode_eden(reader, codec.bits, filled, seed)
+    if codec.is_dithered:
+        return decode_dither(reader, codec.bits, filled, *seeds)
+    return decode_eden(reader, codec.bits, filled, seeds[0])
 
 
-def _encode_largest(values: Floats, codec: Codec, groups: Groups, seed: int) -> bytes:
+def _encode_largest(values: Floats, codec: Codec, groups: Groups, seeds: Seeds) -> bytes:
     chosen = [
         largest(values[start:stop], num_kept(stop - start, codec.topk_ppm))
         for start, stop in groups
@@ -167,11 +194,11 @@ def _encode_largest(values: Floats, codec: Codec, groups: Groups, seed: int) -> 
         [values[start:stop][where] for (start, stop), where in zip(groups, chosen, strict=True)]
     )
     inner, parts = replace(codec, topk_ppm=0), _side_by_side(chosen)
-    payload = _encode(kept, inner, parts, seed) if len(kept) else b""
+    payload = _encode(kept, inner, parts, seeds) if len(kept) else b""
     return varint(len(positions)) + positions + payload
 
 
-def _decode_largest(reader: Reader, codec: Codec, groups: Groups, seed: int) -> Floats:
+def _decode_largest(reader: Reader, codec: Codec, groups: Groups, seeds: Seeds) -> Floats:
     sizes = [stop - start for start, stop in groups]
     chosen = decode_positions(reader.take(reader.varint()), sizes)
     for where, size in zip(chosen, sizes, strict=True):
@@ -183,7 +210,7 @@ def _decode_largest(reader: Reader, codec: Codec, groups: Groups, seed: int) -> 
     inner, parts = replace(codec, topk_ppm=0), _side_by_side(chosen)
     values = np.zeros(groups[-1][1], dtype=np.float32)
     if parts[-1][1]:
-        kept = _decode(reader, inner, parts, seed)
+        kept = _decode(reader, inner, parts, seeds)
         for (start, stop), where, part in zip(groups, chosen, parts, strict=True):
             values[start:stop][where] = kept[slice(*part)]
     return values

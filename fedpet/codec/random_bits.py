@@ -21,6 +21,7 @@ class Purpose(IntEnum):
 
     ROUNDING = 0
     ROTATION = 1
+    DITHER = 2
 
 
 def bit_generator(seed: int, purpose: Purpose) -> np.random.BitGenerator:

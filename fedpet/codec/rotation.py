@@ -1,17 +1,17 @@
 """Rotate a vector at random, so that its entries look normal; the same to the bit everywhere.
 
-In:  a group's values, float32 (n,), n >= 2.
+In:  the values of groups side by side, float32 (n,).
 Out: the same number of values, rotated: an orthogonal map, so that lengths and errors stay.
 
 A window of C = 2^d <= 4096 values is multiplied by random signs and a Hadamard matrix, twice: once
-spreads a dense vector, twice spreads even a single spike into something normal. Windows stand side
-by side; where C does not divide n, one more window covers the last C values, some of them for the
-second time. So nothing is padded and not a bit is spent on the remainder.
+spreads a dense vector, twice spreads even a single spike into something normal. Where a group's
+last window overlaps the one before it (fedpet/codec/windows.py), it is rotated after it.
 
 The matrix is applied by additions and subtractions in a fixed order, elementwise, without BLAS: in
 numpy they reach three quarters of the speed of a matrix product, and no result depends on a kernel,
 a number of threads or a fused multiply-add. The scale of two transforms is 1/C, a power of two,
-exact. So two machines that decode one payload hold the same bits.
+exact. So two machines that decode one payload hold the same bits, and so do numpy and the compiled
+kernels (fedpet/codec/compiled.py), which add in the same order.
 
 Source: Vargaftik et al., DRIVE (NeurIPS 2021) and EDEN (ICML 2022), for the rotation. Ours: two
 rounds, and overlapping windows for a length that is no power of two.
@@ -20,61 +20,87 @@ rounds, and overlapping windows for a length that is no power of two.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
+from fedpet.codec.acceleration import compiled_kernels
+from fedpet.codec.random_bits import Purpose, bit_generator
 from fedpet.codec.vector_types import Floats
+from fedpet.codec.windows import window_size
 
 Packed = npt.NDArray[np.uint8]  # a bit a sign
 
-MAX_WINDOW = 4096  # 64 x 64
 _SLAB = 1 << 18  # values at a time, 1 MiB: a slab and its copy stay in the cache
 _ROUNDS = 2
 
 
-def window_size(count: int) -> int:
-    """Return the size C of a group's windows, the largest power of two up to n and 4096."""
-    return min(MAX_WINDOW, 1 << count.bit_length() - 1)
+class Rotation:
+    """Rotation of groups, drawn from a seed.
+
+    Args:
+        sizes: Values of each group, at least 2.
+        seed: Any non-negative integer.
+
+    Attributes:
+        signs: Packed signs of each group: uint8 (windows, 2, C/8), a bit a sign.
+    """
+
+    def __init__(self, sizes: tuple[int, ...], seed: int) -> None:
+        generator = bit_generator(seed, Purpose.ROTATION)
+        self._sizes = sizes
+        self.signs = [_draw_signs(size, generator) for size in sizes]
+
+    def forward(self, values: Floats) -> Floats:
+        """Rotate values (n,) in place, and return them."""
+        for group, size, signs in self._groups(values):
+            whole = len(group) // size * size
+            if fast := compiled_kernels(len(group)):
+                fast.rotate(group, signs, size)
+                continue
+            _forward(group[:whole].reshape(-1, size), signs[: whole // size])
+            if whole < len(group):
+                _forward(group[-size:].reshape(1, size), signs[whole // size :])
+        return values
+
+    def backward(self, values: Floats) -> Floats:
+        """Undo `forward` in place, and return the values."""
+        for group, size, signs in self._groups(values):
+            whole = len(group) // size * size
+            if fast := compiled_kernels(len(group)):
+                fast.unrotate(group, signs, size)
+                continue
+            if whole < len(group):
+                _backward(group[-size:].reshape(1, size), signs[whole // size :])
+            _backward(group[:whole].reshape(-1, size), signs[: whole // size])
+        return values
+
+    def _groups(self, values: Floats) -> Iterator[tuple[Floats, int, Packed]]:
+        offset = 0
+        for count, signs in zip(self._sizes, self.signs, strict=True):
+            yield values[offset : offset + count], window_size(count), signs
+            offset += count
 
 
-def rotate(values: Floats, bits: np.random.BitGenerator) -> Floats:
-    """Rotate one group's values (n,) by signs drawn from `bits`. The input stays as it is."""
-    size = window_size(len(values))
-    whole = len(values) // size * size
-    signs, last_signs = _draw_signs(len(values), size, bits)
-    rotated = values.copy()
-    _forward(rotated[:whole].reshape(-1, size), signs)
-    if whole < len(values):
-        _forward(rotated[-size:].reshape(1, size), last_signs)
-    return rotated
+@lru_cache(maxsize=8)
+def shared_rotation(sizes: tuple[int, ...], seed: int) -> Rotation:
+    """Return a rotation that many vectors share; the last few are kept."""
+    return Rotation(sizes, seed)
 
 
-def unrotate(rotated: Floats, bits: np.random.BitGenerator) -> Floats:
-    """Undo `rotate`, given a generator in the state that `rotate` got it."""
-    size = window_size(len(rotated))
-    whole = len(rotated) // size * size
-    signs, last_signs = _draw_signs(len(rotated), size, bits)
-    values = rotated.copy()
-    if whole < len(values):
-        _backward(values[-size:].reshape(1, size), last_signs)
-    _backward(values[:whole].reshape(-1, size), signs)
-    return values
-
-
-def _draw_signs(count: int, size: int, bits: np.random.BitGenerator) -> tuple[Packed, Packed]:
-    """Draw the packed signs of both rounds: uint8 (2, windows, C/8) and (2, 1, C/8)."""
-    windows = count // size
-    total = windows + (count % size > 0)
-    num_bytes = _ROUNDS * total * max(size // 8, 1)
+def _draw_signs(count: int, bits: np.random.BitGenerator) -> Packed:
+    """Draw the packed signs of both rounds: uint8 (windows, 2, C/8)."""
+    size = window_size(count)
+    windows = count // size + (count % size > 0)
+    num_bytes = _ROUNDS * windows * max(size // 8, 1)
     words = np.asarray(bits.random_raw(-(-num_bytes // 8))).astype("<u8", copy=False)
-    packed = words.view(np.uint8)[:num_bytes].reshape(total, _ROUNDS, -1).transpose(1, 0, 2)
-    return packed[:, :windows], packed[:, windows:]
+    return words.view(np.uint8)[:num_bytes].reshape(windows, _ROUNDS, -1)
 
 
 def _forward(windows: Floats, signs: Packed) -> None:
     rows = _rows(windows.shape[1])
-    for slab, (first, second) in _slabs(windows, signs):
+    for slab, first, second in _slabs(windows, signs):
         _flip(slab, first)
         once, spare = _hadamard(slab, np.empty_like(slab), rows)
         _flip(once, second)
@@ -84,7 +110,7 @@ def _forward(windows: Floats, signs: Packed) -> None:
 
 def _backward(windows: Floats, signs: Packed) -> None:
     rows = windows.shape[1] // _rows(windows.shape[1])
-    for slab, (first, second) in _slabs(windows, signs):
+    for slab, first, second in _slabs(windows, signs):
         once, spare = _hadamard(slab, np.empty_like(slab), rows)
         _flip(once, second)
         twice, _ = _hadamard(once, spare, rows)
@@ -92,10 +118,11 @@ def _backward(windows: Floats, signs: Packed) -> None:
         _flip(slab, first)
 
 
-def _slabs(windows: Floats, signs: Packed) -> Iterator[tuple[Floats, Packed]]:
+def _slabs(windows: Floats, signs: Packed) -> Iterator[tuple[Floats, Packed, Packed]]:
     step = max(_SLAB // windows.shape[1], 1)
     for first in range(0, len(windows), step):
-        yield windows[first : first + step], signs[:, first : first + step]
+        slab = slice(first, first + step)
+        yield windows[slab], signs[slab, 0], signs[slab, 1]
 
 
 def _rows(size: int) -> int:

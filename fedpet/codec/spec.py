@@ -1,6 +1,6 @@
 """Parse a codec's name, and convert it to the number in a frame and back.
 
-In:  a name from an experiment, such as "eden-4", "int8-raw" or "topk-0.1+eden-4".
+In:  a name from an experiment, such as "dither-4", "int8-raw" or "topk-0.1+dither-4".
 Out: a `Codec`, its parts checked; or the 32-bit id that a frame carries, and back.
 
 A name is `[topk-FRACTION+]BASE[-raw]`. `-raw` leaves the entropy stage out: quicker, larger.
@@ -17,7 +17,9 @@ from fedpet.config import CodecConfig
 from fedpet.errors import ConfigError, FrameError
 
 CODEC_IDS = {"float32": 1, "bfloat16": 2, "int8": 3, "int4": 4} | {
-    f"eden-{b}": 4 + b for b in range(1, 9)
+    f"{family}-{bits}": first + bits
+    for family, first in (("eden", 4), ("dither", 12))
+    for bits in range(1, 9)
 }
 _BASES = {number: base for base, number in CODEC_IDS.items()}
 _RAW = 0x80  # of the id's low byte
@@ -29,7 +31,7 @@ class Codec:
     """The parts of a codec's name.
 
     Attributes:
-        base: "float32", "bfloat16", "int8", "int4" or "eden-1" to "eden-8".
+        base: "float32", "bfloat16", "int8", "int4", "eden-1" to "eden-8", "dither-1" to "dither-8".
         entropy: The entropy stage follows.
         topk_ppm: Share of every group that is sent, in millionths; 0 sends all of it.
     """
@@ -57,11 +59,15 @@ class Codec:
         return self.base == "float32" and not self.topk_ppm
 
     @property
+    def is_dithered(self) -> bool:
+        """True if values are rotated and dithered, so that senders may share a rotation."""
+        return self.base.startswith("dither-")
+
+    @property
     def bits(self) -> int:
-        """Bits a value, before the entropy stage."""
-        return {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}.get(self.base) or int(
-            self.base.removeprefix("eden-")
-        )
+        """Bits a value that the name stands for; the entropy stage is not counted."""
+        fixed = {"float32": 32, "bfloat16": 16, "int8": 8, "int4": 4}
+        return fixed.get(self.base) or int(self.base.rpartition("-")[2])
 
 
 def parse_codec(name: str) -> Codec:
@@ -80,7 +86,7 @@ def parse_codec(name: str) -> Codec:
         if not (share.startswith("topk-") and fraction.is_finite() and 0 < fraction < 1):
             raise ConfigError(
                 f"a codec may be prefixed by 'topk-FRACTION+' with a fraction in (0, 1), got "
-                f"{name!r}. To send the tenth largest of every group, write 'topk-0.1+eden-4'."
+                f"{name!r}. To send the tenth largest of every group, write 'topk-0.1+dither-4'."
             )
         if fraction * PPM % 1:
             raise ConfigError(
@@ -112,7 +118,7 @@ def check_codecs(config: CodecConfig) -> None:
     if config.error_feedback and all(parse_codec(name).is_lossless for name in up):
         raise ConfigError(
             f"codec.error-feedback keeps what codec.uplink loses, and {config.uplink!r} loses "
-            "nothing: name a lossy codec, such as 'topk-0.1+eden-4', or set it to false."
+            "nothing: name a lossy codec, such as 'topk-0.1+dither-4', or set it to false."
         )
 
 

@@ -15,14 +15,16 @@ from __future__ import annotations
 
 import itertools
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 import numpy as np
 import numpy.typing as npt
 
 from fedpet.codec.entropy import Reader, varint
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
-from fedpet.codec.vector_types import Floats, Groups
+from fedpet.codec.vector_sum import VectorSum
+from fedpet.codec.vector_types import Floats, Groups, Seeds
+from fedpet.codec.windows import LARGEST
 from fedpet.utils.seeds import derive_seed
 
 __all__ = ["VectorCodec"]
@@ -59,27 +61,34 @@ class VectorCodec:
     @property
     def max_payload_bytes(self) -> int:
         """The longest payload that `encode` can write."""
-        sizes = [max_payload_bytes(part.codec, part.groups) for part in self._parts]
+        sizes = [max_payload_bytes(part.codec, part.groups) for part in self.parts]
         return sum(sizes) + (len(varint(sizes[0])) if len(sizes) > 1 else 0)
 
-    def encode(self, values: npt.NDArray[np.floating], *, seed: int) -> bytes:
+    def encode(
+        self, values: npt.NDArray[np.floating], *, seed: int, rotation_seed: int | None = None
+    ) -> bytes:
         """Write values, see `fedpet.codec.encode_values`.
 
         Args:
             values: Finite, (n,).
-            seed: Of rounding and rotation; a new one for each run, round and client.
+            seed: Of rounding, dither and rotation; a new one for each run, round and client.
+            rotation_seed: Of the rotation that all senders of a round share; None is `seed`.
         """
         if values.shape != (self.count,):
             raise ValueError(f"groups end at {self.count}, values are of shape {values.shape}.")
         payloads = [
-            encode_values(values[part.where], part.codec, part.groups, seed=part.seed(seed))
-            for part in self._parts
+            encode_values(
+                values[part.where], part.codec, part.groups, **part.seeds(seed, rotation_seed)
+            )
+            for part in self.parts
         ]
         if len(payloads) == 1:
             return payloads[0]
         return b"".join((varint(len(payloads[0])), *payloads))
 
-    def decode(self, payload: bytes | memoryview, *, seed: int) -> Floats:
+    def decode(
+        self, payload: bytes | memoryview, *, seed: int, rotation_seed: int | None = None
+    ) -> Floats:
         """Read values, see `fedpet.codec.decode_values`.
 
         Returns:
@@ -88,26 +97,43 @@ class VectorCodec:
         Raises:
             FrameError: The payload is anything but what `encode` writes.
         """
-        if len(self._parts) == 1:
-            [part] = self._parts
-            return decode_values(payload, part.codec, part.groups, seed=part.seed(seed))
-        reader = Reader(payload)
-        payloads = (reader.take(reader.varint()), reader.rest())
+        decoded = [
+            decode_values(own, part.codec, part.groups, **part.seeds(seed, rotation_seed))
+            for part, own in zip(self.parts, self.split(payload), strict=True)
+        ]
+        if len(decoded) == 1:
+            return decoded[0]
         values = np.empty(self.count, dtype=np.float32)
-        for part, own in zip(self._parts, payloads, strict=True):
-            values[part.where] = decode_values(own, part.codec, part.groups, seed=part.seed(seed))
+        for part, own in zip(self.parts, decoded, strict=True):
+            values[part.where] = own
         return values
 
+    def split(self, payload: bytes | memoryview) -> list[bytes | memoryview]:
+        """Return the payload of each part, not decoded.
+
+        Raises:
+            FrameError: It is cut short.
+        """
+        if len(self.parts) == 1:
+            return [payload]
+        reader = Reader(payload)
+        return [reader.take(reader.varint()), reader.rest()]
+
+    def accumulator(self, rotation_seed: int, *, largest: float = LARGEST) -> VectorSum:
+        """Return an empty sum of vectors whose senders share a rotation."""
+        return VectorSum(self, rotation_seed, largest=largest)
+
     @cached_property
-    def _parts(self) -> tuple[_Part, ...]:
+    def parts(self) -> tuple[Part, ...]:
+        """Values by codec: all of them, or those of the rest and of the head."""
         if not self.head_groups or self.head_codec in ("", self.codec):
-            return (_Part(self.codec, list(self.groups), slice(None)),)
-        rest = [group for group in self.groups if group not in self.head_groups]
+            return (Part(self.codec, list(self.groups), slice(None)),)
+        rest = tuple(group for group in self.groups if group not in self.head_groups)
         return (_part(self.codec, rest), _part(self.head_codec, self.head_groups, "head"))
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """The values of one codec: their places, and their groups once they lie side by side."""
 
     codec: str
@@ -115,13 +141,17 @@ class _Part:
     where: npt.NDArray[np.int64] | slice
     name: str = ""
 
-    def seed(self, seed: int) -> int:
-        """Return the part's own seed; the first part's is that of a vector of one part."""
-        return derive_seed(self.name, seed) if self.name else seed
+    def seeds(self, seed: int, rotation_seed: int | None) -> Seeds:
+        """Return the part's own seeds; the first part's are those of a vector of one part."""
+        rotation_seed = seed if rotation_seed is None else rotation_seed
+        if self.name:
+            seed, rotation_seed = (derive_seed(self.name, one) for one in (seed, rotation_seed))
+        return {"seed": seed, "rotation_seed": rotation_seed}
 
 
-def _part(codec: str, groups: Groups, name: str = "") -> _Part:
+@lru_cache
+def _part(codec: str, groups: tuple[tuple[int, int], ...], name: str = "") -> Part:
     pieces = [np.arange(start, stop, dtype=np.int64) for start, stop in groups]
     stops = np.cumsum([0, *map(len, pieces)]).tolist()
     where = np.concatenate([np.empty(0, dtype=np.int64), *pieces])
-    return _Part(codec, list(itertools.pairwise(stops)), where, name)
+    return Part(codec, list(itertools.pairwise(stops)), where, name)

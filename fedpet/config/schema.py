@@ -275,10 +275,10 @@ class SearchConfig(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class CodecConfig(Stage):
-    # float32, bfloat16, int8, int4, eden-1 ... eden-8; "topk-0.1+" in front sends the tenth that is
-    # largest, "-raw" behind leaves the entropy coding out.
-    uplink: str = "eden-3"  # clients to server
-    downlink: str = "eden-5"  # server to clients
+    # float32, bfloat16, int8, int4, dither-1 ... dither-8, eden-1 ... eden-8; "topk-0.1+" in front
+    # sends the tenth that is largest, "-raw" behind leaves the entropy coding out.
+    uplink: str = "dither-3"  # clients to server
+    downlink: str = "dither-5"  # server to clients
     head_uplink: str = ""  # of the head's values; "" is as uplink
     head_downlink: str = ""  # "" is as downlink
     # What a lossy downlink codes: the "delta" to a public reference, small and fed back, for

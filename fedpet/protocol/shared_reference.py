@@ -30,8 +30,8 @@ import numpy as np
 
 from fedpet.codec import VectorCodec, decode_values, encode_values
 from fedpet.errors import FrameError
+from fedpet.protocol.codec_seeds import downlink_seed
 from fedpet.protocol.frame import Frame
-from fedpet.utils.seeds import derive_seed
 
 __all__ = [
     "FULL_CODEC",
@@ -39,7 +39,6 @@ __all__ = [
     "apply_changes",
     "decode_full",
     "encode_full",
-    "seed_of_round",
 ]
 
 FULL_CODEC = "float32"  # the codec by which a reference itself is sent
@@ -70,11 +69,6 @@ class Reference:
     def moved(self, change: np.ndarray) -> Reference:
         """Return the next round's reference. `change`: float32, (n,)."""
         return Reference(self.server_round + 1, self.values + change)
-
-
-def seed_of_round(run_seed: int, server_round: int) -> int:
-    """Return the seed of the codec of one round's downlink."""
-    return derive_seed("downlink", run_seed, server_round)
 
 
 def encode_full(reference: Reference) -> bytes:
@@ -129,7 +123,7 @@ def apply_changes(
             continue
         for frame in changes[reference.server_round - first + 1 :]:
             if frame.server_round not in decoded:
-                seed = seed_of_round(run_seed, frame.server_round)
+                seed = downlink_seed(run_seed, frame.server_round)
                 decoded[frame.server_round] = coding.decode(frame.payload, seed=seed)
             with np.errstate(over="ignore", invalid="ignore"):
                 reference = reference.moved(decoded[frame.server_round])

@@ -71,7 +71,7 @@ def simulate(
         progress: Show how far the run is: a bar in a terminal or a notebook, else lines.
         settings: The other stages of an experiment by name, each a dict of its keys or its
             dataclass: training={"learning_rate": 0.01, "batch_size": 8},
-            codec={"uplink": "eden-3"}, run={"seed": 1}. The page of settings lists them; an
+            codec={"uplink": "dither-3"}, run={"seed": 1}. The page of settings lists them; an
             unknown one is refused.
 
     Returns:

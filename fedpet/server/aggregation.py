@@ -15,6 +15,7 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.exception import AggregationError
 from flwr.serverapp.strategy import Strategy
 
+from fedpet.codec import VectorCodec, VectorSum
 from fedpet.pet.tiers import Where
 from fedpet.protocol.flower_compat import load_optimizer_state, make_reply, optimizer_state
 from fedpet.server.replies import LARGEST_VALUE, Update
@@ -23,7 +24,6 @@ __all__ = [
     "EachFold",
     "Fold",
     "MeanFold",
-    "MeanUpdate",
     "aggregate",
     "from_arrays",
     "reset_optimizer",
@@ -42,44 +42,6 @@ def to_arrays(values: np.ndarray) -> ArrayRecord:
 def from_arrays(arrays: ArrayRecord) -> np.ndarray:
     """Return the global values of `to_arrays`. float32, (num_values,)."""
     return arrays[VALUES].numpy()
-
-
-class MeanUpdate:
-    """Weighted mean of updates, each entry over the clients that trained it; sums in float64.
-
-    Add updates in a fixed order: floating-point sums depend on it (law 6).
-    """
-
-    def __init__(self, num_values: int) -> None:
-        self._sum = np.zeros(num_values, dtype=np.float64)
-        self._weight = 0  # of the clients that trained every entry
-        self._weights: np.ndarray | None = None  # of those that trained a part, by entry
-
-    def add(self, change: np.ndarray, where: Where, weight: int) -> None:
-        """Add one client's update.
-
-        Args:
-            change: float32, (n,).
-            where: Positions of its n entries among the global values, each once.
-            weight: Rows it trained on.
-        """
-        self._sum[where] += weight * change.astype(np.float64)
-        if isinstance(where, slice):
-            self._weight += weight
-        else:
-            if self._weights is None:
-                self._weights = np.zeros_like(self._sum)
-            self._weights[where] += weight
-
-    def apply_to(self, values: np.ndarray) -> np.ndarray:
-        """Return `values` plus the mean update; an entry that nobody trained stays as it was.
-
-        Returns:
-            float32, (num_values,).
-        """
-        weights = self._weight if self._weights is None else self._weight + self._weights
-        mean = values.astype(np.float64) + self._sum / np.maximum(weights, 1)
-        return mean.astype(np.float32)
 
 
 class Fold:
@@ -124,20 +86,42 @@ class Fold:
 
 
 class MeanFold(Fold):
-    """Give one message with the values moved by the mean update; none without updates."""
+    """Give one message with the values moved by the mean update; none without updates.
+
+    An entry's mean is over the clients that trained it. Updates are added as they were sent, in
+    float64: what is coded on a shared rotation is rotated back once (fedpet/codec/vector_sum.py).
+    """
 
     def __init__(self, values: np.ndarray) -> None:
         super().__init__(values)
-        self._mean = MeanUpdate(len(values))
+        self._tiers: dict[VectorCodec, tuple[Where, VectorSum]] = {}
 
     def _add(self, update: Update) -> None:
-        self._mean.add(update.decode(), update.where, update.num_examples)
+        if update.coding not in self._tiers:
+            rotation_seed = update.seeds["rotation_seed"]
+            empty = update.coding.accumulator(rotation_seed, largest=LARGEST_VALUE)
+            self._tiers[update.coding] = update.where, empty
+        _, tier_sum = self._tiers[update.coding]
+        tier_sum.add(update.payload, seed=update.seeds["seed"], weight=update.num_examples)
+
+    def moved(self) -> np.ndarray:
+        """Return the values plus the mean update; an entry that nobody trained stays as it was.
+
+        Returns:
+            float32, (num_values,).
+        """
+        total, weights = np.zeros((2, len(self._values)))
+        for where, tier_sum in self._tiers.values():
+            total[where] += tier_sum.total()
+            weights[where] += tier_sum.weight
+        mean = self._values.astype(np.float64) + total / np.maximum(weights, 1)
+        return mean.astype(np.float32)
 
     def messages(self) -> list[Message]:
         """Return the one message."""
         if self.loss is None:
             return []
-        return [train_message(self._mean.apply_to(self._values), self.weight, self.loss)]
+        return [train_message(self.moved(), self.weight, self.loss)]
 
 
 class EachFold(Fold):

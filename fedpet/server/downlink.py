@@ -17,10 +17,11 @@ import numpy as np
 
 from fedpet.errors import FrameError, RunError
 from fedpet.pet.tiers import Tier
+from fedpet.protocol.codec_seeds import downlink_seed
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import Path
-from fedpet.protocol.shared_reference import FULL_CODEC, Reference, encode_full, seed_of_round
+from fedpet.protocol.shared_reference import FULL_CODEC, Reference, encode_full
 
 __all__ = ["Changes", "Downlink", "Sent", "Values", "downlink_of"]
 
@@ -62,7 +63,7 @@ class Values:
         if tier not in self._frames:
             its = self._tiers[tier]
             coding = self._plan.downlink(its.groups, its.head_groups)
-            seed = seed_of_round(self._plan.seed, self._round)
+            seed = downlink_seed(self._plan.seed, self._round)
             payload = coding.encode(self._values[its.where], seed=seed)
             self._frames[tier] = _pack(self._digest, self._round, coding.codec, its.count, payload)
         return Sent(self._frames[tier])
@@ -141,8 +142,8 @@ class _Line:
                 "begins: a run that goes on needs the wire's part of its journal."
             )
         change = values[self._tier.where] - before.values
-        payload = self._coding.encode(change, seed=seed_of_round(self._seed, server_round))
-        decoded = self._coding.decode(payload, seed=seed_of_round(self._seed, server_round))
+        payload = self._coding.encode(change, seed=downlink_seed(self._seed, server_round))
+        decoded = self._coding.decode(payload, seed=downlink_seed(self._seed, server_round))
         self._reference = before.moved(decoded)
         self._whole = b""
         self._changes.append(self._pack(self._coding.codec, payload))

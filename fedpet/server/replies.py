@@ -19,9 +19,10 @@ from dataclasses import dataclass, replace
 import numpy as np
 from flwr.app import Error, Message
 
-from fedpet.codec import VectorCodec
+from fedpet.codec import Seeds, VectorCodec
 from fedpet.errors import FrameError, ReplyError
 from fedpet.pet.tiers import Tier, Where
+from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame, Refusal, RefusalCode, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
@@ -30,7 +31,6 @@ from fedpet.server.reply_stream import SpooledPayloads
 from fedpet.server.requests import Retry
 from fedpet.server.schedule import Chunk
 from fedpet.server.tier_assignment import TierAssignment
-from fedpet.utils.seeds import derive_seed
 
 # Largest magnitude of an update's values and of the global values: their squares fit a float32, and
 # after a few rounds of it every codec can still encode the values.
@@ -50,7 +50,7 @@ class Update:
         node: Id of its node.
         payload: Its values less the global ones, encoded.
         coding: Decodes them.
-        seed: They were encoded by it.
+        seeds: They were encoded by them.
         where: Their positions among the global values.
         num_examples: Rows it trained on; its weight in a mean.
         loss: Its mean training loss.
@@ -60,7 +60,7 @@ class Update:
     node: int
     payload: bytes
     coding: VectorCodec
-    seed: int
+    seeds: Seeds
     where: Where
     num_examples: int
     loss: float
@@ -71,7 +71,7 @@ class Update:
         Raises:
             FrameError: The payload gives no such values.
         """
-        change = self.coding.decode(self.payload, seed=self.seed)
+        change = self.coding.decode(self.payload, **self.seeds)
         if not (np.abs(change) <= LARGEST_VALUE).all():
             raise FrameError(
                 f"an update's values are at most {LARGEST_VALUE:g} in magnitude, and no NaN: the "
@@ -184,13 +184,12 @@ class Replies:
 
     def _update(self, name: str) -> Update:
         node, head, place = self._waiting.pop(name)
-        client_seed = derive_seed("client", self._plan.seed, self._round, head.client)
         return Update(
             name=name,
             node=node,
             payload=self._payloads.get(place),
             coding=self._coding(name),
-            seed=derive_seed("encode", client_seed),
+            seeds=uplink_seeds(self._plan.seed, self._round, head.client),
             where=self._tiers.of(name).where,
             num_examples=head.num_examples,
             loss=head.loss,

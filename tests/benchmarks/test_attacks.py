@@ -18,9 +18,9 @@ from benchmarks.cell import complete
 from fedpet.codec import decode_values
 from fedpet.errors import FrameError
 from fedpet.pet.layout import quantisation_groups
+from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame, unpack_frames
 from fedpet.run.federate import prepare
-from fedpet.utils.seeds import derive_seed
 
 
 @pytest.fixture(scope="module")
@@ -57,15 +57,15 @@ def test_a_fifth_of_the_clients_send_what_the_attack_says_in_proper_frames(
     lies = []
     for frame in unpack_frames(whole, max_frames=10, max_payload_bytes=len(whole)):
         assert isinstance(frame, Frame)
-        seed = derive_seed("encode", derive_seed("client", 0, 1, frame.client))
+        seeds = uplink_seeds(0, 1, frame.client)
         update = honest[frame.client]
         if attack == "nan":
             try:
-                decode_values(frame.payload, frame.codec, groups, seed=seed)
+                decode_values(frame.payload, frame.codec, groups, **seeds)
             except FrameError:
                 lies.append(update)
             continue
-        sent = decode_values(frame.payload, frame.codec, groups, seed=seed)
+        sent = decode_values(frame.payload, frame.codec, groups, **seeds)
         if not np.array_equal(sent, update):
             lies.append(sent)
             assert np.linalg.norm(sent) == pytest.approx(10 * np.linalg.norm(update), rel=1e-5)

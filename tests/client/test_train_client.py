@@ -27,10 +27,10 @@ from fedpet.client.train_client import train_client
 from fedpet.codec import encode_values
 from fedpet.config import MaskConfig
 from fedpet.errors import TrainingError
+from fedpet.protocol.codec_seeds import downlink_seed
 from fedpet.protocol.frame import Frame, Refusal, RefusalCode, pack_frame, unpack_frames
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import Request, write_request
-from fedpet.protocol.shared_reference import seed_of_round
 from fedpet.utils.seeds import client_id64
 
 CLIENT = client_id64(CLIENTS[0])
@@ -45,7 +45,7 @@ def formula(monkeypatch: pytest.MonkeyPatch) -> None:
 def request_for(plan: Plan, *clients: int, with_plan: bool = True) -> Request:
     """A request of round 3 from the values `START`, coded without loss."""
     groups = [(0, NUM_VALUES)]
-    payload = encode_values(START, "float32", groups, seed=seed_of_round(SEED, 3))
+    payload = encode_values(START, "float32", groups, seed=downlink_seed(SEED, 3))
     digest = Plan.digest(plan.to_bytes())
     frame = Frame(digest, 3, 0, "float32", NUM_VALUES, 0, 0.0, 0.0, payload)
     return Request(clients, pack_frame(frame), plan.to_bytes() if with_plan else b"")

@@ -25,7 +25,7 @@ def test_float32_gives_back_the_same_bits(codec, values):
 @settings(max_examples=60)
 @given(
     values=arrays(np.float32, st.integers(0, 300), elements=FINITE),
-    codec=st.sampled_from([c for c in CODECS if "eden" not in c]),
+    codec=st.sampled_from([c for c in CODECS if "eden" not in c and "dither" not in c]),
     seed=st.integers(0, 2**128),
 )
 @example(values=np.full(3, np.finfo(np.float32).max), codec="int8", seed=0)
@@ -41,15 +41,16 @@ def test_every_finite_vector_decodes_to_a_finite_one_of_its_length(values, codec
     values=arrays(
         np.float32, st.integers(0, 300), elements=st.floats(-(2.0**99), 2.0**99, width=32)
     ),
-    bits=st.integers(1, 8),
+    codec=st.sampled_from([c for c in CODECS if c.startswith(("eden", "dither"))]),
     seed=st.integers(0, 2**64),
 )
-def test_every_vector_up_to_1e30_can_be_rotated(values, bits, seed):
-    decoded = roundtrip(values, f"eden-{bits}", seed=seed)
+def test_every_vector_up_to_1e30_can_be_rotated(values, codec, seed):
+    decoded = roundtrip(values, codec, seed=seed)
     assert np.isfinite(decoded).all()
     norm = np.linalg.norm(values.astype(np.float64))
     # At worst (a window of few values) the error is of the vector's own size, never more of it.
-    assert np.linalg.norm(decoded - values.astype(np.float64)) <= 2 * norm + 1e-37
+    # A window whose values are below 2^-100 is sent as zeros by "dither" codecs.
+    assert np.linalg.norm(decoded - values.astype(np.float64)) <= 2 * norm + 1e-28
 
 
 @settings(max_examples=60)

@@ -29,11 +29,11 @@ def test_a_run_is_named_by_its_file_where_nothing_names_it(
 def test_the_first_line_of_a_result_names_the_codec() -> None:
     result = make_result()
     first = to_text(run_table(result)).strip().splitlines()[0]
-    assert first.endswith("eden-3 up, eden-5 down")
+    assert first.endswith("dither-3 up, dither-5 down")
     del result["run"]["codec"]  # as an older fedpet wrote it
     assert "seed 0" in to_text(run_table(result))
 
 
 def test_a_head_with_a_codec_of_its_own_is_named_too() -> None:
     codec = CodecConfig(uplink="eden-2", head_uplink="float32")
-    assert str(codec) == "eden-2 (head float32) up, eden-5 down"
+    assert str(codec) == "eden-2 (head float32) up, dither-5 down"

@@ -14,6 +14,7 @@ from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.data import Task
 from fedpet.pet.structure import Structure
 from fedpet.pet.tiers import Tier
+from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
@@ -129,7 +130,7 @@ class ShuffledGrid(LocalGrid):
 
 def frame_of(number: int, update: np.ndarray, groups: list[tuple[int, int]]) -> bytes:
     """A frame of round 1, of no plan, with seed 0."""
-    seed = derive_seed("encode", derive_seed("client", 0, 1, number))
+    seed = uplink_seeds(0, 1, number)["seed"]
     return pack_frame(
         Frame(
             plan_digest=bytes(16),

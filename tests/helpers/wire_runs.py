@@ -15,7 +15,7 @@ from sending import codec_of
 from fedpet.config import CodecConfig, MaskConfig
 
 CHANGES = codec_of(uplink="eden-4", downlink="eden-3")
-VALUES = codec_of(uplink="eden-3", downlink="eden-5", downlink_mode="full")  # what `make run` sends
+VALUES = codec_of(uplink="dither-3", downlink="dither-5", downlink_mode="full")  # of `make run`
 VALUES_FEEDBACK = replace(
     VALUES, uplink="topk-0.1+eden-4", head_downlink="int8", error_feedback=True
 )

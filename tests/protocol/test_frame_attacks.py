@@ -24,10 +24,11 @@ from fedpet.codec import VectorCodec
 from fedpet.config import CodecConfig
 from fedpet.errors import FrameError, PlanError
 from fedpet.pet.layout import Segment
+from fedpet.protocol.codec_seeds import downlink_seed
 from fedpet.protocol.frame import Frame, Refusal, pack_frame, unpack_frames
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import Path, Request, read_request, write_request
-from fedpet.protocol.shared_reference import Reference, encode_full, seed_of_round
+from fedpet.protocol.shared_reference import Reference, encode_full
 
 DIGEST = bytes(range(16))
 GROUPS = [(0, 150), (150, 180)]
@@ -164,7 +165,7 @@ class Siege:
         self.frames: list[list[bytes]] = []  # ways to the reference of the round, or its values
         coding = self.plan.downlink(GROUPS, GROUPS[1:])
         if not self.plan.is_delta_downlink:
-            seed = seed_of_round(self.plan.seed, ROUND)
+            seed = downlink_seed(self.plan.seed, ROUND)
             payload = coding.encode(random_values.standard_normal(COUNT), seed=seed)
             self.values = coding.decode(payload, seed=seed)
             self.frames.append([self._pack(ROUND, coding.codec, payload)])
@@ -172,7 +173,7 @@ class Siege:
         changes = []
         reference = Reference(FIRST, held)
         for server_round in range(FIRST + 1, ROUND + 1):
-            seed = seed_of_round(self.plan.seed, server_round)
+            seed = downlink_seed(self.plan.seed, server_round)
             payload = coding.encode(0.1 * random_values.standard_normal(COUNT), seed=seed)
             changes.append(self._pack(server_round, coding.codec, payload))
             reference = reference.moved(coding.decode(payload, seed=seed))

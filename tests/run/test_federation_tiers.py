@@ -18,11 +18,12 @@ from fedpet.codec import decode_values
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
 from fedpet.pet.tiers import draw_tier, tiers_of
+from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import read_request
 from fedpet.run.local_grid import LocalGrid
-from fedpet.utils.seeds import client_id64, derive_seed
+from fedpet.utils.seeds import client_id64
 
 THREE = ["0.005=0.3", "0.02=0.4", "0.05=0.3"]
 CLIENTS = [f"client {index}" for index in range(6)]
@@ -87,8 +88,8 @@ def test_each_entry_is_averaged_over_the_clients_that_trained_it(experiment: Any
     for row, frame in enumerate(node.frames):
         tier = tiers[of[frame.client]]
         assert frame.count == tier.count
-        seed = derive_seed("encode", derive_seed("client", plan.seed, 1, frame.client))
-        decoded = decode_values(frame.payload, frame.codec, tier.groups, seed=seed)
+        seeds = uplink_seeds(plan.seed, 1, frame.client)
+        decoded = decode_values(frame.payload, frame.codec, tier.groups, **seeds)
         updates[row, tier.where] = decoded
         weights[row, tier.where] = frame.num_examples
     assert len(node.frames) == 6

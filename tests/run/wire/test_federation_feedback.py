@@ -25,6 +25,7 @@ from modelless import (
 from sending import codec_of
 from wire_runs import FEEDBACK
 
+from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.request import read_request, write_request
 from fedpet.utils.seeds import client_id64, derive_seed
@@ -60,8 +61,8 @@ def test_error_feedback_is_that_of_a_plain_simulation_also_when_a_round_is_not_a
             wanted = pet.get_delta().numpy() - expected
             if name in residuals:
                 wanted = wanted + residuals[name]
-            encode_seed = derive_seed("encode", seed)
-            decoded = coding.decode(coding.encode(wanted, seed=encode_seed), seed=encode_seed)
+            seeds = uplink_seeds(SEED, server_round, number)
+            decoded = coding.decode(coding.encode(wanted, **seeds), **seeds)
             if name in lost.get(server_round, ()):
                 continue
             left[name] = wanted - decoded
