@@ -19,9 +19,7 @@ from fedpet.config import Experiment, StrategyConfig, TrainingConfig
 from fedpet.estimate import estimate, outline
 from fedpet.estimate.message_sizes import made_up_plan
 from fedpet.estimate.participants import Participant
-from fedpet.estimate.payload_simulation import Payloads, Server, payloads
-from fedpet.pet.structure import Structure
-from fedpet.protocol.plan import Plan
+from fedpet.estimate.payload_simulation import Payloads, payloads
 from fedpet.run.federate import prepare
 
 KINDS = [("mask", 5000), ("lnfit", 400), ("head", 66)]
