@@ -1,0 +1,241 @@
+"""Apply a module of the backbone to the rows of many clients, each with its own values.
+
+In:  a module, what acts on it, and its trainables of B clients, stacked: (B, ...).
+Out: a forward for inputs (B * rows, ...), client after client.
+
+What is frozen is shared: one product serves all rows. A masked or wholly trained weight is made
+for each client, (B, out, in), and multiplied as a batch; it lives for one product. The gradient at
+a mask's positions is chosen from the dense one, which is as short-lived. Other changes are those of
+the PET modules themselves, under `torch.vmap`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from fedpet.pet.kernels.sparse_index import SparseIndex
+from fedpet.pet.modules.base import GatedModule, PetModule, is_dense, is_transposed
+from fedpet.pet.modules.lora import LowRankBranch
+from fedpet.pet.modules.masked_weight import MaskedWeight
+
+__all__ = ["ClientRows", "ClientSite", "NotStackableError"]
+
+Forward = Callable[..., Any]
+
+
+class NotStackableError(Exception):
+    """A model that is not made of rows: its clients are trained one by one."""
+
+
+@dataclass
+class ClientRows:
+    """The batch in work.
+
+    Attributes:
+        clients: How many there are.
+        rows: Rows of each.
+        stacked: The trainables of each PET module, (clients, ...); of each weight of the mask.
+    """
+
+    clients: int = 0
+    rows: int = 0
+    stacked: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def of(self, part: PetModule | MaskedWeight) -> tuple[Tensor, ...]:
+        """Return the trainables of a PET module, or of one weight of the mask."""
+        return self.stacked[id(part)]
+
+    def apart(self, x: Tensor) -> Tensor:
+        """View (clients * rows, ...) as (clients, rows, ...).
+
+        Raises:
+            NotStackableError: The first dimension counts something else.
+        """
+        if x.shape[0] != self.clients * self.rows:
+            raise NotStackableError(
+                f"a module that is trained takes an input of shape {tuple(x.shape)}, and not a row "
+                "a text"
+            )
+        return x.unflatten(0, (self.clients, self.rows))
+
+    def effect(self, module: GatedModule, x: Tensor | None) -> Tensor:
+        """Compute each client's effect, of its rows of x: (clients, rows, ...); (clients, ...)."""
+
+        def of_one(trainables: tuple[Tensor, ...], x: Tensor | None) -> Tensor:
+            module.trainables = trainables
+            return module.effect(x)
+
+        before = module.trainables
+        try:
+            made: Tensor = torch.vmap(of_one, (0, None if x is None else 0))(self.of(module), x)
+        finally:
+            module.trainables = before
+        return made
+
+
+@dataclass
+class ClientSite:
+    """One module and what acts on it.
+
+    Attributes:
+        module: Of the backbone.
+        plain: Its own forward.
+        mask: Of its weight.
+        leaves: By the name of a tensor: a change of it, counted from the pretrained tensor.
+        effects: The others, in the order of the structure.
+    """
+
+    module: nn.Module
+    plain: Forward
+    mask: MaskedWeight | None = None
+    leaves: dict[str, PetModule] = field(default_factory=dict)
+    effects: list[GatedModule] = field(default_factory=list)
+
+    def forward(self, batch: ClientRows) -> Forward:
+        """Return the module's forward for the batches that `batch` describes."""
+        return self._dense(batch) if is_dense(self.module) else self._other(batch)
+
+    def _at(self, *places: str) -> list[GatedModule]:
+        return [effect for effect in self.effects if effect.place in places]
+
+    def _tensor(self, name: str, batch: ClientRows) -> Tensor | None:
+        """Return the module's tensor of this name: shared, or (clients, ...) where it is trained.
+
+        As in `Site`, a change of a tensor that the module has not stands for it.
+        """
+        tensor = self.module._parameters.get(name)
+        found: Tensor | None = tensor
+        leaf = self.leaves.get(name)
+        if leaf is not None:
+            assert leaf.pretrained is not None
+            found = leaf.pretrained + batch.of(leaf)[0]
+        for effect in self._at(name):
+            change = batch.effect(effect, None)
+            found = change if found is None else found + change
+        return found
+
+    def _dense(self, batch: ClientRows) -> Forward:
+        own = self.module._parameters
+        transposed, mask = is_transposed(self.module), self.mask
+        parallel, sequential = self._at("parallel"), self._at("sequential")
+
+        def forward(x: Tensor) -> Tensor:
+            rows = batch.apart(x)
+            flat = rows.flatten(1, -2)  # (clients, tokens, in)
+            bias = self._tensor("bias", batch)
+            if mask is not None:
+                y = _MaskedByClient.apply(  # type: ignore[no-untyped-call]
+                    flat, own["weight"], mask.entries, transposed, batch.of(mask)[0]
+                )
+            else:
+                weight = self._tensor("weight", batch)
+                assert weight is not None
+                y = flat @ (weight if transposed else weight.mT)
+            if bias is not None:
+                y = y + (bias if bias.dim() == 1 else bias[:, None])
+            for effect in parallel:
+                if isinstance(effect, LowRankBranch):
+                    y = y + _low_rank(effect, batch.of(effect), flat)
+                else:
+                    y = y + batch.effect(effect, flat)
+            for effect in sequential:
+                y = y + batch.effect(effect, y)
+            result: Tensor = y.reshape(*x.shape[:-1], y.shape[-1])
+            return result
+
+        return forward
+
+    def _other(self, batch: ClientRows) -> Forward:
+        own: dict[str, Any] = self.module._parameters
+        names = ("weight", "bias", *(name for name in self.leaves if name not in own))
+        changed = [n for n in names if n in self.leaves or self._at(n)]
+        replaced = [name for name in changed if own.get(name) is not None]
+        added = [name for name in changed if name not in replaced]
+        sequential = self._at("sequential")
+
+        def of_one(tensors: Mapping[str, Tensor], x: Tensor) -> Tensor:
+            before = {name: own[name] for name in tensors}
+            try:
+                own.update(tensors)
+                output: Tensor = self.plain(x)
+                return output
+            finally:
+                own.update(before)
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            if replaced:
+                if len(args) != 1 or kwargs:
+                    raise NotStackableError("a norm that is trained takes more than one tensor")
+                tensors = {name: self._tensor(name, batch) for name in replaced}
+                output = torch.vmap(of_one)(tensors, batch.apart(args[0])).flatten(0, 1)
+            else:
+                output = self.plain(*args, **kwargs)
+            for name in added:
+                vector = self._tensor(name, batch)
+                assert vector is not None
+                rows = batch.apart(output)
+                output = (rows + _beside(vector, rows)).flatten(0, 1)
+            for effect in sequential:
+                hidden = output[0] if isinstance(output, tuple) else output
+                changed = hidden + batch.effect(effect, batch.apart(hidden)).flatten(0, 1)
+                output = (changed, *output[1:]) if isinstance(output, tuple) else changed
+            return output
+
+        return forward
+
+
+def _beside(vector: Tensor, rows: Tensor) -> Tensor:
+    """View (clients, d) so that it is added to (clients, rows, ..., d)."""
+    return vector.view(len(vector), *[1] * (rows.dim() - 2), vector.shape[-1])
+
+
+def _low_rank(branch: LowRankBranch, trainables: tuple[Tensor, ...], x: Tensor) -> Tensor:
+    """Compute scale * (x A^T) B^T of each client: (clients, tokens, out)."""
+    before = branch.trainables
+    branch.trainables = trainables
+    try:
+        down, up = branch.factors()  # either may be shared
+    finally:
+        branch.trainables = before
+    return branch.scaled(x @ down.mT) @ up.mT
+
+
+class _MaskedByClient(torch.autograd.Function):
+    """x_b (W0 + scatter(v_b))^T for each client b."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: Tensor, weight: Tensor, entries: SparseIndex, transposed: bool, changes: Tensor
+    ) -> Tensor:
+        ctx.save_for_backward(x, weight, changes)
+        ctx.entries, ctx.transposed = entries, transposed
+        matrices = _weights(weight, entries, changes)
+        return torch.bmm(x, matrices if transposed else matrices.mT)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
+        x, weight, changes = ctx.saved_tensors
+        gradients = torch.bmm(x.mT, g) if ctx.transposed else torch.bmm(g.mT, x)
+        of_changes = gradients.flatten(1).index_select(1, ctx.entries.flat)
+        del gradients
+        of_x = None
+        if ctx.needs_input_grad[0]:
+            matrices = _weights(weight, ctx.entries, changes)
+            of_x = torch.bmm(g, matrices.mT if ctx.transposed else matrices)
+        return of_x, None, None, None, of_changes
+
+
+def _weights(weight: Tensor, entries: SparseIndex, changes: Tensor) -> Tensor:
+    """Make the weight of each client, (clients, *weight.shape), of changes (clients, k)."""
+    matrices = weight.detach().expand(len(changes), *weight.shape).clone()
+    places, numbers = entries.flat.long(), entries.start + changes
+    matrices.flatten(1).index_copy_(1, places, numbers.to(matrices.dtype))
+    return matrices
+
