@@ -60,9 +60,7 @@ class ClientStack:
                 module.write(values[place].to(storage.flat), seed)
             own.copy_(storage.flat)
         # Where each stretch of the flat storage lies: by kind, in the order of the storage.
-        stretches = sorted(
-            (group.storage_offset(), kind) for kind, group in storage.groups.items()
-        )
+        stretches = sorted((group.storage_offset(), kind) for kind, group in storage.groups.items())
         sizes = [storage.groups[kind].numel() for _, kind in stretches]
         self._order = [kind for _, kind in stretches]
         parts = [
@@ -70,7 +68,9 @@ class ClientStack:
             for (first, _), size in zip(stretches, sizes, strict=True)
         ]
         self._whole = dict(zip(self._order, parts, strict=True))
-        self._ends = [(first, first + size) for (first, _), size in zip(stretches, sizes, strict=True)]
+        self._ends = [
+            (first, first + size) for (first, _), size in zip(stretches, sizes, strict=True)
+        ]
         self.groups = {kind: nn.Parameter(self._whole[kind]) for kind in storage.groups}
         self._batch = ClientRows()
         self._sites = _sites_of(pet)
@@ -92,18 +92,18 @@ class ClientStack:
         pet = self._pet
         for site in pet._sites:
             site.remove()
-        before = {site.module: site.module.__dict__.get("forward") for site in self._sites}
+        before = {own.module: own.module.__dict__.get("forward") for own in self._sites}
         try:
-            for site in self._sites:
-                site.module.forward = site.forward(self._batch)
+            for changed in self._sites:
+                changed.module.forward = changed.forward(self._batch)
             yield
         finally:
             for module, forward in before.items():
                 del module.forward
                 if forward is not None:
                     module.forward = forward
-            for own in pet._sites:
-                own.install(pet._gated)
+            for site in pet._sites:
+                site.install(pet._gated)
 
     def __call__(self, inputs: Mapping[str, Tensor]) -> Any:
         """Call the model, within `installed`.
@@ -180,7 +180,8 @@ class ClientStack:
             pairs = [(found[client], alone.detach())]
             for kind, group in storage.groups.items():
                 gradient = self.groups[kind].grad
-                assert gradient is not None and group.grad is not None
+                assert gradient is not None
+                assert group.grad is not None
                 pairs.append((gradient[client], group.grad))
             for one, other in pairs:
                 if not _are_close(one, other, next(pet.model.parameters()).dtype):

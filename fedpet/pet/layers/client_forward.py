@@ -62,7 +62,7 @@ class ClientRows:
                 f"a module that is trained takes an input of shape {tuple(x.shape)}, and not a row "
                 "a text"
             )
-        return x.unflatten(0, (self.clients, self.rows))
+        return x.reshape(self.clients, self.rows, *x.shape[1:])
 
     def effect(self, module: GatedModule, x: Tensor | None) -> Tensor:
         """Compute each client's effect, of its rows of x: (clients, rows, ...); (clients, ...)."""
@@ -172,7 +172,8 @@ class ClientSite:
             if replaced:
                 if len(args) != 1 or kwargs:
                     raise NotStackableError("a norm that is trained takes more than one tensor")
-                tensors = {name: self._tensor(name, batch) for name in replaced}
+                found = {name: self._tensor(name, batch) for name in replaced}
+                tensors = {name: tensor for name, tensor in found.items() if tensor is not None}
                 output = torch.vmap(of_one)(tensors, batch.apart(args[0])).flatten(0, 1)
             else:
                 output = self.plain(*args, **kwargs)
@@ -238,4 +239,3 @@ def _weights(weight: Tensor, entries: SparseIndex, changes: Tensor) -> Tensor:
     places, numbers = entries.flat.long(), entries.start + changes
     matrices.flatten(1).index_copy_(1, places, numbers.to(matrices.dtype))
     return matrices
-
