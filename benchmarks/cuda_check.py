@@ -35,6 +35,8 @@ GROUPS = (
     {"sampled": 0.15},
     {"precision": 0.15},
     {"rotation": 0.1},
+    {"clients": 0.4},
+    {"large": 0.3},
 )
 FLOOR = "bitfit (torch)"
 SPARE = 10.0  # s that a section is given to stop by itself, before it is stopped

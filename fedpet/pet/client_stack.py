@@ -139,10 +139,26 @@ class ClientStack:
         return pieces
 
     @torch.no_grad()
-    def delta(self, client: int) -> np.ndarray:
-        """Return a client's values, (num_values,). The model goes there."""
-        self._go_to(client)
-        return self._pet.get_delta().numpy()
+    def deltas(self) -> np.ndarray:
+        """Return the values of all clients, those that left included: float32, (all, num_values).
+
+        The model goes to the point of one of them.
+        """
+        pet = self._pet
+        flat = torch.cat([self._whole[kind] for kind in self._order], dim=1)  # (all, n)
+        values = flat.new_empty(len(flat), pet.num_values)
+        for place, stretch in pet._direct:
+            values[:, place] = flat[:, stretch]
+        for module, place in pet._indirect:
+            if isinstance(module, MaskedWeights):
+                first = module.trainables[0].storage_offset()
+                changes = flat[:, first : first + module.num_values]
+                values[:, place] = module.by_rank(changes)
+                continue
+            for client in range(len(flat)):
+                self._go_to(client)
+                values[client, place] = module.read()
+        return values.to(device="cpu", dtype=torch.float32).numpy()
 
     def _go_to(self, client: int) -> None:
         flat = self._pet._storage.flat

@@ -105,7 +105,7 @@ def train_at_once(
     with _passes(pet, run.stack, rows, config):
         run.train()
     losses, seen, failures = run.outcome()
-    values = [run.stack.delta(place) for place in range(len(order))]
+    values = run.stack.deltas()
     spent = (time.perf_counter() - began) / max(sum(map(len, batches)), 1)
     outcomes: dict[int, TrainedClient | TrainingError] = {}
     for place, index in enumerate(order):
