@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cuda_check, cuda_costs, cuda_laws, cuda_models, cuda_sections
+from benchmarks import cuda_check, cuda_clients, cuda_costs, cuda_laws, cuda_models, cuda_sections
 from fedpet.pet.model import PetModel
 
 
@@ -51,6 +51,18 @@ def test_the_rotation_by_torch_gives_the_bits_of_numpy() -> None:
 def test_the_sampled_product_is_compared_with_the_dense_one() -> None:
     for row in _found("sampled").values():
         assert row["sampled_addmm"]["error"] < 1e-5
+
+
+@pytest.mark.parametrize("section", ["clients", "large"])
+def test_clients_at_once_are_timed_beside_each_alone_and_differ_by_rounding(section: str) -> None:
+    found = _found(section)
+    differences = [value for name, value in found.items() if name.endswith("difference")]
+    assert len(differences) == (1 if section == "large" else len(cuda_clients.METHODS))
+    for difference in differences:
+        for row in difference.values():
+            assert row["most"] < 1e-5 < 1e-3 < row["moved"]
+    timed = [value["trained"] for name, value in found.items() if name.endswith("at once")]
+    assert timed == [2 if section == "large" else 6] * len(differences)
 
 
 def test_a_section_that_fails_says_so_and_leaves_the_others_findings(
