@@ -59,19 +59,13 @@ class ClientStack:
             for module, place in drawn:
                 module.write(values[place].to(storage.flat), seed)
             own.copy_(storage.flat)
-        # Where each stretch of the flat storage lies: by kind, in the order of the storage.
-        stretches = sorted((group.storage_offset(), kind) for kind, group in storage.groups.items())
-        sizes = [storage.groups[kind].numel() for _, kind in stretches]
-        self._order = [kind for _, kind in stretches]
-        parts = [
-            flat[:, first : first + size].contiguous()
-            for (first, _), size in zip(stretches, sizes, strict=True)
-        ]
-        self._whole = dict(zip(self._order, parts, strict=True))
-        self._ends = [
-            (first, first + size) for (first, _), size in zip(stretches, sizes, strict=True)
-        ]
-        self.groups = {kind: nn.Parameter(self._whole[kind]) for kind in storage.groups}
+        # Each kind's stretch of the flat storage; in a tier there are gaps between them.
+        self._stretches = {
+            kind: slice(group.storage_offset(), group.storage_offset() + group.numel())
+            for kind, group in storage.groups.items()
+        }
+        self._whole = {k: flat[:, stretch].contiguous() for k, stretch in self._stretches.items()}
+        self.groups = {kind: nn.Parameter(whole) for kind, whole in self._whole.items()}
         self._batch = ClientRows()
         self._sites = _sites_of(pet)
 
@@ -117,15 +111,15 @@ class ClientStack:
         batch = self._batch
         batch.clients = self.clients
         batch.rows = len(next(iter(inputs.values()))) // batch.clients
-        batch.stacked = self._stacked()
+        self._take_apart()
         try:
             return self._pet.model(**inputs)
         finally:
-            batch.stacked = {}
+            batch.stacked, batch.written = {}, {}
 
-    def _stacked(self) -> dict[int, tuple[Tensor, ...]]:
+    def _take_apart(self) -> None:
         """View the groups as trainables: split once, so that their gradients are joined once."""
-        pieces: dict[int, tuple[Tensor, ...]] = {}
+        pieces = self._batch.stacked
         for kind, group in self.groups.items():
             modules = [module for module in self._pet._pet_modules if module.kind == kind]
             shapes = [shape for module in modules for shape in module.shapes]
@@ -134,9 +128,10 @@ class ClientStack:
                 own = tuple(next(split).view(len(group), *shape) for shape in module.shapes)
                 pieces[id(module)] = own
                 if isinstance(module, MaskedWeights):
-                    for weight, part in zip(module.weights, own, strict=True):
+                    numbers = module.numbers(group.detach())
+                    for weight, part, written in zip(module.weights, own, numbers, strict=True):
                         pieces[id(weight)] = (part,)
-        return pieces
+                        self._batch.written[id(weight)] = written
 
     @torch.no_grad()
     def deltas(self) -> np.ndarray:
@@ -145,7 +140,10 @@ class ClientStack:
         The model goes to the point of one of them.
         """
         pet = self._pet
-        flat = torch.cat([self._whole[kind] for kind in self._order], dim=1)  # (all, n)
+        clients = len(next(iter(self._whole.values())))
+        flat = pet._storage.flat.repeat(clients, 1)  # (all, n)
+        for kind, stretch in self._stretches.items():
+            flat[:, stretch] = self._whole[kind]
         values = flat.new_empty(len(flat), pet.num_values)
         for place, stretch in pet._direct:
             values[:, place] = flat[:, stretch]
@@ -162,8 +160,8 @@ class ClientStack:
 
     def _go_to(self, client: int) -> None:
         flat = self._pet._storage.flat
-        for kind, (start, stop) in zip(self._order, self._ends, strict=True):
-            flat[start:stop] = self._whole[kind][client]
+        for kind, stretch in self._stretches.items():
+            flat[stretch] = self._whole[kind][client]
 
     def check(self, inputs: Mapping[str, Tensor]) -> None:
         """Compare passes of all clients with those of each, at random points.

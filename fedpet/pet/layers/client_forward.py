@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fedpet.pet.kernels.sparse_index import SparseIndex
 from fedpet.pet.modules.base import GatedModule, PetModule, is_dense, is_transposed
 from fedpet.pet.modules.lora import LowRankBranch
 from fedpet.pet.modules.masked_weight import MaskedWeight
@@ -41,15 +40,21 @@ class ClientRows:
         clients: How many there are.
         rows: Rows of each.
         stacked: The trainables of each PET module, (clients, ...); of each weight of the mask.
+        written: Of each weight of the mask: the positions, and the numbers there.
     """
 
     clients: int = 0
     rows: int = 0
     stacked: dict[int, tuple[Tensor, ...]] = field(default_factory=dict)
+    written: dict[int, tuple[Tensor, Tensor]] = field(default_factory=dict)
 
     def of(self, part: PetModule | MaskedWeight) -> tuple[Tensor, ...]:
         """Return the trainables of a PET module, or of one weight of the mask."""
         return self.stacked[id(part)]
+
+    def masked(self, part: MaskedWeight) -> tuple[Tensor, Tensor]:
+        """Return the mask's positions in a weight, (k,), and the numbers there, (clients, k)."""
+        return self.written[id(part)]
 
     def apart(self, x: Tensor) -> Tensor:
         """View (clients * rows, ...) as (clients, rows, ...).
@@ -121,27 +126,26 @@ class ClientSite:
         return found
 
     def _dense(self, batch: ClientRows) -> Forward:
-        own = self.module._parameters
+        shared = self.module._parameters["weight"]
         transposed, mask = is_transposed(self.module), self.mask
         parallel, sequential = self._at("parallel"), self._at("sequential")
 
         def forward(x: Tensor) -> Tensor:
+            assert shared is not None
             rows = batch.apart(x)
             flat = rows.flatten(1, -2)  # (clients, tokens, in)
             bias = self._tensor("bias", batch)
             if mask is not None:
-                y = _MaskedByClient.apply(  # type: ignore[no-untyped-call]
-                    flat, own["weight"], mask.entries, transposed, batch.of(mask)[0]
-                )
+                weights = _MaskedWeights(shared, *batch.masked(mask), transposed)
+                changes = batch.of(mask)[0]
+                y = _MaskedByClient.apply(flat, bias, weights, changes)  # type: ignore[no-untyped-call]
             else:
                 weight = self._tensor("weight", batch)
                 assert weight is not None
-                y = flat @ (weight if transposed else weight.mT)
-            if bias is not None:
-                y = y + (bias if bias.dim() == 1 else bias[:, None])
+                y = _product(flat, weight if transposed else weight.mT, bias)
             for effect in parallel:
                 if isinstance(effect, LowRankBranch):
-                    y = y + _low_rank(effect, batch.of(effect), flat)
+                    y = _add_low_rank(y, effect, batch.of(effect), flat)
                 else:
                     y = y + batch.effect(effect, flat)
             for effect in sequential:
@@ -196,46 +200,67 @@ def _beside(vector: Tensor, rows: Tensor) -> Tensor:
     return vector.view(len(vector), *[1] * (rows.dim() - 2), vector.shape[-1])
 
 
-def _low_rank(branch: LowRankBranch, trainables: tuple[Tensor, ...], x: Tensor) -> Tensor:
-    """Compute scale * (x A^T) B^T of each client: (clients, tokens, out)."""
+def _product(x: Tensor, matrix: Tensor, bias: Tensor | None) -> Tensor:
+    """Multiply (clients, tokens, in) by (in, out) or (clients, in, out), and add the bias."""
+    if matrix.dim() == 2 and (bias is None or bias.dim() == 1):
+        return nn.functional.linear(x, matrix.mT, bias)
+    if bias is not None and bias.dim() == 2:
+        bias = bias[:, None]
+    if matrix.dim() == 2 or bias is None:
+        return x @ matrix if bias is None else x @ matrix + bias
+    return torch.baddbmm(bias, x, matrix)
+
+
+def _add_low_rank(
+    y: Tensor, branch: LowRankBranch, trainables: tuple[Tensor, ...], x: Tensor
+) -> Tensor:
+    """Compute y + scale * (x A^T) B^T of each client: (clients, tokens, out)."""
     before = branch.trainables
     branch.trainables = trainables
     try:
         down, up = branch.factors()  # either may be shared
     finally:
         branch.trainables = before
-    return branch.scaled(x @ down.mT) @ up.mT
+    return torch.baddbmm(y, branch.scaled(x @ down.mT), up.mT)
+
+
+@dataclass(frozen=True)
+class _MaskedWeights:
+    """A weight with the numbers of each client at the positions of its mask."""
+
+    shared: Tensor
+    places: Tensor  # int64, (k,), flat
+    numbers: Tensor  # (clients, k): w0 + v
+    transposed: bool  # shared is (in, out)
+
+    def each(self) -> Tensor:
+        """Make the matrix of each client: (clients, in, out)."""
+        matrices = self.shared.detach().expand(len(self.numbers), *self.shared.shape).clone()
+        matrices.flatten(1).index_copy_(1, self.places, self.numbers)
+        return matrices if self.transposed else matrices.mT
+
+    def gradient(self, x: Tensor, g: Tensor) -> Tensor:
+        """Compute that of v, (clients, k), of an input and the gradient of the product with it."""
+        whole = torch.bmm(x.mT, g) if self.transposed else torch.bmm(g.mT, x)
+        return whole.flatten(1).index_select(1, self.places)
 
 
 class _MaskedByClient(torch.autograd.Function):
-    """x_b (W0 + scatter(v_b))^T for each client b."""
+    """x_b (W0 + scatter(v_b))^T + bias, for each client b."""
 
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Tensor, entries: SparseIndex, transposed: bool, changes: Tensor
+        ctx: Any, x: Tensor, bias: Tensor | None, weights: _MaskedWeights, changes: Tensor
     ) -> Tensor:
-        ctx.save_for_backward(x, weight, changes)
-        ctx.entries, ctx.transposed = entries, transposed
-        matrices = _weights(weight, entries, changes)
-        return torch.bmm(x, matrices if transposed else matrices.mT)
+        ctx.save_for_backward(x)
+        ctx.weights = weights
+        return _product(x, weights.each(), bias)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, changes = ctx.saved_tensors
-        gradients = torch.bmm(x.mT, g) if ctx.transposed else torch.bmm(g.mT, x)
-        of_changes = gradients.flatten(1).index_select(1, ctx.entries.flat)
-        del gradients
-        of_x = None
-        if ctx.needs_input_grad[0]:
-            matrices = _weights(weight, ctx.entries, changes)
-            of_x = torch.bmm(g, matrices.mT if ctx.transposed else matrices)
-        return of_x, None, None, None, of_changes
-
-
-def _weights(weight: Tensor, entries: SparseIndex, changes: Tensor) -> Tensor:
-    """Make the weight of each client, (clients, *weight.shape), of changes (clients, k)."""
-    matrices = weight.detach().expand(len(changes), *weight.shape).clone()
-    places, numbers = entries.flat.long(), entries.start + changes
-    matrices.flatten(1).index_copy_(1, places, numbers.to(matrices.dtype))
-    return matrices
+        (x,) = ctx.saved_tensors
+        needs_x, needs_bias, *_ = ctx.needs_input_grad
+        of_changes = ctx.weights.gradient(x, g)
+        of_x = torch.bmm(g, ctx.weights.each().mT) if needs_x else None
+        return of_x, g.sum(1) if needs_bias else None, None, of_changes

@@ -93,6 +93,11 @@ class MaskedWeights(PetModule):
         places = self._entries.rank.to(torch.int64)
         return torch.empty_like(changes).index_copy_(-1, places, changes)
 
+    def numbers(self, changes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return of each weight the positions, int64, (k,), and w0 + v there: (..., k)."""
+        split = torch.split(self._entries.start + changes, self._sizes, dim=-1)
+        return [(places, own) for (_, places), own in zip(self._places(), split, strict=True)]
+
     def write_weights(self) -> None:
         """Write w0 + v into the weights, under no_grad."""
         self._put(self._entries.start + self._changes)
