@@ -14,6 +14,7 @@ Source: ours; a stack of parameters as in `torch.func`'s ensembles of models.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
@@ -104,18 +105,16 @@ def train_at_once(
     )
     with _passes(pet, run.stack, rows, config):
         run.train()
-    losses, seen, failures = run.outcome()
     values = run.stack.deltas()
     spent = (time.perf_counter() - began) / max(sum(map(len, batches)), 1)
     outcomes: dict[int, TrainedClient | TrainingError] = {}
-    for place, index in enumerate(order):
-        if failures[place]:
-            outcomes[index] = no_number(losses[place], failures[place])
+    for index, own, outcome in zip(order, values, run.outcomes(), strict=True):
+        if isinstance(outcome, TrainingError):
+            outcomes[index] = outcome
             continue
-        mean = losses[place] / max(seen[place], 1)
         seconds = spent * len(batches[index])
-        result = TrainResult(len(clients[index].indices), mean, seconds)
-        outcomes[index] = TrainedClient(values[place], result)
+        result = TrainResult(len(clients[index].indices), outcome, seconds)
+        outcomes[index] = TrainedClient(own, result)
     return [outcomes[index] for index in range(len(clients))]
 
 
@@ -147,10 +146,7 @@ class _Run:
             weight_decay=config.weight_decay,
         )
         self._start = {kind: group.detach()[:1].clone() for kind, group in stack.groups.items()}
-        self._total = torch.zeros(len(batches), dtype=torch.float64, device=group.device)
-        self._last = torch.zeros_like(self._total)
-        self._seen = torch.zeros(len(batches), dtype=torch.int64, device=group.device)
-        self._failed_at = torch.zeros_like(self._seen)
+        self._losses: list[Tensor] = []  # of each step, (clients,)
 
     def train(self) -> None:
         """Take all steps."""
@@ -162,7 +158,7 @@ class _Run:
 
     def _step(self, chosen: Sequence[np.ndarray]) -> None:
         most = max(map(len, chosen))
-        counts = torch.tensor([len(own) for own in chosen], device=self._device)
+        counts = torch.tensor([len(own) for own in chosen]).to(self._device)
         # A client with fewer rows shows its first again, and it counts nothing.
         filled = [np.concatenate([own, own[:1].repeat(most - len(own))]) for own in chosen]
         inputs, labels = inputs_of(self._rows, np.concatenate(filled), self._device)
@@ -179,7 +175,7 @@ class _Run:
         with torch.no_grad():
             self._pull_and_clip()
         self._optimizer.step()
-        self._note(losses.detach().double(), counts)
+        self._losses.append(losses.detach())
 
     def _pull_and_clip(self) -> None:
         """Add FedProx's gradient, then clip each client's whole gradient."""
@@ -196,16 +192,6 @@ class _Run:
             for gradient in gradients:
                 gradient.mul_(factors[:, None])
 
-    def _note(self, losses: Tensor, counts: Tensor) -> None:
-        """Add to the sums; nothing waits for the device."""
-        active = slice(len(losses))
-        failed_before = self._failed_at[active] > 0
-        self._seen[active] += torch.where(failed_before, 0, counts)
-        self._total[active] += losses * counts
-        self._last[active] = torch.where(failed_before, self._last[active], losses)
-        failed = ~failed_before & ~self._total[active].isfinite()
-        self._failed_at[active] = torch.where(failed, self._seen[active], self._failed_at[active])
-
     def _keep(self, active: int) -> None:
         self.stack.keep(active)
         for group in self.stack.groups.values():
@@ -214,15 +200,18 @@ class _Run:
                 if isinstance(tensor, Tensor) and tensor.dim():
                     state[name] = tensor[:active]
 
-    def outcome(self) -> tuple[list[float], list[int], list[int]]:
-        """Return each client's sum of losses, rows seen, and rows at which its loss was no number.
-
-        Of a client that failed, the loss that was none stands for the sum; of others 0 for the
-        last.
-        """
-        failed = self._failed_at > 0
-        sums = torch.where(failed, self._last, self._total)
-        return sums.tolist(), self._seen.tolist(), self._failed_at.tolist()
+    def outcomes(self) -> Iterator[float | TrainingError]:
+        """Yield each client's mean loss over the rows seen; the error of one that was no number."""
+        losses = [step.cpu().tolist() for step in self._losses]
+        for client, batches in enumerate(self._batches):
+            total, seen, error = 0.0, 0, None
+            for step, chosen in zip(losses, batches, strict=False):
+                total += step[client] * len(chosen)
+                seen += len(chosen)
+                if not math.isfinite(total):
+                    error = no_number(step[client], seen)
+                    break
+            yield error or total / max(seen, 1)
 
 
 @contextmanager
