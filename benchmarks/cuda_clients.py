@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import textwrap
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from fedpet.training.at_once import ClientWork, TrainedClient, train_at_once
 from fedpet.training.loop import train_rows
 
 CLIENTS = 1000
-AT_ONCE = (8, 32, 128)
+AT_ONCE, LARGE_AT_ONCE = (8, 32, 128), (2, 8)
 TASK = Task("classification", ("no", "yes"), "accuracy")
 # As `make run`: some twenty short texts a client, eight a batch.
 FEWEST, MOST = 12, 28
@@ -41,6 +42,7 @@ def clients_at_once(place: Place) -> None:
     size = "tiny" if place.tiny else "minilm"
     count, sample = (6, 2) if place.tiny else (CLIENTS, 24)
     rows, clients = _population(count)
+    place.found("gpu", _name_of(place))
     for method, (density, names, first_token) in METHODS.items():
         config = TrainingConfig(cls_only=first_token)
         with noted(place, method):
@@ -59,6 +61,7 @@ def large_model(place: Place) -> None:
     """Train some clients of a Llama of 1.1 billion parameters, random and in float32."""
     started = time.perf_counter()
     base = _llama(place)
+    place.found("gpu", _name_of(place))
     found: dict[str, Any] = {
         "parameters": sum(p.numel() for p in base.model.parameters()),
         "model_s": round(time.perf_counter() - started, 2),
@@ -76,10 +79,47 @@ def large_model(place: Place) -> None:
     sample = clients[:2]
     place.found("difference", job.difference(sample))
     place.found("one by one", job.one_by_one(sample, len(clients)))
-    for most in (2,) if place.tiny else (2, 8):
+    for most in LARGE_AT_ONCE[:1] if place.tiny else LARGE_AT_ONCE:
         if place.left() > 15:
             with noted(place, f"{most} at once"):
                 place.found(f"{most} at once", job.at_once(clients[:most], most))
+
+
+def as_text(found: dict[str, dict[str, Any]]) -> str:
+    """Return a Markdown table of a round's training, and a paragraph on the large model.
+
+    Args:
+        found: The sections "clients" and "large"; others are left alone.
+    """
+    lines: list[str] = []
+    if "clients" in found:
+        rows = found["clients"]
+        ways = ["one by one", *(f"{most} at once" for most in AT_ONCE)]
+        lines += [f"| | {' | '.join(ways)} | peak MB |", "|---|" + "---:|" * (len(ways) + 1)]
+        for method in METHODS:
+            cells = [rows[f"{method}: {way}"] for way in ways]
+            seconds = " | ".join(f"{cell[f's_for_{CLIENTS}']:.1f}" for cell in cells)
+            lines.append(f"| {method} | {seconds} | {cells[-1]['peak_MB']:,.0f} |")
+        apart = max(rows[f"{method}: difference"]["sgd"]["most"] for method in METHODS)
+        text = (
+            f"Seconds to train the {CLIENTS:,} clients of a round on one {rows['gpu']}: MiniLM's "
+            f"size, {FEWEST} to {MOST} rows of {SHORTEST} to {LONGEST} tokens each, one epoch in "
+            "batches of eight, float32; one by one is a sample, scaled. Values of a client differ "
+            f"between the ways by {apart:.0e} at most after SGD, rounding alone."
+        )
+        lines += ["", textwrap.fill(text, 103, break_on_hyphens=False)]
+    if "large" in found:
+        rows = found["large"]
+        model, most = rows["model"], f"{LARGE_AT_ONCE[-1]} at once"
+        text = (
+            f"A Llama of {model['parameters'] / 1e9:.2f} billion random parameters in float32 on "
+            f"one {rows['gpu']}: the mask of {model['mask_values']:,} values takes "
+            f"{model['mask_s']:.0f} s, a client {rows['one by one']['ms_a_client'] / 1e3:.2f} s "
+            f"alone and {rows[most]['ms_a_client'] / 1e3:.2f} s of {most}, at peaks of "
+            f"{rows['one by one']['peak_MB'] / 1e3:.1f} and {rows[most]['peak_MB'] / 1e3:.1f} GB."
+        )
+        lines += ["", textwrap.fill(text, 103, break_on_hyphens=False)]
+    return "\n".join(lines).strip()
 
 
 class _Job:
@@ -175,6 +215,10 @@ class _Job:
         if self._place.device == "cuda":
             found["peak_MB"] = round(torch.cuda.max_memory_allocated() / 1e6, 1)
         return found
+
+
+def _name_of(place: Place) -> str:
+    return torch.cuda.get_device_name() if place.device == "cuda" else "processor"
 
 
 def _population(count: int) -> tuple[Rows, list[ClientWork]]:

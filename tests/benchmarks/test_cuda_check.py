@@ -106,6 +106,23 @@ def test_the_table_has_a_row_a_method_relative_to_bitfit_and_says_what_bounds_a_
     assert "| full | 1.01 | 2.00 |" in cuda_check.as_text(found)
 
 
+def test_the_text_tells_seconds_of_a_round_by_clients_at_once_and_a_large_models_peak() -> None:
+    timed = {"ms_a_client": 50.0, f"s_for_{cuda_clients.CLIENTS}": 50.0, "peak_MB": 2000.0}
+    ways = ["one by one", *(f"{most} at once" for most in cuda_clients.AT_ONCE)]
+    clients: dict[str, Any] = {"gpu": "card"}
+    for method in cuda_clients.METHODS:
+        clients[f"{method}: difference"] = {"sgd": {"most": 2e-7}}
+        clients |= {f"{method}: {way}": timed for way in ways}
+    model = {"parameters": 1.12e9, "mask_values": 1_056_964, "mask_s": 7.2}
+    large = {"gpu": "card", "model": model, "one by one": timed, "8 at once": timed}
+    sections = json.loads(RESULT.read_text(encoding="utf-8"))
+    shown = cuda_check.as_text(sections | {"clients": clients, "large": large})
+    assert "| mask-0.5% | 50.0 | 50.0 | 50.0 | 50.0 | 2,000 |" in shown
+    assert "by 2e-07 at most" in " ".join(shown.split())
+    assert "1.12 billion random parameters in float32 on one card" in " ".join(shown.split())
+    assert "of 8 at once, at peaks of 2.0 and 2.0 GB" in " ".join(shown.split())
+
+
 def test_the_committed_result_holds_every_law_and_names_no_place_on_a_machine() -> None:
     text = RESULT.read_text(encoding="utf-8")
     found = json.loads(text)
