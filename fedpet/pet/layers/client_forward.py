@@ -236,13 +236,13 @@ class _MaskedWeights:
     def each(self) -> Tensor:
         """Make the matrix of each client: (clients, in, out)."""
         matrices = self.shared.detach().expand(len(self.numbers), *self.shared.shape).clone()
-        matrices.flatten(1).index_copy_(1, self.places, self.numbers)
+        matrices.flatten(1).index_copy_(1, self.places, self.numbers.to(matrices.dtype))
         return matrices if self.transposed else matrices.mT
 
     def gradient(self, x: Tensor, g: Tensor) -> Tensor:
         """Compute that of v, (clients, k), of an input and the gradient of the product with it."""
         whole = torch.bmm(x.mT, g) if self.transposed else torch.bmm(g.mT, x)
-        return whole.flatten(1).index_select(1, self.places)
+        return whole.flatten(1).index_select(1, self.places).to(self.numbers.dtype)
 
 
 class _MaskedByClient(torch.autograd.Function):
