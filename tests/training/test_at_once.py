@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -249,7 +249,9 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     return tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
 
 
-def run(folders: tuple[Path, Path], out: Path, **changes: object) -> np.ndarray:
+def run(
+    folders: tuple[Path, Path], out: Path, refused: Sequence[str] = (), **changes: object
+) -> np.ndarray:
     from fedpet.client.node import Node
     from fedpet.client.node_config import NodeConfig
     from fedpet.run.federate import federate, prepare
@@ -260,7 +262,7 @@ def run(folders: tuple[Path, Path], out: Path, **changes: object) -> np.ndarray:
     grid = LocalGrid({1: Node(NodeConfig.from_experiment(settings)).answer})
     result = federate(grid, prepare(settings, Silent()), new_run_folder(settings), Silent())
     assert result["run"]["status"] == "ok"
-    assert not result["refused"]
+    assert [one["reason"] for one in result["refused"]] == [*refused]
     values: np.ndarray = np.load(out / "checkpoint" / "values.npy")
     return values
 
@@ -284,6 +286,21 @@ def test_a_run_with_clients_at_once_is_the_run_with_each_alone(
     assert sizes
     assert set(sizes) <= {2, 3}
     np.testing.assert_allclose(at_once, one_by_one, rtol=0, atol=1e-5)
+
+
+def test_a_client_that_fails_among_others_is_refused_alone(
+    folders: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import fedpet.client.train_client as module
+
+    plain: Callable[..., Any] = module.train_at_once
+
+    def first_fails(*others: Any, **more: Any) -> Any:
+        return [TrainingError("the training loss became nan"), *plain(*others, **more)[1:]]
+
+    monkeypatch.setattr(module, "train_at_once", first_fails)
+    more: dict[str, object] = {"training_clients_at_once": 4, "strategy_num_rounds": 1}
+    run(folders, tmp_path / "many", refused=["the training loss became nan"], **more)
 
 
 def test_clients_that_cannot_be_trained_at_once_are_trained_alone_and_that_is_told(
