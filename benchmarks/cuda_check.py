@@ -35,6 +35,8 @@ GROUPS = (
     {"sampled": 0.15},
     {"precision": 0.15},
     {"rotation": 0.1},
+    {"clients": 0.4},
+    {"large": 0.3},
 )
 FLOOR = "bitfit (torch)"
 SPARE = 10.0  # s that a section is given to stop by itself, before it is stopped
@@ -178,7 +180,7 @@ def _summary(sections: dict[str, dict[str, Any]]) -> dict[str, Any]:
 
 
 def as_text(sections: dict[str, dict[str, Any]]) -> str:
-    """Return a Markdown table of steps as multiples of BitFit's, and a paragraph on their cost.
+    """Return Markdown: steps as multiples of BitFit's, their cost, clients at once where measured.
 
     Args:
         sections: As FOLDER/cuda_check.json holds them.
@@ -188,6 +190,9 @@ def as_text(sections: dict[str, dict[str, Any]]) -> str:
         if isinstance(row, dict):
             model, batch, method = name.split(" ", 2)
             steps.setdefault(f"{model}, {batch.replace('x', ' x ')}", {})[method] = row
+    # Here, so that a check that runs its sections elsewhere needs no torch.
+    from benchmarks.cuda_clients import as_text as clients_as_text
+
     largest = "bert-base, 32 x 128"
     lines = [
         f"| | {' | '.join(steps)} | {largest}, peak MB |",
@@ -217,7 +222,10 @@ def as_text(sections: dict[str, dict[str, Any]]) -> str:
         f"{'; '.join(busy)}. Small steps are bound by launches from Python, not by arithmetic: "
         "there a mask saves memory and no time (`python -m benchmarks.cuda_check`)."
     )
-    return "\n".join(lines) + "\n\n" + textwrap.fill(paragraph, 103, break_on_hyphens=False)
+    lines += ["", textwrap.fill(paragraph, 103, break_on_hyphens=False)]
+    if more := clients_as_text(sections):
+        lines += ["", more]
+    return "\n".join(lines)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from benchmarks import cuda_costs, cuda_laws
+from benchmarks import cuda_clients, cuda_costs, cuda_laws
 from benchmarks.cuda_models import Place
 
 SECTIONS: dict[str, Callable[[Place], None]] = {
@@ -17,4 +17,6 @@ SECTIONS: dict[str, Callable[[Place], None]] = {
     "sampled": cuda_costs.sampled,
     "precision": cuda_costs.precision,
     "rotation": cuda_costs.rotation_there,
+    "clients": cuda_clients.clients_at_once,
+    "large": cuda_clients.large_model,
 }

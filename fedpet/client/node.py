@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import logging
+from collections.abc import Iterator, Sequence
 
 import torch
 from flwr.app import Message
@@ -19,7 +20,7 @@ from fedpet.client.model_cache import LoadedPlan, ModelCache
 from fedpet.client.node_config import NodeConfig
 from fedpet.client.plan_store import PlanStore
 from fedpet.client.state_store import StateStore, state_folder
-from fedpet.client.train_client import train_client
+from fedpet.client.train_client import Outcome, train_client, train_together
 from fedpet.errors import FedpetError, FrameError
 from fedpet.pet.tiers import largest_tier
 from fedpet.protocol.frame import (
@@ -106,9 +107,13 @@ class Node:
         torch.set_num_threads(self.config.threads or loaded.plan.training.threads)
         which = request.which or (0,) * len(request.clients)
         accepted = request.accepted or (0,) * len(request.clients)
+        given = [starts[tier] for tier in which]
+        ahead = _train_ahead(loaded, list(zip(request.clients, given, strict=True)), server_round)
         return b"".join(
-            self._train(loaded, starts[tier], client, server_round, last, state)
-            for client, tier, last in zip(request.clients, which, accepted, strict=True)
+            self._train(loaded, start, client, server_round, last, state, outcome)
+            for client, start, last, outcome in zip(
+                request.clients, given, accepted, ahead, strict=True
+            )
         )
 
     def _register(self, plan: bytes) -> bytes:
@@ -129,6 +134,7 @@ class Node:
         server_round: int,
         accepted: int,
         state: StateStore | None,
+        outcome: Outcome | None,
     ) -> bytes:
         digest, mask = loaded.digest, loaded.plan.mask
         if client not in loaded.rows_of:
@@ -144,7 +150,7 @@ class Node:
             if state is not None and accepted:
                 count = len(start.values)
                 residual = state.accepted_residual(client, server_round, accepted, count)
-            frame, residual = train_client(loaded, start, client, server_round, residual)
+            frame, residual = train_client(loaded, start, client, server_round, residual, outcome)
             if state is not None and residual is not None:
                 state.keep_residual(client, server_round, residual, accepted=accepted)
             return pack_frame(frame)
@@ -171,6 +177,21 @@ def reply(message: Message, config: NodeConfig) -> Message:
     """Answer a Flower message, as a ClientApp's handlers do."""
     answer = get_node(config).answer(from_record(message.content))
     return Message(to_record(answer), reply_to=message)
+
+
+def _train_ahead(
+    loaded: LoadedPlan, clients: Sequence[tuple[int, TierValues]], server_round: int
+) -> Iterator[Outcome | None]:
+    """Yield the outcome of each client that is trained with others; None of one to train alone.
+
+    So many as the plan says are trained when the first of them is asked for.
+    """
+    size = loaded.plan.training.clients_at_once
+    for first in range(0, len(clients), size):
+        batch = clients[first : first + size]
+        outcomes = train_together(loaded, batch, server_round) if len(batch) > 1 else {}
+        for client, _ in batch:
+            yield outcomes.pop(client, None)
 
 
 def _check_feedback(request: Request, plan: Plan) -> None:

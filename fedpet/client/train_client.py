@@ -5,6 +5,11 @@ A plan that searches takes the steps of fedpet/search/on_client.py instead of tr
 
 from __future__ import annotations
 
+import functools
+import itertools
+import logging
+from collections.abc import Sequence
+
 import numpy as np
 import torch
 
@@ -12,14 +17,19 @@ from fedpet.client.global_values import TierValues
 from fedpet.client.model_cache import LoadedPlan
 from fedpet.codec import encode_with_feedback
 from fedpet.errors import TrainingError
+from fedpet.pet.layers.client_forward import NotStackableError
 from fedpet.pet.layout import head_groups, quantisation_groups
 from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame
 from fedpet.search import SearchModel, client_config
+from fedpet.training.at_once import ClientWork, TrainedClient, train_at_once
 from fedpet.training.loop import TrainResult, train_rows
 from fedpet.utils.seeds import derive_seed
 
-__all__ = ["train_client"]
+__all__ = ["Outcome", "train_client", "train_together"]
+
+LOG = logging.getLogger("fedpet")
+Outcome = TrainedClient | TrainingError
 
 
 def train_client(
@@ -28,6 +38,7 @@ def train_client(
     client: int,
     server_round: int,
     residual: np.ndarray | None = None,
+    outcome: Outcome | None = None,
 ) -> tuple[Frame, np.ndarray | None]:
     """Train a client from the global values.
 
@@ -38,6 +49,7 @@ def train_client(
         server_round: Counted from 1.
         residual: With error feedback what the codec lost of the client's last accepted update,
             float32, (values of the tier,); None is nothing.
+        outcome: Of its training, where it was trained with others already.
 
     Returns:
         The frame with the update, and with error feedback the residual that it leaves.
@@ -46,11 +58,16 @@ def train_client(
         TrainingError: The trained values are not finite.
     """
     plan, pet = loaded.plan, loaded.pet
-    seed = derive_seed("client", plan.seed, server_round, client)
+    seed = _seed_of(loaded, client, server_round)
     pet.set_tier(start.tier)
-    pet.set_delta(torch.from_numpy(start.values), seed=seed)
-    result = _train_or_search(loaded, client, server_round, seed)
-    update = pet.get_delta().numpy() - start.values  # (values of the tier,)
+    if outcome is None:
+        pet.set_delta(torch.from_numpy(start.values), seed=seed)
+        result = _train_or_search(loaded, client, server_round, seed)
+        outcome = TrainedClient(pet.get_delta().numpy(), result)
+    elif isinstance(outcome, TrainingError):
+        raise outcome
+    result = outcome.result
+    update = outcome.values - start.values  # (values of the tier,)
     if not np.isfinite(update).all():
         raise TrainingError(
             "the trained values hold NaN or infinity: lower training.learning-rate."
@@ -73,6 +90,62 @@ def train_client(
         payload=payload,
     )
     return frame, residual
+
+
+def train_together(
+    loaded: LoadedPlan, clients: Sequence[tuple[int, TierValues]], server_round: int
+) -> dict[int, Outcome]:
+    """Train clients side by side, those of a tier at once.
+
+    Args:
+        loaded: The plan in force.
+        clients: Their numbers, with the tier and the global values of each.
+        server_round: Counted from 1.
+
+    Returns:
+        By client: its outcome; without those that have to be trained alone.
+    """
+    plan, pet = loaded.plan, loaded.pet
+    outcomes: dict[int, Outcome] = {}
+    if isinstance(pet, SearchModel):
+        return outcomes
+    known = [(c, s) for c, s in clients if c in loaded.rows_of and len(loaded.rows_of[c])]
+    for tier, group in itertools.groupby(
+        sorted(known, key=lambda one: one[1].tier), key=lambda one: one[1].tier
+    ):
+        same_tier = list(group)
+        if len(same_tier) < 2:
+            continue
+        pet.set_tier(tier)
+        work = [
+            ClientWork(loaded.rows_of[client], _seed_of(loaded, client, server_round))
+            for client, _ in same_tier
+        ]
+        try:
+            trained = train_at_once(
+                pet, same_tier[0][1].values, work, loaded.data.train, plan.task, plan.training,
+                progress=plan.progress(server_round),
+            )  # fmt: skip
+        except NotStackableError as error:
+            _tell(str(error))
+            return outcomes
+        except torch.OutOfMemoryError:
+            _tell("memory ran out for so many at once: lower training.clients-at-once")
+            return outcomes
+        except Exception as error:  # each meets its own alone, and touches no other
+            LOG.warning("clients are trained one by one", exc_info=error)
+            return outcomes
+        outcomes |= zip((client for client, _ in same_tier), trained, strict=True)
+    return outcomes
+
+
+@functools.cache
+def _tell(reason: str) -> None:
+    LOG.warning("clients are trained one by one: %s.", reason)
+
+
+def _seed_of(loaded: LoadedPlan, client: int, server_round: int) -> int:
+    return derive_seed("client", loaded.plan.seed, server_round, client)
 
 
 def _train_or_search(loaded: LoadedPlan, client: int, server_round: int, seed: int) -> TrainResult:

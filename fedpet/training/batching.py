@@ -14,11 +14,13 @@ import torch
 from torch import Tensor
 
 from fedpet.backbone.device import to_device
+from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
+    from fedpet.config import TrainingConfig
     from fedpet.data import Rows
 
-__all__ = ["batches", "inputs_of"]
+__all__ = ["batches", "client_batches", "inputs_of"]
 
 BLOCK_BATCHES = 4
 
@@ -43,6 +45,15 @@ def batches(
         cut.extend(part[i : i + batch_size] for i in range(0, len(part), batch_size))
     for index in generator.permutation(len(cut)):
         yield cut[index]
+
+
+def client_batches(
+    indices: np.ndarray, lengths: np.ndarray, config: TrainingConfig, seed: int
+) -> Iterator[np.ndarray]:
+    """Cut all epochs of a client into batches, in the order that `seed` gives."""
+    generator = np.random.default_rng(derive_seed("batches", seed))
+    for _ in range(config.local_epochs):
+        yield from batches(indices, lengths, config.batch_size, generator)
 
 
 def inputs_of(

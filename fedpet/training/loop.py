@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from fedpet.backbone.device import device_of
 from fedpet.config import TrainingConfig
 from fedpet.errors import TrainingError
-from fedpet.training.batching import batches, inputs_of
+from fedpet.training.batching import client_batches, inputs_of
 from fedpet.training.cls_only import first_token_only
 from fedpet.training.loss import client_loss, proximal_gradient
 from fedpet.training.optimizer import make_optimizer, rate_factor
@@ -29,7 +29,7 @@ from fedpet.utils.seeds import derive_seed
 if TYPE_CHECKING:
     from fedpet.data import Rows, Task
 
-__all__ = ["SentValues", "TrainResult", "train_rows"]
+__all__ = ["SentValues", "TrainResult", "no_number", "train_rows"]
 
 # Leaves whose numbers are sent as they are, and functions that give the values that are not.
 SentValues = tuple[Sequence[Tensor], Sequence[Callable[[], Tensor]]]
@@ -103,7 +103,6 @@ def train_rows(
     add_proximal = None
     if config.proximal_mu:
         add_proximal = proximal_gradient(config.proximal_mu, *(sent or (parameters,)))
-    generator = np.random.default_rng(derive_seed("batches", seed))
     if config.dropout:
         torch.manual_seed(derive_seed("dropout", seed))
     device = device_of(model)
@@ -115,7 +114,7 @@ def train_rows(
     if config.cls_only:
         passes = first_token_only(model, inputs_of(rows, indices[:1], device)[0])
     with passes:
-        for chosen in _epochs(indices, rows.lengths, config, generator):
+        for chosen in client_batches(indices, rows.lengths, config, seed):
             inputs, labels = inputs_of(rows, chosen, device)
             loss = loss_of(model(**inputs), labels)
             optimizer.zero_grad(set_to_none=False)
@@ -130,15 +129,13 @@ def train_rows(
             total_loss += float(loss.detach()) * len(chosen)
             seen += len(chosen)
             if not math.isfinite(total_loss):
-                raise TrainingError(
-                    f"the training loss became {float(loss.detach())} after {seen} rows: lower "
-                    "training.learning-rate, or look at this client's rows."
-                )
+                raise no_number(float(loss.detach()), seen)
     return TrainResult(len(indices), total_loss / max(seen, 1), time.perf_counter() - started)
 
 
-def _epochs(
-    indices: np.ndarray, lengths: np.ndarray, config: TrainingConfig, generator: np.random.Generator
-) -> Iterator[np.ndarray]:
-    for _ in range(config.local_epochs):
-        yield from batches(indices, lengths, config.batch_size, generator)
+def no_number(loss: float, seen: int) -> TrainingError:
+    """Return the error of a loss that became NaN or infinite after so many rows."""
+    return TrainingError(
+        f"the training loss became {loss} after {seen} rows: lower training.learning-rate, or look "
+        "at this client's rows."
+    )

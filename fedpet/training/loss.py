@@ -28,7 +28,15 @@ from fedpet.utils.named_callables import NamedCallables
 if TYPE_CHECKING:
     from fedpet.data import Task
 
-__all__ = ["LOSSES", "Loss", "client_loss", "proximal_gradient", "register_loss"]
+__all__ = [
+    "LOSSES",
+    "Loss",
+    "client_loss",
+    "logit_shift",
+    "proximal_gradient",
+    "register_loss",
+    "row_losses",
+]
 
 # Of a model's outputs, an object with `logits`, and the batch's labels: a scalar.
 Loss = Callable[[Any, Tensor], Tensor]
@@ -84,10 +92,22 @@ def client_loss(
         return LOSSES.find(name)
     if task.kind == "regression":
         return lambda out, targets: nn.functional.mse_loss(out.logits.squeeze(-1), targets)
-    counts = np.bincount(labels, minlength=task.num_outputs) + 1.0
-    adjustment = (strength * np.log(counts / counts.sum())).astype(np.float32)
-    shift = torch.from_numpy(adjustment).to(device)
+    shift = torch.from_numpy(logit_shift(labels, task, strength)).to(device)
     return lambda out, targets: nn.functional.cross_entropy(out.logits + shift, targets)
+
+
+def logit_shift(labels: np.ndarray, task: Task, strength: float) -> np.ndarray:
+    """Return what is added to the logits of a client with these labels: float32, (classes,)."""
+    counts = np.bincount(labels, minlength=task.num_outputs) + 1.0
+    shift: np.ndarray = (strength * np.log(counts / counts.sum())).astype(np.float32)
+    return shift
+
+
+def row_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
+    """Compute the task's loss of each row, (rows,), of logits that are adjusted already."""
+    if task.kind == "regression":
+        return nn.functional.mse_loss(logits.squeeze(-1), targets, reduction="none")
+    return nn.functional.cross_entropy(logits, targets, reduction="none")
 
 
 def proximal_gradient(

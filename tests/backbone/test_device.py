@@ -25,12 +25,14 @@ from torch import Tensor
 from fedpet.backbone.device import check_device, device_of
 from fedpet.backbone.module_roles import maskable_weights
 from fedpet.client.node_config import NodeConfig
-from fedpet.config import MaskConfig
+from fedpet.config import MaskConfig, TrainingConfig
+from fedpet.data import Rows, Task
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.ray_engine import gpu_share
+from fedpet.training.at_once import ClientWork, TrainedClient, train_at_once
 
 STRUCTURES = ("none", "lora-factors+lnfit", "lora+lnfit", "hiwi-weight+lowrank-adapter")
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")
@@ -70,6 +72,43 @@ def test_training_is_the_same_there(name: str, structure: str, device: str) -> N
         found = _trained(name, structure, there)
     for one, other in zip(expected, found, strict=True):
         torch.testing.assert_close(other, one, rtol=1e-3, atol=1e-5 * float(one.abs().max()))
+
+
+def _at_once(name: str, structure: str, device: torch.device) -> Tensor:
+    """Values of clients that were trained at once, (clients, values)."""
+    base = backbone(name)
+    base.model.to(device)
+    pet = PetModel(base, mask_of(base, 0.05), structure_of(base, structure), seed=3)
+    generator, sizes = np.random.default_rng(0), (5, 2, 4)
+    offsets = np.cumsum([0, *generator.integers(3, 9, size=sum(sizes))]).astype(np.int64)
+    tokens = generator.integers(5, 60, size=offsets[-1]).astype(np.int32)
+    rows = Rows(tokens, offsets, generator.integers(0, 2, size=sum(sizes)), None, pad_id=0)
+    ends = np.cumsum(sizes)
+    clients = [
+        ClientWork(np.arange(end - size, end), int(end))
+        for size, end in zip(sizes, ends, strict=True)
+    ]
+    start = generator.normal(0, 0.01, pet.num_values).astype(np.float32)
+    cut = name == "bert"
+    config = TrainingConfig(optimizer="sgd", learning_rate=0.01, batch_size=2, cls_only=cut)
+    task = Task("classification", ("no", "yes"), "accuracy")
+    found = train_at_once(pet, start, clients, rows, task, config)
+    return torch.stack([torch.from_numpy(c.values) for c in found if isinstance(c, TrainedClient)])
+
+
+@pytest.mark.parametrize("device", DEVICES)
+@pytest.mark.parametrize(
+    ("name", "structure"),
+    [("bert", "lnfit+hiwi-bias+lora"), ("bert", "lora-factors"), ("llama", "lnfit+lora")],
+)
+def test_clients_at_once_end_there_where_they_end_here(
+    name: str, structure: str, device: str
+) -> None:
+    expected = _at_once(name, structure, torch.device("cpu"))
+    with _on(device) as there:
+        found = _at_once(name, structure, there)
+    assert len(found) == 3
+    torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.parametrize("device", DEVICES)

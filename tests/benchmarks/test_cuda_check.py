@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from benchmarks import cuda_check, cuda_costs, cuda_laws, cuda_models, cuda_sections
+from benchmarks import cuda_check, cuda_clients, cuda_costs, cuda_laws, cuda_models, cuda_sections
 from fedpet.pet.model import PetModel
 
 
@@ -53,6 +53,18 @@ def test_the_sampled_product_is_compared_with_the_dense_one() -> None:
         assert row["sampled_addmm"]["error"] < 1e-5
 
 
+@pytest.mark.parametrize("section", ["clients", "large"])
+def test_clients_at_once_are_timed_beside_each_alone_and_differ_by_rounding(section: str) -> None:
+    found = _found(section)
+    differences = [value for name, value in found.items() if name.endswith("difference")]
+    assert len(differences) == (1 if section == "large" else len(cuda_clients.METHODS))
+    for difference in differences:
+        for row in difference.values():
+            assert row["most"] < 1e-5 < 1e-3 < row["moved"]
+    timed = [value["trained"] for name, value in found.items() if name.endswith("at once")]
+    assert timed == [2 if section == "large" else 6] * len(differences)
+
+
 def test_a_section_that_fails_says_so_and_leaves_the_others_findings(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -92,6 +104,23 @@ def test_the_table_has_a_row_a_method_relative_to_bitfit_and_says_what_bounds_a_
     assert "3.5 ms of a step of 19.8 ms" in " ".join(shown.split())
     found["steps"]["bert-base 32x128 full"]["step_ms"] = 2 * 41.714
     assert "| full | 1.01 | 2.00 |" in cuda_check.as_text(found)
+
+
+def test_the_text_tells_seconds_of_a_round_by_clients_at_once_and_a_large_models_peak() -> None:
+    timed = {"ms_a_client": 50.0, f"s_for_{cuda_clients.CLIENTS}": 50.0, "peak_MB": 2000.0}
+    ways = ["one by one", *(f"{most} at once" for most in cuda_clients.AT_ONCE)]
+    clients: dict[str, Any] = {"gpu": "card"}
+    for method in cuda_clients.METHODS:
+        clients[f"{method}: difference"] = {"sgd": {"most": 2e-7}}
+        clients |= {f"{method}: {way}": timed for way in ways}
+    model = {"parameters": 1.12e9, "mask_values": 1_056_964, "mask_s": 7.2}
+    large = {"gpu": "card", "model": model, "one by one": timed, "8 at once": timed}
+    sections = json.loads(RESULT.read_text(encoding="utf-8"))
+    shown = cuda_check.as_text(sections | {"clients": clients, "large": large})
+    assert "| mask-0.5% | 50.0 | 50.0 | 50.0 | 50.0 | 2,000 |" in shown
+    assert "by 2e-07 at most" in " ".join(shown.split())
+    assert "1.12 billion random parameters in float32 on one card" in " ".join(shown.split())
+    assert "of 8 at once, at peaks of 2.0 and 2.0 GB" in " ".join(shown.split())
 
 
 def test_the_committed_result_holds_every_law_and_names_no_place_on_a_machine() -> None:

@@ -86,8 +86,17 @@ class MaskedWeights(PetModule):
         torch.index_select(values, 0, self._entries.rank, out=self._changes)
 
     def read(self) -> Tensor:
+        return self.by_rank(self._changes)
+
+    def by_rank(self, changes: Tensor) -> Tensor:
+        """Put trainables, (..., k), one behind the other, into the order of the values."""
         places = self._entries.rank.to(torch.int64)
-        return torch.empty_like(self._changes).index_copy_(0, places, self._changes)
+        return torch.empty_like(changes).index_copy_(-1, places, changes)
+
+    def numbers(self, changes: Tensor) -> list[tuple[Tensor, Tensor]]:
+        """Return of each weight the positions, int64, (k,), and w0 + v there: (..., k)."""
+        split = torch.split(self._entries.start + changes, self._sizes, dim=-1)
+        return [(places, own) for (_, places), own in zip(self._places(), split, strict=True)]
 
     def write_weights(self) -> None:
         """Write w0 + v into the weights, under no_grad."""
