@@ -11,11 +11,12 @@ import time
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from flwr.app import Error, Message, Metadata, RecordDict
-from flwr.app.message import make_message
+from flwr.app.message import arrayrecord, make_message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.task_identity import TaskIdentity
@@ -35,6 +36,7 @@ __all__ = [
     "quiet_flower",
     "set_message_id",
     "set_sender",
+    "without_collections",
     "workers_end_with_ray",
 ]
 
@@ -150,6 +152,20 @@ def quiet_flower() -> Iterator[None]:
     except Exception:
         logger.setLevel(level)
         raise  # an interrupt keeps it off for longer, see `stoppable`
+
+
+@contextmanager
+def without_collections() -> Iterator[None]:
+    """Leave out the garbage collections that Flower asks for, with some rules one a reply.
+
+    Each goes through the round's messages, of which there is one a client.
+    """
+    before = vars(arrayrecord)["gc"]
+    vars(arrayrecord)["gc"] = SimpleNamespace(collect=lambda: 0)
+    try:
+        yield
+    finally:
+        vars(arrayrecord)["gc"] = before
 
 
 @contextmanager

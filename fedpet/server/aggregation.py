@@ -17,7 +17,12 @@ from flwr.serverapp.strategy import Strategy
 
 from fedpet.codec import VectorCodec, VectorSum
 from fedpet.pet.tiers import Where
-from fedpet.protocol.flower_compat import load_optimizer_state, make_reply, optimizer_state
+from fedpet.protocol.flower_compat import (
+    load_optimizer_state,
+    make_reply,
+    optimizer_state,
+    without_collections,
+)
 from fedpet.server.replies import LARGEST_VALUE, Update
 
 __all__ = [
@@ -165,7 +170,7 @@ def aggregate(
             `LARGEST_VALUE`.
     """
     before = optimizer_state(rule)
-    with np.errstate(all="ignore"):
+    with np.errstate(all="ignore"), without_collections():
         arrays, metrics = rule.aggregate_train(server_round, messages)
         moved = values if arrays is None else from_arrays(arrays).astype(np.float32)
     finite = all(np.isfinite(vector).all() for vector in optimizer_state(rule).values())

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import ast
+import gc
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
+from flwr.app import ArrayRecord
+
+from fedpet.protocol.flower_compat import without_collections
 
 PUBLIC = re.compile(r"flwr(\.(app|clientapp|simulation|serverapp(\.(strategy|exception))?))?")
 COMPAT = Path("fedpet", "protocol", "flower_compat.py")
@@ -56,3 +61,20 @@ def test_no_other_file_touches_flower_s_private_parts(repository: Path) -> None:
     }
     assert touched == {}
     assert len(private_parts((repository / COMPAT).read_text(encoding="utf-8"))) >= 6
+
+
+def test_flower_collects_no_garbage_within_an_aggregation_and_does_so_again_afterwards() -> None:
+    collected: list[str] = []
+
+    def note(phase: str, info: dict[str, int]) -> None:
+        collected.append(phase)
+
+    gc.callbacks.append(note)
+    try:
+        with without_collections():
+            ArrayRecord([np.zeros(3)]).to_numpy_ndarrays(keep_input=False)
+            during = len(collected)
+        ArrayRecord([np.zeros(3)]).to_numpy_ndarrays(keep_input=False)
+    finally:
+        gc.callbacks.remove(note)
+    assert during == 0 < len(collected)
