@@ -7,6 +7,7 @@ from contextlib import contextmanager, nullcontext
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 from torch import nn
 
 from fedpet.backbone.device import device_of
@@ -32,9 +33,12 @@ def lean_passes(model: nn.Module, rows: Rows, *, cls_only: bool | None = None) -
     Raises:
         ConfigError: It is asked for, and cannot be done.
     """
-    one = inputs_of(rows, np.arange(1), device_of(model))[0]
-    if cls_only is None:
-        cls_only = reads_first_token(model, one)
+    device = device_of(model)
+    with torch.autocast(device.type, enabled=False):  # a model is tried at its own precision
+        one = inputs_of(rows, np.arange(1), device)[0]
+        if cls_only is None:
+            cls_only = reads_first_token(model, one)
+        packed = packed_tokens(model, rows, last_block=not cls_only)
     cut = first_token_only(model, one) if cls_only else nullcontext()
-    with packed_tokens(model, rows, last_block=not cls_only), cut:  # cut last: packing looks first
+    with packed, cut:
         yield

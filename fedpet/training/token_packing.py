@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, cast
 from weakref import WeakKeyDictionary
@@ -65,9 +65,10 @@ _known: WeakKeyDictionary[nn.Module, _Blocks | None] = WeakKeyDictionary()
 _texts_of: WeakKeyDictionary[nn.Module, _Texts] = WeakKeyDictionary()  # by attention
 
 
-@contextmanager
-def packed_tokens(model: nn.Module, rows: Rows, *, last_block: bool = True) -> Iterator[None]:
-    """Leave padding out of this model's blocks within this context, where that can be done.
+def packed_tokens(
+    model: nn.Module, rows: Rows, *, last_block: bool = True
+) -> AbstractContextManager[None]:
+    """Return a context that leaves padding out of this model's blocks, where that can be done.
 
     Args:
         model: In training or evaluation mode.
@@ -76,10 +77,8 @@ def packed_tokens(model: nn.Module, rows: Rows, *, last_block: bool = True) -> I
     """
     found = _places_of(model, rows)
     if found is None:
-        yield
-        return
-    with _packed(model, found, len(found.blocks) - (not last_block)):
-        yield
+        return nullcontext()
+    return _packed(model, found, len(found.blocks) - (not last_block))
 
 
 def _places_of(model: nn.Module, rows: Rows) -> _Blocks | None:
