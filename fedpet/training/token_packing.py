@@ -19,6 +19,7 @@ Source: ours, after padding-free passes over FlashAttention's variable lengths.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -46,7 +47,7 @@ _NAME = "fedpet-packed"  # of `_attend` among transformers' attentions
 class _Texts:
     """Where the texts of the batch in work lie; empty between passes and where none is padded."""
 
-    lengths: list[int] = field(default_factory=list)
+    runs: list[tuple[int, int]] = field(default_factory=list)  # (texts, tokens of each) in order
     shape: tuple[int, int] = (0, 0)  # rows, longest
     places: Tensor | None = None  # (tokens,), into rows laid end to end
     inside: tuple[Tensor, bool] | None = None  # a mask, and that it hides nothing within a text
@@ -133,7 +134,8 @@ class _Packer:
         filled_right = torch.arange(longest) < lengths[:, None]
         if bool(there.all()) or not bool(lengths.all()) or not torch.equal(there, filled_right):
             return
-        texts.lengths, texts.shape = lengths.tolist(), (mask.shape[0], longest)
+        texts.runs = [(len([*run]), n) for n, run in itertools.groupby(lengths.tolist())]
+        texts.shape = mask.shape[0], longest
         texts.places = there.flatten().nonzero().flatten()
 
     def enter(
@@ -201,7 +203,7 @@ def _attend(
     attention_mask: Tensor | None,
     **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """Compute `transformers`' sdpa attention of each text by itself.
+    """Compute `transformers`' sdpa attention of each text, neighbours of one length together.
 
     Args:
         module: The attention.
@@ -218,20 +220,24 @@ def _attend(
         return sdpa_attention_forward(module, query, key, value, attention_mask, **options)
     if attention_mask is not None and _hides_padding_alone(texts, attention_mask):
         attention_mask = None
-    parts = zip(*(x.split(texts.lengths, dim=2) for x in (query, key, value)), strict=True)
-    outputs = []
-    for row, (q, k, v) in enumerate(parts):
-        n = q.shape[2]
-        mask = None if attention_mask is None else attention_mask[row : row + 1, :, :n, :n]
-        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0])
-    return torch.cat(outputs, dim=1), None
+    sizes = [count * n for count, n in texts.runs]
+    parts = zip(*(x[0].split(sizes, dim=1) for x in (query, key, value)), strict=True)
+    outputs, first = [], 0
+    for (count, n), part in zip(texts.runs, parts, strict=True):
+        q, k, v = (x.unflatten(1, (count, n)).transpose(0, 1) for x in part)
+        mask = None if attention_mask is None else attention_mask[first : first + count, :, :n, :n]
+        outputs.append(sdpa_attention_forward(module, q, k, v, mask, **options)[0].flatten(0, 1))
+        first += count
+    return torch.cat(outputs)[None], None
 
 
 def _hides_padding_alone(texts: _Texts, mask: Tensor) -> bool:
+    """Tell whether each text sees all of itself; looked up once a pass."""
     known = texts.inside
     if known is None or known[0] is not mask:
         seen = mask if mask.dtype == torch.bool else mask == 0
-        whole = all(bool(seen[row, :, :n, :n].all()) for row, n in enumerate(texts.lengths))
+        rows = [n for count, n in texts.runs for _ in range(count)]
+        whole = all(bool(seen[row, :, :n, :n].all()) for row, n in enumerate(rows))
         texts.inside = known = (mask, whole)
     return known[1]
 
