@@ -13,7 +13,7 @@ import pytest
 import tiny
 import torch
 from architectures import ARCHITECTURES, backbone
-from in_process_run import run, threads_as_before
+from in_process_run import run
 
 from fedpet.config import Experiment, TrainingConfig
 from fedpet.data import Rows
@@ -30,7 +30,6 @@ from fedpet.training.evaluation import predict
 pytestmark = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch carries no oneDNN"
 )
-threads = pytest.fixture(threads_as_before)
 
 Measured = Callable[..., list[Any]]
 
@@ -140,7 +139,6 @@ def _experiment(
     )
 
 
-@pytest.mark.usefixtures("threads")
 def test_a_run_has_one_product_and_is_that_products_run(
     files: tuple[Path, Path], tmp_path: Path, measured: Measured
 ) -> None:
@@ -183,7 +181,6 @@ def test_an_evaluation_by_another_product_gives_the_same_logits(name: str) -> No
     np.testing.assert_allclose(found, predict(model, rows), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.usefixtures("threads")
 def test_evaluations_that_take_long_are_multiplied_by_what_is_faster(
     files: tuple[Path, Path], tmp_path: Path, measured: Measured, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -205,7 +202,6 @@ def test_evaluations_that_take_long_are_multiplied_by_what_is_faster(
     assert long["final_values_sha256"] == short["final_values_sha256"]
 
 
-@pytest.mark.usefixtures("threads")
 def test_an_evaluation_in_bfloat16_is_told_and_leaves_the_values_alone(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
