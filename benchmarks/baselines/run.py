@@ -123,7 +123,10 @@ def federate_baseline(
         if server_round % settings.evaluate_every == 0 or server_round == settings.num_rounds:
             clock = time.perf_counter()
             baseline.load(arrays)
-            assessed.append(assess_rows(baseline.model, data.evaluation, data.task))
+            cache, dtype = cache_folder(experiment), experiment.run.evaluation_dtype
+            assessed.append(
+                assess_rows(baseline.model, data.evaluation, data.task, cache=cache, dtype=dtype)
+            )
             record.metric = assessed[-1].value
             record.evaluation_seconds = time.perf_counter() - clock
         ledger.close()

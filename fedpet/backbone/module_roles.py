@@ -19,7 +19,7 @@ from dataclasses import dataclass
 
 from torch import Tensor, nn
 
-__all__ = ["ROLES", "Position", "find_target_modules", "maskable_weights"]
+__all__ = ["ROLES", "Position", "block_of", "find_target_modules", "maskable_weights"]
 
 # (kind, ending of the dotted name as a regular expression, role); the first that fits is taken.
 # "self" is BERT, RoBERTa, ELECTRA, DeBERTa; "attn" MPNet and GPT-2; "SelfAttention" T5;
@@ -155,6 +155,17 @@ def maskable_weights(model: nn.Module, head: Collection[str] = ()) -> dict[str, 
         if position.kind in ("linear", "conv1d")
     }
     return {name: p.detach() for name, p in model.named_parameters() if id(p) in owners}
+
+
+def block_of(name: str, layer: int | None) -> str:
+    """Cut a position's name after the number of its layer.
+
+    Example:
+        >>> block_of("bert.encoder.layer.5.attention.self.query", 5)
+        'bert.encoder.layer.5'
+    """
+    parts = name.split(".")
+    return ".".join(parts[: parts.index(str(layer)) + 1])
 
 
 def _kinds_and_roles(

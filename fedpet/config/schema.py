@@ -199,8 +199,8 @@ class TrainingConfig(Stage):
     # Leaves out what a classifier that reads only the first token never reads: the same up to
     # rounding, and a sixth of the products of six blocks less; see fedpet/training/cls_only.py.
     cls_only: bool = False
-    # Of dense layers: "torch", or "onednn", which is faster on AMD's CPUs and the same up to
-    # rounding; see fedpet/pet/kernels/matmul.py.
+    # Of dense layers: "torch" or "onednn", the same up to rounding; "auto" takes what is faster on
+    # the machine that starts the run, measured once; see fedpet/pet/kernels/matmul_timing.py.
     matmul_backend: str = "torch"
     threads: Threads = 1  # torch threads a client
     # A worker trains so many clients in one pass, on a GPU several times faster for small models;
@@ -211,7 +211,7 @@ class TrainingConfig(Stage):
         super().__post_init__()
         check_choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
         check_choice("training.schedule", self.schedule, ("constant", "linear"))
-        check_choice("training.matmul-backend", self.matmul_backend, ("torch", "onednn"))
+        check_choice("training.matmul-backend", self.matmul_backend, ("torch", "onednn", "auto"))
         rates_by_kind(self.learning_rates, "training.learning-rates")
 
     def rate_of(self, kind: str) -> float:
@@ -311,6 +311,9 @@ class RunConfig(Stage):
     seed: AnyInteger = 0  # sampling of clients, batches, adapters, stochastic rounding
     workers: Count = 2  # Ray actors, each with training.threads
     device: str = "cpu"  # of the server and of simulated clients; or "cuda", tried on one H200
+    # Of the server's evaluations: "bfloat16" takes half the time where a processor multiplies it
+    # (AVX-512 BF16, AMX), and flips the prediction of a row that lies between two classes.
+    evaluation_dtype: str = "float32"
     cache: str = ""  # "" is $FEDPET_CACHE, or ~/.cache/fedpet
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
     # Trackers: tensorboard, wandb, mlflow, trackio, where their package is installed.
@@ -320,5 +323,6 @@ class RunConfig(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("run.device", self.device, DEVICES)
+        check_choice("run.evaluation-dtype", self.evaluation_dtype, ("float32", "bfloat16"))
         for name in self.callbacks:
             check_choice("run.callbacks", name, TRACKERS)

@@ -25,6 +25,7 @@ from fedpet.codec.spec import parse_codec
 from fedpet.config import ClientsConfig, Experiment, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError
+from fedpet.pet.kernels.matmul_timing import settle_product
 from fedpet.pet.mask import Mask, build_mask
 from fedpet.pet.structure import PRESETS, Structure
 from fedpet.run.callbacks import Callback
@@ -80,6 +81,7 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     if experiment.mask.enabled:
         mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
     config = resolve_search(experiment, backbone, mask)
+    training = settle_product(experiment.training, backbone.model, make_cache(experiment))
     origin = origin_of(experiment, rows=len(data.train), masked=mask is not None)
     structure = find_structure(
         backbone,
@@ -88,7 +90,7 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
         mask=mask,
         logit_adjustment=experiment.training.logit_adjustment,
         loss=experiment.training.loss,
-        products=experiment.training.matmul_backend,
+        products=training.matmul_backend,
         state=state_file(out),
         origin=origin,
         callback=callback,

@@ -8,7 +8,7 @@ Out: `Prepared` for the training rounds; or `PreparedSearch`, where clients sear
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -28,6 +28,7 @@ from fedpet.data import (
 )
 from fedpet.errors import ConfigError
 from fedpet.export.start_values import start_values
+from fedpet.pet.kernels.matmul_timing import settle_product
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure, load_structure
@@ -113,6 +114,8 @@ def prepare(
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     for line in backbone.origin.lines():
         callback.on_stage(line)
+    training = settle_product(experiment.training, backbone.model, cache)  # one for the whole run
+    experiment = replace(experiment, training=training)
     inputs = RunInputs(
         experiment,
         data,

@@ -79,6 +79,11 @@ def quality_of(
     later = [value for number, value in measured if number > 0]
     best = max if greater_is_better(metric) else min
     warnings: list[str] = []
+    if experiment.run.evaluation_dtype != "float32":
+        warnings.append(
+            f"outputs were computed in {experiment.run.evaluation_dtype} (run.evaluation-dtype): a "
+            "row that lies between two answers may get another than in float32."
+        )
     if status_of(rounds, final) != NOTHING_LEARNED:
         lower = _lower_rates(experiment)
         warnings += _warnings(metric, before, later, losses, final, num_rows, lower)
@@ -86,6 +91,7 @@ def quality_of(
             warnings += _unused_rates(experiment, trained_kinds)
     return {
         "metric": metric,
+        "dtype": experiment.run.evaluation_dtype,
         "majority_baseline": final.majority_baseline,
         "majority_class": final.majority_class,
         "before": before,

@@ -25,6 +25,7 @@ from fedpet.export.plain_model import no_room, write_model
 from fedpet.utils.atomic_write import atomic_write
 from fedpet.utils.lock import locked_folder, make_folder
 from fedpet.utils.paths import expand
+from fedpet.utils.processor import processor_type
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,20 +170,8 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         gpu["gpu"] = torch.cuda.get_device_name()
     return {
         **gpu,
-        "processor": _processor(),
+        "processor": processor_type(),
         "cores": os.cpu_count(),
         "memory_gib": round(memory / 2**30, 1),
         "system": f"{platform.system()} {platform.machine()}",
     }
-
-
-def _processor() -> str:
-    """Return the processor's type, on which the same seed gives the same bytes."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
-    except OSError:
-        return platform.processor()
-    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = info.get("model name", "") or platform.processor()
-    numbers = [f"{key} {info[key]}" for key in ("cpu family", "model") if key in info]
-    return f"{name} ({', '.join(numbers)})" if numbers else name

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from flwr.app import ArrayRecord, MetricRecord
 
+from fedpet.client.node_config import cache_folder
 from fedpet.errors import Stalled
 from fedpet.protocol.ledger import Ledger
 from fedpet.run.callbacks import Callback, Evaluation
@@ -98,7 +99,7 @@ class RunState:
             clock = time.perf_counter()
             self._load_values()
             model = self.final_model() if last else self._prepared.pet.model
-            self._assessed = assess_rows(model, data.evaluation, data.task)
+            self._assessed = self._assess(model)
             record.metric = self._assessed.value
             record.metrics = dict(self._assessed.metrics)
             record.by_client = dict(self._assessed.by_client)
@@ -127,9 +128,13 @@ class RunState:
     def final_assessment(self) -> Assessment:
         """Return the final model's evaluation; made anew for a run resumed after its last round."""
         if self._assessed is None:
-            data = self._prepared.data
-            self._assessed = assess_rows(self.final_model(), data.evaluation, data.task)
+            self._assessed = self._assess(self.final_model())
         return self._assessed
+
+    def _assess(self, model: PreTrainedModel) -> Assessment:
+        data, experiment = self._prepared.data, self._prepared.experiment
+        cache, dtype = cache_folder(experiment), experiment.run.evaluation_dtype
+        return assess_rows(model, data.evaluation, data.task, cache=cache, dtype=dtype)
 
     def _load_values(self) -> None:
         values = torch.from_numpy(self.values.copy())

@@ -20,6 +20,7 @@ from fedpet.data.rows import Rows
 from fedpet.data.task import Task
 from fedpet.errors import DataError
 from fedpet.pet.factory import trained_in_full
+from fedpet.pet.kernels.matmul_timing import settle_product
 from fedpet.pet.mask import build_mask
 from fedpet.pet.structure import Structure
 from fedpet.pet.trainable_model import check_plain
@@ -94,7 +95,7 @@ def search_structure(
             mask=chosen,
             logit_adjustment=training.logit_adjustment,
             loss=training.loss,
-            products=training.matmul_backend,
+            products=settle_product(training, model, None).matmul_backend,
         ).structure
     finally:
         model.train(was_training)

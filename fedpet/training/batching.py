@@ -1,7 +1,8 @@
 """Cut rows into batches of like length, and put them where a model is.
 
-Padding is the largest waste of a small model: shuffled rows are sorted by length within blocks of
-`BLOCK_BATCHES` batches, and the batches shuffled again.
+Shuffled rows are sorted by length within blocks of `BLOCK_BATCHES` batches, and the batches
+shuffled again: so attention, and models that fedpet/training/token_packing.py cannot pack, see less
+padding.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from weakref import WeakKeyDictionary
 import torch
 from torch import Tensor, nn
 
-from fedpet.backbone.module_roles import Position, find_target_modules
+from fedpet.backbone.module_roles import Position, block_of, find_target_modules
 from fedpet.errors import ConfigError
 from fedpet.training.cls_attention import (
     Attention,
@@ -38,7 +38,7 @@ from fedpet.training.cls_attention import (
     keep_first_token,
 )
 
-__all__ = ["check_first_token", "first_token_only"]
+__all__ = ["check_first_token", "first_token_only", "reads_first_token"]
 
 _PROJECTIONS = ("query", "key", "value")
 _AFTER = ("attention-output", "attention-norm")
@@ -56,6 +56,11 @@ class _CutPoints:
 _known: WeakKeyDictionary[nn.Module, _CutPoints | None] = WeakKeyDictionary()
 
 
+def reads_first_token(model: nn.Module, batch: Mapping[str, Tensor]) -> bool:
+    """Tell whether passes of this model can be cut; arguments as of `check_first_token`."""
+    return _places_of(model, batch) is not None
+
+
 def check_first_token(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     """Refuse a model whose passes cannot be cut.
 
@@ -66,7 +71,7 @@ def check_first_token(model: nn.Module, batch: Mapping[str, Tensor]) -> None:
     Raises:
         ConfigError: The classifier reads other tokens, or the last block cannot be cut.
     """
-    if _places_of(model, batch) is None:
+    if not reads_first_token(model, batch):
         raise ConfigError(
             "training.cls-only needs an encoder that normalises after each residual sum, "
             "and a classifier that reads its first token alone, as BERT's do; "
@@ -126,7 +131,7 @@ def _find(model: nn.Module, batch: Mapping[str, Tensor]) -> _CutPoints | None:
         return None
     after = tuple(model.get_submodule(found[role].name) for role in _AFTER)
     norm = found["attention-norm"]
-    block = model.get_submodule(_block_of(norm.name, norm.layer))
+    block = model.get_submodule(block_of(norm.name, norm.layer))
     mode = model.training
     model.eval()
     try:
@@ -170,12 +175,6 @@ def _gives(
     if cut is None or cut.shape != whole.shape:
         return False
     return bool((cut - whole).norm() <= _CLOSENESS * whole.norm())
-
-
-def _block_of(name: str, layer: int | None) -> str:
-    """Cut `a.layer.5.attention.norm` to `a.layer.5`, up to the number of the layer."""
-    parts = name.split(".")
-    return ".".join(parts[: parts.index(str(layer)) + 1])
 
 
 def _output(model: nn.Module, block: nn.Module, batch: Mapping[str, Tensor]) -> Tensor | None:

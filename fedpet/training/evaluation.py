@@ -1,7 +1,13 @@
-"""Run a model over the rows of an evaluation, and measure its outputs."""
+"""Run a model over the rows of an evaluation, and measure its outputs.
+
+Rows are sorted by length and cut into batches that the processor's cache holds: on a CPU by
+tokens, where 768 cost a fifth less than 64 rows of any length.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -9,7 +15,10 @@ import torch
 from torch import nn
 
 from fedpet.backbone.device import device_of
+from fedpet.pet.kernels.matmul import linear_by
+from fedpet.pet.kernels.matmul_timing import fastest_product
 from fedpet.training.batching import inputs_of
+from fedpet.training.lean_passes import lean_passes
 from fedpet.training.metrics import Assessment, assess
 
 if TYPE_CHECKING:
@@ -17,25 +26,81 @@ if TYPE_CHECKING:
 
 __all__ = ["assess_rows", "predict"]
 
+_MAX_TOKENS = 768  # a batch on a CPU, padding counted
+_MAX_ROWS = 64  # a batch on a GPU
+_WORTH_MEASURING = 3e11  # operations of one evaluation: seconds of one core
 
-def predict(model: nn.Module, rows: Rows, *, batch_size: int = 64) -> np.ndarray:
-    """Return the logits of all rows, in the rows' order: float32, (rows, outputs)."""
+
+def predict(
+    model: nn.Module,
+    rows: Rows,
+    *,
+    batch_size: int = 0,
+    product: str = "torch",
+    dtype: str = "float32",
+) -> np.ndarray:
+    """Return the logits of all rows, in the rows' order: float32, (rows, outputs).
+
+    Args:
+        model: Put into evaluation mode.
+        rows: At least one.
+        batch_size: Rows a batch; 0 takes what suits the device.
+        product: Of dense layers, see fedpet/pet/kernels/matmul.py.
+        dtype: "bfloat16" multiplies matrices in it, rounded to three digits.
+    """
     if model.training:
         model.eval()
     device = device_of(model)
-    order = np.argsort(rows.lengths, kind="stable")
     logits: np.ndarray | None = None
-    with torch.inference_mode():
-        for start in range(0, len(order), batch_size):
-            chosen = order[start : start + batch_size]
+    half = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
+    with torch.inference_mode(), half, lean_passes(model, rows), linear_by(product):
+        for chosen in _by_length(rows.lengths, batch_size, device):
             out = model(**inputs_of(rows, chosen, device)[0]).logits.float().cpu().numpy()
             if logits is None:
-                logits = np.empty((len(order), out.shape[1]), dtype=np.float32)
+                logits = np.empty((len(rows), out.shape[1]), dtype=np.float32)
             logits[chosen] = out
     assert logits is not None, "an evaluation split has rows"
     return logits
 
 
-def assess_rows(model: nn.Module, rows: Rows, task: Task) -> Assessment:
-    """Measure a model on all rows: every metric, the baseline, what is predicted, the clients."""
-    return assess(task, predict(model, rows), np.asarray(rows.labels), rows.clients)
+def assess_rows(
+    model: nn.Module,
+    rows: Rows,
+    task: Task,
+    *,
+    cache: Path | None = None,
+    dtype: str = "float32",
+) -> Assessment:
+    """Measure a model on all rows: every metric, the baseline, what is predicted, the clients.
+
+    Args:
+        model: Put into evaluation mode.
+        rows: At least one.
+        task: Names the metrics.
+        cache: Where it is stored which product is the fastest; None takes torch's.
+        dtype: As of `predict`.
+    """
+    product = "torch" if cache is None else _product_for(model, rows, cache)
+    logits = predict(model, rows, product=product, dtype=dtype)
+    return assess(task, logits, np.asarray(rows.labels), rows.clients)
+
+
+def _product_for(model: nn.Module, rows: Rows, cache: Path) -> str:
+    """Return the fastest product for evaluating these rows; torch's where that takes no second."""
+    numbers = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
+    if 2 * numbers * int(rows.offsets[-1]) < _WORTH_MEASURING:
+        return "torch"
+    return fastest_product(model, cache, tokens=_MAX_TOKENS, backward=False)
+
+
+def _by_length(lengths: np.ndarray, batch_size: int, device: torch.device) -> Iterator[np.ndarray]:
+    """Yield all rows once, the shortest first."""
+    order = np.argsort(lengths, kind="stable")
+    start = 0
+    while start < len(order):
+        size = batch_size or _MAX_ROWS
+        if not batch_size and device.type == "cpu":
+            size = max(_MAX_TOKENS // int(lengths[order[start]]), 1)
+            size = max(_MAX_TOKENS // int(lengths[order[start : start + size][-1]]), 1)
+        yield order[start : start + size]
+        start += size

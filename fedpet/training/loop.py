@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -21,7 +20,7 @@ from fedpet.backbone.device import device_of
 from fedpet.config import TrainingConfig
 from fedpet.errors import TrainingError
 from fedpet.training.batching import client_batches, inputs_of
-from fedpet.training.cls_only import first_token_only
+from fedpet.training.lean_passes import lean_passes
 from fedpet.training.loss import client_loss, proximal_gradient
 from fedpet.training.optimizer import make_optimizer, rate_factor
 from fedpet.utils.seeds import derive_seed
@@ -110,10 +109,7 @@ def train_rows(
     if model.training != config.dropout:  # walking the tree of modules costs as much as a step
         model.train(config.dropout)
     total_loss, seen = 0.0, 0
-    passes: AbstractContextManager[None] = nullcontext()
-    if config.cls_only:
-        passes = first_token_only(model, inputs_of(rows, indices[:1], device)[0])
-    with passes:
+    with lean_passes(model, rows, cls_only=config.cls_only):
         for chosen in client_batches(indices, rows.lengths, config, seed):
             inputs, labels = inputs_of(rows, chosen, device)
             loss = loss_of(model(**inputs), labels)

@@ -154,6 +154,6 @@ def test_what_onednn_cannot_do_torch_does(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 def test_other_products_are_refused_in_a_sentence() -> None:
-    words = r"training\.matmul-backend must be one of torch, onednn, got"
+    words = r"training\.matmul-backend must be one of torch, onednn, auto, got"
     with pytest.raises(ConfigError, match=words):
         TrainingConfig(matmul_backend="blas")

@@ -7,7 +7,8 @@ from typing import Any
 
 import pytest
 
-from fedpet.run import run_folder
+from fedpet.utils import processor
+from fedpet.utils.processor import processor_type
 
 X86 = """\
 processor\t: 0
@@ -32,6 +33,6 @@ def test_the_processor_is_told_by_type(
         assert str(path) == "/proc/cpuinfo"
         return cpuinfo
 
-    monkeypatch.setattr(run_folder.platform, "processor", lambda: "aarch64")
+    monkeypatch.setattr(processor.platform, "processor", lambda: "aarch64")
     monkeypatch.setattr(Path, "read_text", read)
-    assert run_folder._processor() == told
+    assert processor_type() == told

@@ -210,7 +210,7 @@ def test_a_run_that_collapses_at_a_rate_that_is_too_high_says_so(
 def test_a_run_whose_outputs_end_not_finite_has_diverged_and_fails(
     files: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoiled(model: torch.nn.Module, rows: Any, task: Task) -> Assessment:
+    def spoiled(model: torch.nn.Module, rows: Any, task: Task, **how: Any) -> Assessment:
         labels = np.asarray(rows.labels)
         return assess(task, np.full((len(labels), task.num_outputs), np.nan), labels)
 

@@ -3,23 +3,24 @@
 In:  two matrices of rows, and a bias.
 Out: the rows of one times the rows of the other.
 
-torch multiplies float32 matrices on CPUs by the BLAS it was built with. On x86 that is MKL, which
-leaves the AVX-512 units of processors that are not Intel's idle. torch carries oneDNN too, which
-asks a processor what it can do and not who made it: half the time on an AMD EPYC (`simulations/
-benchmarks/results/training_step.json`). The same products, summed in another order: results differ
-in the last bits.
+torch multiplies float32 matrices on CPUs by the BLAS it was built with, on x86 MKL, and carries
+oneDNN too. Which of them is faster is a matter of the processor: fedpet/pet/kernels/
+matmul_timing.py measures it. The same products, summed in another order: results differ in the last
+bits.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from fedpet.pet.kernels.input_recompute import to_columns
 
-__all__ = ["PRODUCTS", "Product", "onednn_matmul", "torch_matmul"]
+__all__ = ["PRODUCTS", "Product", "linear_by", "onednn_matmul", "torch_matmul"]
 
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
@@ -59,6 +60,24 @@ PRODUCTS: dict[str, Product] = {
     "torch": torch_matmul,
     "onednn": onednn_matmul,
 }  # `training.matmul-backend`
+
+
+class linear_by(TorchFunctionMode):
+    """Compute `torch.nn.functional.linear` within the context by a product; gives no gradients."""
+
+    def __init__(self, name: str) -> None:
+        """Take a name of `PRODUCTS`."""
+        super().__init__()
+        self._product = PRODUCTS[name]
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        """Replace the one function, and call every other."""
+        if func is nn.functional.linear and not kwargs and self._product is not torch_matmul:
+            x, weight, bias = (*args, None)[:3]
+            return self._product(x.reshape(-1, x.shape[-1]), weight, bias).view(*x.shape[:-1], -1)
+        return func(*args, **(kwargs or {}))
 
 
 def _is_transposed(x: Tensor) -> bool:

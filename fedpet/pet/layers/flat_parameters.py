@@ -25,7 +25,7 @@ from torch.utils.hooks import RemovableHandle
 from fedpet.pet.modules.base import PetModule
 from fedpet.pet.modules.masked_weight import MaskedWeights
 
-__all__ = ["FlatParameters", "is_adapted", "unpin"]
+__all__ = ["FlatParameters", "is_adapted", "trainables_of", "unpin"]
 
 _GRAD: Any = torch.Tensor.grad  # the attribute itself, below the property of `_Pinned`
 
@@ -240,8 +240,20 @@ class FlatParameters:
 
 def is_adapted(model: nn.Module) -> bool:
     """Tell whether a storage has some of this model's parameters."""
-    hooks = model._forward_pre_hooks.values()
-    return any(isinstance(getattr(hook, "__self__", None), FlatParameters) for hook in hooks)
+    return _storage_of(model) is not None
+
+
+def trainables_of(model: nn.Module) -> list[nn.Parameter]:
+    """Return what an optimiser moves: a storage's groups, or the parameters that ask for it."""
+    storage = _storage_of(model)
+    if storage is not None:
+        return list(storage.groups.values())
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def _storage_of(model: nn.Module) -> FlatParameters | None:
+    owners = (getattr(hook, "__self__", None) for hook in model._forward_pre_hooks.values())
+    return next((owner for owner in owners if isinstance(owner, FlatParameters)), None)
 
 
 def _parameter_of(module: PetModule, model: nn.Module) -> nn.Parameter | None:

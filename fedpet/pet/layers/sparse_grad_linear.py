@@ -62,7 +62,10 @@ def dense(
         gates = [branch.gate for branch in plan.branches]
         return _Dense.apply(x, weight, bias, plan, saved, source, *trainables, *gates)  # type: ignore[no-any-return, no-untyped-call]
     matrix = weight.t() if plan.transposed else weight  # (out, in)
-    y = plan.product(x.reshape(-1, x.shape[-1]), matrix, bias).view(*x.shape[:-1], -1)
+    if plan.product is torch_matmul:
+        y = nn.functional.linear(x, matrix, bias)
+    else:
+        y = plan.product(x.reshape(-1, x.shape[-1]), matrix, bias).view(*x.shape[:-1], -1)
     for branch in plan.branches:
         y = y + branch.gated(x)
     return y

@@ -1,0 +1,44 @@
+"""Leave out of a model's passes what no output depends on: padding, and tokens that go unread."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+from torch import nn
+
+from fedpet.backbone.device import device_of
+from fedpet.training.batching import inputs_of
+from fedpet.training.cls_only import first_token_only, reads_first_token
+from fedpet.training.token_packing import packed_tokens
+
+if TYPE_CHECKING:
+    from fedpet.data import Rows
+
+__all__ = ["lean_passes"]
+
+
+@contextmanager
+def lean_passes(model: nn.Module, rows: Rows, *, cls_only: bool | None = None) -> Iterator[None]:
+    """Cut this model's passes within the context; logits are the same up to rounding.
+
+    Args:
+        model: In training or evaluation mode.
+        rows: What it is called with, to try it on.
+        cls_only: Compute of the last block what the first token needs; None where that can be done.
+
+    Raises:
+        ConfigError: It is asked for, and cannot be done.
+    """
+    device = device_of(model)
+    with torch.autocast(device.type, enabled=False):  # a model is tried at its own precision
+        one = inputs_of(rows, np.arange(1), device)[0]
+        if cls_only is None:
+            cls_only = reads_first_token(model, one)
+        packed = packed_tokens(model, rows, last_block=not cls_only)
+    cut = first_token_only(model, one) if cls_only else nullcontext()
+    with packed, cut:
+        yield
