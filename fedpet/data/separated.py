@@ -21,7 +21,10 @@ import csv
 import io
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 from typing import Literal
+
+from fedpet.data.column import Column, pack
 
 _LONGEST_FIELD = 2**31 - 1
 
@@ -33,7 +36,7 @@ class _Record:
     fields: list[str]
 
 
-def parse_separated(text: str, separator: str) -> dict[str, list[str | None]]:
+def parse_separated(text: str, separator: str) -> dict[str, Column]:
     """Parse a file whose first line is its header.
 
     A row that is shorter than the header lacks its last fields; blank lines are no rows.
@@ -49,17 +52,17 @@ def parse_separated(text: str, separator: str) -> dict[str, list[str | None]]:
     for name in header:
         if name and header.count(name) > 1:
             raise ValueError(f"its first line names the column {name!r} twice: rename one")
-    for record in records[1:]:
+    for record in islice(records, 1, None):
         if any(record.fields[len(header) :]):
             raise ValueError(
                 f"line {record.line} has {len(record.fields)} fields, and the first line "
                 f"{len(header)}. {separator!r} separates fields: quote a field that contains it"
             )
     return {
-        name: [
+        name: pack(
             (record.fields[column] or None) if column < len(record.fields) else None
-            for record in records[1:]
-        ]
+            for record in islice(records, 1, None)
+        )
         for column, name in enumerate(header)
     }
 
