@@ -193,7 +193,9 @@ def _packed(values: list[Any]) -> Any:
         return values
     to: dict[type, Callable[[], Any]] = {str: pa.string, int: pa.int64, float: pa.float64}
     try:
-        return pa.array(values, to.get(kind, pa.bool_)())
+        # Arrow's own pool takes half as much again for many small arrays.
+        pool = pa.system_memory_pool()
+        return pa.array(values, to.get(kind, pa.bool_)(), memory_pool=pool)
     except (pa.ArrowInvalid, OverflowError, UnicodeEncodeError):  # half a surrogate pair, 2**64
         return values
 

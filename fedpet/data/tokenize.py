@@ -43,7 +43,7 @@ _VOCABULARY = (
     "tekken.json",
 )
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
-BATCH_ROWS = 16384
+BATCH_ROWS = 8192
 
 
 def hash_tokenizer(folder: Path) -> str:

@@ -24,6 +24,7 @@ __all__ = ["WordTokens", "gather"]
 _CONTROL = r"[\x00-\x08\x0b\x0c\x0e-\x1f\x7f]"
 _LAYOUT = r"[\t\n\r]|  "  # beside control characters
 _CUT = "\x1f"
+_BATCH_WORDS = 2048
 _MOST_WORDS = 1 << 17  # that are remembered
 
 
@@ -134,13 +135,14 @@ class WordTokens:
         codes = pc.index_in(words, self._words)
         if codes.null_count:
             new = words.filter(codes.is_null())
-            ids = [
-                e.ids
-                for e in self.backend.encode_batch_fast(new.to_pylist(), add_special_tokens=False)
-            ]
+            for start in range(0, len(new), _BATCH_WORDS):
+                batch = new.slice(start, _BATCH_WORDS).to_pylist()
+                found = self.backend.encode_batch_fast(batch, add_special_tokens=False)
+                ids = [one.ids for one in found]
+                flat = np.fromiter(chain.from_iterable(ids), np.int32)
+                self._ids = np.concatenate([self._ids, flat])
+                self._lengths = np.concatenate([self._lengths, [*map(len, ids)]])
             self._words = pa.concat_arrays([self._words, new])
-            self._ids = np.concatenate([self._ids, np.fromiter(chain.from_iterable(ids), np.int32)])
-            self._lengths = np.concatenate([self._lengths, [len(of_one) for of_one in ids]])
             codes = pc.index_in(words, self._words)
         places: np.ndarray = codes.to_numpy()
         return places
