@@ -102,7 +102,7 @@ class Column(Sequence[Any]):
         """Return the distinct values and, for each row, the index of its own: int32 (n,)."""
         if self.arrow is None:
             return distinct_values(self._values)
-        encoded = self.arrow.dictionary_encode(null_encoding="encode").unify_dictionaries()
+        encoded = self.arrow.dictionary_encode(null_encoding="encode")
         codes = [chunk.indices.to_numpy() for chunk in encoded.chunks]
         values = encoded.chunks[0].dictionary.to_pylist() if codes else []
         return values, np.concatenate([np.empty(0, np.int32), *codes])
