@@ -10,6 +10,7 @@ in a way of its own, is called for every batch.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain
@@ -18,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from fedpet.data.word_tokens import WordTokens, gather
+from fedpet.utils.cores import usable_cores
 
 __all__ = ["Encoded", "TextEncoder"]
 
@@ -75,6 +77,8 @@ class TextEncoder:
             backend = self._tokenizer.backend_tokenizer
             self._encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)
             self._words = WordTokens.of(self._tokenizer)
+            if usable_cores() == 1:  # the backend would take all that there are
+                os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
     def _whole(self, columns: Sequence[Any]) -> Encoded:
         texts = [_listed(column) for column in columns]

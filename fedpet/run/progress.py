@@ -6,7 +6,7 @@ import sys
 import time
 from importlib.util import find_spec
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
 from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
@@ -42,14 +42,15 @@ class LiveLine(Callback):
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
             BarColumn(bar_width=20),
-            TextColumn(f"{{task.completed}}/{{task.total}} {unit}"),
+            TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
             TimeElapsedColumn(),
             TextColumn("{task.fields[state]}", markup=False),
             console=console,
             disable=not self._live,
             transient=True,
         )
-        self._task = self._bar.add_task("starting", total=total, state="")
+        self._counted: dict[str, Any] = {"total": total, "completed": 0, "unit": unit}
+        self._task = self._bar.add_task("starting", state="", **self._counted)
         self._first: tuple[int, float] | None = None  # counted then, and the clock
 
     def __enter__(self) -> Self:
@@ -69,9 +70,16 @@ class LiveLine(Callback):
         if self._live and text.endswith("."):
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._live:
+            if self._bar.tasks[0].fields["unit"] == "rows":  # they are all there
+                self._bar.update(self._task, **self._counted)
             self._bar.update(self._task, description=text)
         else:
             self._print(text)
+
+    def on_rows(self, done: int, total: int) -> None:
+        """Show how many rows are tokenised."""
+        if self._live:
+            self._bar.update(self._task, completed=done, total=total, unit="rows")
 
     def _show(self, stage: str, completed: int, total: int | None, state: str) -> None:
         """Redraw the line."""

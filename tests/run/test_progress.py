@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 
 import pytest
@@ -60,6 +61,29 @@ def test_a_notebook_has_a_bar_where_it_can_be_redrawn_and_else_lines(
     assert progress._bar.disable is not widgets
     progress.on_stage("starting the rounds")
     assert ("starting" in capsys.readouterr().err) is not widgets
+
+
+def test_rows_fill_a_bar_of_their_own_which_the_next_stage_takes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Console(force_terminal=True, file=io.StringIO(), width=100)
+    monkeypatch.setattr("fedpet.run.progress.Console", lambda **_: terminal)
+    with Progress(4, "f1") as progress:
+        progress.on_stage("reading and tokenising the rows")
+        progress.on_rows(8192, 20000)
+        progress._bar.refresh()
+        progress.on_stage("Classes: 0 = 'a'.")  # a sentence: the stage is the same
+        progress.on_stage("loading the backbone")
+        progress._bar.refresh()
+    shown = terminal.file.getvalue()  # type: ignore[attr-defined]
+    assert "8192/20000 rows" in shown
+    assert shown.rindex("0/4 rounds") > shown.rindex("rows ")
+
+
+def test_no_line_is_printed_for_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(4, "f1") as progress:
+        progress.on_rows(8192, 20000)
+    assert capsys.readouterr().err == ""
 
 
 def test_a_line_of_a_round_tells_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
