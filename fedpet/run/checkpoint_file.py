@@ -17,7 +17,8 @@ from __future__ import annotations
 import hashlib
 import json
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -26,12 +27,12 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, RunError
 from fedpet.protocol.ledger import TRAINING
 from fedpet.run.client_journal import Written, remove_client_journals
 from fedpet.utils.atomic_write import atomic_write
 
-__all__ = ["RunCheckpoint", "read_journal", "remove_journal", "write_journal"]
+__all__ = ["RunCheckpoint", "read_journal", "remove_journal", "write_journal", "writing_journal"]
 
 NAME = "journal"
 VALUES = "values"
@@ -120,9 +121,22 @@ def write_journal(folder: Path, journal: RunCheckpoint) -> None:
     """Put a journal in its place, whole, and on the disk.
 
     Raises:
-        OSError: The disk does not take it. The one before stays.
+        RunError: The disk does not take it. The one before stays.
     """
-    atomic_write(folder / NAME, journal.to_bytes(), durable=True)
+    with writing_journal(folder, journal.server_round):
+        atomic_write(folder / NAME, journal.to_bytes(), durable=True)
+
+
+@contextmanager
+def writing_journal(folder: Path, server_round: int) -> Iterator[None]:
+    """Say what to do where the disk takes no journal, by a RunError."""
+    try:
+        yield
+    except OSError as error:
+        raise RunError(
+            f"the journal of round {server_round} cannot be written: {error}. Make room; the run "
+            f"goes on from an earlier round with `fedpet simulate --resume {folder}`."
+        ) from None
 
 
 def read_journal(folder: Path) -> RunCheckpoint | None:

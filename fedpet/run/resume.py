@@ -25,11 +25,16 @@ import numpy as np
 
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.config.experiment import located
-from fedpet.errors import ConfigError, RunError
+from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
 from fedpet.protocol.ledger import SEARCH
 from fedpet.protocol.plan import Plan
-from fedpet.run.checkpoint_file import RunCheckpoint, read_journal, write_journal
+from fedpet.run.checkpoint_file import (
+    RunCheckpoint,
+    read_journal,
+    write_journal,
+    writing_journal,
+)
 from fedpet.run.client_journal import ClientJournal, read_records
 from fedpet.utils.atomic_write import sync
 from fedpet.utils.lock import locked_folder
@@ -187,29 +192,25 @@ class JournalWriter:
         """
         strategy = self._strategy
         holders, books = strategy.requests.holders, strategy.ledger.path
-        try:
+        with writing_journal(self._folder, server_round):
             if books is not None:  # the journal vouches for its length
                 sync(books, os.O_RDWR)
-            journal = RunCheckpoint(
-                server_round=server_round,
-                plan_digest=strategy.digest.hex(),
-                clients=self._clients_hash,
-                settings=self._settings,
-                ledger_bytes=ledger_bytes,
-                holders=tuple(sorted(holders.plan_nodes)),
-                clients_file=self._clients.write(holders),
-                elapsed_seconds=time.perf_counter() - self._prepared.started,
-                resumed=self._resumed,
-                values=values,
-                optimiser=strategy.state(),
-                kind=strategy.ledger.current.kind,
-            )
-            write_journal(self._folder, journal)
-        except OSError as error:
-            raise RunError(
-                f"the journal of round {server_round} cannot be written: {error}. Make room; the "
-                f"run goes on from an earlier round with `fedpet simulate --resume {self._folder}`."
-            ) from None
+            clients_file = self._clients.write(holders)
+        journal = RunCheckpoint(
+            server_round=server_round,
+            plan_digest=strategy.digest.hex(),
+            clients=self._clients_hash,
+            settings=self._settings,
+            ledger_bytes=ledger_bytes,
+            holders=tuple(sorted(holders.plan_nodes)),
+            clients_file=clients_file,
+            elapsed_seconds=time.perf_counter() - self._prepared.started,
+            resumed=self._resumed,
+            values=values,
+            optimiser=strategy.state(),
+            kind=strategy.ledger.current.kind,
+        )
+        write_journal(self._folder, journal)
         self._clients.remove_older()
 
 
