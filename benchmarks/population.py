@@ -4,8 +4,8 @@
 
 rows      1,000,000 rows of 2,000 clients in one .jsonl file are read, split, dealt out and
           tokenised, by a process of its own, on one thread, from an empty cache and again from the
-          full one. A text is joined from two of the bundled film reviews and ends with a number of
-          its own, so that nearly none comes twice and each holds a new word.
+          full one. A text of 4 to 13 words is joined from two of the bundled film reviews, and ends
+          with a number of its own: none comes twice, and each holds a new word.
 clients   10 clients a round, drawn from 300 and from 100,000 of three rows each, without a local
           step: once by the default job's codec, once with error feedback and changes of a
           reference, where the server remembers what each client has. The runs take turns round by
@@ -29,25 +29,20 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from benchmarks.peak_memory import peak_bytes
 from fedpet.backbone.pretrained import locate
-from fedpet.client.node_config import NodeConfig
 from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
 from fedpet.data import load_data
 from fedpet.data.sources import open_source
 from fedpet.data.tokenize import load_tokenizer
-from fedpet.protocol.flower_compat import quiet_flower
-from fedpet.protocol.ledger import Ledger, RoundRecord
-from fedpet.report.loading import read_report
-from fedpet.report.page import write_page
 from fedpet.run.callbacks import Callback
-from fedpet.run.federate import federate, prepare
-from fedpet.run.local_grid import LocalGrid
-from fedpet.run.run_folder import machine, new_run_folder, versions
+
+if TYPE_CHECKING:  # the process that loads rows imports no more than it needs
+    from fedpet.protocol.ledger import Ledger, RoundRecord
 
 EXPERIMENTS = Path(__file__).parents[1] / "simulations" / "experiments"
 CODECS = {
@@ -73,6 +68,7 @@ def write_rows(path: Path, num_rows: int, num_clients: int) -> None:
             first, second = texts[one].split(), texts[other].split()
             words = first[: rng.randrange(1, len(first) + 1)]
             words += second[rng.randrange(len(second)) :]
+            words = words[: rng.randrange(4, 14)]
             row = {
                 "text": f"{' '.join(words)} {number}",
                 "label": labels[one],
@@ -182,6 +178,13 @@ class Clock(Callback):
 
 def _run(home: Path, clients: int, rounds: int, codec: Sequence[str], clock: Clock) -> Any:
     """Run a federation of so many clients in this process."""
+    from fedpet.client.node_config import NodeConfig
+    from fedpet.report.loading import read_report
+    from fedpet.report.page import write_page
+    from fedpet.run.federate import federate, prepare
+    from fedpet.run.local_grid import LocalGrid
+    from fedpet.run.run_folder import new_run_folder
+
     home.mkdir()
     write_rows(home / "rows.jsonl", clients * ROWS_A_CLIENT, clients)
     settings = [
@@ -230,6 +233,9 @@ def measure_rounds(sizes: Sequence[int], rounds: int, codec: Sequence[str]) -> l
 
 def main() -> None:
     """Measure, print, and write the file of --out."""
+    from fedpet.protocol.flower_compat import quiet_flower
+    from fedpet.run.run_folder import machine, versions
+
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rows", type=int, default=1_000_000, help="0 leaves them out")
     parser.add_argument("--row-clients", type=int, default=2000)

@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-__all__ = ["Column", "ColumnBuilder", "Selection", "distinct_values", "pack"]
+__all__ = ["Column", "ColumnBuilder", "Selection", "distinct_values", "pack_rows"]
 
 BATCH_ROWS = 4096  # that are Python objects at a time
 _PLAIN = (str, int, float, bool)
@@ -173,12 +173,14 @@ class ColumnBuilder:
                 pieces.append(_packed([row.get(name) for row in rows]))
 
 
-def pack(values: Iterable[Any]) -> Column:
-    """Make a column of values, a batch after the other."""
-    pieces, rest = [], iter(values)
+def pack_rows(rows: Iterable[Sequence[Any]], width: int) -> list[Column]:
+    """Make the columns of rows of equal width, a batch after the other."""
+    pieces: list[list[Any]] = [[] for _ in range(width)]
+    rest = iter(rows)
     while batch := list(islice(rest, BATCH_ROWS)):
-        pieces.append(_packed(batch))
-    return Column(_join(pieces))
+        for column, values in zip(pieces, zip(*batch, strict=True), strict=True):
+            column.append(_packed(list(values)))
+    return [Column(_join(column)) for column in pieces]
 
 
 def _packed(values: list[Any]) -> Any:

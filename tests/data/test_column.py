@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from fedpet.data import column as column_module
 from fedpet.data.array_spool import ArraySpool, save_array
-from fedpet.data.column import Column, ColumnBuilder, Selection, distinct_values, pack
+from fedpet.data.column import Column, ColumnBuilder, Selection, distinct_values, pack_rows
 from fedpet.data.formats import read_file
 
 KINDS = [
@@ -31,6 +31,11 @@ values = st.one_of(
     *(st.lists(st.none() | kind, max_size=20) for kind in KINDS),
     st.lists(st.one_of(st.none(), *KINDS), max_size=20),
 )
+
+
+def pack(rows: list[Any]) -> Column:
+    [column] = pack_rows(([value] for value in rows), 1)
+    return column
 
 
 def typed(rows: Any) -> list[tuple[type, Any]]:
