@@ -34,7 +34,7 @@ from fedpet.errors import TrainingError
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
 from fedpet.run.central_search import find_structure
-from fedpet.search import check_structure, settle
+from fedpet.search import check_structure, resolve_settings
 from fedpet.training.batching import batches, inputs_of
 from fedpet.training.evaluation import predict
 from fedpet.training.loss import client_loss
@@ -99,7 +99,7 @@ def run_centrally(
         names = set(backbone.head)
         parameters = backbone.model.named_parameters()
         count = sum(p.numel() for name, p in parameters if name not in names)
-        config = settle(search, training or TrainingConfig(), backbone_parameters=count)
+        config = resolve_settings(search, training or TrainingConfig(), backbone_parameters=count)
         structure = find_structure(
             backbone, data, config, logit_adjustment=rows.logit_adjustment, indices=train
         )

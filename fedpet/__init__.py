@@ -21,6 +21,7 @@ from fedpet.utils.telemetry import turn_off_telemetry
 if TYPE_CHECKING:
     from fedpet.codec.encode_decode import decode, encode
     from fedpet.config import Experiment, MaskConfig, SearchConfig, TrainingConfig
+    from fedpet.data.collator import register_data_collator
     from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
     from fedpet.errors import FedpetError, InputError
     from fedpet.export import export_peft
@@ -53,6 +54,7 @@ turn_off_telemetry()
 _HOME = {
     "fedpet.codec.encode_decode": ("decode", "encode"),
     "fedpet.config": ("Experiment", "MaskConfig", "SearchConfig", "TrainingConfig"),
+    "fedpet.data.collator": ("register_data_collator",),
     "fedpet.data.federated_dataset": ("FederatedDataset", "load_federated_dataset"),
     "fedpet.errors": ("FedpetError", "InputError"),
     "fedpet.export": ("export_peft",),
@@ -116,6 +118,7 @@ __all__ = [
     "load_federated_dataset",
     "pafi_mask",
     "preset_structure",
+    "register_data_collator",
     "register_loss",
     "register_metric",
     "register_module",

@@ -9,7 +9,7 @@ import shutil
 import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +64,14 @@ os.environ |= {
 os.environ.pop("RAY_ADDRESS", None)
 
 
+@pytest.fixture(autouse=True)
+def _threads() -> Iterator[None]:
+    """Nodes and server set torch's threads for the process, which has more tests: one, as above."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_num_threads(1)
+
+
 @pytest.fixture(scope="session")
 def repository() -> Path:
     """The checkout's root: the tests come from it even where the package does not."""
@@ -90,6 +98,43 @@ def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experi
         return tiny.make_experiment(*files, tmp_path / f"run{next(counter)}", **changes)
 
     return make
+
+
+@pytest.fixture
+def command(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> Callable[..., tuple[int, str, str]]:
+    """Run fedpet in an empty folder; give its exit code, what it said and what it printed."""
+    from fedpet.cli import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, str]:
+        monkeypatch.setattr(sys, "argv", ["fedpet", *arguments])
+        code: Any = 0
+        try:
+            main.main()
+        except SystemExit as ended:
+            code = ended.code or 0
+        captured = capsys.readouterr()
+        assert "Traceback" not in captured.err
+        return code, captured.err, captured.out
+
+    return run
+
+
+@pytest.fixture
+def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+    """Run a command that must end with exit code 2 and one message; give the message."""
+
+    def run(*arguments: str, code: int = 2) -> str:
+        found, said, _ = command(*arguments)
+        assert found == code
+        assert not Path("runs").exists(), "nothing is left behind"
+        [line] = [line for line in said.splitlines() if line.startswith("Error: ")]
+        return line
+
+    return run
 
 
 def pytest_collection_finish() -> None:

@@ -19,12 +19,11 @@ from urllib.parse import unquote
 import pytest
 import typer
 from doc_blocks import Block, blocks_of, inline_code, run_python
-from own_names import begin_with_built_in_names
+from own_names import built_in_names
 
 import fedpet
 from fedpet.cli.main import app
 from fedpet.config import Experiment
-from fedpet.pet.modules import registry
 
 REPOSITORY = Path(__file__).resolve().parents[1]
 
@@ -63,14 +62,8 @@ def test_every_python_block_of_a_page_runs(
     page: Path, blocks: list[Block], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    begin_with_built_in_names(monkeypatch)
-    before = [(table, dict(table)) for table in (registry.KINDS, registry.PRESETS)]
-    try:
+    with built_in_names():  # a page may register some of its own
         run_python(page, blocks)
-    finally:
-        for table, content in before:  # a page may register a kind of its own
-            table.clear()
-            table.update(content)
 
 
 # Experiments and settings

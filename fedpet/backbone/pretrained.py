@@ -62,12 +62,12 @@ class Origin:
 
     def lines(self) -> list[str]:
         """Say the same in words, a line for each thing that a user may not expect."""
-        told = f"{self.loaded} tensors come from the checkpoint"
+        loaded = f"{self.loaded} tensors come from the checkpoint"
         if self.head_loaded:
-            told += f", of the head {_listed(self.head_loaded)}"
+            loaded += f", of the head {_listed(self.head_loaded)}"
         if self.drawn:
-            told += f"; of the head drawn anew: {_listed(self.drawn)}"
-        lines = [told]
+            loaded += f"; of the head drawn anew: {_listed(self.drawn)}"
+        lines = [loaded]
         if self.classes:
             lines.append(self.classes)
         if self.left_out:
@@ -272,13 +272,13 @@ def _settle_head(
         return absent, ""
     rows = rows_of(theirs, ours)
     if rows is None:
-        told = f"the checkpoint's classes are {_listed(theirs)} and the task's {_listed(ours)}"
+        both = f"the checkpoint's classes are {_listed(theirs)} and the task's {_listed(ours)}"
         if config.head == "keep":
             raise BackboneError(
-                f"backbone.head = 'keep' leaves the checkpoint's head as it is, and {told}: give "
+                f"backbone.head = 'keep' leaves the checkpoint's head as it is, and {both}: give "
                 "the rows' labels the checkpoint's names, or take backbone.head = 'train'."
             )
-        return tuple(n for n in head if n in lacking or n in output), f"{told}: drawn anew"
+        return tuple(n for n in head if n in lacking or n in output), f"{both}: drawn anew"
     if rows == tuple(range(len(ours))):
         return absent, ""
     with torch.no_grad():

@@ -84,7 +84,12 @@ class ModelCache:
         """
         config = self._config
         data = load_data(
-            replace(config.data, label_names=plan.task.label_names, max_length=plan.max_length),
+            replace(
+                config.data,
+                label_names=plan.task.label_names,
+                max_length=plan.max_length,
+                collator=plan.collator,
+            ),
             config.population,
             locate(config.backbone),
             cache=config.cache,

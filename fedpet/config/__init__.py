@@ -11,10 +11,10 @@ from fedpet.config.schema import (
     MaskConfig,
     RunConfig,
     SearchConfig,
-    StrategyConfig,
     StructureConfig,
     TrainingConfig,
 )
+from fedpet.config.strategy_registry import StrategyConfig
 
 __all__ = [
     "DEVICES",

@@ -26,12 +26,15 @@ from fedpet.config.schema import (
     MaskConfig,
     RunConfig,
     SearchConfig,
-    StrategyConfig,
     StructureConfig,
     TrainingConfig,
-    UnregisteredStrategy,
 )
-from fedpet.config.strategy_registry import registered_rules, rule_of_table
+from fedpet.config.strategy_registry import (
+    StrategyConfig,
+    UnregisteredStrategy,
+    registered_rules,
+    rule_of_table,
+)
 from fedpet.errors import ConfigError
 from fedpet.utils.paths import absolute, expand
 

@@ -9,9 +9,8 @@ type of a number states its range, which `Stage` checks.
 
 from __future__ import annotations
 
-import dataclasses
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated
 
 from fedpet.config.ranges import (
     AnyInteger,
@@ -21,9 +20,7 @@ from fedpet.config.ranges import (
     Range,
     Stage,
     Whole,
-    kebab_case,
 )
-from fedpet.config.strategy_registry import default_parameters, rule_named
 from fedpet.config.value_checks import check_choice, density_and_share, rates_by_kind
 from fedpet.errors import ConfigError
 
@@ -40,7 +37,6 @@ _BUDGET = "It is a number of values, or below 1 a fraction of the backbone."
 _SHARP = "Below that gates are 0 or 1 to all digits."
 _VALIDATION = "It is the fraction of the rows that picks the checkpoint."
 _OVERLAP = "It is the fraction of the modules chosen in either of two rounds that both chose."
-_QUORUM = "It is the fraction of a round's clients that must give a usable reply."
 EvalFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_HELD_OUT)]
 Density = Annotated[float, Range(0, 1, above=True, advice=_DENSITY)]
 Budget = Annotated[str | int | float, Range(0, above=True, advice=_BUDGET)]
@@ -48,7 +44,6 @@ Temperature = Annotated[float, Range(LEAST_BETA, advice=_SHARP)]
 TemperatureOrZero = Annotated[float, Range(LEAST_BETA, zero=True, advice=_SHARP)]
 ValidationFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_VALIDATION)]
 Overlap = Annotated[float, Range(0, 1, above=True, advice=_OVERLAP)]
-Quorum = Annotated[float, Range(0, 1, advice=_QUORUM)]
 Threads = Annotated[int, Range(1, 1024)]
 HEADS = ("train", "new", "keep")
 METRICS = {  # built in, by kind of task
@@ -86,6 +81,9 @@ class DataConfig(Stage):
     metric: str = "accuracy"
     # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
     metrics: tuple[str, ...] = ()
+    # Makes batches as Trainer's data_collator does: a registered name, or
+    # "package.module:function"; "" pads each batch to its longest row.
+    collator: str = ""
     max_length: Annotated[int, Range(8)] = 64  # tokens a row, special ones counted
     max_train_rows: Whole = 0  # 0 takes all
     max_eval_rows: Whole = 0  # 0 takes all
@@ -273,98 +271,6 @@ class SearchConfig(Stage):
         """Return the learning rate of one kind of module ("mask", "head", "lora", ...)."""
         rates = rates_by_kind(self.learning_rates, "search.learning-rates")
         return rates.get(kind, self.learning_rate)
-
-
-@dataclass(frozen=True, kw_only=True)
-class StrategyConfig(Stage):
-    name: str = "fedavg"  # of the aggregation rule; the rules stand in strategies/
-    num_rounds: Count = 10  # of training
-    clients_per_round: Count = 20  # drawn anew for each; all there are, where they are fewer
-    quorum: Quorum = 0.5  # fraction of the round's clients that must give a usable reply
-    min_replies: Count = 1  # usable ones, below which a round changes nothing
-    round_deadline_seconds: Positive = 3600.0  # replies that come later are refused
-    node_wait_seconds: FromZero = 300.0  # for the first node, and for a deployment's clients
-    evaluate_every: Count = 1  # rounds; the last is always evaluated
-
-    # Facts of a rule, which its class states (they are no keys).
-    table_name = "strategy"
-    compares_replies = False  # sees a message a client, so all must send the same entries
-    has_server_optimizer = False  # moves the values by more than the mean update
-
-    def __new__(cls, **fields: Any) -> StrategyConfig:
-        """Make the class of the rule that is named: `StrategyConfig(name="krum")` is a `Krum`."""
-        if cls is StrategyConfig:
-            cls = rule_named(fields.get("name", "fedavg"))
-        return object.__new__(cls)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_name()
-        if self.clients_per_round < self.min_usable_replies:
-            raise ConfigError(
-                f"strategy {self.name!r} with these parameters, and min-replies, need "
-                f"{self.min_usable_replies} usable replies a round, and "
-                f"strategy.clients-per-round is "
-                f"{self.clients_per_round}: raise it."
-            )
-
-    def check_name(self) -> None:
-        """Refuse a name that is another rule's."""
-        if not isinstance(self, rule_named(self.name)):
-            raise ConfigError(
-                f"{type(self).__name__} is the strategy {type(self).name!r}, got the name "
-                f"{self.name!r}: leave it out."
-            )
-
-    @property
-    def replies_needed(self) -> int:
-        """Usable replies without which the rule does not mean what it says."""
-        return 1
-
-    @property
-    def min_usable_replies(self) -> int:
-        """Usable replies below which a round changes nothing, however small the quorum."""
-        return max(self.replies_needed, self.min_replies)
-
-    def num_averaged(self, num_replies: int) -> int:
-        """Return of how many updates the rule takes the mean, or something as quiet."""
-        return num_replies
-
-    def with_training(self, training: TrainingConfig) -> tuple[StrategyConfig, TrainingConfig]:
-        """Return both as the rule has them in one experiment.
-
-        Raises:
-            ConfigError: The rule does not go with these training settings.
-        """
-        return self, training
-
-    def flower_strategy(self, training: TrainingConfig) -> Any:
-        """Make Flower's strategy of this rule: a `flwr.serverapp.strategy.Strategy`."""
-        raise NotImplementedError(f"{type(self).__name__} names no strategy of Flower's.")
-
-    @classmethod
-    def parameters(cls) -> dict[str, Any]:
-        """Return the keys that this rule takes beside those of every rule, with their defaults."""
-        common = {entry.name for entry in dataclasses.fields(StrategyConfig)}
-        return {
-            entry.name: entry.default
-            for entry in dataclasses.fields(cls)
-            if entry.name not in common and entry.metadata.get("is_key", True)
-        }
-
-    def to_table(self) -> dict[str, Any]:
-        """Return all keys, those of other rules with their defaults."""
-        keys = [entry.name for entry in dataclasses.fields(StrategyConfig)]
-        own = {name: getattr(self, name) for name in (*keys, *self.parameters())}
-        return kebab_case({**dict.fromkeys(keys), **default_parameters(), **own})
-
-
-@dataclass(frozen=True, kw_only=True)
-class UnregisteredStrategy(StrategyConfig):
-    """Stand for the rule of a finished run that no class here has the name of; it runs nothing."""
-
-    def check_name(self) -> None:
-        """Take any."""
 
 
 @dataclass(frozen=True, kw_only=True)

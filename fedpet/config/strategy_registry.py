@@ -1,4 +1,4 @@
-"""Register aggregation rules by name, and read the [strategy] table of an experiment.
+"""Define the base of all aggregation rules, register them, and read the table [strategy].
 
 A rule is one class, see `strategies/`: its fields are the keys that it takes, with defaults and
 ranges, and its attributes say what other stages must know of it. The shipped rules register
@@ -9,18 +9,121 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Mapping
-from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, fields
+from typing import Annotated, Any
 
+from fedpet.config.ranges import Count, FromZero, Positive, Range, Stage, kebab_case
+from fedpet.config.schema import TrainingConfig
 from fedpet.config.value_checks import did_you_mean
 from fedpet.errors import ConfigError
 
-if TYPE_CHECKING:
-    from fedpet.config.schema import StrategyConfig
-
-__all__ = ["add_rule", "default_parameters", "registered_rules", "rule_named", "rule_of_table"]
+__all__ = [
+    "StrategyConfig",
+    "UnregisteredStrategy",
+    "add_rule",
+    "default_parameters",
+    "registered_rules",
+    "rule_named",
+    "rule_of_table",
+]
 
 SHIPPED = "fedpet.strategies"  # a later stage: imported by its name, as one of the user's own is
+_QUORUM = "It is the fraction of a round's clients that must give a usable reply."
+Quorum = Annotated[float, Range(0, 1, advice=_QUORUM)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class StrategyConfig(Stage):
+    name: str = "fedavg"  # of the aggregation rule; the rules stand in strategies/
+    num_rounds: Count = 10  # of training
+    clients_per_round: Count = 20  # drawn anew for each; all there are, where they are fewer
+    quorum: Quorum = 0.5  # fraction of the round's clients that must give a usable reply
+    min_replies: Count = 1  # usable ones, below which a round changes nothing
+    round_deadline_seconds: Positive = 3600.0  # replies that come later are refused
+    node_wait_seconds: FromZero = 300.0  # for the first node, and for a deployment's clients
+    evaluate_every: Count = 1  # rounds; the last is always evaluated
+
+    # Facts of a rule, which its class states (they are no keys).
+    table_name = "strategy"
+    compares_replies = False  # sees a message a client, so all must send the same entries
+    has_server_optimizer = False  # moves the values by more than the mean update
+
+    def __new__(cls, **fields: Any) -> StrategyConfig:
+        """Make the class of the rule that is named: `StrategyConfig(name="krum")` is a `Krum`."""
+        if cls is StrategyConfig:
+            cls = rule_named(fields.get("name", "fedavg"))
+        return object.__new__(cls)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_name()
+        if self.clients_per_round < self.min_usable_replies:
+            raise ConfigError(
+                f"strategy {self.name!r} with these parameters, and min-replies, need "
+                f"{self.min_usable_replies} usable replies a round, and "
+                f"strategy.clients-per-round is "
+                f"{self.clients_per_round}: raise it."
+            )
+
+    def check_name(self) -> None:
+        """Refuse a name that is another rule's."""
+        if not isinstance(self, rule_named(self.name)):
+            raise ConfigError(
+                f"{type(self).__name__} is the strategy {type(self).name!r}, got the name "
+                f"{self.name!r}: leave it out."
+            )
+
+    @property
+    def replies_needed(self) -> int:
+        """Usable replies without which the rule does not mean what it says."""
+        return 1
+
+    @property
+    def min_usable_replies(self) -> int:
+        """Usable replies below which a round changes nothing, however small the quorum."""
+        return max(self.replies_needed, self.min_replies)
+
+    def num_averaged(self, num_replies: int) -> int:
+        """Return of how many updates the rule takes the mean, or something as quiet."""
+        return num_replies
+
+    def with_training(self, training: TrainingConfig) -> tuple[StrategyConfig, TrainingConfig]:
+        """Return both as the rule has them in one experiment.
+
+        Raises:
+            ConfigError: The rule does not go with these training settings.
+        """
+        return self, training
+
+    def flower_strategy(self, training: TrainingConfig) -> Any:
+        """Make Flower's strategy of this rule: a `flwr.serverapp.strategy.Strategy`."""
+        raise NotImplementedError(f"{type(self).__name__} names no strategy of Flower's.")
+
+    @classmethod
+    def parameters(cls) -> dict[str, Any]:
+        """Return the keys that this rule takes beside those of every rule, with their defaults."""
+        common = {entry.name for entry in fields(StrategyConfig)}
+        return {
+            entry.name: entry.default
+            for entry in fields(cls)
+            if entry.name not in common and entry.metadata.get("is_key", True)
+        }
+
+    def to_table(self) -> dict[str, Any]:
+        """Return all keys, those of other rules with their defaults."""
+        keys = [entry.name for entry in fields(StrategyConfig)]
+        own = {name: getattr(self, name) for name in (*keys, *self.parameters())}
+        return kebab_case({**dict.fromkeys(keys), **default_parameters(), **own})
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnregisteredStrategy(StrategyConfig):
+    """Stand for the rule of a finished run that no class here has the name of; it runs nothing."""
+
+    def check_name(self) -> None:
+        """Take any."""
+
+
 _rules: dict[str, type[StrategyConfig]] = {}
 
 

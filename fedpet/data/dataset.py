@@ -13,7 +13,7 @@ from __future__ import annotations
 import hashlib
 import importlib.metadata
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ import numpy as np
 
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data.cache import Entry, cached, unwritable
+from fedpet.data.collator import COLLATORS
 from fedpet.data.column import Column, Selection
 from fedpet.data.partition import (
     Client,
@@ -124,9 +125,12 @@ def load_data(
         return _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache, on_rows)
 
     train_entry = rows_entry(train_split)
-    train = _rows(train_entry)
+    train = _rows(train_entry, data)
     held_entry = rows_entry(held_split) if evaluation else None
-    held = _rows(held_entry) if held_entry else no_rows(train)
+    held = _rows(held_entry, data) if held_entry else no_rows(train)
+    if held_entry and partitioner is None and population.partition == "column":
+        owners = _owners(held_split, held_entry, population.client_column, cache)
+        held = replace(held, clients=owners)
 
     if partitioner is not None:
         dataset = source.read(data.train_split).dataset()
@@ -192,7 +196,7 @@ def load_evaluation(
     task = Task(data.task, _label_names(split, data, cache), data.metric, data.metrics)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
     entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache, on_rows)
-    held, books = _rows(entry), {"evaluation": _books(entry, "data.max-eval-rows")}
+    held, books = _rows(entry, data), {"evaluation": _books(entry, "data.max-eval-rows")}
     tokenizer_hash = hash_tokenizer(tokenizer_folder)
     return FederatedData(task, no_rows(held), held, (), 0, 0, tokenizer_hash, books)
 
@@ -427,7 +431,7 @@ def _books(entry: Entry, limit: str, more: Mapping[str, int] | None = None) -> R
     )
 
 
-def _rows(entry: Entry) -> Rows:
+def _rows(entry: Entry, data: DataConfig) -> Rows:
     return Rows(
         tokens=entry.arrays["tokens"],
         offsets=entry.arrays["offsets"],
@@ -435,6 +439,7 @@ def _rows(entry: Entry) -> Rows:
         types=entry.arrays.get("types"),
         pad_id=entry.meta["padding"]["token"],
         pad_left=entry.meta["padding"]["left"],
+        collator=COLLATORS.find(data.collator) if data.collator else None,
     )
 
 
@@ -465,3 +470,23 @@ def _natural_clients(
     key = {**split.source.identity(split.name), "numbers": digest, "column": column}
     entry = cached(cache, "clients", key, compute)
     return group_rows(entry.arrays["codes"], tuple(entry.meta["names"]))
+
+
+def _owners(split: _Split, rows_entry: Entry, column: str, cache: Path) -> np.ndarray | None:
+    """Return the client of each evaluation row, as a number; None where they name none."""
+    numbers = rows_entry.arrays["numbers"]
+
+    def compute() -> Entry:
+        try:
+            clients = _natural_clients(split, rows_entry, column, cache)
+        except DataError:  # they need not have the column, as training rows must
+            return Entry({"owners": np.empty(0, dtype=np.int32)}, {})
+        owners = np.empty(len(numbers), dtype=np.int32)
+        for number, rows in enumerate(clients.values()):
+            owners[rows] = number
+        return Entry({"owners": owners}, {})
+
+    digest = hashlib.sha256(numbers.tobytes()).hexdigest()
+    key = {**split.source.identity(split.name), "numbers": digest, "column": column}
+    owners: np.ndarray = cached(cache, "owners", key, compute).arrays["owners"]
+    return owners if len(owners) else None

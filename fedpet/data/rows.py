@@ -7,10 +7,13 @@ Out: `Rows.batch(indices)`: what a transformers model takes, padded to this batc
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
+
+from fedpet.data.collator import Collator, collate
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,6 +29,8 @@ class Rows:
     types: np.ndarray | None  # uint8 (num_tokens,), where the tokeniser makes token type ids
     pad_id: int  # what fills a row up; masked out by attention_mask
     pad_left: bool = False  # on which side
+    clients: np.ndarray | None = None  # int32 (n,), a number for each client, where rows tell
+    collator: Collator | None = None  # a user's own, makes batches in place of `batch`'s padding
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -36,7 +41,7 @@ class Rows:
         return np.diff(self.offsets).astype(np.int32)
 
     def batch(self, indices: np.ndarray) -> dict[str, Tensor]:
-        """Gather rows, padded to the longest of them.
+        """Gather rows, padded to the longest of them, or as the collator makes a batch.
 
         Args:
             indices: Row numbers, at least one: int64, shape (b,).
@@ -46,6 +51,8 @@ class Rows:
             where the tokeniser makes them; `labels`, int64 or float32 (b,).
         """
         indices = np.asarray(indices, dtype=np.int64)
+        if self.collator is not None:
+            return collate(self.collator, [self._features(index) for index in indices])
         starts = self.offsets[indices]  # (b,)
         lengths = self.offsets[indices + 1] - starts  # (b,)
         columns = np.arange(lengths.max())[None]  # (1, longest)
@@ -64,6 +71,14 @@ class Rows:
         tensors["labels"] = torch.from_numpy(self.labels[indices])
         return tensors
 
+    def _features(self, index: int) -> dict[str, Any]:
+        """Return a row as collators take it."""
+        inside = slice(self.offsets[index], self.offsets[index + 1])
+        ids = self.tokens[inside].tolist()
+        types = {} if self.types is None else {"token_type_ids": self.types[inside].tolist()}
+        label = self.labels[index].item()
+        return {"input_ids": ids, "attention_mask": [1] * len(ids), **types, "labels": label}
+
     def take(self, indices: np.ndarray) -> Rows:
         """Copy some rows, in the order of their numbers here."""
         starts, stops = self.offsets[indices], self.offsets[indices + 1]
@@ -74,6 +89,7 @@ class Rows:
             offsets=np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64),
             labels=np.asarray(self.labels)[indices],
             types=None if self.types is None else self.types[places],
+            clients=None if self.clients is None else self.clients[indices],
         )
 
 
@@ -85,4 +101,5 @@ def no_rows(like: Rows) -> Rows:
         offsets=np.zeros(1, dtype=np.int64),
         labels=like.labels[:0],
         types=None if like.types is None else like.types[:0],
+        clients=None if like.clients is None else like.clients[:0],
     )

@@ -44,6 +44,9 @@ _VOCABULARY = (
 )
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
 BATCH_ROWS = 8192
+# Later ones want a protobuf from 7 on, which Flower does not take; transformers then asks for
+# tiktoken, which cannot read the file either.
+_SENTENCEPIECE = "sentencepiece<0.2.3"
 
 
 def hash_tokenizer(folder: Path) -> str:
@@ -200,8 +203,11 @@ def load_tokenizer(folder: Path) -> Any:
         tokenizer = AutoTokenizer.from_pretrained(folder, **NO_CODE)
     except Exception as error:  # transformers raises whatever its many tokenisers raise
         reason = _first_line(error)
-        if _asks_for_sentencepiece(folder):
-            reason = "it is a sentencepiece model, to be read by `pip install sentencepiece`."
+        if _is_sentencepiece_alone(folder):
+            reason = (
+                f"it is a sentencepiece model, to be read by `pip install '{_SENTENCEPIECE}'`"
+                f"{f' ({reason})' if find_spec('sentencepiece') else ''}."
+            )
         elif "trust_remote_code" in str(error):
             reason = "it is code that comes with the checkpoint, which fedpet does not run."
         raise DataError(f"the tokeniser in {str(folder)!r} cannot be loaded: {reason}") from None
@@ -214,10 +220,9 @@ def load_tokenizer(folder: Path) -> Any:
     return tokenizer
 
 
-def _asks_for_sentencepiece(folder: Path) -> bool:
+def _is_sentencepiece_alone(folder: Path) -> bool:
     models = [*folder.glob("*.model"), *folder.glob("*.spm")]
-    there = (folder / "tokenizer.json").is_file() or find_spec("sentencepiece") is not None
-    return bool(models) and not there
+    return bool(models) and not (folder / "tokenizer.json").is_file()
 
 
 def _check_vocabulary(token_id: int, tokenizer: Any, config: Any, where: str) -> None:

@@ -45,34 +45,21 @@ BYTES_PER_FLOAT = 4
 # How far a payload may be from a run's, as a fraction. Measured on real runs, see the tests.
 _TOLERANCE = 0.01
 _TOLERANCE_OF_ROWS = 0.03  # where clients are assumed to hold the same number of rows
-_TOLERANCE_OF_SCALES = 0.05  # of blocks: the largest of 64 or 1024 values decides
-_TOLERANCE_OF_TAILS = 0.05  # top-k, and scales of blocks under SGD, whose updates differ most
+_TOLERANCE_OF_TAILS = 0.05  # top-k, and blocks, whose largest of 64 or 1024 values is the scale
 _TOLERANCE_OF_ONE_STEP = 0.2  # of the updates of clients that take a single step
 
 
 @dataclass(frozen=True)
 class Estimate:
-    """Hold a run's cost. Bytes are those of whole messages; MB is 10^6 bytes.
+    """Hold a run's cost. Bytes are those of whole messages; MB is 10^6 bytes."""
 
-    Attributes:
-        run: Names, codecs, rounds, clients.
-        model: Parameters and values, as `result.json` has them.
-        message: Mean lengths from the payload to the whole message, up and down, and the plan.
-        communication: The run's bytes, under the names that `result.json` gives them; and those
-            of LoRA beside it.
-        links: For each link the seconds of a client's messages.
-        tolerance: How far the bytes may be from a run's, as a fraction; 0 where every payload
-            has one length.
-        notes: Assumptions, a sentence each.
-    """
-
-    run: dict[str, Any]
-    model: dict[str, Any]
-    message: dict[str, Any]
-    communication: dict[str, Any]
-    links: list[dict[str, Any]]
-    tolerance: float
-    notes: list[str]
+    run: dict[str, Any]  # names, codecs, rounds, clients
+    model: dict[str, Any]  # parameters and values, as `result.json` has them
+    message: dict[str, Any]  # mean lengths from payload to whole message, and of the plan
+    communication: dict[str, Any]  # the run's bytes, named as in `result.json`; and LoRA's
+    links: list[dict[str, Any]]  # for each link the seconds of a client's messages
+    tolerance: float  # how far the bytes may be from a run's; 0 where payloads have one length
+    notes: list[str]  # assumptions, a sentence each
 
     def to_json(self) -> dict[str, Any]:
         """All of it, for a JSON file."""
@@ -114,14 +101,13 @@ def estimate(
     )
     layout = count_values(backbone, experiment)
     plan = made_up_plan(experiment, layout, task)
-    tiers = [layout.kinds(tier) for tier in range(len(layout.tier_masks))]
-    counts = [sum(size for _, size in kinds) for kinds in tiers]
-    lengths = payloads(tiers, plan, experiment.strategy, draws.rounds)
-    up = _mean(
-        lengths.up[r, taker.tier] for r, takers in enumerate(draws.rounds) for taker in takers
-    )
-    frames = frames_down(lengths, counts, draws.rounds, plan.is_delta_downlink)
+    counts = [sum(size for _, size in kinds) for kinds in layout.tiers]
+    lengths = payloads(layout.tiers, plan, experiment.strategy, draws.rounds)
+    parts = [(r, taker) for r, takers in enumerate(draws.rounds) for taker in takers]
+    up = _mean(lengths.up[r, taker.tier] for r, taker in parts)
+    frames = frames_down(lengths, draws.rounds, changes=plan.is_delta_downlink)
     down = _mean(length for each in frames for length in each)
+    values = _mean(counts[taker.tier] for _, taker in parts)
     uplink = up + reply_bytes(round(up)) - round(up)
     downlink = down + request_bytes(round(down), plan) - round(down)
     plan_length = len(plan.to_bytes())
@@ -130,13 +116,29 @@ def estimate(
         draws = dataclasses.replace(draws, newcomers=float(draws.num_clients))
     else:
         plan_sent = request_bytes(round(down), plan, plan_length) - request_bytes(round(down), plan)
-    taking_part = draws.num_parts
     dense = BYTES_PER_FLOAT * (layout.pretrained_parameters + layout.head_parameters)
     lora = BYTES_PER_FLOAT * (layout.lora_values + layout.head_parameters)
-    total = taking_part * (uplink + downlink) + draws.newcomers * plan_sent
+    total = len(parts) * (uplink + downlink) + draws.newcomers * plan_sent
+    dense_total, lora_total = (2 * each * len(parts) for each in (dense, lora))
     tolerance = _tolerance(plan, draws)
     _explain(experiment, draws, tolerance, notes)
-    values = _mean(counts[taker.tier] for takers in draws.rounds for taker in takers)
+
+    def on(link: Link) -> dict[str, Any]:
+        up, down = link.up.seconds, link.down.seconds
+        seconds = {"plan": down(plan_sent), "down": down(downlink), "up": up(uplink)}
+        seconds["round"] = seconds["down"] + seconds["up"]
+        # A round waits for its clients, who send at the same time, each on a link of its own.
+        seconds["run"] = len(draws.rounds) * seconds["round"] + seconds["plan"]
+        seconds |= {"lora_round": down(lora) + up(lora), "dense_round": down(dense) + up(dense)}
+        return {
+            **{name: getattr(link, name) for name in ("name", "title", "what")},
+            "sources": list(link.sources),
+            "up_bits_per_second": link.up.bits_per_second,
+            "down_bits_per_second": link.down.bits_per_second,
+            "duty_cycle": link.up.duty_cycle,
+            **{f"{name}_seconds": each for name, each in seconds.items()},
+        }
+
     return Estimate(
         run=_run(experiment, backbone, plan, draws),
         model=_model(experiment, layout, counts, draws),
@@ -151,21 +153,18 @@ def estimate(
         },
         communication={
             "plan_bytes_per_client": plan_sent,
-            "uplink_bytes": taking_part * uplink,
-            "downlink_bytes": taking_part * downlink,
+            "uplink_bytes": len(parts) * uplink,
+            "downlink_bytes": len(parts) * downlink,
             "plan_bytes": draws.newcomers * plan_sent,
             "total_bytes": total,
             "uplink_bytes_per_client_round": uplink,
             "downlink_bytes_per_client_round": downlink,
-            "dense_fedavg_total_bytes": 2 * dense * taking_part,
-            "ratio_to_dense": total / (2 * dense * taking_part),
-            "lora_total_bytes": 2 * lora * taking_part,
-            "ratio_to_lora": total / (2 * lora * taking_part),
+            "dense_fedavg_total_bytes": dense_total,
+            "ratio_to_dense": total / dense_total,
+            "lora_total_bytes": lora_total,
+            "ratio_to_lora": total / lora_total,
         },
-        links=[
-            _seconds(link, uplink, downlink, plan_sent, len(draws.rounds), dense, lora)
-            for link in links
-        ],
+        links=[on(link) for link in links],
         tolerance=tolerance,
         notes=notes,
     )
@@ -195,6 +194,13 @@ def _model(
     experiment: Experiment, layout: Layout, counts: Sequence[int], draws: Draws
 ) -> dict[str, Any]:
     mask = layout.values_by_kind.get("mask", 0)
+    times = Counter(taker.tier for takers in draws.rounds for taker in takers)
+    tiers = [
+        {"density": density, "values": count, "parts": times[tier]}
+        for tier, (density, count) in enumerate(
+            zip(experiment.mask.tier_densities, counts, strict=True)
+        )
+    ]
     return {
         "backbone_parameters": layout.pretrained_parameters,
         "communicated_values": layout.num_values,
@@ -205,7 +211,7 @@ def _model(
         "mask_scope_entries": sum(layout.scope),
         "lora_values": layout.lora_values,
         "lora_rank": LORA_RANK,
-        "tiers": _tiers(experiment, counts, draws),
+        "tiers": tiers if len(tiers) > 1 else [],
     }
 
 
@@ -253,68 +259,18 @@ def _mean(numbers: Iterable[float]) -> float:
     return float(np.mean(list(numbers)))
 
 
-def _tiers(experiment: Experiment, counts: Sequence[int], draws: Draws) -> list[dict[str, Any]]:
-    """Return values and parts of the clients of each tier; [] where all are alike."""
-    if len(counts) == 1:
-        return []
-    parts = Counter(taker.tier for takers in draws.rounds for taker in takers)
-    return [
-        {"density": density, "values": count, "parts": parts[tier]}
-        for tier, (density, count) in enumerate(
-            zip(experiment.mask.tier_densities, counts, strict=True)
-        )
-    ]
-
-
-def _seconds(
-    link: Link,
-    uplink: float,
-    downlink: float,
-    plan: float,
-    num_rounds: int,
-    dense: float,
-    lora: float,
-) -> dict[str, Any]:
-    """Return the seconds of a client's messages on one link."""
-    up, down = link.up.seconds(uplink), link.down.seconds(downlink)
-    return {
-        "name": link.name,
-        "title": link.title,
-        "what": link.what,
-        "sources": list(link.sources),
-        "up_bits_per_second": link.up.bits_per_second,
-        "down_bits_per_second": link.down.bits_per_second,
-        "duty_cycle": link.up.duty_cycle,
-        "plan_seconds": link.down.seconds(plan),
-        "down_seconds": down,
-        "up_seconds": up,
-        "round_seconds": down + up,
-        # A round waits for its clients, who send at the same time, each on a link of its own.
-        "run_seconds": num_rounds * (down + up) + link.down.seconds(plan),
-        "lora_round_seconds": link.down.seconds(lora) + link.up.seconds(lora),
-        "dense_round_seconds": link.down.seconds(dense) + link.up.seconds(dense),
-    }
-
-
 def _tolerance(plan: Plan, draws: Draws) -> float:
     codec, training = plan.codec, plan.training
-    names = [
-        name
-        for name in (codec.uplink, codec.downlink, codec.head_uplink, codec.head_downlink)
-        if name
-    ]
+    names = (codec.uplink, codec.downlink, codec.head_uplink, codec.head_downlink)
     if is_fixed(*names) and not plan.is_delta_downlink and draws.known:
         return 0.0
     steps = [local_steps(taker.num_rows, training) for takers in draws.rounds for taker in takers]
-    single = sum(count == 1 for count in steps) / len(steps)
-    parsed = [parse_codec(name) for name in names]
-    scaled = any(codec.base in GRIDS for codec in parsed)
+    parsed = [parse_codec(name) for name in names if name]
+    has_tails = any(codec.topk_ppm or codec.base in GRIDS for codec in parsed)
     return max(
         _TOLERANCE if draws.known else _TOLERANCE_OF_ROWS,
-        _TOLERANCE_OF_SCALES * scaled,
-        _TOLERANCE_OF_TAILS * any(codec.topk_ppm for codec in parsed),
-        _TOLERANCE_OF_TAILS * (scaled and training.optimizer == "sgd"),
-        _TOLERANCE_OF_ONE_STEP * single,
+        _TOLERANCE_OF_TAILS * has_tails,
+        _TOLERANCE_OF_ONE_STEP * steps.count(1) / len(steps),
     )
 
 

@@ -3,14 +3,6 @@
 A rate is no promise: the standard or its scheduling allows it to one device under the best
 conditions, with no one else on the air. Distance, load and repetitions only add.
 
-| link     | up           | down         | what limits it                                        |
-|----------|--------------|--------------|-------------------------------------------------------|
-| lorawan  | 5.47 kbit/s  | 5.47 kbit/s  | on the air 1 % of the time; 222 bytes a frame         |
-| nb-iot   | 62.5 kbit/s  | 26.15 kbit/s | one transport block at a time, half duplex            |
-| lte-m    | 375 kbit/s   | 300 kbit/s   | 1.4 MHz, half duplex                                  |
-| 4g       | 50 Mbit/s    | 150 Mbit/s   | device category 4                                     |
-| wifi     | 65 Mbit/s    | 65 Mbit/s    | 802.11n, one stream in 20 MHz; the air is shared      |
-
 LoRaWAN in EU868 at DR5 (SF7, 125 kHz, the fastest of the mandatory rates): a frame carries 222
 bytes of the application's, 13 of LoRaWAN's, and 20.25 symbols of preamble and header. A device
 keeps to 1 % of the time in the band of the default channels. So does the gateway in that band, for
@@ -30,22 +22,13 @@ __all__ = ["LINKS", "Direction", "Link", "find_links"]
 
 @dataclass(frozen=True)
 class Direction:
-    """Describe one way of a link.
+    """Describe one way of a link."""
 
-    Attributes:
-        bits_per_second: While it sends.
-        duty_cycle: Fraction of the time in which it may.
-        frame_bytes: Of a message in a frame; 0 where the link fragments by itself and
-            its rate has that in it.
-        overhead_bytes: Of a frame besides.
-        overhead_seconds: Of a frame besides.
-    """
-
-    bits_per_second: float
-    duty_cycle: float = 1.0
-    frame_bytes: int = 0
-    overhead_bytes: int = 0
-    overhead_seconds: float = 0.0
+    bits_per_second: float  # while it sends
+    duty_cycle: float = 1.0  # fraction of the time in which it may
+    frame_bytes: int = 0  # of a message in a frame; 0 where the rate has its fragments in it
+    overhead_bytes: int = 0  # of a frame besides
+    overhead_seconds: float = 0.0  # of a frame besides
 
     def seconds(self, num_bytes: float) -> float:
         """Return a message's seconds, the silence that a duty cycle asks for included."""
@@ -57,23 +40,14 @@ class Direction:
 
 @dataclass(frozen=True)
 class Link:
-    """Describe a kind of radio.
+    """Describe a kind of radio."""
 
-    Attributes:
-        name: As `--link` takes it.
-        title: As a table shows it.
-        up: From the device.
-        down: To the device.
-        what: Assumptions, in a few words.
-        sources: Of the figures.
-    """
-
-    name: str
-    title: str
-    up: Direction
-    down: Direction
-    what: str
-    sources: tuple[str, ...]
+    name: str  # as `--link` takes it
+    title: str  # as a table shows it
+    up: Direction  # from the device
+    down: Direction  # to the device
+    what: str  # assumptions, in a few words
+    sources: tuple[str, ...]  # of the figures
 
 
 _DR5 = Direction(

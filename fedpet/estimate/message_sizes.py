@@ -12,7 +12,6 @@ from collections.abc import Sequence
 
 import msgspec
 import numpy as np
-import numpy.typing as npt
 
 from fedpet.codec import encode_positions
 from fedpet.config import Experiment
@@ -33,7 +32,6 @@ from fedpet.protocol.request import (
     single_client_bytes,
     write_request,
 )
-from fedpet.server.downlink import MAX_CHANGES
 
 __all__ = [
     "frames_down",
@@ -76,25 +74,23 @@ def roll_call_bytes(plan_length: int) -> int:
 
 
 def frames_down(
-    lengths: Payloads, counts: Sequence[int], rounds: Sequence[Sequence[Participant]], changes: bool
+    lengths: Payloads, rounds: Sequence[Sequence[Participant]], *, changes: bool
 ) -> list[list[float]]:
     """Return the bytes of the frames that each client of each round is sent.
 
     As fedpet/server/downlink.py: whoever holds the reference of an earlier round is sent the
-    changes since, where these are stored and shorter than the whole. Every client answers, so each
-    holds the reference of its last round; all hold that of the checkpoint.
+    changes since, where these are shorter than the whole. Every client answers, so each holds the
+    reference of its last round; all hold that of the checkpoint.
 
     Args:
         lengths: Of payloads.
-        counts: Values of each tier.
         rounds: The clients of each.
         changes: Whether clients follow a reference.
     """
     frame, whole = lengths.down + HEADER_BYTES, lengths.whole + HEADER_BYTES  # (rounds, tiers)
     if not changes:
         return [[float(frame[r, t.tier]) for t in takers] for r, takers in enumerate(rounds)]
-    first = [_first_stored(frame[:, tier], 4 * count + 1024) for tier, count in enumerate(counts)]
-    until = np.vstack([np.zeros(len(counts)), np.cumsum(frame, axis=0)])  # sums before a round
+    until = np.vstack([np.zeros(frame.shape[1]), np.cumsum(frame, axis=0)])  # sums before a round
     known: dict[int, int] = {}  # client -> the round whose reference it holds, from 1
     sent = []
     for r, takers in enumerate(rounds):
@@ -102,9 +98,7 @@ def frames_down(
         for taker in takers:
             since = min(known.get(taker.client, 0), r)  # changes from here on are missed
             chain = float(until[r + 1, taker.tier] - until[since, taker.tier])
-            stored = since >= first[taker.tier][r]
-            shorter = since == r or chain <= whole[r, taker.tier]
-            each.append(chain if stored and shorter else float(whole[r, taker.tier]))
+            each.append(chain if since == r else min(chain, float(whole[r, taker.tier])))
             known[taker.client] = r + 1
         sent.append(each)
     return sent
@@ -164,8 +158,7 @@ def _positions_bytes(scope: tuple[int, ...], density: float) -> int:
     total = 0.0
     for size, times in Counter(scope).items():
         sample = min(size, _SAMPLE)
-        count = mask_size(density, sample)
-        chosen = np.sort(random.choice(sample, count, replace=False, shuffle=False))
+        chosen = np.sort(random.choice(sample, mask_size(density, sample), replace=False))
         total += times * len(encode_positions([chosen], [sample])) * size / sample
     return round(total)
 
@@ -176,15 +169,3 @@ def _noise(count: int) -> bytes:
 
 def _hash(of: str) -> str:
     return hashlib.sha256(of.encode()).hexdigest()
-
-
-def _first_stored(frames: npt.NDArray[np.float64], most: int) -> list[int]:
-    """Return for each round, from 0, the first one whose change is still stored."""
-    first, oldest, total = [], 0, 0.0
-    for r, length in enumerate(frames):
-        total += length
-        while total > most or r - oldest + 1 > MAX_CHANGES:
-            total -= frames[oldest]
-            oldest += 1
-        first.append(oldest)
-    return first

@@ -18,7 +18,7 @@ from fedpet.pet.tiers import draw_tier
 from fedpet.server.client_pool import ClientPool
 from fedpet.utils.seeds import client_id64, derive_seed
 
-__all__ = ["ROWS_PER_CLIENT", "Draws", "Participant", "draw"]
+__all__ = ["Draws", "Participant", "draw"]
 
 ROWS_PER_CLIENT = 32  # where neither the data nor the user say
 
@@ -34,32 +34,16 @@ class Participant:
 
 @dataclass(frozen=True)
 class Draws:
-    """Hold the clients of every round.
+    """Hold the clients of every round."""
 
-    Attributes:
-        num_clients: In the population.
-        rounds: The clients of each round.
-        newcomers: Clients that take part at least once: each is sent the plan. An expectation
-            where the clients are not known.
-        known: Whether the clients are the data's, drawn by the run's seed.
-    """
-
-    num_clients: int
+    num_clients: int  # in the population
     rounds: Sequence[Sequence[Participant]]
-    newcomers: float
-    known: bool
-
-    @property
-    def num_parts(self) -> int:
-        """Count how often any client takes part."""
-        return sum(map(len, self.rounds))
+    newcomers: float  # that take part at least once, an expectation where clients are not known
+    known: bool  # whether the clients are the data's, drawn by the run's seed
 
 
 def draw(
-    experiment: Experiment,
-    census: ClientCounts | None,
-    num_clients: int | None = None,
-    rows_per_client: int | None = None,
+    experiment: Experiment, census: ClientCounts | None, num_clients: int | None, rows: int | None
 ) -> Draws:
     """Draw every round's clients.
 
@@ -67,30 +51,25 @@ def draw(
         experiment: Its strategy says how many and how often, its seed which, its mask the tiers.
         census: The data's clients; None where they are not known.
         num_clients: How many there are, without a census; None is clients.num-clients.
-        rows_per_client: That each of them holds.
+        rows: That each of them holds.
     """
     strategy, seed = experiment.strategy, experiment.run.seed
-    rounds = range(1, strategy.num_rounds + 1)
     mask = experiment.mask if experiment.mask.enabled else None
-    if census is not None:
-        population = ClientPool(census.num_rows, homes={})
-        drawn = [
-            [
-                Participant(number, census.num_rows[name], draw_tier(mask, number))
-                for name in population.sample(r, strategy.clients_per_round, seed)
-                for number in [client_id64(name)]
-            ]
-            for r in rounds
-        ]
-        newcomers = float(len({taker.client for takers in drawn for taker in takers}))
-        return Draws(len(census.num_rows), drawn, newcomers, known=True)
-    num_clients = num_clients or experiment.clients.num_clients
-    taking_part = min(strategy.clients_per_round, num_clients)
-    num_rows = rows_per_client or ROWS_PER_CLIENT
-    drawn = []
-    for r in rounds:
-        generator = np.random.default_rng(derive_seed("sample", seed, r))
-        chosen = generator.choice(num_clients, taking_part, replace=False).tolist()
-        drawn.append([Participant(c, num_rows, draw_tier(mask, c)) for c in sorted(chosen)])
-    never = (1 - taking_part / num_clients) ** strategy.num_rounds  # the odds of one client
-    return Draws(num_clients, drawn, num_clients * (1 - never), known=False)
+    pool = ClientPool(census.num_rows, homes={}) if census is not None else None
+    total = len(pool.num_rows) if pool else num_clients or experiment.clients.num_clients
+    taking_part = min(strategy.clients_per_round, total)
+    rounds = []
+    for r in range(1, strategy.num_rounds + 1):
+        if pool is not None:
+            names = pool.sample(r, taking_part, seed)
+            chosen = [(client_id64(name), pool.num_rows[name]) for name in names]
+        else:
+            generator = np.random.default_rng(derive_seed("sample", seed, r))
+            drawn = sorted(generator.choice(total, taking_part, replace=False).tolist())
+            chosen = [(client, rows or ROWS_PER_CLIENT) for client in drawn]
+        rounds.append([Participant(c, size, draw_tier(mask, c)) for c, size in chosen])
+    if pool is not None:
+        newcomers = float(len({taker.client for takers in rounds for taker in takers}))
+    else:  # one client takes part in none of the rounds with the odds of the power
+        newcomers = total * (1 - (1 - taking_part / total) ** strategy.num_rounds)
+    return Draws(total, rounds, newcomers, known=pool is not None)

@@ -7,15 +7,14 @@ bit, and compresses to 60 % of ten steps; a change added to a value a hundred ti
 seven bits less. So the federation is played through on random gradients: the run's own optimiser
 and codecs, Flower's own rule on the server, a share of the values, rounds and clients.
 
-Measured on runs of the default job (MiniLM, film reviews, 20 rounds): the size of a gradient
-against AdamW's epsilon; how little its direction is shared by steps and clients (updates of one
-round correlate by 0.1, of two rounds by 0.02); how sizes differ between entries and steps.
+Gradients are independent normal numbers, the same for all kinds of values: on the recorded runs of
+benchmarks/results that foresees the bytes as well as the sizes and correlations of a real model's.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,12 +22,11 @@ import numpy as np
 import numpy.typing as npt
 import torch
 from flwr.app import ConfigRecord
+from flwr.serverapp.strategy import Strategy
 
-from fedpet.codec import VectorCodec, encode_with_feedback
-from fedpet.codec.spec import parse_codec
+from fedpet.codec import VectorCodec, parse_codec
 from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.estimate.participants import Participant
-from fedpet.pet.modules.registry import KINDS
 from fedpet.protocol.flower_compat import quiet_flower
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.shared_reference import Reference, encode_full
@@ -46,16 +44,11 @@ MAX_VALUES = 1 << 16
 MAX_ROUNDS = 12
 MAX_CLIENTS = 8
 MAX_STEPS = 16
-MAX_MOVES = 50  # of a server with momentum, between two rounds that are played through
+MAX_MOVES = 50  # of the server, between two rounds that are played through
 LEAST_VALUES = 4096  # of a kind, where it has as many: a window of a rotation
 
-# Standard deviation of a gradient's entries, and its spread between them in decades, of what is no
-# module (see `ModuleKind`); spread between stretches of a kind, and between steps.
-_GRADIENTS = {"mask": (2e-4, 0.35), "head": (7e-3, 0.1)}
-_STRETCH, _STRETCH_SPREAD = 256, 0.3
-_STEP_SPREAD = 0.15
-_SIGNAL = 0.15  # shared by steps and clients of a round, relative to the rest
-_CORRELATION = 0.1  # of the updates of one round
+GRADIENT, SPREAD = 1e-3, 0.35  # its standard deviation, and how that varies by entry, in decades
+SIGNAL = np.float32(0.1)  # shared by steps and clients of a round, relative to the rest
 
 
 @dataclass(frozen=True)
@@ -101,80 +94,32 @@ def payloads(
         rounds: The clients of each.
         seed: Of the gradients.
     """
-    codec = plan.codec
-    up_is_fixed = is_fixed(codec.uplink, codec.head_uplink)
-    down_is_fixed = is_fixed(codec.downlink, codec.head_downlink) and not plan.is_delta_downlink
-    shape = (len(rounds), len(tiers))
-    lengths = Payloads(np.empty(shape), np.empty(shape), np.zeros(shape))
-    for index, kinds in enumerate(tiers):
-        lengths.up[:, index] = _codec(plan.uplink, kinds).max_payload_bytes
-        lengths.down[:, index] = _codec(plan.downlink, kinds).max_payload_bytes
-    if up_is_fixed and down_is_fixed:
-        return lengths
+    codec, whole = plan.codec, plan.is_delta_downlink
+    up, down = (codec.uplink, codec.head_uplink), (codec.downlink, codec.head_downlink)
+    measured = (not is_fixed(*up), not is_fixed(*down), whole)
+    lengths = np.zeros((3, len(rounds), len(tiers)))
+    for tier, kinds in enumerate(tiers):
+        for way, its in enumerate((plan.uplink, plan.downlink)):
+            lengths[way, :, tier] = _codec(its, kinds).max_payload_bytes
+    if not any(measured):
+        return Payloads(*lengths)
+    last = len(rounds)  # the first round sends zeros, and is like no other; the others evenly
+    later = np.linspace(min(2, last), last, MAX_ROUNDS - 1).round().astype(int).tolist()
+    played = sorted({1, *later})
     federation = _Federation(tiers, plan, strategy, seed)
-    played = _played_rounds(len(rounds))
-    for index, server_round in enumerate(played):
-        following = played[index + 1] if index + 1 < len(played) else server_round + 1
-        federation.play(server_round, rounds[server_round - 1], following - server_round)
-    every = np.arange(1, len(rounds) + 1)
-    for index, tier in enumerate(federation.tiers):
-        if not up_is_fixed and tier.up_lengths:
-            sent = tier.up_lengths
-            lengths.up[:, index] = np.interp(every, list(sent), list(sent.values()))
-        if not is_fixed(codec.downlink, codec.head_downlink):
-            lengths.down[:, index] = _from_round_2(tier.down_lengths, every)
-        if plan.is_delta_downlink:
-            lengths.whole[:, index] = _from_round_2(tier.whole_lengths, every)
-    return lengths
-
-
-class Server:
-    """Apply a strategy's rule, as Flower has it, to a vector."""
-
-    def __init__(self, config: StrategyConfig, training: TrainingConfig) -> None:
-        self._config, self._rule = config, make_rule(config, training)
-
-    @property
-    def is_mean(self) -> bool:
-        """Tell whether the values move by the mean update."""
-        return not self._config.has_server_optimizer
-
-    def num_averaged(self, num_replies: int) -> int:
-        """Return of how many updates the rule takes the mean, or something as quiet."""
-        return min(max(self._config.num_averaged(num_replies), 1), num_replies)
-
-    def move(self, values: Floats, mean: Floats, server_round: int) -> Floats:
-        """Return the values after a round, float32 (n,)."""
-        if self.is_mean:
-            return values + mean
-        reply = train_message(values + mean, num_examples=1, loss=0.0)
-        with quiet_flower():
-            self._rule.configure_train(server_round, to_arrays(values), ConfigRecord(), None)  # type: ignore[arg-type]  # no grid: nobody is sampled
-            return aggregate(self._rule, server_round, values, [reply])[0]
-
-
-class _Tier:
-    """Hold the values of one tier, and the lengths of its payloads.
-
-    Attributes:
-        where: Which values are the tier's, bool (n,).
-        up, down: Their codecs.
-        scale: How many values stand for one of them.
-        up_lengths, down_lengths, whole_lengths: By round, as of all values.
-    """
-
-    def __init__(self, plan: Plan, tier: Kinds, largest: Kinds, played: Kinds) -> None:
-        own = [
-            (kind, max(1, round(size * its / of_all)))
-            for (kind, size), (_, its), (_, of_all) in zip(played, tier, largest, strict=True)
+    found = np.array(
+        [
+            federation.play(r, rounds[r - 1], until - r)
+            for r, until in zip(played, [*played[1:], last + 1], strict=True)
         ]
-        pairs = zip(played, own, strict=True)  # as in a run, the front of a mask's ranking
-        self.where = np.concatenate([np.arange(size) < its for (_, size), (_, its) in pairs])
-        self.up, self.down = _codec(plan.uplink, own), _codec(plan.downlink, own)
-        self.scale = sum(size for _, size in tier) / int(self.where.sum())
-        self.up_lengths: dict[int, float] = {}
-        self.down_lengths: dict[int, float] = {}
-        self.whole_lengths: dict[int, float] = {}
+    )  # (played, 3, tiers); NaN where no client of a tier took part
+    for way, tier in np.argwhere(~np.isnan(found).all(axis=0)):
+        if measured[way]:
+            there = ~np.isnan(found[:, way, tier])
+            lengths[way, :, tier] = np.interp(
+                np.arange(1, last + 1), np.array(played)[there], found[there, way, tier]
+            )
+    return Payloads(*lengths)
 
 
 class _Federation:
@@ -183,63 +128,78 @@ class _Federation:
     def __init__(
         self, tiers: Sequence[Kinds], plan: Plan, strategy: StrategyConfig, seed: int
     ) -> None:
-        self._plan, self._server = plan, Server(strategy, plan.training)
+        self._plan, self._strategy = plan, strategy
+        self._rule = make_rule(strategy, plan.training)
         self._random = np.random.default_rng(seed)
-        largest = tiers[-1]
-        self._kinds = [(k, size) for (k, _), size in zip(largest, _shrunk(largest), strict=True)]
-        self._deviations = np.concatenate([self._spread(kind, size) for kind, size in self._kinds])
-        self._values = np.zeros(len(self._deviations), dtype=np.float32)  # the server's
+        share = min(MAX_VALUES / sum(size for _, size in tiers[-1]), 1)
+        self._kinds = [(k, max(min(n, LEAST_VALUES), round(share * n))) for k, n in tiers[-1]]
+        count = sum(size for _, size in self._kinds)
+        sizes = GRADIENT * 10 ** (SPREAD * self._random.standard_normal(count))
+        self._sizes = torch.from_numpy(sizes.astype(np.float32))  # of each entry's gradient
+        self._values = np.zeros(count, dtype=np.float32)  # the server's
         self._reference = self._values  # from which clients train
-        self._residuals: dict[int, Floats] = {}  # client -> left by its last payload
-        self.tiers = [_Tier(plan, tier, largest, self._kinds) for tier in tiers]
+        # Of a tier: its values, their codecs, and how many values stand for one of them.
+        self._tiers: list[tuple[npt.NDArray[np.bool_], VectorCodec, VectorCodec, float]] = []
+        for tier in tiers:
+            own = [
+                max(1, round(size * its / of_all))
+                for (_, size), (_, its), (_, of_all) in zip(
+                    self._kinds, tier, tiers[-1], strict=True
+                )
+            ]  # as in a run, the front of a mask's ranking
+            pairs = zip(self._kinds, own, strict=True)
+            where = np.concatenate([np.arange(size) < its for (_, size), its in pairs])
+            kinds = [(kind, its) for (kind, _), its in zip(tier, own, strict=True)]
+            up, down = _codec(plan.uplink, kinds), _codec(plan.downlink, kinds)
+            self._tiers.append((where, up, down, sum(size for _, size in tier) / sum(own)))
 
-    def play(self, server_round: int, takers: Sequence[Participant], num_rounds: int) -> None:
+    def play(
+        self, server_round: int, takers: Sequence[Participant], num_rounds: int
+    ) -> npt.NDArray[np.float64]:
         """Play one round, with some of its clients for all.
 
         Args:
             server_round: From 1.
             takers: The round's clients.
             num_rounds: How many rounds it stands for.
+
+        Returns:
+            Mean lengths as of all values: up, down, of a whole reference. float64 (3, tiers).
         """
-        self._send_down(server_round)
-        signal = np.float32(_SIGNAL) * self._normal()
+        lengths = np.full((3, len(self._tiers)), np.nan)
+        lengths[1:] = self._send_down(server_round)
+        signal = SIGNAL * self._normal()
         total, weight = (np.zeros(len(self._values)) for _ in range(2))
-        lengths: dict[int, list[int]] = {}
+        up: dict[int, list[float]] = {}
         chosen = _representatives(takers, server_round)
         for taker in chosen:
-            tier = self.tiers[taker.tier]
-            update = self._client(taker, signal, server_round)[tier.where]
+            where, coding, _, scale = self._tiers[taker.tier]
             seed = self._plan.seed + taker.client + server_round
-            if self._plan.codec.error_feedback:
-                residual = self._residuals.get(taker.client)
-                payload, residual = encode_with_feedback(update, residual, tier.up, seed=seed)
-                self._residuals[taker.client] = residual
-            else:
-                payload = tier.up.encode(update, seed=seed)
-            total[tier.where] += tier.up.decode(payload, seed=seed)
-            weight[tier.where] += 1
-            lengths.setdefault(taker.tier, []).append(len(payload))
-        for index, each in lengths.items():
-            tier = self.tiers[index]
-            tier.up_lengths[server_round] = tier.scale * float(np.mean(each))
-        # What clients share stays; what they do not averages out, further the more there are.
-        averaged = self._server.num_averaged(len(takers))
-        squared = [_CORRELATION + (1 - _CORRELATION) / n for n in (averaged, len(chosen))]
-        mean = total / np.maximum(weight, 1) * math.sqrt(squared[0] / squared[1])
+            payload = coding.encode(self._update(taker, signal, server_round)[where], seed=seed)
+            total[where] += coding.decode(payload, seed=seed)
+            weight[where] += 1
+            up.setdefault(taker.tier, []).append(scale * len(payload))
+        lengths[0, list(up)] = [np.mean(each) for each in up.values()]
+        # A mean of independent updates is the smaller the more there are.
+        averaged = min(max(self._strategy.num_averaged(len(takers)), 1), len(takers))
+        mean = total / np.maximum(weight, 1) * math.sqrt(len(chosen) / averaged)
         self._move(mean.astype(np.float32), server_round, num_rounds)
+        return lengths
 
-    def _send_down(self, server_round: int) -> None:
+    def _send_down(self, server_round: int) -> npt.NDArray[np.float64]:
         changes = self._plan.is_delta_downlink
         start = self._reference if changes else np.zeros_like(self._values)
-        for tier in self.tiers:  # the last one holds all values
-            payload = tier.down.encode((self._values - start)[tier.where], seed=server_round)
-            tier.down_lengths[server_round] = tier.scale * len(payload)
-        self._reference = start + self.tiers[-1].down.decode(payload, seed=server_round)
-        for tier in self.tiers if changes else ():
-            whole = encode_full(Reference(server_round, self._reference[tier.where]))
-            tier.whole_lengths[server_round] = tier.scale * len(whole)
+        lengths = np.zeros((2, len(self._tiers)))
+        for tier, (where, _, coding, scale) in enumerate(self._tiers):  # the last has all values
+            payload = coding.encode((self._values - start)[where], seed=server_round)
+            lengths[0, tier] = scale * len(payload)
+        self._reference = start + coding.decode(payload, seed=server_round)
+        for tier, (where, _, _, scale) in enumerate(self._tiers if changes else ()):
+            whole = encode_full(Reference(server_round, self._reference[where]))
+            lengths[1, tier] = scale * len(whole)
+        return lengths
 
-    def _client(self, taker: Participant, signal: Floats, server_round: int) -> Floats:
+    def _update(self, taker: Participant, signal: Floats, server_round: int) -> Floats:
         """Return one client's update, by the run's own optimiser."""
         training = self._plan.training
         values = torch.from_numpy(self._reference.copy())
@@ -255,33 +215,33 @@ class _Federation:
             weight_decay=training.weight_decay,
         )
         for _ in range(min(local_steps(taker.num_rows, training), MAX_STEPS)):
-            loud = np.float32(10 ** (_STEP_SPREAD * self._random.standard_normal()))
-            gradient = torch.from_numpy((self._normal() + signal) * (self._deviations * loud))
+            gradient = torch.from_numpy(self._normal() + signal) * self._sizes
             for part, its in zip(parts, gradient.split([len(p) for p in parts]), strict=True):
                 part.grad = its
             optimiser.step()
         return values.numpy() - self._reference
 
-    def _move(self, mean: Floats, server_round: int, num_rounds: int) -> None:
-        """Move the server's values as `num_rounds` rounds would: they hardly correlate."""
-        moves = 1 if self._server.is_mean else min(num_rounds, MAX_MOVES)
-        more = np.float32(math.sqrt(num_rounds / moves))
-        for index in range(moves):
-            moved = self._server.move(self._values, mean, server_round + index)
-            self._values = self._values + more * (moved - self._values)
-            mean = mean * self._random.choice(np.array([-1, 1], dtype=np.float32), len(mean))
-
-    def _spread(self, kind: str, size: int) -> Floats:
-        """Return standard deviations of one kind's gradient, float32 (size,)."""
-        facts = KINDS.get(kind)
-        gradient, spread = (facts.gradient, facts.spread) if facts else _GRADIENTS[kind]
-        entry = spread * self._random.standard_normal(size)
-        stretches = self._random.standard_normal(-(-size // _STRETCH))
-        stretch = _STRETCH_SPREAD * np.repeat(stretches, _STRETCH)[:size]
-        return np.asarray(gradient * 10 ** (entry + stretch), dtype=np.float32)
-
     def _normal(self) -> Floats:
         return self._random.standard_normal(len(self._values), dtype=np.float32)
+
+    def _move(self, mean: Floats, server_round: int, num_rounds: int) -> None:
+        """Move the server's values as `num_rounds` rounds would: they hardly correlate."""
+        moves = min(num_rounds, MAX_MOVES)
+        more = np.float32(math.sqrt(num_rounds / moves))
+        for index in range(moves):
+            step = mean
+            if self._strategy.has_server_optimizer:
+                step = server_step(self._rule, self._values, mean, server_round + index)
+            self._values = self._values + more * step
+            mean = mean * self._random.choice(np.array([-1, 1], dtype=np.float32), len(mean))
+
+
+def server_step(rule: Strategy, values: Floats, mean: Floats, server_round: int) -> Floats:
+    """Return the step that Flower's rule makes of a mean update."""
+    reply = train_message(values + mean, num_examples=1, loss=0.0)
+    with quiet_flower():
+        rule.configure_train(server_round, to_arrays(values), ConfigRecord(), None)  # type: ignore[arg-type]  # no grid: nobody is sampled
+        return aggregate(rule, server_round, values, [reply])[0] - values
 
 
 def _codec(way: Any, kinds: Kinds) -> VectorCodec:
@@ -293,38 +253,10 @@ def _codec(way: Any, kinds: Kinds) -> VectorCodec:
     return codec
 
 
-def _from_round_2(
-    lengths: Mapping[int, float], every: npt.NDArray[np.int64]
-) -> npt.NDArray[np.float64]:
-    """Return lengths of every round; the first sends zeros, and is like no other."""
-    rounds, measured = list(lengths), list(lengths.values())
-    if len(every) == 1:
-        return np.array(measured)
-    return np.append(measured[0], np.interp(every[1:], rounds[1:], measured[1:]))
-
-
 def _representatives(takers: Sequence[Participant], server_round: int) -> list[Participant]:
     """Choose at most `MAX_CLIENTS`, evenly over those sorted by tier and rows."""
-    if len(takers) <= MAX_CLIENTS:
-        return list(takers)
-    offset = server_round * 0.6180339887 % 1  # another place in each round
-    chosen = (np.arange(MAX_CLIENTS) + offset) * len(takers) / MAX_CLIENTS
     by_size = sorted(takers, key=lambda taker: (taker.tier, taker.num_rows, taker.client))
+    count = min(MAX_CLIENTS, len(takers))
+    offset = server_round * 0.6180339887 % 1  # another place in each round
+    chosen = (np.arange(count) + offset) * len(takers) / count
     return [by_size[int(index)] for index in chosen]
-
-
-def _played_rounds(num_rounds: int) -> list[int]:
-    """Choose the rounds to play through: 1, 2, and the others evenly up to the last."""
-    if num_rounds <= MAX_ROUNDS:
-        return list(range(1, num_rounds + 1))
-    later = np.linspace(2, num_rounds, MAX_ROUNDS - 1).round().astype(int)
-    return [1, *(int(server_round) for server_round in later)]
-
-
-def _shrunk(kinds: Kinds) -> list[int]:
-    """Return how many values of each group are played through."""
-    sizes = [size for _, size in kinds]
-    share = MAX_VALUES / sum(sizes)
-    if share >= 1:
-        return sizes
-    return [max(min(size, LEAST_VALUES), round(share * size)) for size in sizes]

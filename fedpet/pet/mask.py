@@ -175,13 +175,17 @@ def tier_counts(
             dict(zip(names, torch.bincount(first, minlength=len(names)).tolist(), strict=True))
             for first in firsts
         ]
-    totals = [sum(tier.values()) for tier in tiers]
-    if any(more <= less for less, more in itertools.pairwise([0, *totals])):
-        raise ConfigError(
-            f"each of mask.tiers must train more entries than the one below it, got {totals} for "
-            f"{list(config.tiers)}: a density is rounded down to whole entries."
-        )
+    check_tiers([sum(tier.values()) for tier in tiers], config)
     return tuple(tiers)
+
+
+def check_tiers(counts: Sequence[int], config: MaskConfig) -> None:
+    """Refuse tiers of which one trains no more entries than the one below it."""
+    if any(more <= less for less, more in itertools.pairwise([0, *counts])):
+        raise ConfigError(
+            f"each of mask.tiers must train more entries than the one below it, got "
+            f"{list(counts)} for {list(config.tiers)}: a density is rounded down to whole entries."
+        )
 
 
 def _score(weight: Tensor, config: MaskConfig, name: str, every: int = 1) -> Tensor:

@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import json
 import os
-from collections import Counter
+from collections import Counter, deque
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from flwr.app import Message
 
-from fedpet.errors import ConfigError, RunError
-from fedpet.protocol.request import plan_bytes_of, wire_bytes
+from fedpet.errors import ConfigError, FrameError, RunError
+from fedpet.protocol.request import Request, from_record, read_request, wire_bytes
 
 TRAINING, SEARCH = "training", "search"
 PLAN = "plan down"  # in whichever message it travels
+NO_REQUEST = Request((), b"")
 MAX_REASON = 600  # characters of why a reply was refused
 
 
@@ -44,7 +46,8 @@ class RoundRecord:
     training: the length of the round if nothing but training took time. `wire_by_node` has
     `wire_bytes` by node, and for each by kind and direction: "train down", "search up", "query up",
     and "plan down", whichever message it is in.
-    `metric` is the one that decides, `metrics` are all that were taken, by name.
+    `metric` is the one that decides, `metrics` are all that were taken, by name; `by_client` is the
+    spread of the first over clients, where held-out rows name theirs.
     `overlap`, of a round of a search, compares its choice with that of the round before (Jaccard
     index).
     """
@@ -69,12 +72,15 @@ class RoundRecord:
     evaluation_seconds: float = 0.0
     kind: str = TRAINING
     overlap: float | None = None
+    by_client: dict[str, float] = field(default_factory=dict)
 
     def to_line(self) -> dict[str, Any]:
         """Return the line as a table."""
         line = asdict(self)
         if self.kind == TRAINING:
             del line["kind"], line["overlap"]
+        if not self.by_client:
+            del line["by_client"]
         return line
 
 
@@ -87,6 +93,8 @@ class Ledger:
         rounds: The lines so far: those of a search first, then training's with round 0, the
             evaluation before it.
         kind: Of the rounds that begin from now on.
+        on_reply: Called with the open round's record, and how many of its clients have answered by
+            now, when a reply is counted.
 
     Example:
         >>> ledger = Ledger()
@@ -100,11 +108,21 @@ class Ledger:
     path: Path | None = None
     rounds: list[RoundRecord] = field(default_factory=list)
     kind: str = TRAINING
+    on_reply: Callable[[RoundRecord, int], None] = lambda record, answered: None
+
+    def __post_init__(self) -> None:
+        self._expect_nobody()
 
     def begin(self, server_round: int) -> RoundRecord:
         """Open a round's record."""
+        self._expect_nobody()
         self.rounds.append(RoundRecord(round=server_round, kind=self.kind))
         return self.current
+
+    def _expect_nobody(self) -> None:
+        self._answered = 0
+        self._asked: set[int] = set()  # clients of the open round
+        self._awaited: dict[str, deque[int]] = {}  # node -> clients of each of its messages
 
     @property
     def current(self) -> RoundRecord:
@@ -167,7 +185,8 @@ class Ledger:
         count, metadata = wire_bytes(message), message.metadata
         is_reply = bool(metadata.reply_to_message_id)
         node = str(metadata.src_node_id if is_reply else metadata.dst_node_id)
-        plan = 0 if is_reply else plan_bytes_of(message.content)
+        request = NO_REQUEST if is_reply else _request_in(message)
+        plan = len(request.plan)
         kind = metadata.message_type.partition(".")[0]
         if kind == "train" and self.current.kind == SEARCH:
             kind = SEARCH
@@ -177,6 +196,14 @@ class Ledger:
                 counts[name] = counts.get(name, 0) + part
         self.current.wire_bytes += count
         self.current.messages += 1
+        awaited = self._awaited.setdefault(node, deque())
+        if not is_reply:  # a client that is asked again has not answered yet
+            self._answered -= len(self._asked.intersection(request.clients))
+            self._asked.update(request.clients)
+            awaited.append(len(request.clients))
+        elif awaited and (answers := awaited.popleft()):
+            self._answered += answers
+            self.on_reply(self.current, self._answered)
 
     @property
     def wire_by_kind(self) -> dict[str, int]:
@@ -206,3 +233,11 @@ class Ledger:
         """Return the sum of a numeric field over all rounds, or those of one kind."""
         rounds = self.of_kind(kind) if kind else self.rounds
         return float(sum(getattr(record, name) for record in rounds))
+
+
+def _request_in(message: Message) -> Request:
+    """Read a message's request; one that asks nothing where it has none."""
+    try:
+        return read_request(from_record(message.content))
+    except FrameError:
+        return NO_REQUEST

@@ -38,6 +38,7 @@ from fedpet.config import (
     TrainingConfig,
 )
 from fedpet.data import Task
+from fedpet.data.collator import COLLATORS
 from fedpet.errors import ConfigError, PlanError
 from fedpet.pet.layout import layout_hash
 from fedpet.pet.mask import Mask, build_mask, rank_positions, tier_counts
@@ -88,6 +89,7 @@ class Plan:
         search: Of a plan whose rounds search a structure: its settled settings, from which each
             node builds the space that takes the structure's place. None: they train.
         head: Treatment of the checkpoint's head: "train", "new" or "keep".
+        collator: Makes the batches, by its import path; "" pads them.
     """
 
     fingerprint: str
@@ -107,6 +109,7 @@ class Plan:
     seed: int
     search: SearchConfig | None = None
     head: str = "train"
+    collator: str = ""
 
     @classmethod
     def for_training(
@@ -155,7 +158,7 @@ class Plan:
 
         Args:
             experiment: The run's.
-            search: Settled, see `fedpet.search.settle`.
+            search: Settled, see `fedpet.search.resolve_settings`.
             backbone: In use until `SearchModel.pet.restore` is called, and the checkpoint again
                 then.
             task: Kind, labels, metric.
@@ -205,6 +208,7 @@ class Plan:
             layout=layout_hash(model.tiers),
             codec=experiment.codec,
             training=_training(experiment),
+            collator=COLLATORS.portable(experiment.data.collator),
             **fields,
         )
 
@@ -244,6 +248,8 @@ class Plan:
     def _header(self) -> bytes:
         """Write all but the positions, which do not shrink, as JSON."""
         fields = dataclasses.asdict(dataclasses.replace(self, mask_positions=b""))
+        if not self.collator:
+            del fields["collator"]
         if self.mask is not None:  # a plan's mask is enabled, and most have no tiers
             del fields["mask"]["enabled"]
             if not self.mask.tiers:

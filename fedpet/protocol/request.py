@@ -93,14 +93,6 @@ def read_request(payload: bytes) -> Request:
     return decode_struct(payload, Request, "request")
 
 
-def plan_bytes_of(content: RecordDict) -> int:
-    """Return how many bytes of a request are the plan's; 0 of anything else."""
-    try:
-        return len(read_request(from_record(content)).plan)
-    except FrameError:
-        return 0
-
-
 def to_record(payload: bytes) -> RecordDict:
     """Wrap bytes as the one uint8 array of a Flower message, without a copy in numpy's format."""
     array = Array(dtype="uint8", shape=(len(payload),), stype=STYPE, data=payload)

@@ -200,8 +200,8 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
     """Yield what tells rows of one method apart, the warnings of runs, and the baseline."""
     for row in rows:
         if row.group.settings:
-            told = ", ".join(f"{key} = {value}" for key, value in row.group.settings)
-            yield f"{row.group.name}: {told}"
+            settings = ", ".join(f"{key} = {value}" for key, value in row.group.settings)
+            yield f"{row.group.name}: {settings}"
         if row.runs > row.seeds:
             yield (
                 f"{row.group.name}: {row.runs} runs over {row.seeds} seeds were averaged; they "
@@ -217,15 +217,15 @@ def notes(rows: Sequence[Row]) -> Iterator[str]:
 
 def _warnings(row: Row) -> Iterator[str]:
     """Yield the warnings of a row's runs, a few in full."""
-    told = []
+    warnings = []
     for run in row.group.runs:
         status = run["run"].get("status", "ok")
         troubles = [] if status == "ok" else [status]
         troubles += run["quality"].get("warnings", ())
-        told += [f"{row.group.name}, seed {run['run']['seed']}: {text}" for text in troubles]
-    yield from told[:MAX_WARNINGS]
-    if len(told) > MAX_WARNINGS:
-        more = len(told) - MAX_WARNINGS
+        warnings += [f"{row.group.name}, seed {run['run']['seed']}: {text}" for text in troubles]
+    yield from warnings[:MAX_WARNINGS]
+    if len(warnings) > MAX_WARNINGS:
+        more = len(warnings) - MAX_WARNINGS
         yield f"{row.group.name}: {more} more warnings in the runs' result.json."
 
 

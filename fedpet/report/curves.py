@@ -80,11 +80,11 @@ def read_rounds(result: Mapping[str, Any]) -> list[dict[str, Any]] | None:
             )
         rounds.append(record)
     for kind in KINDS:
-        told, added = result["communication"].get(kind), sum(record[kind] for record in rounds)
-        if told != added:
+        stated, added = result["communication"].get(kind), sum(record[kind] for record in rounds)
+        if stated != added:
             raise InputError(
                 f"the rounds of {str(file)!r} add up to {added:,} {kind}, result.json beside it "
-                f"says {told!r}: they are not of one run."
+                f"says {stated!r}: they are not of one run."
             )
     return rounds
 

@@ -78,11 +78,11 @@ def _messages(estimate: Estimate) -> Iterator[Row]:
 def _totals(estimate: Estimate) -> Iterator[Row]:
     run, sent = estimate.run, estimate.communication
     newcomers = run["newcomers"]
-    told = f"{newcomers:,}" if run["clients_are_the_data_s"] else f"about {newcomers:,.0f}"
+    receivers = f"{newcomers:,}" if run["clients_are_the_data_s"] else f"about {newcomers:,.0f}"
     yield (
         "rounds",
         f"{run['rounds']:,}, of {run['clients_per_round']:,} clients each among "
-        f"{run['clients']:,}; {told} are sent the plan",
+        f"{run['clients']:,}; {receivers} are sent the plan",
     )
     yield (
         "sent in total",

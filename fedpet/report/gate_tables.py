@@ -112,22 +112,22 @@ class _Found:
 
 def structure_facts(structure: Structure) -> Iterator[tuple[str, str]]:
     """Method, space, budget, what was chosen and on what: for a terminal and for a page."""
-    told: dict[str, Any] = dict(structure.provenance)
-    yield "method", str(told.get("presets") or told.get("method") or "not told")
-    space = told.get("space")
+    origin: dict[str, Any] = dict(structure.provenance)
+    yield "method", str(origin.get("presets") or origin.get("method") or "not told")
+    space = origin.get("space")
     if isinstance(space, dict):
         yield "space", f"{space.get('name')}, {space.get('values'):,} values"
-    if "values" in told:
+    if "values" in origin:
         yield (
             "chosen",
-            f"{len(structure.modules)} modules, {told['values']:,} of {told.get('budget'):,} "
+            f"{len(structure.modules)} modules, {origin['values']:,} of {origin.get('budget'):,} "
             "values; the head is not counted",
         )
     kinds: dict[str, int] = {}
     for spec in structure.modules:
         kinds[spec.kind] = kinds.get(spec.kind, 0) + 1
     yield "kinds", ", ".join(f"{kind} {count}" for kind, count in kinds.items())
-    checkpoint = told.get("checkpoint")
+    checkpoint = origin.get("checkpoint")
     if isinstance(checkpoint, dict):
         scores = [f"{k} {v:.4f}" for k, v in checkpoint.items() if k not in ("step", "of")]
         yield (
@@ -135,7 +135,7 @@ def structure_facts(structure: Structure) -> Iterator[tuple[str, str]]:
             f"step {checkpoint.get('step')} of {checkpoint.get('of')}, validation "
             + ", ".join(scores),
         )
-    search = told.get("search")
+    search = origin.get("search")
     if isinstance(search, dict):
         sent = sum(search.get(name, 0) for name in ("uplink_bytes", "downlink_bytes", "plan_bytes"))
         yield (
@@ -145,7 +145,7 @@ def structure_facts(structure: Structure) -> Iterator[tuple[str, str]]:
             f"{format_bytes(sent)} "
             "up and down",
         )
-    data = told.get("data")
+    data = origin.get("data")
     if isinstance(data, dict):
         yield "found on", f"{data.get('rows'):,} rows of {data.get('source')}"
 

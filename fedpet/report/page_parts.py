@@ -195,23 +195,21 @@ def _ratio(part: int, whole: int) -> str:
 
 
 def _clients(quality: Mapping[str, Any]) -> Parts | None:
-    """Make the table of the spread over clients: the metric on each client's own rows."""
-    values = quality.get("by_client") or {}
-    finite = sorted(float(value) for value in values.values() if value is not None)
-    if not finite:
+    """Make the table of the spread over clients: the metric on each client's held-out rows."""
+    spread = quality.get("by_client")
+    if not spread:
         return None
-    worst = finite[: max(1, len(finite) // 10)]
+    figures = (spread[name] for name in ("mean", "worst_decile", "worst", "best"))
     return {
-        "heads": ["clients", "mean", "worst decile", "worst", "best"],
+        "heads": ["clients", "median rows", "mean", "worst tenth", "worst", "best"],
         "rows": [
             (
-                f"{len(finite):,}",
-                *(f"{value:.4f}" for value in (
-                    sum(finite) / len(finite), sum(worst) / len(worst), finite[0], finite[-1],
-                )),
+                f"{spread['clients']:,}",
+                f"{spread['median_rows']:g}",
+                *(f"{figure:.4f}" for figure in figures),
             )
         ],
-    }  # fmt: skip
+    }
 
 
 def _rounds(report: Report) -> Parts | None:

@@ -297,8 +297,8 @@ def _draw_bytes(axes: Axes, rounds: Sequence[Mapping[str, Any]]) -> dict[str, li
         )
         for number, bar, height in zip(numbers, bars, heights, strict=True):
             bar.set_gid(f"bar-{name}-{number}")
-            told = f"{names[number]}, {name}: {format_bytes(height)}"
-            titles[f"bar-{name}-{number}"] = [told]
+            words = f"{names[number]}, {name}: {format_bytes(height)}"
+            titles[f"bar-{name}-{number}"] = [words]
         below = [low + height for low, height in zip(below, heights, strict=True)]
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_bytes(value)))
     axes.yaxis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
@@ -356,25 +356,25 @@ def _to_svg(
     text = text.replace("font-weight: ;", "").replace('font-weight: "', '"')
     for name, colour in _STAND_INS.items():
         text = text.replace(colour, f"var(--{name})")
-    for gid, told in titles.items():
-        text = _with_titles(text, gid, told)
+    for gid, words in titles.items():
+        text = _with_titles(text, gid, words)
     text = re.sub(r'\bid="', f'id="{prefix}-', text)
     text = re.sub(r'(xlink:href="|url\()#', rf"\1#{prefix}-", text)
     return re.sub(r"\n\s*", "\n", text).strip()
 
 
-def _with_titles(text: str, gid: str, told: Sequence[str]) -> str:
+def _with_titles(text: str, gid: str, titles: Sequence[str]) -> str:
     """Give what is drawn under an id its words: a browser shows them under the pointer."""
     start = text.find(f'<g id="{gid}">')
     if start < 0:
         return text
     end = _end_of_group(text, start)
     group = text[start:end]
-    if len(told) == 1 and "<use" not in group:
-        group = group.replace(">", f"><title>{escape(told[0])}</title>", 1)
-    elif group.count("<use") in (len(told), len(told) - 1):
+    if len(titles) == 1 and "<use" not in group:
+        group = group.replace(">", f"><title>{escape(titles[0])}</title>", 1)
+    elif group.count("<use") in (len(titles), len(titles) - 1):
         # on a logarithmic axis the point before training is not drawn
-        words = itertools.islice(told, len(told) - group.count("<use"), None)
+        words = itertools.islice(titles, len(titles) - group.count("<use"), None)
         group = re.sub(
             r"(<use [^>]*?)\s*/>",
             lambda match: f"{match[1]}><title>{escape(next(words))}</title></use>",

@@ -55,6 +55,12 @@ def _quality(result: Mapping[str, Any]) -> Iterator[Row]:
         f"{metric} after",
         f"{quality['final']:.4f}   ({rounds} rounds, {data['clients']:,} clients)",
     )
+    if spread := quality.get("by_client"):
+        yield (
+            f"{metric} by client",
+            f"mean {spread['mean']:.4f}, worst tenth {spread['worst_decile']:.4f}   "
+            f"({spread['clients']:,} clients)",
+        )
     if "majority_baseline" in quality:  # the result of an older fedpet has none
         yield "majority baseline", show_baseline(quality)
     if quality.get("predicted"):

@@ -1,6 +1,6 @@
 """Call a user's code at the events of a run.
 
-In:  callbacks: objects of a subclass of `Callback`, or the names of the shipped ones.
+In:  objects of a subclass of `Callback`; fedpet/run/trackers.py makes the shipped ones by name.
 Out: one `Callbacks`, which passes each event on to all of them, in their order.
 """
 
@@ -10,8 +10,6 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-from fedpet.errors import ConfigError
 
 if TYPE_CHECKING:
     from fedpet.config import Experiment
@@ -56,7 +54,8 @@ class Evaluation:
 class Callback:
     """Base class: override the events to act on. Each does nothing here.
 
-    An event is called in the server's process, between rounds: what it takes, the run waits for.
+    An event is called in the server's process, `on_reply` within rounds and the others between
+    them: what it takes, the run waits for.
     An exception ends the run, which can be resumed.
 
     Example:
@@ -76,6 +75,14 @@ class Callback:
 
     def on_evaluate(self, evaluation: Evaluation) -> None:
         """Read the metrics of an evaluation; called before the end of its round."""
+
+    def on_reply(self, record: RoundRecord, answered: int) -> None:
+        """Read how far a round is; called as replies come, of one client or of many.
+
+        Args:
+            record: Of the open round; `record.clients` were asked.
+            answered: Of them, those that have been answered for by now.
+        """
 
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Read what a round cost and gave.
@@ -100,55 +107,36 @@ class Callback:
 
 
 class Callbacks(Callback):
-    """Pass each event on to several callbacks.
+    """Pass each event on to several callbacks, in their order."""
 
-    Args:
-        callbacks: Objects, or names of shipped ones ("tensorboard").
-
-    Raises:
-        ConfigError: An unknown name, or one whose package is not installed.
-    """
-
-    def __init__(self, callbacks: Iterable[Callback | str] = ()) -> None:
-        self._callbacks: list[Callback] = []
-        if isinstance(callbacks, str | Callback):
-            callbacks = [callbacks]
-        for callback in callbacks:
-            if isinstance(callback, str):
-                from fedpet.run.trackers import make_tracker
-
-                callback = make_tracker(callback)
-            elif not isinstance(callback, Callback):
-                raise ConfigError(
-                    f"callbacks must be objects of a subclass of fedpet.Callback, or names, got "
-                    f"{callback!r}."
-                )
-            self._callbacks.append(callback)
+    def __init__(self, callbacks: Iterable[Callback]) -> None:
+        self._callbacks = list(callbacks)
 
     def on_stage(self, text: str) -> None:
-        for callback in self._callbacks:
-            callback.on_stage(text)
+        self._call("on_stage", text)
 
     def on_rows(self, done: int, total: int) -> None:
         for callback in self._callbacks:
             callback.on_rows(done, total)
 
     def on_run_start(self, run: RunStart) -> None:
-        for callback in self._callbacks:
-            callback.on_run_start(run)
+        self._call("on_run_start", run)
 
     def on_evaluate(self, evaluation: Evaluation) -> None:
-        for callback in self._callbacks:
-            callback.on_evaluate(evaluation)
+        self._call("on_evaluate", evaluation)
+
+    def on_reply(self, record: RoundRecord, answered: int) -> None:
+        self._call("on_reply", record, answered)
 
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
-        for callback in self._callbacks:
-            callback.on_round_end(record, ledger)
+        self._call("on_round_end", record, ledger)
 
     def on_search_step(self, step: SearchProgress) -> None:
-        for callback in self._callbacks:
-            callback.on_search_step(step)
+        self._call("on_search_step", step)
 
     def on_run_end(self, result: Mapping[str, Any], folder: Path) -> None:
+        self._call("on_run_end", result, folder)
+
+    def _call(self, event: str, *arguments: Any) -> None:
         for callback in self._callbacks:
-            callback.on_run_end(result, folder)
+            getattr(callback, event)(*arguments)

@@ -33,8 +33,8 @@ from fedpet.search import (
     build_space,
     manual_structure,
     random_structure,
+    resolve_settings,
     run_search,
-    settle,
 )
 from fedpet.training.input_checks import check_inputs
 from fedpet.utils.atomic_write import atomic_write
@@ -57,7 +57,7 @@ def search_centrally(experiment: Experiment, out: Path, callback: Callback) -> S
     Raises:
         InputError: The experiment, the budget or the data cannot be used, or `out` is there.
     """
-    with claimed_file(out):
+    with locked_output(out):
         return _search(experiment, out, callback)
 
 
@@ -107,7 +107,7 @@ def resolve_search(experiment: Experiment, backbone: Backbone, mask: Mask | None
     """
     budget = str(experiment.search.budget).strip()
     in_bytes = budget[-1:].isalpha()
-    return settle(
+    return resolve_settings(
         experiment.search,
         experiment.training,
         backbone_parameters=backbone.pretrained_parameters,
@@ -216,7 +216,7 @@ def state_file(out: Path) -> Path:
 
 
 @contextmanager
-def claimed_file(out: Path) -> Iterator[None]:
+def locked_output(out: Path) -> Iterator[None]:
     """Lock the search that makes `out`, in a folder that is made for it where it is absent.
 
     Raises:

@@ -83,6 +83,7 @@ def federate(
     if classes := count_classes(prepared.data):
         out.write_classes(classes)
     ledger = Ledger.reopen(out.path / "rounds.jsonl", journal.ledger_bytes if journal else 0)
+    ledger.on_reply = callback.on_reply
     population = make_client_pool(prepared)
     clients = len(prepared.data.clients)
     callback.on_run_start(

@@ -14,12 +14,12 @@ from flwr.serverapp import Grid
 
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
-from fedpet.run.callbacks import Callbacks
 from fedpet.run.federate import federate
 from fedpet.run.prepare import is_deployed, prepare
 from fedpet.run.progress import Progress
 from fedpet.run.resume import check_journal, cut_short, is_cut_short, searched_structure
-from fedpet.run.run_folder import RunFolder, claimed_run
+from fedpet.run.run_folder import RunFolder, locked_run_folder
+from fedpet.run.trackers import callbacks_of
 from fedpet.utils.paths import expand
 
 __all__ = ["serve_run"]
@@ -41,9 +41,9 @@ def serve_run(grid: Grid, context: Context) -> None:
             experiment = held.enter_context(cut_short(folder))
             out = RunFolder(folder)
         else:
-            out = held.enter_context(claimed_run(experiment))
+            out = held.enter_context(locked_run_folder(experiment))
         progress = held.enter_context(Progress.of(experiment))
-        callbacks = Callbacks([progress, *experiment.run.callbacks])
+        callbacks = callbacks_of([progress, *experiment.run.callbacks])
         progress.on_stage(f"run folder: {out.path.absolute()}")
         prepared = prepare(
             experiment, callbacks, structure=searched_structure(folder) if goes_on else None

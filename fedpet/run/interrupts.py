@@ -31,6 +31,8 @@ DEFAULTS: dict[int, Any] = {
     signal.SIGTERM: signal.SIG_DFL,
 }
 
+PATIENCE = 30.0  # seconds until the signal is sent again; the third one is heard
+
 _stopping = threading.Event()  # signals are the process's, and so is this
 
 
@@ -104,18 +106,29 @@ def stoppable(how_to_go_on: Callable[[], str]) -> Iterator[None]:
 
 @contextmanager
 def _listening(numbers: list[int]) -> Iterator[None]:
-    """Note signals of these numbers whatever the main thread does."""
+    """Note signals of these numbers whatever the main thread does, and send a lost one again."""
     if not numbers:
         yield
         return
     reader, writer = socket.socketpair()
     writer.setblocking(False)
+    main = threading.get_ident()
 
     def listen() -> None:
+        number = 0
         with reader:
-            while heard := reader.recv(1):
+            while True:
+                try:
+                    heard = reader.recv(1)
+                except TimeoutError:
+                    signal.pthread_kill(main, number)
+                    continue
+                if not heard:
+                    return
                 if heard[0] in numbers:
+                    number = heard[0]
                     _stopping.set()
+                    reader.settimeout(PATIENCE)
 
     threading.Thread(target=listen, daemon=True).start()
     before = signal.set_wakeup_fd(writer.fileno(), warn_on_full_buffer=False)

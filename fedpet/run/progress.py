@@ -9,8 +9,10 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
 
 from rich.console import Console
-from rich.progress import BarColumn, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, Task, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.table import Column
+from rich.text import Text
 
 from fedpet.config import Experiment
 from fedpet.protocol.ledger import SEARCH, Ledger, RoundRecord
@@ -23,6 +25,20 @@ if TYPE_CHECKING:
 
 __all__ = ["LiveLine", "Progress", "SearchBar"]
 
+QUIET_SECONDS = 60.0  # after which a long round says in a line of its own how far it is
+
+
+class _State(TextColumn):
+    """Text that gives way where a terminal is narrow, and stays on the line."""
+
+    def __init__(self) -> None:
+        super().__init__("{task.fields[state]}", markup=False, table_column=Column())
+
+    def render(self, task: Task) -> Text:
+        text = super().render(task)
+        text.no_wrap, text.overflow = True, "ellipsis"
+        return text
+
 
 class LiveLine(Callback):
     """A stage, how far it has come, and its state in words.
@@ -31,27 +47,26 @@ class LiveLine(Callback):
     printed for each stage.
 
     Args:
-        unit: Of what is counted: "rounds".
-        total: How many there will be; None where that is not known yet.
+        total: How many rounds or steps there will be; None where that is not known yet.
     """
 
-    def __init__(self, unit: str, total: int | None = None) -> None:
+    def __init__(self, total: int | None = None) -> None:
         console = Console(stderr=True)
         widgets = console.is_jupyter and find_spec("ipywidgets") is not None
         self._live = console.is_terminal or widgets
         self._bar = Bar(
             TextColumn("{task.description}", markup=False),
-            BarColumn(bar_width=20),
-            TextColumn("{task.completed}/{task.total} {task.fields[unit]}"),
+            BarColumn(bar_width=10),
             TimeElapsedColumn(),
-            TextColumn("{task.fields[state]}", markup=False),
+            _State(),
             console=console,
             disable=not self._live,
             transient=True,
         )
-        self._counted: dict[str, Any] = {"total": total, "completed": 0, "unit": unit}
-        self._task = self._bar.add_task("starting", state="", **self._counted)
+        self._total, self._counts_rows = total, False
+        self._task = self._bar.add_task("starting", total=total, state="")
         self._first: tuple[int, float] | None = None  # counted then, and the clock
+        self._started = self._printed_at = time.monotonic()
 
     def __enter__(self) -> Self:
         self._bar.start()
@@ -70,28 +85,31 @@ class LiveLine(Callback):
         if self._live and text.endswith("."):
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._live:
-            if self._bar.tasks[0].fields["unit"] == "rows":  # they are all there
-                self._bar.update(self._task, **self._counted)
+            if self._counts_rows:  # all of them: what is counted from here on has a bar of its own
+                self._show(text, 0, self._total)
+            self._counts_rows = False
             self._bar.update(self._task, description=text)
         else:
             self._print(text)
 
     def on_rows(self, done: int, total: int) -> None:
         """Show how many rows are tokenised."""
-        if self._live:
-            self._bar.update(self._task, completed=done, total=total, unit="rows")
+        self._counts_rows = True
+        self._show(f"tokenising the rows · {done:,} of {total:,}", done, total)
 
-    def _show(self, stage: str, completed: int, total: int | None, state: str) -> None:
-        """Redraw the line."""
+    def _show(self, stage: str, completed: float, total: int | None, state: str = "") -> None:
+        """Redraw the line; a state stays until there is another."""
         if self._live:
+            fields: dict[str, Any] = {"state": state} if state else {}
             self._bar.update(
-                self._task, description=stage, total=total, completed=completed, state=state
+                self._task, description=stage, total=total, completed=completed, **fields
             )
 
     def _print(self, text: str) -> None:
         """Print a line where none is redrawn."""
         if not self._live:
             print(text, file=sys.stderr, flush=True)
+            self._printed_at = time.monotonic()
 
     def _time_left(self, completed: int, total: int) -> list[str]:
         """Reckon the rest from what was counted here."""
@@ -105,7 +123,7 @@ class LiveLine(Callback):
 
 
 class Progress(LiveLine):
-    """Rounds, the metric, the loss, bytes so far and the time left.
+    """Rounds, clients that have answered, the metric, the loss, bytes so far and the time left.
 
     Args:
         num_rounds: Of training.
@@ -114,7 +132,7 @@ class Progress(LiveLine):
     """
 
     def __init__(self, num_rounds: int, metric: str, search_rounds: int = 0) -> None:
-        super().__init__("rounds", num_rounds)
+        super().__init__(num_rounds)
         self._num_rounds = num_rounds
         self._metric = metric
         self._search_rounds = search_rounds
@@ -124,6 +142,22 @@ class Progress(LiveLine):
         """Make the progress of a run of this experiment."""
         searches = experiment.search.rounds if experiment.search.federated else 0
         return cls(experiment.strategy.num_rounds, experiment.data.metric, searches)
+
+    def on_reply(self, record: RoundRecord, answered: int) -> None:
+        """Show how many of the round's clients have answered."""
+        stage, total = self._round(record)
+        text = f"{stage} · {answered} of {record.clients} clients"
+        self._show(text, record.round - 1 + answered / record.clients, total)
+        now = time.monotonic()
+        if now - self._printed_at >= QUIET_SECONDS:
+            self._print(f"{text} · {show_seconds(now - self._started)}")
+
+    def _round(self, record: RoundRecord) -> tuple[str, int | None]:
+        """Name a round; return of how many it is, where that is known."""
+        searches = record.kind == SEARCH
+        total = (self._search_rounds or None) if searches else self._num_rounds
+        of = "" if total is None else f" of {total}"
+        return f"{'search round' if searches else 'round'} {record.round}{of}", total
 
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show where the run stands."""
@@ -141,9 +175,10 @@ class Progress(LiveLine):
         parts += _sent_and_refused(record, ledger)
         parts += self._time_left(record.round, self._num_rounds)
         state = ", ".join(parts)
-        self._show("training", record.round, self._num_rounds, state)
+        stage, total = self._round(record)
+        self._show(stage, record.round, total, state)
         if record.metric is not None:
-            self._print(f"round {record.round}/{self._num_rounds}: {state}")
+            self._print(f"{stage}: {state}")
 
     def _on_search_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show how much of the choice stayed as it was."""
@@ -151,9 +186,9 @@ class Progress(LiveLine):
         if record.overlap is not None:
             parts.append(f"{100 * record.overlap:.0f} % of the choice as before")
         state = ", ".join((*parts, *_sent_and_refused(record, ledger)))
-        self._show("searching", record.round, self._search_rounds or None, state)
-        of = f"/{self._search_rounds}" if self._search_rounds else ""
-        self._print(f"search round {record.round}{of}: {state}")
+        stage, total = self._round(record)
+        self._show(stage, record.round, total, state)
+        self._print(f"{stage}: {state}")
 
 
 def _sent_and_refused(record: RoundRecord, ledger: Ledger) -> list[str]:
@@ -170,7 +205,7 @@ class SearchBar(LiveLine):
     """
 
     def __init__(self) -> None:
-        super().__init__("steps")
+        super().__init__()
         self._last = 0
         self._stop = stoppable(self._how_to_go_on)
 
@@ -202,6 +237,7 @@ class SearchBar(LiveLine):
         parts += self._time_left(step.step, step.total_steps)
         self._last = step.step
         state = ", ".join(parts)
-        self._show("searching", step.step, step.total_steps, state)
+        stage = f"step {step.step} of {step.total_steps}"
+        self._show(stage, step.step, step.total_steps, state)
         if step.score is not None:
-            self._print(f"step {step.step}/{step.total_steps}: {state}")
+            self._print(f"{stage}: {state}")

@@ -99,6 +99,7 @@ def quality_of(
             name: {"rows": rows, "predicted": answers, "correct": hits}
             for name, (rows, answers, hits) in final.by_class.items()
         },
+        "by_client": dict(final.by_client),
         "warnings": warnings,
     }
 

@@ -34,7 +34,7 @@ from fedpet.pet.structure import Structure
 from fedpet.protocol.flower_compat import RESTARTS, quiet_flower, workers_end_with_ray
 from fedpet.protocol.ledger import SEARCH, Ledger
 from fedpet.run.callbacks import Callback
-from fedpet.run.central_search import claimed_file, state_file, write_file
+from fedpet.run.central_search import locked_output, state_file, write_file
 from fedpet.run.checkpoint_file import RunCheckpoint
 from fedpet.run.federate import federate
 from fedpet.run.federated_search import make_client_pool, search_in_rounds
@@ -43,7 +43,7 @@ from fedpet.run.local_grid import LocalGrid
 from fedpet.run.prepare import Prepared, PreparedSearch, is_deployed, prepare
 from fedpet.run.ray_cluster import PREFIX, cluster_address, ray_folder
 from fedpet.run.resume import check_journal, cut_short, is_cut_short, searched_structure
-from fedpet.run.run_folder import RunFolder, claimed_run
+from fedpet.run.run_folder import RunFolder, locked_run_folder
 
 Result = TypeVar("Result")
 
@@ -83,7 +83,7 @@ def simulate(
             return "No round had begun and nothing is left of it: start it again."
         return _resume_sentence(out.path)
 
-    with stoppable(how_to_go_on), claimed_run(experiment) as out:  # noqa: F811 - known from here on
+    with stoppable(how_to_go_on), locked_run_folder(experiment) as out:  # noqa: F811 - known from here on
         prepared = prepare(experiment, callback)
         if check is not None:
             check(prepared)
@@ -148,7 +148,7 @@ def search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     """
     experiment = replace(experiment, search=replace(experiment.search, federated=True))
     _refuse_nodes(experiment)
-    with claimed_file(out):
+    with locked_output(out):
         return _search(experiment, out, callback)
 
 

@@ -95,7 +95,7 @@ def _strict(value: Any) -> Any:
 
 
 @contextmanager
-def claimed_run(experiment: Experiment) -> Iterator[RunFolder]:
+def locked_run_folder(experiment: Experiment) -> Iterator[RunFolder]:
     """Make the folder that `run.out` names, or the next free `runs/NAME-N`, and lock it.
 
     A folder that was made and stays empty, since the run did not start, goes again.
@@ -182,7 +182,7 @@ def _processor() -> str:
         lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").partition("\n\n")[0].splitlines()
     except OSError:
         return platform.processor()
-    told = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
-    name = told.get("model name", "") or platform.processor()
-    numbers = [f"{key} {told[key]}" for key in ("cpu family", "model") if key in told]
+    info = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in lines)}
+    name = info.get("model name", "") or platform.processor()
+    numbers = [f"{key} {info[key]}" for key in ("cpu family", "model") if key in info]
     return f"{name} ({', '.join(numbers)})" if numbers else name

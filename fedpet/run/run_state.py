@@ -101,6 +101,7 @@ class RunState:
             self._assessed = assess_rows(model, data.evaluation, data.task)
             record.metric = self._assessed.value
             record.metrics = dict(self._assessed.metrics)
+            record.by_client = dict(self._assessed.by_client)
             record.evaluation_seconds = time.perf_counter() - clock
         ledger_bytes = self._ledger.close()
         if record.aggregated or last or server_round == 0:

@@ -16,15 +16,17 @@ from fedpet.client.node_config import make_cache
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.config.builtin import load_experiment
 from fedpet.config.parsing import refuse_unknown
+from fedpet.data.collator import COLLATORS, Collator
 from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
 from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
 from fedpet.run import ray_engine
-from fedpet.run.callbacks import Callback, Callbacks
+from fedpet.run.callbacks import Callback
 from fedpet.run.finished import Run
 from fedpet.run.model_input import Check, read_model, structure_table
 from fedpet.run.progress import Progress
 from fedpet.run.resume import read_cut_short
+from fedpet.run.trackers import callbacks_of
 
 if TYPE_CHECKING:
     from fedpet.pet.pet_config import PetConfig
@@ -41,6 +43,7 @@ def simulate(
     strategy: Any = None,
     num_rounds: int | None = None,
     callbacks: Iterable[Callback | str] = (),
+    data_collator: str | Collator = "",
     pet_config: PetConfig | None = None,
     out: str | Path = "",
     backend: str = "ray",
@@ -59,6 +62,8 @@ def simulate(
             a name ("fedadam"), or a dict of keys.
         num_rounds: Of training: `strategy.num-rounds`.
         callbacks: Objects of subclasses of `Callback`, or names of trackers ("tensorboard").
+        data_collator: Makes every batch, as `Trainer`'s does: what `register_data_collator` has
+            given a name, the name itself, or its import path: `data.collator`.
         pet_config: What trains of a model that `get_pet_model` has not adapted.
         out: The run folder; "" takes the next free runs/NAME-N.
         backend: "ray" for Ray's workers, or "in-process" for one client after another in this
@@ -100,8 +105,8 @@ def simulate(
         given.setdefault("run", {})["out"] = str(out)
     objects = [one for one in _listed(callbacks) if not isinstance(one, str)]
     if trackers := [one for one in _listed(callbacks) if isinstance(one, str)]:
-        told = given.setdefault("run", {}).get("callbacks", ())
-        given["run"]["callbacks"] = list(dict.fromkeys([*_listed(told), *trackers]))
+        by_settings = given.setdefault("run", {}).get("callbacks", ())
+        given["run"]["callbacks"] = list(dict.fromkeys([*_listed(by_settings), *trackers]))
 
     check: Check | None = None
     if _is_experiment(model, data):
@@ -120,9 +125,11 @@ def simulate(
         rows = data if isinstance(data, FederatedDataset) else load_federated_dataset(data)
         tables = {"run": {"name": "simulation"}}
         tables = _laid_over(tables, rows.tables(cache))
-        told_model = read_model(model, pet_config, rows.tokenizer, cache)
-        _refuse_twice(told_model.tables, given)
-        tables, check = _laid_over(tables, told_model.tables), told_model.check
+        from_model = read_model(model, pet_config, rows.tokenizer, cache)
+        _refuse_twice(from_model.tables, given)
+        tables, check = _laid_over(tables, from_model.tables), from_model.check
+    if data_collator:
+        given.setdefault("data", {})["collator"] = COLLATORS.name_of(data_collator)
     if isinstance(structure := settings.get("structure"), Structure):
         cache = make_cache(Experiment.from_tables({"run": _cache_key(given)}))
         given["structure"] = structure_table(structure, cache)
@@ -132,7 +139,7 @@ def simulate(
     experiment = Experiment.from_tables(_laid_over(tables, given), strategy=rule)
     with ExitStack() as shown:
         bars = [shown.enter_context(Progress.of(experiment))] if progress else []
-        every = Callbacks([*bars, *objects, *experiment.run.callbacks])
+        every = callbacks_of([*bars, *objects, *experiment.run.callbacks])
         _, folder = ray_engine.simulate(experiment, every, backend=backend, check=check)
     return Run(folder.path)
 
@@ -169,7 +176,7 @@ absent. A run that was stopped before it left one has nothing to resume: start i
     experiment = read_cut_short(folder, strategy)
     with ExitStack() as shown:
         bars = [shown.enter_context(Progress.of(experiment))] if progress else []
-        every = Callbacks([*bars, *_listed(callbacks), *experiment.run.callbacks])
+        every = callbacks_of([*bars, *_listed(callbacks), *experiment.run.callbacks])
         ray_engine.resume(folder, every, backend=backend, strategy=strategy)
     return Run(folder)
 
@@ -226,7 +233,7 @@ def _refuse_twice(by_model: Tables, given: Tables) -> None:
     """
     for stage, table in by_model.items():
         for key, value in given.get(stage, {}).items():
-            wanted = {name.replace("-", "_"): told for name, told in table.items()}
+            wanted = {name.replace("-", "_"): wish for name, wish in table.items()}
             if stage in ("mask", "structure") or wanted.get(key, value) != value:
                 raise ConfigError(
                     f"{stage}.{key.replace('_', '-')} is decided by the model and its PetConfig: "

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 import importlib
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpet.errors import ConfigError
 from fedpet.protocol.ledger import SEARCH, Ledger, RoundRecord
-from fedpet.run.callbacks import Callback, Evaluation, RunStart
+from fedpet.run.callbacks import Callback, Callbacks, Evaluation, RunStart
 
 if TYPE_CHECKING:
     from fedpet.config import Experiment
@@ -27,7 +27,7 @@ __all__ = [
     "TensorBoardCallback",
     "TrackioCallback",
     "WandbCallback",
-    "make_tracker",
+    "callbacks_of",
 ]
 
 
@@ -250,18 +250,24 @@ TRACKERS: Mapping[str, Callable[[], Tracker]] = {
 }
 
 
-def make_tracker(name: str) -> Tracker:
-    """Make a shipped callback by its name.
+def callbacks_of(callbacks: Iterable[Callback | str]) -> Callbacks:
+    """Make one callback of objects, and of names of shipped ones ("tensorboard").
 
     Raises:
-        ConfigError: There is none of this name, or its package is not installed.
+        ConfigError: An unknown name, one whose package is not installed, or no callback at all.
     """
-    if name not in TRACKERS:
+    return Callbacks(_callback(each) for each in callbacks)
+
+
+def _callback(given: Callback | str) -> Callback:
+    if isinstance(given, Callback):
+        return given
+    if not isinstance(given, str) or given not in TRACKERS:
         raise ConfigError(
-            f"a callback's name must be one of {', '.join(TRACKERS)}, got {name!r}. Others are "
-            "given as objects of a subclass of fedpet.Callback."
+            "callbacks must be objects of a subclass of fedpet.Callback, or names, of "
+            f"{', '.join(TRACKERS)}, got {given!r}."
         )
-    return TRACKERS[name]()
+    return TRACKERS[given]()
 
 
 def _flat(experiment: Experiment) -> dict[str, str]:

@@ -29,7 +29,7 @@ from fedpet.search.settings import (
     deviations,
     faithful,
     reproducible_settings,
-    settle,
+    resolve_settings,
     temperature,
 )
 from fedpet.search.space import (
@@ -66,11 +66,11 @@ __all__ = [
     "probabilities",
     "random_structure",
     "reproducible_settings",
+    "resolve_settings",
     "run_search",
     "search_structure",
     "select",
     "select_at_random",
-    "settle",
     "solve_zeta",
     "space_of_structure",
     "split_in_two",

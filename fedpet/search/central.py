@@ -124,7 +124,7 @@ def run_search(
         rows: All tokenised rows here.
         indices: Those to search on, (n,).
         task: Says which loss and which validation metric.
-        config: Settled (`fedpet.search.settle`): its budget is in values.
+        config: Settled (`fedpet.search.resolve_settings`): its budget is in values.
         mask: Trained beside the candidates and not gated; None for none.
         logit_adjustment: Of both losses, for the rows' labels, as in training.
         loss: Of both levels, as `training.loss`: "" is the task's own.

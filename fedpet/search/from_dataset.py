@@ -24,7 +24,7 @@ from fedpet.pet.mask import build_mask
 from fedpet.pet.structure import Structure
 from fedpet.pet.trainable_model import check_plain
 from fedpet.search.central import run_search
-from fedpet.search.settings import settle
+from fedpet.search.settings import resolve_settings
 
 __all__ = ["rows_from_dataset", "search_structure", "task_of_model"]
 
@@ -77,7 +77,7 @@ def search_structure(
     rows = rows_from_dataset(dataset, model)
     backbone = Backbone.of_model(model, head, fingerprint=fingerprint(named))
     chosen = None if mask is None else build_mask(maskable_weights(model, head), mask)
-    settled = settle(
+    settled = resolve_settings(
         config,
         training,
         backbone_parameters=sum(parameter.numel() for _, parameter in named),

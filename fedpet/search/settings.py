@@ -21,7 +21,7 @@ __all__ = [
     "deviations",
     "faithful",
     "reproducible_settings",
-    "settle",
+    "resolve_settings",
     "temperature",
 ]
 
@@ -102,7 +102,7 @@ def temperature(config: SearchConfig, progress: float) -> float:
     return float(first * (last / first) ** min(1.0, progress)) if last else first
 
 
-def settle(
+def resolve_settings(
     config: SearchConfig,
     training: TrainingConfig,
     *,
@@ -127,7 +127,8 @@ def settle(
         StructureError: The mask alone is as large as the budget.
 
     Example:
-        >>> ready = settle(SearchConfig(budget=0.001), TrainingConfig(), backbone_parameters=10**6)
+        >>> ready = resolve_settings(
+        ...     SearchConfig(budget=0.001), TrainingConfig(), backbone_parameters=10**6)
         >>> ready.budget, ready.learning_rate
         (1000, 0.001)
     """

@@ -37,5 +37,5 @@ def predict(model: nn.Module, rows: Rows, *, batch_size: int = 64) -> np.ndarray
 
 
 def assess_rows(model: nn.Module, rows: Rows, task: Task) -> Assessment:
-    """Measure a model on all rows: every metric, the majority baseline, what is predicted."""
-    return assess(task, predict(model, rows), np.asarray(rows.labels))
+    """Measure a model on all rows: every metric, the baseline, what is predicted, the clients."""
+    return assess(task, predict(model, rows), np.asarray(rows.labels), rows.clients)

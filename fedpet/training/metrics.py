@@ -101,6 +101,10 @@ class Assessment:
         metrics: Every metric by name, `value` among them.
         by_class: Name of each class -> its rows, the rows predicted as it, and those of both.
             Empty where `predicted` is.
+        by_client: The metric on each client's rows: its "mean" over the clients, "worst_decile"
+            (the mean over the worst tenth, one client at least), "worst" and "best"; how many
+            "clients", and their "median_rows". Empty where rows name no client, where `value` is
+            NaN, and where the metric is the user's.
     """
 
     value: float
@@ -110,15 +114,19 @@ class Assessment:
     is_constant: bool
     metrics: Mapping[str, float] = field(default_factory=dict)
     by_class: Mapping[str, tuple[int, int, int]] = field(default_factory=dict)
+    by_client: Mapping[str, float] = field(default_factory=dict)
 
 
-def assess(task: Task, logits: np.ndarray, labels: np.ndarray) -> Assessment:
+def assess(
+    task: Task, logits: np.ndarray, labels: np.ndarray, clients: np.ndarray | None = None
+) -> Assessment:
     """Measure outputs, and what they are to be compared with.
 
     Args:
         task: Names the metrics and the classes.
         logits: As `measure` takes them.
         labels: As `measure` takes them.
+        clients: A number for the client of each row, (n,); None where that is not known.
 
     Raises:
         ValueError: No rows, or shapes that do not belong together.
@@ -136,10 +144,12 @@ def assess(task: Task, logits: np.ndarray, labels: np.ndarray) -> Assessment:
     metrics = measure(task, logits, labels)
     value = metrics[task.metric]
     finite = bool(np.isfinite(logits).all())
+    spread = {} if clients is None else _by_client(task, logits, labels, clients)
     if task.kind == "regression":
         median = np.full((len(labels), 1), np.median(labels))
         baseline = metric_value(task, median, labels)
-        return Assessment(value, baseline, "", {}, finite and _is_constant(logits), metrics)
+        constant = finite and _is_constant(logits)
+        return Assessment(value, baseline, "", {}, constant, metrics, by_client=spread)
     majority = int(np.bincount(labels, minlength=task.num_outputs).argmax())
     same_answer = np.zeros((len(labels), task.num_outputs))
     same_answer[:, majority] = 1.0
@@ -154,7 +164,30 @@ def assess(task: Task, logits: np.ndarray, labels: np.ndarray) -> Assessment:
         finite and len(labels) > 1 and int(np.count_nonzero(counts)) == 1,
         metrics,
         dict(zip(names, _counts_by_class(task, logits, labels), strict=True)) if finite else {},
+        spread,
     )
+
+
+def _by_client(
+    task: Task, logits: np.ndarray, labels: np.ndarray, clients: np.ndarray
+) -> dict[str, float]:
+    """Measure the spread over clients of the metric that decides."""
+    function = BUILT_IN[task.kind].get(task.metric)
+    if function is None or not np.isfinite(logits).all():
+        return {}
+    order = np.argsort(clients, kind="stable")
+    groups = np.split(order, np.flatnonzero(np.diff(clients[order])) + 1)
+    values = np.sort([function(*_compared(task, logits[rows], labels[rows])) for rows in groups])
+    if greater_is_better(task.metric):
+        values = values[::-1]
+    return {
+        "clients": len(values),
+        "median_rows": float(np.median([len(rows) for rows in groups])),
+        "mean": float(values.mean()),
+        "worst_decile": float(values[-max(1, len(values) // 10) :].mean()),
+        "worst": float(values[-1]),
+        "best": float(values[0]),
+    }
 
 
 def _counts_by_class(
@@ -213,11 +246,8 @@ def measure(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
     built_in = BUILT_IN[task.kind]
     if not np.isfinite(logits).all():
         return dict.fromkeys((*built_in, task.metric), math.nan)
-    if task.kind == "regression":
-        arguments: tuple[np.ndarray, ...] = (logits.reshape(num_rows), labels)
-    else:
-        arguments = (_confusion(logits.argmax(axis=1), labels, task.num_outputs),)
-    found = {name: function(*arguments) for name, function in built_in.items()}
+    compared = _compared(task, logits, labels)
+    found = {name: function(*compared) for name, function in built_in.items()}
     for name in task.metrics:
         found.update(_foreign(name, EvalPrediction(logits, labels)))
     if task.metric not in found:
@@ -226,6 +256,13 @@ def measure(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
             f"{', '.join(found)}, got {task.metric!r}."
         )
     return found
+
+
+def _compared(task: Task, logits: np.ndarray, labels: np.ndarray) -> tuple[np.ndarray, ...]:
+    """Return what the built-in metrics of a task are functions of."""
+    if task.kind == "regression":
+        return logits.reshape(len(labels)), labels
+    return (_confusion(logits.argmax(axis=1), labels, task.num_outputs),)
 
 
 def _foreign(name: str, outputs: EvalPrediction) -> dict[str, float]:

@@ -148,8 +148,8 @@ def _is_at(file: Path, handle: int) -> bool:
 def _holder(handle: int) -> str:
     """Return the holder of the lock, as it wrote into the file."""
     with contextlib.suppress(OSError):
-        if told := os.pread(handle, _MOST_HOLDER_BYTES, 0).decode(errors="replace"):
-            return f" ({told})"
+        if holder := os.pread(handle, _MOST_HOLDER_BYTES, 0).decode(errors="replace"):
+            return f" ({holder})"
     return ""
 
 

@@ -90,13 +90,29 @@ class NamedCallables(Generic[_Function]):
         A function of a script or a notebook has none, and a name that is a path already is one.
         """
         function = self._functions.get(name)
-        if function is None or function.__module__ == "__main__":
-            return name
-        return name if "<" in function.__qualname__ else _path(function)
+        path = "<" if function is None else _path(function)
+        return name if "<" in path or path.startswith("__main__:") else path
+
+    def name_of(self, function: object) -> str:
+        """Return the name or the import path of a registered function; either is left as it is.
+
+        Raises:
+            ConfigError: It is registered under no name.
+        """
+        if isinstance(function, str):
+            return function
+        for name, known in self._functions.items():
+            if known is function:
+                return name
+        raise ConfigError(
+            f"{function!r} is no {self._noun} with a name: put @{self._decorator}('...') above the "
+            "function, or give what calls it one."
+        )
 
     def _is_registered(self, function: object) -> bool:
         return any(function is known for known in self._functions.values())
 
 
 def _path(function: Callable[..., Any]) -> str:
-    return f"{function.__module__}:{function.__qualname__}"
+    """Return where a function can be imported from; no place for an object of a class."""
+    return f"{function.__module__}:{getattr(function, '__qualname__', '<object>')}"

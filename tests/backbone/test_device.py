@@ -18,7 +18,7 @@ import pytest
 import torch
 from architectures import ARCHITECTURES, backbone, batch, mask_of, structure_of
 from fake_gpu import second_device
-from in_process_run import run, threads_as_before
+from in_process_run import run
 from safetensors.numpy import load_file
 from torch import Tensor
 
@@ -31,8 +31,6 @@ from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.ray_engine import gpu_share
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 STRUCTURES = ("none", "lora-factors+lnfit", "lora+lnfit", "hiwi-weight+lowrank-adapter")
 with_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU here")

@@ -9,12 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process_run import threads_as_before
 
 from benchmarks import cuda_check, cuda_costs, cuda_laws, cuda_models, cuda_sections
 from fedpet.pet.model import PetModel
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 
 def _found(section: str) -> dict[str, Any]:

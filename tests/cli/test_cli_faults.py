@@ -14,6 +14,7 @@ from typing import Any
 import in_process_run
 import pytest
 import tiny
+import tomli_w
 from rich.console import Console
 from tiny import Silent
 
@@ -29,27 +30,12 @@ Command = Callable[..., tuple[int, str, str]]
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Command:
-    """Run a command in an empty directory; give its exit code, what it said and what it printed."""
+def command(command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
     here = tmp_path / "here"
     here.mkdir()
     monkeypatch.chdir(here)
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-
-    def run(*arguments: str) -> tuple[int, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedpet", *arguments])
-        code: Any = 0
-        try:
-            main.main()
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        assert "Traceback" not in captured.err
-        return code, captured.err, captured.out
-
-    return run
+    return command
 
 
 @pytest.fixture(scope="module")
@@ -233,6 +219,31 @@ def test_a_process_without_a_home_folder_is_told_what_to_set() -> None:
     assert "'/proc/absent/x' cannot be made" in imported.stderr, "Flower was imported before"
 
 
+def test_libraries_that_ask_for_a_home_folder_take_the_cache_where_there_is_none(
+    tmp_path: Path,
+) -> None:
+    script = (
+        "import pwd, sys\n"
+        "def none(uid): raise KeyError(uid)\n"
+        "pwd.getpwuid = none\n"
+        "from fedpet.cli.main import main\n"
+        "sys.argv = ['fedpet', 'compare']\n"
+        "try: main()\n"
+        "except SystemExit: pass\n"
+        "import flwr.simulation, huggingface_hub.constants\n"
+        "print(huggingface_hub.constants.HF_HOME)\n"
+    )
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path))}
+    environment |= {"FEDPET_CACHE": str(tmp_path)}
+    for name in ("HOME", "FLWR_HOME", "HF_HOME"):
+        environment.pop(name, None)
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=environment, text=True, capture_output=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(tmp_path / "hub")
+
+
 # A user's text in what is printed
 
 
@@ -244,6 +255,40 @@ def test_paths_come_out_as_they_were_given(command: Command, run_folder: Path) -
     assert printed == f"Page: {run_folder / 'report.html'}\n"
     _, _, printed = command("report", str(run_folder), "--out", ":bug: [b].html")
     assert printed == "Page: :bug: [b].html\n"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("mask", "BACKBONE", "--out", "OUT"), "Positions: OUT"),
+        (("estimate", "JOB", "--json", "OUT"), "Numbers: OUT"),
+        (
+            ("search", "JOB", "--out", "OUT"),
+            "Structure: OUT   Train it: --set structure.file='OUT'",
+        ),
+        (("deploy", "JOB", "--host", "a", "--node", "b", "--out", "OUT"), "Deployment: OUT   What"),
+        (("init", "ROWS", "--out", "OUT.toml"), "Experiment: OUT.toml   Read it, then run it: "),
+        (("export", "RUN", "--format", "merged", "--out", "OUT"), "Plain model: OUT"),
+    ],
+    ids=lambda value: value[0] if isinstance(value, tuple) else "",
+)
+def test_every_command_names_the_file_it_made_as_it_was_given(
+    command: Command,
+    files: tuple[Path, Path],
+    run_folder: Path,
+    arguments: tuple[str, ...],
+    said: str,
+) -> None:
+    backbone, rows = files
+    changes = {"structure_preset": "lnfit", "search_budget": 600, "search_max_steps": 1}
+    tables = tiny.make_experiment(*files, Path("unused"), **changes).to_tables()
+    Path("job.toml").write_text(tomli_w.dumps(tables), encoding="utf-8")
+    out = "[bold] " + "x" * 100 + " [lr=0.1] :bug:"
+    names = {"BACKBONE": str(backbone), "ROWS": str(rows), "RUN": str(run_folder)}
+    names |= {"JOB": "job.toml", "OUT": out, "OUT.toml": f"{out}.toml"}
+    code, failed, printed = command(*(names.get(one, one) for one in arguments))
+    assert code == 0, failed
+    assert said.replace("OUT", out) in printed
 
 
 def test_the_run_s_end_names_its_folder_whole(
@@ -262,7 +307,7 @@ def test_the_run_s_end_names_its_folder_whole(
 def test_a_live_line_shows_markup_as_it_is(monkeypatch: pytest.MonkeyPatch) -> None:
     shown = Console(force_terminal=True, record=True, width=120, file=open(os.devnull, "w"))  # noqa: SIM115
     monkeypatch.setattr("fedpet.run.progress.Console", lambda **_: shown)
-    with LiveLine("rounds") as line:
+    with LiveLine() as line:
         line.on_stage("loading the backbone 'a[b]c[/d]'")
         line._show("resuming x[b]", 1, 2, "state [/]")
         line._bar.refresh()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import sys
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
@@ -13,7 +12,6 @@ from typing import Any
 import pytest
 import tiny
 
-from fedpet.cli import main
 from fedpet.config import Experiment
 from fedpet.run.prepare import prepare
 
@@ -58,22 +56,12 @@ def write(path: Path, rows: Rows) -> Path:
 
 
 @pytest.fixture
-def fedpet(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Callable[..., tuple[int, str]]:
+def fedpet(command: Any) -> Callable[..., tuple[int, str]]:
     """Run a command in an empty folder; give the exit code and all that it printed."""
 
     def run(*arguments: str) -> tuple[int, str]:
-        monkeypatch.chdir(tmp_path)
-        monkeypatch.setattr(sys, "argv", ["fedpet", *arguments])
-        code = 0
-        try:
-            main.main()
-        except SystemExit as ended:
-            code = int(ended.code or 0)
-        said = capsys.readouterr()
-        assert "Traceback" not in said.err
-        return code, said.out + said.err
+        code, said, printed = command(*arguments)
+        return code, printed + said
 
     return run
 

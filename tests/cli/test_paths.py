@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import tomllib
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import in_process_run
@@ -164,6 +165,17 @@ def test_flower_s_server_refuses_a_relative_path(
     with pytest.raises(ConfigError, match=f"{key.replace('_', '-')} in the run config must be an"):
         flower_server.refuse_relative(made)
     flower_server.refuse_relative(made.located())
+
+
+def test_a_run_of_flower_s_server_takes_nothing_from_the_directory_it_happens_to_be_in(
+    relative: Experiment, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(flower_server, "prepare", lambda *_, **__: pytest.fail("rows were read"))
+    context: Any = SimpleNamespace(run_config=relative.to_run_config())
+    grid: Any = None
+    with pytest.raises(ConfigError, match="must be an absolute path, got 'cache': Flower's"):
+        flower_server.serve_run(grid, context)
+    assert not Path("run").exists()
 
 
 def test_a_deployment_s_paths_are_relative_to_its_own_folders(relative: Experiment) -> None:

@@ -13,10 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from own_names import begin_with_built_in_names
+from own_names import built_in_names
 
 import fedpet
-from fedpet.pet.modules import registry
 
 PUBLIC = [name for name in fedpet.__all__ if not name.startswith("_")]
 
@@ -83,14 +82,12 @@ def test_every_example_in_a_docstring_gives_what_it_says(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)  # an example may leave a run folder
-    begin_with_built_in_names(monkeypatch)
-    for table in (registry.KINDS, registry.PRESETS):
-        monkeypatch.delitem(table, "ia3", raising=False)  # and away again afterwards
     one: Any = getattr(fedpet, name)
     known = {public: getattr(fedpet, public) for public in PUBLIC} | {"torch": torch}
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    for example in doctest.DocTestFinder().find(one, name, globs=known):
-        runner.run(example)
+    with built_in_names():
+        for example in doctest.DocTestFinder().find(one, name, globs=known):
+            runner.run(example)
     assert runner.failures == 0
 
 

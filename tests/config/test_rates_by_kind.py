@@ -11,11 +11,11 @@ from fedpet.config import SearchConfig, TrainingConfig
 from fedpet.config.value_checks import rates_by_kind
 from fedpet.errors import ConfigError
 from fedpet.pet.structure import KINDS
-from fedpet.search import settle
+from fedpet.search import resolve_settings
 
 
 def settled(search: SearchConfig, training: TrainingConfig) -> SearchConfig:
-    return settle(search, training, backbone_parameters=10**6)
+    return resolve_settings(search, training, backbone_parameters=10**6)
 
 
 def test_a_search_s_rate_of_a_kind_wins_over_training_s() -> None:

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 from datasets import Dataset
-from in_process_run import run, threads_as_before
-from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, write
+from in_process_run import run
+from text_fixtures import TWO_OR_MORE, some_rows, write
 from tiny import Silent, make_backbone, make_experiment, make_rows
 
 from fedpet.client.node_config import NodeConfig
@@ -26,13 +26,6 @@ from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.progress import LiveLine
 from fedpet.run.run_folder import new_run_folder
-
-four_threads = pytest.fixture(threads_as_before)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), WORDS, pad_token="[PAD]")
 
 
 @pytest.fixture(scope="module")
@@ -124,13 +117,12 @@ def test_a_sentence_stays_in_a_terminal_above_the_line_that_is_redrawn(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("TERM", "xterm")
-    with LiveLine("rounds", 3) as line:
+    with LiveLine(3) as line:
         line.on_stage("Classes: 0 = '[no]'.")
         line.on_stage("loading the backbone")
     assert "Classes: 0 = '[no]'.\n" in capsys.readouterr().err
 
 
-@pytest.mark.usefixtures("four_threads")
 def test_a_run_tells_its_classes_before_it_trains_and_leaves_them_with_its_rows(
     backbone: Path, tmp_path: Path
 ) -> None:

@@ -19,7 +19,6 @@ import pytest
 from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
-from text_fixtures import WORDS, save_tokenizer
 
 import fedpet.data.dataset as load_module
 from fedpet.config import ClientsConfig, DataConfig
@@ -38,11 +37,6 @@ POOLS: dict[str, list[Any]] = {
     "string": ["neg", "pos", "neg ", 'é, "so"', "1", "01"],
     "category": ["neg", "pos", "None", "NA"],
 }
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), WORDS, pad_token="[PAD]")
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from text_fixtures import WORDS, save_tokenizer, write
+from text_fixtures import write
 
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import FederatedData, load_data, load_evaluation
@@ -16,11 +16,6 @@ from fedpet.errors import ConfigError, DataError
 
 WHERE = "split 'train'"
 ONE = ClientsConfig(partition="iid", num_clients=1, min_rows=1)
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), WORDS, pad_token="[PAD]")
 
 
 def csv_of(path: Path, labels: list[str]) -> Path:

@@ -10,24 +10,13 @@ import pytest
 from datasets import ClassLabel, Dataset
 from hypothesis import given
 from hypothesis import strategies as st
-from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, texts_of, two_splits, write
+from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, texts_of, write
 from transformers import AutoTokenizer
 
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import load_data
 from fedpet.data.row_hash import choose_rows, hash_rows, hold_out
 from fedpet.errors import DataError
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), WORDS, pad_token="[PAD]")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return two_splits(tmp_path / "set")
-
 
 # What is loaded.
 

@@ -12,21 +12,11 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, texts_of, two_splits, write
+from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, texts_of, write
 
 import fedpet.data.dataset as load_module
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import FederatedData, hash_tokenizer, load_data
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), WORDS, pad_token="[PAD]")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return two_splits(tmp_path / "set")
 
 
 def same(one: FederatedData, other: FederatedData) -> bool:

@@ -7,21 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, two_splits, write
+from text_fixtures import TWO_OR_MORE, some_rows, write
 
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import load_data
 from fedpet.errors import ConfigError, DataError
-
-
-@pytest.fixture(scope="module")
-def tokenizer_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return save_tokenizer(tmp_path_factory.mktemp("tokenizer"), WORDS, pad_token="[PAD]")
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return two_splits(tmp_path / "set")
 
 
 @pytest.mark.parametrize(

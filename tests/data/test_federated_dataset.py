@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +10,6 @@ import numpy as np
 import pytest
 import tiny
 from datasets import ClassLabel, Dataset, DatasetDict, Features, Value
-from in_process_run import threads_as_before
 
 import fedpet
 from fedpet.config import ClientsConfig, DataConfig
@@ -19,11 +17,6 @@ from fedpet.config.parsing import read_stage
 from fedpet.data import FederatedData, load_data
 from fedpet.data.sources import open_source
 from fedpet.errors import ConfigError, DataError, InputError
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    yield from threads_as_before()
 
 
 @pytest.fixture(scope="module")

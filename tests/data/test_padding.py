@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_process_run import run, threads_as_before
+from in_process_run import run
 from shipped import KINDS, WORDS, load, ship, tokenizer_of
 from tiny import Silent
 
@@ -25,11 +24,6 @@ from fedpet.training.evaluation import predict
 from fedpet.training.input_checks import check_inputs
 
 NUM_ROWS = 24
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    yield from threads_as_before()
 
 
 @pytest.fixture(scope="module")

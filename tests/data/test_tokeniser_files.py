@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from shipped import ship, tokenizer_of
+from shipped import WORDS, ship, tokenizer_of
 from tiny import Silent
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -63,15 +63,18 @@ def test_the_hash_of_a_checkpoint_with_tokenizer_json_is_of_that_file_alone(
 # What it makes.
 
 
+@pytest.mark.parametrize("installed", [False, True])  # a version that cannot read it is no help
 def test_a_sentencepiece_model_that_cannot_be_read_here_says_what_to_install(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, installed: bool
 ) -> None:
-    monkeypatch.setattr("fedpet.data.tokenize.find_spec", lambda _: None)
+    monkeypatch.setattr("fedpet.data.tokenize.find_spec", lambda _: installed or None)
     ship("t5", tmp_path)
     for file in tmp_path.glob("*token*"):
         file.unlink()
     (tmp_path / "spiece.model").write_bytes(b"not a model")
-    with pytest.raises(DataError, match=r"cannot be loaded: .*pip install sentencepiece`"):
+    with pytest.raises(
+        DataError, match=r"cannot be loaded: .*pip install 'sentencepiece<0\.2\.3'`"
+    ):
         tokenize_rows([["a text"]], tmp_path, 8, "a test")
 
 
@@ -157,6 +160,38 @@ def test_added_tokens_are_read_from_the_plain_model_as_in_training(tmp_path: Pat
     texts = ["good filmx", "a <e1> film", "filmxx", "xx"]
     assert tokens_of(tmp_path / "model", texts) == tokens_of(checkpoint, texts)
     assert tokens_of(checkpoint, texts[:1]) == [[2, 5, len(WORDPIECES), 3]]
+
+
+@pytest.mark.parametrize(
+    ("kind", "name", "tokenizer"),
+    [
+        ("llama", "tokenizer.model", "LlamaTokenizer"),
+        ("deberta-v2", "spm.model", "DebertaV2Tokenizer"),
+        ("roberta", "sentencepiece.bpe.model", "XLMRobertaTokenizer"),
+    ],
+)
+def test_a_sentencepiece_model_is_read_from_the_plain_model_as_in_training(
+    tmp_path: Path, kind: str, name: str, tokenizer: str
+) -> None:
+    sentencepiece = pytest.importorskip("sentencepiece")
+    checkpoint = ship(kind, tmp_path / "made", vocab_size=400)
+    for file in checkpoint.glob("*token*"):
+        file.unlink()
+    texts = [" ".join(WORDS[i % 11 :] + WORDS[: i % 7]) for i in range(99)]
+    with (checkpoint / name).open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(texts),
+            model_writer=file,
+            model_type="bpe" if kind == "llama" else "unigram",
+            vocab_size=60,
+            hard_vocab_limit=False,
+            minloglevel=2,
+        )
+    (checkpoint / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": tokenizer}))
+    expected = tokens_of(checkpoint, texts[:3])
+    assert len({*map(tuple, expected)}) == 3
+    save_tokenizer(checkpoint, tmp_path / "model")
+    assert tokens_of(tmp_path / "model", texts[:3]) == expected
 
 
 def test_a_chat_template_and_the_longest_text_go_along(tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
 from tiny import Silent
 
 from fedpet.client.node_config import NodeConfig
@@ -27,11 +26,6 @@ from fedpet.server.client_pool import ClientPool
 def experiment(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
     """As elsewhere, but hardly ever measured: no byte hangs on that."""
     return partial(experiment, strategy_evaluate_every=9)
-
-
-@pytest.fixture
-def config_only(files: tuple[Path, Path], tmp_path: Path) -> Path:
-    return tiny.config_alone(files[0], tmp_path / "alone")
 
 
 def run(experiment: Experiment) -> dict[str, Any]:
@@ -68,7 +62,7 @@ def test_an_estimate_is_within_its_tolerance_of_the_ledger(
     told, counted = estimate(settings), run(settings)
     books = counted["communication"]
     assert told.tolerance == (0.05 if "topk" in up or "int" in up + down else 0.01)
-    near = 0.02 if "int" in up + down else told.tolerance  # here it is nearer than it says
+    near = 0.03 if "int" in up + down else told.tolerance  # here it is nearer than it says
     for name in ("total_bytes", "plan_bytes", "ratio_to_dense", "dense_fedavg_total_bytes"):
         assert told.communication[name] == pytest.approx(books[name], rel=near), name
     for name in ("uplink_bytes", "downlink_bytes"):

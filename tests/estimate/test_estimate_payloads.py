@@ -6,10 +6,9 @@ import math
 from pathlib import Path
 from typing import Any
 
-import flwr.serverapp.strategy as flower
 import numpy as np
 import pytest
-from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, RecordDict
+from fake_training import make_plan
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from sending import codec_of
@@ -17,16 +16,12 @@ from tiny import Silent
 
 from fedpet.codec import encode_positions, max_payload_bytes
 from fedpet.config import Experiment, StrategyConfig, TrainingConfig
-from fedpet.data import Task
 from fedpet.estimate import estimate, outline
 from fedpet.estimate.message_sizes import CHUNK_BYTES, made_up_plan, message_bytes
 from fedpet.estimate.participants import Participant
-from fedpet.estimate.payload_simulation import Payloads, Server, payloads
-from fedpet.pet.structure import Structure
-from fedpet.protocol.plan import Plan
+from fedpet.estimate.payload_simulation import Payloads, payloads
 from fedpet.protocol.request import single_client_bytes
 from fedpet.run.federate import prepare
-from fedpet.run.local_grid import LocalGrid
 
 KINDS = [("mask", 5000), ("lnfit", 400), ("head", 66)]
 
@@ -38,18 +33,8 @@ def lengths_of(
     training: TrainingConfig | None = None,
 ) -> Payloads:
     """Payloads of clients with these rows, by round."""
-    plan = Plan(
-        fingerprint="",
-        head_seed=0,
-        task=Task("classification", ("0", "1"), "accuracy"),
-        max_length=8,
-        tokenizer_hash="",
-        mask=None,
-        mask_sha256="",
-        mask_positions=b"",
-        structure=Structure(),
+    plan = make_plan(
         num_values=sum(size for _, size in kinds),
-        layout="",
         codec=codec_of(uplink=codec, downlink=codec, downlink_mode="full"),
         training=training or TrainingConfig(),
         num_rounds=len(rows),
@@ -57,37 +42,6 @@ def lengths_of(
     )
     rounds = [[Participant(client, n, 0) for client, n in enumerate(each)] for each in rows]
     return payloads([kinds], plan, StrategyConfig(), rounds)
-
-
-FLOWERS: dict[str, tuple[type[flower.FedAvg], dict[str, float]]] = {
-    "fedavg": (flower.FedAvg, {}),
-    "fedavgm": (flower.FedAvgM, {"server_learning_rate": 0.7, "server_momentum": 0.6}),
-    "fedadam": (flower.FedAdam, {"beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2}),
-    "fedyogi": (flower.FedYogi, {"beta_1": 0.8, "beta_2": 0.95, "tau": 1e-2}),
-    "fedadagrad": (flower.FedAdagrad, {"tau": 1e-2}),
-}
-
-
-@pytest.mark.parametrize("name", FLOWERS)
-def test_the_server_is_taken_to_move_as_flower_s_does(name: str) -> None:
-    LocalGrid({})  # names the run that messages are of
-    kind, parameters = FLOWERS[name]
-    config = StrategyConfig(name=name, **parameters)
-    theirs, ours = kind(**parameters), Server(config, TrainingConfig())
-    theirs.fraction_train = 0.0
-    random = np.random.default_rng(0)
-    start = random.standard_normal(50, dtype=np.float32)
-    values, arrays = start, ArrayRecord({"values": Array(start)})
-    for server_round in range(1, 5):
-        theirs.configure_train(server_round, arrays, ConfigRecord(), None)
-        mean = 0.01 * random.standard_normal(50, dtype=np.float32)
-        told = ArrayRecord({"values": Array(arrays["values"].numpy() + mean)})
-        content = RecordDict({"arrays": told, "metrics": MetricRecord({"num-examples": 3})})
-        asked = Message(RecordDict(), dst_node_id=1, message_type="train")
-        arrays, _ = theirs.aggregate_train(server_round, [Message(content, reply_to=asked)])
-        values = ours.move(values, mean, server_round)
-    assert not np.allclose(values, start, atol=1e-3)
-    np.testing.assert_allclose(values, arrays["values"].numpy(), rtol=0, atol=1e-5)
 
 
 def test_the_payload_of_many_values_is_that_of_few_scaled_up() -> None:

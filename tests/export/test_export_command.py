@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,14 +11,7 @@ import pytest
 import tiny
 from huggingface_hub import constants
 
-from fedpet.cli import main
-
 Command = Callable[..., tuple[Any, str, str]]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def threads() -> Iterator[None]:
-    yield from in_process_run.threads_as_before()
 
 
 @pytest.fixture(scope="module")
@@ -37,22 +29,12 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path
-) -> Command:
-    monkeypatch.chdir(tmp_path)
+def command(command: Command) -> Command:
+    def export(*arguments: str) -> tuple[int, str, str]:
+        code, said, printed = command("export", *arguments)
+        return code, " ".join(said.split()), printed
 
-    def run(*arguments: str) -> tuple[Any, str, str]:
-        monkeypatch.setattr(sys, "argv", ["fedpet", "export", *arguments])
-        code: Any = 0
-        try:
-            main.main()
-        except SystemExit as ended:
-            code = ended.code
-        captured = capsys.readouterr()
-        return code, " ".join(captured.err.split()), captured.out
-
-    return run
+    return export
 
 
 def test_both_formats_are_written_and_named(runs: Path, command: Command, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,6 @@ from huggingface_hub import ModelCard
 from fedpet.export import export_run
 from fedpet.export.model_card import hub_name, write_adapter_card
 from fedpet.utils import bundled
-
-
-@pytest.fixture(autouse=True, scope="module")
-def threads() -> Iterator[None]:
-    yield from in_process_run.threads_as_before()
 
 
 @pytest.fixture(scope="module")

@@ -37,11 +37,6 @@ SAID = ("is_gradient_checkpointing", "Unsupported layer type", "fan_in_fan_out")
 
 
 @pytest.fixture(autouse=True)
-def threads() -> Iterator[None]:
-    yield from in_process_run.threads_as_before()
-
-
-@pytest.fixture(autouse=True)
 def quiet() -> Iterator[None]:
     with warnings.catch_warnings():
         for text in SAID:

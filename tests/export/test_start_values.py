@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,11 +16,6 @@ from fedpet.config import Experiment
 from fedpet.errors import ConfigError
 from fedpet.export.saved_run import SavedRun
 from fedpet.run.prepare import prepare
-
-
-@pytest.fixture(autouse=True, scope="module")
-def threads() -> Iterator[None]:
-    yield from in_process_run.threads_as_before()
 
 
 @pytest.fixture(scope="module")

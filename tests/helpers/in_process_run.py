@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from tiny import Silent
 
 from fedpet.client.node_config import NodeConfig
@@ -20,10 +19,3 @@ Handler = Callable[[bytes], bytes]
 def run(experiment: Experiment, grid: LocalGrid | None = None, nodes: int = 1) -> dict[str, Any]:
     grid = grid or LocalGrid.of(NodeConfig.from_experiment(experiment), nodes)
     return federate(grid, prepare(experiment, Silent()), new_run_folder(experiment), Silent())
-
-
-def threads_as_before() -> Iterator[None]:
-    """For a fixture: nodes and server set torch's threads for the process, which has more tests."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import fake_training
 import numpy as np
 import pytest
 import torch
@@ -25,9 +26,7 @@ from fedpet.config import (
     StrategyConfig,
     TrainingConfig,
 )
-from fedpet.data import Task
 from fedpet.pet.layout import Segment
-from fedpet.pet.structure import Structure
 from fedpet.pet.tiers import tiers_of
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
@@ -61,22 +60,8 @@ NUM_VALUES = 420
 
 def make_plan(codec: CodecConfig, mask: MaskConfig | None = None) -> Plan:
     """A plan of `NUM_VALUES` values that belongs to no model."""
-    return Plan(
-        fingerprint="0" * 64,
-        head_seed=0,
-        task=Task("classification", ("bad", "good"), "accuracy"),
-        max_length=8,
-        tokenizer_hash="",
-        mask=mask,
-        mask_sha256="",
-        mask_positions=b"",
-        structure=Structure(()),
-        num_values=NUM_VALUES,
-        layout="",
-        codec=codec,
-        training=TrainingConfig(),
-        num_rounds=4,
-        seed=SEED,
+    return fake_training.make_plan(
+        codec=codec, mask=mask, num_values=NUM_VALUES, training=TrainingConfig(), seed=SEED
     )
 
 

@@ -10,7 +10,7 @@ import pkgutil
 import numpy as np
 import pytest
 import torch
-from own_names import begin_with_built_in_names
+from own_names import built_in_names
 
 import fedpet
 import fedpet.pet
@@ -18,7 +18,6 @@ import fedpet.search
 import fedpet.training
 import fedpet.utils.named_callables
 from fedpet.data import Task
-from fedpet.pet.modules import registry
 
 
 def modules() -> list[str]:
@@ -30,22 +29,15 @@ def modules() -> list[str]:
     ]
 
 
-@pytest.fixture
-def _registered_for_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
-    for table in (registry.KINDS, registry.PRESETS):
-        monkeypatch.delitem(table, "ia3", raising=False)  # and away again afterwards
-    begin_with_built_in_names(monkeypatch)
-
-
-@pytest.mark.usefixtures("_registered_for_the_test")
 @pytest.mark.parametrize("name", modules())
 def test_every_example_gives_what_it_says(name: str) -> None:
     module = importlib.import_module(name)
     public = {one: getattr(fedpet, one) for one in fedpet.__all__}
     known = {"np": np, "torch": torch, "Task": Task} | public | vars(module)
     runner = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE)
-    for example in doctest.DocTestFinder(recurse=True).find(module, name, globs=known):
-        runner.run(example)
+    with built_in_names():
+        for example in doctest.DocTestFinder(recurse=True).find(module, name, globs=known):
+            runner.run(example)
     assert runner.failures == 0
 
 

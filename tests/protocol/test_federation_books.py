@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process_run import run, threads_as_before
+from in_process_run import run
 
 from fedpet.errors import RunError
 from fedpet.protocol.ledger import Ledger
 from fedpet.run.run_folder import RunFolder
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 
 def test_the_bytes_of_a_run_with_one_client_a_node_are_those_on_the_wire(experiment: Any) -> None:

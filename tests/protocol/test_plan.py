@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
 import pytest
@@ -15,9 +14,10 @@ from fedpet.backbone.pretrained import Backbone, load_backbone
 from fedpet.config import BackboneConfig, Experiment, MaskConfig
 from fedpet.data import Task
 from fedpet.errors import PlanError
-from fedpet.pet.mask import Mask, build_mask
+from fedpet.pet.mask import build_mask
 from fedpet.pet.structure import preset
 from fedpet.protocol.plan import Plan, encode_mask
+from fedpet.report.mask_table import entropy_bytes
 
 TASK = Task(kind="classification", label_names=("no", "yes"), metric="accuracy")
 
@@ -39,16 +39,6 @@ def plan_of(folder: Path, **mask: object) -> Plan:
     )
     experiment = Experiment.from_tables(tables)
     return Plan.for_training(experiment, backbone, structure, TASK, "0" * 64)[0]
-
-
-def entropy_bytes(mask: Mask) -> float:
-    """Per-tensor entropy of the set, in bytes: sum over tensors of n H(k / n) / 8."""
-    total = 0.0
-    for name, size in mask.sizes.items():
-        share = len(mask.positions.get(name, ())) / size
-        if 0 < share < 1:
-            total -= size * (share * math.log2(share) + (1 - share) * math.log2(1 - share))
-    return total / 8
 
 
 @pytest.mark.parametrize("broadcast", ["recompute", "send"])

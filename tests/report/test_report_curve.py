@@ -8,19 +8,12 @@ from typing import Any
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from report_runs import make_runs
 
 from fedpet.errors import InputError
 from fedpet.protocol.ledger import Ledger
 from fedpet.report.curves import read_curve, read_rounds
 from fedpet.report.loading import read_report
 from fedpet.report.results import read_results
-
-
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return make_runs(tmp_path)
-
 
 amounts = st.integers(0, 10**12)
 rounds_of_a_run = st.lists(

@@ -15,11 +15,6 @@ from fedpet.report.loading import read_report
 from fedpet.report.page import page, write_page, write_png
 
 
-@pytest.fixture
-def runs(tmp_path: Path) -> Path:
-    return make_runs(tmp_path)
-
-
 @pytest.fixture(scope="module")
 def compared(tmp_path_factory: pytest.TempPathFactory) -> str:
     """The page of a run beside two others and a cell file."""

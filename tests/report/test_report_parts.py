@@ -69,9 +69,12 @@ def test_a_regression_has_no_table_of_classes(run: Path) -> None:
 
 def test_the_spread_over_clients_is_shown_where_it_is_known(run: Path) -> None:
     assert "By client" not in words(page(read_report(run)))
-    values = {f"client {n}": n / 20 for n in range(20)} | {"one": None}
-    text = words(with_quality(run, by_client=values))
-    assert "20 0.4750 0.0250 0.0000 0.9500" in text  # mean, worst decile, worst, best
+    labels, clients = np.ones(60, dtype=int), np.repeat(np.arange(20), 3)
+    task = Task("classification", ("bad", "good"), "accuracy")
+    hits = clients % 4 > np.tile(np.arange(3), 20)  # of three rows a client 0, 1, 2 or 3
+    spread = assess(task, np.eye(2)[hits.astype(int)], labels, clients).by_client
+    text = words(with_quality(run, by_client=spread))
+    assert "20 3 0.5000 0.0000 0.0000 1.0000" in text  # mean, worst tenth, worst, best
 
 
 def test_the_stages_add_up_to_the_run(run: Path) -> None:

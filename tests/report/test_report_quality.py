@@ -17,6 +17,7 @@ from fedpet.report.comparison import compare_rows
 from fedpet.report.loading import read_report
 from fedpet.report.number_format import show_predicted
 from fedpet.report.page import page, write_png
+from fedpet.report.page_parts import page_parts
 from fedpet.report.results import read_results
 from fedpet.report.run_table import run_table
 from fedpet.run.run_folder import RunFolder
@@ -66,6 +67,8 @@ def test_the_page_shows_the_baseline_what_is_predicted_and_every_warning(tmp_pat
     assert "class predicted bad 0 % good (majority) 100.0 %" in text
     for warning in result["quality"]["warnings"]:
         assert words(warning) in words(text)
+    at_the_top = page_parts(read_report(tmp_path / "run"))["troubles"]
+    assert at_the_top == result["quality"]["warnings"]
 
 
 def test_a_comparison_shows_the_baseline_once_and_each_run_s_warnings(tmp_path: Path) -> None:

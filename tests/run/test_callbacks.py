@@ -6,12 +6,11 @@ import importlib.util
 import json
 import sqlite3
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 import pytest
-from in_process_run import threads_as_before
 
 import fedpet
 from fedpet.config import Experiment
@@ -21,11 +20,6 @@ from fedpet.run import trackers
 
 HERE: dict[str, Any] = {"backend": "in-process", "progress": False}
 Make = Callable[..., Experiment]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    yield from threads_as_before()
 
 
 class Recorder(fedpet.Callback):

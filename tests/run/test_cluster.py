@@ -34,9 +34,10 @@ def long_folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def ends_early(
-    experiment: Callable[..., Experiment], tmp_path: Path
+    experiment: Callable[..., Experiment], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> Callable[[type[Exception], str], None]:
-    """Runs, and searches, and expects an error before a folder comes to be."""
+    """Runs, and searches, and expects an error before rows are read or a folder comes to be."""
+    monkeypatch.setattr(ray_engine, "prepare", lambda *_, **__: pytest.fail("rows were read"))
 
     def check(kind: type[Exception], words: str) -> None:
         settled = experiment()

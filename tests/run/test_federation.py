@@ -10,7 +10,7 @@ import pytest
 import torch
 from flwr.app import ArrayRecord, Message, MetricRecord, RecordDict
 from flwr.serverapp.strategy import FedAvg
-from in_process_run import run, threads_as_before
+from in_process_run import run
 
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.client.node import Node
@@ -22,9 +22,6 @@ from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import read_request, to_record
 from fedpet.run.local_grid import LocalGrid
 from fedpet.utils.seeds import derive_seed
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
 
 # -- law 6: same seed, same bytes ------------------------------------------------------------
 

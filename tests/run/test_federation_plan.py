@@ -9,14 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from in_process_run import run, threads_as_before
+from in_process_run import run
 
 from fedpet.client.node import Node
 from fedpet.client.node_config import NodeConfig
 from fedpet.protocol.request import read_request
 from fedpet.run.local_grid import LocalGrid
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 
 def test_the_plan_travels_once_to_a_node_and_again_when_the_node_has_lost_it(

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import tiny
 import torch
-from in_process_run import Handler, run, threads_as_before
+from in_process_run import Handler, run
 
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.client.model_cache import LoadedPlan
@@ -24,8 +24,6 @@ from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.run.local_grid import LocalGrid
 from fedpet.training.loop import TrainResult
 from fedpet.utils.seeds import client_id64
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 
 def spoil(node: Handler, change: Callable[[Frame], bytes], victim: int) -> Handler:

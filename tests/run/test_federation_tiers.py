@@ -9,8 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny
-from in_process_run import run, threads_as_before
+from in_process_run import run
 
 from fedpet.backbone.pretrained import load_backbone
 from fedpet.client.node import Node
@@ -29,23 +28,12 @@ THREE = ["0.005=0.3", "0.02=0.4", "0.05=0.3"]
 CLIENTS = [f"client {index}" for index in range(6)]
 NUMBERS = [client_id64(client) for client in CLIENTS]
 
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
-
 
 @pytest.fixture
-def experiment(files: tuple[Path, Path], tmp_path: Path) -> Callable[..., Experiment]:
-    counter = iter(range(100))
-
-    def make(**changes: Any) -> Experiment:
-        wanted = {
-            "mask_tiers": THREE,
-            "structure_preset": "lnfit",
-            "strategy_num_rounds": 2,
-            "strategy_clients_per_round": 6,
-        }
-        return tiny.make_experiment(*files, tmp_path / f"run{next(counter)}", **wanted | changes)
-
-    return make
+def experiment(experiment: Callable[..., Experiment]) -> Callable[..., Experiment]:
+    wanted = {"mask_tiers": THREE, "structure_preset": "lnfit"}
+    wanted |= {"strategy_num_rounds": 2, "strategy_clients_per_round": 6}
+    return lambda **changes: experiment(**wanted | changes)
 
 
 def values_of_run(experiment: Experiment) -> np.ndarray:

@@ -19,7 +19,7 @@ from tiny import Silent
 
 from fedpet.config import Experiment
 from fedpet.errors import RunError, RunInterrupted
-from fedpet.run import ray_engine
+from fedpet.run import interrupts, ray_engine
 from fedpet.run.interrupts import Heeding, stoppable
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.progress import SearchBar
@@ -90,6 +90,22 @@ def test_a_third_signal_is_heard_where_clearing_away_hangs() -> None:
                 pytest.fail("the third was passed over")
 
     stopped(signal.SIGINT, command)
+
+
+@by_signal
+def test_a_signal_whose_exception_is_lost_is_sent_again_until_something_ends(
+    number: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(interrupts, "PATIENCE", 0.05)
+
+    def command() -> None:
+        with stoppable(lambda: "Go on."):
+            with contextlib.suppress(KeyboardInterrupt):
+                send(number)
+                time.sleep(60)
+            time.sleep(60)
+
+    assert stopped(number, command) == "Interrupted. Go on."
 
 
 def test_handlers_of_somebody_else_are_left_alone() -> None:

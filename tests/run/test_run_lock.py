@@ -23,7 +23,7 @@ from fedpet.errors import ConfigError
 from fedpet.export.saved_run import merge_run
 from fedpet.run import central_search, flower_server, ray_engine, resume
 from fedpet.run.local_grid import LocalGrid
-from fedpet.run.run_folder import claimed_run
+from fedpet.run.run_folder import locked_run_folder
 from fedpet.utils.lock import LOCK_FILE, locked_folder
 
 HOLDER = """
@@ -63,7 +63,7 @@ def cut_short(experiment: Any, monkeypatch: pytest.MonkeyPatch) -> Path:
     settings = experiment()
     monkeypatch.setattr(ray_engine, "run_on_ray", stop)
     prepared = ray_engine.prepare(settings, Silent())
-    with claimed_run(settings) as out:
+    with locked_run_folder(settings) as out:
         out.write_inputs(prepared.experiment, prepared.plan)
     return out.path
 
@@ -196,7 +196,7 @@ def test_two_runs_without_a_name_for_their_folder_take_two(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     settings = experiment(run_out="")
-    with claimed_run(settings) as one, claimed_run(settings) as other:
+    with locked_run_folder(settings) as one, locked_run_folder(settings) as other:
         assert [one.path, other.path] == [Path("runs/tiny-1"), Path("runs/tiny-2")]
     assert list(tmp_path.iterdir()) == []
 

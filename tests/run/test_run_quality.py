@@ -12,7 +12,7 @@ import in_process_run
 import numpy as np
 import pytest
 import torch
-from tiny import Silent, make_backbone, make_experiment, make_rows
+from tiny import Silent, make_experiment
 
 from fedpet.config import Experiment
 from fedpet.data import Task
@@ -25,8 +25,6 @@ from fedpet.training.metrics import Assessment, assess
 TASK = Task("classification", ("bad", "good", "odd"), "accuracy")
 REGRESSION = Task("regression", (), "pearson")
 GOOD = Assessment(0.8, 0.5, "good", {"bad": 0.4, "good": 0.6}, is_constant=False)
-
-reset_threads = pytest.fixture(autouse=True)(in_process_run.threads_as_before)
 
 
 # What outputs are compared with
@@ -190,12 +188,6 @@ def test_the_best_metric_is_the_best_of_those_that_are_numbers() -> None:
 
 
 # Whole runs
-
-
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("files")
-    return make_backbone(folder / "backbone"), make_rows(folder / "rows")
 
 
 def test_a_run_that_collapses_at_a_rate_that_is_too_high_says_so(

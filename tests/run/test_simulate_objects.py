@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset, DatasetDict, load_dataset
-from in_process_run import threads_as_before
 from transformers import AutoModelForSequenceClassification, AutoTokenizer, PreTrainedModel
 
 import fedpet
@@ -30,11 +29,6 @@ CONFIG = fedpet.PetConfig(
     modules=[fedpet.LoraConfig(r=2, target_modules=["query", "value"]), fedpet.LayerNormConfig()],
     seed=3,
 )
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    yield from threads_as_before()
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +92,11 @@ def described(rows: Any, files: tuple[Path, Path], **more: Any) -> fedpet.Federa
     return fedpet.load_federated_dataset(rows, tokenizer=tokenizer, max_length=16, **more)
 
 
+@pytest.fixture
+def data(rows: DatasetDict, files: tuple[Path, Path]) -> fedpet.FederatedDataset:
+    return described(rows, files)
+
+
 def fresh(base: PreTrainedModel) -> PreTrainedModel:
     import copy
 
@@ -109,14 +108,10 @@ def sha(run: fedpet.Run) -> str:
 
 
 def test_a_pet_model_and_rows_in_memory_give_the_values_of_the_same_job_by_file(
-    base: PreTrainedModel,
-    rows: DatasetDict,
-    files: tuple[Path, Path],
-    by_file: fedpet.Run,
-    tmp_path: Path,
+    base: PreTrainedModel, data: Any, by_file: fedpet.Run, tmp_path: Path
 ) -> None:
     model = fedpet.get_pet_model(fresh(base), CONFIG)
-    run = fedpet.simulate(model, described(rows, files), out=tmp_path / "run", **REST)
+    run = fedpet.simulate(model, data, out=tmp_path / "run", **REST)
     assert sha(run) == sha(by_file)
     assert run.result["run"]["fingerprint"] == by_file.result["run"]["fingerprint"]
     assert run.metrics == by_file.metrics
@@ -125,16 +120,10 @@ def test_a_pet_model_and_rows_in_memory_give_the_values_of_the_same_job_by_file(
 
 
 def test_a_plain_model_with_a_pet_config_is_the_pet_model_of_both(
-    base: PreTrainedModel,
-    rows: DatasetDict,
-    files: tuple[Path, Path],
-    by_file: fedpet.Run,
-    tmp_path: Path,
+    base: PreTrainedModel, data: Any, by_file: fedpet.Run, tmp_path: Path
 ) -> None:
     model = fresh(base)
-    run = fedpet.simulate(
-        model, described(rows, files), pet_config=CONFIG, out=tmp_path / "run", **REST
-    )
+    run = fedpet.simulate(model, data, pet_config=CONFIG, out=tmp_path / "run", **REST)
     assert sha(run) == sha(by_file)
     assert all(parameter.requires_grad for parameter in model.parameters())
 
@@ -164,11 +153,7 @@ def test_a_model_that_was_loaded_from_a_folder_of_all_its_weights_is_named_by_it
 
 
 def test_a_run_of_objects_that_was_stopped_is_resumed_from_its_folder_alone(
-    base: PreTrainedModel,
-    rows: DatasetDict,
-    files: tuple[Path, Path],
-    by_file: fedpet.Run,
-    tmp_path: Path,
+    base: PreTrainedModel, data: Any, by_file: fedpet.Run, tmp_path: Path
 ) -> None:
     class Stop(fedpet.Callback):
         def on_round_end(self, record: Any, ledger: Any) -> None:
@@ -177,9 +162,7 @@ def test_a_run_of_objects_that_was_stopped_is_resumed_from_its_folder_alone(
 
     model = fedpet.get_pet_model(fresh(base), CONFIG)
     with pytest.raises(ZeroDivisionError):
-        fedpet.simulate(
-            model, described(rows, files), out=tmp_path / "run", callbacks=[Stop()], **REST
-        )
+        fedpet.simulate(model, data, out=tmp_path / "run", callbacks=[Stop()], **REST)
     del model
     run = fedpet.resume(tmp_path / "run", backend="in-process", progress=False)
     assert sha(run) == sha(by_file)
@@ -189,15 +172,11 @@ def test_a_run_of_objects_that_was_stopped_is_resumed_from_its_folder_alone(
 @pytest.mark.simulation
 @pytest.mark.timeout(300)
 def test_the_same_objects_give_the_same_values_on_ray(
-    base: PreTrainedModel,
-    rows: DatasetDict,
-    files: tuple[Path, Path],
-    by_file: fedpet.Run,
-    tmp_path: Path,
+    base: PreTrainedModel, data: Any, by_file: fedpet.Run, tmp_path: Path
 ) -> None:
     model = fedpet.get_pet_model(fresh(base), CONFIG)
     rest = {**REST, "backend": "ray"}
-    run = fedpet.simulate(model, described(rows, files), out=tmp_path / "run", **rest)
+    run = fedpet.simulate(model, data, out=tmp_path / "run", **rest)
     assert sha(run) == sha(by_file)
 
 
@@ -239,10 +218,10 @@ def test_the_same_objects_twice_are_written_once(
 
 
 def test_a_trained_pet_model_goes_on_from_its_values_as_run_start_does(
-    rows: DatasetDict, files: tuple[Path, Path], by_file: fedpet.Run, tmp_path: Path
+    by_file: fedpet.Run, data: Any, tmp_path: Path
 ) -> None:
     model = by_file.model
-    run = fedpet.simulate(model, described(rows, files), out=tmp_path / "objects", **REST)
+    run = fedpet.simulate(model, data, out=tmp_path / "objects", **REST)
     assert run.history[0]["accuracy"] == by_file.metrics["accuracy"]
     settings = Experiment.from_file(by_file.folder / "config.toml")
     again = fedpet.simulate(

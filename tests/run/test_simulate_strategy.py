@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import flwr.serverapp.strategy as flower
 import pytest
-from in_process_run import threads_as_before
 
 import fedpet
 from fedpet.config import Experiment
@@ -16,11 +15,6 @@ from fedpet.errors import ConfigError
 
 HERE: dict[str, Any] = {"backend": "in-process", "progress": False}
 Make = Callable[..., Experiment]
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    yield from threads_as_before()
 
 
 def sha(run: fedpet.Run) -> str:

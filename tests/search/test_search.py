@@ -9,12 +9,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny import make_backbone, make_rows
 from torch import nn
 
 from fedpet.backbone.pretrained import Backbone, load_backbone
-from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
-from fedpet.data import FederatedData, load_data
+from fedpet.config import BackboneConfig, Experiment
+from fedpet.data import FederatedData
 from fedpet.errors import ConfigError, DataError, StructureError
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
@@ -45,22 +44,6 @@ CONFIG = SearchConfig(
 
 def cross_entropy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(outputs.logits, labels)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture(scope="module")
-def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FederatedData:
-    rows = make_rows(tmp_path_factory.mktemp("rows"))
-    return load_data(
-        DataConfig(source=str(rows), max_length=16),
-        ClientsConfig(client_column="client", min_rows=2),
-        folder,
-        cache=rows / "cache",
-    )
 
 
 def load(folder: Path) -> Backbone:

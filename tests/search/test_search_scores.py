@@ -7,11 +7,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import make_backbone, make_rows
 
 from fedpet.backbone.pretrained import load_backbone
-from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, SearchConfig
-from fedpet.data import FederatedData, load_data
+from fedpet.config import BackboneConfig, SearchConfig
+from fedpet.data import FederatedData
 from fedpet.errors import RunError
 from fedpet.search import SearchResult, central, run_search
 
@@ -23,19 +22,6 @@ CONFIG = SearchConfig(
     evaluate_every=1,
     validation_fraction=0.2,
 )
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_backbone(tmp_path_factory.mktemp("backbone"))
-
-
-@pytest.fixture(scope="module")
-def data(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> FederatedData:
-    rows = make_rows(tmp_path_factory.mktemp("rows"))
-    population = ClientsConfig(client_column="client", min_rows=2)
-    source = DataConfig(source=str(rows), max_length=16)
-    return load_data(source, population, folder, cache=rows / "cache")
 
 
 def run(folder: Path, data: FederatedData) -> SearchResult:

@@ -9,13 +9,13 @@ import pytest
 from fedpet.config import SearchConfig, TrainingConfig
 from fedpet.errors import ConfigError, StructureError
 from fedpet.run import central_search
-from fedpet.search import budget_values, settle
+from fedpet.search import budget_values, resolve_settings
 
 
 def test_a_budget_in_bytes_counts_what_the_uplink_s_codec_makes_of_a_value() -> None:
     config = SearchConfig(budget="8kB", learning_rate=0.1)
     values = {
-        codec: settle(
+        codec: resolve_settings(
             config,
             TrainingConfig(),
             backbone_parameters=10**6,
@@ -41,10 +41,12 @@ def test_one_budget_may_hold_the_mask_and_the_structure() -> None:
     config = SearchConfig(budget=1000, mask_in_budget=True, learning_rate=0.1)
 
     def settled(mask_values: int) -> SearchConfig:
-        return settle(config, TrainingConfig(), backbone_parameters=10**6, mask_values=mask_values)
+        return resolve_settings(
+            config, TrainingConfig(), backbone_parameters=10**6, mask_values=mask_values
+        )
 
     assert settled(400).budget == 600
-    assert settle(
+    assert resolve_settings(
         replace(config, mask_in_budget=False), TrainingConfig(), backbone_parameters=10**6,
         mask_values=400,
     ).budget == 1000  # fmt: skip
@@ -54,7 +56,9 @@ def test_one_budget_may_hold_the_mask_and_the_structure() -> None:
 
 def test_a_search_without_rates_of_its_own_takes_those_of_training_by_kind() -> None:
     training = TrainingConfig(learning_rate=0.2, learning_rates=("head=0.01", "mask=0.002"))
-    settled = settle(SearchConfig(budget=5), training, backbone_parameters=10)
+    settled = resolve_settings(SearchConfig(budget=5), training, backbone_parameters=10)
     assert [settled.rate_of(kind) for kind in ("lora", "head", "mask")] == [0.2, 0.01, 0.002]
-    own = settle(SearchConfig(budget=5, learning_rate=0.5), training, backbone_parameters=10)
+    own = resolve_settings(
+        SearchConfig(budget=5, learning_rate=0.5), training, backbone_parameters=10
+    )
     assert [own.rate_of(kind) for kind in ("lora", "head")] == [0.5, 0.5]

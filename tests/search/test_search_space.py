@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 import torch
 from test_search_gates import CASES
-from tiny import make_backbone
 
 from fedpet.backbone.pretrained import Backbone, load_backbone
 from fedpet.config import BackboneConfig
@@ -45,11 +44,6 @@ def space_of_config(
         except ValueError:  # an architecture that has none
             model = AutoModel.from_config(config)
     return build_space(model, name, rank=rank, scale=scale)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_backbone(tmp_path_factory.mktemp("backbone"))
 
 
 def load(folder: Path) -> Backbone:

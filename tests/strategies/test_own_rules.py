@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,6 @@ import pytest
 from fake_training import CLIENTS, NUM_VALUES, ROWS, ShuffledGrid, make_plan, update_of
 from flwr.app import ArrayRecord, ConfigRecord, Message, MetricRecord
 from in_process_run import run as run_in_process
-from in_process_run import threads_as_before
 from tiny import make_backbone, make_experiment, make_rows
 
 import fedpet
@@ -96,11 +95,6 @@ class Recording(flower.FedAvg):
             reply.content["arrays"] = to_arrays(limited)
         self.seen.append([from_arrays(r.content.array_records["arrays"]) for r in replies])
         return super().aggregate_train(server_round, replies)
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    yield from threads_as_before()
 
 
 def bind(strategy: Strategy) -> SparseStrategy:
@@ -252,11 +246,12 @@ def test_a_name_that_another_rule_has_is_not_registered() -> None:
 
 
 def test_a_registered_rule_is_estimated_by_its_own_server(experiment: Any) -> None:
-    from fedpet.estimate.payload_simulation import Server
+    from fedpet.estimate.payload_simulation import server_step
+    from fedpet.server.rounds import make_rule
 
-    rule = Server(ToySign(step_size=0.5), TrainingConfig())
-    moved = rule.move(START, np.full_like(START, 1e-3), 1)
-    np.testing.assert_allclose(moved, START + 0.5, atol=1e-6)
+    rule = make_rule(ToySign(step_size=0.5), TrainingConfig())
+    step = server_step(rule, START, np.full_like(START, 1e-3), 1)
+    np.testing.assert_allclose(step, 0.5, atol=1e-6)
 
 
 # -- a Flower class of one's own -------------------------------------------------------------

@@ -35,12 +35,6 @@ def task(*metrics: str, decides: str = "accuracy") -> Task:
     return Task("classification", ("no", "yes"), decides, metrics)
 
 
-@pytest.fixture(scope="module")
-def files(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    folder = tmp_path_factory.mktemp("foreign")
-    return tiny.make_backbone(folder / "b"), tiny.make_rows(folder / "r")
-
-
 def run(files: tuple[Path, Path], out: Path, **changes: Any) -> dict[str, Any]:
     settings: Experiment = tiny.make_experiment(*files, out, strategy_num_rounds=1, **changes)
     grid = LocalGrid({1: Node(NodeConfig.from_experiment(settings)).answer})

@@ -1,4 +1,4 @@
-"""Workers of Ray, other processes, train on a loss of one's own."""
+"""Workers of Ray, other processes, train by a loss and a data collator of one's own."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from fedpet.run.run_folder import new_run_folder
 pytestmark = [pytest.mark.simulation, pytest.mark.timeout(300)]
 
 
-def test_workers_import_a_loss_that_was_registered_by_name_in_the_run_s_process(
+def test_workers_import_a_loss_and_a_collator_that_the_run_s_process_registered_by_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     helpers = str(Path(foreign_functions.__file__).parent)
     monkeypatch.setenv("PYTHONPATH", helpers, prepend=":")
     files = tiny.make_backbone(tmp_path / "b"), tiny.make_rows(tmp_path / "r")
-    changes = {"strategy_num_rounds": 1, "training_loss": "focal"}
+    changes = {"strategy_num_rounds": 1, "training_loss": "focal", "data_collator": "four_tokens"}
     here = tiny.make_experiment(*files, tmp_path / "here", **changes)
     grid = LocalGrid({1: Node(NodeConfig.from_experiment(here)).answer})
     expected = federate(grid, prepare(here, Silent()), new_run_folder(here), Silent())

@@ -31,7 +31,7 @@ from fedpet.backbone.module_roles import is_dense
 from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from fedpet.pet.structure import ModuleSpec
+    from fedpet.pet.modules.registry import ModuleSpec
 
 __all__ = [
     "GatedModule",

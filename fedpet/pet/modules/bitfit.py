@@ -60,8 +60,6 @@ def _is_live(p: Position) -> bool:
         "s3pet-mix": lambda p: linears(*ALL_LINEAR)(p) or p.kind == "norm",
     },
     order=3,
-    gradient=1e-3,
-    spread=0.35,
 )
 class BitFit(GatedModule):
     """A change of a bias, or a bias where there is none. Exact."""
@@ -126,8 +124,6 @@ def _is_biased_norm(p: Position) -> bool:
     tensor="bias",
     spaces={"mergeable": _is_biased_norm},
     order=6,
-    gradient=1e-3,
-    spread=0.35,
 )
 class NormBias(BitFit):
     """A change of a norm's bias. Exact."""

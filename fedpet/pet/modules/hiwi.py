@@ -75,8 +75,6 @@ def _has_bias(p: Position) -> bool:
     tensor="bias",
     spaces={"mergeable": _has_bias},
     order=4,
-    gradient=1e-3,
-    spread=0.35,
 )
 class HiwiBias(GatedModule):
     """An adapter on a bias. Exact: it sends the merged change and starts anew each time."""

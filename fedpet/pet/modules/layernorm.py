@@ -63,8 +63,6 @@ def _is_norm(p: Position) -> bool:
     config=LayerNormConfig,
     spaces={"mergeable": _is_norm, "s3pet-mix": _is_norm},
     order=5,
-    gradient=1e-3,
-    spread=0.35,
 )
 class LNFit(GatedModule):
     """A change of a norm's gain. Exact."""

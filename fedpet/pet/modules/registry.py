@@ -66,8 +66,6 @@ class ModuleKind:
             that is sent once. "" where it shares none.
         spaces: Search spaces that it is in, and on which positions.
         order: Among the candidates of one position: lower ones come first.
-        gradient: Typical standard deviation of its gradient's entries, and
-        spread: how that differs between entries, in decades: both for `fedpet estimate`.
     """
 
     build: Callable[[ModuleSpec, nn.Module, int], GatedModule]
@@ -80,8 +78,6 @@ class ModuleKind:
     tensor: str
     spaces: dict[str, _Wanted]
     order: int
-    gradient: float
-    spread: float
 
 
 KINDS: dict[str, ModuleKind] = {}
@@ -138,8 +134,6 @@ def register_module(
     tensor: str = "",
     spaces: dict[str, _Wanted] | None = None,
     order: int = 100,
-    gradient: float = 2e-4,
-    spread: float = 0.1,
 ) -> Callable[[_Class], _Class]:
     """Make a `GatedModule` class known under a name.
 
@@ -195,8 +189,6 @@ def register_module(
             tensor,
             dict(spaces or {}),
             order,
-            gradient,
-            spread,
         )
         known = KINDS.get(kind)
         if known is not None and known.build.__qualname__ != cls.build.__qualname__:

@@ -6,12 +6,9 @@ from collections.abc import Callable
 from functools import partial
 
 import pytest
-from in_process_run import threads_as_before
 from roll_call_runs import on_nodes
 
 from fedpet.config import Experiment
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 
 @pytest.fixture

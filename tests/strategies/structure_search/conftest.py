@@ -7,13 +7,10 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from in_process_run import threads_as_before
 from search_runs import SEARCH, ready_to_search
 
 from fedpet.config import Experiment
 from fedpet.run.federate import PreparedSearch
-
-_one_thread = pytest.fixture(autouse=True)(threads_as_before)
 
 
 @pytest.fixture

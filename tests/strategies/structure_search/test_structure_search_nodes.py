@@ -136,7 +136,7 @@ def test_a_search_alone_leaves_the_structure_that_a_run_trains(
     monkeypatch.setattr(sys, "argv", arguments)
     main.main()
     printed = capsys.readouterr()
-    assert "search round 3/3: " in printed.err
+    assert "search round 3 of 3: " in printed.err
     assert "of the choice as before" in printed.err
     assert "ended: all rounds" in " ".join(printed.out.split())
     assert out.read_bytes() == (Path(settings.run.out) / "structure.json").read_bytes()
