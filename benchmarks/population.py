@@ -212,7 +212,8 @@ def _run(home: Path, clients: int, rounds: int, codec: Sequence[str], clock: Clo
 
 def measure_rounds(sizes: Sequence[int], rounds: int, codec: Sequence[str]) -> list[Any]:
     """Run federations of these numbers of clients, a round of each after the other."""
-    turns, found = Turns(len(sizes)), {}
+    turns = Turns(len(sizes))
+    found: dict[int, Any] = {}
 
     def one(number: int) -> None:
         turns.wait(number)
