@@ -25,6 +25,7 @@ from typing import Any
 
 import numpy as np
 
+from fedpet.data.array_spool import save_array
 from fedpet.errors import DataError
 
 # Raise it when the same files and settings give other rows, labels, clients or tokens than before.
@@ -36,7 +37,7 @@ _DAMAGED = (OSError, EOFError, ValueError, KeyError)
 class Entry:
     """Arrays by name, and what else belongs to them: anything JSON can hold."""
 
-    arrays: Mapping[str, np.ndarray]
+    arrays: Mapping[str, np.ndarray]  # of one that is to be stored: or `ArraySpool`
     meta: Mapping[str, Any]
 
 
@@ -65,11 +66,16 @@ def cached(cache: Path, kind: str, key: Mapping[str, Any], compute: Callable[[],
         _store(folder, entry)
         return _open(folder)
     except _DAMAGED as error:
-        reason = getattr(error, "strerror", None) or error
-        raise DataError(
-            f"the cache {str(cache)!r} cannot be written: {reason}. Name a "
-            "folder that can be, with room for the tokenised rows, by run.cache or $FEDPET_CACHE."
-        ) from None
+        raise unwritable(cache, error) from None
+
+
+def unwritable(cache: Path, error: Exception) -> DataError:
+    """Say that a cache cannot be written, and what to do."""
+    reason = getattr(error, "strerror", None) or error
+    return DataError(
+        f"the cache {str(cache)!r} cannot be written: {reason}. Name a "
+        "folder that can be, with room for the tokenised rows, by run.cache or $FEDPET_CACHE."
+    )
 
 
 def _open(folder: Path) -> Entry:
@@ -94,7 +100,7 @@ def _store(folder: Path, entry: Entry) -> None:
     building.mkdir()
     try:
         for name, array in entry.arrays.items():
-            np.save(building / f"{name}.npy", array, allow_pickle=False)
+            save_array(building / f"{name}.npy", array)
         content = {"arrays": sorted(entry.arrays), "meta": entry.meta}
         (building / "meta.json").write_text(json.dumps(content), encoding="utf-8")
         try:

@@ -37,11 +37,12 @@ def count_classes(data: FederatedData) -> tuple[ClassCount, ...]:
         return tuple(
             ClassCount(n, None, of_one, None) for n, of_one in zip(names, held, strict=True)
         )
-    rows, clients = np.zeros((2, len(names)), dtype=np.int64)
-    for client in data.clients:
-        own = np.bincount(data.train.labels[client.rows], minlength=len(names))
-        rows += own
-        clients += own > 0
+    owned = [client.rows for client in data.clients]
+    labels = data.train.labels[np.concatenate(owned)]
+    owners = np.repeat(np.arange(len(owned)), [len(rows) for rows in owned])
+    pairs = np.unique(owners * len(names) + labels)  # of a client and a class that it has
+    rows = np.bincount(labels, minlength=len(names))
+    clients = np.bincount(pairs % len(names), minlength=len(names))
     counts = zip(rows.tolist(), held, clients.tolist(), strict=True)
     return tuple(ClassCount(name, *of_one) for name, of_one in zip(names, counts, strict=True))
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -20,8 +20,9 @@ from typing import Any
 import numpy as np
 
 from fedpet.config import ClientsConfig, DataConfig
-from fedpet.data.cache import Entry, cached
+from fedpet.data.cache import Entry, cached, unwritable
 from fedpet.data.collator import COLLATORS
+from fedpet.data.column import Column, Selection
 from fedpet.data.partition import (
     Client,
     drop_small_clients,
@@ -30,12 +31,15 @@ from fedpet.data.partition import (
     partition,
     partition_with,
 )
+from fedpet.data.row_hash import choose_rows
 from fedpet.data.rows import Rows, no_rows
 from fedpet.data.sources import Files, Source, open_source
 from fedpet.data.split_table import Table
 from fedpet.data.task import Task, check_label_names, encode_labels, read_off_label_names
 from fedpet.data.tokenize import check_texts, hash_tokenizer, hash_tokenizer_files, tokenize_rows
 from fedpet.errors import ConfigError, DataError
+
+OnRows = Callable[[int, int], None]  # rows done, rows in all
 
 
 @dataclass(frozen=True)
@@ -70,6 +74,7 @@ def load_data(
     evaluation: bool = True,
     all_rows: bool = False,
     partitioner: Any = None,
+    on_rows: OnRows = lambda done, total: None,
 ) -> FederatedData:
     """Load, tokenise and deal out the rows of an experiment.
 
@@ -86,6 +91,7 @@ def load_data(
             own rows, with the evaluation rows elsewhere.
         partitioner: Any object with flwr-datasets' interface; deals the rows out in place of
             `clients.partition`.
+        on_rows: Is called while rows are tokenised, with how many are and how many there are.
 
     Returns:
         The rows of both splits and the clients that take part.
@@ -116,7 +122,7 @@ def load_data(
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
 
     def rows_entry(split: _Split) -> Entry:
-        return _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
+        return _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache, on_rows)
 
     train_entry = rows_entry(train_split)
     train = _rows(train_entry, data)
@@ -159,7 +165,13 @@ def load_data(
     )
 
 
-def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) -> FederatedData:
+def load_evaluation(
+    data: DataConfig,
+    tokenizer_folder: Path,
+    *,
+    cache: Path,
+    on_rows: OnRows = lambda done, total: None,
+) -> FederatedData:
     """Load a server's rows, where the training rows are on the nodes: it evaluates on them.
 
     Args:
@@ -168,6 +180,7 @@ def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) ->
             are read off these rows.
         tokenizer_folder: The backbone's local folder.
         cache: Root of the cache.
+        on_rows: As in `load_data`.
 
     Returns:
         Evaluation rows; no training rows, and no clients.
@@ -182,7 +195,7 @@ def load_evaluation(data: DataConfig, tokenizer_folder: Path, *, cache: Path) ->
     source.check(split.name)
     task = Task(data.task, _label_names(split, data, cache), data.metric, data.metrics)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
-    entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache)
+    entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache, on_rows)
     held, books = _rows(entry, data), {"evaluation": _books(entry, "data.max-eval-rows")}
     tokenizer_hash = hash_tokenizer(tokenizer_folder)
     return FederatedData(task, no_rows(held), held, (), 0, 0, tokenizer_hash, books)
@@ -219,7 +232,7 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
         for name, column in zip(data.text_columns, texts, strict=True):
             check_texts(column, name, train.where)
         encoded = encode_labels(labels, task.kind, task.label_names, train.where)
-        numbers = _choose(texts, train.part, data.eval_fraction, train.max_rows)
+        numbers = train.choose(data, train.max_rows)
         return Entry({"labels": encoded[numbers], "numbers": numbers}, {})
 
     entry = cached(cache, "census", _rows_key(train, data, task), compute)
@@ -249,7 +262,7 @@ class _Split:
     def read(self) -> Table:
         return self.source.read(self.name)
 
-    def texts(self, columns: Sequence[str]) -> list[list[Any]]:
+    def texts(self, columns: Sequence[str]) -> list[Column]:
         """Read the columns of texts.
 
         Raises:
@@ -265,9 +278,16 @@ class _Split:
                 )
         return texts
 
-    def labels(self, column: str) -> list[Any]:
+    def labels(self, column: str) -> Column:
         """Read all labels; a class index of the source's numbering as the name it stands for."""
         return self.read().labels(column, "data.label-column", self.where)
+
+    def choose(self, data: DataConfig, max_rows: int) -> np.ndarray:
+        """Return the numbers of its rows, int64 (k,), ascending; their texts are checked."""
+        table, hashes = self.read(), None
+        if self.part != "all" or 0 < max_rows < table.num_rows:
+            hashes = table.hashes(data.text_columns, self.where)
+        return choose_rows(table.num_rows, hashes, self.part, data.eval_fraction, max_rows)
 
 
 def _is_number(text: str) -> bool:
@@ -332,6 +352,7 @@ def _rows_entry(
     tokenizer_folder: Path,
     tokens_key: dict[str, Any],
     cache: Path,
+    on_rows: OnRows,
 ) -> Entry:
     key = {**tokens_key, **_rows_key(split, data, task), "max_length": data.max_length}
 
@@ -342,19 +363,30 @@ def _rows_entry(
             check_texts(column, name, where)
             _check_unicode(column, name, where)
         encoded = encode_labels(labels, task.kind, task.label_names, where)
-        numbers = _choose(texts, split.part, data.eval_fraction, split.max_rows)
+        numbers = split.choose(data, split.max_rows)
         if not len(numbers):
             raise DataError(
                 f"no row of the {len(labels)} in {where} is {split.part} at data.eval-fraction "
                 f"{data.eval_fraction}: change the fraction, or add rows."
             )
-        chosen = [[column[i] for i in numbers] for column in texts]
-        arrays, padding = tokenize_rows(chosen, tokenizer_folder, data.max_length, where)
+        chosen, total = [Selection(column, numbers) for column in texts], len(numbers)
+        try:
+            cache.mkdir(parents=True, exist_ok=True)
+            arrays, padding = tokenize_rows(
+                chosen,
+                tokenizer_folder,
+                data.max_length,
+                where,
+                cache,
+                lambda done: on_rows(done, total),
+            )
+        except OSError as error:
+            raise unwritable(cache, error) from None
         told = {
             "padding": asdict(padding),
             "part": split.part,
             "num_rows": len(labels),
-            "num_rows_of_part": len(_choose(texts, split.part, data.eval_fraction, 0)),
+            "num_rows_of_part": len(split.choose(data, 0)),
             "left_out": split.read().left_out,
         }
         return Entry(arrays | {"labels": encoded[numbers], "numbers": numbers}, told)
@@ -362,9 +394,9 @@ def _rows_entry(
     return cached(cache, "rows", key, compute)
 
 
-def _check_unicode(texts: Sequence[str], column: str, where: str) -> None:
+def _check_unicode(texts: Column, column: str, where: str) -> None:
     """Refuse the first text with half a surrogate pair, which no tokeniser takes."""
-    for row, text in enumerate(texts):
+    for row, text in enumerate(texts) if not texts.is_text else ():
         try:
             text.encode()
         except UnicodeEncodeError:
@@ -399,40 +431,6 @@ def _books(entry: Entry, limit: str, more: Mapping[str, int] | None = None) -> R
     )
 
 
-def hold_out(texts: Sequence[Sequence[str]], eval_fraction: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return the numbers of the rows to train on and of those to evaluate on, by their texts.
-
-    Args:
-        texts: A column, or two.
-        eval_fraction: Of the rows, to be held out.
-    """
-    kept, held = (_choose(texts, part, eval_fraction, 0) for part in ("kept", "held out"))
-    return kept, held
-
-
-def _choose(
-    texts: Sequence[Sequence[str]], part: str, eval_fraction: float, max_rows: int
-) -> np.ndarray:
-    """Row numbers of a part, int64 (k,), ascending."""
-    num_rows = len(texts[0])
-    numbers = np.arange(num_rows)
-    if part == "all" and not 0 < max_rows < num_rows:
-        return numbers
-    draws = np.asarray([_draw(row) for row in zip(*texts, strict=True)])  # (n,) in [0, 1)
-    if part != "all":
-        numbers = np.flatnonzero((draws < eval_fraction) == (part == "held out"))
-    if 0 < max_rows < len(numbers):
-        smallest = np.argsort(draws[numbers], kind="stable")[:max_rows]
-        numbers = np.sort(numbers[smallest])
-    return numbers
-
-
-def _draw(row: Sequence[str]) -> float:
-    """Return a number in [0, 1) that depends on the row's text alone."""
-    digest = hashlib.sha256("\x1f".join(row).encode("utf-8", "surrogatepass")).digest()
-    return int.from_bytes(digest[:6], "big") / 2**48
-
-
 def _rows(entry: Entry, data: DataConfig) -> Rows:
     return Rows(
         tokens=entry.arrays["tokens"],
@@ -454,14 +452,19 @@ def _natural_clients(
         values = split.read().column(
             column, "clients.client-column, or another clients.partition", split.where
         )
-        ids = [name_of_client(value) for value in values]
-        if None in ids:
+        found, codes = values.distinct()
+        ids = [name_of_client(value) for value in found]
+        nameless = np.array([name is None for name in ids])[codes]
+        if nameless.any():
             raise DataError(
-                f"row {ids.index(None) + 1} of {split.where} names no client in column "
+                f"row {int(nameless.argmax()) + 1} of {split.where} names no client in column "
                 f"{column!r}: give every row a client, or take another clients.partition."
             )
-        names, codes = np.unique([ids[i] for i in numbers], return_inverse=True)
-        return Entry({"codes": codes.astype(np.int32)}, {"names": names.tolist()})
+        codes = codes[numbers]
+        names = sorted({str(ids[code]) for code in np.unique(codes)})
+        place_of = {name: place for place, name in enumerate(names)}
+        places = np.array([place_of.get(str(name), -1) for name in ids], dtype=np.int32)
+        return Entry({"codes": places[codes]}, {"names": names})
 
     digest = hashlib.sha256(numbers.tobytes()).hexdigest()
     key = {**split.source.identity(split.name), "numbers": digest, "column": column}

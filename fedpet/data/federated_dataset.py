@@ -18,8 +18,8 @@ import numpy as np
 from fedpet.config import DataConfig
 from fedpet.config.parsing import read_stage
 from fedpet.data.content_folder import store_folder
-from fedpet.data.dataset import hold_out
 from fedpet.data.partition import partition_with
+from fedpet.data.row_hash import hold_out
 from fedpet.data.sources import Files, open_source
 from fedpet.data.tokenize import check_texts
 from fedpet.errors import ConfigError, DataError
@@ -254,7 +254,7 @@ def _read_splits(data: dict[str, Any]) -> dict[str, Dataset]:
         if known := table.label_names(config.label_column):
             data.setdefault("label-names", list(known))
         rows = rows.remove_columns(config.label_column)
-        splits[split] = rows.add_column(config.label_column, labels)
+        splits[split] = rows.add_column(config.label_column, list(labels))
     return splits
 
 

@@ -13,10 +13,12 @@ import gzip
 import io
 import json
 import lzma
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
+from fedpet.data.column import Column, ColumnBuilder
 from fedpet.data.separated import parse_separated
 from fedpet.data.split_table import Piece
 
@@ -46,57 +48,72 @@ def read_file(path: Path) -> Piece:
     Raises:
         Exception: Whatever the library of the format raises, or a ValueError with the line.
     """
-    return _READERS[suffix_of(path)](_decompressed(path.read_bytes()))
+    with path.open("rb") as file:
+        start = file.peek(8)
+        opened = next((o for magic, o in _DECOMPRESS.items() if start.startswith(magic)), None)
+        if opened is None:
+            return _READERS[suffix_of(path)](file)
+        with opened(file) as content:
+            return _READERS[suffix_of(path)](content)
 
 
-def _decompressed(content: bytes) -> bytes:
-    """Go by what stands in the file; its name may say something else."""
-    for magic, decompress in _DECOMPRESS.items():
-        if content.startswith(magic):
-            return decompress(content)
-    return content
-
-
-def _decompress_zst(content: bytes) -> bytes:
+def _open_zst(file: IO[bytes]) -> IO[bytes]:
     import zstandard
 
-    decompressor = zstandard.ZstdDecompressor()
-    return decompressor.stream_reader(io.BytesIO(content), read_across_frames=True).read()
+    reader = zstandard.ZstdDecompressor().stream_reader(file, read_across_frames=True)
+    return io.BufferedReader(reader)
 
 
-_DECOMPRESS: Mapping[bytes, Callable[[bytes], bytes]] = {
-    b"\x1f\x8b": gzip.decompress,
-    b"BZh": bz2.decompress,
-    b"\xfd7zXZ\x00": lzma.decompress,
-    b"\x28\xb5\x2f\xfd": _decompress_zst,
+# By what stands in the file; its name may say something else.
+_DECOMPRESS: Mapping[bytes, Callable[[IO[bytes]], Any]] = {
+    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
+    b"BZh": bz2.BZ2File,
+    b"\xfd7zXZ\x00": lzma.LZMAFile,
+    b"\x28\xb5\x2f\xfd": _open_zst,
 }
+_MARK = b"\xef\xbb\xbf"  # of UTF-8, which some editors write
 
 
-def _text(content: bytes) -> str:
+def _text(content: bytes, offset: int = 0) -> str:
     try:
-        return content.decode("utf-8-sig")
+        return content.removeprefix(_MARK if offset == 0 else b"").decode()
     except UnicodeDecodeError as error:
+        error.start += offset
+        error.end += offset
         raise ValueError(f"{error}. Save it as UTF-8") from None
 
 
-def _read_csv(content: bytes) -> Piece:
-    return Piece.of_columns(parse_separated(_text(content), ","), typed=False)
+def _read_csv(file: IO[bytes]) -> Piece:
+    return Piece.of_columns(parse_separated(_text(file.read()), ","), typed=False)
 
 
-def _read_tsv(content: bytes) -> Piece:
-    return Piece.of_columns(parse_separated(_text(content), "\t"), typed=False)
+def _read_tsv(file: IO[bytes]) -> Piece:
+    return Piece.of_columns(parse_separated(_text(file.read()), "\t"), typed=False)
 
 
-def _read_json(content: bytes) -> Piece:
-    text = _text(content)
-    rows = _array(text) if text.lstrip()[:1] == "[" else _lines(text)
-    names = tuple(dict.fromkeys(name for row in rows for name in row))
-    return Piece(names, len(rows), lambda name: [row.get(name) for row in rows])
+def _read_json(file: IO[bytes]) -> Piece:
+    lines, head = _lines(file), []
+    for line in lines:
+        head.append(line)
+        if line.strip():
+            break
+    builder, lines = ColumnBuilder(), chain(head, lines)
+    for row in _array(lines) if head and head[-1].lstrip()[:1] == "[" else _objects(lines):
+        builder.add(row)
+    columns = builder.columns()
+    return Piece(tuple(columns), builder.num_rows, columns.__getitem__)
 
 
-def _array(text: str) -> list[dict[str, Any]]:
+def _lines(file: IO[bytes]) -> Iterator[str]:
+    offset = 0
+    for line in file:
+        yield _text(line.removesuffix(b"\n"), offset)
+        offset += len(line)
+
+
+def _array(lines: Iterable[str]) -> list[dict[str, Any]]:
     try:
-        rows = json.loads(text)
+        rows = json.loads("\n".join(lines))
     except json.JSONDecodeError as error:
         raise ValueError(f"line {error.lineno} is no JSON: {error.msg}") from None
     for number, row in enumerate(rows, start=1):
@@ -105,9 +122,9 @@ def _array(text: str) -> list[dict[str, Any]]:
     return list(rows)
 
 
-def _lines(text: str) -> list[dict[str, Any]]:
-    rows = []
-    for number, line in enumerate(text.split("\n"), start=1):
+def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
+    count = 0
+    for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
         try:
@@ -118,47 +135,43 @@ def _lines(text: str) -> list[dict[str, Any]]:
             ) from None
         if not isinstance(row, dict):
             raise ValueError(f"line {number} is no JSON object with the columns' names")
-        rows.append(row)
-    if len(rows) == 1 and rows[0] and all(isinstance(v, dict | list) for v in rows[0].values()):
+        count += 1
+        yield row
+    if count == 1 and row and all(isinstance(v, dict | list) for v in row.values()):
         raise ValueError(
             "it holds one object of whole columns: write an object a row, one a line or all in one "
             "array"
         )
-    return rows
 
 
-def _read_parquet(content: bytes) -> Piece:
+def _read_parquet(file: IO[bytes]) -> Piece:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    file = pq.ParquetFile(pa.BufferReader(content))
-    schema = file.schema_arrow
+    plain = isinstance(file, io.BufferedReader) and isinstance(file.raw, io.FileIO)
+    table = pq.ParquetFile(str(file.name) if plain else pa.BufferReader(file.read()))
+    schema = table.schema_arrow
     return Piece(
         tuple(schema.names),
-        file.metadata.num_rows,
-        lambda name: _values(file.read(columns=[name]), name),
+        table.metadata.num_rows,
+        lambda name: Column(table.read(columns=[name], use_threads=False).column(name)),
         _label_names(schema.metadata),
     )
 
 
-def _read_arrow(content: bytes) -> Piece:
+def _read_arrow(file: IO[bytes]) -> Piece:
     import pyarrow as pa
 
-    buffer = pa.py_buffer(content)
-    as_file = content.startswith(b"ARROW1")
-    with (pa.ipc.open_file if as_file else pa.ipc.open_stream)(buffer) as reader:
+    content = file.read()
+    open_table = pa.ipc.open_file if content.startswith(b"ARROW1") else pa.ipc.open_stream
+    with open_table(pa.py_buffer(content)) as reader:
         table = reader.read_all()
     return Piece(
         tuple(table.column_names),
         table.num_rows,
-        lambda name: _values(table, name),
+        lambda name: Column(table.column(name)),
         _label_names(table.schema.metadata),
     )
-
-
-def _values(table: Any, name: str) -> list[Any]:
-    values: list[Any] = table.column(name).to_pylist()
-    return values
 
 
 def _label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str, ...]]:
@@ -172,7 +185,7 @@ def _label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str,
     }
 
 
-_READERS: Mapping[str, Callable[[bytes], Piece]] = {
+_READERS: Mapping[str, Callable[[IO[bytes]], Piece]] = {
     ".jsonl": _read_json,
     ".json": _read_json,
     ".csv": _read_csv,

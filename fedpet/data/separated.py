@@ -19,21 +19,24 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal
+
+from fedpet.data.column import Column, pack_rows
 
 _LONGEST_FIELD = 2**31 - 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class _Record:
     line: int  # its first, from 1
     num_lines: int
     fields: list[str]
 
 
-def parse_separated(text: str, separator: str) -> dict[str, list[str | None]]:
+def parse_separated(text: str, separator: str) -> dict[str, Column]:
     """Parse a file whose first line is its header.
 
     A row that is shorter than the header lacks its last fields; blank lines are no rows.
@@ -42,32 +45,37 @@ def parse_separated(text: str, separator: str) -> dict[str, list[str | None]]:
         ValueError: Quotes that do not add up, a row longer than the header, a column named twice,
             or no header. It names the line.
     """
-    records = _choose_reading(text, separator)
-    if not records:
+    with _long_fields():
+        return _parse(text, separator)
+
+
+def _parse(text: str, separator: str) -> dict[str, Column]:
+    records = iter(_choose_reading(text, separator))
+    first = next(records, None)
+    if first is None:
         raise ValueError("it is empty: the first line names the columns")
-    header = records[0].fields
+    header = first.fields
     for name in header:
         if name and header.count(name) > 1:
             raise ValueError(f"its first line names the column {name!r} twice: rename one")
-    for record in records[1:]:
-        if any(record.fields[len(header) :]):
-            raise ValueError(
-                f"line {record.line} has {len(record.fields)} fields, and the first line "
-                f"{len(header)}. {separator!r} separates fields: quote a field that contains it"
-            )
-    return {
-        name: [
-            (record.fields[column] or None) if column < len(record.fields) else None
-            for record in records[1:]
-        ]
-        for column, name in enumerate(header)
-    }
+    columns = pack_rows((_values(record, header, separator) for record in records), len(header))
+    return dict(zip(header, columns, strict=True))
 
 
-def _choose_reading(text: str, separator: str) -> list[_Record]:
-    plain = _read(text, separator, csv.QUOTE_NONE)
+def _values(record: _Record, header: Sequence[str], separator: str) -> list[str | None]:
+    if any(record.fields[len(header) :]):
+        raise ValueError(
+            f"line {record.line} has {len(record.fields)} fields, and the first line "
+            f"{len(header)}. {separator!r} separates fields: quote a field that contains it"
+        )
+    found = [field or None for field in record.fields[: len(header)]]
+    return found + [None] * (len(header) - len(found))
+
+
+def _choose_reading(text: str, separator: str) -> Iterable[_Record]:
     if '"' not in text:
-        return plain
+        return _records(text, separator, csv.QUOTE_NONE)
+    plain = _read(text, separator, csv.QUOTE_NONE)
     even = all(len(record.fields) == len(plain[0].fields) for record in plain)
     try:
         quoted = _read(text, separator, csv.QUOTE_MINIMAL)
@@ -88,8 +96,10 @@ def _choose_reading(text: str, separator: str) -> list[_Record]:
 
 
 def _read(text: str, separator: str, quoting: Literal[0, 3]) -> list[_Record]:
-    before = csv.field_size_limit(_LONGEST_FIELD)  # of a text as well; the library's is 131,072
-    records: list[_Record] = []
+    return list(_records(text, separator, quoting))
+
+
+def _records(text: str, separator: str, quoting: Literal[0, 3]) -> Iterator[_Record]:
     line = 0
     reader = csv.reader(
         io.StringIO(text, newline=""), delimiter=separator, quoting=quoting, strict=True
@@ -97,16 +107,23 @@ def _read(text: str, separator: str, quoting: Literal[0, 3]) -> list[_Record]:
     try:
         for fields in reader:
             if len(fields) > 1 or "".join(fields).strip():
-                records.append(_Record(line + 1, reader.line_num - line, fields))
+                yield _Record(line + 1, reader.line_num - line, fields)
             line = reader.line_num
     except csv.Error:
         raise ValueError(
             f"the quotes in line {line + 1} do not add up: a field that begins with a quote must "
             "end with one, and a quote inside it is written twice"
         ) from None
+
+
+@contextmanager
+def _long_fields() -> Iterator[None]:
+    """Let a field be as long as a text may be: the library's limit is 131,072 characters."""
+    before = csv.field_size_limit(_LONGEST_FIELD)
+    try:
+        yield
     finally:
         csv.field_size_limit(before)
-    return records
 
 
 def _needed_quotes(plain: Sequence[_Record], quoted: Sequence[_Record]) -> bool:

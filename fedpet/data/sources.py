@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from fedpet.data.column import Column
 from fedpet.data.formats import is_readable, read_file, readable, suffix_of
 from fedpet.data.split_table import Piece, Table
 from fedpet.data.splits import find_splits
@@ -122,7 +123,14 @@ class FilmReviews(Source):
                 columns["label"].append(row["category"])
                 columns["client"].append(row["movie_name"])
         return {
-            split: Table([Piece.of_columns(columns, {"label": FILM_LABELS})], left_out[split])
+            split: Table(
+                [
+                    Piece.of_columns(
+                        {name: Column(v) for name, v in columns.items()}, {"label": FILM_LABELS}
+                    )
+                ],
+                left_out[split],
+            )
             for split, columns in splits.items()
         }
 
@@ -285,7 +293,14 @@ def _table(dataset: Any) -> Table:
         if isinstance(feature, ClassLabel)
     }
     columns = tuple(dataset.column_names)
-    return Table([Piece(columns, len(dataset), lambda name: list(dataset[name][:]), names)])
+    return Table([Piece(columns, len(dataset), lambda name: _column(dataset, name), names)])
+
+
+def _column(dataset: Any, name: str) -> Column:
+    values = Column(dataset.select_columns(name).with_format("arrow")[:].column(name))
+    if values.arrow is not None:
+        return values
+    return Column(list(dataset[name][:]))  # as the library makes a value of its features
 
 
 def _check_split(split: str, known: Sequence[str], what: str) -> None:

@@ -10,6 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+
+from fedpet.data.column import Column, distinct_values
+from fedpet.data.row_hash import hash_rows
 from fedpet.errors import DataError
 
 
@@ -19,14 +23,14 @@ class Piece:
 
     column_names: tuple[str, ...]
     num_rows: int
-    read: Callable[[str], list[Any]]  # the values of a column, by its name
+    read: Callable[[str], Column]  # a column, by its name
     label_names: Mapping[str, tuple[str, ...]] = field(default_factory=dict)  # where it tells them
     typed: bool = True  # False where the format tells no number from a text
 
     @classmethod
     def of_columns(
         cls,
-        columns: Mapping[str, list[Any]],
+        columns: Mapping[str, Column],
         label_names: Mapping[str, tuple[str, ...]] | None = None,
         *,
         typed: bool = True,
@@ -46,6 +50,7 @@ class Table:
 
     def __init__(self, pieces: Sequence[Piece], left_out: Mapping[str, int] | None = None) -> None:
         self._pieces = pieces
+        self._hashes: dict[tuple[str, ...], np.ndarray] = {}
         self.left_out = dict(left_out or {})
 
     @property
@@ -68,7 +73,7 @@ class Table:
         names = (name for piece in self._pieces for name in piece.label_names.get(column, ()))
         return tuple(dict.fromkeys(names))
 
-    def column(self, name: str, key: str, where: str) -> list[Any]:
+    def column(self, name: str, key: str, where: str) -> Column:
         """Read all values of a column.
 
         Args:
@@ -80,22 +85,32 @@ class Table:
             DataError: There is no row, or no such column; those there are get named.
         """
         self._check(name, key, where)
-        return [value for piece in self._pieces for value in piece.read(name)]
+        return Column.joined([piece.read(name) for piece in self._pieces])
 
-    def labels(self, name: str, key: str, where: str) -> list[Any]:
+    def labels(self, name: str, key: str, where: str) -> Column:
         """Read all values of a column, a class index of a piece's numbering as the name it means.
 
         Raises:
             DataError: As `column`.
         """
         self._check(name, key, where)
-        labels: list[Any] = []
+        labels = []
         for piece in self._pieces:
             values = piece.read(name)
             if known := dict(enumerate(piece.label_names.get(name, ()))):
-                values = [known.get(value, value) for value in values]
-            labels += values
-        return labels
+                found, codes = distinct_values(values)
+                found = [_named(known, value) for value in found]
+                values = Column([found[code] for code in codes.tolist()])
+            labels.append(values)
+        return Column.joined(labels)
+
+    def hashes(self, names: Sequence[str], where: str) -> np.ndarray:
+        """Return a number in [0, 1) for each row, by its texts: float64 (n,). See `hash_rows`."""
+        key = tuple(names)
+        if key not in self._hashes:
+            columns = [self.column(name, "data.text-columns", where) for name in names]
+            self._hashes[key] = hash_rows(columns)
+        return self._hashes[key]
 
     def dataset(self) -> Any:
         """Return the whole split as a `datasets.Dataset`."""
@@ -105,8 +120,11 @@ class Table:
         columns = {}
         for name in self.column_names:
             values = self.column(name, name, "the split")
+            if values.arrow is not None:
+                columns[name] = values.arrow
+                continue
             try:
-                columns[name] = pa.array(values)
+                columns[name] = pa.array(list(values))
             except (pa.ArrowInvalid, pa.ArrowTypeError):  # of more types than one
                 columns[name] = pa.array([None if v is None else str(v) for v in values])
         return Dataset(pa.table(columns))
@@ -117,3 +135,10 @@ class Table:
         if name not in self.column_names:
             known = ", ".join(repr(one) for one in self.column_names) or "none"
             raise DataError(f"{where} has no column {name!r}. It has {known}: set {key}.")
+
+
+def _named(known: Mapping[int, str], value: Any) -> Any:
+    try:
+        return known.get(value, value)
+    except TypeError:  # a list, which is no index
+        return value

@@ -26,6 +26,7 @@ from typing import Any
 import numpy as np
 
 from fedpet.config import DataConfig
+from fedpet.data.column import distinct_values
 from fedpet.errors import ConfigError, DataError
 
 
@@ -112,17 +113,19 @@ def read_off_label_names(
 
 
 def _read_off(labels: Sequence[Any], where: str) -> tuple[str, ...]:
-    names = [name_of_label(label) for label in labels]
+    values, codes = distinct_values(labels)
+    names = [name_of_label(value) for value in values]
     found = {name for name in names if name is not None and not _BROKEN.fullmatch(name)}
     if len(found) > 1 and not all(map(_WHOLE.fullmatch, found)):
         return tuple(sorted(found))  # other labels have no class, and `encode_labels` refuses them
-    for row, name in enumerate(names):
-        if name not in found:
-            raise DataError(
-                f"row {row + 1} of {where} has the label {labels[row]!r}. A class is a string or a "
-                "whole number from 0: mend or remove the row, name all classes with "
-                "data.label-names, or set data.task = 'regression' if labels are measurements."
-            )
+    broken = np.array([name not in found for name in names], dtype=bool)[codes]
+    if broken.any():
+        row = int(broken.argmax())
+        raise DataError(
+            f"row {row + 1} of {where} has the label {labels[row]!r}. A class is a string or a "
+            "whole number from 0: mend or remove the row, name all classes with "
+            "data.label-names, or set data.task = 'regression' if labels are measurements."
+        )
     if not all(map(_WHOLE.fullmatch, found)):
         return tuple(found)
     numbers = sorted(map(int, found))
@@ -147,27 +150,37 @@ def encode_labels(
     Raises:
         DataError: A label that breaks the rule above, named with its row and the known labels.
     """
+    values, codes = distinct_values(labels)
     if kind == "regression":
-        return np.asarray(
-            [_value(label, row, where) for row, label in enumerate(labels)], dtype=np.float32
-        )
-    index_of = _index_of_names(label_names)
-    encoded = np.empty(len(labels), dtype=np.int64)
-    for row, label in enumerate(labels):
-        name = name_of_label(label)
-        index = None
-        if name is not None:
-            index = index_of.get(name, index_of.get(_SAME_VALUE.get(name, "")))
-        if index is None:
-            known = _listed(list(label_names))
-            if len(index_of) > len(label_names):
-                known += f", or their indices 0 ... {len(label_names) - 1}"
+        numbers = np.asarray([_value(value) for value in values], dtype=np.float64)
+        if (broken := ~np.isfinite(numbers)[codes]).any():
+            row = int(broken.argmax())
             raise DataError(
-                f"row {row + 1} of {where} has the label {label!r}. Known are {known}: mend or "
-                "remove the row, or name all classes with data.label-names."
+                f"row {row + 1} of {where} has the label {labels[row]!r}. A regression label is a "
+                "finite number: mend or remove the row, or set data.task = 'classification'."
             )
-        encoded[row] = index
-    return encoded
+        values32: np.ndarray = numbers.astype(np.float32)[codes]
+        return values32
+    index_of = _index_of_names(label_names)
+    indices: np.ndarray = np.array([_index(value, index_of) for value in values], dtype=np.int64)[
+        codes
+    ]
+    if (indices < 0).any():
+        row = int((indices < 0).argmax())
+        known = _listed(list(label_names))
+        if len(index_of) > len(label_names):
+            known += f", or their indices 0 ... {len(label_names) - 1}"
+        raise DataError(
+            f"row {row + 1} of {where} has the label {labels[row]!r}. Known are {known}: mend or "
+            "remove the row, or name all classes with data.label-names."
+        )
+    return indices
+
+
+def _index(label: Any, index_of: dict[str | None, int]) -> int:
+    """Return the index of a label's class; -1 for none."""
+    name = name_of_label(label)
+    return -1 if name is None else index_of.get(name, index_of.get(_SAME_VALUE.get(name, ""), -1))
 
 
 def _index_of_names(label_names: tuple[str, ...]) -> dict[str | None, int]:
@@ -178,18 +191,14 @@ def _index_of_names(label_names: tuple[str, ...]) -> dict[str | None, int]:
     return index_of
 
 
-def _value(label: Any, row: int, where: str) -> float:
+def _value(label: Any) -> float:
+    """Return a number or its text as a number; NaN for what is none."""
     if isinstance(label, str | int | float | Decimal) and not isinstance(label, bool):
         try:
-            value = float(label)
-        except ValueError:
-            value = math.nan
-        if math.isfinite(value):
-            return value
-    raise DataError(
-        f"row {row + 1} of {where} has the label {label!r}. A regression label is a finite "
-        "number: mend or remove the row, or set data.task = 'classification'."
-    )
+            return float(label)
+        except (ValueError, OverflowError):
+            pass
+    return math.nan
 
 
 def _listed(names: list[str]) -> str:

@@ -10,16 +10,18 @@ skipped. Rows are cut at `max_length` tokens, special ones counted, the longer t
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from importlib.util import find_spec
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from fedpet.data.array_spool import ArraySpool
+from fedpet.data.column import Column
 from fedpet.data.padding import NO_CODE, Padding, config_of, padding_of
 from fedpet.data.rows import Rows
+from fedpet.data.text_encoder import TextEncoder
 from fedpet.errors import ConfigError, DataError
 
 # A hash is taken over those that are there: a name may be added, and old hashes stay.
@@ -41,7 +43,7 @@ _VOCABULARY = (
     "tekken.json",
 )
 _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
-_BATCH_ROWS = 2048
+BATCH_ROWS = 8192
 # Later ones want a protobuf from 7 on, which Flower does not take; transformers then asks for
 # tiktoken, which cannot read the file either.
 _SENTENCEPIECE = "sentencepiece<0.2.3"
@@ -82,7 +84,8 @@ def check_texts(texts: Sequence[Any], column: str, where: str) -> None:
     Raises:
         DataError: With the row, the column and what stands there.
     """
-    for row, text in enumerate(texts):
+    for row in _doubtful(texts):
+        text = texts[row]
         if not isinstance(text, str):
             raise DataError(
                 f"row {row + 1} of {where} has {text!r} in column {column!r}, where a text should "
@@ -95,9 +98,25 @@ def check_texts(texts: Sequence[Any], column: str, where: str) -> None:
             )
 
 
+def _doubtful(texts: Sequence[Any]) -> Iterable[int]:
+    """Return the rows to be looked at: in Arrow arrays those without a visible ASCII character."""
+    if not isinstance(texts, Column) or not texts.is_text:
+        return range(len(texts))
+    import pyarrow.compute as pc
+
+    visible = pc.fill_null(pc.match_substring_regex(texts.arrow, "[!-~]"), False)
+    rows: list[int] = np.flatnonzero(~visible.to_numpy()).tolist()
+    return rows
+
+
 def tokenize_rows(
-    texts: Sequence[Sequence[str]], folder: Path, max_length: int, where: str
-) -> tuple[dict[str, np.ndarray], Padding]:
+    texts: Sequence[Sequence[str]],
+    folder: Path,
+    max_length: int,
+    where: str,
+    spools: Path | None = None,
+    on_rows: Callable[[int], None] = lambda rows: None,
+) -> tuple[dict[str, Any], Padding]:
     """Tokenise all rows.
 
     Args:
@@ -105,10 +124,13 @@ def tokenize_rows(
         folder: The tokeniser's folder.
         max_length: Tokens a row, special ones counted.
         where: The split, for messages.
+        spools: Folder for the tokens as they are made; None takes the system's for such files.
+        on_rows: Is called with the number of rows done.
 
     Returns:
-        `tokens` int32 (num_tokens,), `offsets` int64 (n + 1,), and `types` uint8 (num_tokens,)
-        where the tokeniser makes token type ids; and what to fill rows up with.
+        `tokens` int32 (num_tokens,) and, where the tokeniser makes token type ids, `types` uint8
+        (num_tokens,), each an `ArraySpool`; `offsets` int64 (n + 1,); and what to fill rows up
+        with.
 
     Raises:
         ConfigError: `max_length` is more than the tokeniser's model takes.
@@ -122,36 +144,37 @@ def tokenize_rows(
             f"data.max-length is {max_length} tokens, and this backbone takes at most "
             f"{tokenizer.model_max_length}."
         )
-    columns = [list(column) for column in texts]
-    tokens: list[np.ndarray] = []
-    types: list[np.ndarray] = []
-    lengths: list[int] = []
-    for start in range(0, len(columns[0]), _BATCH_ROWS):
-        encoded = tokenizer(
-            *(column[start : start + _BATCH_ROWS] for column in columns),
-            truncation=True,
-            max_length=max_length,
-            return_attention_mask=False,
-        )
-        ids = encoded["input_ids"]
-        lengths += [len(row) for row in ids]
-        tokens.append(np.fromiter(chain.from_iterable(ids), dtype=np.int32))
-        if "token_type_ids" in encoded:
-            rows = encoded["token_type_ids"]
-            types.append(np.fromiter(chain.from_iterable(rows), dtype=np.uint8))
-    if 0 in lengths:
+    encoder, num_rows = TextEncoder(tokenizer, max_length), len(texts[0])
+    end = _end_token(config)
+    tokens, types = ArraySpool(np.int32, spools), ArraySpool(np.uint8, spools)
+    counts, ends, largest, has_types = [], [], -1, False
+    for start in range(0, num_rows, BATCH_ROWS):
+        encoded = encoder.encode([column[start : start + BATCH_ROWS] for column in texts])
+        tokens.append(encoded.ids)
+        counts.append(encoded.counts)
+        largest = max(largest, int(encoded.ids.max(initial=-1)))
+        if encoded.types is not None:
+            types.append(encoded.types)
+            has_types = True
+        if end is not None:
+            owners = np.repeat(np.arange(len(encoded.counts)), encoded.counts)
+            ends.append(np.bincount(owners[encoded.ids == end], minlength=len(encoded.counts)))
+        on_rows(min(start + BATCH_ROWS, num_rows))
+    lengths = np.concatenate(counts)
+    if not lengths.all():
         raise DataError(
-            f"row {lengths.index(0) + 1} of {where} gives no token at all under this backbone's "
-            "tokeniser: remove it."
+            f"row {int(lengths.argmin()) + 1} of {where} gives no token at all under this "
+            "backbone's tokeniser: remove it."
         )
-    arrays = {
-        "tokens": np.concatenate(tokens),
-        "offsets": np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]),
+    arrays: dict[str, Any] = {
+        "tokens": tokens,
+        "offsets": np.concatenate([[0], np.cumsum(lengths)]),
     }
-    if types:
-        arrays["types"] = np.concatenate(types)
-    _check_vocabulary(arrays["tokens"], tokenizer, config, where)
-    _check_ends(arrays["tokens"], np.asarray(lengths), columns[0], tokenizer, config, where)
+    if has_types:
+        arrays["types"] = types
+    _check_vocabulary(largest, tokenizer, config, where)
+    if end is not None:
+        _check_ends(np.concatenate(ends), texts[0], tokenizer, end, where)
     return arrays, padding
 
 
@@ -159,10 +182,10 @@ def probe_rows(folder: Path) -> Rows:
     """One row of a text that is always the same, for a trial where no rows are at hand."""
     arrays, padding = tokenize_rows([["a short text"]], folder, 16, "the text of a trial")
     return Rows(
-        tokens=arrays["tokens"],
+        tokens=arrays["tokens"].array(),
         offsets=arrays["offsets"],
         labels=np.zeros(1, dtype=np.int64),
-        types=arrays.get("types"),
+        types=arrays["types"].array() if "types" in arrays else None,
         pad_id=padding.token,
         pad_left=padding.left,
     )
@@ -202,12 +225,11 @@ def _is_sentencepiece_alone(folder: Path) -> bool:
     return bool(models) and not (folder / "tokenizer.json").is_file()
 
 
-def _check_vocabulary(tokens: np.ndarray, tokenizer: Any, config: Any, where: str) -> None:
+def _check_vocabulary(token_id: int, tokenizer: Any, config: Any, where: str) -> None:
     """Refuse a token that the model has no row for: one that was added to the tokeniser alone."""
     size = getattr(config, "vocab_size", None)
-    if size is None or tokens.max() < size:
+    if size is None or token_id < size:
         return
-    token_id = int(tokens.max())
     word = tokenizer.convert_ids_to_tokens(token_id)
     raise DataError(
         f"a text of {where} holds the token {word!r}, number {token_id} from 0, and this backbone "
@@ -216,24 +238,20 @@ def _check_vocabulary(tokens: np.ndarray, tokenizer: Any, config: Any, where: st
     )
 
 
-def _check_ends(
-    tokens: np.ndarray,
-    lengths: np.ndarray,
-    texts: Sequence[str],
-    tokenizer: Any,
-    config: Any,
-    where: str,
-) -> None:
-    """Refuse rows with unlike numbers of end tokens under a model that reads the last one.
+def _end_token(config: Any) -> int | None:
+    """Return the end token of a model whose classifier reads the last of as many in every row.
 
     Classifiers with an encoder and a decoder (T5, BART) do, and take a batch only where each row
     has as many as the others.
     """
     end = getattr(config, "eos_token_id", None)
-    if not getattr(config, "is_encoder_decoder", False) or not isinstance(end, int):
-        return
-    owners = np.repeat(np.arange(len(lengths)), lengths)[tokens == end]
-    counts = np.bincount(owners, minlength=len(lengths))
+    return end if getattr(config, "is_encoder_decoder", False) and isinstance(end, int) else None
+
+
+def _check_ends(
+    counts: np.ndarray, texts: Sequence[str], tokenizer: Any, end: int, where: str
+) -> None:
+    """Refuse rows with unlike numbers of end tokens, (n,)."""
     usual = max(int(np.median(counts)), 1)
     for row in np.flatnonzero(counts != usual).tolist():
         raise DataError(

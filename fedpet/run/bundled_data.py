@@ -51,7 +51,7 @@ def bundled_reviews() -> DatasetDict:
     for split in ("train", "validation", "test"):
         table = source.read(split)
         columns = {
-            ours: table.column(theirs, theirs, split)
+            ours: list(table.column(theirs, theirs, split))
             for ours, theirs in (("text", "text"), ("label", "label"), ("film", "client"))
         }
         splits[split] = Dataset.from_dict(columns, features=features)

@@ -67,6 +67,9 @@ class Callback:
     def on_stage(self, text: str) -> None:
         """Take note of a stage that begins ("loading the backbone"), or of a sentence to read."""
 
+    def on_rows(self, done: int, total: int) -> None:
+        """Read how many rows of a split are tokenised; not called where the cache has them."""
+
     def on_run_start(self, run: RunStart) -> None:
         """Prepare for the rounds; called once data, backbone and run folder are there."""
 
@@ -111,6 +114,10 @@ class Callbacks(Callback):
 
     def on_stage(self, text: str) -> None:
         self._call("on_stage", text)
+
+    def on_rows(self, done: int, total: int) -> None:
+        for callback in self._callbacks:
+            callback.on_rows(done, total)
 
     def on_run_start(self, run: RunStart) -> None:
         self._call("on_run_start", run)

@@ -71,6 +71,7 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
         locate(experiment.backbone),
         cache=make_cache(experiment),
         evaluation=False,
+        on_rows=callback.on_rows,
     )
     callback.on_stage(f"loading the backbone {experiment.backbone.model!r}")
     backbone = load_for_task(experiment.backbone, data.task, device=device)

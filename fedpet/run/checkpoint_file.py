@@ -1,7 +1,7 @@
 """Write the state of a run after each round to one file that is always whole, and read it.
 
 In:  the global values, the server optimiser's vectors, the round, how long `rounds.jsonl` is, and
-     who has been sent the plan.
+     which part of the file of the clients' records is valid (fedpet/run/client_journal.py).
 Out: RUN/journal, from which a run goes on as if nothing had happened: same seed, same bytes.
 
     journal := magic "FPJL" | version u8 | 3 reserved | SHA-256 of the rest (32)
@@ -16,9 +16,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import struct
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -29,15 +29,16 @@ from safetensors.numpy import load, save
 
 from fedpet.errors import ConfigError, RunError
 from fedpet.protocol.ledger import TRAINING
-from fedpet.utils.atomic_write import atomic_write, sync
+from fedpet.run.client_journal import Written, remove_client_journals
+from fedpet.utils.atomic_write import atomic_write
 
-__all__ = ["RunCheckpoint", "read_journal", "remove_journal", "write_journal"]
+__all__ = ["RunCheckpoint", "read_journal", "remove_journal", "write_journal", "writing_journal"]
 
 NAME = "journal"
 VALUES = "values"
 
 _MAGIC = b"FPJL"
-_VERSION = 1
+_VERSION = 2
 _START = struct.Struct("<4sB3x32s")
 _LENGTH = struct.Struct("<I")
 _OPTIMISER = "optimiser."
@@ -54,7 +55,7 @@ class RunCheckpoint:
         settings: The tables of the experiment that decide the outcome.
         ledger_bytes: Length of `rounds.jsonl` when this was written.
         holders: Nodes known to hold the plan.
-        told: Clients that have been sent the plan.
+        clients_file: The records of clients.
         elapsed_seconds: Since the run's start, pauses left out.
         resumed: How often the run has been gone on with.
         kind: Of the rounds: "training", or "search" before them.
@@ -69,7 +70,7 @@ class RunCheckpoint:
     settings: Mapping[str, Any]
     ledger_bytes: int
     holders: tuple[int, ...]
-    told: tuple[str, ...]
+    clients_file: Written
     elapsed_seconds: float
     resumed: int
     values: np.ndarray
@@ -107,8 +108,8 @@ class RunCheckpoint:
         try:
             fields = json.loads(data[least:stop])
             arrays = load(data[stop:])
-            for name in ("holders", "told"):
-                fields[name] = tuple(fields[name])
+            fields["holders"] = tuple(fields["holders"])
+            fields["clients_file"] = Written(*fields["clients_file"])
             values = arrays.pop(VALUES)
             optimiser = {name.removeprefix(_OPTIMISER): vector for name, vector in arrays.items()}
             return cls(values=values, optimiser=optimiser, **fields)
@@ -116,25 +117,25 @@ class RunCheckpoint:
             raise ConfigError(f"the journal does not read: {error!r}.") from None
 
 
-def write_journal(folder: Path, journal: RunCheckpoint, books: Path | None = None) -> None:
+def write_journal(folder: Path, journal: RunCheckpoint) -> None:
     """Put a journal in its place, whole, and on the disk.
-
-    Args:
-        folder: The run's.
-        journal: What to write.
-        books: The file whose length the journal vouches for: it goes to the disk first.
 
     Raises:
         RunError: The disk does not take it. The one before stays.
     """
-    try:
-        if books is not None:
-            sync(books, os.O_RDWR)
+    with writing_journal(folder, journal.server_round):
         atomic_write(folder / NAME, journal.to_bytes(), durable=True)
+
+
+@contextmanager
+def writing_journal(folder: Path, server_round: int) -> Iterator[None]:
+    """Say what to do where the disk takes no journal, by a RunError."""
+    try:
+        yield
     except OSError as error:
         raise RunError(
-            f"the journal of round {journal.server_round} cannot be written: {error}. Make room; "
-            f"the run goes on from an earlier round with `fedpet simulate --resume {folder}`."
+            f"the journal of round {server_round} cannot be written: {error}. Make room; the run "
+            f"goes on from an earlier round with `fedpet simulate --resume {folder}`."
         ) from None
 
 
@@ -156,3 +157,4 @@ def read_journal(folder: Path) -> RunCheckpoint | None:
 def remove_journal(folder: Path) -> None:
     """Take away the journal of a run that has its result."""
     (folder / NAME).unlink(missing_ok=True)
+    remove_client_journals(folder)

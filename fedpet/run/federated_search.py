@@ -22,8 +22,8 @@ from fedpet.pet.structure import Structure
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import origin_of
-from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
-from fedpet.run.resume import journal_after, restore_strategy
+from fedpet.run.checkpoint_file import RunCheckpoint
+from fedpet.run.resume import JournalWriter, restore_strategy
 from fedpet.run.run_folder import RunFolder
 from fedpet.run.run_state import refuse_stalled
 from fedpet.server.client_pool import ClientPool, ConnectedClientPool
@@ -75,7 +75,8 @@ def search_in_rounds(
     )
     grid = with_registry(grid, strategy, population, experiment)
     if journal is not None:
-        strategy.values = restore_strategy(journal, strategy)
+        strategy.values = restore_strategy(out.path, journal, strategy)
+    writer = JournalWriter(out.path, to_search, strategy, resumed=resumed)
     callback.on_stage("searching the structure on the clients")
     ledger.kind = SEARCH
     with kept_from_collection():
@@ -83,15 +84,11 @@ def search_in_rounds(
             strategy.run_round(grid)
             ledger_bytes = ledger.close()
             if ledger.current.aggregated or strategy.is_over:
-                after = journal_after(
-                    to_search,
-                    strategy,
+                writer.write(
                     server_round=strategy.rounds_done,
                     values=strategy.values,
                     ledger_bytes=ledger_bytes,
-                    resumed=resumed,
                 )
-                write_journal(out.path, after, ledger.path)
             callback.on_round_end(ledger.current, ledger)
             if not strategy.is_over:
                 refuse_stalled(ledger)

@@ -105,9 +105,11 @@ def prepare(
     callback.on_stage("reading and tokenising the rows")
     folder, cache = locate(experiment.backbone), make_cache(experiment)
     if is_deployed(experiment):
-        data = load_evaluation(experiment.data, folder, cache=cache)
+        data = load_evaluation(experiment.data, folder, cache=cache, on_rows=callback.on_rows)
     else:
-        data = load_data(experiment.data, experiment.clients, folder, cache=cache)
+        data = load_data(
+            experiment.data, experiment.clients, folder, cache=cache, on_rows=callback.on_rows
+        )
     for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
         callback.on_stage(line)
     callback.on_stage(f"loading the backbone {experiment.backbone.model!r}, settling the plan")

@@ -63,6 +63,7 @@ class LiveLine(Callback):
             disable=not self._live,
             transient=True,
         )
+        self._total, self._counts_rows = total, False
         self._task = self._bar.add_task("starting", total=total, state="")
         self._first: tuple[int, float] | None = None  # counted then, and the clock
         self._started = self._printed_at = time.monotonic()
@@ -84,9 +85,17 @@ class LiveLine(Callback):
         if self._live and text.endswith("."):
             self._bar.console.print(text, markup=False, highlight=False)
         elif self._live:
+            if self._counts_rows:  # all of them: what is counted from here on has a bar of its own
+                self._show(text, 0, self._total)
+            self._counts_rows = False
             self._bar.update(self._task, description=text)
         else:
             self._print(text)
+
+    def on_rows(self, done: int, total: int) -> None:
+        """Show how many rows are tokenised."""
+        self._counts_rows = True
+        self._show(f"tokenising the rows · {done:,} of {total:,}", done, total)
 
     def _show(self, stage: str, completed: float, total: int | None, state: str = "") -> None:
         """Redraw the line; a state stays until there is another."""

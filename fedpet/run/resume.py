@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import time
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -28,7 +29,14 @@ from fedpet.errors import ConfigError
 from fedpet.pet.structure import Structure
 from fedpet.protocol.ledger import SEARCH
 from fedpet.protocol.plan import Plan
-from fedpet.run.checkpoint_file import RunCheckpoint, read_journal
+from fedpet.run.checkpoint_file import (
+    RunCheckpoint,
+    read_journal,
+    write_journal,
+    writing_journal,
+)
+from fedpet.run.client_journal import ClientJournal, read_records
+from fedpet.utils.atomic_write import sync
 from fedpet.utils.lock import locked_folder
 
 if TYPE_CHECKING:
@@ -37,12 +45,12 @@ if TYPE_CHECKING:
     from fedpet.server.rounds import SparseStrategy
 
 __all__ = [
+    "JournalWriter",
     "check_journal",
     "client_hash",
     "cut_short",
     "deciding_settings",
     "is_cut_short",
-    "journal_after",
     "read_cut_short",
     "restore_strategy",
     "searched_structure",
@@ -145,48 +153,78 @@ def check_journal(run: Path, prepared: Prepared | PreparedSearch) -> RunCheckpoi
     return journal
 
 
-def journal_after(
-    prepared: Prepared | PreparedSearch,
-    strategy: SparseStrategy,
-    *,
-    server_round: int,
-    values: np.ndarray,
-    ledger_bytes: int,
-    resumed: int,
-) -> RunCheckpoint:
-    """Take down where a run stands when a round is over.
+class JournalWriter:
+    """Write the journal after rounds of one strategy.
 
     Args:
+        folder: The run's.
         prepared: What is run.
-        strategy: Whose round it was.
-        server_round: That round.
-        values: Global values, float32, (num_values,).
-        ledger_bytes: Length of `rounds.jsonl`, this round's line included.
+        strategy: Whose rounds they are.
         resumed: How often the run has been gone on with.
     """
-    holders = strategy.requests.holders
-    return RunCheckpoint(
-        server_round=server_round,
-        plan_digest=strategy.digest.hex(),
-        clients=client_hash(prepared.data),
-        settings=deciding_settings(prepared.experiment),
-        ledger_bytes=ledger_bytes,
-        holders=tuple(sorted(holders.plan_nodes)),
-        told=tuple(sorted(holders.clients_with_plan)),
-        elapsed_seconds=time.perf_counter() - prepared.started,
-        resumed=resumed,
-        values=values,
-        optimiser=strategy.state(),
-        kind=strategy.ledger.current.kind,
-    )
+
+    def __init__(
+        self,
+        folder: Path,
+        prepared: Prepared | PreparedSearch,
+        strategy: SparseStrategy,
+        *,
+        resumed: int,
+    ) -> None:
+        self._folder = folder
+        self._prepared = prepared
+        self._strategy = strategy
+        self._resumed = resumed
+        self._clients_hash = client_hash(prepared.data)
+        self._settings = deciding_settings(prepared.experiment)
+        self._clients = ClientJournal(folder)
+
+    def write(self, *, server_round: int, values: np.ndarray, ledger_bytes: int) -> None:
+        """Write down where a run stands when a round is over.
+
+        Args:
+            server_round: That round.
+            values: Global values, float32, (num_values,).
+            ledger_bytes: Length of `rounds.jsonl`, this round's line included.
+
+        Raises:
+            RunError: The disk does not take it. The journal before stays, and what it names.
+        """
+        strategy = self._strategy
+        holders, books = strategy.requests.holders, strategy.ledger.path
+        with writing_journal(self._folder, server_round):
+            if books is not None:  # the journal vouches for its length
+                sync(books, os.O_RDWR)
+            clients_file = self._clients.write(holders)
+        journal = RunCheckpoint(
+            server_round=server_round,
+            plan_digest=strategy.digest.hex(),
+            clients=self._clients_hash,
+            settings=self._settings,
+            ledger_bytes=ledger_bytes,
+            holders=tuple(sorted(holders.plan_nodes)),
+            clients_file=clients_file,
+            elapsed_seconds=time.perf_counter() - self._prepared.started,
+            resumed=self._resumed,
+            values=values,
+            optimiser=strategy.state(),
+            kind=strategy.ledger.current.kind,
+        )
+        write_journal(self._folder, journal)
+        self._clients.remove_older()
 
 
-def restore_strategy(journal: RunCheckpoint, strategy: SparseStrategy) -> np.ndarray:
-    """Hand a strategy its part of a journal; gives the global values, float32, (num_values,)."""
+def restore_strategy(folder: Path, journal: RunCheckpoint, strategy: SparseStrategy) -> np.ndarray:
+    """Hand a strategy its part of a journal; gives the global values, float32, (num_values,).
+
+    Raises:
+        ConfigError: The records of clients in the run's folder were damaged.
+        RunError: The journal is of another plan, or of other clients.
+    """
     strategy.rounds_done = journal.server_round
     strategy.load_state(journal.optimiser)
     strategy.requests.holders.plan_nodes = set(journal.holders)
-    strategy.requests.holders.clients_with_plan = set(journal.told)
+    strategy.requests.holders.load_records(read_records(folder, journal.clients_file))
     return journal.values
 
 

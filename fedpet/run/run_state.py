@@ -20,8 +20,8 @@ from fedpet.client.node_config import cache_folder
 from fedpet.errors import Stalled
 from fedpet.protocol.ledger import Ledger
 from fedpet.run.callbacks import Callback, Evaluation
-from fedpet.run.checkpoint_file import RunCheckpoint, write_journal
-from fedpet.run.resume import journal_after, restore_strategy
+from fedpet.run.checkpoint_file import RunCheckpoint
+from fedpet.run.resume import JournalWriter, restore_strategy
 from fedpet.run.run_folder import RunFolder
 from fedpet.server.aggregation import from_arrays
 from fedpet.server.rounds import SparseStrategy
@@ -69,16 +69,16 @@ class RunState:
         self._prepared = prepared
         self._strategy = strategy
         self._ledger = ledger
-        self._out = out
         self._callback = callback
         self._last_round = prepared.experiment.strategy.num_rounds
         self._merged: PreTrainedModel | None = None
         self._assessed: Assessment | None = None  # the last evaluation of this process
-        self._goes_on, self._resumed = journal is not None, resumed
+        self._goes_on = journal is not None
         start = prepared.start
         self.values = np.zeros(prepared.plan.num_values, np.float32) if start is None else start
         if journal is not None:
-            self.values = restore_strategy(journal, strategy)
+            self.values = restore_strategy(out.path, journal, strategy)
+        self._journal = JournalWriter(out.path, prepared, strategy, resumed=resumed)
         self.rounds_left = self._last_round - strategy.rounds_done
 
     def round_over(self, loop_round: int, arrays: ArrayRecord) -> MetricRecord | None:
@@ -106,7 +106,9 @@ class RunState:
             record.evaluation_seconds = time.perf_counter() - clock
         ledger_bytes = self._ledger.close()
         if record.aggregated or last or server_round == 0:
-            self._write_journal(server_round, ledger_bytes)
+            self._journal.write(
+                server_round=server_round, values=self.values, ledger_bytes=ledger_bytes
+            )
         if record.metric is not None:
             seconds = record.evaluation_seconds
             metrics = {data.task.metric: record.metric, **record.metrics}
@@ -139,17 +141,6 @@ class RunState:
     def _load_values(self) -> None:
         values = torch.from_numpy(self.values.copy())
         self._prepared.pet.set_delta(values, seed=self._prepared.plan.seed)
-
-    def _write_journal(self, server_round: int, ledger_bytes: int) -> None:
-        journal = journal_after(
-            self._prepared,
-            self._strategy,
-            server_round=server_round,
-            values=self.values,
-            ledger_bytes=ledger_bytes,
-            resumed=self._resumed,
-        )
-        write_journal(self._out.path, journal, self._ledger.path)
 
 
 def refuse_stalled(ledger: Ledger) -> None:

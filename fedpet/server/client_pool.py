@@ -7,8 +7,9 @@ trained, never the result (law 6).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 import numpy as np
 
@@ -33,13 +34,20 @@ class ClientPool:
     homes: Mapping[str, int]
 
     def __post_init__(self) -> None:
-        numbers = {client_id64(client): client for client in self.num_rows}
-        if len(numbers) != len(self.num_rows):
+        if len(self.by_number()) != len(self.num_rows):
             raise DataError("two client names have the same 64-bit hash: rename one of them.")
+
+    @cached_property
+    def _numbers(self) -> dict[int, str]:
+        return {client_id64(client): client for client in self.num_rows}
+
+    @cached_property
+    def _sorted(self) -> list[str]:
+        return sorted(self.num_rows)
 
     def by_number(self) -> dict[int, str]:
         """Return client names by the number that stands for them in messages."""
-        return {client_id64(client): client for client in self.num_rows}
+        return self._numbers
 
     def sample(self, server_round: int, num_clients: int, seed: int) -> list[str]:
         """Draw a round's clients without replacement.
@@ -47,10 +55,7 @@ class ClientPool:
         Returns:
             Names in alphabetical order: `num_clients`, or all where there are fewer.
         """
-        clients = sorted(self.num_rows)
-        generator = np.random.default_rng(derive_seed("sample", seed, server_round))
-        drawn = generator.choice(len(clients), min(num_clients, len(clients)), replace=False)
-        return [clients[index] for index in sorted(drawn)]
+        return _draw(self._sorted, server_round, num_clients, seed)
 
     def cohorts(self, clients: Iterable[str], nodes: Iterable[int]) -> dict[int, list[str]]:
         """Spread clients over nodes: to their home, or else to the least loaded node.
@@ -142,4 +147,11 @@ class ConnectedClientPool(ClientPool):
 
     def sample(self, server_round: int, num_clients: int, seed: int) -> list[str]:
         """Draw a round's clients among those whose node is online, in alphabetical order."""
-        return ClientPool(self.present, {}).sample(server_round, num_clients, seed)
+        return _draw(sorted(self.present), server_round, num_clients, seed)
+
+
+def _draw(clients: Sequence[str], server_round: int, num_clients: int, seed: int) -> list[str]:
+    """Draw from names in alphabetical order, and keep the order."""
+    generator = np.random.default_rng(derive_seed("sample", seed, server_round))
+    drawn = generator.choice(len(clients), min(num_clients, len(clients)), replace=False)
+    return [clients[index] for index in sorted(drawn)]

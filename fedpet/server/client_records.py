@@ -7,15 +7,73 @@ update of that round came from it; where no reply came, the request may not have
 
 from __future__ import annotations
 
-import json
 import secrets
-from collections.abc import Collection, Mapping
+from collections import UserDict
+from collections.abc import Collection, Iterable, Iterator, Mapping, MutableSet
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 
 from fedpet.errors import RunError
 
-__all__ = ["ClientRecords"]
+__all__ = ["ClientRecord", "ClientRecords"]
+
+
+class ClientRecord(NamedTuple):
+    """The record of one client, as a resumed run needs it."""
+
+    has_plan: bool = False
+    accepted: int = 0  # round
+    tier: int = 0
+    reference: int = 0  # round
+
+
+Value = TypeVar("Value")
+
+
+class _NotedDict(UserDict[str, Value]):
+    """A dictionary by client that notes each client whose entry is set or deleted."""
+
+    def __init__(self, changed: set[str]) -> None:
+        self._changed = changed
+        super().__init__()
+
+    def __setitem__(self, name: str, value: Value) -> None:
+        self._changed.add(name)
+        self.data[name] = value
+
+    def __delitem__(self, name: str) -> None:
+        self._changed.add(name)
+        del self.data[name]
+
+
+class _NotedSet(MutableSet[str]):
+    """A set of clients that notes each that is added or discarded."""
+
+    def __init__(self, changed: set[str]) -> None:
+        self._changed = changed
+        self._names: set[str] = set()
+
+    def __contains__(self, name: object) -> bool:
+        return name in self._names
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def add(self, name: str) -> None:
+        self._changed.add(name)
+        self._names.add(name)
+
+    def discard(self, name: str) -> None:
+        self._changed.add(name)
+        self._names.discard(name)
+
+    def update(self, names: Iterable[str]) -> None:
+        self._changed.update(names := list(names))
+        self._names.update(names)
 
 
 class ClientRecords:
@@ -35,11 +93,14 @@ class ClientRecords:
     def __init__(self, names: Collection[str]) -> None:
         self.run = secrets.randbits(64) or 1
         self.plan_nodes: set[int] = set()
-        self.clients_with_plan: set[str] = set()
-        self.accepted: dict[str, int] = {}
+        self._changed: set[str] = set()  # clients whose record was not yet given out
+        self.clients_with_plan = _NotedSet(self._changed)
+        self.accepted: _NotedDict[int] = _NotedDict(self._changed)
         self._names = names
         self._nodes: dict[tuple[int, int], int] = {}  # (node, tier) -> round of its reference
-        self._clients: dict[str, tuple[int, int]] = {}  # client -> tier, round
+        self._clients: _NotedDict[tuple[int, int]] = _NotedDict(
+            self._changed
+        )  # client -> tier, round
 
     def reference_of_node(self, node: int, tier: int) -> int:
         """Return the round of a node's reference; 0 is the checkpoint, which every node has."""
@@ -75,36 +136,47 @@ class ClientRecords:
         self.plan_nodes.discard(node)
         self.forget_reference(node)
 
-    def state(self) -> dict[str, np.ndarray]:
-        """Return what a resumed run needs; the journal lists who has the plan."""
-        # In a deployment, with clients from before a crash whose nodes are not back yet.
-        names = sorted({*self._names, *self.accepted, *self._clients})
-        references = [self._clients.get(name, (0, 0)) for name in names]
-        return {
-            "names": np.frombuffer(json.dumps(names).encode(), dtype=np.uint8),
-            "run": np.array([self.run], dtype=np.uint64),
-            "accepted": np.array([self.accepted.get(n, 0) for n in names], dtype=np.int64),
-            "held": np.array(references, dtype=np.int64).reshape(-1, 2),
-        }
+    def record_of(self, name: str) -> ClientRecord:
+        """Return the record of a client."""
+        tier, reference = self._clients.get(name, (0, 0))
+        has_plan = name in self.clients_with_plan
+        return ClientRecord(has_plan, self.accepted.get(name, 0), tier, reference)
 
-    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
-        """Go back to a `state`.
+    def changed_records(self) -> dict[str, ClientRecord]:
+        """Return the records that changed since this was called last, by name in their order."""
+        records = {name: self.record_of(name) for name in sorted(self._changed)}
+        self._changed.clear()
+        return records
+
+    def all_records(self) -> dict[str, ClientRecord]:
+        """Return the records of all clients that have one."""
+        names = {*self.clients_with_plan, *self.accepted, *self._clients}
+        return {name: self.record_of(name) for name in sorted(names)}
+
+    def load_records(self, records: Mapping[str, ClientRecord]) -> None:
+        """Go back to these records, of all clients.
 
         Raises:
-            RunError: It is of other clients than those known from the start.
+            RunError: They are of other clients than those known from the start.
         """
-        accepted, references = state["accepted"].tolist(), state["held"].tolist()
-        names = json.loads(state["names"].tobytes())
-        known = sorted(self._names)
-        if not len(accepted) == len(references) == len(names) or (known and known != names):
+        strange = [name for name in records if self._names and name not in self._names]
+        if strange:
             raise RunError(
-                f"the journal is of {len(accepted)} clients, and those here are {len(known)}, or "
-                "others: start the run anew."
+                f"the journal is of {len(records)} clients, and {strange[0]!r} is none of the "
+                f"{len(self._names)} here: start the run anew."
             )
+        for name, record in records.items():
+            if record.has_plan:
+                self.clients_with_plan.add(name)
+            if record.accepted:
+                self.accepted[name] = record.accepted
+            if record.reference:
+                self._clients[name] = record.tier, record.reference
+
+    def state(self) -> dict[str, np.ndarray]:
+        """Return what else a resumed run needs; the journal lists who has the plan."""
+        return {"run": np.array([self.run], dtype=np.uint64)}
+
+    def load_state(self, state: Mapping[str, np.ndarray]) -> None:
+        """Go back to a `state`."""
         self.run = int(state["run"][0])
-        self.accepted = {n: last for n, last in zip(names, accepted, strict=True) if last}
-        self._clients = {
-            name: (tier, server_round)
-            for name, (tier, server_round) in zip(names, references, strict=True)
-            if server_round
-        }

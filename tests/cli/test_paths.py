@@ -18,10 +18,10 @@ from fedpet.deploy import Deployment, NodeSpec
 from fedpet.errors import ConfigError, DataError
 from fedpet.export.saved_run import merge_run
 from fedpet.run import flower_server
-from fedpet.run.checkpoint_file import write_journal
 from fedpet.run.federate import prepare
-from fedpet.run.resume import check_journal, cut_short, journal_after
+from fedpet.run.resume import JournalWriter, check_journal, cut_short
 from fedpet.run.run_folder import new_run_folder
+from fedpet.server.client_records import ClientRecords
 from fedpet.utils.paths import absolute, check_output
 
 
@@ -96,11 +96,11 @@ def leave_journal(settings: Experiment) -> None:
         digest = type(prepared.plan).digest(prepared.plan.to_bytes())
 
         class requests:
-            class holders:
-                plan_nodes: tuple[int, ...] = ()
-                clients_with_plan: tuple[str, ...] = ()
+            holders = ClientRecords({})
 
         class ledger:
+            path = None
+
             class current:
                 kind = "training"
 
@@ -112,10 +112,8 @@ def leave_journal(settings: Experiment) -> None:
 
     values = np.zeros(prepared.plan.num_values, dtype=np.float32)
     made: Any = Strategy
-    write_journal(
-        out.path,
-        journal_after(prepared, made, server_round=0, values=values, ledger_bytes=0, resumed=0),
-    )
+    writer = JournalWriter(out.path, prepared, made, resumed=0)
+    writer.write(server_round=0, values=values, ledger_bytes=0)
 
 
 def test_names_that_are_no_files_here_stay_names(tmp_path: Path, monkeypatch: Any) -> None:

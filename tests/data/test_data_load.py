@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import load_data
-from fedpet.data.dataset import _choose
+from fedpet.data.row_hash import choose_rows, hash_rows, hold_out
 from fedpet.errors import DataError
 
 # What is loaded.
@@ -154,10 +154,10 @@ def test_a_tokeniser_without_padding_fills_up_with_its_end_token(
 def test_kept_and_held_out_rows_share_nothing_and_are_all(
     texts: list[str], fraction: float, max_rows: int
 ) -> None:
-    kept, held = (_choose([texts], part, fraction, 0) for part in ("kept", "held out"))
+    kept, held = hold_out([texts], fraction)
     assert sorted([*kept, *held]) == list(range(len(texts)))
     assert not {texts[i] for i in kept} & {texts[i] for i in held}
-    fewer = _choose([texts], "kept", fraction, max_rows)
+    fewer = choose_rows(len(texts), hash_rows([texts]), "kept", fraction, max_rows)
     assert len(fewer) == (min(max_rows, len(kept)) if max_rows else len(kept))
     assert set(fewer) <= set(kept)
     assert (np.diff(fewer) > 0).all()
@@ -165,7 +165,7 @@ def test_kept_and_held_out_rows_share_nothing_and_are_all(
 
 def test_the_held_out_fraction_is_about_the_one_asked_for() -> None:
     texts = [f"text {i}" for i in range(4000)]
-    assert len(_choose([texts], "held out", 0.2, 0)) == pytest.approx(800, abs=80)
+    assert len(hold_out([texts], 0.2)[1]) == pytest.approx(800, abs=80)
 
 
 @pytest.mark.parametrize("one_file", [True, False])

@@ -126,6 +126,11 @@ def test_a_short_row_lacks_its_last_fields_and_a_long_one_is_refused() -> None:
 
 def test_a_text_longer_than_the_librarys_limit_is_read() -> None:
     limit = csv.field_size_limit()
+    assert limit < 10**6
+    with pytest.raises(ValueError, match="has 2 fields") as raised:
+        parse_separated("text\nw1,w2\n", ",")
+    assert csv.field_size_limit() == limit  # while what was raised is still looked at
+    del raised
     long = "x" * (2 * limit)
     assert rows_of(f"text,label,client\n{long},0,c\n", ",") == [(long, "0", "c")]
     assert csv.field_size_limit() == limit

@@ -24,6 +24,7 @@ from tiny import Silent
 
 from fedpet.client.node_config import NodeConfig
 from fedpet.run.checkpoint_file import read_journal
+from fedpet.run.client_journal import read_records
 from fedpet.run.federate import Prepared, federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.resume import check_journal
@@ -60,7 +61,9 @@ def attempt(prepared: Prepared, out: Path, *, step: int = 0, seconds: float = 0.
         os.kill(child, signal.SIGKILL)
     _, status = os.waitpid(child, 0)
     if os.WIFSIGNALED(status):
-        read_journal(out)  # never unreadable
+        journal = read_journal(out)  # never unreadable
+        if journal is not None:
+            read_records(out, journal.clients_file)
         return False
     if os.WEXITSTATUS(status):
         raise SystemExit(f"the run in {out} failed.")

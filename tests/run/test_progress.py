@@ -73,6 +73,28 @@ def test_a_notebook_has_a_bar_where_it_can_be_redrawn_and_else_lines(
     assert ("starting" in capsys.readouterr().err) is not widgets
 
 
+def test_rows_fill_a_bar_of_their_own_which_the_next_stage_takes_back(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    terminal = Console(force_terminal=True, file=io.StringIO(), width=100)
+    monkeypatch.setattr("fedpet.run.progress.Console", lambda **_: terminal)
+    with Progress(4, "f1") as progress:
+        progress.on_stage("reading and tokenising the rows")
+        progress.on_rows(8192, 20000)
+        progress._bar.refresh()
+        progress.on_stage("Classes: 0 = 'a'.")  # a sentence: the stage is the same
+        progress.on_stage("loading the backbone")
+        [task] = progress._bar.tasks
+        assert (task.description, task.completed, task.total) == ("loading the backbone", 0, 4)
+    assert "8,192 of 20,000" in terminal.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_no_line_is_printed_for_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    with Progress(4, "f1") as progress:
+        progress.on_rows(8192, 20000)
+    assert capsys.readouterr().err == ""
+
+
 def test_a_line_of_a_round_tells_its_loss(capsys: pytest.CaptureFixture[str]) -> None:
     ledger = Ledger()
     with Progress(4, "f1") as progress:

@@ -24,8 +24,8 @@ from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError, RunError
 from fedpet.protocol.ledger import Ledger
-from fedpet.run import checkpoint_file as journal_module
 from fedpet.run.checkpoint_file import RunCheckpoint, read_journal, write_journal
+from fedpet.run.client_journal import Written
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.resume import check_journal, read_cut_short
@@ -83,7 +83,7 @@ def check(out: dict[str, Any]) -> None:
     for resumed in out["resumed"]:
         assert resumed == out["expected"]
     assert out["expected"]["rounds"] == [0, 1, 2, 3]
-    assert "journal" not in out["expected"]["left"]
+    assert not any(name.startswith("journal") for name in out["expected"]["left"])
 
 
 @pytest.mark.timeout(600)
@@ -181,7 +181,7 @@ def make_journal(**changes: Any) -> RunCheckpoint:
         "settings": {"run": {"seed": 1}},
         "ledger_bytes": 77,
         "holders": (2**63, 5),
-        "told": ("client ä", "client b"),
+        "clients_file": Written("journal.clients-2", 99, "ef" * 32),
         "elapsed_seconds": 1.5,
         "resumed": 0,
         "values": np.arange(5, dtype=np.float32),
@@ -194,7 +194,7 @@ def test_a_journal_survives_its_bytes() -> None:
     journal = make_journal()
     read = RunCheckpoint.from_bytes(journal.to_bytes())
     assert read.to_bytes() == journal.to_bytes()
-    assert (read.holders, read.told) == (journal.holders, journal.told)
+    assert (read.holders, read.clients_file) == (journal.holders, journal.clients_file)
     assert read.values.tobytes() == journal.values.tobytes()
     assert read.optimiser["m_t"].tobytes() == journal.optimiser["m_t"].tobytes()
 
@@ -223,7 +223,7 @@ def test_a_journal_that_cannot_be_written_leaves_the_one_before(
     def full(handle: int) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(journal_module.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(RunError, match=r"round 2 cannot be written.*--resume"):
         write_journal(tmp_path, make_journal(server_round=2))
     held = read_journal(tmp_path)

@@ -79,10 +79,12 @@ def test_a_run_that_stops_and_goes_on_is_the_run_that_did_not_stop(
     first = make_strategy(make_plan(codec, TWO_TIERS))
     values = start(first, node(), 3)
     journal = load(save(first.state()))  # as the journal keeps them
+    records = first.requests.holders.all_records()
     first.rounds_done = 3
     start(first, node(), 1, values)  # the crash comes in a round of which the journal knows nothing
     second = make_strategy(make_plan(codec, TWO_TIERS))
     second.load_state(journal)
+    second.requests.holders.load_records(records)
     second.rounds_done = 3
     assert start(second, node(), 4, values).tobytes() == expected.tobytes()
     books = [record.downlink_bytes for record in second.ledger.rounds]
