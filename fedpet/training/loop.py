@@ -109,7 +109,7 @@ def train_rows(
     if model.training != config.dropout:  # walking the tree of modules costs as much as a step
         model.train(config.dropout)
     total_loss, seen = 0.0, 0
-    with lean_passes(model, rows, cls_only=config.cls_only):
+    with lean_passes(model, rows, cls_only=config.cls_only, padding_free=config.padding_free):
         for chosen in client_batches(indices, rows.lengths, config, seed):
             inputs, labels = inputs_of(rows, chosen, device)
             loss = loss_of(model(**inputs), labels)
