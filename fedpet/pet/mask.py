@@ -237,6 +237,7 @@ def _threshold(
         between = []
         for name in names:
             for _, score in _scores(params[name], config, name):
+                score = score[score <= high]
                 below += int((score < low).count_nonzero())
                 at_low += int((score == low).count_nonzero())
                 at_high += int((score == high).count_nonzero()) if high > low else 0
