@@ -102,7 +102,8 @@ def test_what_no_module_names_stays_bit_identical_and_unloading_restores_the_res
 
 @pytest.mark.parametrize("name", ["bert", "llama"])
 def test_a_change_too_small_for_a_bfloat16_weight_is_kept_and_sent(name: str) -> None:
-    pet = PetModel(base := backbone(name, torch.bfloat16), mask_of(base), structure_of(base, "lnfit"), seed=0)  # fmt: skip
+    base = backbone(name, torch.bfloat16)
+    pet = PetModel(base, mask_of(base), structure_of(base, "lnfit"), seed=0)
     values = 1e-6 * torch.randn(pet.num_values, generator=torch.Generator().manual_seed(0))
     pet.set_delta(values)
     assert torch.equal(pet.get_delta(), values)

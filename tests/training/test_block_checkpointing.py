@@ -15,7 +15,6 @@ from fedpet.pet.model import PetModel
 from fedpet.training.block_checkpointing import check_checkpointing, checkpoint_blocks
 from fedpet.training.cls_only import first_token_only
 
-
 UNSUPPORTED = ("mpnet", "albert")  # by transformers
 
 
