@@ -27,7 +27,7 @@ def test_no_stage_holds_a_second_copy_of_the_checkpoint(
     folder = tmp_path / "small"
     _job("write", folder, dtype)
     size = (tmp_path / "large" / "model.safetensors").stat().st_size
-    assert size > 110e6
+    assert size > 200e6
     peaks: dict[str, int] = json.loads(_job("read", folder, dtype, shared).splitlines()[-1])
     own, before = peaks.pop("own"), peaks.pop("before")
     assert own < 0.35 * size if shared else own > 0.8 * size

@@ -8,8 +8,8 @@ the weight's gradient at the positions only, a sampled product of the output gra
 input; a gradient of the weight's shape never exists. After the optimiser's step the entries are
 written as w0 + v from the saved w0: nothing drifts, and no other entry is ever written.
 
-Weights that processes share hold w0 and are never written: each pass copies the weight of one
-layer and writes w0 + v into the copy, which is gone when the product is done.
+Weights that processes share hold w0 and are never written: a pass copies the weight of one layer,
+writes w0 + v into the copy and multiplies; the next layer's copy takes its place.
 
 Source: PaFi (Liao, Meng and Monz, ACL 2023, arXiv:2305.16742): the entries; the compact vector
 and the sampled product are ours.
@@ -43,6 +43,9 @@ class MaskedWeights(PetModule):
         super().__init__("mask", "")
         self.weights = tuple(weights)
         self._shared = any(part.shared for part in weights)
+        room = _Room()
+        for part in weights:
+            part.room = room
         self._flat_weights = [part.weight.detach().view(-1) for part in weights]
         self._tiers: dict[tuple[int, ...], ConcatenatedIndex] = {}
         self._whole = self._take(ConcatenatedIndex.of([part.entries for part in weights]))
@@ -140,6 +143,22 @@ class MaskedWeights(PetModule):
         """Do nothing: the weights have the changes already."""
 
 
+class _Room:
+    """Memory for the copy of one weight at a time."""
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def copy(self, weight: Tensor) -> Tensor:
+        """Copy a weight to a place as far from a multiple of 64 bytes: products round by that."""
+        size, flat = weight.element_size(), self._flat
+        wanted = weight.numel() + 64 // size
+        if flat is None or len(flat) < wanted or flat.dtype != weight.dtype:
+            flat = self._flat = weight.new_empty(wanted)
+        first = (weight.data_ptr() - flat.data_ptr()) % 64 // size
+        return flat[first : first + weight.numel()].view(weight.shape).copy_(weight)
+
+
 class MaskedWeight:
     """One weight of the mask: its entries, and their gradient."""
 
@@ -163,6 +182,7 @@ class MaskedWeight:
         """
         self.name = name
         self.shared = shared
+        self.room = _Room()
         self.transposed = transposed
         self.weight = weight
         self.entries = SparseIndex.of(weight, positions.to(weight.device))
@@ -173,11 +193,14 @@ class MaskedWeight:
     def num_values(self) -> int:
         return len(self.entries.flat)
 
-    def changed(self) -> Tensor:
-        """Return w0 + v: the weight itself, or a copy where the weight is shared."""
+    def changed(self, *, to_keep: bool = False) -> Tensor:
+        """Return w0 + v: the weight itself, or a copy where the weight is shared.
+
+        Such a copy is valid until the next weight is asked for, unless it is `to_keep`.
+        """
         if not self.shared:
             return self.weight
-        copied = _copy_in_step(self.weight.detach())
+        copied = (_Room() if to_keep else self.room).copy(self.weight.detach())
         self.put(copied.view(-1))
         return copied
 
@@ -252,11 +275,3 @@ class MaskedWeight:
             self._gradient.values().add_(gradient)
             return None
         return gradient
-
-
-def _copy_in_step(weight: Tensor) -> Tensor:
-    """Copy a weight to a place as far from a multiple of 64 bytes: products round by that."""
-    size = weight.element_size()
-    room = weight.new_empty(weight.numel() + 64 // size)
-    first = (weight.data_ptr() - room.data_ptr()) % 64 // size
-    return room[first : first + weight.numel()].view(weight.shape).copy_(weight)
