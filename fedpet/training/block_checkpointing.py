@@ -12,7 +12,7 @@ from torch import nn
 
 from fedpet.errors import ConfigError
 
-__all__ = ["check_checkpointing", "checkpoint_blocks"]
+__all__ = ["check_checkpointing", "checkpoint_blocks", "recomputes_blocks"]
 
 
 def check_checkpointing(model: nn.Module) -> None:
@@ -36,13 +36,22 @@ def checkpoint_blocks(model: nn.Module) -> None:
     Raises:
         ConfigError: transformers has no checkpointing for it.
     """
-    from transformers.modeling_layers import GradientCheckpointingLayer
-
     check_checkpointing(model)
-    blocks = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    blocks = _blocks(model)
     if not any(block.gradient_checkpointing for block in blocks):
         known: Any = model  # later versions of transformers have another name for it
         later = getattr(known, "activation_checkpointing_enable", None)
         (later or known.gradient_checkpointing_enable)({"use_reentrant": False})
     for block in blocks:
         block.training = True
+
+
+def recomputes_blocks(model: nn.Module) -> bool:
+    """Tell whether a backward pass computes the blocks of this model again."""
+    return any(block.gradient_checkpointing and block.training for block in _blocks(model))
+
+
+def _blocks(model: nn.Module) -> list[Any]:
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
