@@ -268,6 +268,7 @@ def main() -> None:
         write_rows(rows)
         size = sum(file.stat().st_size for file in checkpoint.glob("*.safetensors"))
         found: dict[str, Any] = {"checkpoint_bytes": size, "density": DENSITY, "clients": CLIENTS}
+        found["workers"] = "processes" if options.no_ray else "Ray"
         found["mask"] = _in_a_process(mask_peak, str(checkpoint))
         found["round"] = run_round(
             checkpoint, rows, folder / "run", shared=True, on_ray=not options.no_ray

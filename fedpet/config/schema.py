@@ -206,8 +206,8 @@ class TrainingConfig(Stage):
     # Computes nothing for the padding of a batch, on a CPU and where the model allows it: the same
     # up to rounding; see fedpet/training/token_packing.py.
     padding_free: bool = True
-    # Recomputes each block in the backward pass: the memory of one block for that of all, and a
-    # third more time.
+    # Recomputes each block in the backward pass: a second forward pass for the memory of one
+    # block's activations in the place of all.
     gradient_checkpointing: bool = False
     # Leaves out what a classifier that reads only the first token never reads: the same up to
     # rounding, and a sixth of the products of six blocks less; see fedpet/training/cls_only.py.

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from in_process_run import run, threads_as_before
+from in_process_run import run
 from safetensors import safe_open
 from tiny import Silent, make_backbone, make_experiment, make_rows
 from transformers import AutoModelForSequenceClassification
@@ -21,7 +21,6 @@ from fedpet.export.saved_run import export_run
 from fedpet.protocol.plan import Plan
 from fedpet.run.prepare import Prepared, prepare
 
-_threads = pytest.fixture(autouse=True)(threads_as_before)
 WITH_MASK: dict[str, object] = {"strategy_num_rounds": 2, "mask_density": 0.1}
 
 
