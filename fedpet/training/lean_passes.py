@@ -42,7 +42,7 @@ def lean_passes(
     one = inputs_of(rows, np.arange(1), device)[0]
     if cls_only is None:
         cls_only = reads_first_token(model, one)
-    if padding_free and not recomputes_blocks(model):  # that happens when the pass is over
+    if padding_free and not recomputes_blocks(model):  # in backward, when packing is over
         packed = packed_tokens(model, rows, last_block=not cls_only)
     cut = first_token_only(model, one) if cls_only else nullcontext()
     with packed, cut:
