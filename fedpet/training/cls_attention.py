@@ -137,7 +137,8 @@ def _fold(attention: Attention) -> _Folded | None:
     key, value = by_heads(attention.key), by_heads(attention.value)
     if key is None or value is None or key.weight.shape != value.weight.shape:
         return None
-    if attention.module.training or torch.is_autocast_enabled(key.weight.device.type):
+    half = key.weight.dtype.itemsize < 4 or torch.is_autocast_enabled(key.weight.device.type)
+    if attention.module.training or half:
         return None
     return _Folded(key, value)
 

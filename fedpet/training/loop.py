@@ -20,6 +20,7 @@ from fedpet.backbone.device import device_of
 from fedpet.config import TrainingConfig
 from fedpet.errors import TrainingError
 from fedpet.training.batching import client_batches, inputs_of
+from fedpet.training.block_checkpointing import checkpoint_blocks
 from fedpet.training.lean_passes import lean_passes
 from fedpet.training.loss import client_loss, proximal_gradient
 from fedpet.training.optimizer import make_optimizer, rate_factor
@@ -108,6 +109,8 @@ def train_rows(
     loss_of = client_loss(rows.labels[indices], task, config.logit_adjustment, device, config.loss)
     if model.training != config.dropout:  # walking the tree of modules costs as much as a step
         model.train(config.dropout)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(model)
     total_loss, seen = 0.0, 0
     with lean_passes(model, rows, cls_only=config.cls_only, padding_free=config.padding_free):
         for chosen in client_batches(indices, rows.lengths, config, seed):
