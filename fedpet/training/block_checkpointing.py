@@ -7,6 +7,7 @@ training mode. Here a block is in that mode where its parts are not, so that dro
 from __future__ import annotations
 
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import nn
 
@@ -51,7 +52,12 @@ def recomputes_blocks(model: nn.Module) -> bool:
     return any(block.gradient_checkpointing and block.training for block in _blocks(model))
 
 
+_known: WeakKeyDictionary[nn.Module, list[Any]] = WeakKeyDictionary()
+
+
 def _blocks(model: nn.Module) -> list[Any]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
-    return [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    if model not in _known:  # asked for every client, and walking the tree takes long
+        _known[model] = [m for m in model.modules() if isinstance(m, GradientCheckpointingLayer)]
+    return _known[model]
