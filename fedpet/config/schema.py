@@ -196,6 +196,9 @@ class TrainingConfig(Stage):
     logit_adjustment: FromZero = 0.0  # times the log of the client's label shares; 1 counters skew
     proximal_mu: FromZero = 0.0  # FedProx: pulls a client towards the global values
     dropout: bool = False  # the checkpoint's own, in training
+    # Computes nothing for the padding of a batch, on a CPU and where the model allows it: the same
+    # up to rounding; see fedpet/training/token_packing.py.
+    padding_free: bool = True
     # Leaves out what a classifier that reads only the first token never reads: the same up to
     # rounding, and a sixth of the products of six blocks less; see fedpet/training/cls_only.py.
     cls_only: bool = False

@@ -7,6 +7,7 @@ tokens, where 768 cost a fifth less than 64 rows of any length.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -52,8 +53,11 @@ def predict(
         model.eval()
     device = device_of(model)
     logits: np.ndarray | None = None
-    half = torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bfloat16")
-    with torch.inference_mode(), half, lean_passes(model, rows), linear_by(product):
+    half: AbstractContextManager[None] = nullcontext()
+    if dtype == "bfloat16":
+        half = torch.autocast(device.type, torch.bfloat16)
+    # A model is tried for lean passes at its own precision.
+    with torch.inference_mode(), lean_passes(model, rows), half, linear_by(product):
         for chosen in _by_length(rows.lengths, batch_size, device):
             out = model(**inputs_of(rows, chosen, device)[0]).logits.float().cpu().numpy()
             if logits is None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import TYPE_CHECKING
 from weakref import WeakSet
 
 import numpy as np
-import torch
 from torch import nn
 
 from fedpet.backbone.device import device_of
@@ -25,7 +24,9 @@ _lean: WeakSet[nn.Module] = WeakSet()
 
 
 @contextmanager
-def lean_passes(model: nn.Module, rows: Rows, *, cls_only: bool | None = None) -> Iterator[None]:
+def lean_passes(
+    model: nn.Module, rows: Rows, *, cls_only: bool | None = None, padding_free: bool = True
+) -> Iterator[None]:
     """Cut this model's passes within the context; logits are the same up to rounding.
 
     Within another such context of the model it does nothing: a node enters one for many clients,
@@ -35,6 +36,7 @@ def lean_passes(model: nn.Module, rows: Rows, *, cls_only: bool | None = None) -
         model: In training or evaluation mode.
         rows: What it is called with, to try it on.
         cls_only: Compute of the last block what the first token needs; None where that can be done.
+        padding_free: Compute nothing for padding where that can be done.
 
     Raises:
         ConfigError: It is asked for, and cannot be done.
@@ -43,10 +45,11 @@ def lean_passes(model: nn.Module, rows: Rows, *, cls_only: bool | None = None) -
         yield
         return
     device = device_of(model)
-    with torch.autocast(device.type, enabled=False):  # a model is tried at its own precision
-        one = inputs_of(rows, np.arange(1), device)[0]
-        if cls_only is None:
-            cls_only = reads_first_token(model, one)
+    packed: AbstractContextManager[None] = nullcontext()
+    one = inputs_of(rows, np.arange(1), device)[0]
+    if cls_only is None:
+        cls_only = reads_first_token(model, one)
+    if padding_free:
         packed = packed_tokens(model, rows, last_block=not cls_only)
     cut = first_token_only(model, one) if cls_only else nullcontext()
     with packed, cut:

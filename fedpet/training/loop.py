@@ -133,7 +133,7 @@ def training_passes(model: nn.Module, rows: Rows, config: TrainingConfig) -> Ite
     """Set a model up for training steps within the context; `train_rows` inside finds it so."""
     if model.training != config.dropout:  # walking the tree of modules costs as much as a step
         model.train(config.dropout)
-    with lean_passes(model, rows, cls_only=config.cls_only):
+    with lean_passes(model, rows, cls_only=config.cls_only, padding_free=config.padding_free):
         yield
 
 

@@ -32,7 +32,9 @@ from fedpet.training.loop import train_rows
 from fedpet.utils.seeds import derive_seed
 
 TASK = Task("classification", ("bad", "good"), "accuracy")
-TRAINING = TrainingConfig(learning_rate=0.01, local_epochs=2, batch_size=4, clip_norm=1.0)
+TRAINING = TrainingConfig(
+    learning_rate=0.01, local_epochs=2, batch_size=4, clip_norm=1.0, padding_free=False
+)
 SEED = 5
 PARTS = {
     "mask": PetConfig(mask=MaskConfig(density=0.05)),

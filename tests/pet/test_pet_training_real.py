@@ -22,7 +22,7 @@ CONFIG = fedpet.PetConfig(
     ],
 )
 SEED = 2
-TRAINING = TrainingConfig(learning_rate=1e-3, batch_size=4)
+TRAINING = TrainingConfig(learning_rate=1e-3, batch_size=4, padding_free=False)
 
 
 def _rows() -> Rows:

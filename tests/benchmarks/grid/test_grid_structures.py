@@ -65,7 +65,9 @@ def test_the_methods_differ_in_their_structure_alone() -> None:
     grid = read_grid(SHIPPED)
     cells = {method.name: grid.final_cells(method)[1].settings() for method in grid.methods}
     for settings in cells.values():
-        assert settings["run"] == {"seed": 1, "device": "cpu", "start": ""}
+        assert settings["run"] == {
+            "seed": 1, "device": "cpu", "start": "", "evaluation-dtype": "float32"
+        }  # fmt: skip
         assert settings["search"]["budget"] == 0.001
         settings.pop("search")
         settings["structure"].pop("file")

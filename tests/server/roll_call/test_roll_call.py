@@ -26,7 +26,8 @@ def test_nodes_with_their_own_files_end_with_the_simulation_s_values(
     expected = simulated(experiment(codec_uplink=codec))
     assert result["final_values_sha256"] == expected["final_values_sha256"]
     assert result["run"]["plan_digest"] == expected["run"]["plan_digest"]
-    assert result["quality"] == expected["quality"]
+    no_spread = {"by_client": {}}  # a node's held-out rows name no client
+    assert result["quality"] == expected["quality"] | no_spread
     on_nodes = ("classes", "rows")  # of the training rows the server knows their number alone
     for key in result["data"].keys() - on_nodes:
         assert result["data"][key] == expected["data"][key]
