@@ -89,13 +89,15 @@ class Backbone:
     Attributes:
         source: As the user named it.
         folder: Where its files lie: configuration, weights, tokeniser.
-        model: float32, in evaluation mode, no parameter asks for a gradient.
+        model: float32 or bfloat16, in evaluation mode, no parameter asks for a gradient.
         head: Names of the head's parameters, see fedpet/backbone/classifier.py; no mask or module
             acts on them.
         fingerprint: SHA-256 (64 hex digits) of the names, shapes, dtypes and values that came
             from the checkpoint.
         trains_head: Whether the head is trained, in full; else it stays the checkpoint's.
         origin: What came from the checkpoint, and what did not.
+        shared: Whether its weights are a map of the checkpoint's file, which other processes map
+            too: nothing is written into them.
     """
 
     source: str
@@ -105,6 +107,7 @@ class Backbone:
     fingerprint: str
     trains_head: bool = True
     origin: Origin = Origin()
+    shared: bool = False
 
     @classmethod
     def of_model(
@@ -210,7 +213,7 @@ def _load(
         model, info = AutoModelForSequenceClassification.from_pretrained(
             folder,
             config=model_config,
-            dtype=torch.float32,
+            dtype=getattr(torch, config.dtype),
             output_loading_info=True,
             ignore_mismatched_sizes=True,
             trust_remote_code=False,
@@ -242,6 +245,7 @@ def _load(
             left_out=tuple(sorted(info["unexpected_keys"])),
             classes=classes,
         ),
+        shared=config.shared,
     )
 
 
@@ -347,6 +351,7 @@ def _init_head(model: PreTrainedModel, names: Iterable[str], seed: int) -> None:
             parameter = parameters[name]
             if parameter.dim() > 1:
                 generator = torch.Generator().manual_seed(derive_seed("head", seed, name))
-                parameter.normal_(0.0, deviation, generator=generator)
+                drawn = torch.empty(parameter.shape).normal_(0.0, deviation, generator=generator)
+                parameter.copy_(drawn)
             else:
                 parameter.fill_(1.0 if name.endswith("weight") else 0.0)

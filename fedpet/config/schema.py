@@ -60,10 +60,17 @@ class BackboneConfig(Stage):
     revision: str = ""  # a hub commit; "" takes the newest
     head: str = "train"  # from the checkpoint's where that fits; "new" is drawn; "keep" is frozen
     head_seed: AnyInteger = 0  # of the newly initialised parameters; the same on every device
+    # Of the frozen weights: "float32", or "bfloat16" at half the memory. What is trained and sent
+    # is float32 either way; the mask is that of the weights in this type.
+    dtype: str = "float32"
+    # Workers on one machine map the checkpoint's file and share one copy of it: no weight is
+    # written, a pass makes each masked one anew. The same bits; the file must hold `dtype`.
+    shared: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("backbone.head", self.head, HEADS)
+        check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -199,6 +206,9 @@ class TrainingConfig(Stage):
     # Computes nothing for the padding of a batch, on a CPU and where the model allows it: the same
     # up to rounding; see fedpet/training/token_packing.py.
     padding_free: bool = True
+    # Recomputes each block in the backward pass: a second forward pass for the memory of one
+    # block's activations in the place of all.
+    gradient_checkpointing: bool = False
     # Leaves out what a classifier that reads only the first token never reads: the same up to
     # rounding, and a sixth of the products of six blocks less; see fedpet/training/cls_only.py.
     cls_only: bool = False

@@ -133,6 +133,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
         num_rounds=experiment.strategy.num_rounds,
         seed=experiment.run.seed,
         head=experiment.backbone.head,
+        dtype=experiment.backbone.dtype,
     )
 
 

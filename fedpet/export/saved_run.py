@@ -56,7 +56,7 @@ def export_run(run: Path, out: Path, format: str = "merged") -> None:
             peft_type, notes = write_adapter(pet, out, saved.experiment.backbone.model)
         else:
             peft_type, notes = "", ()
-            write_model(pet.merged(), locate(saved.experiment.backbone), out)
+            write_model(pet.merge_and_unload(), locate(saved.experiment.backbone), out)
         if (result := saved.result()) is not None:
             write_card(out, saved.experiment, result, peft_type=peft_type, notes=notes)
 

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
 
@@ -29,10 +29,11 @@ from torch import Tensor
 from fedpet.config import MaskConfig
 from fedpet.errors import ConfigError
 
-# A sample bounds the scores that have to be sorted: every 61st entry (a prime, since rows of
-# weights are multiples of 64 long), and somewhat more of them than asked for.
+_STRETCH = 1 << 20  # entries looked at in one piece, whatever a tensor holds
+# A sample of the scores is every 61st (a prime, since rows of weights are multiples of 64 long),
+# or less often where that is more than `_SAMPLE`.
 _EVERY = 61
-_LOOK_AT = 1.1
+_SAMPLE = 1 << 20
 _SPARE = 32
 
 
@@ -136,7 +137,7 @@ def rank_positions(
     ranked = {}
     for name, chosen in positions.items():
         chosen = chosen.sort().values
-        score = _score(params[name], config, name)[chosen]
+        score = _scores_at(params[name], chosen, config, name)
         ranked[name] = chosen[torch.sort(score, stable=True).indices]
     return ranked
 
@@ -166,7 +167,7 @@ def tier_counts(
             for density in config.tier_densities
         ]
     else:
-        scores = [_score(params[name], config, name)[positions[name]] for name in names]
+        scores = [_scores_at(params[name], positions[name], config, name) for name in names]
         owner = torch.arange(len(names)).repeat_interleave(torch.tensor([*map(len, scores)]))
         owner = owner[torch.sort(torch.cat(scores), stable=True).indices]  # (k,) over all tensors
         total = sum(params[name].numel() for name in params)
@@ -188,50 +189,104 @@ def check_tiers(counts: Sequence[int], config: MaskConfig) -> None:
         )
 
 
-def _score(weight: Tensor, config: MaskConfig, name: str, every: int = 1) -> Tensor:
-    """Score one entry in `every` by the rule, lowest first, in float32."""
-    if config.rule == "random":
-        from fedpet.utils.seeds import derive_seed
-
-        generator = np.random.default_rng(derive_seed("mask", config.seed, name))
-        return torch.from_numpy(generator.random(weight.numel(), dtype=np.float32))[::every]
-    magnitude = weight.detach().flatten()[::every].to("cpu", torch.float32).abs()
-    if not bool(torch.isfinite(magnitude).all()):
-        raise ConfigError(f"the weight {name!r} holds NaN or infinity: no mask can rank it.")
-    return magnitude if config.rule == "smallest" else -magnitude
-
-
 def _ranked(
     params: Mapping[str, Tensor], names: Sequence[str], config: MaskConfig, num: int
 ) -> dict[str, Tensor]:
     """Choose the `num` entries of the lowest scores, lowest first, ties to the earlier.
 
-    The tensors are gone through one by one: only entries that may be among the lowest are kept, so
-    that an edge device never holds the scores of all.
+    Weights are gone through a stretch at a time, three times: for a sample, for the score of rank
+    `num`, for the entries. Beside the positions nothing is held but one tensor's own.
     """
     if not num:
         return {name: torch.empty(0, dtype=torch.int64) for name in names}
-    looked_at = _LOOK_AT * num
-    while True:
-        bound = _bound(params, names, config, looked_at)
+    threshold, ties = _threshold(params, names, config, num)
+    ranked = {}
+    for name in names:
         places, scores = [], []
+        for first, score in _scores(params[name], config, name):
+            here = torch.nonzero(score <= threshold).flatten()
+            scores.append(score[here])
+            places.append(here.add_(first))
+        place, score = torch.cat(places), torch.cat(scores)
+        tied = score == threshold
+        if int(tied.count_nonzero()) > ties:
+            inside = ~tied | (tied.cumsum(0) <= ties)
+            place, score, tied = place[inside], score[inside], tied[inside]
+        ties -= int(tied.count_nonzero())
+        ranked[name] = place[torch.sort(score, stable=True).indices]
+    return ranked
+
+
+def _threshold(
+    params: Mapping[str, Tensor], names: Sequence[str], config: MaskConfig, num: int
+) -> tuple[float, int]:
+    """Find the score of rank `num`, and how many of the `num` have that very score.
+
+    A sample gives two scores with that rank between them; what lies between is few, and is sorted.
+    """
+    total = sum(params[name].numel() for name in names)
+    every = _EVERY * math.ceil(total / (_EVERY * _SAMPLE))
+    drawn = (s for name in names for _, s in _scores(params[name], config, name, every))
+    sample = torch.cat([*drawn]).sort().values
+    spare = _SPARE + 4 * math.sqrt(num / every)
+    while True:
+        first, last = math.floor(num / every - spare), math.ceil(num / every + spare)
+        low = float(sample[first]) if first >= 0 else -math.inf
+        high = float(sample[last]) if last < len(sample) else math.inf
+        below = at_low = at_high = 0
+        between = []
         for name in names:
-            score = _score(params[name], config, name)
-            places.append(torch.nonzero(score <= bound).flatten())
-            scores.append(score[places[-1]])
-        if sum(map(len, places)) >= num:
+            for _, score in _scores(params[name], config, name):
+                score = score[score <= high]
+                below += int((score < low).count_nonzero())
+                at_low += int((score == low).count_nonzero())
+                at_high += int((score == high).count_nonzero()) if high > low else 0
+                between.append(score[(score > low) & (score < high)])
+        inside = torch.cat(between)
+        rank = num - below
+        if 0 < rank <= at_low + len(inside) + at_high:
             break
-        looked_at *= 2  # the sample misled
-    order = torch.sort(torch.cat(scores), stable=True).indices[:num]
-    owner = torch.arange(len(names)).repeat_interleave(torch.tensor([*map(len, places)]))[order]
-    chosen = torch.cat(places)[order]
-    return {name: chosen[owner == index] for index, name in enumerate(names)}
+        spare *= 4  # the sample misled
+    if rank <= at_low:
+        return low, rank
+    rank -= at_low
+    if rank > len(inside):
+        return high, rank - len(inside)
+    threshold = float(inside.kthvalue(rank).values)
+    return threshold, rank - int((inside < threshold).count_nonzero())
 
 
-def _bound(
-    params: Mapping[str, Tensor], names: Sequence[str], config: MaskConfig, wanted: float
-) -> float:
-    """Estimate a score that about `wanted` entries do not exceed, by a sample of them."""
-    sample = torch.cat([_score(params[name], config, name, _EVERY) for name in names])
-    rank = math.ceil(wanted / _EVERY) + _SPARE
-    return math.inf if rank > len(sample) else float(torch.kthvalue(sample, rank).values)
+def _scores(
+    weight: Tensor, config: MaskConfig, name: str, every: int = 1
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield scores of one entry in `every` by the rule, lowest first, in float32, by stretches.
+
+    Each comes with the place of its first entry.
+    """
+    flat = weight.detach().reshape(-1)
+    generator = None
+    if config.rule == "random":
+        from fedpet.utils.seeds import derive_seed
+
+        generator = np.random.default_rng(derive_seed("mask", config.seed, name))
+    step = every * math.ceil(_STRETCH / every)
+    for start in range(0, len(flat), step):
+        part = flat[start : start + step]
+        if generator is not None:
+            yield start, torch.from_numpy(generator.random(len(part), dtype=np.float32))[::every]
+        else:
+            yield start, _by_magnitude(part[::every], config, name)
+
+
+def _scores_at(weight: Tensor, chosen: Tensor, config: MaskConfig, name: str) -> Tensor:
+    """Score the entries at the flat positions `chosen`, (k,)."""
+    if config.rule == "random":
+        return torch.cat([score for _, score in _scores(weight, config, name)])[chosen]
+    return _by_magnitude(weight.detach().reshape(-1)[chosen.to(weight.device)], config, name)
+
+
+def _by_magnitude(entries: Tensor, config: MaskConfig, name: str) -> Tensor:
+    magnitude = entries.to("cpu", torch.float32).abs()
+    if len(magnitude) and not math.isfinite(magnitude.max()):
+        raise ConfigError(f"the weight {name!r} holds NaN or infinity: no mask can rank it.")
+    return magnitude if config.rule == "smallest" else -magnitude

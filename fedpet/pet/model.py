@@ -131,6 +131,11 @@ class PetModel(TrainableModel):
             self._hook = self._storage.hook(self.model)
         for site in self._sites:
             plain.get_submodule(site.name).__dict__.pop("forward", None)
+        for name, dtype in self._storage.plain_dtypes.items():
+            parameter = plain.get_parameter(name)
+            parameter.data = parameter.data.to(dtype)
+        if self._mask is not None:
+            self._mask.merge_into(plain)
         for module in self._structure:
             module.merge(plain.get_submodule(module.target))
         for parameter in plain.parameters():
@@ -148,9 +153,11 @@ class PetModel(TrainableModel):
         self._hook.remove()
         for site in self._sites:
             site.remove()
+        if self._mask is not None:
+            self._mask.merge_into(self.model)
+        self._storage.release(merged=True)
         for module in self._structure:
             module.merge(self.model.get_submodule(module.target))
-        self._storage.release(merged=True)
         return self.model
 
     def save_pretrained(self, folder: str | Path) -> None:

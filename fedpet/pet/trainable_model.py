@@ -77,7 +77,8 @@ class TrainableModel(ModelWrapper):
         """Adapt `backbone.model` in place, at the point where all values are zero.
 
         Args:
-            backbone: Its model must be float32 (float64 passes, for tests of gradients).
+            backbone: Its model must be float32, or bfloat16, on which values, gradients, heads and
+                trained norms are float32 (float64 passes, for tests of gradients).
             mask: Which entries of which weights may move; None for none.
             structure: Which small modules act, and where.
             seed: Of the frozen down-projections, which every device must draw alike, and of the
@@ -92,7 +93,8 @@ class TrainableModel(ModelWrapper):
         """
         super().__init__()
         for name, parameter in backbone.model.named_parameters():
-            check_dtype(f"the backbone's parameter {name!r}", parameter.dtype)
+            if parameter.dtype != torch.bfloat16:
+                check_dtype(f"the backbone's parameter {name!r}", parameter.dtype)
         check_plain(backbone.model)
         self.structure = structure
         self.seed = seed
@@ -107,14 +109,17 @@ class TrainableModel(ModelWrapper):
         backbone, mask = self._backbone, self._chosen
         model = backbone.model
         positions = find_target_modules(model, backbone.head)
-        self._mask = build_masked_weights(model, {} if mask is None else mask.positions)
+        positions_of = {} if mask is None else mask.positions
+        self._mask = build_masked_weights(model, positions_of, shared=backbone.shared)
         tiers = () if mask is None else mask.tiers
         self._structure = build_structure(model, positions, self.structure, self.seed)
         heads = [HeadTensor(name, model.get_parameter(name)) for name in backbone.trained_head]
         masks, weights = ((), ()) if self._mask is None else ((self._mask,), self._mask.weights)
         self._pet_modules: list[PetModule] = [*masks, *self._structure, *heads]
         product = PRODUCTS[self._products]
-        self._sites = build_sites(model, positions, weights, self._structure, product)
+        self._sites = build_sites(
+            model, positions, weights, self._structure, product, backbone.trained_head
+        )
         earlier: FlatParameters | None = self.__dict__.get("_storage")
         self._storage = FlatParameters(
             model, self._pet_modules, None if earlier is None else earlier.groups
@@ -365,7 +370,7 @@ def check_dtype(what: str, dtype: torch.dtype) -> None:
     if dtype not in (torch.float32, torch.float64):
         raise BackboneError(
             f"parameters must be float32, and {what} is {dtype}. Load the model with "
-            "dtype=torch.float32; use autocast for half-precision passes."
+            "dtype=torch.float32, or torch.bfloat16 for frozen weights of half the size."
         )
 
 

@@ -90,6 +90,7 @@ class Plan:
             node builds the space that takes the structure's place. None: they train.
         head: Treatment of the checkpoint's head: "train", "new" or "keep".
         collator: Makes the batches, by its import path; "" pads them.
+        dtype: Of the frozen weights, see `BackboneConfig`.
     """
 
     fingerprint: str
@@ -110,6 +111,7 @@ class Plan:
     search: SearchConfig | None = None
     head: str = "train"
     collator: str = ""
+    dtype: str = "float32"
 
     @classmethod
     def for_training(
@@ -200,6 +202,7 @@ class Plan:
             fingerprint=backbone.fingerprint,
             head=experiment.backbone.head,
             head_seed=experiment.backbone.head_seed,
+            dtype=experiment.backbone.dtype,
             max_length=experiment.data.max_length,
             mask=None if mask is None else experiment.mask,
             mask_sha256="" if mask is None else mask.digest().hex(),
@@ -250,6 +253,10 @@ class Plan:
         fields = dataclasses.asdict(dataclasses.replace(self, mask_positions=b""))
         if not self.collator:
             del fields["collator"]
+        if self.dtype == "float32":
+            del fields["dtype"]
+        if not self.training.gradient_checkpointing:
+            del fields["training"]["gradient_checkpointing"]
         if self.mask is not None:  # a plan's mask is enabled, and most have no tiers
             del fields["mask"]["enabled"]
             if not self.mask.tiers:
@@ -288,12 +295,12 @@ class Plan:
         )
 
     def backbone(self, own: BackboneConfig) -> BackboneConfig:
-        """Return a node's own place of the checkpoint, with the plan's head.
+        """Return a node's own place of the checkpoint, with the plan's head and type of weights.
 
         Raises:
-            ConfigError: The plan names no kind of head.
+            ConfigError: The plan names no kind of head, or no such type.
         """
-        return dataclasses.replace(own, head=self.head, head_seed=self.head_seed)
+        return dataclasses.replace(own, head=self.head, head_seed=self.head_seed, dtype=self.dtype)
 
     def build(self, backbone: Backbone) -> PetModel:
         """Adapt a node's own backbone as the plan says. The backbone is used up.

@@ -38,6 +38,7 @@ from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import resolve_search
 from fedpet.search import Space, check_structure
 from fedpet.training.batching import inputs_of
+from fedpet.training.block_checkpointing import check_checkpointing
 from fedpet.training.cls_only import check_first_token
 from fedpet.training.input_checks import check_inputs
 from fedpet.utils.paths import expand
@@ -131,6 +132,8 @@ def prepare(
     if experiment.training.cls_only:
         one, _ = inputs_of(data.evaluation, np.arange(1), device_of(backbone.model))
         check_first_token(backbone.model, one)
+    if experiment.training.gradient_checkpointing:
+        check_checkpointing(backbone.model)
     if experiment.search.federated and structure is None:
         return _search_inputs(inputs, backbone)
     if structure is None:

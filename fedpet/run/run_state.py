@@ -121,10 +121,13 @@ class RunState:
         return None if record.metric is None else MetricRecord({**record.metrics})
 
     def final_model(self) -> PreTrainedModel:
-        """Return the plain model with the values folded in; made once, after the last round."""
+        """Return the plain model with the values folded in; made once, after the last round.
+
+        It is the run's own model: the adapted one is used up.
+        """
         if self._merged is None:
             self._load_values()
-            self._merged = self._prepared.pet.merged()
+            self._merged = self._prepared.pet.merge_and_unload()
         return self._merged
 
     def final_assessment(self) -> Assessment:

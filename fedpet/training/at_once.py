@@ -235,6 +235,12 @@ def _passes(
 
 def _check_settings(pet: PetModel, config: TrainingConfig, rows: Rows) -> None:
     reasons = {
+        "training.gradient-checkpointing computes one client's blocks": (
+            config.gradient_checkpointing
+        ),
+        "weights of bfloat16 meet one client's float32 values at a time": (
+            next(pet.model.parameters()).dtype == torch.bfloat16
+        ),
         "training.dropout draws for one client at a time": config.dropout,
         "training.loss is a function of one client's batch": bool(config.loss),
         "the data collator makes one client's batch": rows.collator is not None,

@@ -22,7 +22,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cached_property, partial
 from typing import Any, cast
 from weakref import WeakKeyDictionary
 
@@ -45,6 +45,13 @@ class Attention:
     key: nn.Module
     value: nn.Module
     output: nn.Module
+
+    @cached_property
+    def config(self) -> Any:
+        """A copy of the module's config that names `_attend`."""
+        config: Any = copy.deepcopy(self.module.config)
+        config._attn_implementation = _NAME
+        return config
 
 
 @dataclass(frozen=True)
@@ -137,7 +144,8 @@ def _fold(attention: Attention) -> _Folded | None:
     key, value = by_heads(attention.key), by_heads(attention.value)
     if key is None or value is None or key.weight.shape != value.weight.shape:
         return None
-    if attention.module.training or torch.is_autocast_enabled(key.weight.device.type):
+    half = key.weight.dtype.itemsize < 4 or torch.is_autocast_enabled(key.weight.device.type)
+    if attention.module.training or half:
         return None
     return _Folded(key, value)
 
@@ -212,8 +220,7 @@ def _through_transformers(attention: Attention, folded: _Folded | None) -> Itera
     module = cast(Any, attention.module)
     with ExitStack() as stack:
         stack.callback(setattr, module, "config", module.config)
-        module.config = copy.deepcopy(module.config)
-        module.config._attn_implementation = _NAME
+        module.config = attention.config
         if folded is not None:
             tokens = _not_made[module] = _Tokens(folded)
             stack.callback(_not_made.pop, module)

@@ -12,6 +12,7 @@ from torch import nn
 
 from fedpet.backbone.device import device_of
 from fedpet.training.batching import inputs_of
+from fedpet.training.block_checkpointing import recomputes_blocks
 from fedpet.training.cls_only import first_token_only, reads_first_token
 from fedpet.training.token_packing import packed_tokens
 
@@ -49,7 +50,7 @@ def lean_passes(
     one = inputs_of(rows, np.arange(1), device)[0]
     if cls_only is None:
         cls_only = reads_first_token(model, one)
-    if padding_free:
+    if padding_free and not recomputes_blocks(model):  # in backward, when packing is over
         packed = packed_tokens(model, rows, last_block=not cls_only)
     cut = first_token_only(model, one) if cls_only else nullcontext()
     with packed, cut:

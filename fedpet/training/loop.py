@@ -21,6 +21,7 @@ from fedpet.backbone.device import device_of
 from fedpet.config import TrainingConfig
 from fedpet.errors import TrainingError
 from fedpet.training.batching import client_batches, inputs_of
+from fedpet.training.block_checkpointing import checkpoint_blocks
 from fedpet.training.lean_passes import lean_passes
 from fedpet.training.loss import client_loss, proximal_gradient
 from fedpet.training.optimizer import make_optimizer, rate_factor
@@ -133,6 +134,8 @@ def training_passes(model: nn.Module, rows: Rows, config: TrainingConfig) -> Ite
     """Set a model up for training steps within the context; `train_rows` inside finds it so."""
     if model.training != config.dropout:  # walking the tree of modules costs as much as a step
         model.train(config.dropout)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(model)
     with lean_passes(model, rows, cls_only=config.cls_only, padding_free=config.padding_free):
         yield
 

@@ -21,10 +21,10 @@ WORDS = ["good", "bad", "fine", "dull", "bright", "grim", "film", "plot", "cast"
 WORDS += ["a", "of", "and", "is", "was", "not", "very"]
 
 
-def make_backbone(folder: Path, *, seed: int = 0) -> Path:
-    """Save a random BERT encoder with its tokeniser; the head is absent, as in a checkpoint."""
+def make_tokenizer(folder: Path) -> int:
+    """Save a tokeniser of the words below beside a checkpoint; the size of its vocabulary."""
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
-    from transformers import BertConfig, BertModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedTokenizerFast
 
     specials = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     vocabulary = {word: index for index, word in enumerate(specials + WORDS)}
@@ -35,10 +35,25 @@ def make_backbone(folder: Path, *, seed: int = 0) -> Path:
         pair="[CLS] $A [SEP] $B:1 [SEP]:1",
         special_tokens=[("[CLS]", 2), ("[SEP]", 3)],
     )
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        unk_token="[UNK]",
+        pad_token="[PAD]",
+        cls_token="[CLS]",
+        sep_token="[SEP]",
+    ).save_pretrained(folder)
+    return len(vocabulary)
+
+
+def make_backbone(folder: Path, *, seed: int = 0) -> Path:
+    """Save a random BERT encoder with its tokeniser; the head is absent, as in a checkpoint."""
+    from transformers import BertConfig, BertModel
+
+    vocabulary_size = make_tokenizer(folder)
     torch.manual_seed(seed)
     model = BertModel(
         BertConfig(
-            vocab_size=len(vocabulary),
+            vocab_size=vocabulary_size,
             hidden_size=32,
             num_hidden_layers=2,
             num_attention_heads=2,
@@ -52,13 +67,6 @@ def make_backbone(folder: Path, *, seed: int = 0) -> Path:
             if parameter.dim() == 1:
                 parameter.add_(0.1 * torch.randn_like(parameter))
     model.save_pretrained(folder)
-    PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer,
-        unk_token="[UNK]",
-        pad_token="[PAD]",
-        cls_token="[CLS]",
-        sep_token="[SEP]",
-    ).save_pretrained(folder)
     return folder
 
 

@@ -192,7 +192,7 @@ def test_nothing_to_train_is_refused() -> None:
 
 
 def test_half_precision_is_refused_before_and_after() -> None:
-    with pytest.raises(BackboneError, match=r"must be float32.*torch.float16.*autocast"):
+    with pytest.raises(BackboneError, match=r"must be float32.*torch.float16.*or torch.bfloat16"):
         get_pet_model(_base().half(), ALL)
     pet = get_pet_model(_base(), ALL)
     with pytest.raises(BackboneError, match=r"must be float32.*a PetModel.*bfloat16"):

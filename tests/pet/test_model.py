@@ -184,8 +184,8 @@ def test_a_mask_of_another_backbone_is_refused() -> None:
 
 
 def test_half_precision_weights_are_refused_with_what_to_do() -> None:
-    base = backbone("bert", torch.bfloat16)
-    with pytest.raises(BackboneError, match=r"must be float32.*use autocast"):
+    base = backbone("bert", torch.float16)
+    with pytest.raises(BackboneError, match=r"must be float32.*or torch.bfloat16"):
         PetModel(base, None, Structure(), seed=0)
 
 

@@ -262,7 +262,7 @@ def test_a_second_backward_on_a_retained_graph_gives_the_same_gradient() -> None
 def test_an_input_changed_in_place_before_backward_is_noticed() -> None:
     x, weight, bias, positions = _case(False, 0.2, torch.float32)
     mask, v = _masked(weight, positions)
-    y = dense(x, weight, bias, LinearSpec(False, mask), [v])
+    y = dense(x, weight, bias, LinearSpec(False, mask.weights[0]), [v])
     x.add_(1)
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         y.sum().backward()

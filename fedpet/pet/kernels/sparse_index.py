@@ -31,7 +31,7 @@ class SparseIndex:
     rank: Tensor  # int32, (k,): the place of each among the values that are sent,
     first: int  # of which this weight's are those from `first` on
     flat: Tensor  # (k,): its position; int32 where that is enough
-    start: Tensor  # (k,): w0 there
+    start: Tensor  # (k,): w0 there; float32 of bfloat16 weights
     crow: Tensor  # int32, (rows + 1,): entries before each row
     columns: Tensor  # int32, (k,)
     blocks: list[int] | None  # entries up to the end of each block of rows, where there are many
@@ -41,6 +41,7 @@ class SparseIndex:
         """Index entries of `weight` at `positions`, int64, (k,), flat, in the order of rank."""
         rank = torch.argsort(positions)
         flat = positions[rank]
+        start = weight.detach().reshape(-1)[flat]
         rows, columns = weight.shape
         crow = torch.zeros(rows + 1, dtype=torch.int32, device=weight.device)
         crow[1:] = torch.cumsum(torch.bincount(flat // columns, minlength=rows), 0)
@@ -48,7 +49,7 @@ class SparseIndex:
             rank.to(torch.int32),
             0,
             flat.to(torch.int32 if weight.numel() < 2**31 else torch.int64),
-            weight.detach().reshape(-1)[flat],
+            start.to(torch.promote_types(start.dtype, torch.float32)),
             crow,
             (flat % columns).to(torch.int32),
             _blocks(crow, weight),

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
-from fedpet.pet.modules.base import PetModule
+from fedpet.pet.modules.base import PetModule, value_dtype
 from fedpet.pet.modules.masked_weight import MaskedWeights
 
 __all__ = ["FlatParameters", "is_adapted", "trainables_of", "unpin"]
@@ -104,6 +104,8 @@ class FlatParameters:
         flat: All trainables, (n,): a stretch for each kind, those of leaf kinds at the end.
         gradient: Theirs, (n,).
         groups: By kind, in the modules' order: its stretch as a parameter, its gradient in place.
+        plain_dtypes: Of the parameters that hold a change, by name, in the plain model: here those
+            of a bfloat16 model are float32.
     """
 
     def __init__(
@@ -127,7 +129,8 @@ class FlatParameters:
         sizes = dict.fromkeys(sorted(kinds, key=lambda kind: as_leaf[kind]), 0)
         for module in modules:
             sizes[module.kind] += sum(math.prod(shape) for shape in module.shapes)
-        self.flat = torch.zeros(sum(sizes.values()), dtype=like.dtype, device=like.device)
+        dtype = value_dtype(like.dtype)
+        self.flat = torch.zeros(sum(sizes.values()), dtype=dtype, device=like.device)
         self.gradient = torch.zeros_like(self.flat)
         self._first = dict(zip(sizes, itertools.accumulate([0, *sizes.values()]), strict=False))
         self._leaves_from = min(
@@ -199,9 +202,9 @@ class FlatParameters:
         """
         if not merged:
             self._leaves.copy_(self._pretrained)
-        for parameter in self._leaf_parameters:
+        for parameter, dtype in zip(self._leaf_parameters, self.plain_dtypes.values(), strict=True):
             unpin(parameter)
-            parameter.data = parameter.data.clone()
+            parameter.data = parameter.data.to(dtype, copy=True)
 
     def _view(self, start: int, shape: Sequence[int]) -> nn.Parameter:
         stop = start + math.prod(shape)
@@ -215,6 +218,7 @@ class FlatParameters:
         self._leaves = torch.zeros_like(self.flat[self._leaves_from :])
         self._pretrained = torch.zeros_like(self._leaves)
         self._leaf_parameters: list[nn.Parameter] = []
+        self.plain_dtypes: dict[str, torch.dtype] = {}
         for module in self._modules:
             parameter = _parameter_of(module, model) if module.as_leaf else None
             if parameter is None:
@@ -224,11 +228,13 @@ class FlatParameters:
             here = slice(start, start + trainable.numel())
             module.pretrained = self._pretrained[here].view(trainable.shape)
             module.pretrained.copy_(parameter)
+            dtype = parameter.dtype
             parameter.data = self._leaves[here].view(trainable.shape).copy_(parameter)
             parameter.requires_grad_(True)
             assert trainable.grad is not None
             _pin(parameter, trainable.grad, self._reads)
             self._leaf_parameters.append(parameter)
+            self.plain_dtypes[_parameter_name(module)] = dtype
 
     def _versions(self) -> int:
         """Return a number that grows with each change in place that torch counts."""
@@ -262,3 +268,7 @@ def _parameter_of(module: PetModule, model: nn.Module) -> nn.Parameter | None:
         return model.get_parameter(module.target)
     parameter: Tensor | None = getattr(model.get_submodule(module.target), module.place, None)
     return parameter if isinstance(parameter, nn.Parameter) else None
+
+
+def _parameter_name(module: PetModule) -> str:
+    return module.target if module.place == "tensor" else f"{module.target}.{module.place}"

@@ -13,11 +13,13 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from fedpet.backbone.module_roles import Position
 from fedpet.pet.kernels.input_recompute import activation_forward, norm_forward
 from fedpet.pet.kernels.matmul import Product, torch_matmul
+from fedpet.pet.layers.mixed_precision import widened
 from fedpet.pet.layers.per_head_linear import PerHeadLinear
 from fedpet.pet.layers.sparse_grad_linear import LinearSpec, dense
 from fedpet.pet.modules.base import GatedModule, is_dense, is_transposed
@@ -40,6 +42,7 @@ class Site:
     marks: Callable[[Forward], Forward] | None = None  # for `input_recompute`
     columns: bool = False  # lays its output in columns, for an activation that takes them
     product: Product = torch_matmul
+    dtype: torch.dtype = torch.float32  # of the model's frozen weights
 
     def __post_init__(self) -> None:
         self._before: Forward | None = self.module.__dict__.get("forward")
@@ -80,11 +83,18 @@ class Site:
         mask = self.mask if self.mask is not None and self.mask.num_values else None
         acted_on = bool(mask or tensors or parallel or sequential)
         if is_dense(self.module):
-            if acted_on or self._product() is not torch_matmul:
+            if acted_on or self._is_mixed() or self._product() is not torch_matmul:
                 return self._dense(gated, mask, tensors.get("bias", []), parallel, sequential)
         elif acted_on:
             return self._other(tensors, sequential)
+        elif self._is_mixed():
+            return widened(self._plain(), self.module)
         return None
+
+    def _is_mixed(self) -> bool:
+        """Tell whether it has float32 tensors in a model of bfloat16."""
+        own = [tensor for tensor in self.module._parameters.values() if tensor is not None]
+        return any(tensor.dtype != self.dtype for tensor in own)
 
     def _product(self) -> Product:
         """Take torch's own where the whole weight is trained, as of a head: autograd sees it."""
@@ -122,7 +132,9 @@ class Site:
             if trainables or product is not torch_matmul:
                 y = dense(x, weight, bias, plan, trainables)
             else:
-                y = nn.functional.linear(x, weight.T if plan.transposed else weight, bias)
+                x = x.to(weight.dtype)  # float32 of a head, whose output stays so
+                bias = bias if bias is None else bias.to(x.dtype)
+                y = nn.functional.linear(x, plan.matrix(weight), bias)
             for effect in others:
                 y = effect.added(y, x)
             for effect in sequential:
@@ -139,7 +151,7 @@ class Site:
     ) -> Forward:
         """Return the forward of a norm or a block, with changed tensors and more after it."""
         own: dict[str, Any] = self.module._parameters
-        plain = self._plain()
+        plain = widened(self._plain(), self.module) if self._is_mixed() else self._plain()
         replaced = {name: effects for name, effects in tensors.items() if own.get(name) is not None}
         added = [e for name, effects in tensors.items() if name not in replaced for e in effects]
 
@@ -152,7 +164,7 @@ class Site:
             finally:
                 own.update(before)
             for effect in added:
-                output = output + effect.gated(None)
+                output = output + effect.gated(None).to(output.dtype)
             for effect in sequential:
                 if isinstance(output, tuple):
                     output = (output[0] + effect.gated(output[0]), *output[1:])
@@ -169,11 +181,15 @@ def build_sites(
     masks: Sequence[MaskedWeight],
     structure: Sequence[GatedModule],
     product: Product,
+    heads: Sequence[str] = (),
 ) -> list[Site]:
     """Build a site for each module that something acts on, or whose output is recomputed.
 
-    All dense ones too, where their products are not torch's.
+    All dense ones too, where their products are not torch's; and those with a parameter of
+    `heads`, the trained ones of the head, in a bfloat16 model.
     """
+    dtype = next(model.parameters()).dtype
+    owners = {name.rpartition(".")[0] for name in heads} if dtype.itemsize < 4 else ()
     by_weight = {id(mask.weight): mask for mask in masks}
     by_target: dict[str, list[GatedModule]] = {}
     for module in structure:
@@ -192,9 +208,11 @@ def build_sites(
         mask = by_weight.get(id(weight)) if multiplies else None
         marks = activation_forward if name in activations else None
         marks = norm_forward if name in norms else marks
-        site = Site(name, module, mask, by_target.get(name, []), marks, name in inner, product)
+        effects = by_target.get(name, [])
+        site = Site(name, module, mask, effects, marks, name in inner, product, dtype)
         elsewhere = multiplies and product is not torch_matmul
-        if mask is not None or site.effects or marks is not None or elsewhere:
+        in_head = name in owners
+        if mask is not None or site.effects or marks is not None or elsewhere or in_head:
             sites.append(site)
     return sites
 

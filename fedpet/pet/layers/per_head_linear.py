@@ -88,6 +88,7 @@ class _MaskedByHeads(torch.autograd.Function):
     def forward(
         ctx: Any, z: Tensor, weight: Tensor, mask: MaskedWeight, to_inputs: bool, trainable: Tensor
     ) -> Tensor:
+        weight = mask.changed(to_keep=True)
         heads = _heads(weight, z)
         ctx.save_for_backward(z, weight)
         ctx.mask, ctx.to_inputs = mask, to_inputs

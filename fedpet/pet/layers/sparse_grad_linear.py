@@ -44,6 +44,11 @@ class LinearSpec:
         of_mask = () if self.mask is None else (self.mask.trainable,)
         return [*of_mask, *(branch.trainables[0] for branch in self.branches)]
 
+    def matrix(self, weight: Tensor) -> Tensor:
+        """Return what the layer multiplies with, (out, in): `weight` with the mask's changes."""
+        changed = weight if self.mask is None else self.mask.changed()
+        return changed.t() if self.transposed else changed
+
 
 def dense(
     x: Tensor, weight: Tensor, bias: Tensor | None, plan: LinearSpec, trainables: Sequence[Tensor]
@@ -52,7 +57,8 @@ def dense(
 
     Args:
         x: (..., in).
-        weight: (out, in), or (in, out) where transposed; holds w0 + v. It gets no gradient.
+        weight: (out, in), or (in, out) where transposed; holds w0 + v, or w0 where it is shared.
+            It gets no gradient.
         bias: (out,) or None.
         plan: What acts on the layer.
         trainables: The plan's, in its order. The numbers of v are not read: the weight has them.
@@ -61,7 +67,7 @@ def dense(
         saved, source = (None, None) if plan.mask is None else save_input(x)
         gates = [branch.gate for branch in plan.branches]
         return _Dense.apply(x, weight, bias, plan, saved, source, *trainables, *gates)  # type: ignore[no-any-return, no-untyped-call]
-    matrix = weight.t() if plan.transposed else weight  # (out, in)
+    matrix, bias = plan.matrix(weight), bias if bias is None else bias.to(x.dtype)
     if plan.product is torch_matmul:
         y = nn.functional.linear(x, matrix, bias)
     else:
@@ -84,8 +90,10 @@ class _Dense(torch.autograd.Function):
         *trainables_and_gates: Tensor | None,
     ) -> Tensor:
         gates = trainables_and_gates[len(trainables_and_gates) - len(plan.branches) :]
-        matrix = weight.t() if plan.transposed else weight  # (out, in)
+        matrix = plan.matrix(weight)
         rows = x if x.dim() == 2 else x.reshape(-1, x.shape[-1])
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        bias = bias if bias is None else bias.to(x.dtype)
         inner = []  # x A^T of each branch, (tokens, r)
         if torch.is_autocast_enabled(x.device.type):
             y = nn.functional.linear(rows, matrix, bias)
@@ -96,14 +104,14 @@ class _Dense(torch.autograd.Function):
         elif plan.columns:  # in memory (out, tokens)
             y = plan.product(matrix, rows, None if bias is None else bias[:, None])
             for branch, gate in zip(plan.branches, gates, strict=True):
-                down, up = branch.factors()
+                down, up = branch.factors_as(x.dtype)
                 inner.append(rows @ down.t())
                 y.addmm_(up, _times(inner[-1], gate).t(), alpha=branch.scale)
             y = y.t()
         else:
             y = plan.product(rows, matrix, bias)
             for branch, gate in zip(plan.branches, gates, strict=True):
-                down, up = branch.factors()
+                down, up = branch.factors_as(x.dtype)
                 inner.append(rows @ down.t())
                 y.addmm_(_times(inner[-1], gate), up.t(), alpha=branch.scale)
         ctx.save_for_backward(weight, source, *inner, *gates)
@@ -120,7 +128,7 @@ class _Dense(torch.autograd.Function):
         needs_x, _, needs_bias, *_ = ctx.needs_input_grad
         if g.dim() != 2:
             g = g.reshape(-1, g.shape[-1])  # (tokens, out)
-        grad_bias = g.sum(0).to(weight.dtype) if needs_bias else None
+        grad_bias = g.sum(0, dtype=ctx.bias_dtype) if needs_bias else None
         tokens = g.shape[0]
         live = _live(g)
         if live is not None:
@@ -132,9 +140,7 @@ class _Dense(torch.autograd.Function):
             ctx.saved.release()
         grad_x = None
         if needs_x:
-            matrix = weight if weight.dtype == g.dtype else weight.to(g.dtype)
-            if not plan.transposed:
-                matrix = matrix.t()  # (in, out)
+            matrix = plan.matrix(weight).to(g.dtype).t()  # (in, out)
             if ctx.input_columns:  # in memory (in, tokens) as well
                 grad_x = plan.product(matrix, g, None).t()
             else:

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedpet.pet.modules.base import GatedModule, extend, output_width, seeded
+from fedpet.pet.modules.base import GatedModule, extend, output_width, seeded, value_dtype
 from fedpet.pet.modules.module_config import ModuleConfig, check_rank
 from fedpet.pet.modules.registry import ModuleSpec, register_module
 
@@ -81,7 +81,8 @@ class LowRankAdapter(GatedModule):
         d, m, r = width, _inner_width(width), rank
         self._shapes = ((r, d), (m, r), (m,), (r, m), (d, r), (d,))
         generator = seeded(seed, target, "lowrank-adapter")
-        self._start = [_glorot(shape, generator).to(like) for shape in self._shapes]
+        wide = value_dtype(like.dtype)
+        self._start = [_glorot(s, generator).to(like.device, wide) for s in self._shapes]
 
     @classmethod
     def build(cls, spec: ModuleSpec, module: nn.Module, seed: int) -> LowRankAdapter:
@@ -106,7 +107,9 @@ class LowRankAdapter(GatedModule):
         return _apply(x, self._tensors(), self._scale, self.gate)
 
     def merge(self, module: nn.Module) -> None:
-        module.add_module("lowrank_adapter", _MergedAdapter(self._tensors(), self._scale))
+        dtype = next(module.parameters()).dtype
+        tensors = [tensor.to(dtype) for tensor in self._tensors()]
+        module.add_module("lowrank_adapter", _MergedAdapter(tensors, self._scale))
         extend(module, "WithAdapter", _add_adapter)
 
     def _tensors(self) -> list[Tensor]:
@@ -130,12 +133,12 @@ def _apply(
 ) -> Tensor:
     down_in, down_out, down_bias, up_in, up_out, up_bias = tensors
     linear = nn.functional.linear
-    inner = linear(linear(h, down_in), down_out, down_bias)  # (..., m)
+    inner = linear(linear(h.to(down_in.dtype), down_in), down_out, down_bias)  # (..., m)
     inner = nn.functional.gelu(inner, approximate="tanh")
     inner = linear(inner, up_in)  # (..., r)
     if gate is not None:
         inner, up_bias = gate * inner, gate * up_bias
-    return linear(inner, up_out, up_bias) * scale
+    return (linear(inner, up_out, up_bias) * scale).to(h.dtype)
 
 
 def _add_adapter(block: nn.Module, output: Any) -> Any:

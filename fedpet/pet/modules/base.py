@@ -43,6 +43,7 @@ __all__ = [
     "kaiming_uniform",
     "output_width",
     "seeded",
+    "value_dtype",
 ]
 
 
@@ -159,6 +160,11 @@ class GatedModule(PetModule):
     def added(self, y: Tensor, x: Tensor) -> Tensor:
         """Compute y plus D times the gate, where D adds to an output."""
         return y + self.gated(x)
+
+
+def value_dtype(weights: torch.dtype) -> torch.dtype:
+    """Return the type of changes of weights of this type: float32, or float64 of such weights."""
+    return torch.promote_types(weights, torch.float32)
 
 
 def is_transposed(module: nn.Module) -> bool:

@@ -106,7 +106,9 @@ class BitFit(GatedModule):
     def merge(self, module: nn.Module) -> None:
         if not self._adds:
             return  # the model's bias holds it
-        bias = nn.Parameter(self.trainables[0].detach().clone(), requires_grad=False)
+        assert isinstance(module.weight, Tensor)
+        change = self.trainables[0].detach().to(module.weight.dtype, copy=True)
+        bias = nn.Parameter(change, requires_grad=False)
         module.register_parameter("bias", bias)
         if not isinstance(module, nn.Linear):
             extend(module, "WithBias", lambda norm, output: output + norm.bias)

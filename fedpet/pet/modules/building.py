@@ -22,8 +22,12 @@ from fedpet.pet.structure import Structure
 __all__ = ["build_masked_weights", "build_structure"]
 
 
-def build_masked_weights(model: nn.Module, positions: Mapping[str, Tensor]) -> MaskedWeights | None:
+def build_masked_weights(
+    model: nn.Module, positions: Mapping[str, Tensor], *, shared: bool = False
+) -> MaskedWeights | None:
     """Build the masked weights, in the order of the model; None where there are none.
+
+    Where the weights are `shared` with other processes, they are never written.
 
     Raises:
         StructureError: A name that is no weight of a dense module here, or a position outside it.
@@ -44,7 +48,9 @@ def build_masked_weights(model: nn.Module, positions: Mapping[str, Tensor]) -> M
                 "from this backbone."
             )
     weights = [
-        MaskedWeight(name, parameter, positions[name], is_transposed(owners[id(parameter)]))
+        MaskedWeight(
+            name, parameter, positions[name], is_transposed(owners[id(parameter)]), shared=shared
+        )
         for name, parameter in parameters.items()
         if name in positions and len(positions[name])
     ]

@@ -30,7 +30,14 @@ from torch import Tensor, nn
 
 from fedpet.backbone.module_roles import Position
 from fedpet.errors import ConfigError, StructureError
-from fedpet.pet.modules.base import GatedModule, dense_sizes, is_transposed, kaiming_uniform, seeded
+from fedpet.pet.modules.base import (
+    GatedModule,
+    dense_sizes,
+    is_transposed,
+    kaiming_uniform,
+    seeded,
+    value_dtype,
+)
 from fedpet.pet.modules.lora import LowRankBranch
 from fedpet.pet.modules.module_config import ModuleConfig, check_rank
 from fedpet.pet.modules.registry import DENSE, FFN, ModuleSpec, linears, register_module
@@ -110,7 +117,7 @@ class HiwiBias(GatedModule):
         if inner is None:
             inner = not bias.is_meta and bool((bias == 0).all())
         self._inner = inner
-        self._pretrained = bias.detach().clone()
+        self._pretrained = bias.detach().to(value_dtype(bias.dtype), copy=True)
         self._origin = torch.zeros_like(self._pretrained)  # the values at the last start
         self._base = self._origin  # those of them that this module sends
         self._current = self._pretrained  # what the adapter reads
@@ -192,7 +199,8 @@ class HiwiWeight(LowRankBranch):
         assert isinstance(weight, Tensor)
         rows = weight.detach() if is_transposed(module) else weight.detach().T  # (d_in, d_out)
         down = kaiming_uniform((d_out, rank), d_out, seeded(seed, target, "hiwi-weight"))
-        constant = torch.relu(rows @ down.to(weight))  # C, (d_in, r)
+        wide = value_dtype(weight.dtype)
+        constant = torch.relu(rows.to(wide) @ down.to(weight.device, wide))  # C, (d_in, r)
         super().__init__("hiwi-weight", target, constant.T.contiguous(), d_out, scale)
 
     @classmethod

@@ -22,7 +22,14 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.errors import ConfigError
-from fedpet.pet.modules.base import GatedModule, dense_sizes, is_transposed, kaiming_uniform, seeded
+from fedpet.pet.modules.base import (
+    GatedModule,
+    dense_sizes,
+    is_transposed,
+    kaiming_uniform,
+    seeded,
+    value_dtype,
+)
 from fedpet.pet.modules.module_config import ModuleConfig, check_rank
 from fedpet.pet.modules.registry import ALL_LINEAR, DENSE, ModuleSpec, linears, register_module
 
@@ -50,15 +57,20 @@ class LowRankBranch(GatedModule):
         """Return A (r, d_in) and B (d_out, r)."""
         return self._down, self.trainables[0]
 
+    def factors_as(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """Return both, rounded to the type of the numbers that they meet."""
+        down, up = self.factors()
+        return (down, up) if up.dtype == dtype else (down.to(dtype), up.to(dtype))
+
     def effect(self, x: Tensor | None) -> Tensor:
         assert x is not None
-        down, up = self.factors()
+        down, up = self.factors_as(x.dtype)
         linear = nn.functional.linear
         return linear(linear(x, down) * self.scale, up)
 
     def added(self, y: Tensor, x: Tensor) -> Tensor:
         """Compute y + gate * scale * (x A^T) B^T; the gate meets r numbers a token."""
-        down, up = self.factors()
+        down, up = self.factors_as(x.dtype)
         inner = self.scaled(nn.functional.linear(x, down))
         rows = inner.reshape(-1, inner.shape[-1])
         return torch.addmm(y.reshape(-1, y.shape[-1]), rows, up.t()).view(y.shape)
@@ -79,9 +91,7 @@ class LowRankBranch(GatedModule):
             grad_x: Of the input, (tokens, d_in); this branch's share is added to it.
             gate: Scalar, or None without one.
         """
-        down, up = self.factors()
-        if g.dtype != up.dtype:
-            down, up = down.to(g.dtype), up.to(g.dtype)
+        down, up = self.factors_as(g.dtype)
         of_inner = None if grad_x is None and gate is None else g @ up  # (tokens, r)
         of_gate = None
         if gate is not None:
@@ -209,4 +219,5 @@ def _seeded_down(target: str, module: nn.Module, rank: int, seed: int) -> Tensor
     weight = module.weight
     assert isinstance(weight, Tensor)
     generator = seeded(seed, target, "lora")
-    return kaiming_uniform((rank, d_in), d_in, generator, a=math.sqrt(5)).to(weight)
+    down = kaiming_uniform((rank, d_in), d_in, generator, a=math.sqrt(5))
+    return down.to(weight.device, value_dtype(weight.dtype))

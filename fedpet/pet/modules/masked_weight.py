@@ -8,6 +8,9 @@ the weight's gradient at the positions only, a sampled product of the output gra
 input; a gradient of the weight's shape never exists. After the optimiser's step the entries are
 written as w0 + v from the saved w0: nothing drifts, and no other entry is ever written.
 
+Weights that processes share hold w0 and are never written: a pass copies the weight of one layer,
+writes w0 + v into the copy and multiplies; the next layer's copy takes its place.
+
 Source: PaFi (Liao, Meng and Monz, ACL 2023, arXiv:2305.16742): the entries; the compact vector
 and the sampled product are ours.
 """
@@ -39,6 +42,10 @@ class MaskedWeights(PetModule):
     def __init__(self, weights: Sequence[MaskedWeight]) -> None:
         super().__init__("mask", "")
         self.weights = tuple(weights)
+        self._shared = any(part.shared for part in weights)
+        room = _Room()
+        for part in weights:
+            part.room = room
         self._flat_weights = [part.weight.detach().view(-1) for part in weights]
         self._tiers: dict[tuple[int, ...], ConcatenatedIndex] = {}
         self._whole = self._take(ConcatenatedIndex.of([part.entries for part in weights]))
@@ -99,22 +106,33 @@ class MaskedWeights(PetModule):
         return [(places, own) for (_, places), own in zip(self._places(), split, strict=True)]
 
     def write_weights(self) -> None:
-        """Write w0 + v into the weights, under no_grad."""
-        self._put(self._entries.start + self._changes)
+        """Write w0 + v into the weights, under no_grad, unless they are shared."""
+        if not self._shared:
+            self._put(self._entries.start + self._changes)
 
     def is_written(self) -> bool:
-        """Tell whether the weights are w0 + v."""
+        """Tell whether the weights are w0 + v, where they are to be."""
+        if self._shared:
+            return True
         changed = self._entries.start + self._changes
-        return torch.equal(changed, torch.cat([w[p] for w, p in self._places()]))
+        now = torch.cat([w[p] for w, p in self._places()])
+        return torch.equal(changed.to(now.dtype), now)
 
     def restore(self) -> None:
         """Write w0 back."""
-        self._put(self._entries.start)
+        if not self._shared:
+            self._put(self._entries.start)
+
+    def merge_into(self, model: nn.Module) -> None:
+        """Write w0 + v into the weights of a plain model, under no_grad, that had w0 alone."""
+        if self._shared:
+            for part in self.weights:
+                part.put(model.get_parameter(part.name).view(-1))
 
     def _put(self, entries: Tensor) -> None:
         changed = torch.split(entries, self._sizes)
         for (weight, places), numbers in zip(self._places(), changed, strict=True):
-            weight.index_copy_(0, places, numbers)
+            weight.index_copy_(0, places, numbers.to(weight.dtype))
 
     def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield each weight, flat, and the positions of its entries, int64."""
@@ -125,18 +143,46 @@ class MaskedWeights(PetModule):
         """Do nothing: the weights have the changes already."""
 
 
+class _Room:
+    """Memory for the copy of one weight at a time."""
+
+    def __init__(self) -> None:
+        self._flat: Tensor | None = None
+
+    def copy(self, weight: Tensor) -> Tensor:
+        """Copy a weight to a place as far from a multiple of 64 bytes: products round by that."""
+        size, flat = weight.element_size(), self._flat
+        wanted = weight.numel() + 64 // size
+        if flat is None or len(flat) < wanted or flat.dtype != weight.dtype:
+            flat = self._flat = weight.new_empty(wanted)
+        first = (weight.data_ptr() - flat.data_ptr()) % 64 // size
+        return flat[first : first + weight.numel()].view(weight.shape).copy_(weight)
+
+
 class MaskedWeight:
     """One weight of the mask: its entries, and their gradient."""
 
-    def __init__(self, name: str, weight: Tensor, positions: Tensor, transposed: bool) -> None:
+    def __init__(
+        self,
+        name: str,
+        weight: Tensor,
+        positions: Tensor,
+        transposed: bool,
+        *,
+        shared: bool = False,
+    ) -> None:
         """Prepare one weight.
 
         Args:
             name: Of the parameter.
             weight: (out, in), or (in, out) where `transposed`. Written in place from now on.
             positions: int64, (k,), flat, in the order of rank.
+            transposed: The layer is a Conv1D.
+            shared: Never write into the weight.
         """
         self.name = name
+        self.shared = shared
+        self.room = _Room()
         self.transposed = transposed
         self.weight = weight
         self.entries = SparseIndex.of(weight, positions.to(weight.device))
@@ -146,6 +192,22 @@ class MaskedWeight:
     @property
     def num_values(self) -> int:
         return len(self.entries.flat)
+
+    def changed(self, *, to_keep: bool = False) -> Tensor:
+        """Return w0 + v: the weight itself, or a copy where the weight is shared.
+
+        Such a copy is valid until the next weight is asked for, unless it is `to_keep`.
+        """
+        if not self.shared:
+            return self.weight
+        copied = (_Room() if to_keep else self.room).copy(self.weight.detach())
+        self.put(copied.view(-1))
+        return copied
+
+    def put(self, flat: Tensor) -> None:
+        """Write w0 + v at the positions of a flat weight, under no_grad."""
+        changed = self.entries.start + self.trainable.detach()
+        flat.index_copy_(0, self.entries.flat.to(torch.int64), changed.to(flat.dtype))
 
     def bind(self, trainable: Tensor) -> None:
         """Take this weight's changes, (k,), ascending by position."""
@@ -170,7 +232,7 @@ class MaskedWeight:
             g: Gradient of its output, (tokens, out).
             live: The tokens that `g` is given for; None where it is given for all.
         """
-        dtype = self.weight.dtype
+        dtype = self.entries.start.dtype
         if g.dtype != dtype:
             g = g.to(dtype)
         if self.entries.blocks is not None:
