@@ -20,7 +20,7 @@ from fedpet.client.model_cache import LoadedPlan, ModelCache
 from fedpet.client.node_config import NodeConfig
 from fedpet.client.plan_store import PlanStore
 from fedpet.client.state_store import StateStore, state_folder
-from fedpet.client.train_client import Outcome, train_client, train_together
+from fedpet.client.train_client import Outcome, passes_of_all, train_client, train_together
 from fedpet.errors import FedpetError, FrameError
 from fedpet.pet.tiers import largest_tier
 from fedpet.protocol.frame import (
@@ -57,9 +57,8 @@ class Node:
         self.plans = PlanStore(config.cache)
         self.models = ModelCache(config, self.plans)
         self._state: StateStore | None = None
-        self._values: tuple[tuple[HeldValues, int], list[TierValues]] | None = (
-            None  # of the last request
-        )
+        # Of the last request, by their name and the run's.
+        self._values: tuple[tuple[HeldValues, int], list[TierValues]] | None = None
 
     def answer(self, payload: bytes) -> bytes:
         """Train the clients that a request names.
@@ -109,12 +108,13 @@ class Node:
         accepted = request.accepted or (0,) * len(request.clients)
         given = [starts[tier] for tier in which]
         ahead = _train_ahead(loaded, list(zip(request.clients, given, strict=True)), server_round)
-        return b"".join(
-            self._train(loaded, start, client, server_round, last, state, outcome)
-            for client, start, last, outcome in zip(
-                request.clients, given, accepted, ahead, strict=True
+        with passes_of_all(loaded):
+            return b"".join(
+                self._train(loaded, start, client, server_round, last, state, outcome)
+                for client, start, last, outcome in zip(
+                    request.clients, given, accepted, ahead, strict=True
+                )
             )
-        )
 
     def _register(self, plan: bytes) -> bytes:
         """List the node's clients and their rows, read and tokenised as the plan asks."""

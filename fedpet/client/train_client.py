@@ -8,7 +8,8 @@ from __future__ import annotations
 import functools
 import itertools
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import torch
@@ -19,14 +20,15 @@ from fedpet.codec import encode_with_feedback
 from fedpet.errors import TrainingError
 from fedpet.pet.layers.client_forward import NotStackableError
 from fedpet.pet.layout import head_groups, quantisation_groups
+from fedpet.pet.model import PetModel
 from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame
 from fedpet.search import SearchModel, client_config
 from fedpet.training.at_once import ClientWork, TrainedClient, train_at_once
-from fedpet.training.loop import TrainResult, train_rows
+from fedpet.training.loop import TrainResult, train_rows, training_passes
 from fedpet.utils.seeds import derive_seed
 
-__all__ = ["Outcome", "train_client", "train_together"]
+__all__ = ["Outcome", "passes_of_all", "train_client", "train_together"]
 
 LOG = logging.getLogger("fedpet")
 Outcome = TrainedClient | TrainingError
@@ -90,6 +92,17 @@ def train_client(
         payload=payload,
     )
     return frame, residual
+
+
+@contextmanager
+def passes_of_all(loaded: LoadedPlan) -> Iterator[None]:
+    """Set the model up once for all clients that are trained one by one within the context."""
+    pet, training = loaded.pet, loaded.plan.training
+    with ExitStack() as stack:
+        if isinstance(pet, PetModel) and len(pet.tiers) == training.clients_at_once == 1:
+            with suppress(Exception):  # of each client alone: it is refused for it
+                stack.enter_context(training_passes(pet.model, loaded.data.train, training))
+        yield
 
 
 def train_together(

@@ -222,7 +222,8 @@ class Requests:
         if given and held:
             among = given.tiers
         else:
-            later = () if given else self._schedule.clients_of(node)
+            alike = given or len(self._tiers.tiers) == 1
+            later = () if alike else self._schedule.clients_of(node)
             among = sorted({*tiers, *map(self._tiers.index, later)})
             known = self.holders.reference_of_node
             sent = [self._downlink.to(tier, known(node, tier)) for tier in among]

@@ -69,9 +69,11 @@ class Schedule:
         if population.homes or len(names) <= most * len(nodes):
             cohorts = population.cohorts(names, nodes)
             self._waiting = {node: deque(cohort) for node, cohort in cohorts.items()}
+            self._unasked = {name for cohort in cohorts.values() for name in cohort}
         else:
             common = deque(names)
             self._waiting = {node: common for node in sorted(nodes)}
+            self._unasked = {*names}
             self._rows = {name: population.num_rows[name] for name in names}
         self._rows_left = sum(self._rows.values())
         self.nodes = list(self._waiting)
@@ -92,8 +94,9 @@ class Schedule:
             chunk.append(waiting.popleft())
             rows += self._rows.get(chunk[-1], 0)
         self._rows_left -= rows
+        self._unasked.difference_update(chunk)
         return chunk
 
     def __contains__(self, name: str) -> bool:
         """Tell if a client's turn has not come."""
-        return any(name in waiting for waiting in self._waiting.values())
+        return name in self._unasked

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -29,7 +30,7 @@ from fedpet.utils.seeds import derive_seed
 if TYPE_CHECKING:
     from fedpet.data import Rows, Task
 
-__all__ = ["SentValues", "TrainResult", "no_number", "train_rows"]
+__all__ = ["SentValues", "TrainResult", "no_number", "train_rows", "training_passes"]
 
 # Leaves whose numbers are sent as they are, and functions that give the values that are not.
 SentValues = tuple[Sequence[Tensor], Sequence[Callable[[], Tensor]]]
@@ -107,12 +108,8 @@ def train_rows(
         torch.manual_seed(derive_seed("dropout", seed))
     device = device_of(model)
     loss_of = client_loss(rows.labels[indices], task, config.logit_adjustment, device, config.loss)
-    if model.training != config.dropout:  # walking the tree of modules costs as much as a step
-        model.train(config.dropout)
-    if config.gradient_checkpointing:
-        checkpoint_blocks(model)
     total_loss, seen = 0.0, 0
-    with lean_passes(model, rows, cls_only=config.cls_only, padding_free=config.padding_free):
+    with training_passes(model, rows, config):
         for chosen in client_batches(indices, rows.lengths, config, seed):
             inputs, labels = inputs_of(rows, chosen, device)
             loss = loss_of(model(**inputs), labels)
@@ -130,6 +127,17 @@ def train_rows(
             if not math.isfinite(total_loss):
                 raise no_number(float(loss.detach()), seen)
     return TrainResult(len(indices), total_loss / max(seen, 1), time.perf_counter() - started)
+
+
+@contextmanager
+def training_passes(model: nn.Module, rows: Rows, config: TrainingConfig) -> Iterator[None]:
+    """Set a model up for training steps within the context; `train_rows` inside finds it so."""
+    if model.training != config.dropout:  # walking the tree of modules costs as much as a step
+        model.train(config.dropout)
+    if config.gradient_checkpointing:
+        checkpoint_blocks(model)
+    with lean_passes(model, rows, cls_only=config.cls_only, padding_free=config.padding_free):
+        yield
 
 
 def no_number(loss: float, seen: int) -> TrainingError:
