@@ -29,6 +29,7 @@ __all__ = [
     "RESTARTS",
     "InflatableObject",
     "become_local_task",
+    "is_actor_alive",
     "load_optimizer_state",
     "make_message",
     "make_reply",
@@ -37,7 +38,7 @@ __all__ = [
     "set_message_id",
     "set_sender",
     "without_collections",
-    "workers_end_with_ray",
+    "worker_pool",
 ]
 
 # CHUNK_BYTES: Flower splits arrays at this size, and each chunk has a header of its own to count.
@@ -169,18 +170,36 @@ def without_collections() -> Iterator[None]:
 
 
 @contextmanager
-def workers_end_with_ray() -> Iterator[None]:
-    """Leave it to Ray's own end to end the workers.
+def worker_pool(workers: int) -> Iterator[None]:
+    """Put `WorkerPool` in the place of Flower's pool, for so many workers.
 
-    Flower asks each to end itself just before, and Ray, which is told to restart workers, would
-    say that this has failed and is tried again.
+    Flower waits for at most 32 of them at a time, and for fewer on a machine of few cores: for all.
     """
-    from flwr.simulation.ray_transport.ray_actor import BasicActorPool
+    from concurrent.futures import ThreadPoolExecutor
+    from functools import partial
 
-    name = "terminate_all_actors"
-    kept = getattr(BasicActorPool, name)
-    setattr(BasicActorPool, name, lambda pool: None)
+    from flwr.server.superlink.fleet.vce import vce_api
+    from flwr.server.superlink.fleet.vce.backend import raybackend
+
+    from fedpet.run.worker_pool import WorkerPool
+
+    ours = (
+        (raybackend, "BasicActorPool", partial(WorkerPool, workers=workers)),
+        (vce_api, "ThreadPoolExecutor", partial(ThreadPoolExecutor, max_workers=workers)),
+    )
+    kept = [(module, name, getattr(module, name)) for module, name, _ in ours]
+    for module, name, value in ours:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(BasicActorPool, name, kept)
+        for module, name, value in kept:
+            setattr(module, name, value)
+
+
+def is_actor_alive(actor: Any) -> bool:
+    """Tell from Ray's books whether a worker runs: its public way needs the dashboard."""
+    from ray._private.state import actors
+
+    known: Mapping[str, Any] = actors(actor._actor_id.hex())
+    return known.get("State") == "ALIVE"

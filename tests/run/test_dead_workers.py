@@ -74,7 +74,7 @@ def test_a_run_whose_workers_are_all_killed_ends_with_the_bytes_of_an_undisturbe
     out = new_run_folder(disturbed)
     result = run_on_ray(
         disturbed,
-        killed_once(NodeConfig.from_experiment(disturbed), tmp_path),
+        lambda: killed_once(NodeConfig.from_experiment(disturbed), tmp_path),
         lambda grid: federate(grid, prepared, out, listener),
     )
     assert listener.killed == 2
@@ -101,7 +101,7 @@ def test_a_cohort_that_kills_its_worker_each_time_is_refused_and_the_next_round_
             os.kill(os.getpid(), signal.SIGKILL)
         return reply(message, settings)
 
-    result = run_on_ray(settled, app, lambda grid: federate(grid, prepared, out, Silent()))
+    result = run_on_ray(settled, lambda: app, lambda grid: federate(grid, prepared, out, Silent()))
     assert len(list(tmp_path.glob("died-*"))) == tries
     assert [refused["round"] for refused in result["refused"]] == [1, 1]
     assert all("its worker died" in refused["reason"] for refused in result["refused"])
