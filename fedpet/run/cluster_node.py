@@ -9,13 +9,15 @@ $FEDPET_CACHE as `ray start` had it, else ~/.cache/fedpet there; run.cache stand
 
 from __future__ import annotations
 
+import atexit
 import fcntl
 import functools
 import hashlib
 import os
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ from fedpet.data import FederatedData
 from fedpet.data.collator import COLLATORS
 from fedpet.data.content_folder import store_folder
 from fedpet.data.rows import no_rows
-from fedpet.errors import ConfigError, RunError
+from fedpet.errors import ConfigError, FedpetError, RunError
 from fedpet.utils.paths import absolute
 from fedpet.utils.source_digest import check_source_digest, code_digest
 
@@ -83,15 +85,17 @@ class ClusterNode:
         rows: Reference of the tokenised rows in Ray's object store.
         collator: Name of the user's own, or "".
         code: Digest of the run's fedpet.
+        shared: A file of the cache that every machine must see; None where each may have its own.
     """
 
     settings: NodeConfig
     has_cache: bool
     files: tuple[File, ...]
-    reader: Any
+    reader: Any = field(compare=False)
     rows: Any
     collator: str
     code: str
+    shared: Path | None
 
     @classmethod
     def of(cls, experiment: Experiment, data: FederatedData) -> ClusterNode:
@@ -118,17 +122,62 @@ class ClusterNode:
             ),
             collator=experiment.data.collator,
             code=code_digest(),
+            shared=_marker(settings.cache) if experiment.codec.error_feedback else None,
         )
+
+    def check_machines(self) -> None:
+        """Complete the configuration once on each machine that can have a worker.
+
+        Raises:
+            ConfigError: A machine cannot run the experiment; the message names it.
+        """
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        check = ray.remote(num_cpus=0, max_retries=0)(_complaint)
+        asked = {}
+        for machine in ray.nodes():  # type: ignore[no-untyped-call]
+            if machine["Alive"] and machine["Resources"].get("CPU", 0) >= 1:
+                there = NodeAffinitySchedulingStrategy(machine["NodeID"], soft=False)
+                answer = check.options(scheduling_strategy=there).remote(self)
+                asked[answer] = f"{machine['NodeManagerHostname']} ({machine['NodeName']})"
+        for answer, name in asked.items():
+            try:
+                complaint = ray.get(answer)
+            except ray.exceptions.NodeDiedError:
+                continue  # the others go on without it
+            except ray.exceptions.RayError as error:
+                complaint = " ".join(str(error).split())[-300:]
+            if complaint:
+                raise ConfigError(f"the machine {name} of the cluster: {complaint}")
 
     def here(self) -> NodeConfig:
         """Return the configuration of a node in this worker.
 
         Raises:
-            ConfigError: This machine has another fedpet.
+            ConfigError: This machine has another fedpet, or a cache of its own where it may not.
             RunError: The checkpoint's files changed since the run began.
             DataError: The cache here cannot be written.
         """
         return _complete(self)
+
+
+def _complaint(node: ClusterNode) -> str:
+    """Return what is wrong with this machine, or ""."""
+    try:
+        node.here()
+    except FedpetError as error:
+        return str(error)
+    return ""
+
+
+def _marker(cache: Path) -> Path:
+    """Leave an empty file in the cache, which tells it from others."""
+    cache.mkdir(parents=True, exist_ok=True)
+    marker = cache / f".cluster-{uuid.uuid4().hex}"
+    marker.touch()
+    atexit.register(marker.unlink, missing_ok=True)
+    return marker
 
 
 @functools.lru_cache(maxsize=1)
@@ -136,13 +185,16 @@ def _complete(node: ClusterNode) -> NodeConfig:
     try:
         check_source_digest(node.code)
     except ConfigError:
-        raise ConfigError(
-            f"the machine {os.uname().nodename!r} of the cluster has another fedpet than the run: "
-            "install the same one there."
-        ) from None
+        raise ConfigError("it has another fedpet than the run: install the same one.") from None
     cache = node.settings.cache
     if not node.has_cache:
         cache = absolute(os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet")
+    if node.shared is not None and not (cache / node.shared.name).exists():
+        raise ConfigError(
+            f"its cache {str(cache)!r} is its own, and codec.error-feedback keeps what a client "
+            "lost of an update there, for whichever machine trains it next: name a folder that all "
+            "machines share by run.cache, or leave codec.error-feedback out."
+        )
     folder = Path(node.settings.backbone.model)
     if not all(file.is_at(folder / file.name) for file in node.files):
         folder = _fetch(node, cache / "checkpoints")

@@ -266,7 +266,9 @@ def _client_app(prepared: Prepared | PreparedSearch) -> ClientApp:
 
 def _settings(prepared: Prepared | PreparedSearch) -> Callable[[], NodeConfig]:
     if cluster_address() is not None:
-        return ClusterNode.of(prepared.experiment, prepared.data).here
+        node = ClusterNode.of(prepared.experiment, prepared.data)
+        node.check_machines()
+        return node.here
     settings = NodeConfig.from_experiment(prepared.experiment)
     return lambda: settings
 
