@@ -10,7 +10,8 @@ import time
 from pathlib import Path
 
 import psutil
-from conftest import free_ports
+
+from benchmarks.real_nodes import free_ports
 
 RAY = str(Path(sys.executable).parent / "ray")
 
@@ -59,6 +60,7 @@ class LoopbackCluster:
             "HOME": str(self.home(name)),
             "FEDPET_CACHE": str(self.cache(name)),
             "RAY_raylet_start_wait_time_s": "60",
+            "PYTHONUNBUFFERED": "1",
         }
         common = ["--node-ip-address=127.0.0.1", f"--num-cpus={cpus}", "--num-gpus=0", "--block"]
         common += ["--object-store-memory=100000000", "--disable-usage-stats"]
