@@ -33,12 +33,12 @@ __all__ = [
     "load_optimizer_state",
     "make_message",
     "make_reply",
+    "mixed_into_pool",
     "optimizer_state",
     "quiet_flower",
     "set_message_id",
     "set_sender",
     "without_collections",
-    "worker_pool",
 ]
 
 # CHUNK_BYTES: Flower splits arrays at this size, and each chunk has a header of its own to count.
@@ -170,21 +170,21 @@ def without_collections() -> Iterator[None]:
 
 
 @contextmanager
-def worker_pool(workers: int) -> Iterator[None]:
-    """Put `WorkerPool` in the place of Flower's pool, for so many workers.
+def mixed_into_pool(mixin: type, workers: int) -> Iterator[None]:
+    """Put a class in front of Flower's pool of workers, and wait for all workers at once.
 
-    Flower waits for at most 32 of them at a time, and for fewer on a machine of few cores: for all.
+    Flower waits for at most 32 of them, and for fewer on a machine of few cores.
     """
     from concurrent.futures import ThreadPoolExecutor
     from functools import partial
 
     from flwr.server.superlink.fleet.vce import vce_api
     from flwr.server.superlink.fleet.vce.backend import raybackend
+    from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
-    from fedpet.run.worker_pool import WorkerPool
-
+    pool = type(mixin.__name__, (mixin, BasicActorPool), {})
     ours = (
-        (raybackend, "BasicActorPool", partial(WorkerPool, workers=workers)),
+        (raybackend, "BasicActorPool", partial(pool, workers=workers)),
         (vce_api, "ThreadPoolExecutor", partial(ThreadPoolExecutor, max_workers=workers)),
     )
     kept = [(module, name, getattr(module, name)) for module, name, _ in ours]

@@ -31,7 +31,7 @@ from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
-from fedpet.protocol.flower_compat import RESTARTS, quiet_flower, worker_pool
+from fedpet.protocol.flower_compat import RESTARTS, mixed_into_pool, quiet_flower
 from fedpet.protocol.ledger import SEARCH, Ledger
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import locked_output, state_file, write_file
@@ -287,6 +287,8 @@ def run_on_ray(
     """
     from flwr.simulation import run_simulation
 
+    from fedpet.run.worker_pool import WorkerPool  # imports Ray
+
     server_app = ServerApp()
     results: list[Result] = []
 
@@ -296,7 +298,8 @@ def run_on_ray(
 
     threads = experiment.training.threads
     workers = experiment.run.workers
-    with ray_runtime(num_cpus=workers * threads) as gpus, quiet_flower(), worker_pool(workers):
+    runtime = ray_runtime(num_cpus=workers * threads)
+    with runtime as gpus, quiet_flower(), mixed_into_pool(WorkerPool, workers):
         share = gpu_share(gpus, workers) if experiment.run.device == "cuda" else 0.0
         run_simulation(
             server_app,

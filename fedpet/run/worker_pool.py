@@ -18,7 +18,6 @@ from typing import Any
 
 import ray
 from flwr.app import Context, Message
-from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
 from fedpet.errors import RunError
 from fedpet.protocol.flower_compat import is_actor_alive
@@ -41,13 +40,18 @@ class Errand:
     job: Job
 
 
-class WorkerPool(BasicActorPool):
+class WorkerPool:
     """Hand messages to workers, and on to others where a worker is lost with its machine.
+
+    Stands in front of Flower's pool, which starts the workers (`flower_compat.mixed_into_pool`).
 
     Args:
         workers: The most workers to start; a cluster may have room for more.
         options: Of Flower's pool.
     """
+
+    pool: list[Any]  # workers without a message
+    actors_capacity: int
 
     def __init__(self, *, workers: int, **options: Any) -> None:
         super().__init__(**options)

@@ -45,6 +45,13 @@ class PlayedRay:
     def cancel(self, answer: Any) -> None: ...
 
 
+class FlowersPool:
+    """What Flower's pool has, with room for eight."""
+
+    def __init__(self, actors: list[Worker]) -> None:
+        self.pool, self.actors_capacity = [*actors], 8
+
+
 @pytest.fixture
 def workers(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
     return [Worker("first"), Worker("last")]
@@ -56,14 +63,7 @@ def pool(workers: list[Worker], monkeypatch: pytest.MonkeyPatch) -> WorkerPool:
     monkeypatch.setattr(worker_pool, "is_actor_alive", lambda worker: worker.is_alive)
     for name, seconds in (("LOOK", 0.02), ("HOMELESS", 0.05), ("NO_WORKER", 0.3)):
         monkeypatch.setattr(worker_pool, f"{name}_SECONDS", seconds)
-    monkeypatch.setattr(
-        worker_pool.BasicActorPool,
-        "__init__",
-        lambda pool, **_: vars(pool).update(pool=[], actors_capacity=8),
-    )
-    made = WorkerPool(workers=2)
-    made.pool.extend(workers)  # type: ignore[arg-type]
-    return made
+    return type("Pool", (WorkerPool, FlowersPool), {})(workers=2, actors=workers)
 
 
 def send(pool: WorkerPool, message: str) -> Any:
@@ -121,10 +121,10 @@ def test_where_no_machine_is_left_the_message_is_refused_and_says_so(
 
 def test_flower_waits_for_every_worker_at_once() -> None:
     vce_api = pytest.importorskip("flwr.server.superlink.fleet.vce.vce_api")
-    from fedpet.protocol.flower_compat import worker_pool as put_in_place
+    from fedpet.protocol.flower_compat import mixed_into_pool
 
     flowers = vce_api.ThreadPoolExecutor
-    with put_in_place(100), vce_api.ThreadPoolExecutor() as executor:
+    with mixed_into_pool(WorkerPool, 100), vce_api.ThreadPoolExecutor() as executor:
         together = threading.Barrier(100)
         waits = [executor.submit(together.wait, 20) for _ in range(100)]
         assert {wait.result() for wait in waits} == {*range(100)}
