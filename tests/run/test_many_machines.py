@@ -28,6 +28,9 @@ from fedpet.errors import ConfigError
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run import ray_engine, worker_pool
 from fedpet.run.cluster_node import ClusterNode
+from fedpet.run.federate import federate, prepare
+from fedpet.run.local_grid import LocalGrid
+from fedpet.run.run_folder import new_run_folder
 
 pytestmark = [pytest.mark.simulation, pytest.mark.slow, pytest.mark.timeout(400)]
 
@@ -89,12 +92,14 @@ def test_machines_without_a_common_folder_give_the_bytes_of_one_process(
         assert not list(cluster.home(name).glob(".cache/fedpet"))
 
 
-def test_a_run_on_a_cluster_is_gone_on_with_to_the_same_bytes(
+def test_a_run_that_was_cut_short_in_one_process_goes_on_on_a_cluster_to_the_same_bytes(
     alone: Callable[..., Experiment],
 ) -> None:
     expected, cut = run(alone()), alone()
+    grid = LocalGrid.of(NodeConfig.from_experiment(cut), 1)
     with pytest.raises(KeyboardInterrupt):
-        ray_engine.simulate(cut, StopsAfterTheFirstRound())
+        stops = StopsAfterTheFirstRound()
+        federate(grid, prepare(cut, stops), new_run_folder(cut), stops)
     found, _ = ray_engine.resume(Path(cut.run.out), Silent())
     assert found["final_values_sha256"] == expected["final_values_sha256"]
 
@@ -134,16 +139,18 @@ def app_that_ends_its_machine(
     settings: Callable[[], NodeConfig], cache: str, marker: Path
 ) -> ClientApp:
     """Workers of one machine kill it in the second message, trained and not answered."""
-    app, seen = ClientApp(), [0]
+    app = ClientApp()
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         answer = reply(message, settings())
-        seen[0] += 1
-        if seen[0] == 2 and os.environ["FEDPET_CACHE"] == cache:
-            marker.touch()
-            os.kill(os.getppid(), signal.SIGKILL)  # the raylet's
-            os.kill(os.getpid(), signal.SIGKILL)
+        if os.environ["FEDPET_CACHE"] == cache and not marker.exists():
+            try:
+                marker.with_name("trained once").touch(exist_ok=False)
+            except FileExistsError:
+                marker.touch()
+                os.kill(os.getppid(), signal.SIGKILL)  # the raylet's
+                os.kill(os.getpid(), signal.SIGKILL)
         return answer
 
     return app
