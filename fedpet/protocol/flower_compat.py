@@ -7,6 +7,7 @@ later version has moved a part.
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -36,6 +37,7 @@ __all__ = [
     "mixed_into_pool",
     "optimizer_state",
     "quiet_flower",
+    "ray_on_loopback",
     "set_message_id",
     "set_sender",
     "without_collections",
@@ -203,3 +205,25 @@ def is_actor_alive(actor: Any) -> bool:
 
     known: Mapping[str, Any] = actors(actor._actor_id.hex())
     return known.get("State") == "ALIVE"
+
+
+@contextmanager
+def ray_on_loopback() -> Iterator[None]:
+    """Let a Ray that is started inside listen on 127.0.0.1 alone.
+
+    It does so by itself where it is made for no cluster, as on macOS, and replaces that address by
+    the machine's own elsewhere, even one that it is given.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    inherited = os.environ.get(name)
+    os.environ[name] = "0"  # of the processes that it starts
+    vars(ray_constants)["ENABLE_RAY_CLUSTER"] = False
+    try:
+        yield
+    finally:
+        vars(ray_constants)["ENABLE_RAY_CLUSTER"] = before
+        os.environ.pop(name)
+        if inherited is not None:
+            os.environ[name] = inherited

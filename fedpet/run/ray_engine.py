@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -31,7 +31,7 @@ from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
-from fedpet.protocol.flower_compat import RESTARTS, mixed_into_pool, quiet_flower
+from fedpet.protocol.flower_compat import RESTARTS, mixed_into_pool, quiet_flower, ray_on_loopback
 from fedpet.protocol.ledger import SEARCH, Ledger
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import locked_output, state_file, write_file
@@ -349,19 +349,20 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
         "runtime_env": {"env_vars": environment},
     }
     folder = None
+    place: AbstractContextManager[None] = ray_on_loopback()
     if address := cluster_address():
-        options["address"] = address
+        options["address"], place = address, nullcontext()
     else:
         if cache := os.environ.get("FEDPET_CACHE"):  # else each machine's own
             environment["FEDPET_CACHE"] = cache
         folder = tempfile.mkdtemp(prefix=PREFIX, dir=ray_folder())
         # "local" stands above what RAY_ADDRESS says: nothing, or the same.
         options |= {"address": "local", "num_cpus": num_cpus, "_temp_dir": folder}
-        options["_node_ip_address"] = "127.0.0.1"  # nobody else is to reach it
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            ray.init(**options)
+            with place:
+                ray.init(**options)
         except SystemExit:  # so Ray takes a SIGTERM while it starts
             raise Terminated from None
         except Exception as error:  # Ray raises its own kinds, and plain ones

@@ -97,9 +97,9 @@ def test_a_run_that_was_cut_short_in_one_process_goes_on_on_a_cluster_to_the_sam
 ) -> None:
     expected, cut = run(alone()), alone()
     grid = LocalGrid.of(NodeConfig.from_experiment(cut), 1)
+    prepared, out, stops = prepare(cut, Silent()), new_run_folder(cut), StopsAfterTheFirstRound()
     with pytest.raises(KeyboardInterrupt):
-        stops = StopsAfterTheFirstRound()
-        federate(grid, prepare(cut, stops), new_run_folder(cut), stops)
+        federate(grid, prepared, out, stops)
     found, _ = ray_engine.resume(Path(cut.run.out), Silent())
     assert found["final_values_sha256"] == expected["final_values_sha256"]
 
