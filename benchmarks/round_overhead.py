@@ -169,7 +169,7 @@ def measure(clients: int, rounds: int, codec: Sequence[str]) -> dict[str, Any]:
         prepared, out = prepare(experiment, costs), new_run_folder(experiment)
         result = run_on_ray(
             experiment,
-            _client_app(experiment),
+            lambda: _client_app(experiment),
             lambda grid: federate(grid, prepared, out, costs),
         )
         last = json.loads((out.path / "rounds.jsonl").read_text().splitlines()[-1])

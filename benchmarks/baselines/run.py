@@ -95,7 +95,9 @@ def run_baseline(
 
     callback.on_stage(f"starting Ray with {experiment.run.workers} workers")
     result = run_on_ray(
-        experiment, client_app, lambda grid: federate_baseline(grid, prepared, out, callback)
+        experiment,
+        lambda: client_app,
+        lambda grid: federate_baseline(grid, prepared, out, callback),
     )
     return result, out
 

@@ -83,6 +83,8 @@ class ModelCache:
             DataError: The rows cannot be used.
         """
         config = self._config
+        if config.load_rows is not None:
+            return config.load_rows()
         data = load_data(
             replace(
                 config.data,

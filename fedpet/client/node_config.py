@@ -21,14 +21,17 @@ Out: a `NodeConfig`. A simulated node has none of these keys: its rows are the e
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
 from fedpet.errors import ConfigError, DataError
 from fedpet.utils.paths import absolute
+
+if TYPE_CHECKING:
+    from fedpet.data import FederatedData
 
 __all__ = ["NodeConfig", "cache_folder", "make_cache"]
 
@@ -56,6 +59,7 @@ class NodeConfig:
         has_own_rows: Its rows are its own, and all of them are trained on.
         client: The one client that holds them all, or "".
         threads: Of torch, or 0 for the plan's number.
+        load_rows: Returns its rows, tokenised already; None reads `data`.
     """
 
     backbone: BackboneConfig
@@ -67,6 +71,7 @@ class NodeConfig:
     has_own_rows: bool = False
     client: str = ""
     threads: int = 0
+    load_rows: Callable[[], FederatedData] | None = None
 
     @classmethod
     def from_experiment(

@@ -7,6 +7,7 @@ later version has moved a part.
 from __future__ import annotations
 
 import logging
+import os
 import time
 import warnings
 from collections.abc import Iterator, Mapping
@@ -29,15 +30,17 @@ __all__ = [
     "RESTARTS",
     "InflatableObject",
     "become_local_task",
+    "is_actor_alive",
     "load_optimizer_state",
     "make_message",
     "make_reply",
+    "mixed_into_pool",
     "optimizer_state",
     "quiet_flower",
+    "ray_on_loopback",
     "set_message_id",
     "set_sender",
     "without_collections",
-    "workers_end_with_ray",
 ]
 
 # CHUNK_BYTES: Flower splits arrays at this size, and each chunk has a header of its own to count.
@@ -169,18 +172,58 @@ def without_collections() -> Iterator[None]:
 
 
 @contextmanager
-def workers_end_with_ray() -> Iterator[None]:
-    """Leave it to Ray's own end to end the workers.
+def mixed_into_pool(mixin: type, workers: int) -> Iterator[None]:
+    """Put a class in front of Flower's pool of workers, and wait for all workers at once.
 
-    Flower asks each to end itself just before, and Ray, which is told to restart workers, would
-    say that this has failed and is tried again.
+    Flower waits for at most 32 of them, and for fewer on a machine of few cores.
     """
+    from concurrent.futures import ThreadPoolExecutor
+    from functools import partial
+
+    from flwr.server.superlink.fleet.vce import vce_api
+    from flwr.server.superlink.fleet.vce.backend import raybackend
     from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
-    name = "terminate_all_actors"
-    kept = getattr(BasicActorPool, name)
-    setattr(BasicActorPool, name, lambda pool: None)
+    pool = type(mixin.__name__, (mixin, BasicActorPool), {})
+    ours = (
+        (raybackend, "BasicActorPool", partial(pool, workers=workers)),
+        (vce_api, "ThreadPoolExecutor", partial(ThreadPoolExecutor, max_workers=workers)),
+    )
+    kept = [(module, name, getattr(module, name)) for module, name, _ in ours]
+    for module, name, value in ours:
+        setattr(module, name, value)
     try:
         yield
     finally:
-        setattr(BasicActorPool, name, kept)
+        for module, name, value in kept:
+            setattr(module, name, value)
+
+
+def is_actor_alive(actor: Any) -> bool:
+    """Tell from Ray's books whether a worker runs: its public way needs the dashboard."""
+    from ray._private.state import actors
+
+    known: Mapping[str, Any] = actors(actor._actor_id.hex())
+    return known.get("State") == "ALIVE"
+
+
+@contextmanager
+def ray_on_loopback() -> Iterator[None]:
+    """Let a Ray that is started inside listen on 127.0.0.1 alone.
+
+    It does so by itself where it is made for no cluster, as on macOS, and replaces that address by
+    the machine's own elsewhere, even one that it is given.
+    """
+    from ray._private import ray_constants
+
+    name, before = ray_constants.ENABLE_RAY_CLUSTERS_ENV_VAR, ray_constants.ENABLE_RAY_CLUSTER
+    inherited = os.environ.get(name)
+    os.environ[name] = "0"  # of the processes that it starts
+    vars(ray_constants)["ENABLE_RAY_CLUSTER"] = False
+    try:
+        yield
+    finally:
+        vars(ray_constants)["ENABLE_RAY_CLUSTER"] = before
+        os.environ.pop(name)
+        if inherited is not None:
+            os.environ[name] = inherited

@@ -16,7 +16,6 @@ from urllib.parse import urlsplit
 from fedpet.errors import ConfigError, RunError
 
 CONNECT_SECONDS = 5.0
-CLIENT_PORT = 10001  # of an address that begins with ray:// and names no port
 LONGEST_SOCKET = (104 if sys.platform == "darwin" else 108) - 1  # bytes of an AF_UNIX path
 FALLBACK = Path("/tmp")  # short, and there on every machine with such sockets
 PREFIX = "fedpet-"
@@ -60,16 +59,18 @@ def _host_and_port(named: str) -> tuple[str, int]:
                 "RAY_ADDRESS is 'auto', and no Ray cluster runs on this machine: start it (`ray "
                 "start --head`), or unset RAY_ADDRESS."
             ) from None
-    client = address.startswith("ray://")
+    if address.startswith("ray://"):
+        raise ConfigError(
+            f"RAY_ADDRESS={named!r} reaches a cluster from outside, and a run hands its checkpoint "
+            "and rows out from one of its machines: start it there, with RAY_ADDRESS=HOST:6379."
+        )
     try:
-        parts = urlsplit(address if client else f"//{address}")
-        host, port = parts.hostname, parts.port or (CLIENT_PORT if client else None)
+        parts = urlsplit(f"//{address}")
+        host, port = parts.hostname, parts.port
     except ValueError:  # a port that is no number
         host = port = None
     if not host or not port:
-        raise ConfigError(
-            f"RAY_ADDRESS must be host:port, ray://host:port, 'auto' or 'local', got {named!r}."
-        )
+        raise ConfigError(f"RAY_ADDRESS must be host:port, 'auto' or 'local', got {named!r}.")
     return host, port
 
 

@@ -16,7 +16,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
@@ -31,11 +31,12 @@ from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
-from fedpet.protocol.flower_compat import RESTARTS, quiet_flower, workers_end_with_ray
+from fedpet.protocol.flower_compat import RESTARTS, mixed_into_pool, quiet_flower, ray_on_loopback
 from fedpet.protocol.ledger import SEARCH, Ledger
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import locked_output, state_file, write_file
 from fedpet.run.checkpoint_file import RunCheckpoint
+from fedpet.run.cluster_node import ClusterNode
 from fedpet.run.federate import federate
 from fedpet.run.federated_search import make_client_pool, search_in_rounds
 from fedpet.run.interrupts import Heeding, Terminated, stoppable
@@ -190,7 +191,7 @@ def _search_on_ray(prepared: PreparedSearch, folder: RunFolder, callback: Callba
         return search_in_rounds(grid, prepared, clients, ledger, folder, callback, journal)
 
     callback.on_stage(f"starting Ray with {experiment.run.workers} workers")
-    return run_on_ray(experiment, _client_app(experiment), serve)
+    return run_on_ray(experiment, lambda: _client_app(prepared), serve)
 
 
 def _refuse_nodes(experiment: Experiment) -> None:
@@ -246,29 +247,47 @@ def _simulate(
     callback.on_stage(f"starting Ray with {experiment.run.workers} workers")
     return run_on_ray(
         experiment,
-        _client_app(experiment),
+        lambda: _client_app(prepared),
         lambda grid: federate(grid, prepared, out, callback, journal),
     )
 
 
-def _client_app(experiment: Experiment) -> ClientApp:
-    settings = NodeConfig.from_experiment(experiment)
+def _client_app(prepared: Prepared | PreparedSearch) -> ClientApp:
+    """Make the app of the nodes, once Ray runs."""
+    settings = _settings(prepared)
     client_app = ClientApp()
 
     @client_app.train()
     def train(message: Message, context: Context) -> Message:
-        return reply(message, settings)
+        return reply(message, settings())
 
     return client_app
 
 
+def _settings(prepared: Prepared | PreparedSearch) -> Callable[[], NodeConfig]:
+    if cluster_address() is not None:
+        node = ClusterNode.of(prepared.experiment, prepared.data)
+        node.check_machines()
+        return node.here
+    settings = NodeConfig.from_experiment(prepared.experiment)
+    return lambda: settings
+
+
 def run_on_ray(
     experiment: Experiment,
-    client_app: ClientApp,
+    make_client_app: Callable[[], ClientApp],
     serve: Callable[[Grid], Result],
 ) -> Result:
-    """Run a server function against as many nodes as there are workers."""
+    """Run a server function against as many nodes as there are workers.
+
+    Args:
+        experiment: Says how many workers, of how many threads, on what device.
+        make_client_app: Makes the nodes' app, once Ray runs.
+        serve: Is given the Grid.
+    """
     from flwr.simulation import run_simulation
+
+    from fedpet.run.worker_pool import WorkerPool  # imports Ray
 
     server_app = ServerApp()
     results: list[Result] = []
@@ -279,11 +298,12 @@ def run_on_ray(
 
     threads = experiment.training.threads
     workers = experiment.run.workers
-    with ray_runtime(num_cpus=workers * threads) as gpus, quiet_flower(), workers_end_with_ray():
+    runtime = ray_runtime(num_cpus=workers * threads)
+    with runtime as gpus, quiet_flower(), mixed_into_pool(WorkerPool, workers):
         share = gpu_share(gpus, workers) if experiment.run.device == "cuda" else 0.0
         run_simulation(
             server_app,
-            client_app,
+            make_client_app(),
             num_supernodes=workers,
             backend_config={
                 "client_resources": {"num_cpus": threads, "num_gpus": share, **RESTARTS}
@@ -318,9 +338,7 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
     import ray
 
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")  # Ray's default to come
-    inherited = {name: os.environ[name] for name in ("FEDPET_CACHE",) if name in os.environ}
     environment = {
-        **inherited,
         "PYTHONPATH": os.pathsep.join(filter(None, sys.path)),
         "TOKENIZERS_PARALLELISM": "false",
     }
@@ -331,16 +349,20 @@ def ray_runtime(num_cpus: int) -> Iterator[float]:
         "runtime_env": {"env_vars": environment},
     }
     folder = None
+    place: AbstractContextManager[None] = ray_on_loopback()
     if address := cluster_address():
-        options["address"] = address
+        options["address"], place = address, nullcontext()
     else:
+        if cache := os.environ.get("FEDPET_CACHE"):  # else each machine's own
+            environment["FEDPET_CACHE"] = cache
         folder = tempfile.mkdtemp(prefix=PREFIX, dir=ray_folder())
         # "local" stands above what RAY_ADDRESS says: nothing, or the same.
         options |= {"address": "local", "num_cpus": num_cpus, "_temp_dir": folder}
     terminate = signal.getsignal(signal.SIGTERM)
     try:
         try:
-            ray.init(**options)
+            with place:
+                ray.init(**options)
         except SystemExit:  # so Ray takes a SIGTERM while it starts
             raise Terminated from None
         except Exception as error:  # Ray raises its own kinds, and plain ones

@@ -54,14 +54,12 @@ def ends_early(
 # -- RAY_ADDRESS -----------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("scheme", ["", "ray://"])
 def test_a_dead_cluster_is_told_at_once_and_leaves_no_folder(
-    scheme: str,
     nobody: str,
     monkeypatch: pytest.MonkeyPatch,
     ends_early: Callable[[type[Exception], str], None],
 ) -> None:
-    monkeypatch.setenv("RAY_ADDRESS", scheme + nobody)
+    monkeypatch.setenv("RAY_ADDRESS", nobody)
     ends_early(RunError, f"no Ray cluster answers at {nobody}.*unset RAY_ADDRESS")
 
 
@@ -80,10 +78,19 @@ def test_auto_without_a_cluster_and_beside_a_dead_one_s_file_is_told(
         cluster_address()
 
 
-@pytest.mark.parametrize("address", ["head", "head:port", "ray://", ":6379", "head:99999"])
+@pytest.mark.parametrize("address", ["head", "head:port", ":6379", "head:99999"])
 def test_what_is_no_address_is_refused(address: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(ConfigError, match="must be host:port"):
+        cluster_address()
+
+
+@pytest.mark.parametrize("address", ["ray://", "ray://head", "ray://127.0.0.1:10001"])
+def test_an_address_of_ray_s_client_is_refused_with_the_place_to_start_from(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RAY_ADDRESS", address)
+    with pytest.raises(ConfigError, match="start it there, with RAY_ADDRESS=HOST:6379"):
         cluster_address()
 
 

@@ -44,15 +44,15 @@ class KillsIdleWorkers(Silent):
 def killed_once(settings: NodeConfig, folder: Path) -> ClientApp:
     """Workers that die once in their second message, when they have trained and not answered."""
     app = ClientApp()
-    seen = [0]
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
         answer = reply(message, settings)
-        seen[0] += 1
-        marker = folder / str(context.node_config["partition-id"])
-        if seen[0] == 2 and not marker.exists():
-            marker.touch()
+        node = folder / str(context.node_config["partition-id"])
+        marks = [node.with_suffix(".first"), node.with_suffix(".second")]  # the app is pickled anew
+        if left := [mark for mark in marks if not mark.exists()]:
+            left[0].touch()
+        if len(left) == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         return answer
 
@@ -74,9 +74,10 @@ def test_a_run_whose_workers_are_all_killed_ends_with_the_bytes_of_an_undisturbe
     out = new_run_folder(disturbed)
     result = run_on_ray(
         disturbed,
-        killed_once(NodeConfig.from_experiment(disturbed), tmp_path),
+        lambda: killed_once(NodeConfig.from_experiment(disturbed), tmp_path),
         lambda grid: federate(grid, prepared, out, listener),
     )
+    assert len(list(tmp_path.glob("*.second"))) == 2, "each died of a message"
     assert listener.killed == 2
     assert result["refused"] == []
     assert result["final_values_sha256"] == undisturbed["final_values_sha256"]
@@ -101,7 +102,7 @@ def test_a_cohort_that_kills_its_worker_each_time_is_refused_and_the_next_round_
             os.kill(os.getpid(), signal.SIGKILL)
         return reply(message, settings)
 
-    result = run_on_ray(settled, app, lambda grid: federate(grid, prepared, out, Silent()))
+    result = run_on_ray(settled, lambda: app, lambda grid: federate(grid, prepared, out, Silent()))
     assert len(list(tmp_path.glob("died-*"))) == tries
     assert [refused["round"] for refused in result["refused"]] == [1, 1]
     assert all("its worker died" in refused["reason"] for refused in result["refused"])

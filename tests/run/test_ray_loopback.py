@@ -1,0 +1,47 @@
+"""A simulation that starts Ray is reached from its machine alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import psutil
+import pytest
+from tiny import Silent
+
+from fedpet.config import Experiment
+from fedpet.protocol.flower_compat import ray_on_loopback
+from fedpet.protocol.ledger import Ledger, RoundRecord
+from fedpet.run.ray_engine import simulate
+
+
+class NotesWhoListens(Silent):
+    def __init__(self) -> None:
+        self.addresses: set[str] = set()
+        self.names: set[str] = set()
+
+    def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:  # type: ignore[override]
+        here = psutil.Process()
+        for process in [here, *here.children(recursive=True)]:
+            for connection in process.net_connections("inet"):
+                if connection.status == psutil.CONN_LISTEN:
+                    self.addresses.add(connection.laddr.ip)
+                    self.names.add(process.name())
+
+
+@pytest.mark.simulation
+@pytest.mark.timeout(200)
+def test_every_process_of_a_simulation_listens_on_the_loopback_alone(
+    experiment: Callable[..., Experiment],
+) -> None:
+    noted = NotesWhoListens()
+    simulate(experiment(strategy_num_rounds=1), noted)
+    assert {"gcs_server", "raylet"} <= noted.names
+    assert noted.addresses == {"127.0.0.1"}
+
+
+def test_ray_takes_the_loopback_inside_and_what_it_took_before_afterwards() -> None:
+    services = pytest.importorskip("ray._private.services")
+    before = services.resolve_ip_for_localhost("127.0.0.1")
+    with ray_on_loopback():
+        assert services.resolve_ip_for_localhost("127.0.0.1") == "127.0.0.1"
+    assert services.resolve_ip_for_localhost("127.0.0.1") == before
