@@ -115,6 +115,7 @@ def train(message: Message, job: Job) -> Message:
         rows,  # type: ignore[arg-type]  # a list is a data set
         batch_size=job.batch_size,
         shuffle=True,
+        generator=torch.Generator().manual_seed(int(config["server-round"])),  # type: ignore[arg-type]
         collate_fn=DataCollatorWithPadding(tokenizer),
     )
     progress = (int(config["server-round"]) - 1) / job.num_rounds  # type: ignore[arg-type]

@@ -125,20 +125,9 @@ def _run_fedpet(method: str, experiment: Experiment, folder: Path, marks: Marks)
 def _run_plain(method: str, experiment: Experiment, folder: Path, marks: Marks) -> dict[str, Any]:
     from flwr.simulation import run_simulation
 
-    settings, training = experiment.strategy, experiment.training
-    rows, file = clients_of(experiment), folder / "clients.json"
-    file.write_text(json.dumps(rows), encoding="utf-8")
-    job = Job(
-        model=str(locate(experiment.backbone)),
-        rows=str(file),
-        num_labels=len({label for client in rows.values() for _, label in client}),
-        linears="all-linear" if method.endswith("-all") else "",
-        cached=method.startswith("tuned"),
-        batch_size=training.batch_size,
-        max_length=experiment.data.max_length,
-        learning_rate=training.learning_rate,
-        num_rounds=settings.num_rounds,
-    )
+    settings = experiment.strategy
+    rows = clients_of(experiment)
+    job = job_of(method, experiment, rows, folder)
     pool = ClientPool({client: len(own) for client, own in rows.items()}, homes={})
     client_app, server_app, results = ClientApp(), ServerApp(), []
 
@@ -171,6 +160,23 @@ def _run_plain(method: str, experiment: Experiment, folder: Path, marks: Marks) 
         "down_bytes": wire_bytes(message),
         "up_bytes": wire_bytes(reply),
     }
+
+
+def job_of(method: str, experiment: Experiment, rows: Clients, folder: Path) -> Job:
+    """Describe a method's job, and write the clients' rows into a folder."""
+    file, training = folder / "clients.json", experiment.training
+    file.write_text(json.dumps(rows), encoding="utf-8")
+    return Job(
+        model=str(locate(experiment.backbone)),
+        rows=str(file),
+        num_labels=len({label for client in rows.values() for _, label in client}),
+        linears="all-linear" if method.endswith("-all") else "",
+        cached=method.startswith("tuned"),
+        batch_size=training.batch_size,
+        max_length=experiment.data.max_length,
+        learning_rate=training.learning_rate,
+        num_rounds=experiment.strategy.num_rounds,
+    )
 
 
 def clients_of(experiment: Experiment) -> Clients:
