@@ -9,12 +9,12 @@ the same number of rows and by the same learning rate, on two workers of one thr
     template      benchmarks/lora_app.py: each message loads checkpoint, tokeniser and adapter
     tuned         the same, with all three kept in the worker's process
 
-LoRA has rank 8, on query and value, or on every linear layer (`-all`, with the smallest number of
-clients alone, unless --all says otherwise). Runs follow each other, each in a process of its own.
-The first round, in which workers start, is left out; plain Flower's has two clients, to take less
-time. Processor and wall time are those of a round, from the end of the one before, of this process
-with the server and Flower, of the workers, and of Ray's own. Memory is the peak of all of them
-together, each page shared by n processes counted for a part of n (Linux's PSS).
+LoRA has rank 8, on query and value, or on every linear layer (`-all`). Runs follow each other, each
+in a process of its own. The first round, in which workers start, is left out; plain Flower's has
+two clients, to take less time. Processor and wall time are those of a round, from the end of the
+one before, of this process with the server and Flower, of the workers, and of Ray's own. Memory is
+the peak of all of them together, each page shared by n processes counted for a part of n (Linux's
+PSS).
 
 Bytes are those of a client's messages as Flower serialises them: for plain Flower of a pair of the
 last round, for fedpet the mean of its ledger, where each client counts alone.
@@ -204,15 +204,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--clients", type=int, nargs="+", default=[10, 100])
     parser.add_argument("--rounds", type=int, nargs="+", default=[4, 2], help="for each of them")
-    parser.add_argument("--all", action="store_true", help="every method with every number")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--set", nargs="*", default=[], help="KEY=VALUE of the experiment")
     parser.add_argument("--out", type=Path, help="write the measurement to this JSON file")
     arguments = parser.parse_args()
     found: list[dict[str, Any]] = []
     for clients, rounds in zip(arguments.clients, arguments.rounds, strict=True):
-        for method in METHODS:
-            if method.endswith("-all") and clients > min(arguments.clients) and not arguments.all:
-                continue
+        for method in arguments.methods:
             found.append(measure_apart(measure, method, clients, rounds, arguments.set))
             print(_line(found[-1]), file=sys.stderr, flush=True)
     text = json.dumps({"rows": found, "versions": versions(), "machine": machine()}, indent=2)
