@@ -208,17 +208,17 @@ def main() -> None:
     parser.add_argument("--set", nargs="*", default=[], help="KEY=VALUE of the experiment")
     parser.add_argument("--out", type=Path, help="write the measurement to this JSON file")
     arguments = parser.parse_args()
-    found: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    found = {"rows": rows, "versions": versions(), "machine": machine()}
     for clients, rounds in zip(arguments.clients, arguments.rounds, strict=True):
         for method in arguments.methods:
-            found.append(measure_apart(measure, method, clients, rounds, arguments.set))
-            print(_line(found[-1]), file=sys.stderr, flush=True)
-    text = json.dumps({"rows": found, "versions": versions(), "machine": machine()}, indent=2)
-    if arguments.out:
-        arguments.out.parent.mkdir(parents=True, exist_ok=True)
-        arguments.out.write_text(text + "\n", encoding="utf-8")
-    else:
-        print(text)
+            rows.append(measure_apart(measure, method, clients, rounds, arguments.set))
+            print(_line(rows[-1]), file=sys.stderr, flush=True)
+            if arguments.out:  # after each, since all take minutes
+                arguments.out.parent.mkdir(parents=True, exist_ok=True)
+                arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+    if not arguments.out:
+        print(json.dumps(found, indent=2))
 
 
 def _line(row: dict[str, Any]) -> str:
