@@ -16,8 +16,9 @@ one before, of this process with the server and Flower, of the workers, and of R
 the peak of all of them together, each page shared by n processes counted for a part of n (Linux's
 PSS).
 
-Bytes are those of a client's messages as Flower serialises them: for plain Flower of a pair of the
-last round, for fedpet the mean of its ledger, where each client counts alone.
+Bytes are those of a client's messages in the last round as Flower serialises them: for plain Flower
+of one pair, for fedpet the mean of its ledger, where each client counts alone, with the plan that a
+client gets once.
 """
 
 from __future__ import annotations
@@ -113,12 +114,12 @@ def measure(method: str, clients: int, rounds: int, settings: Sequence[str]) -> 
 
 
 def _run_fedpet(method: str, experiment: Experiment, folder: Path, marks: Marks) -> dict[str, Any]:
-    result, _ = simulate(experiment, marks)
-    sent = result["communication"]
+    result, out = simulate(experiment, marks)
+    last = json.loads((out.path / "rounds.jsonl").read_text().splitlines()[-1])
     return {
         "values": result["model"]["communicated_values"],
-        "down_bytes": sent["downlink_bytes_per_client_round"],
-        "up_bytes": sent["uplink_bytes_per_client_round"],
+        "down_bytes": (last["downlink_bytes"] + last["plan_bytes"]) / last["clients"],
+        "up_bytes": last["uplink_bytes"] / last["replies"],
     }
 
 
