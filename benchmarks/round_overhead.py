@@ -23,7 +23,7 @@ import statistics
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -199,12 +199,12 @@ def _write_rows(path: Path, count: int) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def measure_apart(clients: int, rounds: int, codec: Sequence[str]) -> dict[str, Any]:
-    """`measure` in a process of its own, with the peak of its and its children's memory."""
+def measure_apart(work: Callable[..., dict[str, Any]], *given: Any) -> dict[str, Any]:
+    """Call in a process of its own, and add the peak of its and its children's memory."""
     peak, over = 0, threading.Event()
     with multiprocessing.get_context("spawn").Pool(1) as pool:
         [worker] = multiprocessing.active_children()
-        found = pool.apply_async(measure, (clients, rounds, codec))
+        found = pool.apply_async(work, given)
         while not found.ready():
             peak = max(peak, memory_bytes(psutil.Process(worker.pid)))
             over.wait(SAMPLE_SECONDS)
@@ -232,7 +232,7 @@ def main() -> None:
     rows: list[dict[str, Any]] = []
     for name in arguments.codecs:
         for clients in arguments.clients:
-            row = {"name": name} | measure_apart(clients, arguments.rounds, CODECS[name])
+            row = {"name": name} | measure_apart(measure, clients, arguments.rounds, CODECS[name])
             print(_line(row), file=sys.stderr, flush=True)
             rows.append(row)
     found = {"rows": rows, "versions": versions(), "machine": machine()}
