@@ -53,8 +53,6 @@ def test_the_cheapest_that_loses_nothing_to_speak_of_in_any_table_is_recommended
 def test_the_job_of_make_run_sends_by_the_recommended_codec() -> None:
     tables = [codec_rows(BENCHMARKS / "results" / name / "final") for name in TABLES]
     name = recommended(tables)
-    if not all("dither-3-5-values" in rows for rows in tables):  # still to be run
-        name = name.replace("eden", "dither")
     [method] = [
         method for method in read_grid(BENCHMARKS / "codecs.toml").methods if method.name == name
     ]
