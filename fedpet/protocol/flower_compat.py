@@ -38,6 +38,7 @@ __all__ = [
     "optimizer_state",
     "quiet_flower",
     "ray_on_loopback",
+    "raylet_of",
     "set_message_id",
     "set_sender",
     "without_collections",
@@ -201,10 +202,25 @@ def mixed_into_pool(mixin: type, workers: int) -> Iterator[None]:
 
 def is_actor_alive(actor: Any) -> bool:
     """Tell from Ray's books whether a worker runs: its public way needs the dashboard."""
+    return _actor_books(actor).get("State") == "ALIVE"
+
+
+def raylet_of(actor: Any) -> tuple[str, int] | None:
+    """Return host and port of the raylet on a worker's machine; None where it has none yet."""
+    import ray
+
+    machine = _actor_books(actor).get("Address", {}).get("NodeID")
+    for node in ray.nodes():  # type: ignore[no-untyped-call]
+        if node["NodeID"] == machine:
+            return node["NodeManagerAddress"], node["NodeManagerPort"]
+    return None
+
+
+def _actor_books(actor: Any) -> Mapping[str, Any]:
     from ray._private.state import actors
 
-    known: Mapping[str, Any] = actors(actor._actor_id.hex())
-    return known.get("State") == "ALIVE"
+    books: Mapping[str, Any] = actors(actor._actor_id.hex())
+    return books
 
 
 @contextmanager

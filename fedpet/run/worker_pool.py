@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -20,13 +21,14 @@ import ray
 from flwr.app import Context, Message
 
 from fedpet.errors import RunError
-from fedpet.protocol.flower_compat import is_actor_alive
+from fedpet.protocol.flower_compat import is_actor_alive, raylet_of
 
 __all__ = ["WorkerPool"]
 
 LOG = logging.getLogger("fedpet")
 LOOK_SECONDS = 2.0  # between looks at a worker that has not answered
 HOMELESS_SECONDS = 20.0  # after which a worker that is not started again counts as without room
+CONNECT_SECONDS = 5.0
 NO_WORKER_SECONDS = 600.0  # after which a message is refused because no worker is left
 
 Job = tuple[Any, Message, str, Context]  # app, message, number of the node, its context
@@ -58,6 +60,7 @@ class WorkerPool:
         self.actors_capacity = min(self.actors_capacity, workers)
         self._lock = threading.Lock()
         self._away: list[Any] = []  # workers that wait for a machine with room
+        self._machines: dict[Any, tuple[str, int]] = {}  # worker -> where its raylet listens
 
     def submit(self, actor_fn: Any, job: Job) -> Errand:
         """Note a message; `fetch_result_and_return_actor_to_pool` sends it."""
@@ -72,21 +75,27 @@ class WorkerPool:
         """
         while True:
             actor = self._take()
-            answer, home = future.actor_fn(actor, *future.job), self.pool
+            if actor not in self._machines and (machine := raylet_of(actor)):
+                self._machines[actor] = machine
+            answer, home = future.actor_fn(actor, *future.job), self._away
             try:
                 if _came(answer, actor):
                     _, reply, context = ray.get(answer)
+                    home = self.pool
                     return reply, context
-                home = self._away
                 with contextlib.suppress(Exception):  # it may have begun, and comes to nothing
                     ray.cancel(answer)
-                LOG.warning(
-                    "a worker is lost and no machine has room for it: its clients are given to "
-                    "another one."
-                )
+            except ray.exceptions.RayActorError:  # Ray has repeated the message in vain
+                if _answers(self._machines.pop(actor, None)):
+                    home = self.pool  # the message has killed its worker each time
+                    raise
+            except Exception:
+                home = self.pool
+                raise
             finally:
                 with self._lock:
                     home.append(actor)
+            LOG.warning("a worker is lost with its machine: its clients are given to another one.")
 
     def add_actor_back_to_pool(self, future: Errand) -> None:
         """Do nothing: where its errand failed, a worker is back already."""
@@ -107,13 +116,29 @@ class WorkerPool:
                     return self.pool.pop()
                 for home in (self.pool, self._away):
                     for actor in reversed(home):
-                        if is_actor_alive(actor):
+                        if is_actor_alive(actor) and (
+                            home is self.pool or _answers(raylet_of(actor))
+                        ):
                             home.remove(actor)
                             return actor
             time.sleep(LOOK_SECONDS / 4)
         raise RunError(
             f"no machine of the cluster has had a worker for {NO_WORKER_SECONDS:.0f} seconds."
         )
+
+
+def _answers(machine: tuple[str, int] | None) -> bool:
+    """Return True if a machine's raylet takes a connection, or is not known.
+
+    Ray itself takes half a minute to find a machine dead, and until then calls its workers alive.
+    """
+    if machine is None:
+        return True
+    try:
+        socket.create_connection(machine, timeout=CONNECT_SECONDS).close()
+    except OSError:
+        return False
+    return True
 
 
 def _came(answer: Any, actor: Any) -> bool:

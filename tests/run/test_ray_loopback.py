@@ -24,7 +24,7 @@ class NotesWhoListens(Silent):
         for process in [here, *here.children(recursive=True)]:
             for connection in process.net_connections("inet"):
                 if connection.status == psutil.CONN_LISTEN:
-                    self.addresses.add(connection.laddr.ip)
+                    self.addresses.add(connection.laddr.ip.removeprefix("::ffff:"))
                     self.names.add(process.name())
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -44,6 +45,8 @@ class PlayedRay:
 
     def cancel(self, answer: Any) -> None: ...
 
+    exceptions = SimpleNamespace(RayActorError=ConnectionError)
+
 
 class FlowersPool:
     """What Flower's pool has, with room for eight."""
@@ -61,6 +64,8 @@ def workers(monkeypatch: pytest.MonkeyPatch) -> list[Worker]:
 def pool(workers: list[Worker], monkeypatch: pytest.MonkeyPatch) -> WorkerPool:
     monkeypatch.setattr(worker_pool, "ray", PlayedRay())
     monkeypatch.setattr(worker_pool, "is_actor_alive", lambda worker: worker.is_alive)
+    monkeypatch.setattr(worker_pool, "raylet_of", lambda worker: (worker.name, 1))
+    monkeypatch.setattr(worker_pool, "_answers", lambda machine: machine != ("last", 1))
     for name, seconds in (("LOOK", 0.02), ("HOMELESS", 0.05), ("NO_WORKER", 0.3)):
         monkeypatch.setattr(worker_pool, f"{name}_SECONDS", seconds)
     return type("Pool", (WorkerPool, FlowersPool), {})(workers=2, actors=workers)
@@ -79,7 +84,7 @@ def test_a_cluster_with_more_room_starts_no_more_workers_than_asked_for(pool: Wo
 
 
 def test_a_lost_worker_s_message_goes_to_another_and_it_is_not_asked_until_it_is_back(
-    pool: WorkerPool, workers: list[Worker]
+    pool: WorkerPool, workers: list[Worker], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, last = workers
     last.is_alive = False
@@ -87,6 +92,7 @@ def test_a_lost_worker_s_message_goes_to_another_and_it_is_not_asked_until_it_is
     assert send(pool, "two") == "two by first"
     assert last.asked == 1
     first.is_alive, last.is_alive = False, True
+    monkeypatch.setattr(worker_pool, "_answers", lambda machine: True)
     assert send(pool, "three") == "three by last"
 
 
@@ -108,6 +114,27 @@ def test_a_worker_that_died_of_its_message_is_back_in_the_pool(
     with pytest.raises(SystemError):
         send(pool, "one")
     assert len(pool.pool) == 2
+
+
+def test_a_message_that_ray_repeated_in_vain_goes_on_if_the_machine_is_gone_and_is_refused_if_not(
+    pool: WorkerPool, workers: list[Worker], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, last = workers
+    errors = [ConnectionError("Ray has not found the machine dead yet")]
+
+    def get(ray: PlayedRay, answer: tuple[Worker, str]) -> tuple[str, str, str]:
+        if errors:
+            raise errors.pop()
+        return "0", f"{answer[1]} by {answer[0].name}", "context"
+
+    monkeypatch.setattr(PlayedRay, "get", get)
+    assert send(pool, "one") == "one by first"  # of the last's machine nothing answers
+    assert send(pool, "two") == "two by first"
+    assert last.asked == 1
+    errors.append(ConnectionError("its worker died each time"))
+    with pytest.raises(ConnectionError):
+        send(pool, "three")
+    assert send(pool, "four") == "four by first"
 
 
 def test_where_no_machine_is_left_the_message_is_refused_and_says_so(
