@@ -45,7 +45,7 @@ _NAME = "fedpet-packed"  # of `_attend` among transformers' attentions
 
 @dataclass
 class _Texts:
-    """Where the texts of the batch in work lie; empty between passes and where none is padded."""
+    """Hold the places of a batch's texts; empty between passes and where none is padded."""
 
     runs: list[tuple[int, int]] = field(default_factory=list)  # (texts, tokens of each) in order
     shape: tuple[int, int] = (0, 0)  # rows, longest

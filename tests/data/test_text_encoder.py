@@ -54,7 +54,7 @@ def tokenizer(name: str) -> Any:
 
 
 def called(of: Any, columns: list[list[str]], max_length: int) -> Encoded:
-    """What the tokeniser gives when it is called."""
+    """Return the tokens of the tokeniser itself, called on the texts."""
     found = of(*columns, truncation=True, max_length=max_length, return_attention_mask=False)
     return Encoded.of(found["input_ids"], found.get("token_type_ids"))
 

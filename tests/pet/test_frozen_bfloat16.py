@@ -23,7 +23,7 @@ def _pair(name: str) -> tuple[Backbone, Backbone]:
 
 
 def _kinds(base: Backbone, wanted: str) -> str:
-    """Those kinds that this architecture has something for."""
+    """Select the kinds that this architecture has targets for."""
     biased = any(p.has_bias and p.kind != "norm" for p in find_target_modules(base.model))
     normed = any(p.has_bias and p.kind == "norm" for p in find_target_modules(base.model))
     absent = set() if biased else {"bitfit", "hiwi-bias"}

@@ -1,4 +1,4 @@
-"""Which product of matrices is faster is measured once, and a run has one."""
+"""The faster product of matrices is measured once, and a run has one."""
 
 from __future__ import annotations
 

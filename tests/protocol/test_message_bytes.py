@@ -1,4 +1,4 @@
-"""What a message weighs is computed, and is what Flower makes of it."""
+"""The size of a message is computed, and equals that of Flower's bytes."""
 
 from __future__ import annotations
 

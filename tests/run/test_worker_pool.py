@@ -49,7 +49,7 @@ class PlayedRay:
 
 
 class FlowersPool:
-    """What Flower's pool has, with room for eight."""
+    """Stand in for Flower's pool, with room for eight."""
 
     def __init__(self, actors: list[Worker]) -> None:
         self.pool, self.actors_capacity = [*actors], 8

@@ -18,7 +18,7 @@ CODECS = ["dither-3", "dither-3-raw", "eden-3", "float32", "topk-0.2+dither-4"]
 
 
 def update(coding, client, vector=None, where=slice(None)):
-    """What client number `client` sends: by its own seeds of round 1."""
+    """Encode the update of client number `client`, by its own seeds of round 1."""
     seeds = uplink_seeds(0, 1, client)
     vector = draw("laplace", coding.count, seed=client) if vector is None else vector
     payload = coding.encode(vector, **seeds)
