@@ -1,6 +1,6 @@
 """Compare plain Flower with LoRA of peft, FlowerTune's way, with fedpet on the same rounds.
 
-    python -m benchmarks.plain_flower [--clients 10 100] [--rounds 4 2] [--out FILE]
+    python -m benchmarks.plain_flower [--clients 10 100] [--rounds 4 2] [--out FILE [--again]]
 
 Both fine-tune the same model on the same clients, drawn alike, for one epoch each, in batches of
 the same number of rows and by the same learning rate, on two workers of one thread:
@@ -14,7 +14,11 @@ in a process of its own. The first round, in which workers start, is left out; p
 two clients, to take less time. Processor and wall time are those of a round, from the end of the
 one before, of this process with the server and Flower, of the workers, and of Ray's own. Memory is
 the peak of all of them together, each page shared by n processes counted for a part of n (Linux's
-PSS).
+PSS). Other programs on the machine lengthen the wall time: "others" is the processor time that they
+took in the round.
+
+With --out each row is written as it is measured. Called again, the command measures the rows that
+the file lacks; with --again those of --methods and --clients anew.
 
 Bytes are those of a client's messages in the last round as Flower serialises them: for plain Flower
 of one pair, for fedpet the mean of its ledger, where each client counts alone, with the plan that a
@@ -33,6 +37,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import psutil
 from flwr.app import Context, Message
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
@@ -51,6 +56,7 @@ from fedpet.run.callbacks import Callback
 from fedpet.run.ray_engine import ray_runtime, simulate
 from fedpet.run.run_folder import machine, versions
 from fedpet.server.client_pool import ClientPool
+from fedpet.utils.atomic_write import atomic_write
 
 FEDPET = "fedpet"
 METHODS = (FEDPET, "template", "tuned", "template-all", "tuned-all")
@@ -74,12 +80,15 @@ class Marks(Callback):
     def note(self, server_round: int) -> None:
         """Note a round; 0 is the start."""
         if server_round:
-            self.marks.append((time.perf_counter(), processor_seconds()))
+            spent, machine_wide = processor_seconds(), psutil.cpu_times()
+            busy = machine_wide.user + machine_wide.nice + machine_wide.system
+            spent["others"] = busy - sum(spent.values())
+            self.marks.append((time.perf_counter(), spent))
 
     def rounds(self) -> list[dict[str, float]]:
         """Return what each round took, but for the first: seconds of the wall, and by process."""
         return [
-            {"wall": wall - before[0], **{part: spent[part] - before[1][part] for part in PARTS}}
+            {"wall": wall - before[0], **{part: spent[part] - before[1][part] for part in spent}}
             for before, (wall, spent) in zip(self.marks[:-1], self.marks[1:], strict=True)
         ]
 
@@ -207,19 +216,34 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, nargs="+", default=[4, 2], help="for each of them")
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=METHODS)
     parser.add_argument("--set", nargs="*", default=[], help="KEY=VALUE of the experiment")
-    parser.add_argument("--out", type=Path, help="write the measurement to this JSON file")
+    parser.add_argument("--out", type=Path, help="JSON file; what it holds is not measured anew")
+    parser.add_argument("--again", action="store_true", help="measure these methods anew")
     arguments = parser.parse_args()
-    rows: list[dict[str, Any]] = []
-    found = {"rows": rows, "versions": versions(), "machine": machine()}
+    here: dict[str, Any] = {"versions": versions(), "machine": machine()}
+    found: dict[str, Any] = {"rows": [], **here}
+    if arguments.out and arguments.out.exists():
+        found = json.loads(arguments.out.read_text(encoding="utf-8"))
+        if changed := [key for key, value in here.items() if found[key] != value]:
+            parser.error(f"{arguments.out} is of other {changed}: give a new file, or remove it.")
     for clients, rounds in zip(arguments.clients, arguments.rounds, strict=True):
         for method in arguments.methods:
-            rows.append(measure_apart(measure, method, clients, rounds, arguments.set))
-            print(_line(rows[-1]), file=sys.stderr, flush=True)
+            cell = {"method": method, "clients": clients, "settings": arguments.set}
+            known = [row for row in found["rows"] if cell.items() <= row.items()]
+            if known and not arguments.again:
+                continue
+            row = cell | measure_apart(measure, method, clients, rounds, arguments.set)
+            print(_line(row), file=sys.stderr, flush=True)
+            rows = [*(one for one in found["rows"] if one not in known), row]
+            found["rows"] = sorted(rows, key=_place)
             if arguments.out:  # after each, since all take minutes
                 arguments.out.parent.mkdir(parents=True, exist_ok=True)
-                arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")
+                atomic_write(arguments.out, f"{json.dumps(found, indent=2)}\n".encode())
     if not arguments.out:
         print(json.dumps(found, indent=2))
+
+
+def _place(row: dict[str, Any]) -> tuple[int, int]:
+    return row["clients"], METHODS.index(row["method"])
 
 
 def _line(row: dict[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import numpy as np
 import pytest
 from flwr.app import Message
 
-from benchmarks import lora_app
+from benchmarks import lora_app, plain_flower
 from benchmarks.plain_flower import METHODS, Marks, clients_of, job_of
 from fedpet.backbone.pretrained import locate
 from fedpet.client.node_config import cache_folder
@@ -94,3 +95,35 @@ def test_a_model_kept_in_the_process_trains_to_the_same_values(
     ]
     for name, value in found[0].items():
         np.testing.assert_allclose(value, found[1][name], atol=1e-6)
+
+
+def test_a_file_is_filled_with_the_rows_that_it_lacks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    measured: list[tuple[str, int]] = []
+
+    def fake(work: Any, method: str, clients: int, rounds: int, settings: list[str]) -> Any:
+        if measured[-2:] == [("tuned", 1), ("fedpet", 3)]:
+            measured.append(("cut", 0))
+            raise KeyboardInterrupt
+        measured.append((method, clients))
+        spent = {"worker": 1.0}
+        row = {"down_bytes": 1, "up_bytes": 1, "peak_mb": 1, "wall_seconds": 1}
+        return {**row, "method": method, "clients": clients, "processor_seconds": spent}
+
+    def call(*arguments: str) -> list[tuple[str, int]]:
+        command = ["plain_flower", "--clients", "1", "3", "--out", str(tmp_path / "out.json")]
+        monkeypatch.setattr("sys.argv", [*command, "--methods", *arguments])
+        plain_flower.main()
+        found = json.loads((tmp_path / "out.json").read_text())
+        return [(row["method"], row["clients"]) for row in found["rows"]]
+
+    monkeypatch.setattr(plain_flower, "measure_apart", fake)
+    with pytest.raises(KeyboardInterrupt):
+        call("fedpet", "tuned")
+    measured.clear()
+    everything = [("fedpet", 1), ("tuned", 1), ("fedpet", 3), ("tuned", 3)]
+    assert call("fedpet", "tuned") == everything
+    assert measured == [("tuned", 3)]
+    assert call("fedpet", "--again") == everything
+    assert measured == [("tuned", 3), ("fedpet", 1), ("fedpet", 3)]
