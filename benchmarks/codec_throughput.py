@@ -29,7 +29,7 @@ from typing import Any
 import numpy as np
 import zstandard
 
-from fedpet.codec import VectorCodec, decode_values, encode_values
+from fedpet.codec import Seeds, VectorCodec, decode_values, encode_values
 from fedpet.codec.acceleration import Choice, use_kernels
 from fedpet.codec.spec import CODEC_IDS
 from fedpet.run.run_folder import machine, versions
@@ -59,7 +59,7 @@ def jobs_of(codec: str, values: np.ndarray, sizes: tuple[int, ...]) -> dict[str,
     """Return what is timed of a codec, and the payload's length."""
     stops = np.cumsum([0, *sizes]).tolist()
     coding = VectorCodec(codec, tuple(itertools.pairwise(stops)))
-    seeds = {"seed": 1, "rotation_seed": 2}
+    seeds: Seeds = {"seed": 1, "rotation_seed": 2}
     payload = coding.encode(values, **seeds)
     added = coding.accumulator(2)
     return {

@@ -134,7 +134,7 @@ class _Job:
         self._rows, self._config = rows, config
 
     def alone(self, client: ClientWork, config: TrainingConfig) -> np.ndarray:
-        """Train one client; return its values."""
+        """Train one client; return how far it moved."""
         pet = self._pet
         pet.set_delta(torch.from_numpy(self._start), seed=client.seed)
         train_rows(
@@ -147,12 +147,13 @@ class _Job:
             seed=client.seed,
             after_step=pet.after_step,
         )
-        return pet.get_delta().numpy()
+        update: np.ndarray = pet.get_delta().numpy() - self._start
+        return update
 
     def together(self, clients: Sequence[ClientWork], config: TrainingConfig) -> list[np.ndarray]:
-        """Train clients at once; return the values of each."""
+        """Train clients at once; return how far each moved."""
         trained = train_at_once(self._pet, self._start, clients, self._rows, TASK, config)
-        return [one.values for one in trained if isinstance(one, TrainedClient)]
+        return [one.update for one in trained if isinstance(one, TrainedClient)]
 
     def difference(self, clients: Sequence[ClientWork]) -> dict[str, Any]:
         """Compare both ways, relative to how far a client moves.
@@ -168,10 +169,10 @@ class _Job:
             )
             moved, apart = [], []
             together = self.together(clients, config)
-            for client, values in zip(clients, together, strict=True):
+            for client, update in zip(clients, together, strict=True):
                 alone = self.alone(client, config)
-                moved.append(np.abs(alone - self._start).max())
-                apart.append(np.abs(alone - values))
+                moved.append(np.abs(alone).max())
+                apart.append(np.abs(alone - update))
             found[name] = {
                 "most": float(f"{max(map(np.max, apart)):.2e}"),
                 "median": float(f"{np.median(np.concatenate(apart)):.2e}"),

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import functools
 import gc
+import itertools
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -26,6 +27,9 @@ from benchmarks.cuda_models import (
     random_model,
 )
 from fedpet.backbone.pretrained import Backbone
+from fedpet.codec import VectorCodec
+from fedpet.codec.rotation import Rotation
+from fedpet.codec.torch_rotation import rotate_updates
 from fedpet.training.cls_only import first_token_only
 
 Step = Callable[[], None]
@@ -378,87 +382,36 @@ def _sampled(place: Place, x: Tensor, g: Tensor, density: float) -> dict[str, An
 
 
 def rotation_there(place: Place) -> None:
-    """Compare the codec's rotation by torch and by numpy: bits and time."""
-    from fedpet.codec import rotation
-
-    for count in (1000,) if place.tiny else (90_000, 4_096 * 24, 8_000_000):
-        with noted(place, f"{count} values"):
-            values = np.random.default_rng(0).standard_normal(count).astype(np.float32)
-            expected = rotation.Rotation((count,), 5).forward(values.copy())
+    """Compare the codec's rotation by torch and by numpy: bits, and milliseconds a vector."""
+    for rows, count in ((3, 1000),) if place.tiny else ((1, 90_000), (128, 90_000), (1, 8_000_000)):
+        with noted(place, f"{rows} x {count} values"):
+            values = np.random.default_rng(0).standard_normal((rows, count)).astype(np.float32)
             there = torch.from_numpy(values).to(place.device)
-            signs = _signs(count, place.device)
-            found = _rotate(there, *signs)
-            numpy = [0.0] * 5
-            for index in range(5):
-                started = time.perf_counter()
-                rotation.Rotation((count,), 5).forward(values.copy())
-                numpy[index] = time.perf_counter() - started
-            row: dict[str, Any] = {
-                "the same bits": bool(np.array_equal(found.cpu().numpy(), expected)),
-                "numpy_ms": round(1e3 * statistics.median(numpy), 3),
-            }
+            rotate = functools.partial(
+                rotate_updates, coding=VectorCodec.of([(0, count)], codec="dither-3")
+            )
+            expected, started = values.copy(), time.perf_counter()
+            for row in expected:
+                Rotation((count,), 5).forward(row)
+            numpy = time.perf_counter() - started
+            found = there.clone()
+            assert rotate(found, rotation_seed=5)
+            seeds = itertools.count(6)
             ways: dict[str, Callable[[], Any]] = {
-                "there_ms": functools.partial(_rotate, there, *signs),
-                "signs drawn and moved, result fetched_ms": functools.partial(
-                    _rotate_and_fetch, there, place.device
-                ),
+                "there_ms": functools.partial(rotate, there, rotation_seed=5),
+                "drawn, there_ms": functools.partial(_rotate_anew, rotate, there, seeds),
+                "fetched_ms": there.cpu,
             }
-            for name, way in ways.items():
-                row[name] = round(1e3 * statistics.median(_timed(place, way, 0.5)), 3)
-            place.found(f"{count} values", row)
+            each = {name: statistics.median(_timed(place, way, 0.5)) for name, way in ways.items()}
+            place.found(
+                f"{rows} x {count} values",
+                {
+                    "the same bits": bool(np.array_equal(found.cpu().numpy(), expected)),
+                    "numpy_ms": round(1e3 * numpy / rows, 3),
+                    **{name: round(1e3 * taken / rows, 4) for name, taken in each.items()},
+                },
+            )
 
 
-def _rotate_and_fetch(values: Tensor, device: str) -> Tensor:
-    return _rotate(values, *_signs(len(values), device)).cpu()
-
-
-def _signs(count: int, device: str) -> list[Tensor]:
-    """Return signs of both rounds as factors, (2, windows, C), and of the last window."""
-    from fedpet.codec import rotation
-    from fedpet.codec.windows import window_size
-
-    whole = count // window_size(count)
-    [signs] = rotation.Rotation((count,), 5).signs
-    drawn = [np.moveaxis(part, 1, 0) for part in (signs[:whole], signs[whole:])]
-    places = torch.arange(8, dtype=torch.uint8, device=device)
-    factors = []
-    for packed in drawn:
-        moved = torch.from_numpy(np.ascontiguousarray(packed)).to(device)
-        bits = (moved.unsqueeze(-1) >> places) & 1
-        factors.append(1.0 - 2.0 * bits.flatten(-2).float())
-    return factors
-
-
-def _rotate(values: Tensor, signs: Tensor, last: Tensor) -> Tensor:
-    size = signs.shape[-1]
-    whole = len(values) // size * size
-    out = values.clone()
-    out[:whole] = _twice(out[:whole].view(-1, size), signs).flatten()
-    if whole < len(values):
-        out[-size:] = _twice(out[-size:].view(1, size), last).flatten()
-    return out
-
-
-def _twice(windows: Tensor, signs: Tensor) -> Tensor:
-    size = windows.shape[1]
-    rows = 1 << (size.bit_length() - 1) // 2
-    for factors in signs:
-        windows = _hadamard(windows * factors, rows)
-    return windows * (1 / size)
-
-
-def _hadamard(slab: Tensor, rows: int) -> Tensor:
-    windows, size = slab.shape
-    slab = _butterflies(slab, rows)
-    slab = slab.view(windows, rows, size // rows).transpose(1, 2).reshape(windows, size)
-    return _butterflies(slab, size // rows)
-
-
-def _butterflies(slab: Tensor, rows: int) -> Tensor:
-    windows, size = slab.shape
-    step = size // rows
-    while step < size:
-        first, second = slab.view(windows, -1, 2, step).unbind(2)
-        slab = torch.stack((first + second, first - second), 2).view(windows, size)
-        step *= 2
-    return slab
+def _rotate_anew(rotate: Callable[..., bool], there: Tensor, seeds: Iterator[int]) -> bool:
+    return rotate(there, rotation_seed=next(seeds))

@@ -16,12 +16,13 @@ import torch
 
 from fedpet.client.global_values import TierValues
 from fedpet.client.model_cache import LoadedPlan
-from fedpet.codec import encode_with_feedback
+from fedpet.codec import VectorCodec, encode_with_feedback
+from fedpet.codec.torch_rotation import rotate_updates
 from fedpet.errors import TrainingError
 from fedpet.pet.layers.client_forward import NotStackableError
 from fedpet.pet.layout import head_groups, quantisation_groups
 from fedpet.pet.model import PetModel
-from fedpet.protocol.codec_seeds import uplink_seeds
+from fedpet.protocol.codec_seeds import uplink_rotation_seed, uplink_seeds
 from fedpet.protocol.frame import Frame
 from fedpet.search import SearchModel, client_config
 from fedpet.training.at_once import ClientWork, TrainedClient, train_at_once
@@ -65,21 +66,20 @@ def train_client(
     if outcome is None:
         pet.set_delta(torch.from_numpy(start.values), seed=seed)
         result = _train_or_search(loaded, client, server_round, seed)
-        outcome = TrainedClient(pet.get_delta().numpy(), result)
+        outcome = TrainedClient(pet.get_delta().numpy() - start.values, result)
     elif isinstance(outcome, TrainingError):
         raise outcome
-    result = outcome.result
-    update = outcome.values - start.values  # (values of the tier,)
+    result, update = outcome.result, outcome.update
     if not np.isfinite(update).all():
         raise TrainingError(
             "the trained values hold NaN or infinity: lower training.learning-rate."
         )
-    coding = plan.uplink(quantisation_groups(pet.segments), head_groups(pet.segments))
+    coding = _coding(loaded)
     seeds = uplink_seeds(plan.seed, server_round, client)
     if plan.codec.error_feedback:
         payload, residual = encode_with_feedback(update, residual, coding, **seeds)
     else:
-        payload, residual = coding.encode(update, **seeds), None
+        payload, residual = coding.encode(update, **seeds, rotated=outcome.rotated), None
     frame = Frame(
         plan_digest=loaded.digest,
         server_round=server_round,
@@ -123,6 +123,13 @@ def train_together(
     if isinstance(pet, SearchModel):
         return outcomes
     known = [(c, s) for c, s in clients if c in loaded.rows_of and len(loaded.rows_of[c])]
+    rotation_seed = uplink_rotation_seed(plan.seed, server_round)
+
+    def rotate(updates: torch.Tensor) -> bool:
+        if plan.codec.error_feedback:  # what was lost is added first
+            return False
+        return rotate_updates(updates, _coding(loaded), rotation_seed)
+
     for tier, group in itertools.groupby(
         sorted(known, key=lambda one: one[1].tier), key=lambda one: one[1].tier
     ):
@@ -137,7 +144,7 @@ def train_together(
         try:
             trained = train_at_once(
                 pet, same_tier[0][1].values, work, loaded.data.train, plan.task, plan.training,
-                progress=plan.progress(server_round),
+                progress=plan.progress(server_round), rotate=rotate,
             )  # fmt: skip
         except NotStackableError as error:
             _tell(str(error))
@@ -155,6 +162,11 @@ def train_together(
 @functools.cache
 def _tell(reason: str) -> None:
     LOG.warning("clients are trained one by one: %s.", reason)
+
+
+def _coding(loaded: LoadedPlan) -> VectorCodec:
+    segments = loaded.pet.segments
+    return loaded.plan.uplink(quantisation_groups(segments), head_groups(segments))
 
 
 def _seed_of(loaded: LoadedPlan, client: int, server_round: int) -> int:

@@ -121,23 +121,32 @@ class Dithered:
 
 
 def encode_dither(
-    values: Floats, bits: int, groups: Groups, seed: int, rotation_seed: int, *, entropy: bool
+    values: Floats,
+    bits: int,
+    groups: Groups,
+    seed: int,
+    rotation_seed: int,
+    *,
+    entropy: bool,
+    rotated: bool = False,
 ) -> bytes:
     """Write float32 (n,) in about `bits` bits a value.
 
     Args:
         seed: Of the dither; each sender and round has its own.
         rotation_seed: Of the rotation; all senders of a round may share it.
+        rotated: The groups are rotated already.
 
     Raises:
         TrainingError: A value is beyond 1e30.
     """
     windows, grid = windows_of(groups), DITHER_GRIDS[bits]
     loose, turned = windows.divide(values)
-    rotated = rotation_of(windows, rotation_seed).forward(turned)
-    found = deviations(rotated, windows)
+    if not rotated:
+        rotation_of(windows, rotation_seed).forward(turned)
+    found = deviations(turned, windows)
     found[found < _LEAST_DEVIATION] = 0
-    symbols = quantise(rotated, _words(seed, len(rotated)), windows, found * grid.step)
+    symbols = quantise(turned, _words(seed, len(turned)), windows, found * grid.step)
     return (
         encode_float32(loose, entropy=entropy)
         + encode_float32(found, entropy=entropy)

@@ -34,6 +34,7 @@ def encode_values(
     *,
     seed: int,
     rotation_seed: int | None = None,
+    rotated: bool = False,
 ) -> bytes:
     """Write values.
 
@@ -46,6 +47,7 @@ def encode_values(
             one for each run, round and client, or their errors do not average out.
         rotation_seed: Of the rotation of "dither" codecs, which senders whose values are added may
             share; None is `seed`.
+        rotated: They are rotated already, by a "dither" codec's rotation.
 
     Raises:
         ConfigError: There is no such codec.
@@ -64,7 +66,7 @@ def encode_values(
             f"{len(wrong)} of {count} in all: training diverged, lower the learning rate."
         )
     seeds = (seed, seed if rotation_seed is None else rotation_seed)
-    return _encode(values, parsed, groups, seeds) if count else b""
+    return _encode(values, parsed, groups, seeds, rotated=rotated) if count else b""
 
 
 def decode_values(
@@ -153,7 +155,9 @@ def _count(groups: Groups) -> int:
     return end
 
 
-def _encode(values: Floats, codec: Codec, groups: Groups, seeds: Seeds) -> bytes:
+def _encode(
+    values: Floats, codec: Codec, groups: Groups, seeds: Seeds, *, rotated: bool = False
+) -> bytes:
     entropy = codec.entropy
     if codec.topk_ppm:
         return _encode_largest(values, codec, groups, seeds)
@@ -165,7 +169,7 @@ def _encode(values: Floats, codec: Codec, groups: Groups, seeds: Seeds) -> bytes
     if codec.base in GRIDS:
         return encode_integers(values, GRIDS[codec.base], filled, seeds[0], entropy=entropy)
     if codec.is_dithered:
-        return encode_dither(values, codec.bits, filled, *seeds, entropy=entropy)
+        return encode_dither(values, codec.bits, filled, *seeds, entropy=entropy, rotated=rotated)
     return encode_eden(values, codec.bits, filled, seeds[0], entropy=entropy)
 
 

@@ -10,8 +10,9 @@ last window overlaps the one before it (fedpet/codec/windows.py), it is rotated 
 The matrix is applied by additions and subtractions in a fixed order, elementwise, without BLAS: in
 numpy they reach three quarters of the speed of a matrix product, and no result depends on a kernel,
 a number of threads or a fused multiply-add. The scale of two transforms is 1/C, a power of two,
-exact. So two machines that decode one payload hold the same bits, and so do numpy and the compiled
-kernels (fedpet/codec/compiled.py), which add in the same order.
+exact. So two machines that decode one payload hold the same bits, and so do numpy, the compiled
+kernels (fedpet/codec/compiled.py) and torch (fedpet/codec/torch_rotation.py), which add in the same
+order.
 
 Source: Vargaftik et al., DRIVE (NeurIPS 2021) and EDEN (ICML 2022), for the rotation. Ours: two
 rounds, and overlapping windows for a length that is no power of two.
@@ -99,7 +100,7 @@ def _draw_signs(count: int, bits: np.random.BitGenerator) -> Packed:
 
 
 def _forward(windows: Floats, signs: Packed) -> None:
-    rows = _rows(windows.shape[1])
+    rows = rows_of(windows.shape[1])
     for slab, first, second in _slabs(windows, signs):
         _flip(slab, first)
         once, spare = _hadamard(slab, np.empty_like(slab), rows)
@@ -109,7 +110,7 @@ def _forward(windows: Floats, signs: Packed) -> None:
 
 
 def _backward(windows: Floats, signs: Packed) -> None:
-    rows = windows.shape[1] // _rows(windows.shape[1])
+    rows = windows.shape[1] // rows_of(windows.shape[1])
     for slab, first, second in _slabs(windows, signs):
         once, spare = _hadamard(slab, np.empty_like(slab), rows)
         _flip(once, second)
@@ -125,7 +126,8 @@ def _slabs(windows: Floats, signs: Packed) -> Iterator[tuple[Floats, Packed, Pac
         yield windows[slab], signs[slab, 0], signs[slab, 1]
 
 
-def _rows(size: int) -> int:
+def rows_of(size: int) -> int:
+    """Return the rows of a window of C values as a matrix, about the root of C."""
     return 1 << (size.bit_length() - 1) // 2
 
 

@@ -22,6 +22,7 @@ import numpy.typing as npt
 
 from fedpet.codec.entropy import Reader, varint
 from fedpet.codec.pipeline import decode_values, encode_values, max_payload_bytes
+from fedpet.codec.spec import parse_codec
 from fedpet.codec.vector_sum import VectorSum
 from fedpet.codec.vector_types import Floats, Groups, Seeds
 from fedpet.codec.windows import LARGEST
@@ -65,7 +66,12 @@ class VectorCodec:
         return sum(sizes) + (len(varint(sizes[0])) if len(sizes) > 1 else 0)
 
     def encode(
-        self, values: npt.NDArray[np.floating], *, seed: int, rotation_seed: int | None = None
+        self,
+        values: npt.NDArray[np.floating],
+        *,
+        seed: int,
+        rotation_seed: int | None = None,
+        rotated: bool = False,
     ) -> bytes:
         """Write values, see `fedpet.codec.encode_values`.
 
@@ -73,12 +79,17 @@ class VectorCodec:
             values: Finite, (n,).
             seed: Of rounding, dither and rotation; a new one for each run, round and client.
             rotation_seed: Of the rotation that all senders of a round share; None is `seed`.
+            rotated: They come from `rotate_updates` (fedpet/codec/torch_rotation.py).
         """
         if values.shape != (self.count,):
             raise ValueError(f"groups end at {self.count}, values are of shape {values.shape}.")
         payloads = [
             encode_values(
-                values[part.where], part.codec, part.groups, **part.seeds(seed, rotation_seed)
+                values[part.where],
+                part.codec,
+                part.groups,
+                **part.seeds(seed, rotation_seed),
+                rotated=rotated and part.is_rotated_alike,
             )
             for part in self.parts
         ]
@@ -140,6 +151,12 @@ class Part:
     groups: list[tuple[int, int]]
     where: npt.NDArray[np.int64] | slice
     name: str = ""
+
+    @property
+    def is_rotated_alike(self) -> bool:
+        """Tell whether all senders rotate the same values: with top-k each chooses its own."""
+        parsed = parse_codec(self.codec)
+        return parsed.is_dithered and not parsed.topk_ppm
 
     def seeds(self, seed: int, rotation_seed: int | None) -> Seeds:
         """Return the part's own seeds; the first part's are those of a vector of one part."""

@@ -54,7 +54,7 @@ class VectorSum:
         self._rotated = {
             part.name: np.zeros(sum(windows_of(part.groups).sizes))
             for part in coding.parts
-            if windows_of(part.groups).sizes and _is_added_rotated(part.codec)
+            if windows_of(part.groups).sizes and part.is_rotated_alike
         }
 
     def add(self, payload: bytes | memoryview, *, seed: int, weight: float) -> None:
@@ -114,12 +114,6 @@ class VectorSum:
         if len(read.loose):
             nothing = np.zeros(len(self._rotated[part.name]), dtype=np.float32)
             self._add(part.where, read.windows.unite(read.loose, nothing), weight)
-
-
-def _is_added_rotated(codec: str) -> bool:
-    """Tell whether all senders rotate the same values: with top-k each chooses its own."""
-    parsed = parse_codec(codec)
-    return parsed.is_dithered and not parsed.topk_ppm
 
 
 def _check(magnitude: float, largest: float) -> None:

@@ -134,7 +134,7 @@ class ClientStack:
                         self._batch.written[id(weight)] = written
 
     @torch.no_grad()
-    def deltas(self) -> np.ndarray:
+    def deltas(self) -> Tensor:
         """Return the values of all clients, those that left included: float32, (all, num_values).
 
         The model goes to the point of one of them.
@@ -156,7 +156,7 @@ class ClientStack:
             for client in range(len(flat)):
                 self._go_to(client)
                 values[client, place] = module.read()
-        return values.to(device="cpu", dtype=torch.float32).numpy()
+        return values.float()
 
     def _go_to(self, client: int) -> None:
         flat = self._pet._storage.flat

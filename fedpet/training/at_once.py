@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
@@ -54,10 +54,17 @@ class ClientWork:
 
 @dataclass(frozen=True)
 class TrainedClient:
-    """The outcome of a client's training: its values, float32, (num_values,), and how it went."""
+    """The outcome of a client's training.
 
-    values: np.ndarray
+    Attributes:
+        update: The values less those of the start, float32, (num_values,).
+        result: How it went.
+        rotated: The update is rotated already, see fedpet/codec/torch_rotation.py.
+    """
+
+    update: np.ndarray
     result: TrainResult
+    rotated: bool = False
 
 
 def train_at_once(
@@ -69,6 +76,7 @@ def train_at_once(
     config: TrainingConfig,
     *,
     progress: float = 0.0,
+    rotate: Callable[[Tensor], bool] | None = None,
 ) -> list[TrainedClient | TrainingError]:
     """Train clients from one point.
 
@@ -80,9 +88,11 @@ def train_at_once(
         task: Of the rows.
         config: As for `train_rows`.
         progress: As for `train_rows`.
+        rotate: Rotates all updates, (clients, num_values), in place on a GPU, and tells whether it
+            did.
 
     Returns:
-        For each client its values and result, or the error that it would have met alone: a loss
+        For each client its update and result, or the error that it would have met alone: a loss
         that is no number touches no other client.
 
     Raises:
@@ -105,16 +115,18 @@ def train_at_once(
     )
     with _passes(pet, run.stack, rows, config):
         run.train()
-    values = run.stack.deltas()
+    updates = run.stack.deltas()
+    updates -= torch.from_numpy(start).to(updates)
+    rotated = bool(rotate and updates.device.type != "cpu" and rotate(updates))
     spent = (time.perf_counter() - began) / max(sum(map(len, batches)), 1)
     outcomes: dict[int, TrainedClient | TrainingError] = {}
-    for index, own, outcome in zip(order, values, run.outcomes(), strict=True):
+    for index, own, outcome in zip(order, updates.cpu().numpy(), run.outcomes(), strict=True):
         if isinstance(outcome, TrainingError):
             outcomes[index] = outcome
             continue
         seconds = spent * len(batches[index])
         result = TrainResult(len(clients[index].indices), outcome, seconds)
-        outcomes[index] = TrainedClient(own, result)
+        outcomes[index] = TrainedClient(own, result, rotated)
     return [outcomes[index] for index in range(len(clients))]
 
 

@@ -24,7 +24,9 @@ from torch import Tensor
 
 from fedpet.backbone.device import check_device, device_of
 from fedpet.backbone.module_roles import maskable_weights
+from fedpet.client import train_client
 from fedpet.client.node_config import NodeConfig
+from fedpet.codec.torch_rotation import rotate_updates
 from fedpet.config import MaskConfig, TrainingConfig
 from fedpet.data import Rows, Task
 from fedpet.errors import ConfigError, RunError
@@ -75,7 +77,7 @@ def test_training_is_the_same_there(name: str, structure: str, device: str) -> N
 
 
 def _at_once(name: str, structure: str, device: torch.device) -> Tensor:
-    """Values of clients that were trained at once, (clients, values)."""
+    """Updates of clients that were trained at once, (clients, values)."""
     base = backbone(name)
     base.model.to(device)
     pet = PetModel(base, mask_of(base, 0.05), structure_of(base, structure), seed=3)
@@ -93,7 +95,7 @@ def _at_once(name: str, structure: str, device: torch.device) -> Tensor:
     config = TrainingConfig(optimizer="sgd", learning_rate=0.01, batch_size=2, cls_only=cut)
     task = Task("classification", ("no", "yes"), "accuracy")
     found = train_at_once(pet, start, clients, rows, task, config)
-    return torch.stack([torch.from_numpy(c.values) for c in found if isinstance(c, TrainedClient)])
+    return torch.stack([torch.from_numpy(c.update) for c in found if isinstance(c, TrainedClient)])
 
 
 @pytest.mark.parametrize("device", DEVICES)
@@ -145,6 +147,14 @@ _WHOLE_RUNS: dict[str, dict[str, Any]] = {
 }
 
 
+def _run_there(found: Any, device: str, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    with _on(device) as there:
+        for name, module in [*sys.modules.items()]:  # whichever of them checks it
+            if name.startswith("fedpet.") and "check_device" in vars(module):
+                monkeypatch.setattr(module, "check_device", lambda _: str(there))
+        return run(found)
+
+
 @pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("changes", _WHOLE_RUNS.values(), ids=_WHOLE_RUNS)
 def test_a_whole_run_is_the_same_there(
@@ -152,11 +162,7 @@ def test_a_whole_run_is_the_same_there(
 ) -> None:
     expected, found = experiment(**changes), experiment(**changes)
     before = run(expected)
-    with _on(device) as there:
-        for name, module in [*sys.modules.items()]:  # whichever of them checks it
-            if name.startswith("fedpet.") and "check_device" in vars(module):
-                monkeypatch.setattr(module, "check_device", lambda _: str(there))
-        after = run(found)
+    after = _run_there(found, device, monkeypatch)
     assert after["refused"] == before["refused"] == []
     assert after["communication"]["messages"] == before["communication"]["messages"]
     close = 1e-5 if device == "second" else 2e-3  # AdamW makes steps of what is rounding
@@ -164,6 +170,25 @@ def test_a_whole_run_is_the_same_there(
     assert one.keys() == other.keys()
     for name, tensor in one.items():
         np.testing.assert_allclose(other[name], tensor, atol=close, err_msg=name)
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_updates_that_are_rotated_there_end_in_the_bits_of_those_rotated_here(
+    experiment: Any, device: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    changes = {"training_clients_at_once": 3, "codec_uplink": "dither-3", "strategy_num_rounds": 1}
+    rotated: list[torch.device] = []
+
+    def counted(updates: Tensor, *more: Any) -> bool:
+        rotated.append(updates.device)
+        return rotate_updates(updates, *more)
+
+    monkeypatch.setattr(train_client, "rotate_updates", counted)
+    there = _run_there(experiment(**changes), device, monkeypatch)
+    assert {one.type for one in rotated} == {"meta" if device == "second" else device}
+    monkeypatch.setattr(train_client, "rotate_updates", lambda *_: False)
+    here = _run_there(experiment(**changes), device, monkeypatch)
+    assert there["final_values_sha256"] == here["final_values_sha256"]
 
 
 def test_the_second_device_refuses_what_a_gpu_refuses() -> None:

@@ -45,7 +45,7 @@ def test_a_law_that_does_not_hold_is_named(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_rotation_by_torch_gives_the_bits_of_numpy() -> None:
-    assert _found("rotation")["1000 values"]["the same bits"]
+    assert _found("rotation")["3 x 1000 values"]["the same bits"]
 
 
 def test_the_sampled_product_is_compared_with_the_dense_one() -> None:

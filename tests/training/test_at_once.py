@@ -93,7 +93,7 @@ def check_equal(
         values, result = alone(pet, start, client, rows, task, config)
         assert isinstance(found, TrainedClient)
         assert np.abs(values - start).max() > 50 * within
-        np.testing.assert_allclose(found.values, values, rtol=0, atol=within)
+        np.testing.assert_allclose(found.update, values - start, rtol=0, atol=within)
         assert found.result.loss == pytest.approx(result.loss, rel=max(within, 1e-6))
         assert found.result.num_examples == result.num_examples
 
@@ -195,7 +195,7 @@ def test_a_loss_that_is_no_number_stops_its_client_alone() -> None:
         one, other = whole[index], marred[index]
         assert isinstance(one, TrainedClient)
         assert isinstance(other, TrainedClient)
-        assert np.array_equal(one.values, other.values)
+        assert np.array_equal(one.update, other.update)
         assert one.result.loss == other.result.loss
 
 
