@@ -3,7 +3,7 @@
     RECORD=1 pytest tests/run/test_recorded_values.py     records them, where they moved on purpose
 
 The values are the same on one type of processor and by the same packages. So tests/golden.json
-names both, and elsewhere the tests are skipped; that a run repeats itself there is tested by others.
+names both, and elsewhere the tests are skipped; others test that a run repeats itself there.
 `scripts/golden` does the same with more federations, through the command line and on Ray.
 """
 
