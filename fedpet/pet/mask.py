@@ -226,8 +226,8 @@ def _threshold(
     """
     total = sum(params[name].numel() for name in names)
     every = _EVERY * math.ceil(total / (_EVERY * _SAMPLE))
-    drawn = (s for name in names for _, s in _scores(params[name], config, name, every))
-    sample = torch.cat([*drawn]).sort().values
+    drawn = [s.clone() for name in names for _, s in _scores(params[name], config, name, every)]
+    sample = torch.cat(drawn).sort().values
     spare = _SPARE + 4 * math.sqrt(num / every)
     while True:
         first, last = math.floor(num / every - spare), math.ceil(num / every + spare)
@@ -261,7 +261,8 @@ def _scores(
 ) -> Iterator[tuple[int, Tensor]]:
     """Yield scores of one entry in `every` by the rule, lowest first, in float32, by stretches.
 
-    Each comes with the place of its first entry.
+    Each comes with the place of its first entry, and lasts until the next: they share one buffer,
+    since blocks of memory that come and go between small ones are not given back.
     """
     flat = weight.detach().reshape(-1)
     generator = None
@@ -270,23 +271,26 @@ def _scores(
 
         generator = np.random.default_rng(derive_seed("mask", config.seed, name))
     step = every * math.ceil(_STRETCH / every)
+    buffer = torch.empty(math.ceil(min(step, len(flat)) / every))
     for start in range(0, len(flat), step):
         part = flat[start : start + step]
         if generator is not None:
             yield start, torch.from_numpy(generator.random(len(part), dtype=np.float32))[::every]
         else:
-            yield start, _by_magnitude(part[::every], config, name)
+            part = part[::every]
+            yield start, _by_magnitude(part, config, name, buffer[: len(part)])
 
 
 def _scores_at(weight: Tensor, chosen: Tensor, config: MaskConfig, name: str) -> Tensor:
     """Score the entries at the flat positions `chosen`, (k,)."""
     if config.rule == "random":
         return torch.cat([score for _, score in _scores(weight, config, name)])[chosen]
-    return _by_magnitude(weight.detach().reshape(-1)[chosen.to(weight.device)], config, name)
+    entries = weight.detach().reshape(-1)[chosen.to(weight.device)]
+    return _by_magnitude(entries, config, name, torch.empty(len(entries)))
 
 
-def _by_magnitude(entries: Tensor, config: MaskConfig, name: str) -> Tensor:
-    magnitude = entries.to("cpu", torch.float32).abs()
+def _by_magnitude(entries: Tensor, config: MaskConfig, name: str, out: Tensor) -> Tensor:
+    magnitude = out.copy_(entries).abs_()
     if len(magnitude) and not math.isfinite(magnitude.max()):
         raise ConfigError(f"the weight {name!r} holds NaN or infinity: no mask can rank it.")
-    return magnitude if config.rule == "smallest" else -magnitude
+    return magnitude if config.rule == "smallest" else magnitude.neg_()
