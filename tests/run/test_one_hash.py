@@ -23,7 +23,7 @@ from benchmarks.real_nodes import RealNodes, free_ports
 from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodeSpec, write_deployment
-from fedpet.errors import Interrupted
+from fedpet.errors import RunInterrupted
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run import ray_engine
 from fedpet.run.federate import federate, prepare
@@ -108,7 +108,7 @@ def test_a_run_cut_short_twice_gives_one_hash(
     grid = LocalGrid.of(NodeConfig.from_experiment(cut), 2)
     with pytest.raises(KeyboardInterrupt):
         federate(grid, prepare(cut, Silent()), new_run_folder(cut), StopsAfter(1))
-    with pytest.raises((KeyboardInterrupt, Interrupted)):
+    with pytest.raises((KeyboardInterrupt, RunInterrupted)):
         ray_engine.resume(Path(cut.run.out), StopsAfter(2), backend="in-process")
     monkeypatch.setenv("RAY_ADDRESS", raylets)
     assert hash_of(ray_engine.resume(Path(cut.run.out), Silent())[0]) == expected
