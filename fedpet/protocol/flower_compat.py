@@ -10,8 +10,11 @@ import logging
 import os
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from queue import Empty, Queue
+from threading import Event
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
@@ -29,6 +32,7 @@ __all__ = [
     "CHUNK_BYTES",
     "RESTARTS",
     "InflatableObject",
+    "MessageEvents",
     "become_local_task",
     "is_actor_alive",
     "load_optimizer_state",
@@ -36,6 +40,7 @@ __all__ = [
     "make_reply",
     "mixed_into_pool",
     "optimizer_state",
+    "prompt_messages",
     "quiet_flower",
     "ray_on_loopback",
     "raylet_of",
@@ -55,6 +60,9 @@ RESTARTS = {
     "max_restarts": -1,
     "max_task_retries": 3,  # of a message that kills its worker each time; then it is refused
 }
+
+
+LOOK_SECONDS = 0.1  # between looks for messages where no event came
 
 
 def make_reply(
@@ -164,12 +172,8 @@ def without_collections() -> Iterator[None]:
 
     Each goes through the round's messages, of which there is one a client.
     """
-    before = vars(arrayrecord)["gc"]
-    vars(arrayrecord)["gc"] = SimpleNamespace(collect=lambda: 0)
-    try:
+    with _replaced(arrayrecord, gc=SimpleNamespace(collect=lambda: 0)):
         yield
-    finally:
-        vars(arrayrecord)["gc"] = before
 
 
 @contextmanager
@@ -186,18 +190,65 @@ def mixed_into_pool(mixin: type, workers: int) -> Iterator[None]:
     from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 
     pool = type(mixin.__name__, (mixin, BasicActorPool), {})
-    ours = (
-        (raybackend, "BasicActorPool", partial(pool, workers=workers)),
-        (vce_api, "ThreadPoolExecutor", partial(ThreadPoolExecutor, max_workers=workers)),
-    )
-    kept = [(module, name, getattr(module, name)) for module, name, _ in ours]
-    for module, name, value in ours:
-        setattr(module, name, value)
+    with (
+        _replaced(raybackend, BasicActorPool=partial(pool, workers=workers)),
+        _replaced(vce_api, ThreadPoolExecutor=partial(ThreadPoolExecutor, max_workers=workers)),
+    ):
+        yield
+
+
+@dataclass(frozen=True)
+class MessageEvents:
+    """Events of a simulation's messages.
+
+    Attributes:
+        sent: The server has sent one.
+        arrived: A reply lies ready for it.
+    """
+
+    sent: Event = field(default_factory=Event)
+    arrived: Event = field(default_factory=Event)
+
+
+@contextmanager
+def prompt_messages(events: MessageEvents) -> Iterator[None]:
+    """Let a simulation hand messages on when they come.
+
+    Flower's own loops are these, and look for messages to nodes ten times a second.
+    """
+    from flwr.server.superlink.fleet.vce import vce_api
+
+    def to_nodes(state: Any, queue: Queue[Message], nodes: Iterable[int], stopped: Event) -> None:
+        while not stopped.is_set():
+            events.sent.clear()
+            found = True
+            while found:  # one a node in turn
+                found = False
+                for node in nodes:
+                    for message in state.get_message_ins(node_id=node, limit=1):
+                        queue.put(message)
+                        found = True
+            events.sent.wait(LOOK_SECONDS)
+
+    def to_server(state: Any, queue: Queue[Message], stopped: Event) -> None:
+        while not stopped.is_set():
+            with suppress(Empty):
+                state.store_message_res(queue.get(timeout=1.0))
+                events.arrived.set()
+
+    with _replaced(vce_api, add_messages_to_queue=to_nodes, put_message_into_state=to_server):
+        yield
+
+
+@contextmanager
+def _replaced(module: Any, **ours: Any) -> Iterator[None]:
+    """Put values in the place of a module's own."""
+    before = {name: vars(module)[name] for name in ours}
+    vars(module).update(ours)
     try:
         yield
     finally:
-        for module, name, value in kept:
-            setattr(module, name, value)
+        vars(module).update(before)
 
 
 def is_actor_alive(actor: Any) -> bool:

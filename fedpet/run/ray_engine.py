@@ -31,7 +31,14 @@ from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
-from fedpet.protocol.flower_compat import RESTARTS, mixed_into_pool, quiet_flower, ray_on_loopback
+from fedpet.protocol.flower_compat import (
+    RESTARTS,
+    MessageEvents,
+    mixed_into_pool,
+    prompt_messages,
+    quiet_flower,
+    ray_on_loopback,
+)
 from fedpet.protocol.ledger import SEARCH, Ledger
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import locked_output, state_file, write_file
@@ -45,6 +52,7 @@ from fedpet.run.prepare import Prepared, PreparedSearch, is_deployed, prepare
 from fedpet.run.ray_cluster import PREFIX, cluster_address, ray_folder
 from fedpet.run.resume import check_journal, cut_short, is_cut_short, searched_structure
 from fedpet.run.run_folder import RunFolder, locked_run_folder
+from fedpet.server.reply_stream import PromptGrid
 
 Result = TypeVar("Result")
 
@@ -289,17 +297,21 @@ def run_on_ray(
 
     from fedpet.run.worker_pool import WorkerPool  # imports Ray
 
-    server_app = ServerApp()
+    server_app, events = ServerApp(), MessageEvents()
     results: list[Result] = []
 
     @server_app.main()
     def main(grid: Grid, context: Context) -> None:
-        results.append(serve(Heeding(grid)))
+        results.append(serve(Heeding(PromptGrid(grid, events))))
 
     threads = experiment.training.threads
     workers = experiment.run.workers
-    runtime = ray_runtime(num_cpus=workers * threads)
-    with runtime as gpus, quiet_flower(), mixed_into_pool(WorkerPool, workers):
+    with (
+        ray_runtime(num_cpus=workers * threads) as gpus,
+        quiet_flower(),
+        mixed_into_pool(WorkerPool, workers),
+        prompt_messages(events),
+    ):
         share = gpu_share(gpus, workers) if experiment.run.device == "cuda" else 0.0
         run_simulation(
             server_app,

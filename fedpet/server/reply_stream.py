@@ -1,8 +1,8 @@
 """Stream a round's replies, so that the server never holds all of them in memory.
 
 In:  Flower's Grid, which returns a round's replies in one list.
-Out: the same Grid, which hands each reply to `take` while others are still awaited; and
-     `SpooledPayloads`, where payloads wait for their turn, on disk past a few megabytes.
+Out: the same Grid, which hands each reply to `take` while others are still awaited; a simulation's
+     Grid, which is woken by them; and `SpooledPayloads`, where payloads wait for their turn, on disk past a few megabytes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpet.errors import RunError
+from fedpet.protocol.flower_compat import MessageEvents
 from fedpet.server.pending_messages import PendingMessages
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 3.0  # seconds
@@ -48,6 +49,11 @@ class GridWrapper(Grid):
         """Send messages; return the replies that come in time."""
         return self._grid.send_and_receive(messages, timeout=timeout)
 
+    def wait(self, seconds: float) -> None:
+        """Wait for replies, `seconds` at most: so long where the grid does not tell of them."""
+        wait = self._grid.wait if isinstance(self._grid, GridWrapper) else time.sleep
+        wait(seconds)
+
     def get_nodes(self) -> Iterable[Any]:
         """Return what Flower knows of its nodes."""
         return self._grid.get_nodes()
@@ -64,6 +70,30 @@ class GridWrapper(Grid):
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         """Make a message; deprecated in Flower, for `Message`."""
         return self._grid.create_message(*args, **kwargs)
+
+
+class PromptGrid(GridWrapper):
+    """Tell a simulation of messages that are sent, and wake when it tells of a reply.
+
+    Args:
+        grid: The simulation's.
+        events: What both tell each other.
+    """
+
+    def __init__(self, grid: Grid, events: MessageEvents) -> None:
+        super().__init__(grid)
+        self._events = events
+
+    def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        """Send messages; return their ids."""
+        numbers = super().push_messages(messages)
+        self._events.sent.set()
+        return numbers
+
+    def wait(self, seconds: float) -> None:
+        """Wait until a reply has come since the last call, `seconds` at most."""
+        self._events.arrived.wait(seconds)
+        self._events.arrived.clear()
 
 
 class StreamingGrid(GridWrapper):
@@ -91,7 +121,7 @@ class StreamingGrid(GridWrapper):
                 break
             # Where an empty pull takes time, as over a network, pull less often.
             spent = 0.0 if taken else time.monotonic() - asked_at
-            time.sleep(min(max(SHORTEST_PAUSE, 4 * spent), LONGEST_PAUSE))
+            self.wait(min(max(SHORTEST_PAUSE, 4 * spent), LONGEST_PAUSE))
         return []
 
 
