@@ -22,6 +22,7 @@ from fedpet.client.plan_store import PlanStore
 from fedpet.client.state_store import StateStore, state_folder
 from fedpet.client.train_client import Outcome, passes_of_all, train_client, train_together
 from fedpet.errors import FedpetError, FrameError
+from fedpet.pet.kernels.matmul import bound_onednn_cache
 from fedpet.pet.tiers import largest_tier
 from fedpet.protocol.frame import (
     Refusal,
@@ -53,6 +54,7 @@ class Node:
     """
 
     def __init__(self, config: NodeConfig) -> None:
+        bound_onednn_cache()
         self.config = config
         self.plans = PlanStore(config.cache)
         self.models = ModelCache(config, self.plans)

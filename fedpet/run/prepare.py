@@ -28,6 +28,7 @@ from fedpet.data import (
 )
 from fedpet.errors import ConfigError
 from fedpet.export.start_values import start_values
+from fedpet.pet.kernels.matmul import bound_onednn_cache
 from fedpet.pet.kernels.matmul_timing import settle_product
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
@@ -100,6 +101,7 @@ def prepare(
         InputError: The experiment, the checkpoint or the data cannot be used.
     """
     started = time.perf_counter()
+    bound_onednn_cache()
     experiment = experiment.located()
     check_codecs(experiment.codec)
     device = check_device(experiment.run.device)

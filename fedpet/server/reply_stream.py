@@ -2,7 +2,8 @@
 
 In:  Flower's Grid, which returns a round's replies in one list.
 Out: the same Grid, which hands each reply to `take` while others are still awaited; a simulation's
-     Grid, which is woken by them; and `SpooledPayloads`, where payloads wait for their turn, on disk past a few megabytes.
+     Grid, which is woken by them; and `SpooledPayloads`, where payloads wait for their turn, on
+     disk past a few megabytes.
 """
 
 from __future__ import annotations

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from typing import Any
 
 import pytest
@@ -9,14 +10,25 @@ import torch
 from architectures import ARCHITECTURES, backbone, batch, loss_of, mask_of, structure_of
 from hypothesis import given
 from hypothesis import strategies as st
+from tiny import Silent
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from fedpet.client.node import Node
+from fedpet.client.node_config import NodeConfig
 from fedpet.config import TrainingConfig
 from fedpet.errors import ConfigError
-from fedpet.pet.kernels.matmul import PRODUCTS, onednn_matmul, torch_matmul
+from fedpet.pet.kernels.matmul import (
+    CACHE_VARIABLE,
+    CACHED_SHAPES,
+    PRODUCTS,
+    ROWS,
+    onednn_matmul,
+    torch_matmul,
+)
 from fedpet.pet.model import PetModel
 from fedpet.pet.modules.base import is_dense
+from fedpet.run.prepare import prepare
 
 with_onednn = pytest.mark.skipif(
     not torch.backends.mkldnn.is_available(), reason="this torch carries no oneDNN"
@@ -28,11 +40,14 @@ class Calls(TorchDispatchMode):
 
     def __enter__(self) -> Calls:
         self.onednn = 0
+        self.shapes: set[tuple[Any, ...]] = set()
         super().__enter__()
         return self
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.onednn += func is torch.ops.mkldnn._linear_pointwise.default
+        if func is torch.ops.mkldnn._linear_pointwise.default:
+            self.onednn += 1
+            self.shapes.add((args[0].shape, args[1].shape))
         return func(*args, **(kwargs or {}))
 
 
@@ -157,3 +172,37 @@ def test_other_products_are_refused_in_a_sentence() -> None:
     words = r"training\.matmul-backend must be one of torch, onednn, auto, got"
     with pytest.raises(ConfigError, match=words):
         TrainingConfig(matmul_backend="blas")
+
+
+@with_onednn
+@pytest.mark.parametrize("transposed", [False, True])
+def test_oneDNN_compiles_for_few_numbers_of_tokens_and_results_have_as_many(
+    transposed: bool,
+) -> None:
+    weight, bias = torch.randn(24, 40), torch.randn(24)
+    with Calls() as calls:
+        for tokens in range(1, 20 * ROWS + 1):
+            x = torch.randn(40, tokens).t() if transposed else torch.randn(tokens, 40)
+            y = onednn_matmul(x, weight, bias)
+            assert y.shape == (tokens, 24)
+            assert y.is_contiguous()
+            torch.testing.assert_close(y, torch_matmul(x, weight, bias), rtol=1e-3, atol=1e-4)
+    assert calls.onednn == 20 * ROWS
+    # each number below ROWS, one for each ROWS above; laid out in both ways where transposed
+    assert len(calls.shapes) <= ROWS + 20
+
+
+def test_a_run_and_a_node_bound_what_onednn_keeps_and_leave_a_users_own_bound(
+    experiment: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = experiment()
+    for start in (
+        lambda: prepare(settings, Silent()),
+        lambda: Node(NodeConfig.from_experiment(settings)),
+    ):
+        monkeypatch.delenv(CACHE_VARIABLE, raising=False)
+        start()
+        assert os.environ[CACHE_VARIABLE] == str(CACHED_SHAPES)
+        monkeypatch.setenv(CACHE_VARIABLE, "500")
+        start()
+        assert os.environ[CACHE_VARIABLE] == "500"

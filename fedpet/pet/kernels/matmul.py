@@ -11,6 +11,7 @@ bits.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -20,8 +21,17 @@ from torch.overrides import TorchFunctionMode
 
 from fedpet.pet.kernels.input_recompute import to_columns
 
-__all__ = ["PRODUCTS", "Product", "linear_by", "onednn_matmul", "torch_matmul"]
+__all__ = [
+    "PRODUCTS",
+    "Product",
+    "bound_onednn_cache",
+    "linear_by",
+    "onednn_matmul",
+    "torch_matmul",
+]
 
+ROWS = 16
+CACHE_VARIABLE, CACHED_SHAPES = "ONEDNN_PRIMITIVE_CACHE_CAPACITY", 32
 Product = Callable[[Tensor, Tensor, Tensor | None], Tensor]
 
 
@@ -43,17 +53,36 @@ def onednn_matmul(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
 
     torch hands `right` to it as it lies, and copies a transposed `left` number by number first. We
     transpose whichever is smaller: `left`, or (computing right left^T) the result.
+
+    For every shape oneDNN compiles code, in milliseconds, and keeps it as long as the process lives,
+    a megabyte each. Batches without padding have any number of tokens, so `left` is given rows of
+    zeros up to a multiple of `ROWS`, which the others' products do not depend on.
     """
     if not _can(left, right):
         return torch_matmul(left, right, bias)
-    multiply = torch.ops.mkldnn._linear_pointwise
+    multiply, rows = torch.ops.mkldnn._linear_pointwise, len(left)
     if _is_transposed(left) and left.shape[1] > right.shape[0]:
-        y = to_columns(multiply(_by_rows(right), left, None, "none", [], ""))
+        y = to_columns(multiply(_by_rows(right), _rounded_up(left), None, "none", [], ""))[:rows]
         return y if bias is None else y.add_(bias)
-    left = _by_rows(left)
+    left = _rounded_up(_by_rows(left))
     if bias is None or bias.dim() == 1:
-        return multiply(left, right, bias, "none", [], "")  # type: ignore[no-any-return]
-    return multiply(left, right, None, "none", [], "").add_(bias)  # type: ignore[no-any-return]
+        return multiply(left, right, bias, "none", [], "")[:rows]  # type: ignore[no-any-return]
+    return multiply(left, right, None, "none", [], "")[:rows].add_(bias)  # type: ignore[no-any-return]
+
+
+def bound_onednn_cache() -> None:
+    """Let oneDNN keep what it has made ready for `CACHED_SHAPES` shapes: a few steps' worth.
+
+    By itself it keeps 1024, with their workspaces. It reads the variable at its first product in a
+    process; one that is set stays.
+    """
+    os.environ.setdefault(CACHE_VARIABLE, str(CACHED_SHAPES))
+
+
+def _rounded_up(x: Tensor) -> Tensor:
+    """Add rows of zeros up to a multiple of `ROWS`; fewer rows than that stay as they are."""
+    missing = -len(x) % ROWS if len(x) > ROWS else 0
+    return nn.functional.pad(x, (0, 0, 0, missing)) if missing else x
 
 
 PRODUCTS: dict[str, Product] = {
