@@ -43,7 +43,8 @@ from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 
 from benchmarks.lora_app import Clients, Job, serve
-from benchmarks.round_overhead import EXPERIMENTS, PARTS, measure_apart, processor_seconds
+from benchmarks.noisy_rounds import EXPERIMENTS, PARTS, processor_seconds
+from benchmarks.round_overhead import measure_apart
 from fedpet.backbone.pretrained import locate
 from fedpet.client.node_config import cache_folder
 from fedpet.config import Experiment

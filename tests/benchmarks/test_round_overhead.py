@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 from tiny import Silent
 
-from benchmarks.round_overhead import noise_for_training
+from benchmarks.noisy_rounds import noise_for_training
 from fedpet.client.node_config import NodeConfig
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid

@@ -54,8 +54,8 @@ def onednn_matmul(left: Tensor, right: Tensor, bias: Tensor | None) -> Tensor:
     torch hands `right` to it as it lies, and copies a transposed `left` number by number first. We
     transpose whichever is smaller: `left`, or (computing right left^T) the result.
 
-    For every shape oneDNN compiles code, in milliseconds, and keeps it as long as the process lives,
-    a megabyte each. Batches without padding have any number of tokens, so `left` is given rows of
+    For every shape oneDNN compiles code in milliseconds, a megabyte that it keeps as long as the
+    process lives. Batches without padding have any number of tokens, so `left` is given rows of
     zeros up to a multiple of `ROWS`, which the others' products do not depend on.
     """
     if not _can(left, right):
