@@ -17,8 +17,9 @@ import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import asdict
+from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import psutil  # type: ignore[import-untyped]  # it has no stubs
@@ -130,9 +131,8 @@ def _client_app(experiment: Experiment) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        from noisy_rounds import answer_with_noise as answer  # not pickled with the app
-
-        return answer(message, settings)
+        answer = import_module("noisy_rounds").answer_with_noise  # not pickled with the app
+        return cast("Message", answer(message, settings))
 
     return app
 

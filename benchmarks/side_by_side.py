@@ -78,7 +78,7 @@ def ratios(rows: Sequence[dict[str, Any]]) -> dict[str, float]:
     """Return the median of now over the median of before, for each of `SECONDS`."""
 
     def median(code: str, name: str) -> float:
-        return statistics.median(row[name] for row in rows if row["code"] == code)
+        return float(statistics.median(row[name] for row in rows if row["code"] == code))
 
     return {name: median(NOW, name) / median(BEFORE, name) for name in SECONDS}
 
