@@ -19,11 +19,14 @@ from rich.console import Console
 from benchmarks.baselines import METHODS, run_baseline
 from benchmarks.experiment_grid import FEDPET
 from benchmarks.grid import PHASES
+from benchmarks.suite import read_suite
+from benchmarks.suite_tables import costs_table, suite_table
 from benchmarks.tables import final_table, overlaps, read_grid, tuning_table
 from fedpet.config import Experiment
 from fedpet.config.builtin import experiment_file
 from fedpet.errors import ConfigError, FedpetError, InputError
 
+SUITE = Path(__file__).with_name("suite.toml")
 app = typer.Typer(
     add_completion=False,
     no_args_is_help=True,
@@ -105,6 +108,44 @@ def table(
         console.print(final_table(grid))
         for what, share in overlaps(grid):
             console.print(f"{what}: modules in common {share:.2f} (Jaccard)")
+
+
+@app.command(epilog="Example: python -m benchmarks suite --data FOLDER --minutes 60")
+def suite(
+    file: Annotated[Path, typer.Argument(help="The suite's file.")] = SUITE,
+    data: Annotated[
+        Path | None, typer.Option(help="The folder of the data sets that the suite names.")
+    ] = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="A data set, a method, or DATA SET/METHOD."),
+    ] = None,
+    minutes: Annotated[
+        float | None, typer.Option(help="Begin no cell after so many minutes.", min=0)
+    ] = None,
+    jobs: Annotated[int, typer.Option(help="Cells at once, one thread each.", min=1)] = 1,
+    costs: Annotated[
+        bool, typer.Option("--costs", help="Estimate what is missing, and run nothing.")
+    ] = False,
+    check: Annotated[
+        int, typer.Option(metavar="N", help="Run N finished cells again, and compare.")
+    ] = 0,
+) -> None:
+    """Run the missing cells of the evidence suite, the most needed first, and show it."""
+    progress = Console(stderr=True, highlight=False)
+    found = read_suite(file, folder=data, only=tuple(only or ()))
+
+    def say(line: str) -> None:
+        progress.print(line, markup=False, soft_wrap=True)
+
+    if check:
+        if not found.check(check, say):
+            raise typer.Exit(1)
+        return
+    progress.print(costs_table(found))
+    if not costs:
+        found.complete(say, minutes=minutes, jobs=jobs)
+        console.print(suite_table(found))
 
 
 def main() -> None:

@@ -1,7 +1,12 @@
-"""Set up each baseline's model: everything trained, peft's LoRA, or the head alone.
+"""Set up each baseline's model: everything trained, a method of peft, or the head alone.
 
-LoRA is peft's: rank 8, alpha 16, on the positions that peft itself names for the architecture
-(query and value in BERT), its factors both trained, and the head by `modules_to_save`.
+LoRA is peft's, scaled by alpha / rank = 2: "peft-lora" is of rank 8 on the positions that peft
+itself names for the architecture (query and value in BERT), "-r1" of rank 1, "-all" on every dense
+layer of the blocks. Both factors are trained; "ffa-lora" freezes the down-projections, which all
+clients draw alike (Sun et al., ICLR 2024, arXiv:2403.12313). "supertuning" is peft's as well: of
+every dense layer of the blocks the entries largest in magnitude, as many as the experiment's
+mask.density says; "-bottom" takes the smallest (arXiv:2607.09287). The head goes by
+`modules_to_save`.
 """
 
 from __future__ import annotations
@@ -9,6 +14,8 @@ from __future__ import annotations
 import hashlib
 import warnings
 from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
 
 import numpy as np
 import torch
@@ -16,20 +23,22 @@ from flwr.app import Array, ArrayRecord
 from torch import nn
 
 from fedpet.backbone.device import check_device
+from fedpet.backbone.module_roles import find_target_modules
 from fedpet.backbone.pretrained import Backbone, load_for_task
 from fedpet.config import Experiment
 from fedpet.data import FederatedData
 from fedpet.errors import BackboneError, ConfigError
+from fedpet.pet.modules.registry import ALL_LINEAR
 from fedpet.training.input_checks import settle_padding
 from fedpet.utils.seeds import derive_seed
 
 LORA_RANK = 8
-LORA_ALPHA = 16
+LORA_SCALE = 2  # alpha / rank
 
 Groups = dict[str, dict[str, nn.Parameter]]  # kind of module -> name -> what is trained
 
 
-def _full(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
+def _full(backbone: Backbone, experiment: Experiment) -> tuple[nn.Module, Groups]:
     """Train every parameter of the model."""
     named = dict(backbone.model.named_parameters())
     return backbone.model, {
@@ -38,48 +47,97 @@ def _full(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
     }
 
 
-def _peft_lora(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
-    """Train LoRA as peft sets it up for a classifier; its down-projections drawn from `seed`."""
-    try:
-        from peft import LoraConfig, TaskType, get_peft_model
-    except ImportError:
-        raise ConfigError(
-            "the LoRA baseline is peft's, which is not installed here: pip install 'fedpet[bench]'."
-        ) from None
-    config = LoraConfig(
-        task_type=TaskType.SEQ_CLS,
-        r=LORA_RANK,
-        lora_alpha=LORA_ALPHA,
-        modules_to_save=_head_modules(backbone),
-    )
-    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
-        # peft asks transformers by a name that transformers 5.23 calls deprecated
-        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
-        torch.manual_seed(derive_seed("peft-lora", seed))
-        try:
-            model = get_peft_model(backbone.model, config)
-        except ValueError as error:
-            raise BackboneError(
-                f"peft does not know where LoRA goes in {backbone.source!r}: {error}"
-            ) from None
+def _peft_lora(
+    backbone: Backbone,
+    experiment: Experiment,
+    *,
+    rank: int = LORA_RANK,
+    everywhere: bool = False,
+    frozen_down: bool = False,
+) -> tuple[nn.Module, Groups]:
+    """Train LoRA as peft sets it up for a classifier; its down-projections drawn from the seed."""
+    settings: dict[str, Any] = {"r": rank, "lora_alpha": LORA_SCALE * rank}
+    if everywhere:
+        settings["target_modules"] = _dense_layers(backbone)
+    model = _with_peft(backbone, experiment.run.seed, "LoraConfig", "peft-lora", settings)
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     return model, {
-        "lora": {name: p for name, p in trained.items() if ".lora_" in name},
+        "lora": {
+            name: p
+            for name, p in trained.items()
+            if ".lora_B." in name or (".lora_A." in name and not frozen_down)
+        },
         "head": {name: p for name, p in trained.items() if ".lora_" not in name},
     }
 
 
-def _head_only(backbone: Backbone, seed: int) -> tuple[nn.Module, Groups]:
+def _supertuning(
+    backbone: Backbone, experiment: Experiment, *, largest: bool
+) -> tuple[nn.Module, Groups]:
+    """Train peft's sparse entries: of each dense layer those of one end of the magnitudes."""
+    settings: dict[str, Any] = {
+        "target_modules": _dense_layers(backbone),
+        "sparsity": 1 - experiment.mask.density,
+        "select_top": largest,
+    }
+    model = _with_peft(
+        backbone, experiment.run.seed, "SupertuningConfig", "peft-supertuning", settings
+    )
+    trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    inside = {name: p for name, p in trained.items() if ".supertuning_" in name}
+    head = {name: p for name, p in trained.items() if name not in inside}
+    return model, {"supertuning": inside, "head": head}
+
+
+def _with_peft(
+    backbone: Backbone, seed: int, config: str, purpose: str, settings: Mapping[str, Any]
+) -> nn.Module:
+    """Put a method of peft on the backbone, what it draws drawn from the seed and its purpose."""
+    try:
+        import peft
+    except ImportError:
+        raise ConfigError(
+            "the LoRA baseline is peft's, which is not installed here: pip install 'fedpet[bench]'."
+        ) from None
+    made = getattr(peft, config)(
+        task_type=peft.TaskType.SEQ_CLS, modules_to_save=_head_modules(backbone), **settings
+    )
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft asks transformers by a name that transformers 5.23 calls deprecated
+        warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
+        torch.manual_seed(derive_seed(purpose, seed))
+        try:
+            model: nn.Module = peft.get_peft_model(backbone.model, made)
+        except ValueError as error:
+            raise BackboneError(
+                f"peft does not know where LoRA goes in {backbone.source!r}: {error}"
+            ) from None
+    return model
+
+
+def _head_only(backbone: Backbone, experiment: Experiment) -> tuple[nn.Module, Groups]:
     """Train the head alone."""
     named = dict(backbone.model.named_parameters())
     return backbone.model, {"head": {name: named[name] for name in backbone.head}}
 
 
-METHODS: Mapping[str, Callable[[Backbone, int], tuple[nn.Module, Groups]]] = {
+METHODS: Mapping[str, Callable[[Backbone, Experiment], tuple[nn.Module, Groups]]] = {
     "full": _full,
     "peft-lora": _peft_lora,
+    "peft-lora-r1": partial(_peft_lora, rank=1),
+    "peft-lora-all": partial(_peft_lora, everywhere=True),
+    "peft-lora-all-r1": partial(_peft_lora, rank=1, everywhere=True),
+    "ffa-lora": partial(_peft_lora, frozen_down=True),
+    "supertuning": partial(_supertuning, largest=True),
+    "supertuning-bottom": partial(_supertuning, largest=False),
     "head": _head_only,
 }
+
+
+def _dense_layers(backbone: Backbone) -> list[str]:
+    """Return paths of the dense layers of the blocks."""
+    positions = find_target_modules(backbone.model, backbone.head)
+    return [p.name for p in positions if p.role in ALL_LINEAR]
 
 
 def _head_modules(backbone: Backbone) -> list[str]:
@@ -123,7 +181,7 @@ class Baseline:
         self.fingerprint = backbone.fingerprint
         self.origin = backbone.origin
         self.pretrained_parameters = backbone.pretrained_parameters
-        self.model, self.groups = METHODS[method](backbone, experiment.run.seed)
+        self.model, self.groups = METHODS[method](backbone, experiment)
         self.tensors: dict[str, nn.Parameter] = {}
         for group in self.groups.values():
             self.tensors |= group

@@ -1,0 +1,466 @@
+"""Work off the suite: data sets x methods, each tuned on rows of its own, then run on three seeds.
+
+    results = "results/suite"        # a folder a data set, in it structures/, tune/, final/
+    most-rates = 6                   # of a moving grid, see moving_grid.py
+    tune-seed = 3
+    seeds = [0, 1, 2]
+    [base.STAGE]                     # an experiment, which all cells start from
+    [datasets.NAME]
+    set = []; tune = []; final = []  # overrides of all its cells, and of a phase's
+    seconds = 60                     # guess of a cell, until one has been run
+    [methods.NAME]
+    runs = "fedpet"                  # or a baseline; NAME where it is left out
+    rate = 0.1                       # in the middle of the first grid: of every kind but
+    beside = ["head=0.03"]           # those with a rate of their own
+    rates-of = "OTHER"               # or that method's rates, as they were chosen
+    set = []
+    structure = "searched"           # or "drawn": made before the runs, as by `fedpet search`
+    [[work]]                         # what is most needed comes first
+    datasets = []; methods = []
+
+A cell leaves RESULTS/DATA SET/PHASE/NAME.json, and one that is there is not run again.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from dataclasses import dataclass, field, replace
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any, get_type_hints
+
+from benchmarks.cell import Cell, Result, Run, check
+from benchmarks.experiment_grid import StructureFile
+from benchmarks.moving_grid import SIZE, Choice, choose_rate
+from benchmarks.one_process import FEDPET, RUNS
+from benchmarks.probe import PROBE
+from benchmarks.rate import Rate
+from benchmarks.suite_cell import SuiteCell
+from benchmarks.table_keys import Keys, read_keys, strings
+from fedpet.config import Experiment
+from fedpet.config.parsing import with_overrides
+from fedpet.errors import ConfigError
+from fedpet.training.metrics import greater_is_better
+
+__all__ = ["DataSet", "Row", "Suite", "read_suite", "run_cell"]
+
+PHASES = ("structures", "tune", "final")
+
+
+@dataclass(frozen=True)
+class DataSet:
+    """Describe the rows and clients of a part of the suite: overrides, and a cell's seconds."""
+
+    name: str
+    overrides: tuple[str, ...] = ()
+    tune: tuple[str, ...] = ()
+    final: tuple[str, ...] = ()
+    seconds: float = 60.0
+
+
+@dataclass(frozen=True)
+class Row:
+    """Describe a method.
+
+    Attributes:
+        name: Of the row.
+        runs: Of `RUNS`, or the probe.
+        rate: Where its grid starts; 0 where nothing is trained.
+        beside: Rates of the kinds that have one of their own.
+        rates_of: The method whose rates it takes; "" for its own.
+        overrides: Of the experiment.
+        structure: "searched", "drawn" or "".
+    """
+
+    name: str
+    runs: str
+    rate: float
+    beside: tuple[str, ...]
+    rates_of: str
+    overrides: tuple[str, ...]
+    structure: str
+
+
+@dataclass
+class Suite:
+    """Lay out the cells, and run the missing ones.
+
+    Attributes:
+        results: Folder of the cells.
+        base: Tables of the experiment that all start from.
+        datasets: By name.
+        methods: By name.
+        work: Pairs of a data set and a method, the most needed first.
+        tune_seed: Of all tuning runs.
+        seeds: A reported run each.
+        most_rates: Of a moving grid.
+        folder: Of the data sets.
+        run: Runs a cell; a test's own.
+    """
+
+    results: Path
+    base: Mapping[str, Any]
+    datasets: Mapping[str, DataSet]
+    methods: Mapping[str, Row]
+    work: tuple[tuple[DataSet, Row], ...]
+    tune_seed: int
+    seeds: tuple[int, ...]
+    most_rates: int
+    folder: Path | None = None
+    run: Run | None = None
+    _read: dict[Path, Result] = field(default_factory=dict)
+
+    # -- cells
+
+    def experiment(self, dataset: DataSet, method: Row, more: Sequence[str] = ()) -> Experiment:
+        """Resolve a cell's experiment."""
+        over = (*dataset.overrides, *method.overrides, *more)
+        tables = {stage: dict(table) for stage, table in self.base.items()}
+        return Experiment.from_tables(with_overrides(tables, over, get_type_hints(Experiment)))
+
+    def tune_cell(self, dataset: DataSet, method: Row, rate: float) -> SuiteCell:
+        """Return the cell of one rate, evaluated before the first round and after the last."""
+        rounds = self.experiment(dataset, method).strategy.num_rounds
+        more = (*dataset.tune, f"strategy.evaluate-every={rounds}")
+        return self._cell(dataset, method, "tune", f"lr{rate:g}", rate, self.tune_seed, more)
+
+    def final_cells(self, dataset: DataSet, method: Row, rate: float) -> list[SuiteCell]:
+        """Return the reported cells, by seed; the probe draws nothing, and has one."""
+        return [
+            self._cell(dataset, method, "final", f"seed{seed}", rate, seed, dataset.final)
+            for seed in (self.seeds[:1] if method.runs == PROBE else self.seeds)
+        ]
+
+    def structure_cell(self, dataset: DataSet, method: Row, seed: int) -> StructureFile:
+        """Return the file of the structure that a seed's run trains, searched on tuning rows."""
+        path = self.results / dataset.name / "structures" / f"{method.name}-seed{seed}.json"
+        experiment = self.experiment(dataset, method, (*dataset.tune, f"search.seed={seed}"))
+        return _Structure(path, None, seed, None, experiment, self.folder)
+
+    def _cell(
+        self,
+        dataset: DataSet,
+        method: Row,
+        phase: str,
+        end: str,
+        rate: float,
+        seed: int,
+        more: Sequence[str],
+    ) -> SuiteCell:
+        over = [*more, f"run.seed={seed}", f"run.name={dataset.name}"]
+        if rate:
+            over.append(f"training.learning-rate={rate!r}")
+            over.append(f"training.learning-rates={json.dumps(list(method.beside))}")
+        experiment = self.experiment(dataset, method, over)
+        needs = None
+        if method.structure:
+            needs = self.structure_cell(dataset, method, seed).path
+            name = f"structures/{needs.name}"
+            experiment = replace(experiment, structure=replace(experiment.structure, file=name))
+        return SuiteCell(
+            path=self.results / dataset.name / phase / f"{method.name}-{end}.json",
+            rate=Rate(rate, method.beside) if rate else None,
+            seed=seed,
+            needs=needs,
+            experiment=experiment,
+            method=method.name,
+            runs=method.runs,
+            folder=self.folder,
+        )
+
+    # -- where the work stands
+
+    def read(self, cell: Cell) -> Result | None:
+        """Read a cell once; None where it has not been run."""
+        if cell.path not in self._read:
+            result = cell.read()
+            if result is None:
+                return None
+            self._read[cell.path] = result
+        return self._read[cell.path]
+
+    def choice(self, dataset: DataSet, method: Row) -> Choice:
+        """Return where the choice of a method's rate stands."""
+        tuned = self.methods[method.rates_of] if method.rates_of else method
+        if not tuned.rate:
+            return Choice((), (), 0.0)
+
+        def score(rate: float) -> float | None:
+            cell = self.tune_cell(dataset, tuned, rate)
+            result = self.read(cell)
+            if result is None:
+                raise KeyError(rate)
+            return cell.score(result)
+
+        greater = greater_is_better(self.experiment(dataset, method).data.metric)
+        return choose_rate(tuned.rate, score, most=self.most_rates, greater=greater)
+
+    def runnable(self) -> list[Cell]:
+        """Return the missing cells that wait for no other, the most needed first."""
+        found: dict[Path, Cell] = {}
+        for dataset, method in self.work:
+            for cell in self._wanted(dataset, method):
+                found.setdefault(cell.path, cell)
+        return list(found.values())
+
+    def _wanted(self, dataset: DataSet, method: Row) -> Iterator[Cell]:
+        choice = self.choice(dataset, method)
+        cells: list[SuiteCell] = []
+        if choice.missing:
+            tuned = self.methods[method.rates_of] if method.rates_of else method
+            cells = [self.tune_cell(dataset, tuned, rate) for rate in choice.missing]
+        elif choice.best is not None:
+            cells = self.final_cells(dataset, method, choice.best)
+        for cell in cells:
+            if cell.needs is not None:
+                owner = self.methods[cell.method]
+                structure = self.structure_cell(dataset, owner, cell.seed)
+                if self.read(structure) is None:
+                    yield structure
+                    continue
+            if self.read(cell) is None:
+                yield cell
+
+    def results_of(self, dataset: DataSet, method: Row) -> dict[int, Result]:
+        """Return the finished reported results by seed; {} while the rate is not chosen."""
+        choice = self.choice(dataset, method)
+        if choice.missing or choice.best is None:
+            return {}
+        cells = self.final_cells(dataset, method, choice.best)
+        read = {cell.seed: self.read(cell) for cell in cells}
+        return {seed: result for seed, result in read.items() if result is not None}
+
+    def finished(self) -> list[Cell]:
+        """Return all cells that have been run."""
+        found: dict[Path, Cell] = {}
+        for dataset, method in self.work:
+            choice = self.choice(dataset, method)
+            tuned = self.methods[method.rates_of] if method.rates_of else method
+            cells = [self.tune_cell(dataset, tuned, rate) for rate in choice.tried]
+            if choice.best is not None:
+                cells += self.final_cells(dataset, method, choice.best)
+            found |= {cell.path: cell for cell in cells if self.read(cell) is not None}
+        return list(found.values())
+
+    # -- costs
+
+    def seconds(self, dataset: DataSet, method: Row) -> float:
+        """Estimate a cell's processor time: measured, else by other methods or data sets."""
+        spent = self._spent()
+        if own := spent.get((dataset.name, method.name)):
+            return statistics.mean(own)
+        here = [statistics.mean(v) for (name, _), v in spent.items() if name == dataset.name]
+        usual = statistics.median(here) if here else dataset.seconds
+        ratios = [
+            statistics.mean(v) / statistics.median(
+                statistics.mean(w) for (other, _), w in spent.items() if other == name
+            )
+            for (name, row), v in spent.items()
+            if row == method.name
+        ]  # fmt: skip
+        return usual * (statistics.median(ratios) if ratios else 1.0)
+
+    def _spent(self) -> dict[tuple[str, str], list[float]]:
+        found: dict[tuple[str, str], list[float]] = {}
+        for path, result in self._read.items():
+            name = path.parts[-3]
+            if seconds := result.get("time", {}).get("processor_seconds"):
+                found.setdefault((name, result["run"]["method"]), []).append(seconds)
+        return found
+
+    def costs(self) -> list[tuple[str, str, int, float]]:
+        """Return data set, method, cells still to run (grids that do not move), core-seconds."""
+        found: dict[tuple[str, str], int] = {}
+        for dataset, method in self.work:
+            choice = self.choice(dataset, method)
+            seeds = 1 if method.runs == PROBE else len(self.seeds)
+            left = seeds - len(self.results_of(dataset, method))
+            if choice.missing and not method.rates_of:
+                left += len(choice.missing)
+            found[dataset.name, method.name] = left
+        return [
+            (name, row, left, left * self.seconds(self.datasets[name], self.methods[row]))
+            for (name, row), left in found.items()
+            if left
+        ]
+
+    # -- work
+
+    def complete(
+        self, say: Callable[[str], None], *, minutes: float | None = None, jobs: int = 1
+    ) -> bool:
+        """Run missing cells, and begin none after so many minutes.
+
+        Returns:
+            Whether all are done.
+        """
+        until = None if minutes is None else time.monotonic() + 60 * minutes
+        run = self.run or run_cell
+        if jobs == 1:
+            while waiting := self.runnable():
+                if until is not None and time.monotonic() > until:
+                    return False
+                self._finish(waiting[0], run(waiting[0]), say)
+            return True
+        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+            running: dict[Future[Result], Cell] = {}
+            while True:
+                ahead = {cell.path for cell in running.values()}
+                late = until is not None and time.monotonic() > until
+                for cell in [] if late else self.runnable():
+                    if len(running) < jobs and cell.path not in ahead:
+                        running[pool.submit(run, cell)] = cell
+                if not running:
+                    return not self.runnable()
+                done, _ = wait(running, return_when=FIRST_COMPLETED)
+                for future in done:
+                    self._finish(running.pop(future), future.result(), say)
+
+    def _finish(self, cell: Cell, result: Result, say: Callable[[str], None]) -> None:
+        cell.write(result)
+        name = "/".join((*cell.path.parts[-3:-1], cell.path.stem))
+        say(f"{name}: {cell.show(result)}")
+
+    def check(self, count: int, say: Callable[[str], None]) -> bool:
+        """Run a random sample of finished cells again; note it in RESULTS/checks.json."""
+        run = self.run or run_cell
+        return check(self.finished(), count, self.results / "checks.json", say, run=run)
+
+
+@dataclass(frozen=True)
+class _Structure(StructureFile):
+    """Search a structure on the rows of a data set's folder."""
+
+    folder: Path | None = None
+
+    def run(self) -> Result:
+        here = SuiteCell(
+            self.path, None, self.seed, None, self.experiment, "", FEDPET, folder=self.folder
+        )
+        return StructureFile.run(replace(self, experiment=here.located()))
+
+
+def run_cell(cell: Cell) -> Result:
+    """Run a cell; the work of a process of the pool."""
+    return cell.run()
+
+
+def read_suite(
+    path: Path, *, folder: Path | None = None, only: Sequence[str] = (), run: Run | None = None
+) -> Suite:
+    """Read a suite's file.
+
+    Args:
+        path: The TOML file.
+        folder: Of the data sets.
+        only: Names of data sets, methods, or DATA SET/METHOD; () for all.
+        run: Runs a cell; None for `Cell.run`.
+
+    Raises:
+        ConfigError: Unknown or missing keys or names.
+    """
+    top = read_keys(path)
+    datasets = {n: _dataset(n, t) for n, t in top.take("datasets", dict).items()}
+    methods = {n: _row(n, t) for n, t in top.take("methods", dict).items()}
+    for name, row in methods.items():
+        other = methods.get(row.rates_of)
+        if row.rates_of and (other is None or not other.rate):
+            raise ConfigError(f"{name!r} takes the rates of {row.rates_of!r}, which has none.")
+        if other is not None:
+            methods[name] = replace(row, beside=other.beside)
+    work: dict[tuple[str, str], tuple[DataSet, Row]] = {}
+    for table in top.take("work", list):
+        keys = Keys("[[work]]", table)
+        places = _named(keys.take("datasets", list), datasets, "data set")
+        rows = _named(keys.take("methods", list), methods, "method")
+        keys.refuse_others()
+        work |= {(place, row): (datasets[place], methods[row]) for place in places for row in rows}
+    known = {*datasets, *methods, *(f"{place}/{row}" for place, row in work)}
+    for name in only:
+        if name not in known:
+            raise ConfigError(
+                f"--only {name!r} is neither a data set nor a method of the suite, nor both as "
+                f"DATA SET/METHOD. Data sets are {', '.join(datasets)}; methods "
+                f"{', '.join(methods)}."
+            )
+    chosen = [
+        pair
+        for (place, row), pair in work.items()
+        if not only or {place, row, f"{place}/{row}"} & set(only)
+    ]
+    suite = Suite(
+        results=path.parent / top.take("results", str, f"results/{path.stem}"),
+        base=top.take("base", dict),
+        datasets=datasets,
+        methods=methods,
+        work=tuple(chosen),
+        tune_seed=top.take("tune-seed", int),
+        seeds=tuple(top.take("seeds", list)),
+        most_rates=top.take("most-rates", int),
+        folder=folder,
+        run=run,
+    )
+    top.refuse_others()
+    if suite.tune_seed in suite.seeds or suite.most_rates < SIZE:
+        raise ConfigError(
+            f"tune-seed must be none of seeds, and most-rates at least {SIZE}, got "
+            f"{suite.tune_seed}, {list(suite.seeds)} and {suite.most_rates}."
+        )
+    for dataset, method in suite.work:
+        tune, final = (
+            suite.experiment(dataset, method, more).data for more in (dataset.tune, dataset.final)
+        )
+        if tune.eval_split == final.eval_split:
+            raise ConfigError(
+                f"[datasets.{dataset.name}] tunes and reports on the rows of "
+                f"{final.eval_split!r}: choose rates on rows that no result is reported on."
+            )
+    return suite
+
+
+def _dataset(name: str, table: Any) -> DataSet:
+    keys = Keys(f"[datasets.{name}]", table)
+    found = DataSet(
+        name,
+        strings(keys.take("set", list, []), f"[datasets.{name}] set"),
+        strings(keys.take("tune", list), f"[datasets.{name}] tune"),
+        strings(keys.take("final", list), f"[datasets.{name}] final"),
+        float(keys.take("seconds", int, 60)),
+    )
+    keys.refuse_others()
+    return found
+
+
+def _row(name: str, table: Any) -> Row:
+    where = f"[methods.{name}]"
+    keys = Keys(where, table)
+    row = Row(
+        name=name,
+        runs=keys.take("runs", str, name),
+        rate=float(keys.take("rate", float, 0.0)),
+        beside=strings(keys.take("beside", list, []), f"{where} beside"),
+        rates_of=keys.take("rates-of", str, ""),
+        overrides=strings(keys.take("set", list, []), f"{where} set"),
+        structure=keys.take("structure", str, ""),
+    )
+    keys.refuse_others()
+    if row.runs not in (*RUNS, PROBE):
+        raise ConfigError(f"{where} runs {row.runs!r}. Known are: {', '.join((*RUNS, PROBE))}.")
+    if row.structure not in ("", "searched", "drawn"):
+        raise ConfigError(
+            f"{where} structure must be 'searched' or 'drawn', got {row.structure!r}."
+        )
+    if (row.runs == PROBE) == bool(row.rate or row.rates_of) or (row.rate and row.rates_of):
+        raise ConfigError(f"{where} must have a rate, or rates-of; the probe has neither.")
+    return row
+
+
+def _named(names: list[Any], known: Mapping[str, Any], what: str) -> list[str]:
+    for name in names:
+        if name not in known:
+            raise ConfigError(f"[[work]] names the {what} {name!r}. Known are: {', '.join(known)}.")
+    return [str(name) for name in names]
