@@ -113,12 +113,18 @@ class Suite:
     folder: Path | None = None
     run: Run | None = None
     _read: dict[Path, Result] = field(default_factory=dict)
+    _experiments: dict[tuple[str, ...], Experiment] = field(default_factory=dict)
 
     # -- cells
 
     def experiment(self, dataset: DataSet, method: Row, more: Sequence[str] = ()) -> Experiment:
         """Resolve a cell's experiment."""
         over = (*dataset.overrides, *method.overrides, *more)
+        if over not in self._experiments:
+            self._experiments[over] = self._resolve(over)
+        return self._experiments[over]
+
+    def _resolve(self, over: Sequence[str]) -> Experiment:
         tables = {stage: dict(table) for stage, table in self.base.items()}
         return Experiment.from_tables(with_overrides(tables, over, get_type_hints(Experiment)))
 
@@ -245,6 +251,10 @@ class Suite:
                 cells += self.final_cells(dataset, method, choice.best)
             found |= {cell.path: cell for cell in cells if self.read(cell) is not None}
         return list(found.values())
+
+    def read_results(self) -> list[Result]:
+        """Return the results of all finished cells, structures left out."""
+        return [result for cell in self.finished() if (result := self.read(cell)) is not None]
 
     # -- costs
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import statistics
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 from rich.table import Table
 
@@ -20,14 +19,19 @@ from fedpet.utils.formatting import format_bytes
 
 __all__ = [
     "Summary",
+    "all_methods",
     "costs_table",
     "difficulty",
     "methods_of",
+    "points",
     "question",
+    "references",
     "suite_table",
     "summarise_row",
+    "where_it_stands",
 ]
 
+NOT_RUN = "No cell of these rows has been run yet."
 TARGETS = (0.95, 0.99)  # of full fine-tuning's metric
 FULL = "full"
 
@@ -62,7 +66,7 @@ class Summary:
         """Mean ± deviation; of fewer than three seeds, how many."""
         values = list(self.by_seed.values())
         if len(values) == 1:
-            return f"{self.mean:.4f}"
+            return f"{self.mean:.4f} (1 seed)"
         many = "" if len(values) > 2 else f" ({len(values)} seeds)"
         return f"{self.mean:.4f} ± {statistics.stdev(values):.4f}{many}"
 
@@ -189,7 +193,32 @@ def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1
 def methods_of(suite: Suite, name: str) -> str:
     """Write the table of all finished methods of a data set."""
     heads = (*HEADS, *TARGET_HEADS, "rate")
-    return _markdown(heads, list(_table_cells(suite, suite.datasets[name])))
+    rows = list(_table_cells(suite, suite.datasets[name]))
+    return _markdown(heads, rows) if rows else NOT_RUN
+
+
+def all_methods(suite: Suite) -> str:
+    """Write the tables of all data sets that have a finished row."""
+    parts = [
+        f"**{name}**\n\n{table}"
+        for name in suite.datasets
+        if (table := methods_of(suite, name)) != NOT_RUN
+    ]
+    return "\n\n".join(parts) or NOT_RUN
+
+
+def where_it_stands(suite: Suite) -> str:
+    """Write how much of the suite has been run, and what it took and will take."""
+    spent = sum(result["time"]["processor_seconds"] for result in suite.read_results())
+    left = suite.costs()
+    cells, seconds = sum(row[2] for row in left), sum(row[3] for row in left)
+    done = len(suite.finished())
+    if not left:
+        return f"All {done} cells have been run, in {spent / 3600:.1f} core-hours."
+    return (
+        f"{done} cells have been run, in {spent / 3600:.1f} core-hours; {cells} are left, about "
+        f"{seconds / 3600:.0f} core-hours. A row with fewer than three seeds says so."
+    )
 
 
 def difficulty(suite: Suite) -> str:
@@ -214,30 +243,43 @@ def difficulty(suite: Suite) -> str:
             ]
         )
     heads = ("data", "metric", "majority", "probe", "full fine-tuning", "full over probe, points")
+    if not rows:
+        return NOT_RUN
     return _markdown(heads, rows, left=2)
 
 
 def question(suite: Suite, base: str, others: Sequence[str], datasets: Sequence[str]) -> str:
-    """Write how other rows compare with one: points more, and bytes as a multiple of its bytes."""
-    rows: list[list[str]] = []
-    places = [suite.datasets[name] for name in datasets]
-    bases = [summarise_row(suite, place, suite.methods[base]) for place in places]
-    sizes = [f"{b.mean:.4f}, {format_bytes(b.total_bytes)}" if b else "–" for b in bases]
-    rows.append([f"**{base}**", *sizes])
+    """Write how other rows compare with one: points more, and bytes as a multiple of its bytes.
+
+    Args:
+        suite: With its results.
+        base: The row that the others are compared with.
+        others: Rows; those without a finished cell are left out, as are data sets without the base.
+        datasets: Columns.
+    """
+    grounds = {
+        name: ground
+        for name in datasets
+        if (ground := summarise_row(suite, suite.datasets[name], suite.methods[base])) is not None
+    }
+    if not grounds:
+        return NOT_RUN
+    sizes = [f"{one.mean:.4f}, {format_bytes(one.total_bytes)}" for one in grounds.values()]
+    rows = [[f"**{base}**", *sizes]]
     for name in others:
         cells = [name]
-        for place, ground in zip(places, bases, strict=True):
-            row = summarise_row(suite, place, suite.methods[name])
-            if row is None or ground is None:
-                cells.append("–")
-                continue
-            mean, error, seeds = paired(row, ground)
-            times = row.total_bytes / ground.total_bytes
-            spread = f" ± {error:.1f}" if seeds > 1 else ""
-            cells.append(f"{mean:+.1f}{spread}, {times:.2g} x bytes")
+        for place, ground in grounds.items():
+            row = summarise_row(suite, suite.datasets[place], suite.methods[name])
+            cells.append("–" if row is None else _compared(row, ground))
         if any(cell != "–" for cell in cells[1:]):
             rows.append(cells)
-    return _markdown(("method", *datasets), rows)
+    return _markdown(("method", *grounds), rows)
+
+
+def _compared(row: Summary, ground: Summary) -> str:
+    mean, error, seeds = paired(row, ground)
+    spread = {0: "", 1: " (1 seed)"}.get(seeds, f" ± {error:.1f}")
+    return f"{mean:+.1f}{spread}, {row.total_bytes / ground.total_bytes:.2g} x bytes"
 
 
 def points(suite: Suite) -> dict[str, dict[str, tuple[float, float, float]]]:
@@ -252,9 +294,9 @@ def points(suite: Suite) -> dict[str, dict[str, tuple[float, float, float]]]:
     return found
 
 
-def references(suite: Suite) -> dict[str, dict[str, Any]]:
+def references(suite: Suite) -> dict[str, dict[str, float]]:
     """Return the probe's and the majority's metric by data set."""
-    found: dict[str, dict[str, Any]] = {}
+    found: dict[str, dict[str, float]] = {}
     for dataset in suite.datasets.values():
         probe = summarise_row(suite, dataset, suite.methods[PROBE])
         if probe is not None:

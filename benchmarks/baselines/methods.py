@@ -124,13 +124,13 @@ def _head_only(backbone: Backbone, experiment: Experiment) -> tuple[nn.Module, G
 METHODS: Mapping[str, Callable[[Backbone, Experiment], tuple[nn.Module, Groups]]] = {
     "full": _full,
     "peft-lora": _peft_lora,
+    "head": _head_only,
     "peft-lora-r1": partial(_peft_lora, rank=1),
     "peft-lora-all": partial(_peft_lora, everywhere=True),
     "peft-lora-all-r1": partial(_peft_lora, rank=1, everywhere=True),
     "ffa-lora": partial(_peft_lora, frozen_down=True),
     "supertuning": partial(_supertuning, largest=True),
     "supertuning-bottom": partial(_supertuning, largest=False),
-    "head": _head_only,
 }
 
 

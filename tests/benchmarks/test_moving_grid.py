@@ -16,7 +16,7 @@ def settle(start: float, scores: Mapping[float, float | None], most: int = 6) ->
 
 def test_rates_climb_the_ladder_of_one_three_ten() -> None:
     assert [next_rate(3e-4, step) for step in (-2, -1, 0, 1, 2)] == [3e-5, 1e-4, 3e-4, 1e-3, 3e-3]
-    with pytest.raises(ConfigError, match="1 or 3 times a power of ten, got 0.02"):
+    with pytest.raises(ConfigError, match=r"1 or 3 times a power of ten, got 0.02"):
         next_rate(0.02)
 
 
