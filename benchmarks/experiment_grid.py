@@ -184,8 +184,9 @@ class StructureFile(Cell):
         structure = Structure.from_json(self.path.read_text(encoding="utf-8"))
         stored, config = structure.provenance, self.experiment.search
         settings = stored.get("settings")
-        if settings is None:  # a random one
-            same = (stored.get("seed"), stored.get("asked_budget")) == (config.seed, config.budget)
+        if settings is None:  # a random one, or a manual one, which has no seed
+            found = (stored.get("seed", config.seed), stored.get("asked_budget"))
+            same = found == (config.seed, config.budget)
         else:
             wanted = {**reproducible_settings(config), "asked_budget": config.budget}
             before = with_new_fields({"search": settings})["search"]

@@ -45,6 +45,7 @@ from fedpet.config import Experiment
 from fedpet.config.parsing import with_overrides
 from fedpet.errors import ConfigError
 from fedpet.training.metrics import greater_is_better
+from fedpet.utils.atomic_write import atomic_write
 
 __all__ = ["DataSet", "Row", "Suite", "read_suite", "run_cell"]
 
@@ -343,15 +344,19 @@ class Suite:
 
 @dataclass(frozen=True)
 class _Structure(StructureFile):
-    """Search a structure on the rows of a data set's folder."""
+    """Search a structure on the rows of a data set's folder, which its file does not name."""
 
     folder: Path | None = None
 
     def run(self) -> Result:
-        here = SuiteCell(
+        cell = SuiteCell(
             self.path, None, self.seed, None, self.experiment, "", FEDPET, folder=self.folder
         )
-        return StructureFile.run(replace(self, experiment=here.located()))
+        found = StructureFile.run(replace(self, experiment=cell.located()))["structure"]
+        about = {**found.provenance["data"], "source": self.experiment.data.source}
+        found = replace(found, provenance={**found.provenance, "data": about})
+        atomic_write(self.path, found.to_json().encode())
+        return {"structure": found}
 
 
 def run_cell(cell: Cell) -> Result:

@@ -10,6 +10,7 @@ import pytest
 import benchmarks
 from benchmarks.central_grid import CentralCell
 from benchmarks.experiment_grid import stored_experiment
+from benchmarks.suite import read_suite
 from benchmarks.tables import read_grid
 from fedpet.errors import ConfigError
 
@@ -39,7 +40,7 @@ def test_the_page_names_every_table_and_every_command() -> None:
             assert f"python -m benchmarks.{path.stem}" in page, path.stem
 
 
-@pytest.mark.parametrize("table", TABLES)
+@pytest.mark.parametrize("table", [table for table in TABLES if table != "suite"])
 def test_every_committed_cell_of_a_table_reads(table: str) -> None:
     grid = read_grid(FOLDER / f"{table}.toml")
     files = {path for path in grid.results.rglob("*.json") if path.name != "checks.json"}
@@ -49,6 +50,14 @@ def test_every_committed_cell_of_a_table_reads(table: str) -> None:
     assert files <= known.keys()  # a renamed method would leave its cells unseen
     for path in files:
         assert known[path].read() is not None
+
+
+def test_every_committed_cell_of_the_suite_reads_and_is_seen() -> None:
+    suite = read_suite(FOLDER / "suite.toml")
+    files = {path for path in suite.results.rglob("*.json") if path.name != "checks.json"}
+    structures = {path for path in files if path.parent.name == "structures"}
+    known = {cell.path for cell in suite.finished()}  # reading refuses other settings
+    assert files - structures == known
 
 
 def test_a_cell_of_former_names_reads_under_the_present_ones() -> None:

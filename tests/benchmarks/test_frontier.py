@@ -21,9 +21,7 @@ def test_no_row_off_the_frontier_is_both_cheaper_and_better_than_one_on_it() -> 
     best = frontier(ROWS)
     assert best == ["head", "mask-smallest", "full"]
     for name in set(ROWS) - set(best):
-        assert any(
-            ROWS[one][0] <= ROWS[name][0] and ROWS[one][1] >= ROWS[name][1] for one in best
-        )
+        assert any(ROWS[one][0] <= ROWS[name][0] and ROWS[one][1] >= ROWS[name][1] for one in best)
 
 
 def test_families_have_colours_of_their_own() -> None:
