@@ -49,11 +49,18 @@ from fedpet.training.input_checks import settle_padding
 from fedpet.training.metrics import Assessment
 from fedpet.utils.seeds import client_id64
 
-__all__ = ["FEDPET", "GRADIENT", "RUNS", "run_here"]
+__all__ = ["FEDPET", "GRADIENT", "RUNS", "DivergedError", "run_here"]
 
 FEDPET = "fedpet"
 GRADIENT = "gradient-mask"  # fedpet with a mask by the gradient of one batch
 RUNS = (FEDPET, GRADIENT, *METHODS)
+
+
+LOWER = "lower training.learning-rate"  # what a client's refusal advises whose training diverged
+
+
+class DivergedError(RunError):
+    """Raised where no round came to an average since training diverged on every client."""
 
 
 @dataclass(frozen=True)
@@ -77,9 +84,11 @@ def run_here(experiment: Experiment, runs: str) -> dict[str, Any]:
     Returns:
         As `fedpet.run.result.summarise`, without rows and classes, with "curve": of each evaluated
         round its number, the metric, and the bytes up to its end; and with the seconds of processor
-        time. A run that diverged has that status and no curve beyond.
+        time.
 
     Raises:
+        DivergedError: Every client's training diverged in every round.
+        RunError: No round came to an average for another reason.
         InputError: The experiment, the checkpoint or the data cannot be used.
     """
     if runs not in RUNS:
@@ -209,5 +218,6 @@ def _rounds(
     )
     if not any(record.aggregated for record in ledger.rounds):
         reasons = {refused["reason"] for record in ledger.rounds for refused in record.refused}
-        raise RunError(f"no round came to an average: {'; '.join(sorted(reasons))}")
+        kind = DivergedError if all(LOWER in reason for reason in reasons) else RunError
+        raise kind(f"no round came to an average: {'; '.join(sorted(reasons))}")
     return from_arrays(result.arrays), assessed[-1]

@@ -13,10 +13,10 @@ from typing import Any
 
 from benchmarks.cell import Result
 from benchmarks.experiment_grid import ExperimentCell
-from benchmarks.one_process import FEDPET, run_here
+from benchmarks.one_process import FEDPET, DivergedError, run_here
 from benchmarks.probe import PROBE, run_probe
 from fedpet.config import Experiment
-from fedpet.errors import ConfigError, RunError
+from fedpet.errors import ConfigError
 from fedpet.report.number_format import show_metric
 from fedpet.utils.formatting import format_bytes
 
@@ -81,14 +81,14 @@ class SuiteCell(ExperimentCell):
         return experiment
 
     def run(self) -> Result:
-        """Run it. Rates at which no round comes to an average are a result too."""
-        logging.getLogger("flwr").setLevel(logging.WARNING)
+        """Run it. Rates at which training diverges everywhere are a result too."""
+        logging.getLogger("flwr").setLevel(logging.WARNING)  # quiet rounds
         experiment = self.located()
         if self.runs == PROBE:
             return run_probe(experiment)
         try:
             result = run_here(experiment, self.runs)
-        except RunError as error:
+        except DivergedError as error:
             return {
                 "run": {"method": self.method, "seed": self.seed, "status": FAILED},
                 "why": str(error),

@@ -15,13 +15,13 @@ from benchmarks import baselines, one_process
 from benchmarks.baselines import METHODS, Baseline
 from benchmarks.baselines.one_vector import BaselineVector
 from benchmarks.gradient_mask import gradient_mask
-from benchmarks.one_process import GRADIENT, RUNS, run_here
+from benchmarks.one_process import GRADIENT, RUNS, DivergedError, run_here
 from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import load_for_task, locate
 from fedpet.client.node_config import cache_folder
 from fedpet.config import Experiment, MaskConfig
 from fedpet.data import FederatedData, load_data
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, RunError
 from fedpet.pet.mask import build_mask
 from fedpet.run.run_folder import new_run_folder
 
@@ -228,6 +228,17 @@ def test_the_positions_of_a_gradient_mask_are_in_the_plan_that_is_paid_for(
     assert drawn["model"]["mask_values"] == shared["model"]["mask_values"]
     more = [r["communication"]["plan_bytes_per_client"] for r in (drawn, shared)]
     assert more[0] > more[1] + 0.2 * shared["model"]["mask_values"] / 8
+
+
+def test_training_that_diverges_everywhere_is_told_from_a_run_that_cannot_be(
+    experiment: Any,
+) -> None:
+    fast = experiment(training_learning_rate=1e30, training_optimizer="sgd", training_clip_norm=0)
+    with pytest.raises(DivergedError, match=r"lower training.learning-rate"):
+        run_here(fast, "full")
+    with pytest.raises(RunError, match=r"training.cls-only needs") as refused:
+        run_here(experiment(**{"training_cls-only": True}), "supertuning")
+    assert not isinstance(refused.value, DivergedError)
 
 
 def test_an_unknown_method_is_refused_with_the_known_ones(experiment: Any) -> None:
