@@ -15,6 +15,7 @@
     rates-of = "OTHER"               # or that method's rates, as they were chosen
     set = []
     structure = "searched"           # or "drawn": made before the runs, as by `fedpet search`
+    times = 3                        # guess of a cell's time in those of others
     [[work]]                         # what is most needed comes first
     datasets = []; methods = []
 
@@ -75,6 +76,7 @@ class Row:
         rates_of: The method whose rates it takes; "" for its own.
         overrides: Of the experiment.
         structure: "searched", "drawn" or "".
+        times: Guess of a cell's time in those of other methods, until one has been run.
     """
 
     name: str
@@ -84,6 +86,7 @@ class Row:
     rates_of: str
     overrides: tuple[str, ...]
     structure: str
+    times: float = 1.0
 
 
 @dataclass
@@ -264,6 +267,7 @@ class Suite:
         spent = self._spent()
         if own := spent.get((dataset.name, method.name)):
             return statistics.mean(own)
+        spent = {key: v for key, v in spent.items() if key[1] != PROBE}  # it trains nothing
         here = [statistics.mean(v) for (name, _), v in spent.items() if name == dataset.name]
         usual = statistics.median(here) if here else dataset.seconds
         ratios = [
@@ -273,7 +277,7 @@ class Suite:
             for (name, row), v in spent.items()
             if row == method.name
         ]  # fmt: skip
-        return usual * (statistics.median(ratios) if ratios else 1.0)
+        return usual * (statistics.median(ratios) if ratios else method.times)
 
     def _spent(self) -> dict[tuple[str, str], list[float]]:
         found: dict[tuple[str, str], list[float]] = {}
@@ -461,6 +465,7 @@ def _row(name: str, table: Any) -> Row:
         rates_of=keys.take("rates-of", str, ""),
         overrides=strings(keys.take("set", list, []), f"{where} set"),
         structure=keys.take("structure", str, ""),
+        times=float(keys.take("times", int, 1)),
     )
     keys.refuse_others()
     if row.runs not in (*RUNS, PROBE):
