@@ -25,6 +25,7 @@ __all__ = ["FAILED", "SuiteCell"]
 FAILED = "nothing learned"
 BUNDLED = "bundled"
 _NOT_READ = ("structure", "search")  # by others than fedpet
+_READ_BY_PROBE = ("run", "backbone", "data", "clients")
 
 
 @dataclass(frozen=True)
@@ -45,6 +46,8 @@ class SuiteCell(ExperimentCell):
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return the tables of the experiment that decide the outcome; every method is coded."""
         tables = replace(self, runs=FEDPET).fedpet_settings()
+        if self.runs == PROBE:
+            return {stage: tables[stage] for stage in _READ_BY_PROBE}
         if self.runs != FEDPET:
             for stage in _NOT_READ:
                 del tables[stage]

@@ -137,6 +137,17 @@ def test_the_codec_of_a_baseline_decides_its_cell_and_the_data_folder_does_not(
         suite_of(tmp_path, Pretend(), only=["films/full"], content=content).complete(quiet)
 
 
+def test_the_rounds_of_training_are_no_setting_of_the_probe_and_its_rows_are(
+    tmp_path: Path,
+) -> None:
+    suite_of(tmp_path, Pretend(), only=["films/probe"]).complete(quiet)
+    longer = tables(base={"strategy": {"num-rounds": 9}, "mask": {"enabled": True}})
+    assert suite_of(tmp_path, Pretend(), only=["films/probe"], content=longer).runnable() == []
+    fewer = tables(base={"data": {"max-train-rows": 9}})
+    with pytest.raises(ConfigError, match=r"data.max-train-rows was 0, is 9"):
+        suite_of(tmp_path, Pretend(), only=["films/probe"], content=fewer).runnable()
+
+
 def test_finished_cells_are_run_again_and_a_difference_is_told(tmp_path: Path) -> None:
     suite = suite_of(tmp_path, Pretend(), only=["films/mask"])
     suite.complete(quiet)
