@@ -33,7 +33,7 @@ from fedpet.utils.seeds import derive_seed
 __all__ = ["PROBE", "fit_logistic", "run_probe"]
 
 PROBE = "probe"
-STRENGTHS = (1e-5, 1e-4, 1e-3, 1e-2, 1e-1)  # of the L2 term, beside the mean loss of a row
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the L2 term, beside the mean loss of a row
 HELD_OUT = 0.2
 TOKENS = 1024  # a batch
 _STEPS = 200  # of L-BFGS at most
@@ -81,6 +81,7 @@ def run_probe(experiment: Experiment) -> dict[str, Any]:
             "feature": best,
             "by_feature": {name: one["assessment"].value for name, one in found.items()},
             "strength": found[best]["strength"],
+            "at_edge": found[best]["strength"] in (STRENGTHS[0], STRENGTHS[-1]),
         },
         "data": {"train_rows": len(trained), "evaluation_rows": len(data.evaluation)},
         "time": {"processor_seconds": time.process_time() - clock},

@@ -231,13 +231,14 @@ def difficulty(suite: Suite) -> str:
             continue
         (result,) = suite.results_of(dataset, suite.methods[PROBE]).values()
         about = result["quality"]
+        edge = ", strength at its edge" if about.get("at_edge") else ""
         added = "–" if full is None else f"{100 * (full.mean - probe.mean):+.1f}"
         rows.append(
             [
                 dataset.name,
                 about["metric"],
                 f"{about['majority_baseline']:.4f}",
-                f"{probe.mean:.4f} ({about['feature']})",
+                f"{probe.mean:.4f} ({about['feature']}{edge})",
                 "–" if full is None else full.shown,
                 added,
             ]

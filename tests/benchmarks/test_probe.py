@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks.probe import fit_logistic, run_probe
+from benchmarks.probe import STRENGTHS, fit_logistic, run_probe
 from fedpet.errors import ConfigError
 
 
@@ -48,6 +48,7 @@ def test_frozen_features_of_a_model_tell_its_words_apart_and_come_to_the_same_bi
     first, second = (run_probe(experiment()) for _ in range(2))
     assert first["final_values_sha256"] == second["final_values_sha256"]
     quality = first["quality"]
+    assert quality["at_edge"] == (quality["strength"] in (STRENGTHS[0], STRENGTHS[-1]))
     assert quality["final"] == quality["by_feature"][quality["feature"]]
     assert set(quality["by_feature"]) == {"first token", "mean of tokens"}
     assert quality["final"] > quality["majority_baseline"] + 0.1
