@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,24 @@ def test_no_cell_begins_when_the_minutes_are_over(tmp_path: Path) -> None:
     run = Pretend()
     assert not suite_of(tmp_path, run).complete(quiet, minutes=0)
     assert len(run.ran) <= 1
+
+
+def test_cells_side_by_side_are_those_of_one_after_the_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # threads in the place of processes: what is tested is which cell begins when
+    monkeypatch.setattr(
+        "benchmarks.suite.ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs)
+    )
+    one, two = Pretend(rising), Pretend(rising)
+    for folder, run, jobs in (("one", one, 1), ("two", two, 2)):
+        (tmp_path / folder).mkdir()
+        suite = suite_of(tmp_path / folder, run)
+        assert suite.complete(quiet, jobs=jobs)
+        assert suite.runnable() == []
+    assert sorted(one.ran) == sorted(two.ran)
+    late = suite_of(tmp_path, Pretend(rising))
+    assert not late.complete(quiet, minutes=0, jobs=2)
 
 
 def test_a_best_at_the_edge_moves_the_grid_and_one_that_stays_there_is_flagged(
