@@ -144,8 +144,10 @@ def suite(
         return
     progress.print(costs_table(found))
     if not costs:
-        found.complete(say, minutes=minutes, jobs=jobs)
+        done = found.complete(say, minutes=minutes, jobs=jobs)
         console.print(suite_table(found))
+        if not done and minutes is None:
+            raise typer.Exit(1)
 
 
 def main() -> None:

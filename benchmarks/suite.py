@@ -28,7 +28,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExecutor, wait
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
@@ -44,7 +44,7 @@ from benchmarks.suite_cell import SuiteCell
 from benchmarks.table_keys import Keys, read_keys, strings
 from fedpet.config import Experiment
 from fedpet.config.parsing import with_overrides
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, FedpetError
 from fedpet.training.metrics import greater_is_better
 from fedpet.utils.atomic_write import atomic_write
 
@@ -310,35 +310,35 @@ class Suite:
     ) -> bool:
         """Run missing cells, and begin none after so many minutes.
 
+        A cell that fails is told, and left out of this call: the others are run.
+
         Returns:
             Whether all are done.
         """
         until = None if minutes is None else time.monotonic() + 60 * minutes
-        run = self.run or run_cell
-        if jobs == 1:
-            while waiting := self.runnable():
-                if until is not None and time.monotonic() > until:
-                    return False
-                self._finish(waiting[0], run(waiting[0]), say)
-            return True
-        with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
-            running: dict[Future[Result], Cell] = {}
+        run, failed = self.run or run_cell, set[Path]()
+        running: dict[Future[Result], Cell] = {}
+        with _Here() if jobs == 1 else _processes(jobs) as pool:
             while True:
-                ahead = {cell.path for cell in running.values()}
+                left_out = {cell.path for cell in running.values()} | failed
                 late = until is not None and time.monotonic() > until
                 for cell in [] if late else self.runnable():
-                    if len(running) < jobs and cell.path not in ahead:
+                    if len(running) < jobs and cell.path not in left_out:
                         running[pool.submit(run, cell)] = cell
                 if not running:
                     return not self.runnable()
                 done, _ = wait(running, return_when=FIRST_COMPLETED)
                 for future in done:
-                    self._finish(running.pop(future), future.result(), say)
-
-    def _finish(self, cell: Cell, result: Result, say: Callable[[str], None]) -> None:
-        cell.write(result)
-        name = "/".join((*cell.path.parts[-3:-1], cell.path.stem))
-        say(f"{name}: {cell.show(result)}")
+                    cell = running.pop(future)
+                    name = "/".join((*cell.path.parts[-3:-1], cell.path.stem))
+                    try:
+                        result = future.result()
+                    except FedpetError as error:
+                        failed.add(cell.path)
+                        say(f"{name} failed: {error}")
+                        continue
+                    cell.write(result)
+                    say(f"{name}: {cell.show(result)}")
 
     def check(self, count: int, say: Callable[[str], None]) -> bool:
         """Run a random sample of finished cells again; note it in RESULTS/checks.json."""
@@ -361,6 +361,22 @@ class _Structure(StructureFile):
         found = replace(found, provenance={**found.provenance, "data": about})
         atomic_write(self.path, found.to_json().encode())
         return {"structure": found}
+
+
+class _Here(Executor):
+    """Run what is submitted at once, in this process."""
+
+    def submit(self, fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Future[Any]:
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except FedpetError as error:
+            future.set_exception(error)
+        return future
+
+
+def _processes(jobs: int) -> Executor:
+    return ProcessPoolExecutor(jobs, mp_context=get_context("spawn"))
 
 
 def run_cell(cell: Cell) -> Result:

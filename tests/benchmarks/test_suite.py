@@ -15,6 +15,7 @@ from rich.console import Console
 from suite_jobs import Pretend, suite_of, tables
 
 from benchmarks import __main__ as command
+from benchmarks.cell import Cell
 from benchmarks.suite import read_suite
 from benchmarks.suite_cell import FAILED, SuiteCell
 from benchmarks.suite_tables import (
@@ -27,7 +28,7 @@ from benchmarks.suite_tables import (
     summarise_row,
     until,
 )
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, RunError
 
 
 def quiet(line: str) -> None:
@@ -85,9 +86,7 @@ def test_cells_side_by_side_are_those_of_one_after_the_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     # threads in the place of processes: what is tested is which cell begins when
-    monkeypatch.setattr(
-        "benchmarks.suite.ProcessPoolExecutor", lambda jobs, mp_context: ThreadPoolExecutor(jobs)
-    )
+    monkeypatch.setattr("benchmarks.suite._processes", ThreadPoolExecutor)
     one, two = Pretend(rising), Pretend(rising)
     for folder, run, jobs in (("one", one, 1), ("two", two, 2)):
         (tmp_path / folder).mkdir()
@@ -97,6 +96,28 @@ def test_cells_side_by_side_are_those_of_one_after_the_other(
     assert sorted(one.ran) == sorted(two.ran)
     late = suite_of(tmp_path, Pretend(rising))
     assert not late.complete(quiet, minutes=0, jobs=2)
+
+
+@pytest.mark.parametrize("jobs", [1, 2])
+def test_a_cell_that_fails_is_told_and_keeps_no_other_from_its_run(
+    tmp_path: Path, jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(Pretend):
+        def __call__(self, cell: Cell) -> dict[str, Any]:
+            if cell.path.stem == "full-lr0.001":
+                raise RunError("the disk is full.")
+            return super().__call__(cell)
+
+    monkeypatch.setattr("benchmarks.suite._processes", ThreadPoolExecutor)
+    lines: list[str] = []
+    run = Failing()
+    suite = suite_of(tmp_path, run)
+    assert not suite.complete(lines.append, jobs=jobs)
+    assert [line for line in lines if "failed" in line] == [
+        "films/tune/full-lr0.001 failed: the disk is full."
+    ]
+    assert "letters/final/mask-seed2" in run.ran
+    assert [cell.path.stem for cell in suite.runnable()] == ["full-lr0.001"]
 
 
 def test_a_best_at_the_edge_moves_the_grid_and_one_that_stays_there_is_flagged(
