@@ -232,14 +232,14 @@ def letters(folder: Path) -> dict[str, Any]:
     }
 
 
-@pytest.mark.parametrize("how", ["random", "lnfit+bitfit"])
+@pytest.mark.parametrize("how", ["random", "lnfit+bitfit", "s3pet"])
 def test_a_structure_is_made_once_within_the_budget_and_names_no_folder(
     tmp_path: Path, how: str
 ) -> None:
     content = tables(base=letters(tmp_path))
     content["methods"]["drawn"] = {
         "runs": "fedpet", "rate": 0.1, "structure": "drawn",
-        "set": [f"search.method={how}", "search.budget=500"],
+        "set": [f"search.method={how}", "search.budget=500", "search.max-steps=2"],
     }  # fmt: skip
     content["work"] = [{"datasets": ["letters"], "methods": ["drawn"]}]
     suite = suite_of(tmp_path, content=content, folder=tmp_path / "sets")
