@@ -184,10 +184,9 @@ def costs_table(suite: Suite) -> Table:
 
 
 def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    rule = ["---"] * left + ["---:"] * (len(heads) - left)
-    return "\n".join(f"| {' | '.join(cells)} |" for cells in (heads, rule, *rows)).replace(
-        "| --- | ", "|---|"
-    )
+    rule = "|".join(["---"] * left + ["---:"] * (len(heads) - left))
+    lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
+    return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
 
 
 def methods_of(suite: Suite, name: str) -> str:
@@ -263,8 +262,6 @@ def question(suite: Suite, base: str, others: Sequence[str], datasets: Sequence[
         for name in datasets
         if (ground := summarise_row(suite, suite.datasets[name], suite.methods[base])) is not None
     }
-    if not grounds:
-        return NOT_RUN
     sizes = [f"{one.mean:.4f}, {format_bytes(one.total_bytes)}" for one in grounds.values()]
     rows = [[f"**{base}**", *sizes]]
     for name in others:
@@ -274,7 +271,7 @@ def question(suite: Suite, base: str, others: Sequence[str], datasets: Sequence[
             cells.append("–" if row is None else _compared(row, ground))
         if any(cell != "–" for cell in cells[1:]):
             rows.append(cells)
-    return _markdown(("method", *grounds), rows)
+    return _markdown(("method", *grounds), rows) if len(rows) > 1 else NOT_RUN
 
 
 def _compared(row: Summary, ground: Summary) -> str:
