@@ -290,15 +290,15 @@ class TrainingConfig(Stage):
 
 def _number_or_auto(rate: str | float) -> str | float:
     """Read a rate that came as text, as Flower's run config has it beside "auto"."""
-    if not isinstance(rate, str) or rate == AUTO:
+    if rate == AUTO:
         return rate
     try:
         number = float(rate)
-    except ValueError:
-        number = -1.0
+    except (ValueError, OverflowError):
+        number = math.inf
     if not 0 < number < math.inf:
         raise ConfigError(
-            f"training.learning-rate must be 'auto' or a finite number above 0, got {rate!r}."
+            f"training.learning-rate must be above 0 and finite, or 'auto', got {rate!r}."
         )
     return number
 

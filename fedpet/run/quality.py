@@ -159,7 +159,7 @@ def _warnings(
 def _lower_rates(training: TrainingConfig, strategy: StrategyConfig) -> str:
     """Name the rates that this run has, and their values."""
     rates = []
-    if not isinstance(training.learning_rate, str):  # else all stand in learning-rates
+    if not training.has_auto_rates:  # else all stand in learning-rates
         rates.append(f"training.learning-rate = {training.learning_rate:g}")
     if training.learning_rates:
         rates.append(f"training.learning-rates = {list(training.learning_rates)}")

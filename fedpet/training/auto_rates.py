@@ -36,8 +36,8 @@ if TYPE_CHECKING:
 
 __all__ = ["CHANGE", "HEAD_CHANGE", "auto_learning_rates", "random_tokens"]
 
-CHANGE = 0.03  # of a module's output, relative, a step
-HEAD_CHANGE = 0.5  # of a logit, a step
+CHANGE = 0.04  # of a module's output, relative, a step
+HEAD_CHANGE = 0.2  # of a logit, a step
 _STEP = 1e-2  # of the probe; what it finds is divided by it
 _ROWS, _TOKENS = 8, 32
 
@@ -72,7 +72,7 @@ def auto_learning_rates(
         >>> optimizer = torch.optim.AdamW(
         ...     [{"params": [group], "lr": rates[kind]} for kind, group in groups.items()])
         >>> sorted(rates)
-        ['head', 'lnfit', 'mask']
+        ['head', 'ln-bias', 'lnfit']
     """
     was_training = model.model.training
     model.model.eval()
@@ -94,6 +94,8 @@ def _changes(
         owners = sizes.setdefault(segment.kind, {})
         owner = _owner(model.model, segment.name)
         owners[owner] = owners.get(owner, 0) + segment.size
+    for module in model.structure_modules:  # one whose values another module sends has no segment
+        sizes.setdefault(module.kind, {}).setdefault(module.target, 0)
     calls = _calls(model.model, {name for of in sizes.values() for name in of}, batch, seed)
     before = {name: _output(model.model, name, call) for name, call in calls.items()}
     found = {}

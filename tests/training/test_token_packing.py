@@ -170,7 +170,7 @@ def test_a_trial_leaves_gradients_and_random_numbers_alone() -> None:
 def test_local_training_computes_no_padding_and_comes_to_the_same(
     monkeypatch: pytest.MonkeyPatch, cls_only: bool
 ) -> None:
-    rows, config = _rows(), TrainingConfig(batch_size=4, cls_only=cls_only)
+    rows, config = _rows(), TrainingConfig(learning_rate=1e-3, batch_size=4, cls_only=cls_only)
     values, losses, counts = [], [], []
     for packed in (False, True):
         pet = _pet("bert")
