@@ -39,7 +39,12 @@ __all__ = ["CHANGE", "HEAD_CHANGE", "auto_learning_rates", "random_tokens"]
 CHANGE = 0.04  # of a module's output, relative, a step
 HEAD_CHANGE = 0.2  # of a logit, a step
 _STEP = 1e-2  # of the probe; what it finds is divided by it
-_ROWS, _TOKENS = 8, 32
+_ROWS, _TOKENS = 4, 32
+
+_NO_RATE = (
+    "training.learning-rate = 'auto' takes a step with the values of kind '{0}', and no module's "
+    'output changes: name a rate, training.learning-rates = ["{0}=0.01"].'
+)
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -97,25 +102,25 @@ def _changes(
     for module in model.structure_modules:  # one whose values another module sends has no segment
         sizes.setdefault(module.kind, {}).setdefault(module.target, 0)
     calls = _calls(model.model, {name for of in sizes.values() for name in of}, batch, seed)
-    before = {name: _output(model.model, name, call) for name, call in calls.items()}
     found = {}
     for kind, owners in sizes.items():
         called = [name for name in owners if name in calls]
         if not called:
-            raise ConfigError(
-                f"training.learning-rate = 'auto' finds no module that computes with the values of "
-                f'kind {kind!r}: name its rate, training.learning-rates = ["{kind}=RATE"].'
-            )
+            raise ConfigError(_NO_RATE.format(kind))
+        before = {name: _output(model.model, name, calls[name]) for name in called}
         squares = []
         with _stepped(model, kind, seed):
-            for name in called:
-                old, new = before[name], _output(model.model, name, calls[name])
-                change = float((new - old).square().mean().sqrt()) / _STEP
-                if kind != "head":
-                    change /= max(float(old.square().mean().sqrt()), 1e-12)
+            for name, old in before.items():
+                new = _output(model.model, name, calls[name])
+                size = 1.0 if kind == "head" else float(old.square().mean().sqrt())
+                if size == 0.0:
+                    continue
+                change = float((new - old).square().mean().sqrt()) / size / _STEP
                 shared = max(owners[name] / old.shape[-1], 1.0)  # values an output number
                 squares.append((change * shared**0.25) ** 2)
-        found[kind] = math.sqrt(sum(squares) / len(squares))
+        found[kind] = math.sqrt(sum(squares) / max(len(squares), 1))
+        if not 0.0 < found[kind] < math.inf:
+            raise ConfigError(_NO_RATE.format(kind))
     return found
 
 
@@ -168,7 +173,7 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         seed: Of the draw.
 
     Returns:
-        `input_ids` and `attention_mask`, int64, (8, 32): each row ends in the end-of-text id, where
+        `input_ids` and `attention_mask`, int64, (4, 32): each row ends in the end-of-text id, where
         there is one.
 
     Raises:
@@ -189,8 +194,9 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     ids = torch.tensor([token for token in range(vocabulary) if token not in special])
     generator = torch.Generator().manual_seed(derive_seed("auto rates, tokens", seed))
     drawn = ids[torch.randint(len(ids), (_ROWS, _TOKENS), generator=generator)]
-    if (end := getattr(config, "eos_token_id", None)) is not None:
-        drawn[:, -1] = end if isinstance(end, int) else end[0]
+    end = getattr(config, "eos_token_id", None)
+    if isinstance(end, int) and end < vocabulary:
+        drawn[:, -1] = end
     device = next(model.parameters()).device
     return {"input_ids": drawn.to(device), "attention_mask": torch.ones_like(drawn).to(device)}
 
@@ -199,7 +205,7 @@ def _output(model: nn.Module, name: str, call: Call) -> Tensor:
     args, kwargs = call
     output = model.get_submodule(name)(*args, **kwargs)
     tensor: Tensor = output[0] if isinstance(output, tuple) else output
-    return tensor.detach().double().clone()
+    return tensor.float().clone()
 
 
 @contextmanager
