@@ -39,7 +39,7 @@ __all__ = ["CHANGE", "HEAD_CHANGE", "auto_learning_rates", "random_tokens"]
 CHANGE = 0.04  # of a module's output, relative, a step
 HEAD_CHANGE = 0.2  # of a logit, a step
 _STEP = 1e-2  # of the probe; what it finds is divided by it
-_ROWS, _TOKENS = 4, 32
+_ROWS, _TOKENS = 8, 32
 
 _NO_RATE = (
     "training.learning-rate = 'auto' takes a step with the values of kind '{0}', and no module's "
@@ -173,7 +173,7 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         seed: Of the draw.
 
     Returns:
-        `input_ids` and `attention_mask`, int64, (4, 32): each row ends in the end-of-text id, where
+        `input_ids` and `attention_mask`, int64, (8, 32): each row ends in the end-of-text id, where
         there is one.
 
     Raises:
