@@ -11,7 +11,8 @@ output itself. Signs that training chooses agree more than random ones: n values
 output number add up to between sqrt(n) and n times one of them, and n^(3/4), the geometric mean, is
 taken. A kind's rate makes this relative change, over the modules that have its values, `CHANGE`.
 
-A head's outputs are logits, which start near zero: theirs is an absolute change, `HEAD_CHANGE`.
+A head's outputs are logits, which start near zero and must come to differ by more the more classes
+there are: theirs is an absolute change, `HEAD_CHANGE` times the binary logarithm of their number.
 
 Source: ours. Equal relative change is the idea of LARS (You et al., arXiv:1708.03888) and muP (Yang
 et al., arXiv:2203.03466), taken here once, before training, and per kind: a rate a tensor would be
@@ -37,7 +38,7 @@ if TYPE_CHECKING:
 __all__ = ["CHANGE", "HEAD_CHANGE", "auto_learning_rates", "random_tokens"]
 
 CHANGE = 0.04  # of a module's output, relative, a step
-HEAD_CHANGE = 0.2  # of a logit, a step
+HEAD_CHANGE = 0.2  # of a logit of two classes, a step
 _STEP = 1e-2  # of the probe; what it finds is divided by it
 _ROWS, _TOKENS = 8, 32
 
@@ -101,6 +102,7 @@ def _changes(
         owners[owner] = owners.get(owner, 0) + segment.size
     for module in model.structure_modules:  # one whose values another module sends has no segment
         sizes.setdefault(module.kind, {}).setdefault(module.target, 0)
+    of_head = math.log2(max(getattr(model.model.config, "num_labels", 2), 2))
     calls = _calls(model.model, {name for of in sizes.values() for name in of}, batch, seed)
     found = {}
     for kind, owners in sizes.items():
@@ -112,7 +114,7 @@ def _changes(
         with _stepped(model, kind, seed):
             for name, old in before.items():
                 new = _output(model.model, name, calls[name])
-                size = 1.0 if kind == "head" else float(old.square().mean().sqrt())
+                size = of_head if kind == "head" else float(old.square().mean().sqrt())
                 if size == 0.0:
                     continue
                 change = float((new - old).square().mean().sqrt()) / size / _STEP
