@@ -162,7 +162,7 @@ def first(rows: Rows, count: int) -> Rows:
 
 def adapted(data: FederatedData, plan: str) -> PetModel:
     """Put a plan on the checkpoint."""
-    backbone, what = load_for_task(BACKBONE, data.task, device=torch.device("cpu")), PLANS[plan]
+    backbone, what = load_for_task(BACKBONE, data.task, device="cpu"), PLANS[plan]
     model, mask = backbone.model, None
     if what.density:
         config = MaskConfig(density=what.density)
@@ -245,7 +245,8 @@ def write_rows(data: Path, name: str, folder: Path) -> None:
     test = read_rows(data / source.folder / f"{source.test}.jsonl.gz")
     rows = [rows[i] for i in generator.permutation(len(rows))]
     if name == "films":  # validated on films that no client has
-        by_film, validation = grouped(rows, source.column), []
+        by_film = grouped(rows, source.column)
+        validation: list[dict[str, Any]] = []
         names = sorted(by_film)
         names = [names[i] for i in generator.permutation(len(names))]
         while len(validation) < 900:
@@ -280,7 +281,8 @@ def by_column(rows: Sequence[Any], column: str) -> Iterator[tuple[str, list[Any]
 def dealt(rows: Sequence[Any], generator: np.random.Generator) -> list[tuple[str, list[Any]]]:
     """Deal rows out: each client's classes follow a Dirichlet distribution of 0.1."""
     pools = grouped(rows, "label")
-    labels, clients = sorted(pools), []
+    labels = sorted(pools)
+    clients: list[tuple[str, list[Any]]] = []
     while len(clients) < 150:
         shares = generator.dirichlet([0.1] * len(labels))
         left = np.array([len(pools[label]) for label in labels])
