@@ -259,18 +259,22 @@ class TrainingConfig(Stage):
         falling = "linear" if self.has_auto_rates else "constant"
         return falling if self.schedule == AUTO else self.schedule
 
-    def with_rates(self, rates: Mapping[str, float]) -> TrainingConfig:
-        """Name these rates, by kind, where `learning_rate` is "auto" and none is named.
+    def settled(self, rates: Mapping[str, float]) -> TrainingConfig:
+        """Put a schedule in the place of "auto", and rates by kind where they are automatic.
+
+        Args:
+            rates: By kind; a kind that `learning_rates` names keeps its own.
 
         Example:
-            >>> TrainingConfig(learning_rates=("head=0.5",)).with_rates(
-            ...     {"mask": 0.02, "head": 0.01}).learning_rates
-            ('head=0.5', 'mask=0.02')
+            >>> training = TrainingConfig(learning_rates=("head=0.5",))
+            >>> ready = training.settled({"mask": 0.02, "head": 0.01})
+            >>> ready.learning_rates, ready.schedule
+            (('head=0.5', 'mask=0.02'), 'linear')
         """
-        if not self.has_auto_rates:
-            return self
-        named = complete_rates(self.learning_rates, rates, "training.learning-rates")
-        return replace(self, learning_rates=named)
+        named = self.learning_rates
+        if self.has_auto_rates:
+            named = complete_rates(named, rates, "training.learning-rates")
+        return replace(self, learning_rates=named, schedule=self.schedule_in_force)
 
     def rate_of(self, kind: str) -> float:
         """Return the learning rate of one kind of module ("mask", "head", "lora", ...).

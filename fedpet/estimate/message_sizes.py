@@ -132,7 +132,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
         num_values=layout.num_values,
         layout=_hash("layout"),
         codec=experiment.codec,
-        training=experiment.training.with_rates(dict.fromkeys(kinds, _RATE)),
+        training=experiment.training.settled(dict.fromkeys(kinds, _RATE)),
         num_rounds=experiment.strategy.num_rounds,
         seed=experiment.run.seed,
         head=experiment.backbone.head,

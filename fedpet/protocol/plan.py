@@ -401,9 +401,10 @@ def _training(experiment: Experiment, model: PetModel | SearchModel) -> Training
     A search has its own rates, and trains nothing else.
     """
     training = experiment.training
+    rates: dict[str, float] = {}
     if training.has_auto_rates and isinstance(model, PetModel):
-        training = training.with_rates(auto_learning_rates(model))
-    training = dataclasses.replace(training, schedule=training.schedule_in_force)
+        rates = auto_learning_rates(model)
+    training = training.settled(rates)
     if not training.loss:
         return training
     LOSSES.find(training.loss)  # an unknown one is refused before any node is asked

@@ -175,8 +175,8 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         seed: Of the draw.
 
     Returns:
-        `input_ids` and `attention_mask`, int64, (8, 32): each row ends in the end-of-text id, where
-        there is one.
+        `input_ids` and `attention_mask`, int64, (8, 32), or fewer tokens where the model has fewer
+        positions: each row ends in the end-of-text id, where there is one.
 
     Raises:
         ConfigError: The model's config states no vocabulary.
@@ -195,7 +195,9 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     }
     ids = torch.tensor([token for token in range(vocabulary) if token not in special])
     generator = torch.Generator().manual_seed(derive_seed("auto rates, tokens", seed))
-    drawn = ids[torch.randint(len(ids), (_ROWS, _TOKENS), generator=generator)]
+    limit = getattr(text, "max_position_embeddings", None) or _TOKENS + 2  # some begin at 2
+    shape = _ROWS, max(1, min(_TOKENS, limit - 2))
+    drawn = ids[torch.randint(len(ids), shape, generator=generator)]
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and end < vocabulary:
         drawn[:, -1] = end

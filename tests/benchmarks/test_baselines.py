@@ -179,10 +179,10 @@ def test_a_baseline_trains_the_same_clients_on_the_same_batches_as_fedpet(
     def watch(who: str, module: Any) -> None:
         honest = module.train_rows
 
-        def train_rows(*args: Any, seed: int, progress: float, **kwargs: Any) -> Any:
+        def train_rows(*args: Any, seed: int, factor: float, **kwargs: Any) -> Any:
             rows = tuple(int(index) for index in args[3])
-            seen.setdefault(who, []).append((seed, rows, progress))
-            return honest(*args, seed=seed, progress=progress, **kwargs)
+            seen.setdefault(who, []).append((seed, rows, factor))
+            return honest(*args, seed=seed, factor=factor, **kwargs)
 
         monkeypatch.setattr(module, "train_rows", train_rows)
 
