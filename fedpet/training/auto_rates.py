@@ -102,7 +102,7 @@ def _changes(
         owners[owner] = owners.get(owner, 0) + segment.size
     for module in model.structure_modules:  # one whose values another module sends has no segment
         sizes.setdefault(module.kind, {}).setdefault(module.target, 0)
-    of_head = math.log2(max(getattr(model.model.config, "num_labels", 2), 2))
+    of_head = math.log2(max(getattr(getattr(model.model, "config", None), "num_labels", 2), 2))
     calls = _calls(model.model, {name for of in sizes.values() for name in of}, batch, seed)
     found = {}
     for kind, owners in sizes.items():

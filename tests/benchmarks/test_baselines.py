@@ -368,3 +368,8 @@ def test_uplink_bytes_are_four_a_value_and_a_little_framing(experiment: Any) -> 
     tensors = len(list(load_backbone(experiment().backbone, num_outputs=2).model.parameters()))
     assert 4 * values < up < 4 * values + 800 * tensors
     assert result["communication"]["plan_bytes"] == 0
+
+
+def test_a_baseline_wants_a_number_for_its_rate(experiment: Any) -> None:
+    with pytest.raises(ConfigError, match="a baseline has another: give a number"):
+        run("head", experiment(training_learning_rate="auto"))
