@@ -347,9 +347,12 @@ def as_text(results: Path) -> str:
             best = max(found, key=lambda cell: _validated(cell["result"]))
             mine, its = (result["test"]["accuracy"] for result in (own, best["result"]))
             shown = ", ".join(f"{k} {rate:.2g}" for k, rate in best["settings"]["rates"].items())
+            beside = f"{its:.3f} | {100 * (mine - its):+.1f} | {shown}"
+            if len(found) == 1:  # there is nothing to compare with
+                beside = " | | "
             lines.append(
                 f"| {dataset} | {plan} | {len(found)} | {own['test']['majority']:.3f} | {mine:.3f} "
-                f"| {its:.3f} | {100 * (mine - its):+.1f} | {shown} |"
+                f"| {beside} |"
             )
     return "\n".join(lines)
 
