@@ -65,14 +65,14 @@ def test_a_table_of_one_cell_runs_on_ray_and_is_not_run_again(
     )
     command = ["benchmarks", "table", str(path), "--phase", "final"]
     monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
     assert "head" in capsys.readouterr().out
     file = path.parent / "results" / "small" / "final" / "head-seed0.json"
     cell = json.loads(file.read_text())
     assert cell["result"]["run"]["status"] == "ok"
     assert cell["result"]["communication"]["messages"] == 8
-    with pytest.raises(SystemExit, match="^0$"):
+    with pytest.raises(SystemExit, match=r"^0$"):
         main()
     assert "1 of 1 cells are there already" in capsys.readouterr().err
 

@@ -33,7 +33,7 @@ def test_the_order_of_replies_and_the_spread_over_nodes_change_no_bit(experiment
 
     found = set()
     for nodes, kind in ((1, LocalGrid), (3, LocalGrid), (3, Reversed)):
-        settings = experiment()
+        settings = experiment(search_local_steps=2)
         node = NodeConfig.from_experiment(settings)
         grid = kind({n: Node(node).answer for n in range(1, nodes + 1)})
         result = run(settings, grid)
