@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -23,10 +24,11 @@ class NotesWhoListens(Silent):
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:  # type: ignore[override]
         here = psutil.Process()
         for process in [here, *here.children(recursive=True)]:
-            for connection in process.net_connections("inet"):
-                if connection.status == psutil.CONN_LISTEN:
-                    self.addresses.add(connection.laddr.ip.removeprefix("::ffff:"))
-                    self.names.add(process.name())
+            with suppress(psutil.NoSuchProcess):  # it ended meanwhile
+                for connection in process.net_connections("inet"):
+                    if connection.status == psutil.CONN_LISTEN:
+                        self.addresses.add(connection.laddr.ip.removeprefix("::ffff:"))
+                        self.names.add(process.name())
 
 
 @pytest.mark.simulation
