@@ -220,8 +220,12 @@ class BiLevel:
             StructureError: The budget does not fit the space.
             ConfigError: The rate of the candidates' values is 0.
         """
-        if not config.learning_rate > 0:
-            raise ConfigError(f"a search's rate must be above 0, got {config.learning_rate!r}.")
+        lacking = [kind for kind in pet.parameter_groups() if not config.rate_of(kind) > 0]
+        if lacking:
+            raise ConfigError(
+                f"a search's rate must be above 0, got {config.rate_of(lacking[0])!r} for "
+                f"{lacking[0]!r}."
+            )
         self.budget = float(config.budget)
         space.check_budget(self.budget)
         self.pet, self.space, self.config = pet, space, config

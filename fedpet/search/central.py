@@ -39,6 +39,7 @@ from fedpet.search.bilevel import BiLevel
 from fedpet.search.select import chosen_size, select_at_random
 from fedpet.search.settings import deviations, reproducible_settings
 from fedpet.search.space import Space, build_space
+from fedpet.training.auto_rates import auto_learning_rates
 from fedpet.training.batching import batches
 from fedpet.training.evaluation import predict
 from fedpet.training.loss import client_loss
@@ -153,6 +154,8 @@ def run_search(
     seed = derive_seed("search", config.seed)
     pet = PetModel(backbone, mask, space.structure(), seed=seed, products=products)
     try:
+        if not config.learning_rate:
+            config = config.with_rates(auto_learning_rates(pet))
         loss_of = client_loss(
             rows.labels[indices], task, logit_adjustment, device_of(backbone.model), loss
         )
