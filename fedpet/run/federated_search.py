@@ -26,11 +26,13 @@ from fedpet.run.checkpoint_file import RunCheckpoint
 from fedpet.run.resume import JournalWriter, restore_strategy
 from fedpet.run.run_folder import RunFolder
 from fedpet.run.run_state import refuse_stalled
+from fedpet.server.allowed_nodes import AllowedNodes
 from fedpet.server.client_pool import ClientPool, ConnectedClientPool
 from fedpet.server.node_registry import NodeRegistry
 from fedpet.server.rounds import SparseStrategy
 from fedpet.strategies import StructureSearch
 from fedpet.utils.gc_paused import kept_from_collection
+from fedpet.utils.paths import expand
 
 if TYPE_CHECKING:
     from fedpet.run.prepare import PreparedSearch, RunInputs
@@ -121,6 +123,7 @@ def with_registry(
     """Return the Grid of a strategy's rounds: in a deployment a roll call stands before it."""
     if not isinstance(population, ConnectedClientPool):
         return grid
+    keys = experiment.clients.node_keys
     return NodeRegistry(
         grid,
         plan=strategy.plan.to_bytes(),
@@ -129,4 +132,5 @@ def with_registry(
         expected=experiment.clients.num_clients,
         wait_seconds=experiment.strategy.node_wait_seconds,
         ledger=strategy.ledger,
+        allowed=AllowedNodes(expand(keys)) if keys else None,
     )
