@@ -83,7 +83,7 @@ class Limits:
         burst: Requests at once.
         stranger_rate: Requests a second of all unknown keys of one address.
         body_seconds: In which a body must have come.
-        sessions: Replies of a node that are under way.
+        sessions: Replies of a node whose bytes are remembered, the newest.
     """
 
     reply_bytes: int = 64 << 20
@@ -95,7 +95,7 @@ class Limits:
     burst: float = 300.0
     stranger_rate: float = 1.0
     body_seconds: float = 180.0
-    sessions: int = 64
+    sessions: int = 1024
 
     def of_path(self, word: str) -> int:
         """Return the most bytes of a body to this path."""
