@@ -66,7 +66,7 @@ class ModelCache:
             InputError: Checkpoint, rows or device cannot be used.
         """
         if self._loaded is None or self._loaded.digest != digest:
-            plan = Plan.from_bytes(self._plans.get(digest))
+            plan = self._config.read_plan(self._plans.get(digest))
             self._loaded = None  # free the old model before the new one is built
             gc.unfreeze()
             try:

@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from fedpet.data.array_spool import save_array
-from fedpet.errors import DataError
+from fedpet.errors import AbsentDataError, DataError
 
 # Raise it when the same files and settings give other rows, labels, clients or tokens than before.
 FORMAT = 2
@@ -72,7 +72,7 @@ def cached(cache: Path, kind: str, key: Mapping[str, Any], compute: Callable[[],
 def unwritable(cache: Path, error: Exception) -> DataError:
     """Say that a cache cannot be written, and what to do."""
     reason = getattr(error, "strerror", None) or error
-    return DataError(
+    return AbsentDataError(
         f"the cache {str(cache)!r} cannot be written: {reason}. Name a "
         "folder that can be, with room for the tokenised rows, by run.cache or $FEDPET_CACHE."
     )

@@ -303,7 +303,7 @@ def ray_on_loopback() -> Iterator[None]:
 
 
 class FlowerNodes:
-    """List, register and turn out a SuperLink's nodes, which its command line does without names."""
+    """List, register and turn out a SuperLink's nodes: its command line shows no names."""
 
     def __init__(self, control: Any) -> None:
         self._control = control
