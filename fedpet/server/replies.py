@@ -40,6 +40,7 @@ LARGEST_VALUE = 1e18
 MAX_REPEATS = 3  # messages to a node for the same clients, whatever it lacked
 # Ray's errors for a worker that is gone, as Flower quotes them.
 WORKER_DIED = ("exceptions.ActorDiedError", "exceptions.ActorUnavailableError")
+NOT_PULLED = 3  # Flower's code for a reply whose objects cannot be had
 MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it must
 
 
@@ -324,6 +325,8 @@ def _reason(error: Error) -> str:
             "its worker died, and again each time that it was asked once more. If memory ran out, "
             "lower training.batch-size or run.workers."
         )
+    if error.code == NOT_PULLED:
+        return "its reply was not sent whole, or has more bytes than the plan's replies can have."
     if error.code == MOD_REFUSED or STYPE in reason:
         reason += (
             " Flower's mods for differential privacy clip and perturb arrays of floats, and a "
