@@ -37,7 +37,7 @@ class Spoiler(importlib.abc.MetaPathFinder):
 
 
 def spoil(client: Any, fault: str) -> None:
-    """Change what a node answers to a train message; the roll call, too, where that is the fault."""
+    """Change what a node answers: to a train message, or to the roll call."""
     import numpy as np
 
     from fedpet.protocol.frame import Refusal, pack_frame, pack_refusal, unpack_frames
