@@ -2,6 +2,7 @@
 
     DIR/
       README.md           what to do, in order
+      deployment.toml     how it was made, for `fedpet nodes`
       authority/          the authority's key: on neither machine
       server/             superlink.sh, register.sh, run.sh, the app, certificates
         nodes/            who may take part: a public key and bounds a node
@@ -19,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tomli_w
@@ -29,6 +30,7 @@ from fedpet.deploy.certificates import make_certificates, make_node_key
 from fedpet.deploy.flower_app import PACKAGES_FILE, TEMPLATES, packages, write_app
 from fedpet.errors import ConfigError
 from fedpet.server.allowed_nodes import MAX_ROWS
+from fedpet.utils.atomic_write import atomic_write
 from fedpet.utils.paths import absolute, expand
 from fedpet.utils.templating import render
 
@@ -36,6 +38,7 @@ from fedpet.utils.templating import render
 LOCAL = ("localhost", "127.0.0.1", "fedpet-server")
 OWN_PORT, NODE_PORT = 8001, 8100
 MAX_DAYS = 36_500
+FACTS = "deployment.toml"
 MAX_CLIENTS = 100_000  # of a node, as a registration has them
 CONTAINER_UID = 10_001  # in containers of a deployment that root has made
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -90,7 +93,7 @@ class Deployment:
             can share a machine.
         backbone: The checkpoint's folder on the nodes, where the experiment's name does not do.
         install: Where the folders will lie on their machines, for the systemd units.
-        days: For how long the certificates are valid.
+        days: For how long the server's certificate is valid; its authority is ten times as long.
     """
 
     experiment: Experiment
@@ -151,6 +154,16 @@ class Deployment:
     def own_address(self) -> str:
         """Return SuperLink's address on the server's machine, which no other machine reaches."""
         return _address("127.0.0.1", self.own_port)
+
+    @property
+    def server_names(self) -> tuple[str, ...]:
+        """Return the names and addresses in the server's certificate."""
+        return (self.host, *LOCAL)
+
+    @property
+    def authority_days(self) -> int:
+        """Return for how long the authority is valid: nodes keep its certificate for longer."""
+        return min(10 * self.days, MAX_DAYS)
 
     def server_experiment(self) -> Experiment:
         """Return the experiment as the server runs it: the clients are the nodes'."""
@@ -213,9 +226,12 @@ def write_deployment(deployment: Deployment, folder: Path) -> None:
 
 
 def _write_all(deployment: Deployment, folder: Path) -> None:
-    certificates = make_certificates((deployment.host, *LOCAL), days=deployment.days)
-    _write(folder / "authority" / "ca.key", certificates.authority_key)
-    _write(folder / "authority" / "ca.crt", certificates.authority)
+    certificates = make_certificates(
+        deployment.server_names, days=deployment.days, authority_days=deployment.authority_days
+    )
+    write_facts(deployment, folder)
+    write_new(folder / "authority" / "ca.key", certificates.authority_key)
+    write_new(folder / "authority" / "ca.crt", certificates.authority)
     facts = {
         "address": deployment.address,
         "bind": deployment.bind,
@@ -233,27 +249,41 @@ def _write_all(deployment: Deployment, folder: Path) -> None:
         "waits_for": deployment.clients or len(deployment.nodes),
     }
     for name in ("Dockerfile", "compose.yaml", "README.md"):
-        _write(folder / name, render(TEMPLATES / f"{name}.j2", **facts))
+        write_new(folder / name, render(TEMPLATES / f"{name}.j2", **facts))
     server = folder / "server"
-    _write(server / "ca.crt", certificates.authority)
-    _write(server / "server.pem", certificates.server)
-    _write(server / "server.key", certificates.server_key)
+    write_new(server / "ca.crt", certificates.authority)
+    write_new(server / "server.pem", certificates.server)
+    write_new(server / "server.key", certificates.server_key)
     _write_server(deployment, server)
-    for number, node in enumerate(deployment.nodes):
-        place = folder / "nodes" / node.name
-        write_key(server / "nodes", place, node.name)
-        _write(server / "nodes" / f"{node.name}.toml", tomli_w.dumps(deployment.bounds()).encode())
-        _write(place / "ca.crt", certificates.authority)
-        _write_node(deployment, node, place, deployment.node_port + number)
+    for number in range(len(deployment.nodes)):
+        add_node_files(deployment, folder, number)
     for path in folder.rglob("*"):  # copied files came with modes of their own
         path.chmod(path.stat().st_mode & 0o700)
+
+
+def add_node_files(deployment: Deployment, folder: Path, number: int) -> None:
+    """Write the files of one node of a deployment, and its key and bounds on the server."""
+    node, server = deployment.nodes[number], folder / "server"
+    place = folder / "nodes" / node.name
+    write_key(server / "nodes", place, node.name)
+    write_new(server / "nodes" / f"{node.name}.toml", tomli_w.dumps(deployment.bounds()).encode())
+    write_new(place / "ca.crt", (server / "ca.crt").read_bytes())
+    _write_node(deployment, node, place, deployment.node_port + number)
+
+
+def write_facts(deployment: Deployment, folder: Path) -> None:
+    """Write all but the experiment, which the app holds."""
+    facts = asdict(replace(deployment, experiment=Experiment()))
+    del facts["experiment"]
+    folder.mkdir(mode=0o700, exist_ok=True)
+    atomic_write(folder / FACTS, tomli_w.dumps(facts).encode(), shared=True)
 
 
 def write_key(keys: Path, place: Path, name: str) -> None:
     """Make a node's key pair: its own half in its folder, the other among the server's keys."""
     private, public = make_node_key()
-    _write(keys / f"{name}.pub", public)
-    _write(place / "node.key", private)
+    write_new(keys / f"{name}.pub", public)
+    write_new(place / "node.key", private)
 
 
 def _write_server(deployment: Deployment, folder: Path) -> None:
@@ -264,18 +294,18 @@ def _write_server(deployment: Deployment, folder: Path) -> None:
         own_port=deployment.own_port,
         reply_mib=deployment.reply_mib,
     )
-    _write(folder / "superlink.sh", superlink, mode=0o700)
+    write_new(folder / "superlink.sh", superlink, mode=0o700)
     for name in ("register.sh", "run.sh"):
         script = render(TEMPLATES / f"{name}.j2", address=deployment.own_address)
-        _write(folder / name, script, mode=0o700)
+        write_new(folder / name, script, mode=0o700)
     _write_unit(deployment, folder, "superlink", "server", "the server (Flower SuperLink, relay)")
     write_app(folder / "app", deployment.server_experiment())
 
 
 def _write_node(deployment: Deployment, node: NodeSpec, folder: Path, port: int) -> None:
-    _write(folder / "node.toml", tomli_w.dumps(deployment.node_config(node)).encode())
+    write_new(folder / "node.toml", tomli_w.dumps(deployment.node_config(node)).encode())
     supernode = render(TEMPLATES / "supernode.sh.j2", server=deployment.address, port=port)
-    _write(folder / "supernode.sh", supernode, mode=0o700)
+    write_new(folder / "supernode.sh", supernode, mode=0o700)
     what = f"the node {node.name} (Flower SuperNode)"
     _write_unit(deployment, folder, "supernode", f"nodes/{node.name}", what)
 
@@ -293,10 +323,10 @@ def _write_unit(
         script=f"{program}.sh",
         description=f"fedpet: {description}",
     )
-    _write(folder / file, unit)
+    write_new(folder / file, unit)
 
 
-def _write(path: Path, content: bytes, mode: int = 0o600) -> None:
+def write_new(path: Path, content: bytes, mode: int = 0o600) -> None:
     """Write a new file for its owner alone, in a folder that is; never readable for a moment."""
     for folder in reversed([path.parent, *path.parent.parents]):
         if not folder.exists():
