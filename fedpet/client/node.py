@@ -73,11 +73,14 @@ class Node:
             where the request names no client.
 
         Raises:
-            FrameError: The request does not parse; there is nobody to answer for.
+            FrameError: The request does not parse, or names a client twice; there is nobody to
+                answer for.
         """
         request = read_request(payload)
         if not request.clients:
             return self._register(request.plan)
+        if len(set(request.clients)) < len(request.clients):
+            raise FrameError("a request names each client once: it would be trained as often.")
         frames = [] if (held := request.held) else frames_by_tier(request)
         if held is None:
             held = request.name_values(frames[-1][-1].plan_digest, frames[-1][-1].server_round)

@@ -213,6 +213,7 @@ class Relay:
         try:
             word = self._word(scope)
             who = self._name(headers, address, word)
+            self._check_rate(who)
             length = self._length(headers, word)
             self._held += length
             try:
@@ -262,10 +263,15 @@ class Relay:
         version = headers.get(VERSION_HEADER, b"")[:40].decode("ascii", "replace")
         status.flower_version = "".join(c for c in version if c.isalnum() or c in ".+-")
         status.requests += 1
-        bucket = self._buckets.setdefault(node.name, _Bucket(limits.rate, limits.burst))
+        return node.name
+
+    def _check_rate(self, who: str) -> None:
+        limits = self._limits
+        if not who:
+            return
+        bucket = self._buckets.setdefault(who, _Bucket(limits.rate, limits.burst))
         if not bucket.take():  # a status at which Flower's client tries again
             raise _Refusal(503, f"more than {limits.rate:g} requests a second.")
-        return node.name
 
     def _length(self, headers: Mapping[bytes, bytes], word: str) -> int:
         text, most = headers.get(b"content-length", b""), self._limits.of_path(word)

@@ -91,8 +91,6 @@ class Request(WireStruct, frozen=True, tag="FPRQ2"):
     accepted: Annotated[tuple[Round, ...], Meta(max_length=MAX_CLIENTS)] = ()
 
     def __post_init__(self) -> None:
-        if len(set(self.clients)) < len(self.clients):
-            raise ValueError("a request names each client once")
         for name in ("which", "accepted"):
             if (count := len(getattr(self, name))) not in (0, len(self.clients)):
                 raise ValueError(
