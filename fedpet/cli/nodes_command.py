@@ -40,7 +40,7 @@ def nodes(
     """Show who is there, with bytes and refusals; or change who may come."""
     from fedpet.deploy import membership
     from fedpet.deploy.deployment import NodeSpec
-    from fedpet.report.node_table import list_nodes, node_table
+    from fedpet.deploy.node_table import list_nodes, node_table
 
     folder = expand(folder)
     done = [membership.add_node(folder, NodeSpec.parse(text)) for text in add or []]

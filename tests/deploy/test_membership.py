@@ -15,9 +15,9 @@ from cryptography.x509.verification import PolicyBuilder, Store
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodeSpec, membership, write_deployment
 from fedpet.deploy.enrolment import enrol
+from fedpet.deploy.node_table import list_nodes
 from fedpet.deploy.relay import NodeStatus, write_status
 from fedpet.errors import ConfigError
-from fedpet.report.node_table import list_nodes
 from fedpet.server.allowed_nodes import AllowedNodes
 
 
