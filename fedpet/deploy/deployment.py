@@ -117,11 +117,12 @@ class Deployment:
         names = [node.name for node in self.nodes]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"a deployment has one node or more, each name once, got {names}.")
-        if not _HOST.fullmatch(self.host):
-            raise ConfigError(
-                f"the host is the name or address under which nodes reach the server, got "
-                f"{self.host!r}."
-            )
+        for what, host in (("host", self.host), ("bind", self.bind)):
+            if not _HOST.fullmatch(host):
+                raise ConfigError(
+                    f"the {what} is the name or address under which nodes reach the server, got "
+                    f"{host!r}."
+                )
         last_node_port = self.node_port + len(names) - 1
         ports = {"port": self.port, "own port": self.own_port, "node port": last_node_port}
         for name, port in ports.items():

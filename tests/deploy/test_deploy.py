@@ -342,6 +342,7 @@ def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
         ({"nodes": (NodeSpec("a"), NodeSpec("a"))}, "each name once"),
         ({"host": "a b"}, "name or address"),
         ({"host": "a;rm"}, "name or address"),
+        ({"bind": "$(rm)"}, "the bind is the name or address"),
         ({"port": 0}, "port must be in"),
         ({"node_port": 65535}, "node port must be in"),
         ({"own_port": 8000}, "is taken by SuperLink"),
