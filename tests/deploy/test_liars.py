@@ -35,7 +35,7 @@ def test_a_lie_is_refused_by_name_and_the_honest_average_stays(
 ) -> None:
     place = Place(files, tmp_path, ["honest", "liar"])
     changes = {"strategy_num_rounds": 1, "strategy_quorum": 0.5}
-    changes["strategy_node_wait_seconds"] = 60.0 if fault.startswith("floods") else 25.0
+    changes["strategy_node_wait_seconds"] = 90.0
     with place.deploy(2, bounds={"max_rows": 100, "reply_mib": 8}, **changes) as real:
         real.start_server()
         real.register()
@@ -58,7 +58,7 @@ def test_a_row_s_value_stays_on_the_node_where_it_is_refused(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
     place = Place(files, tmp_path, ["honest", "mistyped"])
-    with place.deploy(2, strategy_num_rounds=1, strategy_node_wait_seconds=25.0) as real:
+    with place.deploy(2, strategy_num_rounds=1, strategy_node_wait_seconds=90.0) as real:
         path = real.folder / "nodes" / "mistyped" / "data.jsonl"
         path.write_text(path.read_text() + '{"text": "a film", "label": "DIAGNOSIS-F32"}\n')
         real.start_server()

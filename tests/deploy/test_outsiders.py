@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
+import http.client
 import json
+import ssl
 import subprocess
 import sys
 import time
@@ -145,13 +148,11 @@ def test_no_run_is_stopped_and_no_log_read_with_a_device_s_folder(outsider: Outs
     ],
 )
 def test_no_other_path_is_passed_on(outsider: Outsider, path: str) -> None:
-    import http.client
-    import ssl
-
     context = ssl.create_default_context(cafile=str(outsider.certificate))
     connection = http.client.HTTPSConnection("127.0.0.1", outsider.real.port, context=context)
-    for method in ("GET", "POST"):
-        connection.request(method, path, body=b"")
-        answer = connection.getresponse()
-        answer.read()
-        assert answer.status == 403
+    with contextlib.closing(connection):
+        for method in ("GET", "POST"):
+            connection.request(method, path, body=b"")
+            with connection.getresponse() as answer:
+                answer.read()
+                assert answer.status == 403
