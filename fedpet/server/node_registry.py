@@ -6,7 +6,7 @@ Out: the same Grid, in which a node counts once it has answered.
 The query carries the plan, so that a node reads and tokenises its rows as the plan says, and finds
 out then whether it can; it answers with names and numbers of rows
 (fedpet/protocol/registration.py). Before the first round the registry waits for the expected
-clients. Later it does not wait: a new node is queried when it is seen, and its clients are drawn
+clients, while somebody who has not answered may come. Later it does not wait: a new node is queried when it is seen, and its clients are drawn
 from the round after its answer. A node that reconnects is queried again: its clients may have
 changed. When a node disconnects, nodes that had registered one of its clients are queried too,
 because Flower gives a restarted device a new node id.
@@ -78,6 +78,7 @@ class NodeRegistry(GridWrapper):
         super().__init__(grid)
         self._allowed = allowed
         self._known: dict[int, AllowedNode] = {}  # online node -> of its key
+        self._answered: set[str] = set()  # allowed nodes, by name, that have answered
         self._question = write_request(Request((), b"", plan))
         self._residents = residents
         self._holders = holders
@@ -113,6 +114,9 @@ class NodeRegistry(GridWrapper):
                     self._expected,
                     self._wait_seconds,
                 )
+                break
+            if self._allowed is not None and len(self._answered) == len(self._allowed.items()):
+                LOG.warning("%s of %s clients came: going on with them.", count, self._expected)
                 break
             time.sleep(POLL_SECONDS)
             self._update()
@@ -174,6 +178,8 @@ class NodeRegistry(GridWrapper):
         self._ledger.add_message(answer)
         if node not in self._queries:
             return  # it disconnected since, and is queried again when it is back
+        if node in self._known and (answer.has_content() or self._queries[node] >= MAX_QUERIES):
+            self._answered.add(self._known[node].name)
         if answer.has_error():
             self._fail(node, answer.error.reason or "an unnamed error.")
             return
