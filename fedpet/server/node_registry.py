@@ -6,10 +6,10 @@ Out: the same Grid, in which a node counts once it has answered.
 The query carries the plan, so that a node reads and tokenises its rows as the plan says, and finds
 out then whether it can; it answers with names and numbers of rows
 (fedpet/protocol/registration.py). Before the first round the registry waits for the expected
-clients, while somebody who has not answered may come. Later it does not wait: a new node is queried when it is seen, and its clients are drawn
-from the round after its answer. A node that reconnects is queried again: its clients may have
-changed. When a node disconnects, nodes that had registered one of its clients are queried too,
-because Flower gives a restarted device a new node id.
+clients, while somebody who has not answered may come. Later it does not wait: a new node is queried
+when it is seen, and its clients are drawn from the round after its answer. A node that reconnects
+is queried again: its clients may have changed. When a node disconnects, nodes that had registered
+one of its clients are queried too, because Flower gives a restarted device a new node id.
 
 Where a folder says who may take part, a node is known by the name of its key, and brings no other
 clients than its key may (fedpet/server/allowed_nodes.py).
