@@ -64,6 +64,7 @@ class NodeConfig:
         threads: Of torch, or 0 for the plan's number.
         load_rows: Returns its rows, tokenised already; None reads `data`.
         limits: What a plan may ask of it; None, of a simulated node, takes any.
+        own_cache: Nobody else uses its cache: what was made of rows that are gone goes too.
     """
 
     backbone: BackboneConfig
@@ -77,6 +78,7 @@ class NodeConfig:
     threads: int = 0
     load_rows: Callable[[], FederatedData] | None = None
     limits: NodeLimits | None = None
+    own_cache: bool = False
 
     @property
     def disk_bytes(self) -> int:
@@ -118,6 +120,7 @@ class NodeConfig:
             client=given.get("client", ""),
             threads=given.get("threads", 0),
             limits=NodeLimits.from_node_config(given) if "data" in given else None,
+            own_cache="data" in given and "cache" in given,
         )
 
 

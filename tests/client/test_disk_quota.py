@@ -3,16 +3,23 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+from roll_call_runs import on_nodes
+from tiny import Silent
 
 from fedpet.client.disk_quota import make_room
+from fedpet.client.model_cache import ModelCache
+from fedpet.client.node_config import NodeConfig
 from fedpet.client.plan_store import PlanStore
 from fedpet.client.state_store import StateStore, state_folder
+from fedpet.config import Experiment
 from fedpet.errors import PlanError
 from fedpet.protocol.plan import Plan
+from fedpet.run.prepare import prepare
 
 
 def put(store: PlanStore, content: bytes, age: float) -> Path:
@@ -56,3 +63,24 @@ def test_without_a_quota_nothing_goes(tmp_path: Path) -> None:
     put(PlanStore(tmp_path), b"a" * 100, 90)
     make_room(tmp_path, 1 << 60, 0, keep=tmp_path)
     assert len(list(tmp_path.rglob("*.plan"))) == 1
+
+
+def test_what_was_made_of_rows_that_are_gone_goes_with_them(
+    experiment: Callable[..., Experiment], tmp_path: Path
+) -> None:
+    settings = on_nodes(experiment)
+    plan = prepare(settings, Silent()).plan
+    path, old = tmp_path / "rows.jsonl", '{"text": "good film", "label": "%s"}\n'
+    label = plan.task.label_names[0]
+    for own in (True, False):
+        cache = {"cache": str(tmp_path / "own")} if own else {}
+        config = NodeConfig.from_experiment(settings, {"data": str(path), "client": "c", **cache})
+        kept = []
+        for rows in (3, 2, 2):
+            path.write_text(old % label * rows)
+            os.utime(path, (1e9 + rows, 1e9 + rows))
+            for entry in (config.cache / "rows").glob("*"):
+                os.utime(entry, (1e9, 1e9))
+            ModelCache(config, PlanStore(config.cache)).load_rows(plan)
+            kept.append(len(list((config.cache / "rows").glob("*"))))
+        assert kept == ([1, 1, 1] if own else [kept[0], kept[0] + 1, kept[0] + 1])
