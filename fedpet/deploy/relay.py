@@ -452,6 +452,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=5,
+            timeout_keep_alive=120,  # a node that polls does not pay for TLS each time
         )
         sockets = [_listen(arguments.bind, arguments.port)]
         if arguments.monitor_port:
