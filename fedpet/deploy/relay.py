@@ -452,7 +452,7 @@ async def serve(arguments: argparse.Namespace) -> None:
             server_header=False,
             proxy_headers=False,
             timeout_graceful_shutdown=5,
-            timeout_keep_alive=120,  # a node that polls does not pay for TLS each time
+            timeout_keep_alive=150,  # an idle node asks every minute; a handshake costs more
         )
         sockets = [_listen(arguments.bind, arguments.port)]
         if arguments.monitor_port:
