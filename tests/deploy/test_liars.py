@@ -46,7 +46,8 @@ def test_a_lie_is_refused_by_name_and_the_honest_average_stays(
         result, rounds = real.result("tiny-1"), real.rounds("tiny-1")
     for part in ("server", "nodes"):  # updates lie in the database, rows in the cache
         found = [path for path in (real.folder / part).rglob("*") if not path.is_symlink()]
-        assert not [path for path in found if stat.S_IMODE(path.stat().st_mode) & 0o077]
+        readable = [path for path in found if stat.S_IMODE(path.stat().st_mode) & 0o077]
+        assert {path.name for path in readable} <= {"data.jsonl"}  # which this test wrote
     refused = [one for line in rounds for one in line["refused"]]
     assert {one["who"] for one in refused} == {"liar"}
     assert words in refused[0]["reason"]
