@@ -83,6 +83,7 @@ class Limits:
         burst: Requests at once.
         stranger_rate: Requests a second of all unknown keys of one address.
         body_seconds: In which a body must have come.
+        folder_seconds: For which the folder of allowed nodes is taken to be as it was.
         sessions: Replies of a node whose bytes are remembered, the newest.
     """
 
@@ -95,6 +96,7 @@ class Limits:
     burst: float = 300.0
     stranger_rate: float = 1.0
     body_seconds: float = 180.0
+    folder_seconds: float = 1.0
     sessions: int = 1024
 
     def of_path(self, word: str) -> int:
@@ -243,7 +245,7 @@ class Relay:
     def _name(self, headers: Mapping[bytes, bytes], address: str, word: str) -> str:
         """Return the name of the node whose key a request shows; "" of an unknown one."""
         with contextlib.suppress(ConfigError, OSError):  # half written: the last that read stands
-            self._allowed.refresh()
+            self._allowed.refresh(self._limits.folder_seconds)
         try:
             key = base64.b64decode(headers.get(KEY_HEADER, b"")[:4096], validate=True)
         except binascii.Error:

@@ -14,6 +14,8 @@ may come at once, and one whose key is taken out is gone from the next round on.
 
 from __future__ import annotations
 
+import math
+import time
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -68,11 +70,19 @@ class AllowedNodes:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
         self._state: object = None
+        self._looked_at = -math.inf
         self._by_key: dict[bytes, AllowedNode] = {}
         self.refresh()
 
-    def refresh(self) -> None:
-        """Read the folder anew where a file of it has changed."""
+    def refresh(self, max_age: float = 0.0) -> None:
+        """Read the folder anew where a file of it has changed.
+
+        Args:
+            max_age: Seconds for which the last look at the folder is good enough.
+        """
+        if time.monotonic() < self._looked_at + max_age:
+            return
+        self._looked_at = time.monotonic()
         files = sorted(self.folder.glob("*.pub")) + sorted(self.folder.glob("*.toml"))
         try:
             state = [(path.name, (s := path.stat()).st_mtime_ns, s.st_size) for path in files]
