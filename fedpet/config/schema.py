@@ -130,6 +130,9 @@ class ClientsConfig(Stage):
     shards_per_client: Count = 2  # of the rows sorted by label; with partition "shards"
     min_rows: Count = 8  # a client with fewer takes no part; how many were left out is reported
     seed: Whole = 0  # of the partition
+    # With partition "nodes": a folder of the nodes' public keys and bounds, by which names are
+    # bound to keys; see fedpet/server/allowed_nodes.py. "" takes any node's word.
+    node_keys: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -225,8 +225,12 @@ class Plan:
         return encode_struct(_PlanBytes(header, self.mask_positions))
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Plan:
+    def from_bytes(cls, data: bytes, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Plan:
         """Parse the bytes of `to_bytes`.
+
+        Args:
+            data: At most `MAX_PLAN_BYTES`.
+            max_header_bytes: That the compressed header opens to, at most.
 
         Raises:
             PlanError: The bytes are no plan of this version.
@@ -235,8 +239,8 @@ class Plan:
             raise PlanError(f"a plan has at most {MAX_PLAN_BYTES} bytes, got {len(data)}.")
         parts = decode_struct(data, _PlanBytes, "plan", error=PlanError)
         try:
-            if not 0 <= zstandard.frame_content_size(parts.header) <= MAX_HEADER_BYTES:
-                raise PlanError(f"a plan's header has at most {MAX_HEADER_BYTES} bytes.")
+            if not 0 <= zstandard.frame_content_size(parts.header) <= max_header_bytes:
+                raise PlanError(f"a plan's header has at most {max_header_bytes} bytes.")
             header = zstandard.ZstdDecompressor().decompress(parts.header)
             plan = msgspec.json.decode(header, type=cls)
             plan.backbone(BackboneConfig())
