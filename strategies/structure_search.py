@@ -42,11 +42,9 @@ from fedpet.protocol.plan import Plan
 from fedpet.search import (
     Space,
     candidate_records,
-    chosen_size,
     deviations,
     probabilities,
     reproducible_settings,
-    select,
     temperature,
 )
 from fedpet.server.aggregation import from_arrays, to_arrays
@@ -125,7 +123,7 @@ class StructureSearch(SparseStrategy):
     def choice(self) -> list[int]:
         """Return the candidates that selection takes now, likeliest first."""
         budget = float(self.search.budget)
-        return select(self.alpha.tolist(), self.space.sizes, budget, self.space.tensors)
+        return self.space.select(self.alpha.tolist(), budget)
 
     @property
     def overlaps(self) -> list[float]:
@@ -170,10 +168,13 @@ class StructureSearch(SparseStrategy):
 
     # -- the end -----------------------------------------------------------------------------
 
-    def structure(self, provenance: Mapping[str, Any]) -> Structure:
+    def structure(
+        self, provenance: Mapping[str, Any], params: Mapping[str, torch.Tensor]
+    ) -> Structure:
         """Return the selected structure.
 
         Args:
+            params: Weights in the mask's scope, see `fedpet.backbone.module_roles`.
             provenance: Further entries of its provenance.
 
         Raises:
@@ -192,7 +193,7 @@ class StructureSearch(SparseStrategy):
             "deviations": [*deviations(config, *self._losses), *DEVIATIONS],
             "settings": reproducible_settings(config),
             "budget": int(config.budget),
-            "values": chosen_size(chosen, space.sizes, space.tensors),
+            "values": space.chosen_size(chosen),
             "space": {"name": space.name, "values": space.num_values},
             "search": {
                 "rounds": self.rounds_done,
@@ -212,9 +213,9 @@ class StructureSearch(SparseStrategy):
             **provenance,
         }
         return replace(
-            space.structure(chosen),
+            space.found(chosen, params),
             fingerprint=self.plan.fingerprint,
-            gates=tuple(p[index] for index in sorted(chosen)),
+            gates=space.gates_of(chosen, p),
             provenance=found,
         )
 

@@ -238,7 +238,9 @@ class SearchConfig(Stage):
     """Everything that decides a search, beside the rows and the backbone."""
 
     method: str = "s3pet"  # "random", or a manual structure: presets joined by "+"
-    space: str = "mergeable"  # or s3pet-mix, s3pet-lora
+    space: str = "mergeable"  # or joint (with the mask), s3pet-mix, s3pet-lora
+    mask_block: Count = 128  # entries of a weight that are chosen together, in the space "joint"
+    mask_blocks: Count = 4  # of a weight, at most
     rank: Count = 1  # of LoRA, HiWi and the adapter's factors
     scale: Positive = 16.0  # of LoRA; the paper's alpha of 16 at rank 1
     # Of the chosen structure, the head not counted: values (2000), a fraction of the backbone
@@ -261,18 +263,24 @@ class SearchConfig(Stage):
     validation_fraction: ValidationFraction = 0.1  # of the rows; picks the checkpoint
     evaluate_every: Count = 50  # steps; the last is always evaluated
     checkpoint: str = "best"  # by validation, as in the paper; or "last"
+    repeats: Count = 1  # searches of other seeds whose alpha is averaged; not federated
     seed: AnyInteger = 0  # of gates' noise, batches, and the halves of the rows
     # Together on the clients' own rows, before the first training round; see
     # strategies/structure_search.py. Epochs, validation and checkpoint have no meaning then.
     federated: bool = False
     rounds: Count = 20  # of the search, at most; the rates fall to 0 over them
     local_steps: Count = 5  # of each client, a round
+    # "gates": alpha and the head alone, each client's candidates start from zero every round; or
+    # "values": those of the candidates too.
+    sends: str = "values"
     settled_overlap: Overlap = 0.9  # Jaccard index of two rounds' choices that counts as settled
     settled_rounds: Count = 3  # as often in a row, and the search is over
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("search.space", self.space, ("mergeable", "s3pet-mix", "s3pet-lora"))
+        spaces = ("joint", "mergeable", "s3pet-mix", "s3pet-lora")
+        check_choice("search.space", self.space, spaces)
+        check_choice("search.sends", self.sends, ("values", "gates"))
         check_choice("search.order", self.order, ("second", "first"))
         check_choice("search.virtual", self.virtual, ("adamw", "adamw-exact", "sgd"))
         check_choice("search.checkpoint", self.checkpoint, ("best", "last"))

@@ -42,7 +42,6 @@ from fedpet.config import SearchConfig
 from fedpet.errors import ConfigError, TrainingError
 from fedpet.pet.model import PetModel
 from fedpet.search.gates import concrete, probabilities, uniform
-from fedpet.search.select import select
 from fedpet.search.settings import temperature
 from fedpet.search.space import Space
 from fedpet.training.loss import Loss
@@ -255,7 +254,7 @@ class BiLevel:
         """Return the candidates that selection would take now."""
         # alpha's order is p's, and holds where p comes to 0 or 1 within its guards.
         alpha = self.alpha.tolist()
-        return select(alpha, self.space.sizes, self.budget, self.space.tensors)
+        return self.space.select(alpha, self.budget)
 
     def open_gates(self) -> None:
         """Set the gates for evaluation: at p, or at the selection with hard gates."""
