@@ -181,7 +181,8 @@ class MaskConfig(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class StructureConfig(Stage):
-    preset: str = "lnfit"  # names joined by "+", or "none"; see fedpet/pet/structure.py
+    # Names joined by "+", or "none", see fedpet/pet/structure.py; or a built-in structure's name.
+    preset: str = "lnfit"
     file: str = ""  # a structure found by `fedpet search`; stands instead of the preset
     rank: Count = 8  # of lora and hiwi
     scale: Positive = 2.0  # of lora: what alpha / rank is elsewhere
@@ -239,7 +240,7 @@ class SearchConfig(Stage):
 
     method: str = "s3pet"  # "random", or a manual structure: presets joined by "+"
     space: str = "mergeable"  # or joint (with the mask), s3pet-mix, s3pet-lora
-    mask_block: Count = 128  # entries of a weight that are chosen together, in the space "joint"
+    mask_block: Count = 256  # entries of a weight that are chosen together, in the space "joint"
     mask_blocks: Count = 4  # of a weight, at most
     rank: Count = 1  # of LoRA, HiWi and the adapter's factors
     scale: Positive = 16.0  # of LoRA; the paper's alpha of 16 at rank 1

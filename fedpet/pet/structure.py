@@ -23,6 +23,7 @@ from typing import Any
 
 from fedpet.backbone.module_roles import Position
 from fedpet.config import StructureConfig
+from fedpet.config.builtin import experiments_folder
 from fedpet.errors import ConfigError, StructureError
 from fedpet.pet.mask import MaskCounts
 from fedpet.pet.modules.registry import KINDS, PRESETS, ModuleSpec, spec_of
@@ -162,21 +163,34 @@ def load_structure(config: StructureConfig, positions: Sequence[Position]) -> St
     """Read the structure that an experiment names: its file, else a preset.
 
     Args:
-        config: What is named.
+        config: A file, else a preset or a built-in structure.
         positions: Of the backbone, from `find_target_modules`.
 
     Raises:
         StructureError: The file does not read, or the preset does not fit.
     """
-    if not config.file:
+    file = config.file or structure_file(config.preset)
+    if not file:
         return preset(config.preset, positions, rank=config.rank, scale=config.scale)
     try:
-        text = Path(config.file).read_text(encoding="utf-8-sig")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StructureError(
-            f"the structure's file {config.file!r} does not read: {error}."
+            f"the structure's file {str(file)!r} does not read: {error}."
         ) from None
     return Structure.from_json(text)
+
+
+def structure_file(name: str) -> Path | None:
+    """Return the file of a built-in structure, which lies beside the experiment of its name.
+
+    Args:
+        name: As in `structure.preset`; None is returned of one that names no built-in structure.
+    """
+    if name in PRESETS or Path(name).name != name:
+        return None
+    file = experiments_folder() / f"{name}.structure.json"
+    return file if file.is_file() else None
 
 
 def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float) -> Structure:
@@ -196,8 +210,8 @@ def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float
         name = name.strip()
         if name not in PRESETS:
             raise StructureError(
-                f"structure.preset must be 'none' or of {', '.join(sorted(PRESETS))}, joined by "
-                f"'+', got {name!r}."
+                f"structure.preset must be 'none', a built-in structure's name, or of "
+                f"{', '.join(sorted(PRESETS))}, joined by '+', got {name!r}."
             )
         kind, wanted = PRESETS[name]
         chosen = [p.name for p in positions if wanted(p)]

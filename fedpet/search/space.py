@@ -220,7 +220,7 @@ def build_space(
     rank: int = 1,
     scale: float = 16.0,
     mask: MaskConfig | None = None,
-    block: int = 128,
+    block: int = 256,
     blocks: int = 4,
 ) -> Space:
     """Find every candidate of a space in a model, which may lie on the meta device.
