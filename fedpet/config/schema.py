@@ -254,6 +254,11 @@ class SearchConfig(Stage):
     learning_rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
     learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
     gate_learning_rate: Positive = 0.1  # of the gates' logits
+    # "adamw" scales each logit's gradient by its own; "shared" all alike, so that a candidate that
+    # gains more moves farther.
+    gate_optimizer: str = "adamw"
+    # Of the gates: "candidates" compete as equals, as in the paper; "values" by gain per value.
+    competition: str = "candidates"
     clip_norm: FromZero = 2.0  # of both gradients; 0 leaves them alone
     beta: Temperature = 1.0  # temperature at the start
     beta_end: TemperatureOrZero = 0.0  # falls geometrically to this; 0 keeps beta, as in the paper
@@ -281,6 +286,8 @@ class SearchConfig(Stage):
         super().__post_init__()
         spaces = ("joint", "mergeable", "s3pet-mix", "s3pet-lora")
         check_choice("search.space", self.space, spaces)
+        check_choice("search.gate-optimizer", self.gate_optimizer, ("adamw", "shared"))
+        check_choice("search.competition", self.competition, ("candidates", "values"))
         check_choice("search.sends", self.sends, ("values", "gates"))
         check_choice("search.order", self.order, ("second", "first"))
         check_choice("search.virtual", self.virtual, ("adamw", "adamw-exact", "sgd"))

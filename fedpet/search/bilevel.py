@@ -24,7 +24,8 @@ and taken back. The same noise and zeta serve steps 1 to 3, so the gates are one
 gradient is gathered over three passes and sent to alpha once.
 
 Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), after DARTS (Liu et al., ICLR 2019,
-arXiv:1806.09055). Ours: rates may differ by group; `sgd`, `adamw-exact` and the first order.
+arXiv:1806.09055). Ours: rates may differ by group; `sgd`, `adamw-exact` and the first order; for
+alpha `SharedAdam` and the gradient through zeta.
 """
 
 from __future__ import annotations
@@ -48,12 +49,47 @@ from fedpet.training.loss import Loss
 from fedpet.training.optimizer import make_optimizer, rate_factor
 from fedpet.utils.seeds import derive_seed
 
-__all__ = ["BiLevel", "StepLosses", "hypergradient", "virtual_step"]
+__all__ = ["BiLevel", "SharedAdam", "StepLosses", "hypergradient", "virtual_step"]
 
 RADIUS = 0.01  # of the finite difference: the length of eps * d
 _GUARD = 1e-6  # on the norm of d
 # A loss under some gates, of the trainables as they now are.
 GatedLoss = Callable[[Tensor], Tensor]
+
+
+class SharedAdam(torch.optim.Optimizer):
+    """Adam with one second moment for all numbers: their steps keep the ratios of their gradients.
+
+    AdamW, which the paper takes for alpha, steps as far for a candidate that helps a little in each
+    batch as for one that helps much; so the order among those that help is left to noise.
+    """
+
+    def __init__(
+        self,
+        params: Sequence[Tensor],
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-12,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        """Take one step, of length `lr` as a root mean square at first."""
+        for group in self.param_groups:
+            one, two = group["betas"]
+            for parameter in group["params"]:
+                state, gradient = self.state[parameter], parameter.grad
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["mean"] = torch.zeros_like(parameter)
+                    state["square"] = torch.zeros((), dtype=parameter.dtype)
+                state["step"] += 1
+                state["mean"].lerp_(gradient, 1 - one)
+                state["square"].lerp_(gradient.square().mean(), 1 - two)
+                done = float(state["step"])
+                below = (state["square"] / (1 - two**done)).sqrt() + group["eps"]
+                parameter.sub_(group["lr"] * state["mean"] / (1 - one**done) / below)
 
 
 def virtual_step(
@@ -232,9 +268,13 @@ class BiLevel:
         self.alpha = nn.Parameter(torch.zeros(len(space.candidates), dtype=torch.float64))
         self._groups = pet.parameter_groups()
         self._theta = make_optimizer(self._groups, config.rate_of, fused=None)
-        self._alpha = make_optimizer(
-            {"alpha": self.alpha}, lambda _: config.gate_learning_rate, fused=None
-        )
+        self._alpha: torch.optim.Optimizer
+        if config.gate_optimizer == "shared":
+            self._alpha = SharedAdam([self.alpha], lr=config.gate_learning_rate)
+        else:
+            self._alpha = make_optimizer(
+                {"alpha": self.alpha}, lambda _: config.gate_learning_rate, fused=None
+            )
         self._rates = [
             (group, float(group["lr"]))
             for optimiser in (self._theta, self._alpha)
@@ -248,7 +288,8 @@ class BiLevel:
 
     def probabilities(self) -> Tensor:
         """Return p of every candidate, float64, shape (n,), with a gradient to alpha."""
-        return probabilities(self.alpha, self._sizes, self.budget, self.beta)
+        by_value = self.config.competition == "values"
+        return probabilities(self.alpha, self._sizes, self.budget, self.beta, by_value=by_value)
 
     def choice(self) -> list[int]:
         """Return the candidates that selection would take now."""

@@ -65,6 +65,8 @@ def deviations(
         f"space {config.space}": not config.space.startswith("s3pet"),
         "batches of another size": config.batch_size not in _BATCHES,
         "rates by kind": bool(config.learning_rates),
+        "one scale for all logits' steps": config.gate_optimizer != "adamw",
+        "gates compete by gain per value": config.competition != "candidates",
         f"mean alpha of {config.repeats} searches": config.repeats > 1,
         "candidates start from zero each round": config.federated and config.sends == "gates",
         f"logits adjusted by {logit_adjustment:g} for label shares": bool(

@@ -53,6 +53,8 @@ CONFIG = SearchConfig(
     batch_size=8,
     learning_rate=0.01,
     learning_rates=("mask=0.05",),
+    gate_optimizer="shared",
+    competition="values",
     evaluate_every=2,
     validation_fraction=0.2,
 )
@@ -260,6 +262,30 @@ def test_a_random_structure_of_mask_and_modules_keeps_the_budget_in_what_is_sent
     pet = PetModel(backbone, mask, structure, seed=0)
     sent = sum(s.size for s in pet.segments if s.kind != "head")
     assert sent == structure.provenance["values"] <= 700
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_the_mean_of_two_clients_values_of_both_is_the_mean_of_their_models(
+    folder: Path, whole: Space, seed: int
+) -> None:
+    structure = random_structure(whole, 1200, seed=seed)
+    assert structure.mask is not None
+
+    def trained(values: torch.Tensor | None, draw: int) -> tuple[torch.Tensor, nn.Module]:
+        backbone = load(folder)
+        scope = maskable_weights(backbone.model, backbone.head)
+        pet = PetModel(backbone, build_mask(scope, MaskConfig(), structure.mask), structure, seed=0)
+        if values is None:
+            generator = torch.Generator().manual_seed(draw)
+            values = 0.1 * torch.randn(pet.num_values, generator=generator)
+        pet.set_delta(values, seed=draw)
+        return values, pet.merge_and_unload()
+
+    (one, first), (two, second) = trained(None, 1), trained(None, 2)
+    _, mean = trained((one + two) / 2, 3)
+    of_each = [dict(model.named_parameters()) for model in (first, second)]
+    for name, parameter in mean.named_parameters():
+        torch.testing.assert_close(parameter, (of_each[0][name] + of_each[1][name]) / 2, msg=name)
 
 
 # -- a whole search, and what comes of it ------------------------------------------------------
