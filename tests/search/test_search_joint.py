@@ -29,6 +29,7 @@ from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
 from fedpet.protocol.plan import Plan
+from fedpet.report.gate_tables import gate_map, structure_facts
 from fedpet.run.prepare import Prepared, prepare
 from fedpet.search import (
     SearchConfig,
@@ -346,6 +347,20 @@ def test_several_searches_average_alpha_and_a_cut_one_goes_on_with_the_same_byte
         search(folder, data, config, state_file=tmp_path / "state", progress=stop)
     resumed = search(folder, data, config, state_file=tmp_path / "state")
     assert resumed.structure.to_json() == found.structure.to_json()
+
+
+def test_the_heat_map_has_a_cell_a_weight_and_marks_those_with_entries(
+    folder: Path, data: FederatedData
+) -> None:
+    structure = search(folder, data).structure
+    heat = gate_map(structure)
+    assert heat is not None
+    assert structure.mask is not None
+    masked = {key: gate for key, gate in heat.cells.items() if key[0].endswith(" mask")}
+    marked = {f"{gate.target}.weight" for gate in masked.values() if gate.chosen}
+    assert marked == set(structure.mask.entries)
+    assert {gate.size for gate in masked.values()} == {72}  # three blocks of 24
+    assert "entries of" in dict(structure_facts(structure))["chosen"]
 
 
 def _seed_of_repeat(config: SearchConfig) -> int:
