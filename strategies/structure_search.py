@@ -5,7 +5,9 @@ Out: a `Structure` under the budget, with its gates and its provenance.
 
 A round is one of FedAvg: the same requests, frames, checks, refusals, quorum and ledger. It
 averages alpha and the candidates' values, weighted by rows (fedpet/search/on_client.py is the
-client's part). The server then solves zeta, so that the expected size is the budget, and selects.
+client's part); with `search.sends = "gates"` it averages alpha and the head, and clients keep the
+candidates' values to themselves. The server then solves zeta, so that the expected size is the
+budget, and selects.
 
     ends when   the selections of `settled_rounds` rounds in a row each had a Jaccard index of at
                 least `settled_overlap` with the one before, or `rounds` rounds are over

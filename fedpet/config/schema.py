@@ -266,6 +266,7 @@ class SearchConfig(Stage):
     virtual: str = "adamw"  # the unrolled step; see fedpet/search/bilevel.py
     hard: bool = False  # gates of 0 and 1 with a straight-through gradient
     dropout: bool = False  # the checkpoint's own; the paper has it on
+    split: str = "rows"  # "clients": parts have whole clients; validation is on held-out ones
     validation_fraction: ValidationFraction = 0.1  # of the rows; picks the checkpoint
     evaluate_every: Count = 50  # steps; the last is always evaluated
     checkpoint: str = "best"  # by validation, as in the paper; or "last"
@@ -288,6 +289,7 @@ class SearchConfig(Stage):
         check_choice("search.space", self.space, spaces)
         check_choice("search.gate-optimizer", self.gate_optimizer, ("adamw", "shared"))
         check_choice("search.competition", self.competition, ("candidates", "values"))
+        check_choice("search.split", self.split, ("rows", "clients"))
         check_choice("search.sends", self.sends, ("values", "gates"))
         check_choice("search.order", self.order, ("second", "first"))
         check_choice("search.virtual", self.virtual, ("adamw", "adamw-exact", "sgd"))

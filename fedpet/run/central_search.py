@@ -66,9 +66,10 @@ def search_centrally(experiment: Experiment, out: Path, callback: Callback) -> S
 def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     device = check_device(experiment.run.device)
     callback.on_stage("reading and tokenising the rows")
+    whole = experiment.search.split == "rows"  # of rows whose clients do not matter
     data = load_data(
         experiment.data,
-        _EVERYBODY,
+        _EVERYBODY if whole else experiment.clients,
         locate(experiment.backbone),
         cache=make_cache(experiment),
         evaluation=False,
@@ -87,6 +88,7 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
         backbone,
         data,
         config,
+        indices=None if whole else np.concatenate([client.rows for client in data.clients]),
         mask=mask,
         mask_config=experiment.mask,
         logit_adjustment=experiment.training.logit_adjustment,
@@ -192,6 +194,7 @@ def find_structure(
             np.arange(len(data.train)) if indices is None else indices,
             data.task,
             config,
+            owners=_owners(data, indices) if config.split == "clients" else None,
             mask=mask,
             mask_config=mask_config,
             logit_adjustment=logit_adjustment,
@@ -223,6 +226,14 @@ def find_structure(
             fingerprint=backbone.fingerprint,
         )
     return replace(structure, provenance={**structure.provenance, **origin})
+
+
+def _owners(data: FederatedData, indices: np.ndarray | None) -> np.ndarray:
+    """Return the number of each row's client, -1 of rows without one; None takes all rows."""
+    owners = np.full(len(data.train), -1, dtype=np.int64)
+    for number, client in enumerate(data.clients):
+        owners[client.rows] = number
+    return owners if indices is None else owners[indices]
 
 
 def bytes_per_value(codec: str) -> float:

@@ -110,6 +110,7 @@ def run_search(
     task: Task,
     config: SearchConfig,
     *,
+    owners: np.ndarray | None = None,
     mask: Mask | None = None,
     mask_config: MaskConfig | None = None,
     logit_adjustment: float = 0.0,
@@ -127,6 +128,7 @@ def run_search(
         indices: Those to search on, (n,).
         task: Says which loss and which validation metric.
         config: Settled (`fedpet.search.resolve_settings`): its budget is in values.
+        owners: The client of each of those, (n,); see `split_rows`.
         mask: Trained beside the candidates and not gated; None for none. A space that has the
             mask among its candidates takes its own in this one's place.
         mask_config: Whose rule ranks the entries of such a space.
@@ -158,7 +160,7 @@ def run_search(
         own = config
         if repeat:
             own = replace(config, seed=derive_seed("repeat", config.seed, repeat))
-        split = split_rows(indices, own)
+        split = split_rows(indices, own, owners)
         total = own.epochs * -(-len(split.theta) // own.batch_size)
         total = min(total, own.max_steps or total)
         seed = derive_seed("search", own.seed)
@@ -311,12 +313,23 @@ def check_structure(structure: Structure, fingerprint: str) -> None:
         )
 
 
-def split_rows(indices: np.ndarray, config: SearchConfig) -> Split:
+def split_rows(
+    indices: np.ndarray, config: SearchConfig, owners: np.ndarray | None = None
+) -> Split:
     """Split rows at random, by the seed, into validation and two halves of equal size.
 
+    Args:
+        indices: Rows, (n,).
+        config: Its seed, the fraction of validation, and whether clients stay whole.
+        owners: Of each row, its client's number: int64, (n,). Where clients stay whole, no client
+            has rows in two parts; what the larger half has more is left out.
+
     Raises:
-        DataError: Fewer than three rows.
+        DataError: Fewer than three rows, or clients.
+        ConfigError: Clients shall stay whole, and there are none.
     """
+    if config.split == "clients":
+        return _split_clients(indices, config, owners)
     if len(indices) < 3:
         raise DataError(
             f"a search splits its rows in three, and got {len(indices)}. Give it more rows."
@@ -329,6 +342,34 @@ def split_rows(indices: np.ndarray, config: SearchConfig) -> Split:
         alpha=order[held + half : held + 2 * half],
         validation=order[:held],
     )
+
+
+def _split_clients(indices: np.ndarray, config: SearchConfig, owners: np.ndarray | None) -> Split:
+    if owners is None:
+        raise ConfigError(
+            'search.split = "clients" keeps clients whole, and these rows have none. Set it to '
+            '"rows".'
+        )
+    generator = np.random.default_rng(derive_seed("split", config.seed))
+    clients = generator.permutation(np.unique(owners))
+    if len(clients) < 3:
+        raise DataError(
+            f"a search splits its clients in three, and got {len(clients)}. Give it more clients, "
+            'or set search.split = "rows".'
+        )
+    wanted = config.validation_fraction * len(indices)
+    parts: tuple[list[np.ndarray], ...] = ([], [], [])  # validation, theta, alpha
+    rows = [0, 0, 0]
+    for number, client in enumerate(clients):
+        into = number if number < 3 else 0
+        if number >= 3 and rows[0] >= wanted:
+            into = 1 if rows[1] <= rows[2] else 2
+        own = indices[owners == client]
+        parts[into].append(own)
+        rows[into] += len(own)
+    validation, theta, alpha = (generator.permutation(np.concatenate(part)) for part in parts)
+    half = min(len(theta), len(alpha))
+    return Split(theta=theta[:half], alpha=alpha[:half], validation=validation)
 
 
 def step_batches(
