@@ -91,7 +91,7 @@ def spearman(one: Sequence[float], other: Sequence[float]) -> float:
         1.0
     """
     ranks = [np.argsort(np.argsort(each, kind="stable"), kind="stable") for each in (one, other)]
-    return round(float(np.corrcoef(*ranks)[0, 1]), 4)
+    return round(float(np.corrcoef(ranks[0], ranks[1])[0, 1]), 4)
 
 
 def drawn_evenly(space: Space, count: int, seed: int) -> list[int]:

@@ -250,6 +250,7 @@ class SearchConfig(Stage):
     mask_in_budget: bool = False  # the budget holds the mask's values too
     epochs: Count = 5  # over half of the rows
     max_steps: Whole = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
+    warmup_steps: Whole = 0  # at the start, which move the candidates' values alone: one pass
     batch_size: Count = 32  # rows of either half
     learning_rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
     learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"

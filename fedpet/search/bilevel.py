@@ -74,7 +74,7 @@ class SharedAdam(torch.optim.Optimizer):
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
 
     @torch.no_grad()
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: Any = None) -> Any:
         """Take one step, of length `lr` as a root mean square at first."""
         for group in self.param_groups:
             one, two = group["betas"]
@@ -253,10 +253,15 @@ class BiLevel:
 
         Raises:
             StructureError: The budget does not fit the space.
-            ConfigError: The rate of the candidates' values is 0.
+            ConfigError: The rate of the candidates' values is 0, or no step moves gates.
         """
         if not config.learning_rate > 0:
             raise ConfigError(f"a search's rate must be above 0, got {config.learning_rate!r}.")
+        if config.warmup_steps >= max(1, total_steps):
+            raise ConfigError(
+                f"search.warmup-steps must leave steps in which gates move, got "
+                f"{config.warmup_steps} of {total_steps}: lower it, or take more steps."
+            )
         self.budget = float(config.budget)
         space.check_budget(self.budget)
         self.pet, self.space, self.config = pet, space, config
@@ -326,6 +331,8 @@ class BiLevel:
         if self.pet.model.training != config.dropout:
             self.pet.model.train(config.dropout)
         self._reseed("step")
+        if self.steps_done < config.warmup_steps:
+            return self._move_values(theta_batch)
 
         drawn = self._draw("alpha")
         gates = drawn.detach().float()
@@ -345,23 +352,34 @@ class BiLevel:
             theta_loss = alpha_loss = float(loss.detach())
         self.alpha.grad = None
         drawn.backward(gradient.to(drawn))
+        assert self.alpha.grad is not None
+        if config.competition == "values":  # the surplus of each candidate by its price, a value
+            self.alpha.grad *= self._sizes.mean() / self._sizes
         self._update(self._alpha, [self.alpha])
+        moved = self._move_values(theta_batch)
+        if config.order == "first":
+            theta_loss = moved.theta
+        self._check(theta_loss, alpha_loss)
+        return StepLosses(theta_loss, alpha_loss)
 
-        parameters = list(self._groups.values())
+    def _move_values(self, theta_batch: dict[str, Tensor]) -> StepLosses:
+        """Take the step of the candidates' values; its loss stands for both."""
         self.pet.zero_grad()
         loss = self._batch_loss(theta_batch, self._draw("theta").detach().float())
         loss.backward()
-        self._update(self._theta, parameters)
+        self._update(self._theta, list(self._groups.values()))
         self.pet.after_step()
-        if config.order == "first":
-            theta_loss = float(loss.detach())
         self.steps_done += 1
-        if not math.isfinite(theta_loss + alpha_loss + float(loss.detach())):
+        here = float(loss.detach())
+        self._check(here, here)
+        return StepLosses(here, here)
+
+    def _check(self, theta_loss: float, alpha_loss: float) -> None:
+        if not math.isfinite(theta_loss + alpha_loss):
             raise TrainingError(
                 f"a loss became {theta_loss}, {alpha_loss} at step {self.steps_done} of the "
                 "search: lower its rate, or look at the rows."
             )
-        return StepLosses(theta_loss, alpha_loss)
 
     @torch.no_grad()
     def continue_from(self, steps_done: int, alpha: Tensor) -> None:

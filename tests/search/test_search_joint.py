@@ -32,6 +32,7 @@ from fedpet.protocol.plan import Plan
 from fedpet.report.gate_tables import gate_map, structure_facts
 from fedpet.run.prepare import Prepared, prepare
 from fedpet.search import (
+    BiLevel,
     SearchConfig,
     SearchResult,
     Space,
@@ -41,6 +42,8 @@ from fedpet.search import (
     random_structure,
     run_search,
     solve_zeta,
+    split_rows,
+    step_batches,
 )
 from fedpet.search.space import BlockSpec, model_of_space
 
@@ -499,6 +502,25 @@ def test_gates_alone_move_alpha_from_what_the_candidates_would_do(
     run_whole(make_experiment(*files, tmp_path / "run", **settings))
     gates = [c["gate"] for c in structure_of(tmp_path / "run").provenance["candidates"]]
     assert np.std(gates) > 1e-3
+
+
+def test_steps_before_the_gates_move_the_values_alone(folder: Path, data: FederatedData) -> None:
+    config = replace(CONFIG, warmup_steps=2)
+    pet, space = put_on(load(folder))
+    search = BiLevel(pet, space, config, total_steps=4, loss=cross_entropy)
+    split = split_rows(np.arange(len(data.train)), config)
+    moved_values = []
+    for number, (theta, alpha) in enumerate(step_batches(data.train, split, config, 0, 4)):
+        search.step(theta, alpha)
+        moved_values.append(float(pet.get_delta().abs().sum()))
+        assert bool(search.alpha.any()) == (number >= 2)
+    assert 0 < moved_values[0] < moved_values[1]
+    with pytest.raises(ConfigError, match="must leave steps in which gates move, got 4 of 4"):
+        BiLevel(pet, space, replace(config, warmup_steps=4), total_steps=4, loss=cross_entropy)
+
+
+def cross_entropy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(outputs.logits, labels)
 
 
 # -- HiWi on biases ------------------------------------------------------------------------------
