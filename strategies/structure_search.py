@@ -171,12 +171,15 @@ class StructureSearch(SparseStrategy):
     # -- the end -----------------------------------------------------------------------------
 
     def structure(
-        self, provenance: Mapping[str, Any], params: Mapping[str, torch.Tensor]
+        self,
+        provenance: Mapping[str, Any],
+        params: Mapping[str, torch.Tensor] | None = None,
     ) -> Structure:
         """Return the selected structure.
 
         Args:
-            params: Weights in the mask's scope, see `fedpet.backbone.module_roles`.
+            params: Weights in the mask's scope, see `maskable_weights`; of a space with blocks
+                of the mask.
             provenance: Further entries of its provenance.
 
         Raises:
@@ -215,7 +218,7 @@ class StructureSearch(SparseStrategy):
             **provenance,
         }
         return replace(
-            space.found(chosen, params),
+            space.found(chosen, params or {}),
             fingerprint=self.plan.fingerprint,
             gates=space.gates_of(chosen, p),
             provenance=found,

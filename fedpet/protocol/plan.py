@@ -314,7 +314,7 @@ class Plan:
         self._check_fingerprint(backbone)
         pet = PetModel(
             backbone,
-            self._mask(backbone, self.structure),
+            self._mask(backbone),
             self.structure,
             seed=self.seed,
             products=self.training.matmul_backend,
@@ -359,7 +359,8 @@ class Plan:
                 "server and on the nodes."
             )
 
-    def _mask(self, backbone: Backbone, structure: Structure) -> Mask | None:
+    def _mask(self, backbone: Backbone, space: Structure | None = None) -> Mask | None:
+        """Cut the mask of the structure, or of a search's whole `space`, and check its hash."""
         if self.mask is None:
             return None
         scope = maskable_weights(backbone.model, backbone.head)
@@ -375,7 +376,7 @@ class Plan:
             ranked = rank_positions(scope, positions, self.mask)
             mask = Mask(ranked, sizes, tier_counts(scope, ranked, self.mask))
         else:
-            mask = build_mask(scope, self.mask, structure.mask)
+            mask = build_mask(scope, self.mask, (space or self.structure).mask)
         if mask.digest().hex() != self.mask_sha256:
             raise PlanError(
                 f"the mask computed here is {mask.digest().hex():.16}, the plan's is "
