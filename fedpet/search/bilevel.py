@@ -25,7 +25,7 @@ gradient is gathered over three passes and sent to alpha once.
 
 Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), after DARTS (Liu et al., ICLR 2019,
 arXiv:1806.09055). Ours: rates may differ by group; `sgd`, `adamw-exact` and the first order; for
-alpha `SharedAdam` and the gradient through zeta.
+alpha `SharedScale` and the gradient through zeta.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ from fedpet.training.loss import Loss
 from fedpet.training.optimizer import make_optimizer, rate_factor
 from fedpet.utils.seeds import derive_seed
 
-__all__ = ["BiLevel", "SharedAdam", "StepLosses", "hypergradient", "virtual_step"]
+__all__ = ["BiLevel", "SharedScale", "StepLosses", "hypergradient", "virtual_step"]
 
 RADIUS = 0.01  # of the finite difference: the length of eps * d
 _GUARD = 1e-6  # on the norm of d
@@ -57,39 +57,38 @@ _GUARD = 1e-6  # on the norm of d
 GatedLoss = Callable[[Tensor], Tensor]
 
 
-class SharedAdam(torch.optim.Optimizer):
-    """Adam with one second moment for all numbers: their steps keep the ratios of their gradients.
+class SharedScale(torch.optim.Optimizer):
+    """Momentum whose steps keep the ratios of the gradients, outliers cut.
 
-    AdamW, which the paper takes for alpha, steps as far for a candidate that helps a little in each
-    batch as for one that helps much; so the order among those that help is left to noise.
+    Gradients are divided by one number for all, the running mean of their median magnitude, and cut
+    to three. AdamW, which the paper takes for alpha, divides each by its own: it steps as far for a
+    candidate that helps a little in each batch as for one that helps much, so the order among those
+    that help is left to noise. And one candidate that a batch hates, in a mean of squares, would
+    stop all others.
     """
 
     def __init__(
-        self,
-        params: Sequence[Tensor],
-        lr: float,
-        betas: tuple[float, float] = (0.9, 0.999),
-        eps: float = 1e-12,
+        self, params: Sequence[Tensor], lr: float, momentum: float = 0.9, cut: float = 3.0
     ) -> None:
-        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps})
+        super().__init__(params, {"lr": lr, "momentum": momentum, "cut": cut})
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> Any:
-        """Take one step, of length `lr` as a root mean square at first."""
+        """Take one step: `lr` for a gradient of the median magnitude."""
         for group in self.param_groups:
-            one, two = group["betas"]
+            keep, cut = group["momentum"], group["cut"]
             for parameter in group["params"]:
                 state, gradient = self.state[parameter], parameter.grad
                 if not state:
                     state["step"] = torch.zeros(())
                     state["mean"] = torch.zeros_like(parameter)
-                    state["square"] = torch.zeros((), dtype=parameter.dtype)
+                    state["scale"] = torch.zeros((), dtype=parameter.dtype)
                 state["step"] += 1
-                state["mean"].lerp_(gradient, 1 - one)
-                state["square"].lerp_(gradient.square().mean(), 1 - two)
                 done = float(state["step"])
-                below = (state["square"] / (1 - two**done)).sqrt() + group["eps"]
-                parameter.sub_(group["lr"] * state["mean"] / (1 - one**done) / below)
+                state["scale"] += (gradient.abs().median() - state["scale"]) / done
+                if state["scale"] > 0:
+                    state["mean"].lerp_((gradient / state["scale"]).clamp(-cut, cut), 1 - keep)
+                parameter.sub_(group["lr"] * state["mean"] / (1 - keep**done))
 
 
 def virtual_step(
@@ -275,7 +274,7 @@ class BiLevel:
         self._theta = make_optimizer(self._groups, config.rate_of, fused=None)
         self._alpha: torch.optim.Optimizer
         if config.gate_optimizer == "shared":
-            self._alpha = SharedAdam([self.alpha], lr=config.gate_learning_rate)
+            self._alpha = SharedScale([self.alpha], lr=config.gate_learning_rate)
         else:
             self._alpha = make_optimizer(
                 {"alpha": self.alpha}, lambda _: config.gate_learning_rate, fused=None
