@@ -210,8 +210,8 @@ def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float
         name = name.strip()
         if name not in PRESETS:
             raise StructureError(
-                f"structure.preset must be 'none', a built-in structure's name, or of "
-                f"{', '.join(sorted(PRESETS))}, joined by '+', got {name!r}."
+                f"structure.preset must be 'none' or of {', '.join(sorted(PRESETS))}, joined by "
+                f"'+', or a built-in structure's name, got {name!r}."
             )
         kind, wanted = PRESETS[name]
         chosen = [p.name for p in positions if wanted(p)]
