@@ -191,7 +191,7 @@ def cells(
                 (*SMALLER, *overrides, f"strategy.name={rule}", *parameters, f"run.seed={seed}"),
             )
             name = f"{rule}-{attack}"
-            rate = Rate(settings.training.learning_rate, settings.training.learning_rates)
+            rate = Rate(settings.training.rate_of("lora-factors"), settings.training.learning_rates)
             path = results / f"{name}-seed{seed}.json"
             yield AttackCell(
                 path, rate, seed, None, settings, name, FEDPET, rule=rule, attack=attack

@@ -63,7 +63,9 @@ class CentralCell(Cell):
             "backbone": asdict(self.backbone),
             "rows": asdict(self.rows),
             "search": asdict(self.search),
-            "training": None if self.training is None else asdict(self.training),
+            "training": None
+            if self.training is None
+            else {**asdict(self.training), "schedule": self.training.schedule_in_force},
             "seed": self.seed,
             "found_by": None if self.needs is None else self.needs.stem,
         }

@@ -44,7 +44,7 @@ def clients_at_once(place: Place) -> None:
     rows, clients = _population(count)
     place.found("gpu", _name_of(place))
     for method, (density, names, first_token) in METHODS.items():
-        config = TrainingConfig(cls_only=first_token)
+        config = TrainingConfig(learning_rate=1e-3, cls_only=first_token)
         with noted(place, method):
             pet = pet_model(fresh_backbone(size, place.device), mask_of(size, density), names)
             start = 0.001 * np.random.default_rng(2).standard_normal(pet.num_values)
@@ -75,7 +75,7 @@ def large_model(place: Place) -> None:
     place.found("model", found)
     rows, clients = _population(2 if place.tiny else 16)
     start = np.zeros(pet.num_values, dtype=np.float32)
-    job = _Job(place, pet, start, rows, TrainingConfig(batch_size=4))
+    job = _Job(place, pet, start, rows, TrainingConfig(learning_rate=1e-3, batch_size=4))
     sample = clients[:2]
     place.found("difference", job.difference(sample))
     place.found("one by one", job.one_by_one(sample, len(clients)))

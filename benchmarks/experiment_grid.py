@@ -69,6 +69,7 @@ class ExperimentCell(Cell):
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return the tables of the experiment that decide the outcome."""
         tables = self.experiment.to_tables()
+        tables["training"]["schedule"] = self.experiment.training.schedule_in_force
         for key in _PLACE_KEYS:
             del tables["run"][key]
         if self.runs != FEDPET:

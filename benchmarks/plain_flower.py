@@ -185,7 +185,7 @@ def job_of(method: str, experiment: Experiment, rows: Clients, folder: Path) -> 
         cached=method.startswith("tuned"),
         batch_size=training.batch_size,
         max_length=experiment.data.max_length,
-        learning_rate=training.learning_rate,
+        learning_rate=training.rate_of("lora"),
         num_rounds=experiment.strategy.num_rounds,
     )
 

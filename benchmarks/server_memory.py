@@ -63,7 +63,7 @@ def make_plan(num_values: int, codec: str) -> Plan:
         num_values=num_values,
         layout="",
         codec=CodecConfig(uplink=codec),
-        training=TrainingConfig(),
+        training=TrainingConfig(learning_rate=1e-3),
         num_rounds=1,
         seed=SEED,
     )

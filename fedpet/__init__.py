@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fedpet.run.finished import Run
     from fedpet.run.simulate import resume, simulate
     from fedpet.search.from_dataset import search_structure
+    from fedpet.training.auto_rates import auto_learning_rates
     from fedpet.training.loss import register_loss
     from fedpet.training.metrics import register_metric
 
@@ -77,6 +78,7 @@ _HOME = {
     "fedpet.run.finished": ("Run",),
     "fedpet.run.simulate": ("resume", "simulate"),
     "fedpet.search.from_dataset": ("search_structure",),
+    "fedpet.training.auto_rates": ("auto_learning_rates",),
     "fedpet.training.loss": ("register_loss",),
     "fedpet.training.metrics": ("register_metric",),
 }
@@ -107,6 +109,7 @@ __all__ = [
     "Structure",
     "TrainingConfig",
     "__version__",
+    "auto_learning_rates",
     "build_mask",
     "bundled_model",
     "bundled_reviews",

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import gc
 import os
 import shutil
 import socket
@@ -42,6 +41,7 @@ def free_ports(count: int) -> list[int]:
 
 
 HTTP_PORT, CONTROL_PORT = free_ports(2)
+STACK = contextlib.ExitStack()  # until the tests are over
 
 # Here and not in a fixture: Flower, Ray and the hub's client read these when they are imported.
 os.environ |= {
@@ -62,6 +62,9 @@ os.environ |= {
     "TOKENIZERS_PARALLELISM": "false",
 }
 os.environ.pop("RAY_ADDRESS", None)
+
+# A run waits some thirty times for the disk, and no test of this process cuts the power.
+os.fsync = lambda handle: None
 
 
 @pytest.fixture(autouse=True)
@@ -139,8 +142,11 @@ def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
 
 def pytest_collection_finish() -> None:
     """Flower collects garbage in every round, and would go through all that was imported."""
-    gc.freeze()
+    from fedpet.utils.gc_paused import kept_from_collection
+
+    STACK.enter_context(kept_from_collection())
 
 
 def pytest_unconfigure() -> None:
+    STACK.close()
     shutil.rmtree(HOME, ignore_errors=True)

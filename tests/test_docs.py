@@ -40,8 +40,11 @@ def _name(page: Path) -> str:
 
 
 def _python_pages() -> Iterator[Any]:
-    """A page with the blocks that run without a marker; and once more with those of each marker."""
-    for page in PAGES:
+    """A page with the blocks that run without a marker; and once more with those of each marker.
+
+    The README's stand in tests/run/test_readme_example.py.
+    """
+    for page in PAGES[1:]:
         blocks = [block for block in blocks_of(page) if block.language == "python"]
         allowed = {""}
         for marker in ("", "simulation", "slow"):

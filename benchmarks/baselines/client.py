@@ -18,6 +18,7 @@ from fedpet.config import Experiment
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import FedpetError, TrainingError
 from fedpet.training.loop import train_rows
+from fedpet.training.optimizer import round_factor
 from fedpet.utils.seeds import client_id64, derive_seed
 
 CLIENT_FAILED = 1000  # Flower's error codes below are its own
@@ -68,7 +69,7 @@ def _train(content: RecordDict, client: str, method: str, experiment: Experiment
         resident.data.task,
         training,
         seed=derive_seed("client", experiment.run.seed, server_round, client_id64(client)),
-        progress=(server_round - 1) / experiment.strategy.num_rounds,
+        factor=round_factor(training, server_round, experiment.strategy.num_rounds),
     )
     if not all(_finite(tensor) for tensor in baseline.tensors.values()):
         raise TrainingError(

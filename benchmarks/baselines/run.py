@@ -62,6 +62,11 @@ def prepare_baseline(method: str, experiment: Experiment, callback: Callback) ->
             f"a baseline is averaged by Flower's FedAvg, and strategy.name is "
             f"{experiment.strategy.name!r}: leave it at 'fedavg'."
         )
+    if experiment.training.has_auto_rates:
+        raise ConfigError(
+            "training.learning-rate = 'auto' is derived from fedpet's model, and a baseline has "
+            "another: give a number."
+        )
     callback.on_stage("reading and tokenising the rows")
     data = load_data(
         experiment.data,

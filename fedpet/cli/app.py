@@ -14,10 +14,21 @@ from fedpet import __version__
 from fedpet.config.value_checks import did_you_mean
 from fedpet.errors import InputError
 
-__all__ = ["DEFAULT_EXPERIMENT", "Overrides", "app", "out_console", "write_output"]
+__all__ = [
+    "DEFAULT_EXPERIMENT",
+    "ExperimentName",
+    "Overrides",
+    "app",
+    "out_console",
+    "write_output",
+]
 
 DEFAULT_EXPERIMENT = "film-reviews"
 
+ExperimentName = Annotated[
+    str,
+    typer.Argument(metavar="[EXPERIMENT]", help="A TOML file, or the name of a built-in one."),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Option("--set", metavar="KEY=VALUE", help="Overrides one key, e.g. mask.density=0.01."),

@@ -8,7 +8,14 @@ from typing import Annotated
 
 import typer
 
-from fedpet.cli.app import DEFAULT_EXPERIMENT, Overrides, app, out_console, write_output
+from fedpet.cli.app import (
+    DEFAULT_EXPERIMENT,
+    ExperimentName,
+    Overrides,
+    app,
+    out_console,
+    write_output,
+)
 from fedpet.config.builtin import load_experiment
 from fedpet.utils.paths import check_output, expand
 
@@ -17,13 +24,7 @@ from fedpet.utils.paths import check_output, expand
     epilog="Example: fedpet estimate --model config.json --clients 1000 --set codec.uplink=dither-4"
 )
 def estimate(
-    experiment: Annotated[
-        str,
-        typer.Argument(
-            metavar="[EXPERIMENT]",
-            help="A TOML file, or the name of a built-in one.",
-        ),
-    ] = DEFAULT_EXPERIMENT,
+    experiment: ExperimentName = DEFAULT_EXPERIMENT,
     overrides: Overrides = None,
     model: Annotated[
         str,

@@ -48,9 +48,7 @@ def experiment_text(source: str, columns: Columns, evaluation: str, num_rows: in
             'preset = "lora-factors+lnfit" # small modules beside the mask',
             "",
             "[training]",
-            "learning-rate = 0.01 # of the modules and the new head",
-            'learning-rates = ["mask=0.002"] # of the weights under the mask',
-            'schedule = "linear"',
+            'learning-rate = "auto" # a rate for each kind of module, derived from the model',
             *(
                 []
                 if columns.is_regression

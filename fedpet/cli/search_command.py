@@ -8,16 +8,14 @@ from typing import Annotated
 
 import typer
 
-from fedpet.cli.app import DEFAULT_EXPERIMENT, Overrides, app, out_console
+from fedpet.cli.app import DEFAULT_EXPERIMENT, ExperimentName, Overrides, app, out_console
 from fedpet.config.builtin import load_experiment
 from fedpet.utils.paths import check_output, expand
 
 
 @app.command(epilog="Example: fedpet search film-reviews --set search.budget=0.001")
 def search(
-    experiment: Annotated[
-        str, typer.Argument(help="A TOML file, or the name of a built-in one.")
-    ] = DEFAULT_EXPERIMENT,
+    experiment: ExperimentName = DEFAULT_EXPERIMENT,
     overrides: Overrides = None,
     out: Annotated[Path, typer.Option(help="The file to make.")] = Path("structure.json"),
     federated: Annotated[

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 import fedpet
-from fedpet.cli.app import DEFAULT_EXPERIMENT, Overrides, app, out_console
+from fedpet.cli.app import DEFAULT_EXPERIMENT, ExperimentName, Overrides, app, out_console
 from fedpet.config.builtin import load_experiment
 from fedpet.errors import InputError
 
@@ -17,13 +17,7 @@ from fedpet.errors import InputError
     epilog="Example: fedpet simulate --set strategy.num-rounds=4 --set run.seed=1 --out runs/try"
 )
 def simulate(
-    experiment: Annotated[
-        str,
-        typer.Argument(
-            metavar="[EXPERIMENT]",
-            help="A TOML file, or the name of a built-in one.",
-        ),
-    ] = DEFAULT_EXPERIMENT,
+    experiment: ExperimentName = DEFAULT_EXPERIMENT,
     overrides: Overrides = None,
     out: Annotated[str, typer.Option(help="The run folder to make.")] = "",
     resume: Annotated[

@@ -144,7 +144,7 @@ def train_together(
         try:
             trained = train_at_once(
                 pet, same_tier[0][1].values, work, loaded.data.train, plan.task, plan.training,
-                progress=plan.progress(server_round), rotate=rotate,
+                factor=plan.rate_factor(server_round), rotate=rotate,
             )  # fmt: skip
         except NotStackableError as error:
             _tell(str(error))
@@ -191,7 +191,7 @@ def _train_or_search(loaded: LoadedPlan, client: int, server_round: int, seed: i
         plan.task,
         plan.training,
         seed=seed,
-        progress=plan.progress(server_round),
+        factor=plan.rate_factor(server_round),
         after_step=pet.after_step,
         sent=pet.sent_values(),
     )

@@ -9,7 +9,9 @@ type of a number states its range, which `Stage` checks.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 from typing import Annotated
 
 from fedpet.config.ranges import (
@@ -21,7 +23,12 @@ from fedpet.config.ranges import (
     Stage,
     Whole,
 )
-from fedpet.config.value_checks import check_choice, density_and_share, rates_by_kind
+from fedpet.config.value_checks import (
+    check_choice,
+    complete_rates,
+    density_and_share,
+    rates_by_kind,
+)
 from fedpet.errors import ConfigError
 
 MAX_TIERS = 16
@@ -37,15 +44,18 @@ _BUDGET = "It is a number of values, or below 1 a fraction of the backbone."
 _SHARP = "Below that gates are 0 or 1 to all digits."
 _VALIDATION = "It is the fraction of the rows that picks the checkpoint."
 _OVERLAP = "It is the fraction of the modules chosen in either of two rounds that both chose."
+_RATE = "It is a rate of every kind of module, or 'auto'."
 EvalFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_HELD_OUT)]
 Density = Annotated[float, Range(0, 1, above=True, advice=_DENSITY)]
 Budget = Annotated[str | int | float, Range(0, above=True, advice=_BUDGET)]
+Rate = Annotated[str | int | float, Range(0, above=True, advice=_RATE)]
 Temperature = Annotated[float, Range(LEAST_BETA, advice=_SHARP)]
 TemperatureOrZero = Annotated[float, Range(LEAST_BETA, zero=True, advice=_SHARP)]
 ValidationFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_VALIDATION)]
 Overlap = Annotated[float, Range(0, 1, above=True, advice=_OVERLAP)]
 Threads = Annotated[int, Range(1, 1024)]
 HEADS = ("train", "new", "keep")
+AUTO = "auto"
 METRICS = {  # built in, by kind of task
     "classification": (
         *("accuracy", "f1", "macro_f1", "weighted_f1", "balanced_accuracy", "matthews"),
@@ -190,10 +200,15 @@ class StructureConfig(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class TrainingConfig(Stage):
-    learning_rate: Positive = 1e-3  # of every kind that learning-rates does not name
+    # Of every kind of module that learning-rates does not name: a number, or "auto", which derives
+    # a rate for each kind from the model before round 1; see fedpet/training/auto_rates.py.
+    learning_rate: Rate = AUTO
     learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
     optimizer: str = "adamw"  # or "sgd"; fresh in every round
-    schedule: str = "constant"  # over the rounds; "linear" falls to 0 after the last
+    # Over the rounds: "constant"; "linear" or "cosine", which fall to 0 after the last; "auto" is
+    # linear with a learning-rate of "auto", and constant with a number.
+    schedule: str = AUTO
+    warmup_rounds: Whole = 0  # over which the rates rise
     local_epochs: Whole = 1  # passes over a client's rows a round; 0 trains nothing
     batch_size: Count = 8  # rows
     weight_decay: FromZero = 0.0  # of the communicated deltas: towards the checkpoint
@@ -224,14 +239,73 @@ class TrainingConfig(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("training.optimizer", self.optimizer, ("adamw", "sgd"))
-        check_choice("training.schedule", self.schedule, ("constant", "linear"))
+        check_choice("training.schedule", self.schedule, (AUTO, "constant", "linear", "cosine"))
         check_choice("training.matmul-backend", self.matmul_backend, ("torch", "onednn", "auto"))
         rates_by_kind(self.learning_rates, "training.learning-rates")
+        object.__setattr__(self, "learning_rate", _number_or_auto(self.learning_rate))
+        if self.has_auto_rates and self.optimizer == "sgd":
+            raise ConfigError(
+                "training.learning-rate = 'auto' is a rule for adamw, whose steps are as large as "
+                "their rate, and training.optimizer is 'sgd': give a number."
+            )
+
+    @property
+    def has_auto_rates(self) -> bool:
+        """Tell whether rates are derived from the model."""
+        return self.learning_rate == AUTO
+
+    @property
+    def schedule_in_force(self) -> str:
+        """Return the schedule that "auto" stands for."""
+        falling = "linear" if self.has_auto_rates else "constant"
+        return falling if self.schedule == AUTO else self.schedule
+
+    def settled(self, rates: Mapping[str, float]) -> TrainingConfig:
+        """Put a schedule in the place of "auto", and rates by kind where they are automatic.
+
+        Args:
+            rates: By kind; a kind that `learning_rates` names keeps its own.
+
+        Example:
+            >>> training = TrainingConfig(learning_rates=("head=0.5",))
+            >>> ready = training.settled({"mask": 0.02, "head": 0.01})
+            >>> ready.learning_rates, ready.schedule
+            (('head=0.5', 'mask=0.02'), 'linear')
+        """
+        named = self.learning_rates
+        if self.has_auto_rates:
+            named = complete_rates(named, rates, "training.learning-rates")
+        return replace(self, learning_rates=named, schedule=self.schedule_in_force)
 
     def rate_of(self, kind: str) -> float:
-        """Return the learning rate of one kind of module ("mask", "head", "lora", ...)."""
+        """Return the learning rate of one kind of module ("mask", "head", "lora", ...).
+
+        Raises:
+            ConfigError: It is "auto", and was not derived.
+        """
         rates = rates_by_kind(self.learning_rates, "training.learning-rates")
-        return rates.get(kind, self.learning_rate)
+        rate = rates.get(kind, self.learning_rate)
+        if isinstance(rate, str):
+            raise ConfigError(
+                f"the rate of kind {kind!r} is 'auto', which a run derives from its model: give "
+                "training.learning-rate a number, or take fedpet.auto_learning_rates(model)."
+            )
+        return rate
+
+
+def _number_or_auto(rate: str | float) -> str | float:
+    """Read a rate that came as text, as Flower's run config has it beside "auto"."""
+    if rate == AUTO:
+        return rate
+    try:
+        number = float(rate)
+    except (ValueError, OverflowError):
+        number = math.inf
+    if not 0 < number < math.inf:
+        raise ConfigError(
+            f"training.learning-rate must be above 0 and finite, or 'auto', got {rate!r}."
+        )
+    return number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -301,6 +375,13 @@ class SearchConfig(Stage):
                 "that structure with `fedpet search` and name its file as structure.file."
             )
         rates_by_kind(self.learning_rates, "search.learning-rates")
+
+    def with_rates(self, rates: Mapping[str, float]) -> SearchConfig:
+        """Name these rates, by kind, where none is named and `learning_rate` is 0."""
+        if self.learning_rate:
+            return self
+        named = complete_rates(self.learning_rates, rates, "search.learning-rates")
+        return replace(self, learning_rates=named)
 
     def rate_of(self, kind: str) -> float:
         """Return the learning rate of one kind of module ("mask", "head", "lora", ...)."""

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import difflib
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from fedpet.config.module_kinds import known_kinds
 from fedpet.errors import ConfigError
 
-__all__ = ["check_choice", "density_and_share", "did_you_mean", "rates_by_kind"]
+__all__ = ["check_choice", "complete_rates", "density_and_share", "did_you_mean", "rates_by_kind"]
 
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
@@ -80,6 +80,18 @@ def rates_by_kind(entries: Iterable[str], key: str) -> dict[str, float]:
             raise ConfigError(f"{key} names the kind {kind!r} twice, in {entry!r} again: keep one.")
         rates[kind] = value
     return rates
+
+
+def complete_rates(entries: Iterable[str], rates: Mapping[str, float], key: str) -> tuple[str, ...]:
+    """Return entries "kind=rate" with those of `rates` added whose kind they do not name.
+
+    Example:
+        >>> complete_rates(["head=0.5"], {"mask": 0.02, "head": 0.01}, "training.learning-rates")
+        ('head=0.5', 'mask=0.02')
+    """
+    entries = tuple(entries)
+    named = rates_by_kind(entries, key)
+    return (*entries, *(f"{kind}={r:g}" for kind, r in rates.items() if kind not in named))
 
 
 def _check_kind(kind: str, entry: str, key: str) -> None:

@@ -37,6 +37,7 @@ __all__ = [
 
 _NAME = "client-1"  # as long as any
 _SAMPLE = 1 << 22  # entries of a tensor whose positions are coded; of a larger one as many
+_RATE = 0.012  # made up, of two digits
 
 
 def reply_bytes(payload: int) -> int:
@@ -107,11 +108,13 @@ def _length(request: Request, frames: int, plan: int) -> int:
 def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
     """Make the run's plan with made-up hashes, positions and tokeniser.
 
-    Its hashes are made up: they compress like others, to a few bytes. Its positions are a random
+    Its hashes are made up: they compress like others, to a few bytes. So are learning rates that
+    a run derives from its model: no payload depends on their size. Its positions are a random
     set as dense everywhere, which is the dearest of a density: where tensors differ, their
     entropies add up to less.
     """
     mask = experiment.mask if experiment.mask.enabled else None
+    kinds = [kind for kind, _ in layout.tiers[-1]]
     positions = b""
     if mask is not None and mask.broadcast == "send":
         counts = layout.structure.mask
@@ -130,7 +133,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
         num_values=layout.num_values,
         layout=_hash("layout"),
         codec=experiment.codec,
-        training=experiment.training,
+        training=experiment.training.settled(dict.fromkeys(kinds, _RATE)),
         num_rounds=experiment.strategy.num_rounds,
         seed=experiment.run.seed,
         head=experiment.backbone.head,

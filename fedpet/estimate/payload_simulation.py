@@ -32,7 +32,7 @@ from fedpet.protocol.plan import Plan
 from fedpet.protocol.shared_reference import Reference, encode_full
 from fedpet.server.aggregation import aggregate, to_arrays, train_message
 from fedpet.server.rounds import make_rule
-from fedpet.training.optimizer import make_optimizer, rate_factor
+from fedpet.training.optimizer import make_optimizer
 
 __all__ = ["Kinds", "Payloads", "is_fixed", "local_steps", "payloads"]
 
@@ -207,7 +207,7 @@ class _Federation:
         groups: dict[str, list[Any]] = {}
         for (kind, _), part in zip(self._kinds, parts, strict=True):
             groups.setdefault(kind, []).append(part)
-        factor = rate_factor(training.schedule, self._plan.progress(server_round))
+        factor = self._plan.rate_factor(server_round)
         optimiser = make_optimizer(
             groups,
             lambda kind: training.rate_of(kind) * factor,

@@ -13,7 +13,7 @@ from typing import Any
 
 from fedpet import __version__
 from fedpet.backbone.checkpoint import package_name
-from fedpet.config import Experiment
+from fedpet.config import Experiment, TrainingConfig
 from fedpet.export.plain_model import no_room
 from fedpet.utils import bundled
 from fedpet.utils.atomic_write import atomic_write
@@ -80,7 +80,7 @@ def write_card(
         settings={
             "task": experiment.data.task,
             "optimizer": training.optimizer,
-            "learning rate": training.learning_rate,
+            "learning rate": _rates(result, training),
             "batch size": training.batch_size,
             "tokens a row, at most": experiment.data.max_length,
             "codec up, down": f"{experiment.codec.uplink}, {experiment.codec.downlink}",
@@ -175,6 +175,14 @@ def _write(
 def _number(value: float | None) -> str:
     """Format four digits; "" for none, and for NaN."""
     return "" if value is None or value != value else f"{value:.4f}"
+
+
+def _rates(result: Mapping[str, Any], training: TrainingConfig) -> str:
+    """Name the rate of each kind; of a result that does not, the experiment's."""
+    rates = result.get("training", {}).get("learning_rates", {})
+    if len(set(rates.values())) > 1:
+        return ", ".join(f"{kind} {rate:g}" for kind, rate in rates.items())
+    return str(next(iter(rates.values()), training.learning_rate))
 
 
 def _count(number: int, noun: str) -> str:

@@ -47,7 +47,9 @@ from fedpet.pet.structure import Structure
 from fedpet.protocol.frame import DIGEST_BYTES
 from fedpet.protocol.wire_struct import WireStruct, decode_struct, encode_struct
 from fedpet.search import SearchModel, space_for
+from fedpet.training.auto_rates import auto_learning_rates
 from fedpet.training.loss import LOSSES
+from fedpet.training.optimizer import round_factor
 from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -83,7 +85,7 @@ class Plan:
         num_values: Length of the vector that is communicated; of the strongest tier's.
         layout: SHA-256 over its segments.
         codec: Up and down, and what is kept from round to round.
-        training: Local training's settings.
+        training: Local training's settings, with a number for each kind's learning rate.
         num_rounds: For the learning-rate schedule.
         seed: The run's; of a search one of its own.
         search: Of a plan whose rounds search a structure: its settled settings, from which each
@@ -175,6 +177,8 @@ class Plan:
         model = SearchModel.of(
             backbone, mask, space, search, seed=seed, products=experiment.training.matmul_backend
         )
+        if not search.learning_rate:
+            search = search.with_rates(auto_learning_rates(model.pet))
         plan = cls._of(
             model,
             experiment,
@@ -211,7 +215,7 @@ class Plan:
             num_values=model.num_values,
             layout=layout_hash(model.tiers),
             codec=experiment.codec,
-            training=_training(experiment),
+            training=_training(experiment, model),
             collator=COLLATORS.portable(experiment.data.collator),
             **fields,
         )
@@ -258,8 +262,9 @@ class Plan:
             del fields["collator"]
         if self.dtype == "float32":
             del fields["dtype"]
-        if not self.training.gradient_checkpointing:
-            del fields["training"]["gradient_checkpointing"]
+        for name in ("gradient_checkpointing", "warmup_rounds"):
+            if not fields["training"][name]:
+                del fields["training"][name]
         if self.mask is not None:  # a plan's mask is enabled, and most have no tiers
             del fields["mask"]["enabled"]
             if not self.mask.tiers:
@@ -271,9 +276,9 @@ class Plan:
         """Return the name of a plan in messages: the first 16 bytes of its SHA-256."""
         return hashlib.sha256(data).digest()[:DIGEST_BYTES]
 
-    def progress(self, server_round: int) -> float:
-        """Return the fraction of the rounds that is over when a round begins, in [0, 1)."""
-        return min(max(server_round - 1, 0) / self.num_rounds, 1.0)
+    def rate_factor(self, server_round: int) -> float:
+        """Return the factor of all learning rates in a round."""
+        return round_factor(self.training, server_round, self.num_rounds)
 
     @property
     def is_delta_downlink(self) -> bool:
@@ -396,9 +401,16 @@ def encode_mask(mask: Mask) -> bytes:
     )
 
 
-def _training(experiment: Experiment) -> TrainingConfig:
-    """Name a registered loss by its import path, since nodes must find it."""
+def _training(experiment: Experiment, model: PetModel | SearchModel) -> TrainingConfig:
+    """Derive automatic rates; name a registered loss by its import path, since nodes must find it.
+
+    A search has its own rates, and trains nothing else.
+    """
     training = experiment.training
+    rates: dict[str, float] = {}
+    if training.has_auto_rates and isinstance(model, PetModel):
+        rates = auto_learning_rates(model)
+    training = training.settled(rates)
     if not training.loss:
         return training
     LOSSES.find(training.loss)  # an unknown one is refused before any node is asked

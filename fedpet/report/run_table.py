@@ -80,9 +80,17 @@ def _values(result: Mapping[str, Any]) -> Iterator[Row]:
         yield "  by kind", ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
     if inexact := model.get("inexact_kinds"):
         yield "  not averaged exactly", f"{', '.join(inexact)}: the mean of factors"
+    if training := result.get("training"):  # the result of an older fedpet has none
+        yield "learning rates", _rates(training)
     for tier in model.get("tiers", ()):
         name = f"  tier {tier['density']:g}"
         yield name, f"{tier['values']:,} values, {tier['clients']:,} clients"
+
+
+def _rates(training: Mapping[str, Any]) -> str:
+    rates = ", ".join(f"{kind} {rate:g}" for kind, rate in training["learning_rates"].items())
+    how = ["auto"] * training["automatic_rates"] + [training["schedule"]]
+    return f"{rates}   ({', '.join(how)})"
 
 
 def _bytes(result: Mapping[str, Any]) -> Iterator[Row]:

@@ -140,6 +140,7 @@ def federate(
         total_seconds=time.perf_counter() - prepared.started,
         resumed=resumed,
         origin=prepared.origin,
+        training=plan.training,
     )
     out.write_card(experiment, summary)
     out.write_result(summary)

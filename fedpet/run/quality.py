@@ -14,7 +14,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from fedpet.config import Experiment
+from fedpet.config import Experiment, StrategyConfig, TrainingConfig
 from fedpet.config.value_checks import rates_by_kind
 from fedpet.errors import RunError
 from fedpet.protocol.ledger import RoundRecord
@@ -57,6 +57,7 @@ def quality_of(
     metric: str,
     num_rows: int,
     trained_kinds: Sequence[str] | None = None,
+    training: TrainingConfig | None = None,
 ) -> dict[str, Any]:
     """Make "quality" of `result.json`.
 
@@ -68,6 +69,7 @@ def quality_of(
         num_rows: Evaluation rows.
         trained_kinds: Kinds of modules that have values; None where they have other names, as a
             baseline's have. Rates for other kinds are told, unless a search chose the modules.
+        training: As it was in force; None is the experiment's.
     """
     before = rounds[0].metric if rounds and rounds[0].round == 0 else None
     measured = [(record.round, record.metric) for record in rounds if record.metric is not None]
@@ -85,7 +87,7 @@ def quality_of(
             "row that lies between two answers may get another than in float32."
         )
     if status_of(rounds, final) != NOTHING_LEARNED:
-        lower = _lower_rates(experiment)
+        lower = _lower_rates(training or experiment.training, experiment.strategy)
         warnings += _warnings(metric, before, later, losses, final, num_rows, lower)
         if trained_kinds is not None and not experiment.search.federated:
             warnings += _unused_rates(experiment, trained_kinds)
@@ -154,10 +156,11 @@ def _warnings(
         )
 
 
-def _lower_rates(experiment: Experiment) -> str:
+def _lower_rates(training: TrainingConfig, strategy: StrategyConfig) -> str:
     """Name the rates that this run has, and their values."""
-    training, strategy = experiment.training, experiment.strategy
-    rates = [f"training.learning-rate = {training.learning_rate:g}"]
+    rates = []
+    if not training.has_auto_rates:  # else all stand in learning-rates
+        rates.append(f"training.learning-rate = {training.learning_rate:g}")
     if training.learning_rates:
         rates.append(f"training.learning-rates = {list(training.learning_rates)}")
     if (server_rate := getattr(strategy, "server_learning_rate", None)) is not None:

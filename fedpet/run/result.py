@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fedpet.config import Experiment
+from fedpet.config import Experiment, TrainingConfig
 from fedpet.data import count_classes
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger, RoundRecord
 from fedpet.run.quality import quality_of, status_of
@@ -44,6 +44,7 @@ def summarise(
     resumed: int = 0,
     tiers: Sequence[dict[str, Any]] = (),
     origin: Origin,
+    training: TrainingConfig | None = None,
 ) -> dict[str, Any]:
     """Make the content of `result.json`.
 
@@ -64,9 +65,13 @@ def summarise(
         resumed: How often the run was cut short and gone on with.
         tiers: Density, values and clients of each tier, where devices differ in strength.
         origin: What of the model came from the checkpoint, and what did not.
+        training: As it was in force, with the rates that were derived from the model; None is the
+            experiment's.
     """
     rounds = [record for record in ledger.of_kind(TRAINING) if record.round > 0]
     num_values = sum(values_by_kind.values())
+    training = experiment.training if training is None else training
+    kinds = [*values_by_kind] if method == "fedpet" else None
     head, mask = values_by_kind.get("head", 0), values_by_kind.get("mask", 0)
     return {
         "schema": 1,
@@ -97,6 +102,13 @@ def summarise(
             "head": experiment.backbone.head,
             "origin": origin.to_json(),
         },
+        "training": {
+            "optimizer": training.optimizer,
+            "schedule": training.schedule_in_force,
+            "warmup_rounds": training.warmup_rounds,
+            "automatic_rates": training.has_auto_rates,
+            "learning_rates": {kind: training.rate_of(kind) for kind in values_by_kind},
+        },
         "data": {
             "clients": len(data.clients),
             "clients_left_out": data.left_out_clients,
@@ -112,7 +124,8 @@ def summarise(
             final,
             metric=data.task.metric,
             num_rows=len(data.evaluation),
-            trained_kinds=[*values_by_kind] if method == "fedpet" else None,
+            trained_kinds=kinds,
+            training=training,
         ),
         "communication": _communication(ledger, pretrained_parameters + head),
         "time": {

@@ -254,8 +254,12 @@ class BiLevel:
             StructureError: The budget does not fit the space.
             ConfigError: The rate of the candidates' values is 0, or no step moves gates.
         """
-        if not config.learning_rate > 0:
-            raise ConfigError(f"a search's rate must be above 0, got {config.learning_rate!r}.")
+        lacking = [kind for kind in pet.parameter_groups() if not config.rate_of(kind) > 0]
+        if lacking:
+            raise ConfigError(
+                f"a search's rate must be above 0, got {config.rate_of(lacking[0])!r} for "
+                f"{lacking[0]!r}."
+            )
         if config.warmup_steps >= max(1, total_steps):
             raise ConfigError(
                 f"search.warmup-steps must leave steps in which gates move, got "

@@ -39,6 +39,7 @@ from fedpet.search.bilevel import BiLevel
 from fedpet.search.gates import probabilities
 from fedpet.search.settings import deviations, reproducible_settings, temperature
 from fedpet.search.space import Space, model_of_space, space_for
+from fedpet.training.auto_rates import auto_learning_rates
 from fedpet.training.batching import batches
 from fedpet.training.evaluation import predict
 from fedpet.training.loss import client_loss
@@ -164,14 +165,23 @@ def run_search(
         total = own.epochs * -(-len(split.theta) // own.batch_size)
         total = min(total, own.max_steps or total)
         seed = derive_seed("search", own.seed)
-        saved = _Saved(
-            repeat_file(state_file, repeat),
-            _digest(
-                own, (logit_adjustment, loss), products, backbone, rows.take(indices), task, mask
-            ),
-        )
         pet = model_of_space(backbone, space, mask, seed=seed, products=products)
         try:
+            if not config.learning_rate:
+                config = config.with_rates(auto_learning_rates(pet))
+            own = replace(config, seed=own.seed)
+            saved = _Saved(
+                repeat_file(state_file, repeat),
+                _digest(
+                    own,
+                    (logit_adjustment, loss),
+                    products,
+                    backbone,
+                    rows.take(indices),
+                    task,
+                    mask,
+                ),
+            )
             search = BiLevel(pet, space, own, total_steps=total, loss=loss_of)
             best, steps = _search_once(search, saved, rows, split, task, total, progress)
         finally:

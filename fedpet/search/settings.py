@@ -78,6 +78,8 @@ def deviations(
     paper = faithful()
     for name in _NUMBERS:
         value, papers = getattr(config, name), getattr(paper, name)
+        if name == "learning_rate" and not value:
+            continue  # derived from the model: "rates by kind" says so
         found[f"{name.replace('_', ' ')} {value:g} for {papers:g}"] = value != papers
     return tuple(text for text, holds in found.items() if holds)
 
@@ -118,7 +120,8 @@ def resolve_settings(
     """Fill in what a search takes from the rest of its experiment: its rates, a budget in values.
 
     Where it names no rate for all kinds, it takes training's, those by kind too; but a kind that
-    its own `rates` name keeps that rate.
+    its own `rates` name keeps that rate. Where training's are "auto" the rate stays 0, and the
+    search derives a rate for each kind once it has a model.
 
     Args:
         config: As the experiment has it.
@@ -133,9 +136,10 @@ def resolve_settings(
 
     Example:
         >>> ready = resolve_settings(
-        ...     SearchConfig(budget=0.001), TrainingConfig(), backbone_parameters=10**6)
+        ...     SearchConfig(budget=0.001), TrainingConfig(learning_rate=0.01),
+        ...     backbone_parameters=10**6)
         >>> ready.budget, ready.learning_rate
-        (1000, 0.001)
+        (1000, 0.01)
     """
     budget = budget_values(
         config.budget, backbone_parameters=backbone_parameters, bytes_per_value=bytes_per_value
@@ -156,7 +160,8 @@ def resolve_settings(
             if rates_by_kind([entry], "training.learning-rates").keys().isdisjoint(own)
         ]
         rates = (*taken, *config.learning_rates)
-        config = replace(config, learning_rate=training.learning_rate, learning_rates=rates)
+        rate = 0.0 if isinstance(training.learning_rate, str) else training.learning_rate
+        config = replace(config, learning_rate=rate, learning_rates=rates)
     return replace(config, budget=budget, mask_in_budget=False)
 
 

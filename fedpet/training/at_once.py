@@ -34,7 +34,7 @@ from fedpet.training.batching import client_batches, inputs_of
 from fedpet.training.cls_only import check_first_token, first_token_only
 from fedpet.training.loop import TrainResult, no_number
 from fedpet.training.loss import logit_shift, row_losses
-from fedpet.training.optimizer import make_optimizer, rate_factor
+from fedpet.training.optimizer import make_optimizer
 
 if TYPE_CHECKING:
     from fedpet.config import TrainingConfig
@@ -75,7 +75,7 @@ def train_at_once(
     task: Task,
     config: TrainingConfig,
     *,
-    progress: float = 0.0,
+    factor: float = 1.0,
     rotate: Callable[[Tensor], bool] | None = None,
 ) -> list[TrainedClient | TrainingError]:
     """Train clients from one point.
@@ -87,7 +87,7 @@ def train_at_once(
         rows: All tokenised rows here.
         task: Of the rows.
         config: As for `train_rows`.
-        progress: As for `train_rows`.
+        factor: As for `train_rows`.
         rotate: Rotates all updates, (clients, num_values), in place on a GPU, and tells whether it
             did.
 
@@ -111,7 +111,7 @@ def train_at_once(
         rows,
         task,
         config,
-        rate_factor(config.schedule, progress),
+        factor,
     )
     with _passes(pet, run.stack, rows, config):
         run.train()

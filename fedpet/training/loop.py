@@ -24,7 +24,7 @@ from fedpet.training.batching import client_batches, inputs_of
 from fedpet.training.block_checkpointing import checkpoint_blocks
 from fedpet.training.lean_passes import lean_passes
 from fedpet.training.loss import client_loss, proximal_gradient
-from fedpet.training.optimizer import make_optimizer, rate_factor
+from fedpet.training.optimizer import make_optimizer
 from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def train_rows(
     config: TrainingConfig,
     *,
     seed: int,
-    progress: float = 0.0,
+    factor: float = 1.0,
     after_step: Callable[[], None] | None = None,
     sent: SentValues | None = None,
 ) -> TrainResult:
@@ -74,7 +74,7 @@ def train_rows(
         task: Cross-entropy over classes, or squared error, where `config.loss` names no other.
         config: Optimiser, loss, batch size, epochs.
         seed: Of the order of the rows, and of dropout.
-        progress: Fraction of the run's rounds that is over, for the learning-rate schedule.
+        factor: Of all learning rates, by the schedule: `round_factor`.
         after_step: Called after each optimiser step, under `no_grad`.
         sent: For FedProx's term, see `PetModel.sent_values`. None takes the tensors in `groups` for
             what is sent.
@@ -89,7 +89,6 @@ def train_rows(
     if not len(indices):
         raise TrainingError("there are no rows to train on.")
     started = time.perf_counter()
-    factor = rate_factor(config.schedule, progress)
     parameters = [
         tensor
         for group in groups.values()

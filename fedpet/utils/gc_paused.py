@@ -12,6 +12,8 @@ import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+_inside = 0  # how many times `kept_from_collection` is entered
+
 
 @contextmanager
 def gc_paused() -> Iterator[None]:
@@ -31,12 +33,15 @@ def kept_from_collection() -> Iterator[None]:
 
     Afterwards they are scanned again, unless objects had been left out before.
     """
-    before = gc.get_freeze_count()
-    if not before:
+    global _inside
+    alone = not _inside and not gc.get_freeze_count()  # the count goes through all that are frozen
+    if alone:
         gc.collect()
     gc.freeze()
+    _inside += 1
     try:
         yield
     finally:
-        if not before:
+        _inside -= 1
+        if alone:
             gc.unfreeze()

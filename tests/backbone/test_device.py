@@ -139,8 +139,9 @@ _WHOLE_RUNS: dict[str, dict[str, Any]] = {
     "a search on the clients": {
         "structure_preset": "none",
         "search_federated": True,
-        "search_rounds": 2,
+        "search_rounds": 1,
         "search_local_steps": 2,
+        "strategy_num_rounds": 1,
         "search_budget": 200,
         "search_batch_size": 4,
     },

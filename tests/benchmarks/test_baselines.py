@@ -179,10 +179,10 @@ def test_a_baseline_trains_the_same_clients_on_the_same_batches_as_fedpet(
     def watch(who: str, module: Any) -> None:
         honest = module.train_rows
 
-        def train_rows(*args: Any, seed: int, progress: float, **kwargs: Any) -> Any:
+        def train_rows(*args: Any, seed: int, factor: float, **kwargs: Any) -> Any:
             rows = tuple(int(index) for index in args[3])
-            seen.setdefault(who, []).append((seed, rows, progress))
-            return honest(*args, seed=seed, progress=progress, **kwargs)
+            seen.setdefault(who, []).append((seed, rows, factor))
+            return honest(*args, seed=seed, factor=factor, **kwargs)
 
         monkeypatch.setattr(module, "train_rows", train_rows)
 
@@ -368,3 +368,8 @@ def test_uplink_bytes_are_four_a_value_and_a_little_framing(experiment: Any) -> 
     tensors = len(list(load_backbone(experiment().backbone, num_outputs=2).model.parameters()))
     assert 4 * values < up < 4 * values + 800 * tensors
     assert result["communication"]["plan_bytes"] == 0
+
+
+def test_a_baseline_wants_a_number_for_its_rate(experiment: Any) -> None:
+    with pytest.raises(ConfigError, match="a baseline has another: give a number"):
+        run("head", experiment(training_learning_rate="auto"))

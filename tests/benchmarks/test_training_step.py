@@ -39,17 +39,21 @@ def test_products_by_onednn_change_no_method(method: str) -> None:
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
 
 
-def test_the_floor_steps_with_both_kinds_of_products_and_is_told_once(tmp_path: Path) -> None:
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+def test_the_floor_steps_with_both_kinds_of_products_and_is_told_once(
+    tmp_path: Path, processes: int
+) -> None:
     """A real run of processes in turns, on one short row."""
     names = [f"fedpet-mask-0.5%{FIRST_TOKEN}", f"bitfit{ONEDNN}", FLOOR]
     out = tmp_path / "steps.json"
     few = ["--settings", "minilm:1x8", "--threads", "1", "--minutes", "0", "--out", str(out)]
-    main([*few, "--processes", "2", "--methods", *names])
+    main([*few, "--processes", str(processes), "--methods", *names])
     rows = {row["method"]: row for row in json.loads(out.read_text())["rows"]}
     assert sorted(rows) == sorted(names)
     assert rows[FLOOR]["of_floor"] == 1
     assert all(
-        row["rounds"] >= 2 * LEAST_ROUNDS and 0.1 < row["of_floor"] < 10 for row in rows.values()
+        row["rounds"] >= processes * LEAST_ROUNDS and 0.1 < row["of_floor"] < 10
+        for row in rows.values()
     )
     assert rows[names[0]]["trained_values"] > rows[FLOOR]["trained_values"]
     assert all(row["peak_bytes"] > 0 < row["persistent_bytes"] for row in rows.values())

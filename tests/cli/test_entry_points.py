@@ -32,7 +32,8 @@ BINARIES = Path(sys.executable).parent
 def experiment(tmp_path_factory: pytest.TempPathFactory) -> Experiment:
     folder = tmp_path_factory.mktemp("tiny")
     backbone, rows = tiny.make_backbone(folder / "backbone"), tiny.make_rows(folder / "rows")
-    return tiny.make_experiment(backbone, rows, folder / "run", strategy_num_rounds=2)
+    changes = {"strategy_num_rounds": 2, "run_workers": 1}
+    return tiny.make_experiment(backbone, rows, folder / "run", **changes)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +93,7 @@ def test_flwr_run_gives_the_same_values_as_the_command(
     changed = tomli_w.dumps(experiment.to_run_config() | {"run-out": str(out)})
     (tmp_path / "tiny.toml").write_text(changed, encoding="utf-8")
 
-    size = "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=2"
+    size = "num-supernodes=2 client-resources-num-cpus=1 init-args-num-cpus=1"
     settings = ["--run-config", tmp_path / "tiny.toml", "--federation-config", size]
     done = run([BINARIES / "flwr", "run", app, "local", "--stream", *settings], cwd=tmp_path)
 

@@ -35,7 +35,7 @@ def lengths_of(
     plan = make_plan(
         num_values=sum(size for _, size in kinds),
         codec=codec_of(uplink=codec, downlink=codec, downlink_mode="full"),
-        training=training or TrainingConfig(),
+        training=training or TrainingConfig(learning_rate=1e-3),
         num_rounds=len(rows),
         seed=0,
     )

@@ -158,6 +158,21 @@ def loss_of(model: Any, inputs: Mapping[str, Tensor]) -> Tensor:
     return (logits - target).square().sum()
 
 
+def moved_pet(base: Backbone, kinds: str, density: float = 0.1) -> PetModel:
+    """A mask and these kinds on a backbone, at a point that is not the checkpoint."""
+    pet = PetModel(base, mask_of(base, density), structure_of(base, kinds), seed=7)
+    generator = torch.Generator().manual_seed(3)
+    pet.set_delta(0.05 * torch.randn(pet.num_values, generator=generator), seed=1)
+    return pet
+
+
+def gradient_of(pet: PetModel, inputs: Mapping[str, Tensor]) -> Tensor:
+    """The gradients of all that is trained, one behind the other."""
+    pet.zero_grad()
+    loss_of(pet.model, inputs).backward()
+    return torch.cat([group.grad.flatten().clone() for group in pet.parameters()])
+
+
 def train(
     pet: PetModel, inputs: Mapping[str, Tensor], steps: int = 1, rate: float = 1e-2
 ) -> list[float]:

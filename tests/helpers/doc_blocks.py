@@ -2,7 +2,7 @@
 
 ```python ... ```          a block; the blocks of a page share one namespace
 <!-- setup ... -->         Python that runs with them, and that a reader does not see
-<!-- simulation -->        alone on the line before a block: it starts Ray
+<!-- simulation -->        alone on the line before a block: it starts Ray; others run in-process
 <!-- slow -->              likewise: it takes minutes
 """
 
@@ -59,10 +59,14 @@ def run_python(page: Path, blocks: list[Block]) -> dict[str, Any]:
     """Execute blocks in one namespace; a traceback names the page and its line.
 
     `[...]` stands for a list of the reader's own: it is empty here. Ten rounds or more are two.
+    What a block without a marker simulates runs in this process.
     """
     namespace: dict[str, Any] = {"__name__": "__main__"}
     for block in blocks:
         shorter = re.sub(r"num_rounds=\d\d+", "num_rounds=2", block.code.replace("[...]", "[]"))
+        if not block.marker:
+            here = '__import__("functools").partial(fedpet.simulate, backend="in-process")('
+            shorter = shorter.replace("fedpet.simulate(", here)
         code = "\n" * (block.line - 1) + shorter
         exec(compile(code, str(page), "exec", dont_inherit=True), namespace)
     return namespace

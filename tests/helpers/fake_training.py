@@ -61,7 +61,7 @@ def make_plan(**changes: Any) -> Plan:
         "num_values": NUM_VALUES,
         "layout": "",
         "codec": codec_of(),
-        "training": TrainingConfig(proximal_mu=0.5),
+        "training": TrainingConfig(learning_rate=1e-3, proximal_mu=0.5),
         "num_rounds": 4,
         "seed": 11,
     }

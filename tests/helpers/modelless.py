@@ -61,7 +61,11 @@ NUM_VALUES = 420
 def make_plan(codec: CodecConfig, mask: MaskConfig | None = None) -> Plan:
     """A plan of `NUM_VALUES` values that belongs to no model."""
     return fake_training.make_plan(
-        codec=codec, mask=mask, num_values=NUM_VALUES, training=TrainingConfig(), seed=SEED
+        codec=codec,
+        mask=mask,
+        num_values=NUM_VALUES,
+        training=TrainingConfig(learning_rate=1e-3),
+        seed=SEED,
     )
 
 

@@ -48,7 +48,7 @@ def make_result(
 
     The metric rises from 0.5 to `final`; every client is new in the first round.
     """
-    config = Experiment.from_tables({})
+    config = Experiment.from_tables({"training": {"learning-rate": 0.001}})
     config = replace(config, run=replace(config.run, name=experiment, seed=seed))
     if path is not None:
         path.mkdir(parents=True, exist_ok=True)

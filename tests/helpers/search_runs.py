@@ -19,7 +19,7 @@ SEARCH = {
     "search_batch_size": 4,
     "search_learning_rate": 0.01,
     "search_rounds": 3,
-    "search_local_steps": 2,
+    "search_local_steps": 1,
     "strategy_num_rounds": 1,
     "strategy_clients_per_round": 6,
 }

@@ -4,8 +4,17 @@ from __future__ import annotations
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, backbone, batch, loss_of, mask_of, structure_of, train
-from torch import Tensor
+from architectures import (
+    ARCHITECTURES,
+    backbone,
+    batch,
+    gradient_of,
+    loss_of,
+    mask_of,
+    moved_pet,
+    structure_of,
+    train,
+)
 
 from fedpet.backbone.module_roles import find_target_modules
 from fedpet.backbone.pretrained import Backbone
@@ -32,17 +41,7 @@ def _kinds(base: Backbone, wanted: str) -> str:
 
 
 def _adapt(base: Backbone, kinds: str = KINDS, density: float = 0.1) -> PetModel:
-    structure = structure_of(base, _kinds(base, kinds))
-    pet = PetModel(base, mask_of(base, density), structure, seed=7)
-    generator = torch.Generator().manual_seed(3)
-    pet.set_delta(0.05 * torch.randn(pet.num_values, generator=generator), seed=1)
-    return pet
-
-
-def _gradient(pet: PetModel, inputs: dict[str, Tensor]) -> Tensor:
-    pet.zero_grad()
-    loss_of(pet.model, inputs).backward()
-    return torch.cat([group.grad.flatten().clone() for group in pet.parameters()])
+    return moved_pet(base, _kinds(base, kinds), density)
 
 
 @pytest.mark.parametrize("density", [0.1, 0.5])
@@ -54,7 +53,7 @@ def test_outputs_and_gradients_are_those_of_float32_up_to_rounding(
     inputs = batch(name)
     exact, rounded = high.model(**inputs).logits, low.model(**inputs).logits
     assert (rounded - exact).norm() <= 8 * ROUNDING * exact.norm()
-    expected, gradient = _gradient(high, inputs), _gradient(low, inputs)
+    expected, gradient = gradient_of(high, inputs), gradient_of(low, inputs)
     assert gradient.dtype == low.get_delta().dtype == torch.float32
     assert torch.cosine_similarity(gradient, expected, dim=0) > 0.99
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -13,7 +12,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-import tiny
 from search_runs import SEARCH
 from tiny import Silent
 
@@ -231,33 +229,3 @@ def test_sigterm_is_ours_though_ray_puts_a_handler_of_its_own(
     settled = experiment()
     stopped(signal.SIGTERM, lambda: ray_engine.simulate(settled, Silent()))
     assert not Path(settled.run.out).exists()
-
-
-@pytest.mark.simulation
-@pytest.mark.timeout(300)
-def test_sigterm_and_ctrl_c_right_after_it_end_a_run_on_ray_with_143_and_one_sentence(
-    files: tuple[Path, Path], tmp_path: Path
-) -> None:
-    import tomli_w
-
-    job, out = tmp_path / "job.toml", tmp_path / "run"
-    settled = tiny.make_experiment(*files, out, strategy_num_rounds=60)
-    job.write_text(tomli_w.dumps(settled.to_tables()), encoding="utf-8")
-    ray_folders = Path(os.environ["RAY_TMPDIR"])
-    before = set(ray_folders.glob("fedpet-*"))
-    process = subprocess.Popen(
-        [sys.executable, "-m", "fedpet.cli.main", "simulate", str(job)],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while process.poll() is None and not (out / "journal").exists():
-        time.sleep(0.05)
-    process.send_signal(signal.SIGTERM)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=200)
-    assert process.returncode == 143, said
-    *stages, last = said.splitlines()
-    assert last == f"Interrupted. Go on with it: fedpet simulate --resume {out}"
-    assert not any("Traceback" in line or "Interrupted" in line for line in stages), stages
-    assert set(ray_folders.glob("fedpet-*")) == before

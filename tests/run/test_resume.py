@@ -28,6 +28,7 @@ from fedpet.run.checkpoint_file import RunCheckpoint, read_journal, write_journa
 from fedpet.run.client_journal import Written
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
+from fedpet.run.ray_engine import simulate
 from fedpet.run.resume import check_journal, read_cut_short
 from fedpet.run.run_folder import RunFolder, new_run_folder
 
@@ -234,47 +235,55 @@ def test_a_journal_that_cannot_be_written_leaves_the_one_before(
 # -- the command -----------------------------------------------------------------------------
 
 
-def test_resume_beside_other_settings_is_refused_in_one_sentence(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "fedpet.cli.main", "simulate", "--resume", str(tmp_path)]
+def test_resume_beside_other_settings_is_refused_in_one_sentence(
+    refused: Callable[..., str], tmp_path: Path
+) -> None:
     for more, word in ((["--set", "run.seed=1"], "--set"), ([], "config.toml is absent")):
-        done = subprocess.run([*command, *more], capture_output=True, text=True, timeout=600)
-        assert done.returncode == 2, done.stderr
-        assert word in done.stderr
-        assert "Traceback" not in done.stderr
+        assert word in refused("simulate", "--resume", str(tmp_path), *more)
 
 
 @pytest.mark.simulation
-@pytest.mark.timeout(2400)
-def test_an_interrupted_run_exits_130_says_how_to_resume_and_does(
+@pytest.mark.timeout(600)
+def test_a_run_on_ray_that_signals_end_twice_says_how_to_resume_and_does(
     files: tuple[Path, Path], tmp_path: Path
 ) -> None:
+    """Ctrl-C, and when it goes on SIGTERM with Ctrl-C right after it."""
     import tomli_w
 
-    whole = tiny.make_experiment(*files, tmp_path / "whole", strategy_num_rounds=6)
-    (tmp_path / "job.toml").write_text(tomli_w.dumps(whole.to_tables()), encoding="utf-8")
-    command = [sys.executable, "-m", "fedpet.cli.main", "simulate"]
-    subprocess.run([*command, str(tmp_path / "job.toml")], check=True, timeout=600)
-    cut = tmp_path / "cut"
-    process = subprocess.Popen(
-        [*command, str(tmp_path / "job.toml"), "--out", str(cut)],
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-    while process.poll() is None and not _rounds(cut):
-        time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    _, said = process.communicate(timeout=300)
-    assert process.returncode == 130
-    assert f"fedpet simulate --resume {cut}" in said
-    assert "Traceback" not in said
-    subprocess.run([*command, "--resume", str(cut)], check=True, timeout=600)
-    results = [
-        json.loads((folder / "result.json").read_text()) for folder in (tmp_path / "whole", cut)
-    ]
-    assert len({result["final_values_sha256"] for result in results}) == 1
+    rounds = 40
+    whole = tiny.make_experiment(*files, tmp_path / "whole", strategy_num_rounds=rounds)
+    expected, _ = simulate(whole, Silent(), backend="in-process")
+    cut, job, ray_folders = tmp_path / "cut", tmp_path / "job.toml", Path(os.environ["RAY_TMPDIR"])
+    settings = replace(whole, run=replace(whole.run, workers=1, out=str(cut)))
+    job.write_text(tomli_w.dumps(settings.to_tables()), encoding="utf-8")
+    before = set(ray_folders.glob("fedpet-*"))
+    last = 0
+    for arguments, signals, code in (
+        ([str(job)], [signal.SIGINT], 130),
+        (["--resume", str(cut)], [signal.SIGTERM, signal.SIGINT], 143),
+    ):
+        process = subprocess.Popen(
+            [sys.executable, "-m", "fedpet.cli.main", "simulate", *arguments],
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        while process.poll() is None and _round(cut) <= last:
+            time.sleep(0.05)
+        for number in signals:
+            process.send_signal(number)
+        _, said = process.communicate(timeout=200)
+        assert process.returncode == code, said
+        *stages, sentence = said.splitlines()
+        assert sentence == f"Interrupted. Go on with it: fedpet simulate --resume {cut}"
+        assert not any("Traceback" in line or "Interrupted" in line for line in stages), stages
+        assert set(ray_folders.glob("fedpet-*")) == before
+        assert last < _round(cut) < rounds
+        last = _round(cut)
+    assert resume(cut)["final_values_sha256"] == expected["final_values_sha256"]
 
 
-def _rounds(run: Path) -> int:
-    lines = run / "rounds.jsonl"
-    return len(lines.read_text().splitlines()) - 1 if lines.exists() else 0
+def _round(run: Path) -> int:
+    """The round that a run can go on from."""
+    journal = read_journal(run) if run.exists() else None
+    return 0 if journal is None else journal.server_round

@@ -108,7 +108,8 @@ def quality(
     **changes: Any,
 ) -> dict[str, Any]:
     given = {"metric": "accuracy", "num_rows": 872, **changes}
-    return quality_of(experiment or Experiment(), records(metrics, losses), final, **given)
+    experiment = experiment or Experiment.from_tables({"training": {"learning-rate": 0.001}})
+    return quality_of(experiment, records(metrics, losses), final, **given)
 
 
 def test_a_run_that_learned_warns_of_nothing() -> None:

@@ -169,17 +169,6 @@ def test_a_run_of_objects_that_was_stopped_is_resumed_from_its_folder_alone(
     assert run.result["run"]["resumed"] == 1
 
 
-@pytest.mark.simulation
-@pytest.mark.timeout(300)
-def test_the_same_objects_give_the_same_values_on_ray(
-    base: PreTrainedModel, data: Any, by_file: fedpet.Run, tmp_path: Path
-) -> None:
-    model = fedpet.get_pet_model(fresh(base), CONFIG)
-    rest = {**REST, "backend": "ray"}
-    run = fedpet.simulate(model, data, out=tmp_path / "run", **rest)
-    assert sha(run) == sha(by_file)
-
-
 def test_a_run_gives_metrics_history_books_and_the_model_at_the_final_values(
     by_file: fedpet.Run, base: PreTrainedModel, tmp_path: Path
 ) -> None:

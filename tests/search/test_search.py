@@ -212,10 +212,20 @@ def test_what_cannot_be_searched_is_refused_in_one_sentence(
         split_rows(np.arange(2), CONFIG)
     with pytest.raises(ConfigError, match="order must be one of second, first, got 'third'"):
         replace(CONFIG, order="third")
-    with pytest.raises(ConfigError, match="rate must be above 0"):
-        run(folder, data, replace(CONFIG, learning_rate=0.0))
     with pytest.raises(ConfigError, match=r"search\.gate-learning-rate must be above 0"):
         replace(CONFIG, gate_learning_rate=0.0)
+
+
+def test_a_search_without_a_rate_derives_one_for_each_kind_and_says_so(
+    folder: Path, data: FederatedData
+) -> None:
+    entries = ("head=0.01",)
+    found = run(folder, data, replace(CONFIG, learning_rate=0.0, learning_rates=entries))
+    settings = found.structure.provenance["settings"]
+    rates = dict(entry.split("=") for entry in settings["learning_rates"])
+    assert rates.pop("head") == "0.01"
+    assert set(rates) == {candidate.spec.kind for candidate in found.space.candidates}
+    assert all(float(rate) > 0 for rate in rates.values())
 
 
 def test_the_faithful_preset_names_no_deviation() -> None:

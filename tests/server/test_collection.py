@@ -27,6 +27,7 @@ def nothing_frozen(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """
     nodes = SimpleNamespace(freeze=lambda: None, unfreeze=lambda: None)
     monkeypatch.setattr("fedpet.client.model_cache.gc", nodes)
+    monkeypatch.setattr("fedpet.utils.gc_paused._inside", 0)
     gc.unfreeze()
     yield
     gc.freeze()
@@ -48,7 +49,7 @@ STRATEGY_PARAMETERS: dict[
     "qfedavg": {"strategy_name": "qfedavg"},
     "bulyan": {"strategy_name": "bulyan", "strategy_num_malicious": 0},
     "fedavg": {},
-    "a search": {**SEARCH, "search_local_steps": 1},
+    "a search": SEARCH,
 }
 
 
@@ -65,7 +66,8 @@ def test_a_collection_in_the_rounds_leaves_out_what_was_loaded_before(
     assert not gc.get_freeze_count()
 
 
-def test_what_was_frozen_before_stays_so() -> None:
+def test_what_was_frozen_before_stays_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fedpet.utils.gc_paused._inside", 0)
     gc.freeze()
     before = gc.get_freeze_count()
     with kept_from_collection():

@@ -71,7 +71,7 @@ def alone(
         task,
         config,
         seed=client.seed,
-        progress=0.25,
+        factor=0.75,
         after_step=pet.after_step,
         sent=pet.sent_values(),
     )
@@ -88,7 +88,7 @@ def check_equal(
 ) -> None:
     rows = rows or make_rows(task)
     start, clients = start_of(pet), make_clients()
-    together = train_at_once(pet, start, clients, rows, task, config, progress=0.25)
+    together = train_at_once(pet, start, clients, rows, task, config, factor=0.75)
     for client, found in zip(clients, together, strict=True):
         values, result = alone(pet, start, client, rows, task, config)
         assert isinstance(found, TrainedClient)

@@ -6,30 +6,16 @@ from typing import Any
 
 import pytest
 import torch
-from architectures import ARCHITECTURES, backbone, batch, loss_of, mask_of, structure_of
-from torch import Tensor, nn
+from architectures import ARCHITECTURES, backbone, batch, gradient_of, moved_pet
+from torch import nn
 
 from fedpet.backbone.module_roles import find_target_modules
 from fedpet.errors import ConfigError
-from fedpet.pet.model import PetModel
 from fedpet.training.block_checkpointing import check_checkpointing, checkpoint_blocks
 from fedpet.training.cls_only import first_token_only
 
+KINDS = "lora+lnfit"
 UNSUPPORTED = ("mpnet", "albert")  # by transformers
-
-
-def _pet(name: str, density: float = 0.1) -> PetModel:
-    base = backbone(name)
-    pet = PetModel(base, mask_of(base, density), structure_of(base, "lora+lnfit"), seed=7)
-    generator = torch.Generator().manual_seed(3)
-    pet.set_delta(0.05 * torch.randn(pet.num_values, generator=generator), seed=1)
-    return pet
-
-
-def _gradient(pet: PetModel, inputs: dict[str, Tensor]) -> Tensor:
-    pet.zero_grad()
-    loss_of(pet.model, inputs).backward()
-    return torch.cat([group.grad.flatten().clone() for group in pet.parameters()])
 
 
 def _count(model: nn.Module) -> list[int]:
@@ -49,36 +35,36 @@ def _count(model: nn.Module) -> list[int]:
 def test_blocks_are_computed_twice_and_gradients_are_the_same_bits(
     name: str, density: float
 ) -> None:
-    pet, inputs = _pet(name, density), batch(name)
-    expected, once = _gradient(pet, inputs), _count(pet.model)
-    _gradient(pet, inputs)
+    pet, inputs = moved_pet(backbone(name), KINDS, density), batch(name)
+    expected, once = gradient_of(pet, inputs), _count(pet.model)
+    gradient_of(pet, inputs)
     first = once[0]
     checkpoint_blocks(pet.model)
     assert not pet.model.training  # dropout stays off
-    assert torch.equal(_gradient(pet, inputs), expected)
+    assert torch.equal(gradient_of(pet, inputs), expected)
     assert once[0] == 3 * first
     pet.model.eval()
-    assert torch.equal(_gradient(pet, inputs), expected)
+    assert torch.equal(gradient_of(pet, inputs), expected)
     assert once[0] == 4 * first
 
 
 def test_passes_cut_to_the_first_token_are_checkpointed_too() -> None:
-    pet, inputs = _pet("bert"), batch("bert")
+    pet, inputs = moved_pet(backbone("bert"), KINDS), batch("bert")
     with first_token_only(pet.model, inputs):
-        expected = _gradient(pet, inputs)
+        expected = gradient_of(pet, inputs)
         checkpoint_blocks(pet.model)
-        assert torch.equal(_gradient(pet, inputs), expected)
+        assert torch.equal(gradient_of(pet, inputs), expected)
 
 
 def test_dropout_draws_the_same_when_a_block_is_computed_again() -> None:
     gradients = []
     for checkpointed in (False, True):
-        pet = _pet("bert")
+        pet = moved_pet(backbone("bert"), KINDS)
         pet.model.train()
         if checkpointed:
             checkpoint_blocks(pet.model)
         torch.manual_seed(5)
-        gradients.append(_gradient(pet, batch("bert")))
+        gradients.append(gradient_of(pet, batch("bert")))
     assert torch.equal(*gradients)
 
 

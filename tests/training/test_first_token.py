@@ -214,7 +214,7 @@ def test_local_training_is_the_same_up_to_rounding() -> None:
     task = Task("classification", ("a", "b"), "accuracy")
     values, losses, widths = [], [], []
     for cut in (False, True):
-        config = TrainingConfig(batch_size=4, cls_only=cut)
+        config = TrainingConfig(learning_rate=1e-3, batch_size=4, cls_only=cut)
         pet = _pet("bert")
         seen: list[int] = []
         handle = _last(pet.model, "ffn-up").register_forward_pre_hook(

@@ -25,7 +25,8 @@ def test_workers_import_a_loss_and_a_collator_that_the_run_s_process_registered_
     helpers = str(Path(foreign_functions.__file__).parent)
     monkeypatch.setenv("PYTHONPATH", helpers, prepend=":")
     files = tiny.make_backbone(tmp_path / "b"), tiny.make_rows(tmp_path / "r")
-    changes = {"strategy_num_rounds": 1, "training_loss": "focal", "data_collator": "four_tokens"}
+    changes = {"training_loss": "focal", "data_collator": "four_tokens"}
+    changes |= {"strategy_num_rounds": 1, "run_workers": 1}
     here = tiny.make_experiment(*files, tmp_path / "here", **changes)
     grid = LocalGrid({1: Node(NodeConfig.from_experiment(here)).answer})
     expected = federate(grid, prepare(here, Silent()), new_run_folder(here), Silent())

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from architectures import ARCHITECTURES, backbone, batch, loss_of, mask_of, structure_of
+from architectures import ARCHITECTURES, backbone, batch, gradient_of, moved_pet
 from torch import Tensor, nn
 
 from fedpet.backbone.module_roles import find_target_modules
@@ -37,18 +37,8 @@ def _rows(name: str = "bert", count: int = 24, longest: int = 12) -> Rows:
 
 
 def _pet(name: str, density: float = 0.1) -> PetModel:
-    base = backbone(name)
     kinds = "lora+lnfit" if name in ("llama", "t5", "t5-gated") else "lora+lnfit+bitfit"
-    pet = PetModel(base, mask_of(base, density), structure_of(base, kinds), seed=3)
-    generator = torch.Generator().manual_seed(1)
-    pet.set_delta(0.05 * torch.randn(pet.num_values, generator=generator), seed=0)
-    return pet
-
-
-def _gradients(pet: PetModel, inputs: dict[str, Tensor]) -> Tensor:
-    pet.zero_grad()
-    loss_of(pet.model, inputs).backward()
-    return torch.cat([group.grad.flatten().clone() for group in pet.parameter_groups().values()])
+    return moved_pet(backbone(name), kinds, density)
 
 
 @contextmanager
@@ -65,9 +55,9 @@ def _seen(model: nn.Module, layer: int = 0) -> Iterator[list[tuple[int, ...]]]:
 
 def _compare(pet: PetModel, rows: Rows, inputs: dict[str, Tensor]) -> list[tuple[int, ...]]:
     """Compare logits and gradients with those of padded passes, and return the shapes seen."""
-    whole, gradients = pet.model(**inputs).logits, _gradients(pet, inputs)
+    whole, gradients = pet.model(**inputs).logits, gradient_of(pet, inputs)
     with packed_tokens(pet.model, rows), _seen(pet.model) as shapes:
-        packed, packed_gradients = pet.model(**inputs).logits, _gradients(pet, inputs)
+        packed, packed_gradients = pet.model(**inputs).logits, gradient_of(pet, inputs)
     largest = float(gradients.abs().max())
     assert largest > 1e-3
     torch.testing.assert_close(packed, whole, rtol=1e-5, atol=1e-5)
@@ -170,7 +160,7 @@ def test_a_trial_leaves_gradients_and_random_numbers_alone() -> None:
 def test_local_training_computes_no_padding_and_comes_to_the_same(
     monkeypatch: pytest.MonkeyPatch, cls_only: bool
 ) -> None:
-    rows, config = _rows(), TrainingConfig(batch_size=4, cls_only=cls_only)
+    rows, config = _rows(), TrainingConfig(learning_rate=1e-3, batch_size=4, cls_only=cls_only)
     values, losses, counts = [], [], []
     for packed in (False, True):
         pet = _pet("bert")

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -18,8 +16,6 @@ from benchmarks.experiment_grid import ExperimentCell
 from benchmarks.rate import Rate
 from benchmarks.tables import read_grid
 from fedpet.errors import RunError
-
-REPOSITORY = Path(__file__).resolve().parents[3]
 
 
 def test_a_run_that_leaves_no_result_is_told_with_its_last_lines(
@@ -57,35 +53,28 @@ def test_bad_input_on_the_command_line_is_one_sentence_and_exit_code_2(
     assert word in capsys.readouterr().err
 
 
-def _command(arguments: list[str], timeout: float = 100) -> subprocess.CompletedProcess[str]:
-    path = os.pathsep.join((*filter(None, sys.path), str(REPOSITORY)))
-    return subprocess.run(
-        [sys.executable, "-m", "benchmarks", *arguments],
-        env={**os.environ, "PYTHONPATH": path},
-        capture_output=True,
-        text=True,
-        timeout=timeout,
-    )
-
-
 @pytest.mark.simulation
 @pytest.mark.timeout(320)
-def test_a_table_of_one_cell_runs_on_ray_and_is_not_run_again(table_file: Any) -> None:
+def test_a_table_of_one_cell_runs_on_ray_and_is_not_run_again(
+    table_file: Any, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = table_file(
         methods={"head": {"learning-rates": [0.1]}},
-        set=["strategy.num-rounds=1"],
+        set=["strategy.num-rounds=1", "run.workers=1"],
         final={"split": "test", "seeds": [0]},
     )
-    done = _command(["table", str(path), "--phase", "final"], 300)
-    assert done.returncode == 0, done.stderr
+    command = ["benchmarks", "table", str(path), "--phase", "final"]
+    monkeypatch.setattr(sys, "argv", command)
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    assert "head" in capsys.readouterr().out
     file = path.parent / "results" / "small" / "final" / "head-seed0.json"
     cell = json.loads(file.read_text())
     assert cell["result"]["run"]["status"] == "ok"
     assert cell["result"]["communication"]["messages"] == 8
-    assert "head" in done.stdout
-    second = _command(["table", str(path), "--phase", "final"])
-    assert second.returncode == 0, second.stderr
-    assert "1 of 1 cells are there already" in second.stderr
+    with pytest.raises(SystemExit, match=r"^0$"):
+        main()
+    assert "1 of 1 cells are there already" in capsys.readouterr().err
 
     # The same settings on a grid in this process: the same bytes.
     grid = read_grid(path)

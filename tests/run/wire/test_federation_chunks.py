@@ -37,7 +37,7 @@ RULES: tuple[dict[str, Any], ...] = (
     {"name": "fedavg"},
     {"name": "fedadam"},
     {"name": "fedmedian"},
-    {"name": "qfedavg"},
+    {"name": "qfedavg", "client_learning_rate": 1e-3},
 )
 
 

@@ -61,7 +61,7 @@ WRONG: dict[str, Callable[[Frame], bytes]] = {
 def test_a_wrong_reply_of_a_search_is_refused_by_name_and_the_round_goes_on(
     experiment: Any, word: str
 ) -> None:
-    settings = experiment()
+    settings = experiment(search_rounds=2)
     # The victim is alone on its node, so that a reply that cannot be read at all is its own.
     alone = spoil(Node(NodeConfig.from_experiment(settings)).answer, WRONG[word])
     grid = LocalGrid({n: spoil(Node(NodeConfig.from_experiment(settings)).answer, WRONG[word])

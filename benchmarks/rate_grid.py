@@ -1,0 +1,415 @@
+"""Compare automatic learning rates with a grid of rates by kind, on six data sets.
+
+    python -m benchmarks.rate_grid --data ../shared/data
+
+A cell is one short federation at one set of rates, RESULTS/rate_grid/DATA/PLAN/RATES.json: 12
+rounds of 8 clients, whose values travel uncoded, in this process. Clients have at most 40 rows, of
+a film, mailbox, airline, domain or source; banking77's follow a Dirichlet distribution of 0.1 over
+its classes. The grid is a coordinate search: the automatic rates, all kinds' times 3 and a third,
+then each kind's alone, times 3 and a third. The best of it is chosen on validation rows; it and the
+automatic rates are reported on test rows. A cell that is there is not run again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import gzip
+import json
+import logging
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from benchmarks.cell import ROOT, Cell, Result, check, complete, write_json
+from fedpet.backbone.module_roles import find_target_modules, maskable_weights
+from fedpet.backbone.pretrained import load_for_task, locate
+from fedpet.client.node_config import make_cache
+from fedpet.config import (
+    BackboneConfig,
+    ClientsConfig,
+    DataConfig,
+    Experiment,
+    MaskConfig,
+    StructureConfig,
+    TrainingConfig,
+)
+from fedpet.data import FederatedData, load_data
+from fedpet.data.rows import Rows
+from fedpet.errors import ConfigError, FedpetError, InputError
+from fedpet.pet.mask import build_mask
+from fedpet.pet.model import PetModel
+from fedpet.pet.structure import load_structure
+from fedpet.training.auto_rates import auto_learning_rates
+from fedpet.training.evaluation import predict
+from fedpet.training.loop import train_rows
+from fedpet.utils.seeds import derive_seed
+
+RESULTS = ROOT / "benchmarks" / "results" / "rate_grid"
+ROUNDS, CLIENTS, ROWS = 12, 8, 40
+VALIDATION_ROWS, TEST_ROWS = 600, 1000
+MOST_CLIENTS = 160
+AUTOMATIC = "automatic.json"
+BACKBONE = BackboneConfig()
+
+
+@dataclass(frozen=True)
+class Source:
+    """A data set: its folder, the column of its clients ("" deals them out), rows to report on."""
+
+    folder: str
+    column: str
+    test: str = "test"
+
+
+SOURCES = {
+    "films": Source("rotten_tomatoes_movies", "movie"),
+    "airline": Source("airline_tweets", "airline"),
+    "enron": Source("enron_spam_mailboxes", "mailbox"),
+    "domains": Source("multidomain_sentiment", "domain"),
+    "cola": Source("cola", "source", "validation"),
+    "banking77": Source("banking77", ""),
+}
+
+
+@dataclass(frozen=True)
+class Trained:
+    """Say what is trained beside the head."""
+
+    density: float  # of the mask; 0 for none
+    preset: str
+    rank: int = 8
+
+
+PLANS = {"mask": Trained(0.001, "lnfit"), "lora": Trained(0.0, "lora+lnfit")}
+
+
+@dataclass(frozen=True)
+class RateCell(Cell):
+    """Train one plan on one data set at one set of rates.
+
+    Attributes:
+        dataset: One of `SOURCES`.
+        plan: One of `PLANS`.
+        rates: By kind.
+        data: Folder of the data sets; only read.
+    """
+
+    dataset: str
+    plan: str
+    rates: tuple[tuple[str, float], ...]
+    data: Path
+
+    def settings(self) -> dict[str, Any]:
+        """Return what decides the outcome."""
+        return {
+            "data": asdict(SOURCES[self.dataset]),
+            "plan": asdict(PLANS[self.plan]),
+            "rates": dict(self.rates),
+            "seed": self.seed,
+            "federation": {"rounds": ROUNDS, "clients": CLIENTS, "rows_a_client": ROWS},
+        }
+
+    def complete_settings(self, stored: Mapping[str, Any]) -> dict[str, Any]:
+        """Return them as they are."""
+        return dict(stored)
+
+    def run(self) -> Result:
+        """Train and evaluate, on one thread."""
+        torch.set_num_threads(1)
+        started = time.process_time()
+        data, test = (load(self.data, self.dataset, split) for split in ("validation", "test"))
+        pet = adapted(data, self.plan)
+        losses = train(pet, data, dict(self.rates), self.seed)
+        found: Result = {"losses": losses, "values": pet.num_values}
+        for name, rows in (
+            ("validation", first(data.evaluation, VALIDATION_ROWS)),
+            ("test", first(test.evaluation, TEST_ROWS)),
+        ):
+            logits = predict(pet.model, rows, product="onednn")
+            found[name] = measured(logits, np.array(rows.labels))
+        return {**found, "processor_seconds": round(time.process_time() - started, 1)}
+
+    def score(self, result: Result) -> float | None:
+        """Return the accuracy on validation rows."""
+        return float(result["validation"]["accuracy"])
+
+    def fingerprint(self, result: Result) -> dict[str, Any]:
+        """Return both measurements."""
+        return {name: result[name] for name in ("validation", "test")}
+
+
+def measured(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+    """Return accuracy, loss, and the share of the commonest class."""
+    likely = torch.log_softmax(torch.from_numpy(logits), -1)[range(len(labels)), labels]
+    return {
+        "accuracy": float((logits.argmax(1) == labels).mean()),
+        "loss": float(-likely.mean()),
+        "majority": float(np.bincount(labels).max() / len(labels)),
+    }
+
+
+def first(rows: Rows, count: int) -> Rows:
+    """Return the first rows."""
+    return rows.take(np.arange(min(count, len(rows))))
+
+
+def adapted(data: FederatedData, plan: str) -> PetModel:
+    """Put a plan on the checkpoint."""
+    backbone, what = load_for_task(BACKBONE, data.task, device="cpu"), PLANS[plan]
+    model, mask = backbone.model, None
+    if what.density:
+        config = MaskConfig(density=what.density)
+        mask = build_mask(maskable_weights(model, backbone.head), config)
+    structure = load_structure(
+        StructureConfig(preset=what.preset, rank=what.rank),
+        find_target_modules(model, backbone.head),
+    )
+    return PetModel(backbone, mask, structure, seed=0, products="onednn")
+
+
+def train(pet: PetModel, data: FederatedData, rates: Mapping[str, float], seed: int) -> list[float]:
+    """Run the federation: means weighted by rows, rates that fall linearly over the rounds.
+
+    Returns:
+        The mean training loss of each round.
+    """
+    values, groups = torch.zeros(pet.num_values), pet.parameter_groups()
+    generator, losses = np.random.default_rng(derive_seed("lab", seed)), []
+    for number in range(ROUNDS):
+        factor = 1 - number / ROUNDS
+        config = TrainingConfig(
+            learning_rate=1.0,  # every kind has its own
+            learning_rates=tuple(f"{kind}={rate * factor!r}" for kind, rate in rates.items()),
+            logit_adjustment=1.0,
+            cls_only=True,
+            matmul_backend="onednn",
+        )
+        total, seen, loss = torch.zeros_like(values, dtype=torch.float64), 0, 0.0
+        for index in generator.choice(len(data.clients), CLIENTS, replace=False):
+            rows = data.clients[index].rows
+            own = derive_seed("c", seed, number, int(index))
+            pet.set_delta(values, seed=own)
+            result = train_rows(
+                pet.model, groups, data.train, rows, data.task, config, seed=own,
+                after_step=pet.after_step,
+            )  # fmt: skip
+            total += pet.get_delta().double() * len(rows)
+            seen += len(rows)
+            loss += result.loss * len(rows)
+        values = (total / seen).float()
+        losses.append(loss / seen)
+    pet.set_delta(values, seed=0)
+    return losses
+
+
+# Rows
+
+
+def load(data: Path, name: str, split: str) -> FederatedData:
+    """Read a data set's clients, and one split to evaluate on."""
+    cache = make_cache(Experiment())
+    folder = cache / "benchmarks" / "rate_grid" / name
+    if not (folder / "test.jsonl").exists():
+        write_rows(data, name, folder)
+    return load_data(
+        DataConfig(source=str(folder), eval_split=split),
+        ClientsConfig(min_rows=8),
+        locate(BACKBONE),
+        cache=cache,
+    )
+
+
+def read_rows(file: Path) -> list[dict[str, Any]]:
+    """Read a split.
+
+    Raises:
+        ConfigError: There is none.
+    """
+    if not file.exists():
+        raise ConfigError(f"there is no file {str(file)!r}: name the folder of the sets by --data.")
+    with gzip.open(file, "rt", encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_rows(data: Path, name: str, folder: Path) -> None:
+    """Deal out the training rows to small clients, and write three splits."""
+    source, generator = SOURCES[name], np.random.default_rng(7)
+    rows = read_rows(data / source.folder / "train.jsonl.gz")
+    test = read_rows(data / source.folder / f"{source.test}.jsonl.gz")
+    rows = [rows[i] for i in generator.permutation(len(rows))]
+    if name == "films":  # validated on films that no client has
+        by_film = grouped(rows, source.column)
+        validation: list[dict[str, Any]] = []
+        names = sorted(by_film)
+        names = [names[i] for i in generator.permutation(len(names))]
+        while len(validation) < 900:
+            validation += by_film[names.pop(0)]
+        clients = [(name, by_film[name][:ROWS]) for name in names if len(by_film[name]) >= 16]
+    else:
+        validation, rows = rows[:900], rows[900:]
+        clients = list(by_column(rows, source.column)) if source.column else dealt(rows, generator)
+    folder.mkdir(parents=True, exist_ok=True)
+    chosen = [clients[i] for i in generator.permutation(len(clients))][:MOST_CLIENTS]
+    write(folder / "train.jsonl", [(row, client) for client, own in chosen for row in own])
+    write(folder / "validation.jsonl", [(row, "") for row in validation[:800]])
+    order_of_test = generator.permutation(len(test))
+    write(folder / "test.jsonl", [(test[i], "") for i in order_of_test[:1500]])
+
+
+def grouped(rows: Sequence[Any], column: str) -> dict[str, list[Any]]:
+    """Return rows by the value of a column."""
+    found: dict[str, list[Any]] = collections.defaultdict(list)
+    for row in rows:
+        found[row[column]].append(row)
+    return found
+
+
+def by_column(rows: Sequence[Any], column: str) -> Iterator[tuple[str, list[Any]]]:
+    """Yield clients of so many rows of one value of a column each."""
+    for name, own in sorted(grouped(rows, column).items()):
+        for start in range(0, len(own) - ROWS + 1, ROWS):
+            yield f"{name}-{start // ROWS}", own[start : start + ROWS]
+
+
+def dealt(rows: Sequence[Any], generator: np.random.Generator) -> list[tuple[str, list[Any]]]:
+    """Deal rows out: each client's classes follow a Dirichlet distribution of 0.1."""
+    pools = grouped(rows, "label")
+    labels = sorted(pools)
+    clients: list[tuple[str, list[Any]]] = []
+    while len(clients) < 150:
+        shares = generator.dirichlet([0.1] * len(labels))
+        left = np.array([len(pools[label]) for label in labels])
+        shares = shares * (left > 0)
+        if left.sum() < ROWS or not shares.sum():
+            break
+        counts = generator.multinomial(ROWS, shares / shares.sum())
+        own = [
+            pools[label].pop()
+            for label, count in zip(labels, counts, strict=True)
+            for _ in range(min(count, len(pools[label])))
+        ]
+        if len(own) >= 16:
+            clients.append((f"c{len(clients)}", own))
+    return clients
+
+
+def write(file: Path, rows: Sequence[tuple[dict[str, Any], str]]) -> None:
+    """Write rows with their clients."""
+    lines = [
+        json.dumps({"text": row["text"], "label": row["label"], "client": client})
+        for row, client in rows
+    ]
+    file.write_text("\n".join(lines) + "\n", encoding="utf-8")
+
+
+# The grid
+
+
+Place = tuple[Path, Path]  # of the results, and of the data sets
+
+
+def cell_of(place: Place, dataset: str, plan: str, rates: Mapping[str, float]) -> RateCell:
+    """Return the cell of these rates."""
+    results, data = place
+    name = "-".join(f"{kind}{rate:.3g}" for kind, rate in rates.items())
+    path = results / dataset / plan / f"{name}.json"
+    return RateCell(path, None, 0, None, dataset, plan, tuple(rates.items()), data)
+
+
+def grid(place: Place, dataset: str, plan: str) -> list[RateCell]:
+    """Return the cells of a data set and a plan; that of the automatic rates comes first."""
+    rates = auto_learning_rates(adapted(load(place[1], dataset, "validation"), plan))
+    points: list[Mapping[str, float]] = [rates]
+    for kinds in (set(rates), *({kind} for kind in rates)):
+        points.append({k: rate * 3.0 if k in kinds else rate for k, rate in rates.items()})
+        points.append({k: rate / 3.0 if k in kinds else rate for k, rate in rates.items()})
+    return [cell_of(place, dataset, plan, point) for point in points]
+
+
+def as_text(results: Path) -> str:
+    """Return the table in Markdown, of the data sets whose cells are there."""
+    lines = [
+        "| data | plan | points | majority | automatic | best of grid | apart | its rates |",
+        "|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for dataset, plans in json.loads((results / AUTOMATIC).read_text(encoding="utf-8")).items():
+        for plan, rates in plans.items():
+            folder = results / dataset / plan
+            found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+            own = next(cell["result"] for cell in found if cell["settings"]["rates"] == rates)
+            best = max(found, key=lambda cell: _validated(cell["result"]))
+            mine, its = (result["test"]["accuracy"] for result in (own, best["result"]))
+            shown = ", ".join(f"{k} {rate:.2g}" for k, rate in best["settings"]["rates"].items())
+            beside = f"{its:.3f} | {100 * (mine - its):+.1f} | {shown}"
+            if len(found) == 1:  # there is nothing to compare with
+                beside = " | | "
+            lines.append(
+                f"| {dataset} | {plan} | {len(found)} | {own['test']['majority']:.3f} | {mine:.3f} "
+                f"| {beside} |"
+            )
+    return "\n".join(lines)
+
+
+def _validated(result: Result) -> tuple[float, float]:
+    """Order results by accuracy on validation rows, and by loss where that is the same."""
+    return result["validation"]["accuracy"], -result["validation"]["loss"]
+
+
+def remember(results: Path, cells: Sequence[RateCell]) -> None:
+    """Keep the automatic rates of grids, by data set and plan."""
+    file = results / AUTOMATIC
+    known = json.loads(file.read_text(encoding="utf-8")) if file.exists() else {}
+    for cell in cells:
+        known.setdefault(cell.dataset, {})[cell.plan] = dict(cell.rates)
+    write_json(file, known)
+
+
+def main() -> int:
+    """Run the command line."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.rate_grid",
+        description="Automatic learning rates beside a grid, on six data sets.",
+    )
+    parser.add_argument("--data", type=Path, required=True, help="folder of the data sets")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the cells")
+    parser.add_argument("--only", action="append", default=[], choices=list(SOURCES))
+    parser.add_argument("--plan", action="append", default=[], choices=list(PLANS))
+    parser.add_argument("--first", type=int, default=99, help="so many cells of each grid")
+    parser.add_argument("--check", type=int, default=0, help="run so many cells again")
+    given = parser.parse_args()
+    logging.basicConfig(level=logging.ERROR, format="%(message)s")
+    place = given.results, given.data
+    grids = [
+        grid(place, dataset, plan)[: given.first]
+        for plan in given.plan or PLANS
+        for dataset in given.only or SOURCES
+    ]
+    cells = [cell for own in grids for cell in own]
+    if given.check:
+        return 0 if check(cells, given.check, given.results / "checks.json", say) else 1
+    complete(cells, say)
+    remember(given.results, [own[0] for own in grids])
+    say(as_text(given.results))
+    return 0
+
+
+def say(line: str) -> None:
+    """Print a line at once."""
+    print(line, flush=True)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except FedpetError as error:
+        print(f"Error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, InputError) else 1)
