@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from flwr.serverapp import Grid
 
+from fedpet.backbone.module_roles import maskable_weights
 from fedpet.client.node_config import cache_folder
 from fedpet.client.state_store import state_folder
 from fedpet.config import Experiment
@@ -109,7 +110,8 @@ def search_in_rounds(
         {
             "inexact_kinds": list(to_search.inexact_kinds),
             **origin_of(experiment, rows=rows, masked=masked),
-        }
+        },
+        maskable_weights(to_search.backbone.model, to_search.backbone.head),
     )
     out.write_structure(structure)
     return structure
