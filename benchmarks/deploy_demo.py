@@ -76,15 +76,17 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     simulated, _ = simulate(experiment, report)
     clients = simulated["data"]["clients"]
 
-    port, *node_ports = free_ports(2 + len(NODES))
+    port, own_port, _, *node_ports = free_ports(4 + len(NODES))
     deployment = Deployment(
         experiment=experiment,
         host="127.0.0.1",
         bind="127.0.0.1",
         port=port,
+        own_port=own_port,
         node_port=node_ports[0],
         nodes=tuple(NodeSpec(name) for name in NODES),
         client_column="film",
+        clients_per_node=clients,
         clients=clients,
     )
     write_deployment(deployment, folder / "deployment")

@@ -246,15 +246,17 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
         ],
     )
     films = count_clients(experiment.data, experiment.clients, cache=folder / "cache").num_rows
-    port, first_node_port, *_ = free_ports(1 + len(NODES))
+    port, own_port, _, first_node_port, *_ = free_ports(3 + len(NODES))
     deployment = Deployment(
         experiment=experiment,
         host="127.0.0.1",
         bind="127.0.0.1",
         port=port,
+        own_port=own_port,
         node_port=first_node_port,
         nodes=tuple(NodeSpec(name) for name in NODES),
         client_column="film",
+        clients_per_node=len(films),
         clients=len(films),
     )
     write_deployment(deployment, folder / "deployment")

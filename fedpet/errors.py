@@ -5,6 +5,7 @@
     │   ├── ConfigError       an experiment's key or value
     │   ├── BackboneError     a checkpoint that is absent, out of reach or of another kind
     │   ├── DataError         rows, columns, labels, clients
+    │   │   └── AbsentDataError   a file, folder or cache that is not there; quotes no row
     │   └── StructureError    a structure for another backbone, or one that does not fit
     ├── RunError              the run failed, or nothing was learned; exits with 1
     │   └── Stalled           too many rounds in a row came to no average; can be gone on with
@@ -36,6 +37,10 @@ class BackboneError(InputError):
 
 class DataError(InputError):
     """Rows, columns, labels or clients that cannot be used."""
+
+
+class AbsentDataError(DataError):
+    """A file or folder of rows, or a cache, that is not there: the message quotes no row."""
 
 
 class StructureError(InputError):

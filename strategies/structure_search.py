@@ -5,7 +5,9 @@ Out: a `Structure` under the budget, with its gates and its provenance.
 
 A round is one of FedAvg: the same requests, frames, checks, refusals, quorum and ledger. It
 averages alpha and the candidates' values, weighted by rows (fedpet/search/on_client.py is the
-client's part). The server then solves zeta, so that the expected size is the budget, and selects.
+client's part); with `search.sends = "gates"` it averages alpha and the head, and clients keep the
+candidates' values to themselves. The server then solves zeta, so that the expected size is the
+budget, and selects.
 
     ends when   the selections of `settled_rounds` rounds in a row each had a Jaccard index of at
                 least `settled_overlap` with the one before, or `rounds` rounds are over
@@ -42,11 +44,9 @@ from fedpet.protocol.plan import Plan
 from fedpet.search import (
     Space,
     candidate_records,
-    chosen_size,
     deviations,
     probabilities,
     reproducible_settings,
-    select,
     temperature,
 )
 from fedpet.server.aggregation import from_arrays, to_arrays
@@ -125,7 +125,7 @@ class StructureSearch(SparseStrategy):
     def choice(self) -> list[int]:
         """Return the candidates that selection takes now, likeliest first."""
         budget = float(self.search.budget)
-        return select(self.alpha.tolist(), self.space.sizes, budget, self.space.tensors)
+        return self.space.select(self.alpha.tolist(), budget)
 
     @property
     def overlaps(self) -> list[float]:
@@ -170,10 +170,16 @@ class StructureSearch(SparseStrategy):
 
     # -- the end -----------------------------------------------------------------------------
 
-    def structure(self, provenance: Mapping[str, Any]) -> Structure:
+    def structure(
+        self,
+        provenance: Mapping[str, Any],
+        params: Mapping[str, torch.Tensor] | None = None,
+    ) -> Structure:
         """Return the selected structure.
 
         Args:
+            params: Weights in the mask's scope, see `maskable_weights`; of a space with blocks
+                of the mask.
             provenance: Further entries of its provenance.
 
         Raises:
@@ -192,7 +198,7 @@ class StructureSearch(SparseStrategy):
             "deviations": [*deviations(config, *self._losses), *DEVIATIONS],
             "settings": reproducible_settings(config),
             "budget": int(config.budget),
-            "values": chosen_size(chosen, space.sizes, space.tensors),
+            "values": space.chosen_size(chosen),
             "space": {"name": space.name, "values": space.num_values},
             "search": {
                 "rounds": self.rounds_done,
@@ -212,9 +218,9 @@ class StructureSearch(SparseStrategy):
             **provenance,
         }
         return replace(
-            space.structure(chosen),
+            space.found(chosen, params or {}),
             fingerprint=self.plan.fingerprint,
-            gates=tuple(p[index] for index in sorted(chosen)),
+            gates=space.gates_of(chosen, p),
             provenance=found,
         )
 

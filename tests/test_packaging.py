@@ -234,7 +234,8 @@ def test_every_foreign_import_is_a_declared_dependency(
     pyproject: dict[str, Any], repository: Path
 ) -> None:
     project = pyproject["project"]
-    wanted = [*project["dependencies"], *project["optional-dependencies"]["fast"]]
+    extras = project["optional-dependencies"]
+    wanted = [*project["dependencies"], *extras["fast"], *extras["metrics"]]
     declared = {canonicalize_name(Requirement(one).name) for one in wanted}
     declared.add("ray")  # in the exact version that flwr[simulation] asks for
     providers = importlib.metadata.packages_distributions()

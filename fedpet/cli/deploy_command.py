@@ -30,11 +30,21 @@ def deploy(
     ],
     out: Annotated[Path, typer.Option(help="The folder to make.")],
     overrides: Overrides = None,
-    port: Annotated[int, typer.Option(help="The server's one port.")] = 8000,
-    bind: Annotated[str, typer.Option(help="Address the server listens on.")] = "0.0.0.0",
+    port: Annotated[int, typer.Option(help="The server's one port that nodes reach.")] = 8000,
+    bind: Annotated[
+        str, typer.Option(help="Address the server listens on; 0.0.0.0 for nodes elsewhere.")
+    ] = "127.0.0.1",
+    own_port: Annotated[
+        int, typer.Option(help="SuperLink's port on the server's loopback; the monitor's is next.")
+    ] = 8001,
     client_column: Annotated[
         str, typer.Option(help="Column that tells a node's clients apart; else each node is one.")
     ] = "",
+    clients_per_node: Annotated[int, typer.Option(help="Most clients that a node may bring.")] = 1,
+    max_rows: Annotated[
+        int, typer.Option(help="Most rows that a client may say it holds; 0: no bound.")
+    ] = 0,
+    reply_mib: Annotated[int, typer.Option(help="Most MiB of one reply of a node.")] = 64,
     clients: Annotated[
         int, typer.Option(help="Clients to wait for before the first round; 0: one a node.")
     ] = 0,
@@ -57,6 +67,10 @@ def deploy(
         nodes=tuple(NodeSpec.parse(text) for text in node),
         port=port,
         bind=bind,
+        own_port=own_port,
+        clients_per_node=clients_per_node,
+        max_rows=max_rows,
+        reply_mib=reply_mib,
         client_column=client_column,
         clients=clients,
         threads=threads,

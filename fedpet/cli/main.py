@@ -26,6 +26,7 @@ from fedpet.cli.faults import is_of_paths, report_fault, watched_outputs
 from fedpet.cli.init_command import init
 from fedpet.cli.mask_command import mask
 from fedpet.cli.merge_command import merge
+from fedpet.cli.nodes_command import nodes
 from fedpet.cli.report_command import report
 from fedpet.cli.search_command import search
 from fedpet.cli.simulate_command import simulate
@@ -34,7 +35,7 @@ from fedpet.utils.paths import NO_HOME, give_no_home, replace_home
 
 __all__ = ["app", "main"]
 
-COMMANDS = (init, simulate, search, estimate, mask, report, compare, export, merge, deploy)
+COMMANDS = (init, simulate, search, estimate, mask, report, compare, export, merge, deploy, nodes)
 app.registered_commands.sort(key=lambda command: COMMANDS.index(command.callback))  # in `--help`
 
 

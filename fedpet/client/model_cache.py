@@ -7,6 +7,7 @@ message; a client's values are written into the resident model and read out agai
 from __future__ import annotations
 
 import gc
+import time
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,6 +17,7 @@ from fedpet.backbone.pretrained import load_for_task, locate
 from fedpet.client.node_config import NodeConfig
 from fedpet.client.plan_store import PlanStore
 from fedpet.data import FederatedData, load_data
+from fedpet.data.cache import drop_unused
 from fedpet.errors import PlanError
 from fedpet.pet.model import PetModel
 from fedpet.protocol.plan import Plan
@@ -66,7 +68,7 @@ class ModelCache:
             InputError: Checkpoint, rows or device cannot be used.
         """
         if self._loaded is None or self._loaded.digest != digest:
-            plan = Plan.from_bytes(self._plans.get(digest))
+            plan = self._config.read_plan(self._plans.get(digest))
             self._loaded = None  # free the old model before the new one is built
             gc.unfreeze()
             try:
@@ -85,6 +87,7 @@ class ModelCache:
         config = self._config
         if config.load_rows is not None:
             return config.load_rows()
+        started = time.time() - 1  # a file system's clock may be behind
         data = load_data(
             replace(
                 config.data,
@@ -98,6 +101,8 @@ class ModelCache:
             evaluation=False,
             all_rows=config.has_own_rows,
         )
+        if config.own_cache:
+            drop_unused(config.cache, started)
         if data.tokenizer_hash != plan.tokenizer_hash:
             raise PlanError(
                 f"the tokeniser here is {data.tokenizer_hash:.16}, the plan's is "

@@ -9,7 +9,6 @@ Out: a frame a client with its update, or a refusal that says why there is none.
 from __future__ import annotations
 
 import functools
-import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -19,9 +18,10 @@ from fedpet.client.global_values import TierValues, decode_global_values, frames
 from fedpet.client.model_cache import LoadedPlan, ModelCache
 from fedpet.client.node_config import NodeConfig
 from fedpet.client.plan_store import PlanStore
+from fedpet.client.refusal_reason import reason_for_server
 from fedpet.client.state_store import StateStore, state_folder
 from fedpet.client.train_client import Outcome, passes_of_all, train_client, train_together
-from fedpet.errors import FedpetError, FrameError
+from fedpet.errors import FrameError
 from fedpet.pet.kernels.matmul import bound_onednn_cache
 from fedpet.pet.tiers import largest_tier
 from fedpet.protocol.frame import (
@@ -43,7 +43,7 @@ from fedpet.protocol.request import (
 
 __all__ = ["Node", "get_node", "reply"]
 
-LOG = logging.getLogger("fedpet")
+MAX_REFUSALS = 10_000  # of clients of one message that cannot be read at all
 
 
 class Node:
@@ -56,7 +56,7 @@ class Node:
     def __init__(self, config: NodeConfig) -> None:
         bound_onednn_cache()
         self.config = config
-        self.plans = PlanStore(config.cache)
+        self.plans = PlanStore(config.cache, quota=config.disk_bytes)
         self.models = ModelCache(config, self.plans)
         self._state: StateStore | None = None
         # Of the last request, by their name and the run's.
@@ -73,18 +73,23 @@ class Node:
             where the request names no client.
 
         Raises:
-            FrameError: The request does not parse; there is nobody to answer for.
+            FrameError: The request does not parse, or names a client twice; there is nobody to
+                answer for.
         """
         request = read_request(payload)
         if not request.clients:
             return self._register(request.plan)
+        if len(set(request.clients)) < len(request.clients):
+            raise FrameError("a request names each client once: it would be trained as often.")
         frames = [] if (held := request.held) else frames_by_tier(request)
         if held is None:
             held = request.name_values(frames[-1][-1].plan_digest, frames[-1][-1].server_round)
         digest, server_round = held.digest, held.server_round
         try:
+            if self.config.limits is not None:
+                self.config.limits.check_request(len(request.clients))
             if request.plan:
-                self.plans.put(request.plan, digest)
+                self._store(request.plan, digest)
             loaded = self.models.load(digest)
             _check_feedback(request, loaded.plan)
             state = self._open_state(digest, request.run)
@@ -101,9 +106,10 @@ class Node:
                     f"the request gives a client tier {max(request.which)}, counted from 0, and "
                     f"carries {len(starts)}."
                 )
-        except (FedpetError, OSError) as error:  # an OSError names its file; the round goes on
+        except Exception as error:  # an OSError names its file; the round goes on
             return b"".join(
-                _refuse(digest, server_round, client, error) for client in request.clients
+                self._refuse(digest, server_round, client, error)
+                for client in request.clients[:MAX_REFUSALS]
             )
         torch.set_num_threads(self.config.threads or loaded.plan.training.threads)
         which = request.which or (0,) * len(request.clients)
@@ -122,11 +128,23 @@ class Node:
         """List the node's clients and their rows, read and tokenised as the plan asks."""
         digest = Plan.digest(plan)
         try:
-            self.plans.put(plan, digest)
-            data = self.models.load_rows(Plan.from_bytes(plan))
+            data = self.models.load_rows(self._store(plan, digest))
             return encode_registration({client.id: len(client.rows) for client in data.clients})
-        except (FedpetError, OSError) as error:
-            return _refuse(digest, 0, 0, error)
+        except Exception as error:
+            return self._refuse(digest, 0, 0, error)
+
+    def _store(self, plan: bytes, digest: bytes) -> Plan:
+        """Read a plan within the device's limits, and store it."""
+        read = self.config.read_plan(plan)
+        self.plans.put(plan, digest)
+        return read
+
+    def _refuse(self, digest: bytes, server_round: int, client: int, error: Exception) -> bytes:
+        """Pack an error as a client's refusal."""
+        code = error.code if isinstance(error, StateMissingError) else RefusalCode.OTHER
+        own_rows = self.config.has_own_rows
+        reason = reason_for_server(error, client, own_rows=own_rows)
+        return pack_refusal(Refusal(digest, server_round, client, reason, code))
 
     def _train(
         self,
@@ -157,7 +175,7 @@ class Node:
                 state.keep_residual(client, server_round, residual, accepted=accepted)
             return pack_frame(frame)
         except Exception as error:  # refuse this client alone: the others train
-            return _refuse(digest, server_round, client, error)
+            return self._refuse(digest, server_round, client, error)
 
     def _open_state(self, digest: bytes, run: int) -> StateStore | None:
         """Return the state of a run; None where its messages name none, since none is needed."""
@@ -165,7 +183,7 @@ class Node:
             return None
         folder = state_folder(self.config.cache, digest, run)
         if self._state is None or self._state.folder != folder:
-            self._state = StateStore(folder)
+            self._state = StateStore(folder, quota=self.config.disk_bytes)
         return self._state
 
 
@@ -202,16 +220,3 @@ def _check_feedback(request: Request, plan: Plan) -> None:
             f"the plan's error feedback is {plan.codec.error_feedback!r}, and the request names "
             f"{len(request.accepted)} accepted rounds."
         )
-
-
-def _refuse(digest: bytes, server_round: int, client: int, error: Exception) -> bytes:
-    """Pack an error as a client's refusal. Messages of torch may quote rows: they go to the log."""
-    code = error.code if isinstance(error, StateMissingError) else RefusalCode.OTHER
-    if isinstance(error, FedpetError | FloatingPointError | OSError):
-        reason = str(error)
-    else:
-        LOG.warning("client %016x was not trained", client, exc_info=error)
-        reason = f"its training failed with {type(error).__name__}: see the node's log."
-        if isinstance(error, MemoryError | torch.OutOfMemoryError):
-            reason = "memory ran out as it trained: lower training.batch-size or data.max-length."
-    return pack_refusal(Refusal(digest, server_round, client, reason, code))

@@ -14,6 +14,7 @@ In:  an experiment, and Flower's node config, a flat table of scalars:
     max-density     the largest tier of the mask that the device trains, see fedpet/pet/tiers.py
     threads         torch threads; results are the same to the bit at the same number only
     device          "cuda", where it has a GPU
+    max-...         what a plan may ask of the device, see fedpet/client/node_limits.py
 
 Out: a `NodeConfig`. A simulated node has none of these keys: its rows are the experiment's.
 """
@@ -26,8 +27,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedpet.client.node_limits import LIMIT_KEYS, NodeLimits
 from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
-from fedpet.errors import ConfigError, DataError
+from fedpet.errors import AbsentDataError, ConfigError
+from fedpet.protocol.plan import Plan
 from fedpet.utils.paths import absolute
 
 if TYPE_CHECKING:
@@ -38,7 +41,7 @@ __all__ = ["NodeConfig", "cache_folder", "make_cache"]
 _KEYS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("data", "client", "client-column", "split", "text-columns"), str),
     **dict.fromkeys(("label-column", "backbone", "cache", "device"), str),
-    "threads": int,
+    **dict.fromkeys(("threads", *LIMIT_KEYS), int),
     "max-density": (int, float),
 }
 _FLOWER_KEYS = ("partition-id", "num-partitions")  # of Flower's simulation
@@ -60,6 +63,8 @@ class NodeConfig:
         client: The one client that holds them all, or "".
         threads: Of torch, or 0 for the plan's number.
         load_rows: Returns its rows, tokenised already; None reads `data`.
+        limits: What a plan may ask of it; None, of a simulated node, takes any.
+        own_cache: Nobody else uses its cache: what was made of rows that are gone goes too.
     """
 
     backbone: BackboneConfig
@@ -72,6 +77,21 @@ class NodeConfig:
     client: str = ""
     threads: int = 0
     load_rows: Callable[[], FederatedData] | None = None
+    limits: NodeLimits | None = None
+    own_cache: bool = False
+
+    @property
+    def disk_bytes(self) -> int:
+        """Most bytes of plans and state on its disk; 0 sets no bound."""
+        return 0 if self.limits is None else self.limits.disk_bytes
+
+    def read_plan(self, data: bytes) -> Plan:
+        """Read a plan, within the limits.
+
+        Raises:
+            PlanError: It is no plan, or beyond a limit.
+        """
+        return Plan.from_bytes(data) if self.limits is None else self.limits.read_plan(data)
 
     @classmethod
     def from_experiment(
@@ -99,6 +119,8 @@ class NodeConfig:
             has_own_rows="data" in given,
             client=given.get("client", ""),
             threads=given.get("threads", 0),
+            limits=NodeLimits.from_node_config(given) if "data" in given else None,
+            own_cache="data" in given and "cache" in given,
         )
 
 
@@ -111,14 +133,14 @@ def make_cache(experiment: Experiment) -> Path:
     """Return the same folder, made where it is absent.
 
     Raises:
-        DataError: It cannot be made.
+        AbsentDataError: It cannot be made.
     """
     folder = cache_folder(experiment)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         reason = "it is a file" if isinstance(error, FileExistsError) else error.strerror
-        raise DataError(
+        raise AbsentDataError(
             f"the cache {str(folder)!r} cannot be made: {reason}. Name a folder that can be, by "
             "run.cache or $FEDPET_CACHE."
         ) from None
@@ -140,12 +162,13 @@ def _read(node_config: Mapping[str, Any]) -> dict[str, Any]:
                     "fraction of the entries in scope that the device trains."
                 )
         elif not fits or value in ("", 0):
-            name = "int" if key == "threads" else "str"
+            name = "int" if _KEYS[key] is int else "str"
             raise ConfigError(
                 f"{key} in --node-config must be a {name} that says something, got {value!r}."
             )
-    if given.get("threads", 1) < 1:
-        raise ConfigError(f"threads in --node-config must be at least 1, got {given['threads']}.")
+    for key in ("threads", *LIMIT_KEYS):
+        if given.get(key, 1) < 1:
+            raise ConfigError(f"{key} in --node-config must be at least 1, got {given[key]}.")
     if "client" in given and "client-column" in given:
         raise ConfigError(
             "--node-config names both a client and a client-column: the rows are one client's, or "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
+from fedpet.client.disk_quota import make_room
 from fedpet.errors import PlanError
 from fedpet.protocol.frame import RefusalCode, StateMissingError
 from fedpet.protocol.plan import Plan
@@ -20,16 +21,18 @@ class PlanStore:
 
     Args:
         cache: The node's cache; plans lie in its folder "plans".
+        quota: Most bytes of plans and state; 0 sets no bound.
     """
 
-    def __init__(self, cache: Path) -> None:
+    def __init__(self, cache: Path, *, quota: int = 0) -> None:
+        self._cache, self._quota = cache, quota
         self._folder = cache / "plans"
 
     def put(self, plan: bytes, digest: bytes) -> None:
         """Store a plan, and remove plans that were not used for long.
 
         Raises:
-            PlanError: The bytes have another digest.
+            PlanError: The bytes have another digest, or do not fit the quota.
             OSError: The disk does not take them.
         """
         if Plan.digest(plan) != digest:
@@ -38,6 +41,7 @@ class PlanStore:
             self._folder.mkdir(parents=True, exist_ok=True)
             for old in untouched(self._folder.iterdir(), KEEP_SECONDS):
                 old.unlink(missing_ok=True)
+            make_room(self._cache, len(plan), self._quota, keep=self.path(digest))
             atomic_write(self.path(digest), plan, durable=True, shared=True)
 
     def get(self, digest: bytes) -> bytes:

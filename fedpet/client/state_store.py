@@ -29,6 +29,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save
 
+from fedpet.client.disk_quota import make_room
 from fedpet.errors import FrameError
 from fedpet.protocol.frame import RefusalCode, StateMissingError
 from fedpet.protocol.shared_reference import Reference
@@ -50,10 +51,11 @@ class StateStore:
 
     Args:
         folder: Of `state_folder`; made, and folders of runs that ended long ago are removed.
+        quota: Most bytes of plans and state; 0 sets no bound.
     """
 
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
+    def __init__(self, folder: Path, *, quota: int = 0) -> None:
+        self.folder, self._quota = folder, quota
         self._references: dict[int, Reference] = {}
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
@@ -76,7 +78,7 @@ class StateStore:
         before = self._references.get(tier)
         self._references[tier] = reference
         if before is None or before.server_round != reference.server_round:
-            _write(self.folder / f"reference-{tier}", reference.server_round, reference.values)
+            self._write(self.folder / f"reference-{tier}", reference.server_round, reference.values)
 
     # -- residuals --------------------------------------------------------------------------
 
@@ -123,19 +125,21 @@ class StateStore:
         first, second = self._residual_files(client)
         stored = _read(first, len(residual)) if accepted else None
         is_accepted = stored is not None and stored[0] == accepted
-        _write(second if is_accepted else first, server_round, residual)
+        self._write(second if is_accepted else first, server_round, residual)
 
     def _residual_files(self, client: int) -> tuple[Path, Path]:
         return self.folder / f"{client:016x}.0", self.folder / f"{client:016x}.1"
 
-
-def _write(path: Path, server_round: int, values: np.ndarray) -> None:
-    values = np.ascontiguousarray(values, dtype=np.float32)
-    metadata = {"round": str(server_round), "crc32": _checksum(server_round, values)}
-    content = save({"values": values}, metadata=metadata)
-    # Without the folder the run is over, and a late worker has nothing to store.
-    with contextlib.suppress(FileNotFoundError):
-        atomic_write(path, content, shared=True)
+    def _write(self, path: Path, server_round: int, values: np.ndarray) -> None:
+        values = np.ascontiguousarray(values, dtype=np.float32)
+        metadata = {"round": str(server_round), "crc32": _checksum(server_round, values)}
+        content = save({"values": values}, metadata=metadata)
+        # Without the folder the run is over, and a late worker has nothing to store.
+        with contextlib.suppress(FileNotFoundError):
+            before = path.stat().st_size if path.exists() else 0
+            cache = self.folder.parent.parent.parent
+            make_room(cache, len(content) - before, self._quota, keep=self.folder)
+            atomic_write(path, content, shared=True)
 
 
 def _read(path: Path, count: int) -> tuple[int, np.ndarray] | None:

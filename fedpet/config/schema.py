@@ -130,6 +130,9 @@ class ClientsConfig(Stage):
     shards_per_client: Count = 2  # of the rows sorted by label; with partition "shards"
     min_rows: Count = 8  # a client with fewer takes no part; how many were left out is reported
     seed: Whole = 0  # of the partition
+    # With partition "nodes": a folder of the nodes' public keys and bounds, by which names are
+    # bound to keys; see fedpet/server/allowed_nodes.py. "" takes any node's word.
+    node_keys: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -191,7 +194,8 @@ class MaskConfig(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class StructureConfig(Stage):
-    preset: str = "lnfit"  # names joined by "+", or "none"; see fedpet/pet/structure.py
+    # Names joined by "+", or "none", see fedpet/pet/structure.py; or a built-in structure's name.
+    preset: str = "lnfit"
     file: str = ""  # a structure found by `fedpet search`; stands instead of the preset
     rank: Count = 8  # of lora and hiwi
     scale: Positive = 2.0  # of lora: what alpha / rank is elsewhere
@@ -312,7 +316,9 @@ class SearchConfig(Stage):
     """Everything that decides a search, beside the rows and the backbone."""
 
     method: str = "s3pet"  # "random", or a manual structure: presets joined by "+"
-    space: str = "mergeable"  # or s3pet-mix, s3pet-lora
+    space: str = "mergeable"  # or joint (with the mask), s3pet-mix, s3pet-lora
+    mask_block: Count = 256  # entries of a weight that are chosen together, in the space "joint"
+    mask_blocks: Count = 4  # of a weight, at most
     rank: Count = 1  # of LoRA, HiWi and the adapter's factors
     scale: Positive = 16.0  # of LoRA; the paper's alpha of 16 at rank 1
     # Of the chosen structure, the head not counted: values (2000), a fraction of the backbone
@@ -321,10 +327,16 @@ class SearchConfig(Stage):
     mask_in_budget: bool = False  # the budget holds the mask's values too
     epochs: Count = 5  # over half of the rows
     max_steps: Whole = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
+    warmup_steps: Whole = 0  # at the start, which move the candidates' values alone: one pass
     batch_size: Count = 32  # rows of either half
     learning_rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
     learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
     gate_learning_rate: Positive = 0.1  # of the gates' logits
+    # "adamw" scales each logit's gradient by its own; "shared" all alike, so that a candidate that
+    # gains more moves farther.
+    gate_optimizer: str = "adamw"
+    # Of the gates: "candidates" compete as equals, as in the paper; "values" by gain per value.
+    competition: str = "candidates"
     clip_norm: FromZero = 2.0  # of both gradients; 0 leaves them alone
     beta: Temperature = 1.0  # temperature at the start
     beta_end: TemperatureOrZero = 0.0  # falls geometrically to this; 0 keeps beta, as in the paper
@@ -332,21 +344,31 @@ class SearchConfig(Stage):
     virtual: str = "adamw"  # the unrolled step; see fedpet/search/bilevel.py
     hard: bool = False  # gates of 0 and 1 with a straight-through gradient
     dropout: bool = False  # the checkpoint's own; the paper has it on
+    split: str = "rows"  # "clients": parts have whole clients; validation is on held-out ones
     validation_fraction: ValidationFraction = 0.1  # of the rows; picks the checkpoint
     evaluate_every: Count = 50  # steps; the last is always evaluated
     checkpoint: str = "best"  # by validation, as in the paper; or "last"
+    repeats: Count = 1  # searches of other seeds whose alpha is averaged; not federated
     seed: AnyInteger = 0  # of gates' noise, batches, and the halves of the rows
     # Together on the clients' own rows, before the first training round; see
     # strategies/structure_search.py. Epochs, validation and checkpoint have no meaning then.
     federated: bool = False
     rounds: Count = 20  # of the search, at most; the rates fall to 0 over them
     local_steps: Count = 5  # of each client, a round
+    # "gates": alpha and the head alone, each client's candidates start from zero every round; or
+    # "values": those of the candidates too.
+    sends: str = "values"
     settled_overlap: Overlap = 0.9  # Jaccard index of two rounds' choices that counts as settled
     settled_rounds: Count = 3  # as often in a row, and the search is over
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("search.space", self.space, ("mergeable", "s3pet-mix", "s3pet-lora"))
+        spaces = ("joint", "mergeable", "s3pet-mix", "s3pet-lora")
+        check_choice("search.space", self.space, spaces)
+        check_choice("search.gate-optimizer", self.gate_optimizer, ("adamw", "shared"))
+        check_choice("search.competition", self.competition, ("candidates", "values"))
+        check_choice("search.split", self.split, ("rows", "clients"))
+        check_choice("search.sends", self.sends, ("values", "gates"))
         check_choice("search.order", self.order, ("second", "first"))
         check_choice("search.virtual", self.virtual, ("adamw", "adamw-exact", "sgd"))
         check_choice("search.checkpoint", self.checkpoint, ("best", "last"))

@@ -14,7 +14,7 @@ from typing import Annotated, Any
 
 from fedpet.config.ranges import Count, FromZero, Positive, Range, Stage, kebab_case
 from fedpet.config.schema import TrainingConfig
-from fedpet.config.value_checks import did_you_mean
+from fedpet.config.value_checks import check_choice, did_you_mean
 from fedpet.errors import ConfigError
 
 __all__ = [
@@ -28,7 +28,9 @@ __all__ = [
 ]
 
 SHIPPED = "fedpet.strategies"  # a later stage: imported by its name, as one of the user's own is
+_SHARE = "It is the largest fraction of the average that one client may be."
 _QUORUM = "It is the fraction of a round's clients that must give a usable reply."
+Share = Annotated[float, Range(0, 1, above=True, advice=_SHARE)]
 Quorum = Annotated[float, Range(0, 1, advice=_QUORUM)]
 
 
@@ -42,6 +44,8 @@ class StrategyConfig(Stage):
     round_deadline_seconds: Positive = 3600.0  # replies that come later are refused
     node_wait_seconds: FromZero = 300.0  # for the first node, and for a deployment's clients
     evaluate_every: Count = 1  # rounds; the last is always evaluated
+    weights: str = "examples"  # of clients in an average: rows trained on; or "uniform"
+    max_share: Share = 1.0  # of one client in an average; what is above goes to the others
 
     # Facts of a rule, which its class states (they are no keys).
     table_name = "strategy"
@@ -57,6 +61,7 @@ class StrategyConfig(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_name()
+        check_choice("strategy.weights", self.weights, ("examples", "uniform"))
         if self.clients_per_round < self.min_usable_replies:
             raise ConfigError(
                 f"strategy {self.name!r} with these parameters, and min-replies, need "

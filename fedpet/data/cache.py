@@ -26,10 +26,11 @@ from typing import Any
 import numpy as np
 
 from fedpet.data.array_spool import save_array
-from fedpet.errors import DataError
+from fedpet.errors import AbsentDataError, DataError
 
 # Raise it when the same files and settings give other rows, labels, clients or tokens than before.
 FORMAT = 2
+OF_ROWS = ("census", "clients", "labels", "owners", "rows")  # kinds of what is made of rows
 _DAMAGED = (OSError, EOFError, ValueError, KeyError)
 
 
@@ -58,7 +59,10 @@ def cached(cache: Path, kind: str, key: Mapping[str, Any], compute: Callable[[],
     folder = cache / kind / hashlib.sha256(canonical.encode()).hexdigest()[:32]
     if folder.is_dir():
         try:
-            return _open(folder)
+            entry = _open(folder)
+            with contextlib.suppress(OSError):  # of another user's cache
+                os.utime(folder)  # its last use, see `drop_unused`
+            return entry
         except _DAMAGED:  # cut short, or edited: compute it anew
             shutil.rmtree(folder, ignore_errors=True)
     entry = compute()
@@ -69,10 +73,24 @@ def cached(cache: Path, kind: str, key: Mapping[str, Any], compute: Callable[[],
         raise unwritable(cache, error) from None
 
 
+def drop_unused(cache: Path, since: float) -> None:
+    """Remove what was made of rows and not used for some time.
+
+    Args:
+        cache: Of one process that alone uses it.
+        since: Time from which on an entry counts as used, in seconds since 1970.
+    """
+    for kind in OF_ROWS:
+        for folder in (cache / kind).glob("*"):
+            with contextlib.suppress(OSError):
+                if folder.stat().st_mtime < since:
+                    shutil.rmtree(folder, ignore_errors=True)
+
+
 def unwritable(cache: Path, error: Exception) -> DataError:
     """Say that a cache cannot be written, and what to do."""
     reason = getattr(error, "strerror", None) or error
-    return DataError(
+    return AbsentDataError(
         f"the cache {str(cache)!r} cannot be written: {reason}. Name a "
         "folder that can be, with room for the tokenised rows, by run.cache or $FEDPET_CACHE."
     )

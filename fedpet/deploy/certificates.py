@@ -1,7 +1,7 @@
 """Make the keys and TLS certificates of a federation: an authority, the server's certificate.
 
-Nodes need the authority's certificate only; its key issues another server certificate, and belongs
-on neither machine.
+Nodes need the authority's certificate only; its key issues the next server certificate, and belongs
+on neither machine. The authority outlives several of those.
 """
 
 from __future__ import annotations
@@ -29,24 +29,43 @@ class Certificates:
     server_key: bytes
 
 
-def make_certificates(hosts: Sequence[str], *, days: int) -> Certificates:
+def make_certificates(hosts: Sequence[str], *, days: int, authority_days: int = 0) -> Certificates:
     """Make an authority and a certificate for a server, both on the curve P-384.
 
     Args:
         hosts: DNS names and IP addresses of the server; the first one names it.
-        days: For how long both are valid.
+        days: For how long the server's is valid.
+        authority_days: For how long the authority's is; 0 is as long.
     """
-    authority_key, server_key = (ec.generate_private_key(ec.SECP384R1()) for _ in range(2))
-    authority_name = _name("fedpet authority of " + hosts[0])
-    authority = (
-        _builder(authority_name, authority_name, authority_key.public_key(), days)
+    authority, authority_key = make_authority(hosts[0], days=authority_days or days)
+    server, server_key = make_server_certificate(hosts, authority, authority_key, days=days)
+    return Certificates(authority, authority_key, server, server_key)
+
+
+def make_authority(host: str, *, days: int) -> tuple[bytes, bytes]:
+    """Make an authority's certificate and key."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    name = _name("fedpet authority of " + host)
+    certificate = (
+        _builder(name, name, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
         .add_extension(_usage(sign_certificates=True), critical=True)
-        .sign(authority_key, hashes.SHA384())
+        .sign(key, hashes.SHA384())
     )
-    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(authority_key.public_key())
-    server = (
-        _builder(_name(hosts[0]), authority_name, server_key.public_key(), days)
+    return certificate.public_bytes(serialization.Encoding.PEM), _key_bytes(key)
+
+
+def make_server_certificate(
+    hosts: Sequence[str], authority: bytes, authority_key: bytes, *, days: int
+) -> tuple[bytes, bytes]:
+    """Make a server's certificate and key, signed by an authority that is PEM."""
+    issuer = x509.load_pem_x509_certificate(authority)
+    issuer_key = serialization.load_pem_private_key(authority_key, None)
+    assert isinstance(issuer_key, ec.EllipticCurvePrivateKey)
+    key = ec.generate_private_key(ec.SECP384R1())
+    identifier = x509.AuthorityKeyIdentifier.from_issuer_public_key(issuer_key.public_key())
+    certificate = (
+        _builder(_name(hosts[0]), issuer.subject, key.public_key(), days)
         .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
         .add_extension(_usage(sign_certificates=False), critical=True)
         .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
@@ -55,15 +74,15 @@ def make_certificates(hosts: Sequence[str], *, days: int) -> Certificates:
             x509.SubjectAlternativeName([_alternative(host) for host in dict.fromkeys(hosts)]),
             critical=False,
         )
-        .sign(authority_key, hashes.SHA384())
+        .sign(issuer_key, hashes.SHA384())
     )
-    pem = serialization.Encoding.PEM
-    return Certificates(
-        authority=authority.public_bytes(pem),
-        authority_key=_key_bytes(authority_key),
-        server=server.public_bytes(pem),
-        server_key=_key_bytes(server_key),
-    )
+    return certificate.public_bytes(serialization.Encoding.PEM), _key_bytes(key)
+
+
+def authority_ends(authority: bytes, *, days: int) -> bool:
+    """Tell if an authority's certificate ends within so many days."""
+    end = x509.load_pem_x509_certificate(authority).not_valid_after_utc
+    return end < datetime.datetime.now(datetime.UTC) + datetime.timedelta(days=days)
 
 
 def make_node_key() -> tuple[bytes, bytes]:

@@ -2,12 +2,15 @@
 
     DIR/
       README.md           what to do, in order
+      deployment.toml     how it was made, for `fedpet nodes`
       authority/          the authority's key: on neither machine
-      server/             superlink.sh, register.sh, run.sh, the app, certificates, public keys
+      server/             superlink.sh, register.sh, run.sh, the app, certificates
+        nodes/            who may take part: a public key and bounds a node
       nodes/NAME/         supernode.sh, node.toml, the node's key, the authority's certificate
       compose.yaml        all of it on one machine, to try it, in the image of the Dockerfile
 
-Nothing in it is ever written over: keys that nodes already hold would be lost. Each script stands
+Nothing in it is ever written over: keys that nodes already hold would be lost. All of it is for its
+owner alone (0600 under 0700), since updates and keys lie in it. Each script stands
 in the folder it is about and runs from anywhere; `$FEDPET_VENV` names a virtual environment whose
 commands it uses, else they come from the path.
 """
@@ -17,7 +20,7 @@ from __future__ import annotations
 import os
 import re
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import tomli_w
@@ -26,13 +29,18 @@ from fedpet.config import Experiment
 from fedpet.deploy.certificates import make_certificates, make_node_key
 from fedpet.deploy.flower_app import PACKAGES_FILE, TEMPLATES, packages, write_app
 from fedpet.errors import ConfigError
+from fedpet.server.allowed_nodes import MAX_ROWS
+from fedpet.utils.atomic_write import atomic_write
 from fedpet.utils.paths import absolute, expand
 from fedpet.utils.templating import render
 
-LOCAL = ("localhost", "127.0.0.1")  # the server's own processes reach it here
-NODE_PORT = 8100
+# Names in the server's certificate beside its own: its processes', and its service's in compose.
+LOCAL = ("localhost", "127.0.0.1", "fedpet-server")
+OWN_PORT, NODE_PORT = 8001, 8100
 MAX_DAYS = 36_500
-_EVERYWHERE = ("0.0.0.0", "127.0.0.1", "localhost")
+FACTS = "deployment.toml"
+MAX_CLIENTS = 100_000  # of a node, as a registration has them
+CONTAINER_UID = 10_001  # in containers of a deployment that root has made
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
 _HOST = re.compile(r"[A-Za-z0-9:][A-Za-z0-9.:-]{0,252}")
 
@@ -71,25 +79,33 @@ class Deployment:
         experiment: What to run; its clients are those that the nodes bring.
         host: Name or address under which nodes reach the server.
         nodes: Those that are let in.
-        port: The server's one port.
-        bind: The server's address to listen on; all of them unless named.
+        port: The server's one port that nodes reach, which its relay listens on.
+        bind: The address that the relay listens on; the loopback unless named.
+        own_port: SuperLink's, on the server's loopback; health and metrics are one higher.
         client_column: The column that tells a node's clients apart; "" for one client a node,
             named as the node is.
+        clients_per_node: Most clients that a node may bring.
+        max_rows: Most rows that a client may say it holds; 0 sets no bound.
+        reply_mib: Most MiB of one reply of a node.
         clients: How many to wait for before the first round; 0 for as many as there are nodes.
         threads: Torch threads a node; 0 leaves it to the experiment.
         node_port: Of the first node's own processes; the next node's is one higher, so that nodes
             can share a machine.
         backbone: The checkpoint's folder on the nodes, where the experiment's name does not do.
         install: Where the folders will lie on their machines, for the systemd units.
-        days: For how long the certificates are valid.
+        days: For how long the server's certificate is valid; its authority is ten times as long.
     """
 
     experiment: Experiment
     host: str
     nodes: tuple[NodeSpec, ...]
     port: int = 8000
-    bind: str = "0.0.0.0"
+    bind: str = "127.0.0.1"
+    own_port: int = OWN_PORT
     client_column: str = ""
+    clients_per_node: int = 1
+    max_rows: int = 0
+    reply_mib: int = 64
     clients: int = 0
     threads: int = 0
     node_port: int = NODE_PORT
@@ -101,15 +117,29 @@ class Deployment:
         names = [node.name for node in self.nodes]
         if not names or len(set(names)) != len(names):
             raise ConfigError(f"a deployment has one node or more, each name once, got {names}.")
-        if not _HOST.fullmatch(self.host):
-            raise ConfigError(
-                f"the host is the name or address under which nodes reach the server, got "
-                f"{self.host!r}."
-            )
+        for what, host in (("host", self.host), ("bind", self.bind)):
+            if not _HOST.fullmatch(host):
+                raise ConfigError(
+                    f"the {what} is the name or address under which nodes reach the server, got "
+                    f"{host!r}."
+                )
         last_node_port = self.node_port + len(names) - 1
-        for name, port in (("port", self.port), ("node port", last_node_port)):
-            if not 1 <= port <= 65535:
-                raise ConfigError(f"the {name} must be in 1 ... 65535, got {port}.")
+        ports = {"port": self.port, "own port": self.own_port, "node port": last_node_port}
+        for name, port in ports.items():
+            if not 1 <= port <= 65534:
+                raise ConfigError(f"the {name} must be in 1 ... 65534, got {port}.")
+        if self.own_port <= self.port <= self.own_port + 1:
+            raise ConfigError(
+                f"the port {self.port} is taken by SuperLink or the monitor, at the own port "
+                f"{self.own_port} and the one after it: name another."
+            )
+        if not 1 <= self.clients_per_node <= MAX_CLIENTS or not 1 <= self.reply_mib <= 4096:
+            raise ConfigError(
+                f"a node brings 1 ... {MAX_CLIENTS} clients and a reply has 1 ... 4096 MiB, got "
+                f"{self.clients_per_node} and {self.reply_mib}."
+            )
+        if not 0 <= self.max_rows <= MAX_ROWS:
+            raise ConfigError(f"max rows is in 0 ... {MAX_ROWS}, got {self.max_rows}.")
         if not 1 <= self.days <= MAX_DAYS or self.clients < 0 or self.threads < 0:
             raise ConfigError(
                 f"days is in 1 ... {MAX_DAYS}, clients and threads are at least 0, got "
@@ -123,8 +153,18 @@ class Deployment:
 
     @property
     def own_address(self) -> str:
-        """Return the address on the server's machine: not a name that may be another's there."""
-        return _address("127.0.0.1" if self.bind in _EVERYWHERE else self.host, self.port)
+        """Return SuperLink's address on the server's machine, which no other machine reaches."""
+        return _address("127.0.0.1", self.own_port)
+
+    @property
+    def server_names(self) -> tuple[str, ...]:
+        """Return the names and addresses in the server's certificate."""
+        return (self.host, *LOCAL)
+
+    @property
+    def authority_days(self) -> int:
+        """Return for how long the authority is valid: nodes keep its certificate for longer."""
+        return min(10 * self.days, MAX_DAYS)
 
     def server_experiment(self) -> Experiment:
         """Return the experiment as the server runs it: the clients are the nodes'."""
@@ -136,12 +176,24 @@ class Deployment:
             backbone=replace(given.backbone, model=_whole(given.backbone.model)),
             data=replace(given.data, source=_whole(given.data.source)),
             structure=replace(given.structure, file=_whole(given.structure.file)),
-            clients=replace(given.clients, partition="nodes", num_clients=clients),
+            clients=replace(
+                given.clients, partition="nodes", num_clients=clients, node_keys="nodes"
+            ),
         )
+
+    def bounds(self) -> dict[str, int]:
+        """Return what a node may bring, see fedpet/server/allowed_nodes.py."""
+        rows = {"rows": self.max_rows} if self.max_rows else {}
+        return {"clients": self.clients_per_node, **rows}
 
     def node_config(self, node: NodeSpec) -> dict[str, str | int]:
         """Return the content of a node's node.toml, see fedpet/client/node_config.py."""
-        config: dict[str, str | int] = {"data": node.data}
+        columns = self.experiment.data  # pinned: a server cannot have another column read
+        config: dict[str, str | int] = {
+            "data": node.data,
+            "text-columns": ",".join(columns.text_columns),
+            "label-column": columns.label_column,
+        }
         if self.client_column:
             config["client-column"] = self.client_column
         else:
@@ -175,9 +227,12 @@ def write_deployment(deployment: Deployment, folder: Path) -> None:
 
 
 def _write_all(deployment: Deployment, folder: Path) -> None:
-    certificates = make_certificates((deployment.host, *LOCAL), days=deployment.days)
-    _write(folder / "authority" / "ca.key", certificates.authority_key, mode=0o600)
-    _write(folder / "authority" / "ca.crt", certificates.authority)
+    certificates = make_certificates(
+        deployment.server_names, days=deployment.days, authority_days=deployment.authority_days
+    )
+    write_facts(deployment, folder)
+    write_new(folder / "authority" / "ca.key", certificates.authority_key)
+    write_new(folder / "authority" / "ca.crt", certificates.authority)
     facts = {
         "address": deployment.address,
         "bind": deployment.bind,
@@ -187,40 +242,71 @@ def _write_all(deployment: Deployment, folder: Path) -> None:
         "names": [node.name for node in deployment.nodes],
         "num_nodes": len(deployment.nodes),
         "packages_file": PACKAGES_FILE if packages(deployment.experiment) else "",
+        "own_port": deployment.own_port,
         "port": deployment.port,
+        "uid": os.getuid() or CONTAINER_UID,
+        "gid": os.getgid() or CONTAINER_UID,
         "source": deployment.server_experiment().data.source,
         "waits_for": deployment.clients or len(deployment.nodes),
     }
     for name in ("Dockerfile", "compose.yaml", "README.md"):
-        _write(folder / name, render(TEMPLATES / f"{name}.j2", **facts))
+        write_new(folder / name, render(TEMPLATES / f"{name}.j2", **facts))
     server = folder / "server"
-    _write(server / "ca.crt", certificates.authority)
-    _write(server / "server.pem", certificates.server)
-    _write(server / "server.key", certificates.server_key, mode=0o600)
+    write_new(server / "ca.crt", certificates.authority)
+    write_new(server / "server.pem", certificates.server)
+    write_new(server / "server.key", certificates.server_key)
     _write_server(deployment, server)
-    for number, node in enumerate(deployment.nodes):
-        private, public = make_node_key()
-        _write(server / "nodes" / f"{node.name}.pub", public)
-        place = folder / "nodes" / node.name
-        _write(place / "ca.crt", certificates.authority)
-        _write(place / "node.key", private, mode=0o600)
-        _write_node(deployment, node, place, deployment.node_port + number)
+    for number in range(len(deployment.nodes)):
+        add_node_files(deployment, folder, number)
+    for path in folder.rglob("*"):  # copied files came with modes of their own
+        path.chmod(path.stat().st_mode & 0o700)
+
+
+def add_node_files(deployment: Deployment, folder: Path, number: int) -> None:
+    """Write the files of one node of a deployment, and its key and bounds on the server."""
+    node, server = deployment.nodes[number], folder / "server"
+    place = folder / "nodes" / node.name
+    write_key(server / "nodes", place, node.name)
+    write_new(server / "nodes" / f"{node.name}.toml", tomli_w.dumps(deployment.bounds()).encode())
+    write_new(place / "ca.crt", (server / "ca.crt").read_bytes())
+    _write_node(deployment, node, place, deployment.node_port + number)
+
+
+def write_facts(deployment: Deployment, folder: Path) -> None:
+    """Write all but the experiment, which the app holds."""
+    facts = asdict(replace(deployment, experiment=Experiment()))
+    del facts["experiment"]
+    folder.mkdir(mode=0o700, exist_ok=True)
+    atomic_write(folder / FACTS, tomli_w.dumps(facts).encode(), shared=True)
+
+
+def write_key(keys: Path, place: Path, name: str) -> None:
+    """Make a node's key pair: its own half in its folder, the other among the server's keys."""
+    private, public = make_node_key()
+    write_new(keys / f"{name}.pub", public)
+    write_new(place / "node.key", private)
 
 
 def _write_server(deployment: Deployment, folder: Path) -> None:
-    superlink = render(TEMPLATES / "superlink.sh.j2", bind=deployment.bind, port=deployment.port)
-    _write(folder / "superlink.sh", superlink, mode=0o755)
+    superlink = render(
+        TEMPLATES / "superlink.sh.j2",
+        bind=deployment.bind,
+        port=deployment.port,
+        own_port=deployment.own_port,
+        reply_mib=deployment.reply_mib,
+    )
+    write_new(folder / "superlink.sh", superlink, mode=0o700)
     for name in ("register.sh", "run.sh"):
         script = render(TEMPLATES / f"{name}.j2", address=deployment.own_address)
-        _write(folder / name, script, mode=0o755)
-    _write_unit(deployment, folder, "superlink", "server", "the server (Flower SuperLink)")
+        write_new(folder / name, script, mode=0o700)
+    _write_unit(deployment, folder, "superlink", "server", "the server (Flower SuperLink, relay)")
     write_app(folder / "app", deployment.server_experiment())
 
 
 def _write_node(deployment: Deployment, node: NodeSpec, folder: Path, port: int) -> None:
-    _write(folder / "node.toml", tomli_w.dumps(deployment.node_config(node)).encode())
+    write_new(folder / "node.toml", tomli_w.dumps(deployment.node_config(node)).encode())
     supernode = render(TEMPLATES / "supernode.sh.j2", server=deployment.address, port=port)
-    _write(folder / "supernode.sh", supernode, mode=0o755)
+    write_new(folder / "supernode.sh", supernode, mode=0o700)
     what = f"the node {node.name} (Flower SuperNode)"
     _write_unit(deployment, folder, "supernode", f"nodes/{node.name}", what)
 
@@ -238,12 +324,14 @@ def _write_unit(
         script=f"{program}.sh",
         description=f"fedpet: {description}",
     )
-    _write(folder / file, unit)
+    write_new(folder / file, unit)
 
 
-def _write(path: Path, content: bytes, mode: int = 0o644) -> None:
-    """Write a new file; one that others must not read is never readable for a moment."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def write_new(path: Path, content: bytes, mode: int = 0o600) -> None:
+    """Write a new file for its owner alone, in a folder that is; never readable for a moment."""
+    for folder in reversed([path.parent, *path.parent.parents]):
+        if not folder.exists():
+            folder.mkdir(mode=0o700)
     handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(handle, "wb") as file:
         file.write(content)

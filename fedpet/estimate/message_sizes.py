@@ -16,7 +16,6 @@ from fedpet.estimate.participants import Participant
 from fedpet.estimate.payload_simulation import Payloads
 from fedpet.estimate.value_counts import Layout
 from fedpet.pet.mask import mask_size
-from fedpet.pet.structure import Structure
 from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.registration import encode_registration
@@ -118,7 +117,9 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
     kinds = [kind for kind, _ in layout.tiers[-1]]
     positions = b""
     if mask is not None and mask.broadcast == "send":
-        positions = bytes(_positions_bytes(layout.scope, mask.density))
+        counts = layout.structure.mask
+        density = mask.density if counts is None else counts.num_values / sum(layout.scope)
+        positions = bytes(_positions_bytes(layout.scope, density))
     return Plan(
         fingerprint=_hash("fingerprint"),
         head_seed=experiment.backbone.head_seed,
@@ -128,7 +129,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
         mask=mask,
         mask_sha256=_hash("mask") if mask is not None else "",
         mask_positions=positions,
-        structure=Structure(layout.structure.modules),
+        structure=layout.structure.to_broadcast(),
         num_values=layout.num_values,
         layout=_hash("layout"),
         codec=experiment.codec,

@@ -238,7 +238,7 @@ class _Federation:
 
 def server_step(rule: Strategy, values: Floats, mean: Floats, server_round: int) -> Floats:
     """Return the step that Flower's rule makes of a mean update."""
-    reply = train_message(values + mean, num_examples=1, loss=0.0)
+    reply = train_message(values + mean, weight=1, loss=0.0)
     with quiet_flower():
         rule.configure_train(server_round, to_arrays(values), ConfigRecord(), None)  # type: ignore[arg-type]  # no grid: nobody is sampled
         return aggregate(rule, server_round, values, [reply])[0] - values

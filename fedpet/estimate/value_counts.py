@@ -78,7 +78,11 @@ def count_values(backbone: Backbone, experiment: Experiment) -> Layout:
     structure = load_structure(experiment.structure, positions)
     weights = maskable_weights(model, backbone.head)
     scope = tuple(weights[name].numel() for name in sorted(weights))
-    masks = _masks(scope, experiment.mask) if experiment.mask.enabled else (0,)
+    if structure.mask is not None:
+        structure.mask.check(experiment.mask)
+        masks: tuple[int, ...] = (structure.mask.num_values,)
+    else:
+        masks = _masks(scope, experiment.mask) if experiment.mask.enabled else (0,)
     modules = build_structure(model, positions, structure, experiment.run.seed)
     head = sum(model.get_parameter(name).numel() for name in backbone.trained_head)
     others = [*((module.kind, module.num_values) for module in modules), ("head", head)]

@@ -63,13 +63,15 @@ def get_pet_model(model: nn.Module, config: PetConfig) -> PetModel:
     check_plain(model)
     head = trained_in_full(model, config.modules_to_save)
     structure = config.structure(find_target_modules(model, head))
-    if config.mask is None and not structure.modules and not head:
+    if config.mask is None and structure == Structure() and not head:
         raise ConfigError(
             "a PetConfig must name something to train: a mask, modules or modules_to_save."
         )
-    mask = None if config.mask is None else build_mask(maskable_weights(model, head), config.mask)
+    mask, masked = None, config.mask_of(structure)
+    if masked is not None:
+        mask = build_mask(maskable_weights(model, head), masked, structure.mask)
     backbone = Backbone.of_model(model, head)
-    return PetModel(backbone, mask, structure, seed=config.seed, mask_config=config.mask)
+    return PetModel(backbone, mask, structure, seed=config.seed, mask_config=masked)
 
 
 def preset_structure(

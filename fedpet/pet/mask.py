@@ -19,7 +19,7 @@ import hashlib
 import itertools
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from decimal import Decimal
 
 import numpy as np
@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from fedpet.config import MaskConfig
-from fedpet.errors import ConfigError
+from fedpet.errors import ConfigError, StructureError
 
 _STRETCH = 1 << 20  # entries looked at in one piece, whatever a tensor holds
 # A sample of the scores is every 61st (a prime, since rows of weights are multiples of 64 long),
@@ -35,6 +35,68 @@ _STRETCH = 1 << 20  # entries looked at in one piece, whatever a tensor holds
 _EVERY = 61
 _SAMPLE = 1 << 20
 _SPARE = 32
+
+
+@dataclass(frozen=True)
+class MaskCounts:
+    """Of each tensor, how many of its entries that a rule ranks first are trained: a mask in brief.
+
+    A search finds the counts (fedpet/search/space.py); the positions are a function of them and of
+    the pretrained weights, as those of one density are.
+
+    Attributes:
+        rule: As `mask.rule`.
+        seed: As `mask.seed`, of the rule "random".
+        entries: Parameter name -> number of entries, each above 0.
+        sha256: Of the positions, in hex, see `Mask.digest`; "" is not compared.
+    """
+
+    rule: str = "smallest"
+    seed: int = 0
+    entries: Mapping[str, int] = field(default_factory=dict)
+    sha256: str = ""
+
+    def __post_init__(self) -> None:
+        if not self.entries or any(
+            not isinstance(count, int) or isinstance(count, bool) or count < 1
+            for count in self.entries.values()
+        ):
+            raise StructureError(
+                "the entries of a structure's mask must be counts of at least 1 by the name of a "
+                f"weight, got {dict(self.entries)!r}. Leave out tensors without entries."
+            )
+        self.config()
+
+    @property
+    def num_values(self) -> int:
+        """Count the trainable entries."""
+        return sum(self.entries.values())
+
+    def config(self) -> MaskConfig:
+        """Return the settings of a mask that these counts cut; the density is not read."""
+        return MaskConfig(rule=self.rule, seed=self.seed)
+
+    def check(self, config: MaskConfig) -> None:
+        """Refuse an experiment's `mask` that is not the one that was searched.
+
+        Raises:
+            ConfigError: Another rule or seed, tiers, or no mask at all.
+        """
+        if not config.enabled:
+            raise ConfigError(
+                f"the structure holds a mask of {self.num_values} entries, and mask.enabled is "
+                "false. Set it to true, or take a structure without a mask."
+            )
+        if config.rule != self.rule or (self.rule == "random" and config.seed != self.seed):
+            raise ConfigError(
+                f"the structure's mask was searched with mask.rule = {self.rule!r} (seed "
+                f"{self.seed}), got {config.rule!r} (seed {config.seed}). Set both alike."
+            )
+        if config.tiers:
+            raise ConfigError(
+                "mask.tiers are densities of one mask over all tensors, and the structure's mask "
+                "has a count for each tensor. Remove mask.tiers, or take another structure."
+            )
 
 
 @dataclass(frozen=True)
@@ -67,12 +129,15 @@ class Mask:
         return digest.digest()
 
 
-def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
+def build_mask(
+    params: Mapping[str, Tensor], config: MaskConfig, counts: MaskCounts | None = None
+) -> Mask:
     """Choose the entries that a rule ranks first.
 
     Args:
         params: Weights in scope by name, of any shapes, floating dtype. Left as they are.
         config: Rule, density and granularity.
+        counts: Of each tensor, in the place of density and granularity.
 
     Returns:
         The mask. A lower density under the same rule is nested in it: with global granularity its
@@ -80,6 +145,7 @@ def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
 
     Raises:
         ConfigError: The density leaves nothing to train, or a weight is not a number.
+        StructureError: `counts` name another tensor, or more entries than it has.
 
     Example:
         >>> weights = {"w": torch.tensor([[3.0, -1.0], [0.5, 2.0]])}
@@ -88,6 +154,8 @@ def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
     """
     names = sorted(params)
     sizes = {name: params[name].numel() for name in names}
+    if counts is not None:
+        return _cut_by_counts(params, sizes, config, counts)
     if config.granularity == "per-tensor":
         ranked: dict[str, Tensor] = {}
         for name in names:
@@ -100,6 +168,31 @@ def build_mask(params: Mapping[str, Tensor], config: MaskConfig) -> Mask:
         raise ConfigError(
             f"mask.density {config.density!r} leaves nothing to train: it is a fraction of the "
             f"{sum(sizes.values()):,} entries in scope, rounded down."
+        )
+    return mask
+
+
+def _cut_by_counts(
+    params: Mapping[str, Tensor],
+    sizes: Mapping[str, int],
+    config: MaskConfig,
+    counts: MaskCounts,
+) -> Mask:
+    """Take of each tensor as many of its first entries as it has counts."""
+    counts.check(config)
+    positions: dict[str, Tensor] = {}
+    for name, count in sorted(counts.entries.items()):
+        if count > sizes.get(name, 0):
+            raise StructureError(
+                f"the structure's mask takes {count} entries of {name!r}, of which this backbone "
+                f"has {sizes.get(name, 0)} in scope: the structure was made for another one."
+            )
+        positions |= _ranked(params, [name], config, count)
+    mask = Mask(positions, sizes)
+    if counts.sha256 and mask.digest().hex() != counts.sha256:
+        raise StructureError(
+            f"the mask cut from this backbone is {mask.digest().hex():.16}, the structure's is "
+            f"{counts.sha256:.16}: take the checkpoint that it was searched on."
         )
     return mask
 

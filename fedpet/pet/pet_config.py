@@ -22,7 +22,7 @@ class PetConfig:
     """All that trains of a model.
 
     Attributes:
-        mask: Entries of the dense weights; None for none.
+        mask: Entries of the dense weights; None for none, or for those that a `Structure` counts.
         modules: Small modules; or a `Structure`, as a search finds it.
         modules_to_save: Modules that train in full, by path or its end. None takes the head of a
             model that classifies, regresses or marks spans: all that stands beside the encoder. A
@@ -50,6 +50,12 @@ class PetConfig:
                 raise ConfigError(
                     f"modules must be configurations such as LoraConfig(r=8), got {module!r}."
                 )
+
+    def mask_of(self, structure: Structure) -> MaskConfig | None:
+        """Return the mask's settings: those of a structure's counts where no others are given."""
+        if self.mask is None and structure.mask is not None:
+            return structure.mask.config()
+        return self.mask
 
     def structure(self, positions: Sequence[Position]) -> Structure:
         """List the modules and their targets in a model of these positions.

@@ -27,7 +27,7 @@ from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import Backbone, fingerprint
 from fedpet.config import MaskConfig
 from fedpet.errors import BackboneError, InputError
-from fedpet.pet.mask import Mask, build_mask
+from fedpet.pet.mask import Mask, MaskCounts, build_mask
 from fedpet.pet.structure import Structure
 from fedpet.pet.trainable_model import TrainableModel, check_plain
 
@@ -97,13 +97,14 @@ def load_pet(make: Callable[..., _Model], model: nn.Module, folder: Path) -> _Mo
     for name, start in starts.items():
         parameters[name].copy_(start)
     head = tuple(table["head"])
-    mask, config = _mask(table["mask"], tensors, model, head)
+    structure = Structure.from_json(json.dumps(table["structure"]))
+    mask, config = _mask(table["mask"], tensors, model, head, structure.mask)
     pet = make(
         Backbone.of_model(
             model, head, fingerprint=found, source=table["base_model"], trains_head=bool(starts)
         ),
         mask,
-        Structure.from_json(json.dumps(table["structure"])),
+        structure,
         seed=table["seed"],
         mask_config=config,
     )
@@ -154,6 +155,7 @@ def _mask(
     tensors: Mapping[str, Tensor],
     model: nn.Module,
     head: tuple[str, ...],
+    counts: MaskCounts | None,
 ) -> tuple[Mask | None, MaskConfig | None]:
     """Return the mask, and the configuration that gives it where there is one."""
     if table is None:
@@ -177,7 +179,7 @@ def _mask(
         raise InputError(
             f"the mask in {CONFIG_FILE} of save_pretrained reads wrong: {error}."
         ) from None
-    return build_mask(scope, config), config
+    return build_mask(scope, config, counts), config
 
 
 def _under(prefix: str, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -17,13 +17,15 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
 from fedpet.backbone.module_roles import Position
 from fedpet.config import StructureConfig
-from fedpet.errors import StructureError
+from fedpet.config.builtin import experiments_folder
+from fedpet.errors import ConfigError, StructureError
+from fedpet.pet.mask import MaskCounts
 from fedpet.pet.modules.registry import KINDS, PRESETS, ModuleSpec, spec_of
 
 __all__ = ["KINDS", "PRESETS", "ModuleSpec", "Structure", "load_structure", "preset", "spec_of"]
@@ -47,6 +49,7 @@ class Structure:
     fingerprint: str = ""  # of the backbone it was found on; "" fits any with these targets
     gates: tuple[float, ...] = ()  # of a search, one a module: how sure it was
     provenance: Mapping[str, Any] = field(default_factory=dict)  # of a search: data, budget, seed
+    mask: MaskCounts | None = None  # how dense each tensor's mask is; None: `mask.density` says so
 
     def __post_init__(self) -> None:
         seen: set[tuple[str, str]] = set()
@@ -63,11 +66,18 @@ class Structure:
                 f"{len(self.modules)} modules."
             )
 
+    def to_broadcast(self) -> Structure:
+        """Return what nodes need of it: modules and mask. Gates and origin stay with the server."""
+        mask = None if self.mask is None else replace(self.mask, sha256="")  # the plan has it
+        return Structure(self.modules, mask=mask)
+
     def to_json(self) -> str:
         table: dict[str, Any] = {"schema": SCHEMA, "modules": [asdict(m) for m in self.modules]}
         for name in ("fingerprint", "gates", "provenance"):
             if getattr(self, name):
                 table[name] = getattr(self, name)
+        if self.mask is not None:
+            table["mask"] = asdict(self.mask)
         return json.dumps(table, indent=1, sort_keys=True) + "\n"
 
     @classmethod
@@ -101,7 +111,8 @@ class Structure:
                 'a structure\'s "provenance" must be an object, its "fingerprint" a string.'
             )
         specs = tuple(_spec(module) for module in modules)
-        return cls(specs, fingerprint, tuple(float(gate) for gate in gates), provenance)
+        gates = tuple(float(gate) for gate in gates)
+        return cls(specs, fingerprint, gates, provenance, _mask(table.get("mask")))
 
 
 def _is_number(value: Any) -> bool:
@@ -112,6 +123,26 @@ def _known(table: Mapping[str, Any], names: Sequence[str], what: str) -> None:
     for name in table:
         if name not in names:
             raise StructureError(f"unknown key {name!r} in {what}. Known are: {', '.join(names)}.")
+
+
+def _mask(table: Any) -> MaskCounts | None:
+    if table is None:
+        return None
+    if not isinstance(table, dict) or not isinstance(table.get("entries"), dict):
+        raise StructureError(
+            'a structure\'s "mask" must be an object with "entries", counts by names of weights.'
+        )
+    _known(table, [f.name for f in fields(MaskCounts)], "a structure's mask")
+    rule, seed, sha256 = table.get("rule", ""), table.get("seed", 0), table.get("sha256", "")
+    if not (isinstance(rule, str) and isinstance(sha256, str) and isinstance(seed, int)):
+        raise StructureError(
+            'a structure\'s "mask" has a "rule" and a "sha256", strings, and a "seed", a whole '
+            f"number, got {rule!r}, {sha256!r} and {seed!r}."
+        )
+    try:
+        return MaskCounts(rule, seed, table["entries"], sha256)
+    except ConfigError as error:
+        raise StructureError(f"a structure's mask does not read: {error}") from None
 
 
 def _spec(table: Mapping[str, Any]) -> ModuleSpec:
@@ -132,21 +163,34 @@ def load_structure(config: StructureConfig, positions: Sequence[Position]) -> St
     """Read the structure that an experiment names: its file, else a preset.
 
     Args:
-        config: What is named.
+        config: A file, else a preset or a built-in structure.
         positions: Of the backbone, from `find_target_modules`.
 
     Raises:
         StructureError: The file does not read, or the preset does not fit.
     """
-    if not config.file:
+    file = config.file or structure_file(config.preset)
+    if not file:
         return preset(config.preset, positions, rank=config.rank, scale=config.scale)
     try:
-        text = Path(config.file).read_text(encoding="utf-8-sig")
+        text = Path(file).read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         raise StructureError(
-            f"the structure's file {config.file!r} does not read: {error}."
+            f"the structure's file {str(file)!r} does not read: {error}."
         ) from None
     return Structure.from_json(text)
+
+
+def structure_file(name: str) -> Path | None:
+    """Return the file of a built-in structure, which lies beside the experiment of its name.
+
+    Args:
+        name: As in `structure.preset`; None is returned of one that names no built-in structure.
+    """
+    if name in PRESETS or Path(name).name != name:
+        return None
+    file = experiments_folder() / f"{name}.structure.json"
+    return file if file.is_file() else None
 
 
 def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float) -> Structure:
@@ -167,7 +211,7 @@ def preset(names: str, positions: Sequence[Position], *, rank: int, scale: float
         if name not in PRESETS:
             raise StructureError(
                 f"structure.preset must be 'none' or of {', '.join(sorted(PRESETS))}, joined by "
-                f"'+', got {name!r}."
+                f"'+', or a built-in structure's name, got {name!r}."
             )
         kind, wanted = PRESETS[name]
         chosen = [p.name for p in positions if wanted(p)]

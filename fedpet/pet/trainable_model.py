@@ -13,7 +13,7 @@ moved: a training loop calls nothing of ours. Where trainables and values lie:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -126,6 +126,7 @@ class TrainableModel(ModelWrapper):
         )
         self._hook = self._storage.hook(model)
         self._gated = False
+        self._blocks: Tensor | None = None  # of each of the mask's values, see `gate_mask`
         for site in self._sites:
             site.install(gated=False)
         of_tiers = (segments_of(self._pet_modules, tier) for tier in tiers)
@@ -278,21 +279,43 @@ class TrainableModel(ModelWrapper):
 
     # Gates, for the search.
 
+    def gate_mask(self, sizes: Sequence[int]) -> None:
+        """Give stretches of the mask's values gates of their own, which come before the modules'.
+
+        Args:
+            sizes: Of the stretches, in the order of the values; together all values of the mask.
+        """
+        assert self._mask is not None
+        assert sum(sizes) == self._mask.num_values
+        each = torch.tensor(sizes, device=self._storage.flat.device)
+        self._blocks = torch.arange(len(each), device=each.device).repeat_interleave(each)
+
+    @property
+    def num_gates(self) -> int:
+        """Count the gates: one a stretch of the mask that `gate_mask` names, one a module."""
+        blocks = 0 if self._blocks is None else int(self._blocks[-1]) + 1
+        return blocks + len(self._structure)
+
     def set_gates(self, gates: Tensor | None) -> None:
         """Multiply the effect of each of the structure's modules by its gate.
 
         Args:
-            gates: (number of modules of the structure,), on any device, which may require a
-                gradient; None takes the gates off, which is not the same computation as gates of
-                1 but the same result.
+            gates: (num_gates,), on any device, which may require a gradient; None takes the gates
+                off, which is not the same computation as gates of 1 but the same result.
         """
-        if gates is not None and gates.shape != (len(self._structure),):
+        if gates is not None and gates.shape != (self.num_gates,):
             raise ValueError(
-                f"gates must be one a module of the structure, ({len(self._structure)},), got "
+                f"gates must be one a module of the structure, ({self.num_gates},), got "
                 f"{tuple(gates.shape)}."
             )
         # Unbound in one piece: taken one by one, each gate's gradient is a vector of all gates.
         here = None if gates is None else gates.to(self._storage.flat.device)
+        if self._mask is not None and self._blocks is not None:
+            first = self.num_gates - len(self._structure)
+            self._mask.set_gates(None if here is None else here[:first][self._blocks])
+            here = None if here is None else here[first:]
+            with torch.no_grad():
+                self._mask.write_weights()
         each = [None] * len(self._structure) if here is None else here.unbind()
         for module, gate in zip(self._structure, each, strict=True):
             module.gate = gate

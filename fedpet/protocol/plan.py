@@ -46,7 +46,7 @@ from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
 from fedpet.protocol.frame import DIGEST_BYTES
 from fedpet.protocol.wire_struct import WireStruct, decode_struct, encode_struct
-from fedpet.search import SearchModel
+from fedpet.search import SearchModel, space_for
 from fedpet.training.auto_rates import auto_learning_rates
 from fedpet.training.loss import LOSSES
 from fedpet.training.optimizer import round_factor
@@ -125,7 +125,7 @@ class Plan:
         tokenizer_hash: str,
     ) -> tuple[Plan, PetModel]:
         """Make a run's plan, and build the server's own model from it. The backbone is used up."""
-        mask = _build_mask(experiment, backbone)
+        mask = _build_mask(experiment, backbone, structure)
         pet = PetModel(
             backbone,
             mask,
@@ -141,7 +141,7 @@ class Plan:
             mask,
             task=task,
             tokenizer_hash=tokenizer_hash,
-            structure=Structure(structure.modules),  # gates and origin stay with the server
+            structure=structure.to_broadcast(),
             num_rounds=experiment.strategy.num_rounds,
             seed=experiment.run.seed,
         )
@@ -171,10 +171,11 @@ class Plan:
         Raises:
             InputError: The backbone has no such space, or the budget does not fit it.
         """
-        mask = _build_mask(experiment, backbone)
         seed = derive_seed("structure search", experiment.run.seed, search.seed)
+        space = space_for(search, backbone.model, experiment.mask, head=backbone.head)
+        mask = _build_mask(experiment, backbone, space.structure())
         model = SearchModel.of(
-            backbone, mask, search, seed=seed, products=experiment.training.matmul_backend
+            backbone, mask, space, search, seed=seed, products=experiment.training.matmul_backend
         )
         if not search.learning_rate:
             search = search.with_rates(auto_learning_rates(model.pet))
@@ -225,8 +226,12 @@ class Plan:
         return encode_struct(_PlanBytes(header, self.mask_positions))
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Plan:
+    def from_bytes(cls, data: bytes, *, max_header_bytes: int = MAX_HEADER_BYTES) -> Plan:
         """Parse the bytes of `to_bytes`.
+
+        Args:
+            data: At most `MAX_PLAN_BYTES`.
+            max_header_bytes: That the compressed header opens to, at most.
 
         Raises:
             PlanError: The bytes are no plan of this version.
@@ -235,8 +240,8 @@ class Plan:
             raise PlanError(f"a plan has at most {MAX_PLAN_BYTES} bytes, got {len(data)}.")
         parts = decode_struct(data, _PlanBytes, "plan", error=PlanError)
         try:
-            if not 0 <= zstandard.frame_content_size(parts.header) <= MAX_HEADER_BYTES:
-                raise PlanError(f"a plan's header has at most {MAX_HEADER_BYTES} bytes.")
+            if not 0 <= zstandard.frame_content_size(parts.header) <= max_header_bytes:
+                raise PlanError(f"a plan's header has at most {max_header_bytes} bytes.")
             header = zstandard.ZstdDecompressor().decompress(parts.header)
             plan = msgspec.json.decode(header, type=cls)
             plan.backbone(BackboneConfig())
@@ -255,6 +260,8 @@ class Plan:
     def _header(self) -> bytes:
         """Write all but the positions, which do not shrink, as JSON."""
         fields = dataclasses.asdict(dataclasses.replace(self, mask_positions=b""))
+        if self.structure.mask is None:
+            del fields["structure"]["mask"]
         if not self.collator:
             del fields["collator"]
         if self.dtype == "float32":
@@ -334,9 +341,11 @@ class Plan:
         """
         assert self.search is not None
         self._check_fingerprint(backbone)
+        space = space_for(self.search, backbone.model, self.mask, head=backbone.head)
         model = SearchModel.of(
             backbone,
-            self._mask(backbone),
+            self._mask(backbone, space.structure()),
+            space,
             self.search,
             seed=self.seed,
             products=self.training.matmul_backend,
@@ -359,7 +368,8 @@ class Plan:
                 "server and on the nodes."
             )
 
-    def _mask(self, backbone: Backbone) -> Mask | None:
+    def _mask(self, backbone: Backbone, space: Structure | None = None) -> Mask | None:
+        """Cut the mask of the structure, or of a search's whole `space`, and check its hash."""
         if self.mask is None:
             return None
         scope = maskable_weights(backbone.model, backbone.head)
@@ -375,7 +385,7 @@ class Plan:
             ranked = rank_positions(scope, positions, self.mask)
             mask = Mask(ranked, sizes, tier_counts(scope, ranked, self.mask))
         else:
-            mask = build_mask(scope, self.mask)
+            mask = build_mask(scope, self.mask, (space or self.structure).mask)
         if mask.digest().hex() != self.mask_sha256:
             raise PlanError(
                 f"the mask computed here is {mask.digest().hex():.16}, the plan's is "
@@ -411,7 +421,11 @@ def _training(experiment: Experiment, model: PetModel | SearchModel) -> Training
     return dataclasses.replace(training, loss=LOSSES.portable(training.loss))
 
 
-def _build_mask(experiment: Experiment, backbone: Backbone) -> Mask | None:
+def _build_mask(experiment: Experiment, backbone: Backbone, structure: Structure) -> Mask | None:
+    """Build the mask of a structure's counts, else of the experiment's density."""
+    counts = structure.mask
+    if counts is not None:
+        counts.check(experiment.mask)
     if not experiment.mask.enabled:
         return None
-    return build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
+    return build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask, counts)

@@ -54,9 +54,11 @@ class GateMap:
 def gate_map(structure: Structure) -> GateMap | None:
     """Return the map of a searched structure; None where not all gates are known."""
     candidates = structure.provenance.get("candidates")
-    if not structure.gates or not isinstance(candidates, list):
+    if not (structure.gates or structure.mask) or not isinstance(candidates, list):
         return None
     chosen = {(spec.kind, spec.target) for spec in structure.modules}
+    if structure.mask is not None:
+        chosen |= {("mask", name.removesuffix(".weight")) for name in structure.mask.entries}
     stacks = set()
     found: list[tuple[str, str, str, Gate]] = []  # role, kind, layer, gate
     try:
@@ -78,9 +80,18 @@ def gate_map(structure: Structure) -> GateMap | None:
     cells: dict[tuple[str, str], Gate] = {}
     for role, kind, layer, gate in found:
         key = f"{role} {kind}", layer
-        if key not in cells or gate.probability > cells[key].probability:
+        if kind == "mask" and key in cells:  # blocks of one weight: their mean
+            cells[key] = _joined(cells[key], gate)
+        elif key not in cells or gate.probability > cells[key].probability:
             cells[key] = gate
     return GateMap(tuple(rows), tuple(layers), cells)
+
+
+def _joined(one: Gate, other: Gate) -> Gate:
+    """Join stretches of one weight: their values together, the mean of their probabilities."""
+    size = one.size + other.size
+    mean = (one.probability * one.size + other.probability * other.size) / size
+    return Gate(mean, one.chosen, size, one.target)
 
 
 def structure_table(structure: Structure) -> RenderableType:
@@ -118,10 +129,17 @@ def structure_facts(structure: Structure) -> Iterator[tuple[str, str]]:
     if isinstance(space, dict):
         yield "space", f"{space.get('name')}, {space.get('values'):,} values"
     if "values" in origin:
+        masked = ""
+        if structure.mask is not None:
+            entries = structure.mask
+            masked = (
+                f"{entries.num_values:,} entries of {len(entries.entries)} weights (mask, "
+                f"{entries.rule}), "
+            )
         yield (
             "chosen",
-            f"{len(structure.modules)} modules, {origin['values']:,} of {origin.get('budget'):,} "
-            "values; the head is not counted",
+            f"{masked}{len(structure.modules)} modules, {origin['values']:,} of "
+            f"{origin.get('budget'):,} values; the head is not counted",
         )
     kinds: dict[str, int] = {}
     for spec in structure.modules:

@@ -22,7 +22,7 @@ from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import Backbone, load_for_task, locate
 from fedpet.client.node_config import make_cache
 from fedpet.codec.spec import parse_codec
-from fedpet.config import ClientsConfig, Experiment, SearchConfig
+from fedpet.config import ClientsConfig, Experiment, MaskConfig, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError
 from fedpet.pet.kernels.matmul_timing import settle_product
@@ -31,11 +31,12 @@ from fedpet.pet.structure import PRESETS, Structure
 from fedpet.run.callbacks import Callback
 from fedpet.run.run_folder import versions
 from fedpet.search import (
-    build_space,
     manual_structure,
     random_structure,
+    repeat_file,
     resolve_settings,
     run_search,
+    space_for,
 )
 from fedpet.training.input_checks import check_inputs
 from fedpet.utils.atomic_write import atomic_write
@@ -65,9 +66,10 @@ def search_centrally(experiment: Experiment, out: Path, callback: Callback) -> S
 def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     device = check_device(experiment.run.device)
     callback.on_stage("reading and tokenising the rows")
+    whole = experiment.search.split == "rows"  # of rows whose clients do not matter
     data = load_data(
         experiment.data,
-        _EVERYBODY,
+        _EVERYBODY if whole else experiment.clients,
         locate(experiment.backbone),
         cache=make_cache(experiment),
         evaluation=False,
@@ -78,17 +80,17 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     check_inputs(backbone.model, data.train, experiment.data.max_length)
     for line in backbone.origin.lines():
         callback.on_stage(line)
-    mask = None
-    if experiment.mask.enabled:
-        mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
+    mask = mask_beside(experiment, backbone)
     config = resolve_search(experiment, backbone, mask)
     training = settle_product(experiment.training, backbone.model, make_cache(experiment))
-    origin = origin_of(experiment, rows=len(data.train), masked=mask is not None)
+    origin = origin_of(experiment, rows=len(data.train), masked=experiment.mask.enabled)
     structure = find_structure(
         backbone,
         data,
         config,
+        indices=None if whole else np.concatenate([client.rows for client in data.clients]),
         mask=mask,
+        mask_config=experiment.mask,
         logit_adjustment=experiment.training.logit_adjustment,
         loss=experiment.training.loss,
         products=training.matmul_backend,
@@ -97,8 +99,30 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
         callback=callback,
     )
     write_file(out, structure.to_json())
-    state_file(out).unlink(missing_ok=True)
+    for repeat in range(config.repeats):
+        state = repeat_file(state_file(out), repeat)
+        assert state is not None
+        state.unlink(missing_ok=True)
     return structure
+
+
+def mask_beside(experiment: Experiment, backbone: Backbone) -> Mask | None:
+    """Build the mask that is trained beside a search's candidates, where it is none of them.
+
+    Raises:
+        ConfigError: The mask is to be searched, and mask.enabled is false, or it has tiers.
+    """
+    masked = experiment.mask
+    if experiment.search.space == "joint":
+        if not masked.enabled or masked.tiers:
+            raise ConfigError(
+                'search.space = "joint" searches the mask too: it needs mask.enabled = true and '
+                "mask.tiers = []. Set both, or take another space."
+            )
+        return None
+    if not masked.enabled:
+        return None
+    return build_mask(maskable_weights(backbone.model, backbone.head), masked)
 
 
 def resolve_search(experiment: Experiment, backbone: Backbone, mask: Mask | None) -> SearchConfig:
@@ -141,6 +165,7 @@ def find_structure(
     config: SearchConfig,
     *,
     mask: Mask | None = None,
+    mask_config: MaskConfig | None = None,
     logit_adjustment: float = 0.0,
     loss: str = "",
     products: str = "torch",
@@ -169,7 +194,9 @@ def find_structure(
             np.arange(len(data.train)) if indices is None else indices,
             data.task,
             config,
+            owners=_owners(data, indices) if config.split == "clients" else None,
             mask=mask,
+            mask_config=mask_config,
             logit_adjustment=logit_adjustment,
             loss=loss,
             products=products,
@@ -179,7 +206,7 @@ def find_structure(
         ).structure
     budget, rank, scale = float(config.budget), config.rank, config.scale
     if config.method == "random":
-        space = build_space(model, config.space, head=head, rank=rank, scale=scale)
+        space = space_for(config, model, mask_config, head=head)
         structure = random_structure(
             space, budget, seed=config.seed, fingerprint=backbone.fingerprint
         )
@@ -199,6 +226,14 @@ def find_structure(
             fingerprint=backbone.fingerprint,
         )
     return replace(structure, provenance={**structure.provenance, **origin})
+
+
+def _owners(data: FederatedData, indices: np.ndarray | None) -> np.ndarray:
+    """Return the number of each row's client, -1 of rows without one; None takes all rows."""
+    owners = np.full(len(data.train), -1, dtype=np.int64)
+    for number, client in enumerate(data.clients):
+        owners[client.rows] = number
+    return owners if indices is None else owners[indices]
 
 
 def bytes_per_value(codec: str) -> float:

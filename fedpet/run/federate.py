@@ -163,11 +163,16 @@ def federate(
 
 
 def _with_clients(data: FederatedData, population: ClientPool) -> FederatedData:
-    """Add the clients that nodes of a deployment brought; their rows are counted from 0."""
+    """Add the clients that nodes of a deployment brought, with rows that take no memory.
+
+    How many there are is the nodes' word: an array is made of no such number.
+    """
     if not isinstance(population, ConnectedClientPool):
         return data
     rows = sorted(population.num_rows.items())
-    return replace(data, clients=tuple(Client(name, np.arange(count)) for name, count in rows))
+    return replace(
+        data, clients=tuple(Client(name, np.broadcast_to(0, count)) for name, count in rows)
+    )
 
 
 def _num_parameters(model: PreTrainedModel) -> int:

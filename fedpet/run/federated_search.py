@@ -15,27 +15,36 @@ from typing import TYPE_CHECKING
 
 from flwr.serverapp import Grid
 
+from fedpet.backbone.module_roles import maskable_weights
 from fedpet.client.node_config import cache_folder
 from fedpet.client.state_store import state_folder
 from fedpet.config import Experiment
 from fedpet.pet.structure import Structure
+from fedpet.protocol.flower_compat import bound_replies
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
+from fedpet.protocol.registration import MAX_CLIENTS, MAX_NAME_BYTES
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import origin_of
 from fedpet.run.checkpoint_file import RunCheckpoint
 from fedpet.run.resume import JournalWriter, restore_strategy
 from fedpet.run.run_folder import RunFolder
 from fedpet.run.run_state import refuse_stalled
+from fedpet.server.allowed_nodes import AllowedNodes
 from fedpet.server.client_pool import ClientPool, ConnectedClientPool
 from fedpet.server.node_registry import NodeRegistry
 from fedpet.server.rounds import SparseStrategy
+from fedpet.server.schedule import chunk_size
 from fedpet.strategies import StructureSearch
 from fedpet.utils.gc_paused import kept_from_collection
+from fedpet.utils.paths import expand
 
 if TYPE_CHECKING:
     from fedpet.run.prepare import PreparedSearch, RunInputs
 
 __all__ = ["make_client_pool", "search_in_rounds", "with_registry"]
+
+# At most, and roughly: of a frame's head or a refusal, and of a client in a registration.
+FRAME_BYTES, ENTRY_BYTES = 4096, 2 * MAX_NAME_BYTES
 
 
 def search_in_rounds(
@@ -101,7 +110,8 @@ def search_in_rounds(
         {
             "inexact_kinds": list(to_search.inexact_kinds),
             **origin_of(experiment, rows=rows, masked=masked),
-        }
+        },
+        maskable_weights(to_search.backbone.model, to_search.backbone.head),
     )
     out.write_structure(structure)
     return structure
@@ -121,6 +131,9 @@ def with_registry(
     """Return the Grid of a strategy's rounds: in a deployment a roll call stands before it."""
     if not isinstance(population, ConnectedClientPool):
         return grid
+    keys = experiment.clients.node_keys
+    allowed = AllowedNodes(expand(keys)) if keys else None
+    bound_replies(grid, _longest_reply(strategy, allowed))
     return NodeRegistry(
         grid,
         plan=strategy.plan.to_bytes(),
@@ -129,4 +142,15 @@ def with_registry(
         expected=experiment.clients.num_clients,
         wait_seconds=experiment.strategy.node_wait_seconds,
         ledger=strategy.ledger,
+        allowed=allowed,
     )
+
+
+def _longest_reply(strategy: SparseStrategy, allowed: AllowedNodes | None) -> int:
+    """Return the bytes that no reply of a node has more of: frames, or a registration."""
+    longest = strategy.requests.longest_payload
+    frames = 2 * chunk_size(longest) * (longest + FRAME_BYTES)
+    most = (
+        MAX_CLIENTS if allowed is None else max((n.clients for _, n in allowed.items()), default=1)
+    )
+    return max(frames, most * ENTRY_BYTES + FRAME_BYTES)

@@ -83,7 +83,7 @@ class _Trainables:
 
 def structure_table(structure: Structure, cache: Path) -> dict[str, Any]:
     """Return the table [structure] of a structure in memory, which is written to the cache."""
-    if not structure.modules:
+    if not structure.modules and structure.mask is None:
         return {"preset": "none"}
     text = structure.to_json().encode()
     folder = store_folder(
@@ -173,7 +173,7 @@ def _trainables(model: nn.Module, config: PetConfig) -> _Trainables:
     """Return what a PetConfig trains of a plain model, which stays as it is."""
     head = trained_in_full(model, config.modules_to_save)
     structure = config.structure(find_target_modules(model, head))
-    return _Trainables(config.mask, structure, config.seed, head)
+    return _Trainables(config.mask_of(structure), structure, config.seed, head)
 
 
 def _head_key(model: nn.Module, trained: tuple[str, ...], untouched: tuple[str, ...]) -> str:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedpet.backbone.device import check_device, device_of
-from fedpet.backbone.module_roles import find_target_modules, maskable_weights
+from fedpet.backbone.module_roles import find_target_modules
 from fedpet.backbone.pretrained import Backbone, Origin, load_for_task, locate
 from fedpet.client.node_config import make_cache
 from fedpet.codec import check_codecs
@@ -30,13 +30,12 @@ from fedpet.errors import ConfigError
 from fedpet.export.start_values import start_values
 from fedpet.pet.kernels.matmul import bound_onednn_cache
 from fedpet.pet.kernels.matmul_timing import settle_product
-from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure, load_structure
 from fedpet.pet.tiers import Tier, tiers_of
 from fedpet.protocol.plan import Plan
 from fedpet.run.callbacks import Callback
-from fedpet.run.central_search import resolve_search
+from fedpet.run.central_search import mask_beside, resolve_search
 from fedpet.search import Space, check_structure
 from fedpet.training.batching import inputs_of
 from fedpet.training.block_checkpointing import check_checkpointing
@@ -179,10 +178,7 @@ def _training_inputs(inputs: RunInputs, backbone: Backbone, structure: Structure
 def _search_inputs(inputs: RunInputs, backbone: Backbone) -> PreparedSearch:
     """Make the search's plan; the backbone is the checkpoint again."""
     experiment, data = inputs.experiment, inputs.data
-    mask = None
-    if experiment.mask.enabled:
-        mask = build_mask(maskable_weights(backbone.model, backbone.head), experiment.mask)
-    search = resolve_search(experiment, backbone, mask)
+    search = resolve_search(experiment, backbone, mask_beside(experiment, backbone))
     plan, model = Plan.for_search(experiment, search, backbone, data.task, data.tokenizer_hash)
     tiers, inexact = tiers_of(model, plan.mask), model.inexact_kinds
     model.pet.unload()

@@ -15,6 +15,7 @@ from fedpet.search.central import (
     candidate_records,
     check_structure,
     random_structure,
+    repeat_file,
     run_search,
     split_rows,
     step_batches,
@@ -37,6 +38,7 @@ from fedpet.search.space import (
     Candidate,
     Space,
     build_space,
+    space_for,
     space_of_structure,
 )
 
@@ -65,6 +67,7 @@ __all__ = [
     "manual_structure",
     "probabilities",
     "random_structure",
+    "repeat_file",
     "reproducible_settings",
     "resolve_settings",
     "run_search",
@@ -72,6 +75,7 @@ __all__ = [
     "select",
     "select_at_random",
     "solve_zeta",
+    "space_for",
     "space_of_structure",
     "split_in_two",
     "split_rows",

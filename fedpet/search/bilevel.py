@@ -24,7 +24,8 @@ and taken back. The same noise and zeta serve steps 1 to 3, so the gates are one
 gradient is gathered over three passes and sent to alpha once.
 
 Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), after DARTS (Liu et al., ICLR 2019,
-arXiv:1806.09055). Ours: rates may differ by group; `sgd`, `adamw-exact` and the first order.
+arXiv:1806.09055). Ours: rates may differ by group; `sgd`, `adamw-exact` and the first order; for
+alpha `SharedScale` and the gradient through zeta.
 """
 
 from __future__ import annotations
@@ -42,19 +43,52 @@ from fedpet.config import SearchConfig
 from fedpet.errors import ConfigError, TrainingError
 from fedpet.pet.model import PetModel
 from fedpet.search.gates import concrete, probabilities, uniform
-from fedpet.search.select import select
 from fedpet.search.settings import temperature
 from fedpet.search.space import Space
 from fedpet.training.loss import Loss
 from fedpet.training.optimizer import make_optimizer, rate_factor
 from fedpet.utils.seeds import derive_seed
 
-__all__ = ["BiLevel", "StepLosses", "hypergradient", "virtual_step"]
+__all__ = ["BiLevel", "SharedScale", "StepLosses", "hypergradient", "virtual_step"]
 
 RADIUS = 0.01  # of the finite difference: the length of eps * d
 _GUARD = 1e-6  # on the norm of d
 # A loss under some gates, of the trainables as they now are.
 GatedLoss = Callable[[Tensor], Tensor]
+
+
+class SharedScale(torch.optim.Optimizer):
+    """Momentum whose steps keep the ratios of the gradients, outliers cut.
+
+    Gradients are divided by one number for all, the running mean of their median magnitude, and cut
+    to three. AdamW, which the paper takes for alpha, divides each by its own: it steps as far for a
+    candidate that helps a little in each batch as for one that helps much, so the order among those
+    that help is left to noise. And one candidate that a batch hates, in a mean of squares, would
+    stop all others.
+    """
+
+    def __init__(
+        self, params: Sequence[Tensor], lr: float, momentum: float = 0.9, cut: float = 3.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "momentum": momentum, "cut": cut})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> Any:
+        """Take one step: `lr` for a gradient of the median magnitude."""
+        for group in self.param_groups:
+            keep, cut = group["momentum"], group["cut"]
+            for parameter in group["params"]:
+                state, gradient = self.state[parameter], parameter.grad
+                if not state:
+                    state["step"] = torch.zeros(())
+                    state["mean"] = torch.zeros_like(parameter)
+                    state["scale"] = torch.zeros((), dtype=parameter.dtype)
+                state["step"] += 1
+                done = float(state["step"])
+                state["scale"] += (gradient.abs().median() - state["scale"]) / done
+                if state["scale"] > 0:
+                    state["mean"].lerp_((gradient / state["scale"]).clamp(-cut, cut), 1 - keep)
+                parameter.sub_(group["lr"] * state["mean"] / (1 - keep**done))
 
 
 def virtual_step(
@@ -218,13 +252,18 @@ class BiLevel:
 
         Raises:
             StructureError: The budget does not fit the space.
-            ConfigError: The rate of the candidates' values is 0.
+            ConfigError: The rate of the candidates' values is 0, or no step moves gates.
         """
         lacking = [kind for kind in pet.parameter_groups() if not config.rate_of(kind) > 0]
         if lacking:
             raise ConfigError(
                 f"a search's rate must be above 0, got {config.rate_of(lacking[0])!r} for "
                 f"{lacking[0]!r}."
+            )
+        if config.warmup_steps >= max(1, total_steps):
+            raise ConfigError(
+                f"search.warmup-steps must leave steps in which gates move, got "
+                f"{config.warmup_steps} of {total_steps}: lower it, or take more steps."
             )
         self.budget = float(config.budget)
         space.check_budget(self.budget)
@@ -237,9 +276,13 @@ class BiLevel:
         self.alpha = nn.Parameter(torch.zeros(len(space.candidates), dtype=torch.float64))
         self._groups = pet.parameter_groups()
         self._theta = make_optimizer(self._groups, config.rate_of, fused=None)
-        self._alpha = make_optimizer(
-            {"alpha": self.alpha}, lambda _: config.gate_learning_rate, fused=None
-        )
+        self._alpha: torch.optim.Optimizer
+        if config.gate_optimizer == "shared":
+            self._alpha = SharedScale([self.alpha], lr=config.gate_learning_rate)
+        else:
+            self._alpha = make_optimizer(
+                {"alpha": self.alpha}, lambda _: config.gate_learning_rate, fused=None
+            )
         self._rates = [
             (group, float(group["lr"]))
             for optimiser in (self._theta, self._alpha)
@@ -253,13 +296,14 @@ class BiLevel:
 
     def probabilities(self) -> Tensor:
         """Return p of every candidate, float64, shape (n,), with a gradient to alpha."""
-        return probabilities(self.alpha, self._sizes, self.budget, self.beta)
+        by_value = self.config.competition == "values"
+        return probabilities(self.alpha, self._sizes, self.budget, self.beta, by_value=by_value)
 
     def choice(self) -> list[int]:
         """Return the candidates that selection would take now."""
         # alpha's order is p's, and holds where p comes to 0 or 1 within its guards.
         alpha = self.alpha.tolist()
-        return select(alpha, self.space.sizes, self.budget, self.space.tensors)
+        return self.space.select(alpha, self.budget)
 
     def open_gates(self) -> None:
         """Set the gates for evaluation: at p, or at the selection with hard gates."""
@@ -290,6 +334,8 @@ class BiLevel:
         if self.pet.model.training != config.dropout:
             self.pet.model.train(config.dropout)
         self._reseed("step")
+        if self.steps_done < config.warmup_steps:
+            return self._move_values(theta_batch)
 
         drawn = self._draw("alpha")
         gates = drawn.detach().float()
@@ -309,23 +355,34 @@ class BiLevel:
             theta_loss = alpha_loss = float(loss.detach())
         self.alpha.grad = None
         drawn.backward(gradient.to(drawn))
+        assert self.alpha.grad is not None
+        if config.competition == "values":  # the surplus of each candidate by its price, a value
+            self.alpha.grad *= self._sizes.mean() / self._sizes
         self._update(self._alpha, [self.alpha])
+        moved = self._move_values(theta_batch)
+        if config.order == "first":
+            theta_loss = moved.theta
+        self._check(theta_loss, alpha_loss)
+        return StepLosses(theta_loss, alpha_loss)
 
-        parameters = list(self._groups.values())
+    def _move_values(self, theta_batch: dict[str, Tensor]) -> StepLosses:
+        """Take the step of the candidates' values; its loss stands for both."""
         self.pet.zero_grad()
         loss = self._batch_loss(theta_batch, self._draw("theta").detach().float())
         loss.backward()
-        self._update(self._theta, parameters)
+        self._update(self._theta, list(self._groups.values()))
         self.pet.after_step()
-        if config.order == "first":
-            theta_loss = float(loss.detach())
         self.steps_done += 1
-        if not math.isfinite(theta_loss + alpha_loss + float(loss.detach())):
+        here = float(loss.detach())
+        self._check(here, here)
+        return StepLosses(here, here)
+
+    def _check(self, theta_loss: float, alpha_loss: float) -> None:
+        if not math.isfinite(theta_loss + alpha_loss):
             raise TrainingError(
                 f"a loss became {theta_loss}, {alpha_loss} at step {self.steps_done} of the "
                 "search: lower its rate, or look at the rows."
             )
-        return StepLosses(theta_loss, alpha_loss)
 
     @torch.no_grad()
     def continue_from(self, steps_done: int, alpha: Tensor) -> None:

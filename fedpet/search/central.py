@@ -30,15 +30,15 @@ import torch
 from torch import Tensor
 
 from fedpet.backbone.device import device_of
-from fedpet.config import SearchConfig
+from fedpet.backbone.module_roles import maskable_weights
+from fedpet.config import MaskConfig, SearchConfig
 from fedpet.data.rows import Rows
 from fedpet.errors import ConfigError, DataError, RunError, StructureError
-from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
 from fedpet.search.bilevel import BiLevel
-from fedpet.search.select import chosen_size, select_at_random
-from fedpet.search.settings import deviations, reproducible_settings
-from fedpet.search.space import Space, build_space
+from fedpet.search.gates import probabilities
+from fedpet.search.settings import deviations, reproducible_settings, temperature
+from fedpet.search.space import Space, model_of_space, space_for
 from fedpet.training.auto_rates import auto_learning_rates
 from fedpet.training.batching import batches
 from fedpet.training.evaluation import predict
@@ -58,6 +58,7 @@ __all__ = [
     "candidate_records",
     "check_structure",
     "random_structure",
+    "repeat_file",
     "run_search",
     "split_rows",
     "step_batches",
@@ -110,7 +111,9 @@ def run_search(
     task: Task,
     config: SearchConfig,
     *,
+    owners: np.ndarray | None = None,
     mask: Mask | None = None,
+    mask_config: MaskConfig | None = None,
     logit_adjustment: float = 0.0,
     loss: str = "",
     products: str = "torch",
@@ -126,7 +129,10 @@ def run_search(
         indices: Those to search on, (n,).
         task: Says which loss and which validation metric.
         config: Settled (`fedpet.search.resolve_settings`): its budget is in values.
-        mask: Trained beside the candidates and not gated; None for none.
+        owners: The client of each of those, (n,); see `split_rows`.
+        mask: Trained beside the candidates and not gated; None for none. A space that has the
+            mask among its candidates takes its own in this one's place.
+        mask_config: Whose rule ranks the entries of such a space.
         logit_adjustment: Of both losses, for the rows' labels, as in training.
         loss: Of both levels, as `training.loss`: "" is the task's own.
         products: Of dense layers, as in training; see `PetModel`.
@@ -142,97 +148,133 @@ def run_search(
         RunError: The model's outputs are not finite, at whichever checkpoint.
     """
     started = time.perf_counter()
-    space = build_space(
-        backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
-    )
+    space = space_for(config, backbone.model, mask_config, head=backbone.head)
     budget = float(config.budget)
     space.check_budget(budget)
-    split = split_rows(indices, config)
-    an_epoch = -(-len(split.theta) // config.batch_size)
-    total = config.epochs * an_epoch
-    total = min(total, config.max_steps or total)
-    seed = derive_seed("search", config.seed)
-    pet = PetModel(backbone, mask, space.structure(), seed=seed, products=products)
-    try:
-        if not config.learning_rate:
-            config = config.with_rates(auto_learning_rates(pet))
-        loss_of = client_loss(
-            rows.labels[indices], task, logit_adjustment, device_of(backbone.model), loss
-        )
-        search = BiLevel(pet, space, config, total_steps=total, loss=loss_of)
-        saved = _Saved(
-            state_file,
-            _digest(
-                config, (logit_adjustment, loss), products, backbone, rows.take(indices), task, mask
-            ),
-        )
-        best, history = saved.load(search)
-        validation = rows.take(split.validation)
-        for theta_batch, alpha_batch in step_batches(rows, split, config, search.steps_done, total):
-            losses = search.step(theta_batch, alpha_batch)
-            step, score = search.steps_done, None
-            if step % config.evaluate_every == 0 or step == total:
-                score = _score(search, validation, task)
-                if (
-                    not best
-                    or config.checkpoint == "last"
-                    or _beats(score, best["score"], task.metric)
-                ):
-                    best = {
-                        "score": score,
-                        "step": step,
-                        "alpha": search.alpha.detach().clone(),
-                        "p": search.probabilities().detach(),
-                        "chosen": search.choice(),
-                    }
-                history.append(
-                    {"step": step, "score": score, "theta": losses.theta, "alpha": losses.alpha}
-                )
-                saved.save(search, best, history)
-            elif time.monotonic() - saved.at > SAVE_SECONDS:
-                saved.save(search, best, history)
-            if progress is not None:
-                known = float(best["score"]) if best else None
-                progress(SearchProgress(step, total, losses.theta, losses.alpha, score, known))
-    finally:
-        pet.unload()
-
-    if math.isnan(best["score"]):
-        raise RunError(
-            f"the search came to no model that can be measured: at step {best['step']} the "
-            f"{task.metric} of the validation rows is NaN, its outputs are not finite. Lower "
-            "search.learning-rate, search.learning-rates or search.gate-learning-rate."
-        )
-    chosen, p = best["chosen"], best["p"].tolist()
+    mask = space.build_mask(maskable_weights(backbone.model, backbone.head)) or mask
+    loss_of = client_loss(
+        rows.labels[indices], task, logit_adjustment, device_of(backbone.model), loss
+    )
+    found: list[dict[str, Any]] = []  # the best checkpoint of each repeat
+    history: list[dict[str, float]] = []
+    for repeat in range(config.repeats):
+        own = config
+        if repeat:
+            own = replace(config, seed=derive_seed("repeat", config.seed, repeat))
+        split = split_rows(indices, own, owners)
+        total = own.epochs * -(-len(split.theta) // own.batch_size)
+        total = min(total, own.max_steps or total)
+        seed = derive_seed("search", own.seed)
+        pet = model_of_space(backbone, space, mask, seed=seed, products=products)
+        try:
+            if not config.learning_rate:
+                config = config.with_rates(auto_learning_rates(pet))
+            own = replace(config, seed=own.seed)
+            saved = _Saved(
+                repeat_file(state_file, repeat),
+                _digest(
+                    own,
+                    (logit_adjustment, loss),
+                    products,
+                    backbone,
+                    rows.take(indices),
+                    task,
+                    mask,
+                ),
+            )
+            search = BiLevel(pet, space, own, total_steps=total, loss=loss_of)
+            best, steps = _search_once(search, saved, rows, split, task, total, progress)
+        finally:
+            pet.unload()
+        if math.isnan(best["score"]):
+            raise RunError(
+                f"the search came to no model that can be measured: at step {best['step']} the "
+                f"{task.metric} of the validation rows is NaN, its outputs are not finite. Lower "
+                "search.learning-rate, search.learning-rates or search.gate-learning-rate."
+            )
+        found.append(best)
+        history += [{"repeat": repeat, **entry} for entry in steps] if config.repeats > 1 else steps
+    alpha, p, chosen = found[-1]["alpha"], found[-1]["p"], found[-1]["chosen"]
+    if config.repeats > 1:
+        alpha = torch.stack([best["alpha"] for best in found]).mean(0)
+        sizes = torch.tensor(space.sizes, dtype=torch.float64)
+        p = probabilities(alpha, sizes, budget, temperature(config, 1.0))
+        chosen = space.select(alpha.tolist(), budget)
+    score = sum(float(best["score"]) for best in found) / len(found)
     structure = replace(
-        space.structure(chosen),
+        space.found(chosen, maskable_weights(backbone.model, backbone.head)),
         fingerprint=backbone.fingerprint,
-        gates=tuple(p[index] for index in sorted(chosen)),
+        gates=space.gates_of(chosen, p.tolist()),
         provenance={
             "method": "s3pet",
             "deviations": list(deviations(config, logit_adjustment, loss)),
             "settings": reproducible_settings(config),
             "budget": int(budget),
-            "values": chosen_size(chosen, space.sizes, space.tensors),
+            "values": space.chosen_size(chosen),
             "space": {"name": space.name, "values": space.num_values},
             "rows": {name: len(part) for name, part in vars(split).items()},
-            "checkpoint": {"step": best["step"], "of": total, task.metric: best["score"]},
+            "checkpoint": {"step": found[-1]["step"], "of": total, task.metric: score},
             "history": history,
-            "candidates": candidate_records(space, p),
+            "candidates": candidate_records(space, p.tolist()),
             **(provenance or {}),
         },
     )
     return SearchResult(
         structure=structure,
         space=space,
-        probabilities=tuple(p),
-        alpha=tuple(best["alpha"].tolist()),
+        probabilities=tuple(p.tolist()),
+        alpha=tuple(alpha.tolist()),
         chosen=tuple(chosen),
-        step=int(best["step"]),
-        score=float(best["score"]),
+        step=int(found[-1]["step"]),
+        score=score,
         history=tuple(history),
         seconds=time.perf_counter() - started,
     )
+
+
+def repeat_file(state_file: Path | None, repeat: int) -> Path | None:
+    """Return where the state of one repeat of a search lies; of the first the file itself."""
+    if state_file is None or not repeat:
+        return state_file
+    return state_file.with_name(f"{state_file.name}.{repeat}")
+
+
+def _search_once(
+    search: BiLevel,
+    saved: _Saved,
+    rows: Rows,
+    split: Split,
+    task: Task,
+    total: int,
+    progress: Callable[[SearchProgress], None] | None,
+) -> tuple[dict[str, Any], list[dict[str, float]]]:
+    """Take all steps of one search; give its best checkpoint, and an entry an evaluation."""
+    config = search.config
+    best, history = saved.load(search)
+    validation = rows.take(split.validation)
+    for theta_batch, alpha_batch in step_batches(rows, split, config, search.steps_done, total):
+        losses = search.step(theta_batch, alpha_batch)
+        step, score = search.steps_done, None
+        if step % config.evaluate_every == 0 or step == total:
+            score = _score(search, validation, task)
+            if not best or config.checkpoint == "last" or _beats(score, best["score"], task.metric):
+                best = {
+                    "score": score,
+                    "step": step,
+                    "alpha": search.alpha.detach().clone(),
+                    "p": search.probabilities().detach(),
+                    "chosen": search.choice(),
+                }
+            history.append(
+                {"step": step, "score": score, "theta": losses.theta, "alpha": losses.alpha}
+            )
+            saved.save(search, best, history)
+        elif time.monotonic() - saved.at > SAVE_SECONDS:
+            saved.save(search, best, history)
+        if progress is not None:
+            known = float(best["score"]) if best else None
+            progress(SearchProgress(step, total, losses.theta, losses.alpha, score, known))
+    return best, history
 
 
 def random_structure(space: Space, budget: float, *, seed: int, fingerprint: str = "") -> Structure:
@@ -252,7 +294,7 @@ def random_structure(space: Space, budget: float, *, seed: int, fingerprint: str
     """
     space.check_budget(budget)
     drawn = derive_seed("random structure", seed)
-    chosen = select_at_random(space.sizes, budget, seed=drawn, tensors=space.tensors)
+    chosen = space.select_at_random(budget, seed=drawn)
     return replace(
         space.structure(chosen),
         fingerprint=fingerprint,
@@ -260,7 +302,7 @@ def random_structure(space: Space, budget: float, *, seed: int, fingerprint: str
             "method": "random",
             "seed": seed,
             "budget": budget,
-            "values": chosen_size(chosen, space.sizes, space.tensors),
+            "values": space.chosen_size(chosen),
             "space": {"name": space.name, "values": space.num_values},
         },
     )
@@ -281,12 +323,23 @@ def check_structure(structure: Structure, fingerprint: str) -> None:
         )
 
 
-def split_rows(indices: np.ndarray, config: SearchConfig) -> Split:
+def split_rows(
+    indices: np.ndarray, config: SearchConfig, owners: np.ndarray | None = None
+) -> Split:
     """Split rows at random, by the seed, into validation and two halves of equal size.
 
+    Args:
+        indices: Rows, (n,).
+        config: Its seed, the fraction of validation, and whether clients stay whole.
+        owners: Of each row, its client's number: int64, (n,). Where clients stay whole, no client
+            has rows in two parts; what the larger half has more is left out.
+
     Raises:
-        DataError: Fewer than three rows.
+        DataError: Fewer than three rows, or clients.
+        ConfigError: Clients shall stay whole, and there are none.
     """
+    if config.split == "clients":
+        return _split_clients(indices, config, owners)
     if len(indices) < 3:
         raise DataError(
             f"a search splits its rows in three, and got {len(indices)}. Give it more rows."
@@ -299,6 +352,34 @@ def split_rows(indices: np.ndarray, config: SearchConfig) -> Split:
         alpha=order[held + half : held + 2 * half],
         validation=order[:held],
     )
+
+
+def _split_clients(indices: np.ndarray, config: SearchConfig, owners: np.ndarray | None) -> Split:
+    if owners is None:
+        raise ConfigError(
+            'search.split = "clients" keeps clients whole, and these rows have none. Set it to '
+            '"rows".'
+        )
+    generator = np.random.default_rng(derive_seed("split", config.seed))
+    clients = generator.permutation(np.unique(owners))
+    if len(clients) < 3:
+        raise DataError(
+            f"a search splits its clients in three, and got {len(clients)}. Give it more clients, "
+            'or set search.split = "rows".'
+        )
+    wanted = config.validation_fraction * len(indices)
+    parts: tuple[list[np.ndarray], ...] = ([], [], [])  # validation, theta, alpha
+    rows = [0, 0, 0]
+    for number, client in enumerate(clients):
+        into = number if number < 3 else 0
+        if number >= 3 and rows[0] >= wanted:
+            into = 1 if rows[1] <= rows[2] else 2
+        own = indices[owners == client]
+        parts[into].append(own)
+        rows[into] += len(own)
+    validation, theta, alpha = (generator.permutation(np.concatenate(part)) for part in parts)
+    half = min(len(theta), len(alpha))
+    return Split(theta=theta[:half], alpha=alpha[:half], validation=validation)
 
 
 def step_batches(

@@ -47,7 +47,8 @@ def search_structure(
         dataset: Tokenised rows, such as a `datasets.Dataset`: "input_ids" and "labels" of each,
             and "attention_mask" where rows are padded.
         config: Budget, space, steps; learning rates that it leaves at 0 are those of `training`.
-        mask: Trained beside the candidates, where the federation will have it.
+        mask: Trained beside the candidates, where the federation will have it; of the space
+            "joint" the rule that ranks its blocks.
         modules_to_save: Trained in full beside them, as in `PetConfig`.
         training: Rates, the loss and the logit adjustment; None takes the defaults.
 
@@ -77,7 +78,9 @@ def search_structure(
     named = [(n, p) for n, p in model.named_parameters() if n not in head]
     rows = rows_from_dataset(dataset, model)
     backbone = Backbone.of_model(model, head, fingerprint=fingerprint(named))
-    chosen = None if mask is None else build_mask(maskable_weights(model, head), mask)
+    chosen = None
+    if mask is not None and config.space != "joint":
+        chosen = build_mask(maskable_weights(model, head), mask)
     settled = resolve_settings(
         config,
         training,
@@ -93,6 +96,7 @@ def search_structure(
             task_of_model(model),
             settled,
             mask=chosen,
+            mask_config=mask,
             logit_adjustment=training.logit_adjustment,
             loss=training.loss,
             products=settle_product(training, model, None).matmul_backend,

@@ -8,6 +8,10 @@ Out: probabilities p with the paper's gradient, and relaxed 0/1 gates z drawn fr
 zeta is a constant to the gradient; a detached renormalisation, of value 1, lets the candidates
 compete: dp_i/dalpha_k = delta_ik s_i - p_i s_k / sum(p), with s = p (1 - p) / beta.
 
+Candidates so compete as equals, whatever their sizes. `by_value` differentiates through zeta in
+the place of that: the expected size then holds to first order, and a candidate rises where it gains
+more per value than others do: dp_i/dalpha_k = delta_ik s_i - s_i n_k s_k / sum(n s).
+
 Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382) and its released code; binary concrete is
 that of Maddison et al., ICLR 2017, arXiv:1611.00712. Ours: bisection computes zeta inside a bracket
 that always has the root, where the release starts a quasi-Newton solver at the last zeta and
@@ -84,7 +88,13 @@ def expected_size(alpha: Tensor, sizes: Tensor, zeta: float, beta: float = 1.0) 
 
 
 def probabilities(
-    alpha: Tensor, sizes: Tensor, budget: float, beta: float = 1.0, *, zeta: float | None = None
+    alpha: Tensor,
+    sizes: Tensor,
+    budget: float,
+    beta: float = 1.0,
+    *,
+    zeta: float | None = None,
+    by_value: bool = False,
 ) -> Tensor:
     """Return how likely each candidate is chosen, under the budget.
 
@@ -94,6 +104,8 @@ def probabilities(
         budget: In values.
         beta: Temperature; towards 0, probabilities go to 0 and 1.
         zeta: Where it is known; None solves for it.
+        by_value: Differentiate through zeta, ours; else the paper's gradient. The same numbers, but
+            for the guards.
 
     Returns:
         p, float64, shape (n,), inside (0, 1). Its values do not change when a constant is added
@@ -108,11 +120,24 @@ def probabilities(
     """
     if zeta is None:
         zeta = solve_zeta(alpha, sizes, budget, beta)
+    if by_value:
+        return _through_zeta(alpha.double(), sizes.to(alpha.device).double(), zeta, beta)
     p = torch.sigmoid(((alpha.double() - zeta) / beta).clamp(min=LOWEST_ARGUMENT))
     p = torch.where(p >= 1, p - NUDGE, p)
     p = torch.where(p <= 0, p + NUDGE, p)
     total = p.sum()
     return p * (total.detach() / total)
+
+
+def _through_zeta(alpha: Tensor, sizes: Tensor, zeta: float, beta: float) -> Tensor:
+    """Compute p, zeta being a function of alpha that keeps the expected size."""
+    fixed = alpha.detach()
+    p = torch.sigmoid((fixed - zeta) / beta)
+    weight = sizes * p * (1 - p)  # n_k s_k, but for a factor
+    weight = weight / weight.sum().clamp(min=1e-300)
+    here = zeta + (weight * (alpha - fixed)).sum()  # of value zeta
+    p = torch.sigmoid(((alpha - here) / beta).clamp(min=LOWEST_ARGUMENT))
+    return p.clamp(NUDGE, 1 - NUDGE)
 
 
 def uniform(count: int, seed: int) -> Tensor:

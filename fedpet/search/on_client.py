@@ -9,6 +9,10 @@ the values come from the average, and the moments of both AdamWs begin anew each
 client comes by seldom and keeps nothing. So AdamW's first steps of a round are about its rate in
 size, whatever the gradient. A mask and the head are trained beside the candidates, ungated.
 
+With `search.sends = "gates"` the candidates' values are neither sent nor averaged: they are zero at
+the start of each client's work, and alpha and the head alone travel, some hundreds of numbers. The
+unrolled step then says which candidate would help the other half of the rows, were it to move.
+
 The rows are split once, by the seed and the client, into two halves: one moves the values, the
 other alpha, and neither ever does the other's part. Of an odd number one row is left out. With a
 single row there are not two levels, and the client is refused.
@@ -36,7 +40,7 @@ from fedpet.pet.layout import Segment
 from fedpet.pet.model import PetModel
 from fedpet.search.bilevel import BiLevel
 from fedpet.search.central import Split, step_batches
-from fedpet.search.space import Space, build_space
+from fedpet.search.space import Space, model_of_space
 from fedpet.training.loop import TrainResult
 from fedpet.training.loss import client_loss
 from fedpet.utils.seeds import derive_seed
@@ -61,13 +65,16 @@ class SearchModel:
     Law: `search_rows` depends on what was loaded, on the rows, the round and the seed alone.
 
     Args:
-        pet: Made with `space.structure()`.
+        pet: With all candidates of the space on it, each with a gate, see `model_of_space`.
         space: The candidates.
+        gates_alone: Send alpha and the head; the candidates' values stay here, and are zero at
+            every start of a client's work.
     """
 
-    def __init__(self, pet: PetModel, space: Space) -> None:
+    def __init__(self, pet: PetModel, space: Space, *, gates_alone: bool = False) -> None:
         self.pet, self.space = pet, space
         self.model = pet.model
+        self._gates_alone = gates_alone
         self.alpha = torch.zeros(len(space.candidates), dtype=torch.float64)
         self.tiers = tuple(self._layout(segments) for segments in pet.tiers)
         self.segments = self.tiers[-1]
@@ -77,6 +84,7 @@ class SearchModel:
         cls,
         backbone: Backbone,
         mask: Mask | None,
+        space: Space,
         config: SearchConfig,
         *,
         seed: int,
@@ -85,19 +93,16 @@ class SearchModel:
         """Put the whole space of a search on a backbone, in place.
 
         Raises:
-            InputError: The backbone has no such space, or the budget does not fit it.
+            InputError: The budget does not fit the space.
         """
-        space = build_space(
-            backbone.model, config.space, head=backbone.head, rank=config.rank, scale=config.scale
-        )
         space.check_budget(float(config.budget))
-        pet = PetModel(backbone, mask, space.structure(), seed=seed, products=products)
-        return cls(pet, space)
+        pet = model_of_space(backbone, space, mask, seed=seed, products=products)
+        return cls(pet, space, gates_alone=config.sends == "gates")
 
     @property
     def num_values(self) -> int:
         """Count the values of the layout in use, alpha included."""
-        return self.pet.num_values + len(self.alpha)
+        return sum(segment.size for segment in self.segments)
 
     @property
     def inexact_kinds(self) -> tuple[str, ...]:
@@ -111,12 +116,16 @@ class SearchModel:
 
     def get_delta(self) -> Tensor:
         """Return the communicated values and alpha: float32, (num_values,), on the CPU, a copy."""
-        return torch.cat([self.pet.get_delta(), self.alpha.float()])
+        of_model = self.num_values - len(self.alpha)
+        kept = self.pet.get_delta()[self.pet.num_values - of_model :]
+        return torch.cat([kept, self.alpha.float()])
 
     def set_delta(self, values: Tensor, *, seed: int) -> None:
         """Set model and alpha to the point `values`, see `PetModel.set_delta`."""
         of_model = len(values) - len(self.alpha)
-        self.pet.set_delta(values[:of_model], seed=seed)
+        here = torch.zeros(self.pet.num_values)
+        here[len(here) - of_model :] = values[:of_model]  # all, or the head's, which come last
+        self.pet.set_delta(here, seed=seed)
         self.alpha = values[of_model:].double()
 
     def search_rows(
@@ -167,8 +176,12 @@ class SearchModel:
         return TrainResult(len(indices), mean, time.perf_counter() - started)
 
     def _layout(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
-        start = sum(segment.size for segment in segments)
-        return (*segments, Segment(ALPHA, self.space.name, start, len(self.alpha)))
+        if self._gates_alone:
+            segments = tuple(segment for segment in segments if segment.kind == "head")
+        first = segments[0].start if segments else 0
+        sent = [replace(segment, start=segment.start - first) for segment in segments]
+        start = sum(segment.size for segment in sent)
+        return (*sent, Segment(ALPHA, self.space.name, start, len(self.alpha)))
 
 
 def client_config(config: SearchConfig, client: int) -> SearchConfig:

@@ -27,7 +27,7 @@ __all__ = [
 
 _BATCHES = (15, 16, 32)  # of the paper's tasks, its 5 for the longest texts left out
 _NUMBERS = ("learning_rate", "gate_learning_rate", "clip_norm", "beta", "rank", "scale")
-_FEDERATED = ("federated", "rounds", "local_steps", "settled_overlap", "settled_rounds")
+_FEDERATED = ("federated", "rounds", "local_steps", "sends", "settled_overlap", "settled_rounds")
 
 
 def faithful(**changes: Any) -> SearchConfig:
@@ -65,6 +65,11 @@ def deviations(
         f"space {config.space}": not config.space.startswith("s3pet"),
         "batches of another size": config.batch_size not in _BATCHES,
         "rates by kind": bool(config.learning_rates),
+        f"gates at rest for {config.warmup_steps} steps": config.warmup_steps > 0,
+        "one scale for all logits' steps": config.gate_optimizer != "adamw",
+        "gates compete by gain per value": config.competition != "candidates",
+        f"mean alpha of {config.repeats} searches": config.repeats > 1,
+        "candidates start from zero each round": config.federated and config.sends == "gates",
         f"logits adjusted by {logit_adjustment:g} for label shares": bool(
             logit_adjustment and not loss
         ),

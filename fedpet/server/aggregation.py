@@ -57,13 +57,13 @@ class Fold:
 
     Attributes:
         names: Clients of the updates so far.
-        weight: Their examples together.
+        weight: Of all of them together.
     """
 
     def __init__(self, values: np.ndarray) -> None:
         self._values = values
         self._weighted_loss = 0.0
-        self.weight = 0
+        self.weight: float = 0
         self.names: list[str] = []
 
     def add(self, update: Update) -> None:
@@ -74,8 +74,8 @@ class Fold:
         """
         self._add(update)
         self.names.append(update.name)
-        self.weight += update.num_examples
-        self._weighted_loss += update.num_examples * update.loss
+        self.weight += update.weight
+        self._weighted_loss += update.weight * update.loss
 
     @property
     def loss(self) -> float | None:
@@ -107,7 +107,7 @@ class MeanFold(Fold):
             empty = update.coding.accumulator(rotation_seed, largest=LARGEST_VALUE)
             self._tiers[update.coding] = update.where, empty
         _, tier_sum = self._tiers[update.coding]
-        tier_sum.add(update.payload, seed=update.seeds["seed"], weight=update.num_examples)
+        tier_sum.add(update.payload, seed=update.seeds["seed"], weight=update.weight)
 
     def moved(self) -> np.ndarray:
         """Return the values plus the mean update; an entry that nobody trained stays as it was.
@@ -138,16 +138,16 @@ class EachFold(Fold):
 
     def _add(self, update: Update) -> None:
         moved = self._values + update.decode()
-        self._messages.append(train_message(moved, update.num_examples, update.loss))
+        self._messages.append(train_message(moved, update.weight, update.loss))
 
     def messages(self) -> list[Message]:
         """Return the messages, in the order of the clients' names."""
         return self._messages
 
 
-def train_message(values: np.ndarray, num_examples: int, loss: float) -> Message:
+def train_message(values: np.ndarray, weight: float, loss: float) -> Message:
     """Make a train reply as Flower's own clients send it."""
-    metrics = MetricRecord({WEIGHT: num_examples, LOSS: loss})
+    metrics = MetricRecord({WEIGHT: weight, LOSS: loss})
     return make_reply(RecordDict({"arrays": to_arrays(values), "metrics": metrics}), node=1)
 
 

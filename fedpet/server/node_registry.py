@@ -6,10 +6,13 @@ Out: the same Grid, in which a node counts once it has answered.
 The query carries the plan, so that a node reads and tokenises its rows as the plan says, and finds
 out then whether it can; it answers with names and numbers of rows
 (fedpet/protocol/registration.py). Before the first round the registry waits for the expected
-clients. Later it does not wait: a new node is queried when it is seen, and its clients are drawn
-from the round after its answer. A node that reconnects is queried again: its clients may have
-changed. When a node disconnects, nodes that had registered one of its clients are queried too,
-because Flower gives a restarted device a new node id.
+clients, while somebody who has not answered may come. Later it does not wait: a new node is queried
+when it is seen, and its clients are drawn from the round after its answer. A node that reconnects
+is queried again: its clients may have changed. When a node disconnects, nodes that had registered
+one of its clients are queried too, because Flower gives a restarted device a new node id.
+
+Where a folder says who may take part, a node is known by the name of its key, and brings no other
+clients than its key may (fedpet/server/allowed_nodes.py).
 
 The bytes of a registration count as the plan's.
 """
@@ -33,6 +36,7 @@ from fedpet.protocol.request import (
     to_record,
     write_request,
 )
+from fedpet.server.allowed_nodes import AllowedNode, AllowedNodes
 from fedpet.server.client_pool import ConnectedClientPool
 from fedpet.server.client_records import ClientRecords
 from fedpet.server.pending_messages import PendingMessages
@@ -40,6 +44,7 @@ from fedpet.server.reply_stream import GridWrapper
 
 MAX_QUERIES = 3  # of a node that answers with errors
 POLL_SECONDS = 0.5
+MAX_TOLD = 8  # clients of a node that are refused by name, where it brings more than it may
 
 LOG = logging.getLogger("fedpet")
 
@@ -55,6 +60,7 @@ class NodeRegistry(GridWrapper):
         expected: Clients to wait for before the first round.
         wait_seconds: Longest time to wait for them.
         ledger: Counts bytes and refusals, in the open round.
+        allowed: Nodes that may take part; None lets any node that Flower lets in.
     """
 
     def __init__(
@@ -67,8 +73,12 @@ class NodeRegistry(GridWrapper):
         expected: int,
         wait_seconds: float,
         ledger: Ledger,
+        allowed: AllowedNodes | None = None,
     ) -> None:
         super().__init__(grid)
+        self._allowed = allowed
+        self._known: dict[int, AllowedNode] = {}  # online node -> of its key
+        self._answered: set[str] = set()  # allowed nodes, by name, that have answered
         self._question = write_request(Request((), b"", plan))
         self._residents = residents
         self._holders = holders
@@ -105,6 +115,9 @@ class NodeRegistry(GridWrapper):
                     self._wait_seconds,
                 )
                 break
+            if self._allowed is not None and len(self._answered) == len(self._allowed.items()):
+                LOG.warning("%s of %s clients came: going on with them.", count, self._expected)
+                break
             time.sleep(POLL_SECONDS)
             self._update()
         if not self._residents.online_nodes and self._failures:
@@ -116,7 +129,7 @@ class NodeRegistry(GridWrapper):
 
     def _update(self) -> None:
         """Query new nodes, and register those that have answered."""
-        nodes = set(self._grid.get_node_ids())
+        nodes = self._online()
         for node in self._queries.keys() - nodes:
             del self._queries[node]
             self._failures.pop(node, None)
@@ -125,6 +138,27 @@ class NodeRegistry(GridWrapper):
         self._mailbox.send([self._query(node) for node in sorted(nodes) if self._needs_query(node)])
         for answer in sorted(self._mailbox.collect(), key=lambda m: m.metadata.src_node_id):
             self._read_answer(answer.metadata.src_node_id, answer)
+
+    def _online(self) -> set[int]:
+        """Return the nodes that are connected, without those whose key is not in the folder."""
+        if self._allowed is None:
+            return set(self._grid.get_node_ids())
+        self._allowed.refresh()
+        found = {info.node_id: self._allowed.of_key(info.public_key) for info in self.get_nodes()}
+        for node in found.keys() - self._known.keys():
+            if found[node] is None:
+                LOG.warning("registration: node %s: its key is not in the folder of keys.", node)
+        self._known = {node: allowed for node, allowed in found.items() if allowed is not None}
+        return set(self._known)
+
+    def _may_bring(self, node: int, num_rows: dict[str, int]) -> dict[str, str]:
+        """Return the clients that a node may not bring, with the reason."""
+        if self._allowed is None:
+            return {}
+        return self._allowed.refuse(self._known[node], num_rows)
+
+    def _name(self, node: int) -> str:
+        return self._known[node].name if node in self._known else f"node {node}"
 
     def _needs_query(self, node: int) -> bool:
         if node in self._mailbox.nodes:
@@ -144,6 +178,8 @@ class NodeRegistry(GridWrapper):
         self._ledger.add_message(answer)
         if node not in self._queries:
             return  # it disconnected since, and is queried again when it is back
+        if node in self._known and (answer.has_content() or self._queries[node] >= MAX_QUERIES):
+            self._answered.add(self._known[node].name)
         if answer.has_error():
             self._fail(node, answer.error.reason or "an unnamed error.")
             return
@@ -154,8 +190,12 @@ class NodeRegistry(GridWrapper):
             self._fail(node, str(error))
             return
         self._failures.pop(node, None)
-        for client, reason in self._residents.register(node, num_rows).items():
-            self._refuse(f"node {node}", f"client {client!r}: {reason}")
+        refused = self._may_bring(node, num_rows)
+        mine = {client: rows for client, rows in num_rows.items() if client not in refused}
+        taken = self._residents.register(node, mine)
+        for client, reason in [*list(refused.items())[:MAX_TOLD], *taken.items()]:
+            self._refuse(self._name(node), f"client {client!r}: {reason}")
+        for client in (*refused, *taken):
             del num_rows[client]
         self._holders.plan_nodes.add(node)
         self._count(num_rows)
@@ -174,7 +214,7 @@ class NodeRegistry(GridWrapper):
 
     def _fail(self, node: int, reason: str) -> None:
         self._failures[node] = one_line(reason)
-        self._refuse(f"node {node}", reason)
+        self._refuse(self._name(node), reason)
 
     def _refuse(self, who: str, reason: str) -> None:
         LOG.warning("registration: %s: %s", who, one_line(reason))

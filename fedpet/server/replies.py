@@ -20,6 +20,7 @@ import numpy as np
 from flwr.app import Error, Message
 
 from fedpet.codec import Seeds, VectorCodec
+from fedpet.config import StrategyConfig
 from fedpet.errors import FrameError, ReplyError
 from fedpet.pet.tiers import Tier, Where
 from fedpet.protocol.codec_seeds import uplink_seeds
@@ -27,6 +28,7 @@ from fedpet.protocol.frame import Frame, Refusal, RefusalCode, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import STYPE, from_record, single_client_bytes
+from fedpet.server.client_weights import client_weights
 from fedpet.server.reply_stream import SpooledPayloads
 from fedpet.server.requests import Retry
 from fedpet.server.schedule import Chunk
@@ -38,6 +40,7 @@ LARGEST_VALUE = 1e18
 MAX_REPEATS = 3  # messages to a node for the same clients, whatever it lacked
 # Ray's errors for a worker that is gone, as Flower quotes them.
 WORKER_DIED = ("exceptions.ActorDiedError", "exceptions.ActorUnavailableError")
+NOT_PULLED = 3  # Flower's code for a reply whose objects cannot be had
 MOD_REFUSED = 6  # Flower's code for a mod that finds a message not to be as it must
 
 
@@ -52,7 +55,7 @@ class Update:
         coding: Decodes them.
         seeds: They were encoded by them.
         where: Their positions among the global values.
-        num_examples: Rows it trained on; its weight in a mean.
+        weight: In a mean, see fedpet/server/client_weights.py.
         loss: Its mean training loss.
     """
 
@@ -62,7 +65,7 @@ class Update:
     coding: VectorCodec
     seeds: Seeds
     where: Where
-    num_examples: int
+    weight: float
     loss: float
 
     def decode(self) -> np.ndarray:
@@ -92,6 +95,7 @@ class Replies:
         num_rows: Client -> its number of rows, the most it may weigh.
         tiers: Tier of each client, which decides its values.
         longest_payload: Bytes of the longest payload of any tier.
+        config: Says how clients are weighed.
         ledger: Counts refusals, bytes and seconds.
         answered: Called for each accepted frame with node, client and round.
     """
@@ -107,6 +111,7 @@ class Replies:
         num_rows: Mapping[str, int],
         tiers: TierAssignment,
         longest_payload: int,
+        config: StrategyConfig,
         ledger: Ledger,
         answered: Callable[[int, str, int], None] = lambda node, name, server_round: None,
     ) -> None:
@@ -119,6 +124,9 @@ class Replies:
         self._num_rows = num_rows
         self._tiers = tiers
         self._longest = longest_payload
+        self._config = config
+        self._examples: dict[str, int] = {}  # of accepted clients
+        self._weights: dict[str, float] = {}
         self._ledger = ledger
         self._settled: set[str] = set()  # clients that are accepted or refused
         self._turn = 0  # index of the first client whose update was not given out
@@ -170,8 +178,17 @@ class Replies:
                     reason += "again."
                 self._refuse(name, reason, node)
 
+    def weigh(self) -> None:
+        """Weigh the accepted clients, of which no more come."""
+        self._weights = client_weights(
+            self._examples, rule=self._config.weights, max_share=self._config.max_share
+        )
+
     def updates(self) -> Iterator[Update]:
-        """Give the updates whose turn has come, in the order of the clients' names, each once."""
+        """Give the updates whose turn has come, in the order of the clients' names, each once.
+
+        Where a client's share has a bound, `weigh` must come before: it depends on all.
+        """
         while self._turn < len(self._sampled):
             name = self._sampled[self._turn]
             if name not in self._settled:
@@ -191,9 +208,12 @@ class Replies:
             coding=self._coding(name),
             seeds=uplink_seeds(self._plan.seed, self._round, head.client),
             where=self._tiers.of(name).where,
-            num_examples=head.num_examples,
+            weight=self._weights.get(name, self._weight_alone(head.num_examples)),
             loss=head.loss,
         )
+
+    def _weight_alone(self, num_examples: int) -> int:
+        return num_examples if self._config.weights == "examples" else 1
 
     def _coding(self, name: str) -> VectorCodec:
         index = self._tiers.index(name)
@@ -259,6 +279,7 @@ class Replies:
             return
         assert isinstance(part, Frame)
         self._settled.add(name)
+        self._examples[name] = part.num_examples
         self._waiting[name] = node, replace(part, payload=b""), self._payloads.put(part.payload)
         self._train_seconds[node] += part.train_seconds
         self._ledger.current.replies += 1
@@ -304,6 +325,8 @@ def _reason(error: Error) -> str:
             "its worker died, and again each time that it was asked once more. If memory ran out, "
             "lower training.batch-size or run.workers."
         )
+    if error.code == NOT_PULLED:
+        return "its reply was not sent whole, or has more bytes than the plan's replies can have."
     if error.code == MOD_REFUSED or STYPE in reason:
         reason += (
             " Flower's mods for differential privacy clip and perturb arrays of floats, and a "

@@ -126,6 +126,7 @@ class SparseStrategy(Strategy):
             num_rows=self._num_rows,
             tiers=self.tiers,
             longest_payload=self.requests.longest_payload,
+            config=self.config,
             ledger=self.ledger,
             answered=self.requests.answered,
         )
@@ -144,7 +145,9 @@ class SparseStrategy(Strategy):
         chunk = self.requests.chunk_of(reply)
         again = self._replies.take(reply, chunk)
         yield from self._counted(self.requests.further_requests(chunk, again))
-        if not self.config.compares_replies:  # a rule that does holds all vectors: decode them late
+        # A rule that compares replies holds all vectors: they are decoded late. So are those whose
+        # weights depend on who else answers.
+        if not self.config.compares_replies and self.config.max_share == 1:
             self._fold_updates()
 
     def _fold_updates(self) -> None:
@@ -168,6 +171,8 @@ class SparseStrategy(Strategy):
             self.ledger.add_message(reply)
             self._replies.take(reply, self.requests.chunk_of(reply))
         self._replies.refuse_absent(self.requests.why_absent)
+        if self.config.max_share < 1:
+            self._replies.weigh()
         self._fold_updates()
         fold, record = self._fold, self.ledger.current
         record.replies, record.loss = len(fold.names), fold.loss

@@ -157,7 +157,8 @@ def test_the_options_of_the_scripts_are_flower_s(folder: Path) -> None:
     }
     for command, script in scripts.items():
         text = script.read_text(encoding="utf-8")
-        arguments = text[text.index(f"exec {command}") :].replace("\\\n", " ").split()[2:-1]
+        start = text.index(f"{command} \\\n")
+        arguments = text[start : text.index(' "$@"', start)].replace("\\\n", " ").split()[1:]
         parsed = parsers[command].parse_args(arguments)
         assert not parsed.insecure
     assert "--enable-supernode-auth" in scripts["flower-superlink"].read_text(encoding="utf-8")
@@ -170,7 +171,12 @@ def test_nodes_that_share_a_machine_do_not_share_a_port(folder: Path) -> None:
 
 def test_a_node_s_settings_are_what_flower_and_fedpet_read(folder: Path) -> None:
     read = parse_config_args([str(folder / "nodes" / "ward-2" / "node.toml")])
-    assert read == {"data": "/srv/rows", "client": "ward-2", "threads": 2, "cache": "cache"}
+    columns = {"text-columns": "text", "label-column": "label"}  # pinned, whatever the run says
+    assert read == {
+        **columns, "data": "/srv/rows", "client": "ward-2", "threads": 2, "cache": "cache"
+    }  # fmt: skip
+    hostile = Experiment.from_tables({"data": {"label-column": "text"}})
+    assert NodeConfig.from_experiment(hostile, read).data.label_column == "label"
     settings = NodeConfig.from_experiment(make().server_experiment(), read)
     assert settings.client == "ward-2"
     assert settings.population.partition == "iid"
@@ -271,14 +277,46 @@ def test_flower_finds_the_server_wherever_the_folder_lies(folder: Path, tmp_path
         subprocess.run(["bash", str(place / name)], check=True, env=os.environ, cwd="/")
         written = tomllib.loads((place / "flwr" / "config.toml").read_text(encoding="utf-8"))
         assert written["superlink"][written["superlink"]["default"]] == {
-            "address": "127.0.0.1:8000",
+            "address": "127.0.0.1:8001",
             "root-certificates": str(place / "ca.crt"),
         }
 
 
-def test_a_server_bound_to_one_address_is_reached_there_on_its_own_machine_too() -> None:
-    assert make(bind="10.0.0.7").own_address == "fed.example.org:8000"
-    assert make(host="::1", bind="::1").own_address == "[::1]:8000"
+def test_superlink_is_on_the_loopback_whatever_the_relay_is_bound_to(tmp_path: Path) -> None:
+    for bind in ("10.0.0.7", "0.0.0.0", "::1"):
+        write_deployment(make(host="::1", bind=bind, own_port=8005), tmp_path / bind)
+        script = (tmp_path / bind / "server" / "superlink.sh").read_text()
+        assert "--host 127.0.0.1 --port 8005" in script
+        assert f'--bind "${{FEDPET_BIND:-{bind}}}" --port 8000' in script
+    assert make().bind == "127.0.0.1"
+    assert make(bind="10.0.0.7").own_address == "127.0.0.1:8001"
+
+
+def test_every_file_of_a_deployment_is_its_owner_s_alone(folder: Path) -> None:
+    modes = {stat.S_IMODE(path.stat().st_mode) & 0o077 for path in (folder, *folder.rglob("*"))}
+    assert modes == {0}
+    for script in folder.rglob("*.sh"):
+        assert "umask 077" in script.read_text()
+    assert "UMask=0077" in (folder / "server" / "fedpet-superlink.service").read_text()
+
+
+@pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="needs systemd-analyze")
+def test_both_units_are_hardened(folder: Path) -> None:
+    for unit in folder.rglob("*.service"):
+        command = ["systemd-analyze", "security", "--offline=true", "--no-pager", "--threshold=30"]
+        done = subprocess.run([*command, str(unit)], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout[-300:]
+
+
+def test_containers_run_as_the_files_owner_and_never_as_root(folder: Path) -> None:
+    compose = (folder / "compose.yaml").read_text()
+    assert compose.count("user:") == 3
+    assert 'user: "0' not in compose
+    assert "USER 0" not in (folder / "Dockerfile").read_text()
+    assert "127.0.0.1:8000:8000" in compose
+    names = x509.load_pem_x509_certificate((folder / "server" / "server.pem").read_bytes())
+    extension = names.extensions.get_extension_for_oid(ExtensionOID.SUBJECT_ALTERNATIVE_NAME)
+    assert "fedpet-server" in str(extension.value)
 
 
 # -- what is refused ------------------------------------------------------------------------------
@@ -304,8 +342,13 @@ def test_a_name_that_is_no_folder_is_refused(name: str) -> None:
         ({"nodes": (NodeSpec("a"), NodeSpec("a"))}, "each name once"),
         ({"host": "a b"}, "name or address"),
         ({"host": "a;rm"}, "name or address"),
+        ({"bind": "$(rm)"}, "the bind is the name or address"),
         ({"port": 0}, "port must be in"),
         ({"node_port": 65535}, "node port must be in"),
+        ({"own_port": 8000}, "is taken by SuperLink"),
+        ({"own_port": 7999}, "is taken by SuperLink"),
+        ({"clients_per_node": 0}, "a node brings 1"),
+        ({"max_rows": -1}, "max rows is in"),
         ({"days": 0}, "days is in 1"),
     ],
 )

@@ -44,18 +44,20 @@ class Place:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(own) + "\n", encoding="utf-8")
 
-    def deploy(self, clients: int, **changes: Any) -> Any:
+    def deploy(self, clients: int, *, bounds: dict[str, int] | None = None, **changes: Any) -> Any:
         from benchmarks.real_nodes import RealNodes, free_ports
 
-        port, first_node_port, *_ = free_ports(1 + len(self.names))
+        port, own_port, _, first_node_port, *_ = free_ports(3 + len(self.names))
         deployment = Deployment(
             experiment=self.experiment("real", **changes),
             host="127.0.0.1",
             bind="127.0.0.1",
             port=port,
+            own_port=own_port,
             node_port=first_node_port,
             nodes=tuple(NodeSpec(name) for name in self.names),
             clients=clients,
+            **(bounds or {}),
         )
         write_deployment(deployment, self.folder / "deployment")
         for number, name in enumerate(self.names):

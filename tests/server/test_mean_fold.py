@@ -37,8 +37,8 @@ def test_the_mean_is_that_of_the_decoded_updates_over_those_who_trained_an_entry
     fold, total, weights = MeanFold(values), *np.zeros((2, COUNT))
     for one in updates:
         fold.add(one)
-        total[one.where] += one.num_examples * one.decode().astype(np.float64)
-        weights[one.where] += one.num_examples
+        total[one.where] += one.weight * one.decode().astype(np.float64)
+        weights[one.where] += one.weight
     assert fold.moved() == pytest.approx(values + total / weights, abs=1e-5)
     assert fold.weight == 21
     assert fold.names == [f"c{client}" for client in range(6)]

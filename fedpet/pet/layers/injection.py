@@ -122,13 +122,14 @@ class Site:
             branch.in_place = not gated
         product = self._product()
         plan = LinearSpec(is_transposed(self.module), mask, branches, self.columns, product)
-        trainables = plan.trainables
+        constant = plan.trainables if mask is None or mask.gates is None else None
 
         def bias_now() -> Tensor | None:
             return _changed(own["bias"], biases) if biases else own["bias"]
 
         def forward(x: Tensor) -> Tensor:
             bias = bias_now()
+            trainables = constant if constant is not None else plan.trainables
             if trainables or product is not torch_matmul:
                 y = dense(x, weight, bias, plan, trainables)
             else:

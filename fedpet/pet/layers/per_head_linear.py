@@ -69,7 +69,7 @@ class PerHeadLinear:
         if self.mask is None:
             heads = _heads(self.weight, z)
             return torch.bmm(z, heads if to_inputs else heads.mT)
-        return _MaskedByHeads.apply(z, self.weight, self.mask, to_inputs, self.mask.trainable)  # type: ignore[no-any-return, no-untyped-call]
+        return _MaskedByHeads.apply(z, self.weight, self.mask, to_inputs, self.mask.move)  # type: ignore[no-any-return, no-untyped-call]
 
 
 def by_heads(module: nn.Module) -> PerHeadLinear | None:

@@ -40,8 +40,8 @@ class LinearSpec:
 
     @property
     def trainables(self) -> list[Tensor]:
-        """List v of the mask, then B of each branch."""
-        of_mask = () if self.mask is None else (self.mask.trainable,)
+        """List v of the mask, times its gates in a search, then B of each branch."""
+        of_mask = () if self.mask is None else (self.mask.move,)
         return [*of_mask, *(branch.trainables[0] for branch in self.branches)]
 
     def matrix(self, weight: Tensor) -> Tensor:

@@ -11,7 +11,10 @@ On a weight, Wd is frozen and drawn from the shared seed, and W0 is the pretrain
 a masked or merged one. Then C = f(W0 Wd), (d_in, r), is a constant and the change C Wu is linear
 in Wu: a LoRA whose down-projection was read off the weight. It costs no product of the size of W0.
 
-f is ReLU. A bias that is zero everywhere could never move, since f(0 Wd) = 0 and so is the
+f is ReLU, and Wd (with c, below) changes its sign where every channel of f would be 0 at the start:
+such an adapter could never move. At rank 1 that is every second one.
+
+A bias that is zero everywhere could never move, since f(0 Wd) = 0 and so is the
 gradient of Wu. The rule: where the pretrained bias is all zeros the adapter gets inner biases,
 b' = b + scale * (f(b Wd + c) Wu + e), c uniform at the start and e zero.
 
@@ -146,6 +149,15 @@ class HiwiBias(GatedModule):
             other.zero_()
         if self._inner:
             others[1].copy_(kaiming_uniform((r,), d, generator, a=math.sqrt(5)))
+        if not bool((self._active() > 0).any()):  # f's gradient would be 0 for ever
+            for drawn in (down, others[1]) if self._inner else (down,):
+                drawn.neg_()
+
+    def _active(self) -> Tensor:
+        """Compute f(b Wd + c), (r,)."""
+        down, *others = self.trainables
+        inside = self._current @ down
+        return torch.relu(inside + others[1] if self._inner else inside)
 
     @property
     def origin(self) -> Tensor:
@@ -166,12 +178,9 @@ class HiwiBias(GatedModule):
         return self.effect(None)
 
     def effect(self, x: Tensor | None) -> Tensor:
+        change = self._active() @ self.trainables[1]
         if self._inner:
-            down, up, inner_down, inner_up = self.trainables
-            change = torch.relu(self._current @ down + inner_down) @ up + inner_up
-        else:
-            down, up = self.trainables
-            change = torch.relu(self._current @ down) @ up
+            change = change + self.trainables[3]
         change = change * self._scale
         return change if self.carried else self._base + change
 

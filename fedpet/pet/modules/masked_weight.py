@@ -48,6 +48,7 @@ class MaskedWeights(PetModule):
             part.room = room
         self._flat_weights = [part.weight.detach().view(-1) for part in weights]
         self._tiers: dict[tuple[int, ...], ConcatenatedIndex] = {}
+        self._gates: Tensor | None = None  # one an entry, in the order of the trainables
         self._whole = self._take(ConcatenatedIndex.of([part.entries for part in weights]))
 
     @property
@@ -95,6 +96,24 @@ class MaskedWeights(PetModule):
     def read(self) -> Tensor:
         return self.by_rank(self._changes)
 
+    def set_gates(self, gates: Tensor | None) -> None:
+        """Multiply each entry's change by a gate, in the weights and in backward.
+
+        Args:
+            gates: One a value, (k,), in the order of the values; None takes them off.
+        """
+        each: Sequence[Tensor | None] = [None] * len(self.weights)
+        self._gates = None
+        if gates is not None:
+            here = gates[self._entries.rank.to(torch.int64)].to(self._changes)
+            self._gates, each = here.detach(), torch.split(here, self._sizes)
+        for part, own in zip(self.weights, each, strict=True):
+            part.gates = own
+
+    def _moves(self) -> Tensor:
+        """Return what is added to the entries: the changes, times their gates."""
+        return self._changes if self._gates is None else self._changes * self._gates
+
     def by_rank(self, changes: Tensor) -> Tensor:
         """Put trainables, (..., k), one behind the other, into the order of the values."""
         places = self._entries.rank.to(torch.int64)
@@ -108,13 +127,13 @@ class MaskedWeights(PetModule):
     def write_weights(self) -> None:
         """Write w0 + v into the weights, under no_grad, unless they are shared."""
         if not self._shared:
-            self._put(self._entries.start + self._changes)
+            self._put(self._entries.start + self._moves())
 
     def is_written(self) -> bool:
         """Tell whether the weights are w0 + v, where they are to be."""
         if self._shared:
             return True
-        changed = self._entries.start + self._changes
+        changed = self._entries.start + self._moves()
         now = torch.cat([w[p] for w, p in self._places()])
         return torch.equal(changed.to(now.dtype), now)
 
@@ -188,10 +207,16 @@ class MaskedWeight:
         self.entries = SparseIndex.of(weight, positions.to(weight.device))
         # Whether backward adds to the gradient's storage itself, or gives autograd a gradient.
         self.in_place = False
+        self.gates: Tensor | None = None  # of a search: one an entry, as `trainable` lies
 
     @property
     def num_values(self) -> int:
         return len(self.entries.flat)
+
+    @property
+    def move(self) -> Tensor:
+        """Return what is added to the entries, for autograd: the trainable, times its gates."""
+        return self.trainable if self.gates is None else self.trainable * self.gates
 
     def changed(self, *, to_keep: bool = False) -> Tensor:
         """Return w0 + v: the weight itself, or a copy where the weight is shared.
@@ -206,7 +231,7 @@ class MaskedWeight:
 
     def put(self, flat: Tensor) -> None:
         """Write w0 + v at the positions of a flat weight, under no_grad."""
-        changed = self.entries.start + self.trainable.detach()
+        changed = self.entries.start + self.move.detach()
         flat.index_copy_(0, self.entries.flat.to(torch.int64), changed.to(flat.dtype))
 
     def bind(self, trainable: Tensor) -> None:

@@ -37,10 +37,11 @@ class Spoiler(importlib.abc.MetaPathFinder):
 
 
 def spoil(client: Any, fault: str) -> None:
-    """Change what a node answers to a train message; the roll call it answers as it should."""
+    """Change what a node answers: to a train message, or to the roll call."""
     import numpy as np
 
     from fedpet.protocol.frame import Refusal, pack_frame, pack_refusal, unpack_frames
+    from fedpet.protocol.registration import decode_registration, encode_registration
     from fedpet.protocol.request import read_request
 
     honest = client.Node.answer
@@ -57,16 +58,30 @@ def spoil(client: Any, fault: str) -> None:
             return pack_frame(replace(frame, server_round=frame.server_round - 1))
         if fault == "duplicate":
             return pack_frame(frame) * 2
+        if fault == "inflates":
+            return pack_frame(replace(frame, num_examples=2**32 - 1, loss=0.0))
         return pack_frame(frame)
+
+    def changed_roll_call(answer: bytes) -> bytes:
+        kind, _, argument = fault.partition(":")
+        if kind == "inflates":
+            return encode_registration(dict.fromkeys(decode_registration(answer), 2**32 - 1))
+        if kind == "squats":
+            return encode_registration({argument: 8})
+        if kind == "multiplies":
+            return encode_registration({f"made up {n}": 8 for n in range(int(argument))})
+        return answer
 
     def answer(node: Any, payload: bytes) -> bytes:
         if not read_request(payload).clients:
-            return honest(node, payload)
+            return changed_roll_call(honest(node, payload))
         if fault == "raises":
             raise RuntimeError("this device is out of order")
         if fault == "hangs":
             Path(os.environ["HANGS_AT"]).touch()
             time.sleep(3600)
+        if fault.startswith("floods:"):
+            return os.urandom(int(fault.partition(":")[2]) << 20)
         whole = honest(node, payload)
         frames = unpack_frames(whole, max_frames=99, max_payload_bytes=len(whole))
         return b"".join(changed(frame) for frame in frames)

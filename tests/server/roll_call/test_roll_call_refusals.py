@@ -82,7 +82,7 @@ def test_a_run_whose_nodes_all_refuse_ends_with_the_reason(
 
 
 def test_a_label_that_the_plan_does_not_know_is_found_at_the_roll_call(
-    deployed: Any, files: tuple[Path, Path], tmp_path: Path
+    deployed: Any, files: tuple[Path, Path], tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     settings = deployed(clients_num_clients=4)
     nodes = three_nodes(settings, files[1])
@@ -91,7 +91,8 @@ def test_a_label_that_the_plan_does_not_know_is_found_at_the_roll_call(
     nodes[9] = Node(NodeConfig.from_experiment(settings, {"data": str(strange)})).answer
     [refused] = run(settings, LocalGrid(nodes))["refused"]
     assert refused["who"] == "node 9"
-    assert "7" in refused["reason"]
+    assert "the node's log says why" in refused["reason"]
+    assert "has the label 7" in caplog.text
 
 
 def test_a_node_without_rows_of_its_own_says_how_to_give_it_some(
