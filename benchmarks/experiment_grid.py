@@ -34,7 +34,7 @@ from benchmarks.cell import ROOT, RUN_AGAIN, Cell, Result
 from benchmarks.grid import Grid, Method
 from benchmarks.rate import Rate
 from benchmarks.table_keys import Keys, rates_of, strings
-from fedpet.config import Experiment
+from fedpet.config import Experiment, SearchConfig
 from fedpet.config.builtin import experiment_file
 from fedpet.config.renamed import with_new_names
 from fedpet.errors import ConfigError, RunError
@@ -190,7 +190,9 @@ class StructureFile(Cell):
             same = found == (config.seed, config.budget)
         else:
             wanted = {**reproducible_settings(config), "asked_budget": config.budget}
-            before = with_new_fields({"search": settings})["search"]
+            # A field that came later had its default.
+            before = reproducible_settings(SearchConfig(federated=config.federated))
+            before |= with_new_fields({"search": settings})["search"]
             before["asked_budget"] = stored.get("asked_budget")
             same = all(before.get(key) == wanted[key] for key in wanted if key not in _SETTLED)
         if not same:
