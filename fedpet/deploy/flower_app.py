@@ -63,6 +63,7 @@ def project(experiment: Experiment) -> dict[str, Any]:
             "scripts": {"fedpet": "fedpet.cli.main:main"},
         },
         "tool": {
+            "fedpet": {"code-digest": code_digest()},  # a worker reads it, and executes nothing
             "hatch": {"build": {"targets": {"wheel": {"packages": ["fedpet"]}}}},
             "flwr": {
                 "app": {

@@ -157,8 +157,9 @@ def test_the_options_of_the_scripts_are_flower_s(folder: Path) -> None:
     }
     for command, script in scripts.items():
         text = script.read_text(encoding="utf-8")
-        start = text.index(f"{command} \\\n")
-        arguments = text[start : text.index(' "$@"', start)].replace("\\\n", " ").split()[1:]
+        start = text.index("--superlink" if "supernode" in command else f"{command} \\\n")
+        arguments = text[start : text.index(' "$@"', start)].replace("\\\n", " ").split()
+        arguments = [argument for argument in arguments if argument != command]
         parsed = parsers[command].parse_args(arguments)
         assert not parsed.insecure
     assert "--enable-supernode-auth" in scripts["flower-superlink"].read_text(encoding="utf-8")

@@ -19,7 +19,14 @@ from fedpet.utils.templating import render
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deploy")
     nodes = (NodeSpec("ward-1"), NodeSpec("ward-2", "/srv/rows"))
-    plain = Deployment(experiment=Experiment(), host="fed.example.org", nodes=nodes, threads=2)
+    as_before = "subprocess"  # Flower's own way, which all nodes went
+    plain = Deployment(
+        experiment=Experiment(),
+        host="fed.example.org",
+        nodes=nodes,
+        threads=2,
+        isolation=as_before,
+    )
     write_deployment(plain, folder / "plain")
     tables = {"backbone": {"model": "org/name"}, "data": {"source": "org/rows"}}
     hub = Deployment(
@@ -29,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         client_column="who",
         port=9000,
         bind="10.0.0.7",
+        isolation=as_before,
     )
     write_deployment(hub, folder / "hub")
     six = Deployment(
@@ -40,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         install="/srv/it's here",
         days=7,
         backbone="/m",
+        isolation=as_before,
     )
     write_deployment(six, folder / "six")
     return folder
