@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import tomli_w
+from packaging.markers import Marker
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 from packaging.version import Version
@@ -107,9 +108,11 @@ def dependencies(extra: str = "") -> list[str]:
     wanted = []
     for text in importlib.metadata.requires("fedpet") or []:
         requirement = Requirement(text)
-        marker, requirement.marker = requirement.marker, None
+        marker: Marker | None = requirement.marker
+        requirement.marker = None
         always = marker is None or marker.evaluate({"extra": ""})
-        if always if not extra else not always and marker.evaluate({"extra": extra}):
+        with_extra = marker is None or marker.evaluate({"extra": extra})
+        if with_extra and not (extra and always):
             wanted.append(str(requirement))
     return wanted
 

@@ -98,12 +98,33 @@ class PromptGrid(GridWrapper):
 
 
 class StreamingGrid(GridWrapper):
-    """Hand each reply to `take` when it comes, and send the messages that it gives as it goes."""
+    """Hand each reply to `take` when it comes, and send the messages that it gives as it goes.
 
-    def __init__(self, grid: Grid, take: Callable[[Message], Iterable[Message]]) -> None:
+    Args:
+        grid: Reaches the nodes.
+        take: Reads a reply; returns the messages that follow it.
+        is_over: Tells if a round ends before its deadline.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        take: Callable[[Message], Iterable[Message]],
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__(grid)
         self._mailbox = PendingMessages(grid)
         self._take = take
+        self._is_over = is_over
+
+    def busy_nodes(self) -> set[int]:
+        """Return the nodes that have not answered a message of a round before; what comes is lost.
+
+        Between rounds only: in a round it would take the round's replies.
+        """
+        for _ in self._mailbox.collect():
+            pass
+        return self._mailbox.nodes
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -118,7 +139,7 @@ class StreamingGrid(GridWrapper):
             for reply in mailbox.collect():
                 taken += 1
                 mailbox.send(self._take(reply))
-            if not mailbox or time.monotonic() > limit:
+            if not mailbox or time.monotonic() > limit or self._is_over():
                 break
             # Where an empty pull takes time, as over a network, pull less often.
             spent = 0.0 if taken else time.monotonic() - asked_at
