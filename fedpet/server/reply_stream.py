@@ -13,6 +13,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 from flwr.app import Message
@@ -113,7 +114,7 @@ class StreamingGrid(GridWrapper):
         is_over: Callable[[], bool] = lambda: False,
     ) -> None:
         super().__init__(grid)
-        self._mailbox = PendingMessages(grid)
+        self._mailbox, self._late = PendingMessages(grid), PendingMessages(grid)
         self._take = take
         self._is_over = is_over
 
@@ -122,9 +123,10 @@ class StreamingGrid(GridWrapper):
 
         Between rounds only: in a round it would take the round's replies.
         """
-        for _ in self._mailbox.collect():
+        self._mailbox.hand_over(self._late)
+        for _ in self._late.collect():
             pass
-        return self._mailbox.nodes
+        return self._late.nodes
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -132,8 +134,11 @@ class StreamingGrid(GridWrapper):
         """Send one by one and take the replies that come in time; return none."""
         limit = math.inf if timeout is None else time.monotonic() + timeout
         mailbox = self._mailbox
-        mailbox.forget()  # a late reply of the round before is not awaited
-        mailbox.send(messages)
+        rest = iter(messages)
+        if (first := next(rest, None)) is None:  # a round's evaluation, which no client does
+            return []
+        mailbox.hand_over(self._late)  # a late reply of the round before is not awaited
+        mailbox.send(chain([first], rest))
         while mailbox:
             taken, asked_at = 0, time.monotonic()
             for reply in mailbox.collect():
