@@ -1,14 +1,16 @@
 """Run a node: Flower's SuperNode in this process, and a worker beside it that stays.
 
-    python -m fedpet.client.supernode [--longest-poll SECONDS] [--heartbeat SECONDS] ARGUMENTS
+    python -m fedpet.client.supernode [--longest-poll SECONDS] [--idle-heartbeat SECONDS] ...
 
-ARGUMENTS are those of `flower-supernode`. A worker that ends, for memory say, is started again
-after a pause that doubles while it keeps on ending; the SuperNode answers for the message that it
+Other arguments are those of `flower-supernode`. A worker that ends, for memory say, is started
+again after a pause that doubles while it keeps on ending; the SuperNode answers for the message that it
 held. If this process ends, so does the worker: what starts this process, as systemd's unit does,
 starts both again. The secret that lets the worker answer is drawn anew each time, on no disk.
 
 Polling: within a run the server is asked every three seconds, as Flower does. After
-`ACTIVE_SECONDS` without a message the pause grows by half each time, to the longest poll.
+`ACTIVE_SECONDS` without a message the pause grows by half each time, to the longest poll, and signs
+of life come more rarely too. A server takes a node for gone after two that it missed: within a run
+after a minute, of an idle node after ten.
 """
 
 from __future__ import annotations
@@ -32,7 +34,7 @@ POLL_SECONDS = 3.0  # Flower's
 LONGEST_POLL_SECONDS = 60.0
 ACTIVE_SECONDS = 300.0
 GROWTH = 1.5
-HEARTBEAT_SECONDS = 30  # Flower's; a server takes a node for gone after two
+HEARTBEAT_SECONDS, IDLE_HEARTBEAT_SECONDS = 30, 300  # the first is Flower's
 FIRST_RESTART_SECONDS, LONGEST_RESTART_SECONDS = 1.0, 60.0
 SETTLED_SECONDS = 60.0  # a worker that ran for so long is started again at once
 
@@ -105,11 +107,11 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         help="longest pause between questions to the server where nothing happens",
     )
     parser.add_argument(
-        "--heartbeat",
+        "--idle-heartbeat",
         type=int,
-        default=HEARTBEAT_SECONDS,
+        default=IDLE_HEARTBEAT_SECONDS,
         metavar="SECONDS",
-        help="between signs of life; the server misses a node that is gone after two",
+        help="between signs of life where nothing happens, at most 1800",
     )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8100)
@@ -130,7 +132,9 @@ def main() -> None:
         ["--host", options.host, "--port", str(options.port), *flower],
         secret,
         pause=PollPause(options.longest_poll),
-        heartbeat_seconds=options.heartbeat,
+        heartbeat=lambda seconds: (
+            HEARTBEAT_SECONDS if seconds <= POLL_SECONDS else options.idle_heartbeat
+        ),
     )
 
 

@@ -416,7 +416,7 @@ def run_supernode(
     secret: bytes,
     *,
     pause: Callable[[bool], float],
-    heartbeat_seconds: int,
+    heartbeat: Callable[[float], int],
 ) -> None:
     """Run Flower's SuperNode in this process; it ends with it.
 
@@ -425,9 +425,14 @@ def run_supernode(
         secret: Shared with the worker; with no secret anybody on the machine could answer.
         pause: Gives the seconds until the server is asked again, told if a message has just come.
             Flower waits for three, by a call that is not to be set.
-        heartbeat_seconds: Between signs of life; Flower's is a constant.
+        heartbeat: Gives the seconds between signs of life, told that pause; Flower's are a
+            constant.
     """
-    from flwr.supercore import heartbeat
+    from functools import partial
+
+    import httpx
+    from flwr.supercore import heartbeat as heartbeats
+    from flwr.supercore.protobuf import client as protobuf_client
     from flwr.supernode import fleet_http_connection, start_client_internal
     from flwr.supernode.cli.flower_supernode import flower_supernode
 
@@ -439,12 +444,19 @@ def run_supernode(
     def sleep(seconds: float) -> None:
         nonlocal came
         is_idle = seconds == _IDLE_SECONDS
-        time.sleep(pause(came) if is_idle else seconds)
+        if is_idle:
+            seconds = pause(came)
+            for module in (heartbeats, fleet_http_connection):
+                vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = heartbeat(seconds)
         came = not is_idle  # Flower's shorter waits are for the answer to a message
+        time.sleep(seconds)
 
     vars(start_client_internal)["time"] = SimpleNamespace(sleep=sleep)
-    for module in (heartbeat, fleet_http_connection):
-        vars(module)["HEARTBEAT_DEFAULT_INTERVAL"] = heartbeat_seconds
+    # A connection that is made anew costs three times what a question does. It lasts for as long
+    # as the server keeps it too.
+    limits = httpx.Limits(keepalive_expiry=_KEEPALIVE_SECONDS)
+    kept = {**vars(httpx), "Client": partial(httpx.Client, limits=limits)}
+    vars(protobuf_client)["httpx"] = SimpleNamespace(**kept)
     sys.argv = [
         "flower-supernode",
         *("--isolation", "process", "--superexec-auth-secret-file", f"/dev/fd/{reading}"),
@@ -453,6 +465,7 @@ def run_supernode(
     flower_supernode()
 
 
+_KEEPALIVE_SECONDS = 600.0
 _IDLE_SECONDS = 3  # the sleep of Flower's loop after an empty pull
 
 

@@ -6,7 +6,8 @@ import sys
 from typing import Any
 
 import pytest
-from flwr.supernode import start_client_internal
+from flwr.supercore.protobuf import client as protobuf_client
+from flwr.supernode import fleet_http_connection, start_client_internal
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
 
 from fedpet.client import supernode
@@ -92,6 +93,7 @@ def test_the_supernode_takes_the_secret_from_no_disk_and_the_pauses_from_fedpet(
 ) -> None:
     seen: dict[str, Any] = {}
     slept: list[float] = []
+    beats: list[int] = []
 
     def flower_supernode() -> None:
 
@@ -102,6 +104,8 @@ def test_the_supernode_takes_the_secret_from_no_disk_and_the_pauses_from_fedpet(
         seen["secret"] = load_superexec_auth_secret(arguments.superexec_auth_secret_file)
         for seconds in (3, 0.5, 3, 3):  # of Flower's loop: idle, a message, idle
             start_client_internal.time.sleep(seconds)
+            beats.append(fleet_http_connection.HEARTBEAT_DEFAULT_INTERVAL)
+        seen["limits"] = protobuf_client.httpx.Client.keywords["limits"].keepalive_expiry
 
     module = sys.modules["flwr.supernode.cli.flower_supernode"]
     monkeypatch.setattr(module, "flower_supernode", flower_supernode)
@@ -110,11 +114,16 @@ def test_the_supernode_takes_the_secret_from_no_disk_and_the_pauses_from_fedpet(
     for module in ("supercore.heartbeat", "supernode.fleet_http_connection"):
         monkeypatch.setattr(f"flwr.{module}.HEARTBEAT_DEFAULT_INTERVAL", 30)
     monkeypatch.setattr(start_client_internal, "time", start_client_internal.time)
+    monkeypatch.setattr(protobuf_client, "httpx", protobuf_client.httpx)
     flower_compat.run_supernode(
-        ["--insecure"], b"secret", pause=lambda came: 7.0 if came else 60.0, heartbeat_seconds=40
+        ["--insecure"],
+        b"secret",
+        pause=lambda came: 7.0 if came else 60.0,
+        heartbeat=lambda seconds: 30 if seconds < 60 else 300,
     )
-    assert seen == {"isolation": "process", "secret": b"secret"}
+    assert seen == {"isolation": "process", "secret": b"secret", "limits": 600.0}
     assert slept == [60.0, 0.5, 7.0, 60.0]
+    assert beats == [300, 300, 30, 300]
 
 
 def test_flower_s_loop_still_waits_as_the_pauses_reckon() -> None:

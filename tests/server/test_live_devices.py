@@ -1,4 +1,4 @@
-"""Devices live: rows come and go, checkpoints and files are mended, and the run goes on with them."""
+"""Devices live: rows come and go, checkpoints and files are mended, and the run goes on."""
 
 from __future__ import annotations
 
