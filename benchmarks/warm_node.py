@@ -133,7 +133,7 @@ def measure_way(experiment: Experiment, isolation: str, rows: int, folder: Path)
         for sampler in samplers.values():
             sampler.stop()
         result = real.result(f"{experiment.run.name}-1")
-        lines = [line for line in real.rounds(f"{experiment.run.name}-1") if line["round"] > 1]
+        later = [line for line in real.rounds(f"{experiment.run.name}-1") if line["round"] > 1]
         answered = [float(s) for name in NODES for s in _ANSWERED.findall(real.log(name))]
     messages = experiment.strategy.num_rounds + 1  # and the registration
     return {
@@ -141,7 +141,7 @@ def measure_way(experiment: Experiment, isolation: str, rows: int, folder: Path)
         "worker_cpu_seconds": statistics.median(answered[3:]) if answered else None,
         "peak_mib": max(sampler.peak_bytes for sampler in samplers.values()) / 2**20,
         "processes": max(sampler.most_processes for sampler in samplers.values()),
-        "round_seconds": statistics.median(line["round_seconds"] for line in lines),
+        "round_seconds": statistics.median(line["round_seconds"] for line in later),
         "local_training_seconds": result["time"]["local_training_seconds"] / messages,
         "final_values_sha256": result["final_values_sha256"],
     }

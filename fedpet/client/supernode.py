@@ -3,9 +3,9 @@
     python -m fedpet.client.supernode [--longest-poll SECONDS] [--idle-heartbeat SECONDS] ...
 
 Other arguments are those of `flower-supernode`. A worker that ends, for memory say, is started
-again after a pause that doubles while it keeps on ending; the SuperNode answers for the message that it
-held. If this process ends, so does the worker: what starts this process, as systemd's unit does,
-starts both again. The secret that lets the worker answer is drawn anew each time, on no disk.
+again after a pause that doubles while it keeps on ending; the SuperNode answers for the message
+that it held. If this process ends, so does the worker: what starts this process, as systemd's unit
+does, starts both again. The secret that lets the worker answer is drawn anew each time, on no disk.
 
 Polling: within a run the server is asked every three seconds, as Flower does. After
 `ACTIVE_SECONDS` without a message the pause grows by half each time, to the longest poll, and signs
