@@ -47,10 +47,17 @@ class PollPause:
     Args:
         longest: The longest pause, seconds.
         clock: Gives seconds.
+        active: Seconds after a message in which the pause stays short.
     """
 
-    def __init__(self, longest: float, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self,
+        longest: float,
+        clock: Callable[[], float] = time.monotonic,
+        active: float = ACTIVE_SECONDS,
+    ) -> None:
         self._longest = max(longest, POLL_SECONDS)
+        self._active = active
         self._clock = clock
         self._last_message = clock()
         self._pause = POLL_SECONDS
@@ -60,7 +67,7 @@ class PollPause:
         now = self._clock()
         if came:
             self._last_message, self._pause = now, POLL_SECONDS
-        elif now - self._last_message > ACTIVE_SECONDS:
+        elif now - self._last_message > self._active:
             self._pause = min(GROWTH * self._pause, self._longest)
         return self._pause
 
@@ -113,6 +120,13 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="SECONDS",
         help="between signs of life where nothing happens, at most 1800",
     )
+    parser.add_argument(
+        "--active-seconds",
+        type=float,
+        default=ACTIVE_SECONDS,
+        metavar="SECONDS",
+        help="after a message, in which the server is asked every three seconds",
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8100)
     return parser.parse_known_args(arguments)
@@ -131,7 +145,7 @@ def main() -> None:
     run_supernode(
         ["--host", options.host, "--port", str(options.port), *flower],
         secret,
-        pause=PollPause(options.longest_poll),
+        pause=PollPause(options.longest_poll, active=options.active_seconds),
         heartbeat=lambda seconds: (
             HEARTBEAT_SECONDS if seconds <= POLL_SECONDS else options.idle_heartbeat
         ),
