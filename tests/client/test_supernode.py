@@ -132,3 +132,12 @@ def test_flower_s_loop_still_waits_as_the_pauses_reckon() -> None:
     source = inspect.getsource(start_client_internal)
     waits = [part.partition(")")[0] for part in source.split("time.sleep(")[1:]]
     assert waits == [str(flower_compat._IDLE_SECONDS), "0.5", "0.5"]
+
+
+def test_the_supernode_s_process_loads_neither_torch_nor_transformers() -> None:
+    import json
+    import subprocess
+
+    code = "import fedpet.client.supernode, json, sys; print(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert not {"torch", "transformers", "fedpet.client.node"} & set(json.loads(done.stdout))
