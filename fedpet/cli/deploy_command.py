@@ -49,6 +49,13 @@ def deploy(
         int, typer.Option(help="Clients to wait for before the first round; 0: one a node.")
     ] = 0,
     threads: Annotated[int, typer.Option(help="Torch threads a node; 0: the experiment's.")] = 0,
+    isolation: Annotated[
+        str,
+        typer.Option(
+            help="Where a node answers: 'process', a worker that stays and never executes the "
+            "server's bundle; 'subprocess', a new process of Flower's for each message."
+        ),
+    ] = "process",
     node_port: Annotated[
         int, typer.Option(help="Port of the first node's own processes, on its machine only.")
     ] = 8100,
@@ -74,6 +81,7 @@ def deploy(
         client_column=client_column,
         clients=clients,
         threads=threads,
+        isolation=isolation,
         node_port=node_port,
         backbone=backbone,
         install=install,

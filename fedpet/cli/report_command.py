@@ -27,6 +27,9 @@ def report(
     png: Annotated[str, typer.Option(help="Write the main plot to this file too.")] = "",
 ) -> None:
     """Write one HTML page about a run: quality against bytes, bytes by round, where it trained."""
+    from fedpet.utils.extras import check_extra
+
+    check_extra("matplotlib", "report", "the page of a run")
     from fedpet.report.loading import read_report
     from fedpet.report.page import write_page, write_png
 

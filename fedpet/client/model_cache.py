@@ -6,9 +6,11 @@ message; a client's values are written into the resident model and read out agai
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
 
@@ -59,15 +61,25 @@ class ModelCache:
         self._config = config
         self._plans = plans
         self._loaded: LoadedPlan | None = None
+        self._files: list[tuple[int, ...]] = []  # that its rows are from, as they were then
 
     def load(self, digest: bytes) -> LoadedPlan:
         """Return a plan with its model and rows, loaded unless it is the one in force.
+
+        Rows of the node's own are read again where their files have changed.
 
         Raises:
             PlanError: The plan is not stored here, or does not fit the checkpoint here.
             InputError: Checkpoint, rows or device cannot be used.
         """
+        files = self._file_states()
+        if self._loaded is not None and self._loaded.digest == digest and files != self._files:
+            data = self.load_rows(self._loaded.plan)
+            rows_of = {client_id64(client.id): client.rows for client in data.clients}
+            self._loaded = replace(self._loaded, data=data, rows_of=rows_of)
+            self._files = files
         if self._loaded is None or self._loaded.digest != digest:
+            self._files = files
             plan = self._config.read_plan(self._plans.get(digest))
             self._loaded = None  # free the old model before the new one is built
             gc.unfreeze()
@@ -112,6 +124,19 @@ class ModelCache:
             return data
         clients = tuple(replace(client, id=config.client) for client in data.clients)
         return replace(data, clients=clients)
+
+    def _file_states(self) -> list[tuple[int, ...]]:
+        """Return what tells if a file of the node's own rows is another than it was."""
+        if not self._config.has_own_rows:
+            return []
+        source = Path(self._config.data.source).expanduser()
+        files = sorted(source.rglob("*")) if source.is_dir() else [source]
+        states: list[tuple[int, ...]] = []
+        for path in files:
+            with contextlib.suppress(OSError):  # of a file that is gone: reading says so
+                found = path.stat()
+                states.append((found.st_ino, found.st_size, found.st_mtime_ns))
+        return states
 
     def _build(self, digest: bytes, plan: Plan) -> LoadedPlan:
         data = self.load_rows(plan)

@@ -9,6 +9,7 @@ Out: a frame a client with its update, or a refusal that says why there is none.
 from __future__ import annotations
 
 import functools
+import logging
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -40,9 +41,11 @@ from fedpet.protocol.request import (
     read_request,
     to_record,
 )
+from fedpet.utils.source_digest import package_versions
 
 __all__ = ["Node", "get_node", "reply"]
 
+LOG = logging.getLogger("fedpet")
 MAX_REFUSALS = 10_000  # of clients of one message that cannot be read at all
 
 
@@ -107,8 +110,9 @@ class Node:
                     f"carries {len(starts)}."
                 )
         except Exception as error:  # an OSError names its file; the round goes on
+            code = self._unfit_code(error)
             return b"".join(
-                self._refuse(digest, server_round, client, error)
+                self._refuse(digest, server_round, client, error, code)
                 for client in request.clients[:MAX_REFUSALS]
             )
         torch.set_num_threads(self.config.threads or loaded.plan.training.threads)
@@ -116,8 +120,9 @@ class Node:
         accepted = request.accepted or (0,) * len(request.clients)
         given = [starts[tier] for tier in which]
         ahead = _train_ahead(loaded, list(zip(request.clients, given, strict=True)), server_round)
+        note = self._note_changed_rows(loaded, server_round)
         with passes_of_all(loaded):
-            return b"".join(
+            return note + b"".join(
                 self._train(loaded, start, client, server_round, last, state, outcome)
                 for client, start, last, outcome in zip(
                     request.clients, given, accepted, ahead, strict=True
@@ -125,23 +130,52 @@ class Node:
             )
 
     def _register(self, plan: bytes) -> bytes:
-        """List the node's clients and their rows, read and tokenised as the plan asks."""
+        """List the node's clients and their rows, read and tokenised as the plan asks.
+
+        The checkpoint is loaded too: a node that has another one takes no part.
+        """
         digest = Plan.digest(plan)
         try:
-            data = self.models.load_rows(self._store(plan, digest))
-            return encode_registration({client.id: len(client.rows) for client in data.clients})
+            self._store(plan, digest)
+            registration = _registration_of(self.models.load(digest))
+            self.plans.keep_registration(digest, registration)
         except Exception as error:
-            return self._refuse(digest, 0, 0, error)
+            return self._refuse(digest, 0, 0, error, self._unfit_code(error))
+        return registration
 
-    def _store(self, plan: bytes, digest: bytes) -> Plan:
+    def _store(self, plan: bytes, digest: bytes) -> None:
         """Read a plan within the device's limits, and store it."""
-        read = self.config.read_plan(plan)
+        self.config.read_plan(plan)
         self.plans.put(plan, digest)
-        return read
 
-    def _refuse(self, digest: bytes, server_round: int, client: int, error: Exception) -> bytes:
+    def _note_changed_rows(self, loaded: LoadedPlan, server_round: int) -> bytes:
+        """Return a note that the node's rows are others than it registered; b"" where they are."""
+        registered = self.plans.registration(loaded.digest)
+        if not self.config.has_own_rows or registered in (b"", _registration_of(loaded)):
+            return b""
+        LOG.info("the rows have changed since this node registered: it registers again.")
+        reason = "its rows have changed since it registered."
+        note = Refusal(loaded.digest, server_round, 0, reason, RefusalCode.ROWS_CHANGED)
+        return pack_refusal(note)
+
+    def _unfit_code(self, error: Exception) -> RefusalCode:
+        """Return the code of an error that keeps the whole node from taking part, and log it."""
+        if isinstance(error, FrameError | StateMissingError):  # of the request
+            return RefusalCode.OTHER
+        if self.config.has_own_rows:  # a real node, whose owner reads its log
+            LOG.error("this node cannot take part until this is mended: %s", error)
+        return RefusalCode.NODE_UNFIT
+
+    def _refuse(
+        self,
+        digest: bytes,
+        server_round: int,
+        client: int,
+        error: Exception,
+        code: RefusalCode = RefusalCode.OTHER,
+    ) -> bytes:
         """Pack an error as a client's refusal."""
-        code = error.code if isinstance(error, StateMissingError) else RefusalCode.OTHER
+        code = error.code if isinstance(error, StateMissingError) else code
         own_rows = self.config.has_own_rows
         reason = reason_for_server(error, client, own_rows=own_rows)
         return pack_refusal(Refusal(digest, server_round, client, reason, code))
@@ -220,3 +254,8 @@ def _check_feedback(request: Request, plan: Plan) -> None:
             f"the plan's error feedback is {plan.codec.error_feedback!r}, and the request names "
             f"{len(request.accepted)} accepted rounds."
         )
+
+
+def _registration_of(loaded: LoadedPlan) -> bytes:
+    clients = {client.id: len(client.rows) for client in loaded.data.clients}
+    return encode_registration(clients, package_versions())

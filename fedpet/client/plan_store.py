@@ -55,6 +55,23 @@ class PlanStore:
             raise StateMissingError(RefusalCode.PLAN_MISSING)
         return plan
 
+    def keep_registration(self, digest: bytes, registration: bytes) -> None:
+        """Store what the node has registered for a plan.
+
+        Raises:
+            OSError: The disk does not take it.
+        """
+        if self.registration(digest) != registration:
+            path = self.path(digest).with_suffix(".registration")
+            atomic_write(path, registration, durable=True, shared=True)
+
+    def registration(self, digest: bytes) -> bytes:
+        """Return what the node has registered for a plan; b"" of one that has not."""
+        try:
+            return self.path(digest).with_suffix(".registration").read_bytes()
+        except OSError:
+            return b""
+
     def path(self, digest: bytes) -> Path:
         """Return the file of a plan."""
         return self._folder / f"{digest.hex()}.plan"

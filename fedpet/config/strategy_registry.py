@@ -42,6 +42,9 @@ class StrategyConfig(Stage):
     quorum: Quorum = 0.5  # fraction of the round's clients that must give a usable reply
     min_replies: Count = 1  # usable ones, below which a round changes nothing
     round_deadline_seconds: Positive = 3600.0  # replies that come later are refused
+    over_selection: FromZero = 0.0  # clients drawn beyond clients-per-round, a fraction of it; the
+    # round ends when clients-per-round have answered (fedpet/server/pace.py)
+    pace: FromZero = 0.0  # above 1: a round ends after so many times what its faster half takes
     node_wait_seconds: FromZero = 300.0  # for the first node, and for a deployment's clients
     evaluate_every: Count = 1  # rounds; the last is always evaluated
     weights: str = "examples"  # of clients in an average: rows trained on; or "uniform"
@@ -61,6 +64,11 @@ class StrategyConfig(Stage):
     def __post_init__(self) -> None:
         super().__post_init__()
         self.check_name()
+        if 0 < self.pace <= 1:
+            raise ConfigError(
+                f"strategy.pace must be 0 or above 1, got {self.pace!r}. It is how many times as "
+                "long as its faster half a round may take: 2 is twice as long, 0 sets no such end."
+            )
         check_choice("strategy.weights", self.weights, ("examples", "uniform"))
         if self.clients_per_round < self.min_usable_replies:
             raise ConfigError(

@@ -5,7 +5,8 @@ Out: a `Column`, a sequence of Python values that makes each of them when it is 
      distinct values, and which of them each row has.
 
 A text costs its bytes and a few more there, and as a Python object 50 more. Values of several types
-stay Python objects: 1 and 1.0 are two values, and a column that mixes them keeps both.
+stay Python objects: 1 and 1.0 are two values, and a column that mixes them keeps both. So do all
+where pyarrow is not installed, as on a node; the values are the same.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from itertools import chain, islice
 from typing import Any
 
 import numpy as np
+
+from fedpet.utils.extras import has_arrow
 
 __all__ = ["Column", "ColumnBuilder", "Selection", "distinct_values", "pack_rows"]
 
@@ -185,6 +188,8 @@ def pack_rows(rows: Iterable[Sequence[Any]], width: int) -> list[Column]:
 
 def _packed(values: list[Any]) -> Any:
     """Return values of one plain type as an Arrow array; others as they are."""
+    if not has_arrow():
+        return values
     import pyarrow as pa
 
     kinds = set(map(type, values)) - {type(None)}
@@ -204,6 +209,8 @@ def _packed(values: list[Any]) -> Any:
 
 def _join(pieces: list[Any]) -> Any:
     """Return pieces as one chunked array where all are of one type, else as one list."""
+    if all(isinstance(piece, list) for piece in pieces):
+        return list(chain(*pieces))
     import pyarrow as pa
 
     kinds = {None if isinstance(piece, list) else piece.type for piece in pieces}

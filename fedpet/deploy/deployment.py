@@ -37,6 +37,7 @@ from fedpet.utils.templating import render
 # Names in the server's certificate beside its own: its processes', and its service's in compose.
 LOCAL = ("localhost", "127.0.0.1", "fedpet-server")
 OWN_PORT, NODE_PORT = 8001, 8100
+ISOLATIONS = ("process", "subprocess")
 MAX_DAYS = 36_500
 FACTS = "deployment.toml"
 MAX_CLIENTS = 100_000  # of a node, as a registration has them
@@ -89,6 +90,9 @@ class Deployment:
         reply_mib: Most MiB of one reply of a node.
         clients: How many to wait for before the first round; 0 for as many as there are nodes.
         threads: Torch threads a node; 0 leaves it to the experiment.
+        isolation: Flower's word for where a node answers messages: "process" in a worker that stays
+            (fedpet/client/supernode.py), "subprocess" in a new process of Flower's for each, which
+            executes the server's bundle.
         node_port: Of the first node's own processes; the next node's is one higher, so that nodes
             can share a machine.
         backbone: The checkpoint's folder on the nodes, where the experiment's name does not do.
@@ -108,6 +112,7 @@ class Deployment:
     reply_mib: int = 64
     clients: int = 0
     threads: int = 0
+    isolation: str = "process"
     node_port: int = NODE_PORT
     backbone: str = ""
     install: str = "/opt/fedpet"
@@ -123,6 +128,10 @@ class Deployment:
                     f"the {what} is the name or address under which nodes reach the server, got "
                     f"{host!r}."
                 )
+        if self.isolation not in ISOLATIONS:
+            raise ConfigError(
+                f"the isolation is one of {', '.join(ISOLATIONS)}, got {self.isolation!r}."
+            )
         last_node_port = self.node_port + len(names) - 1
         ports = {"port": self.port, "own port": self.own_port, "node port": last_node_port}
         for name, port in ports.items():
@@ -305,7 +314,12 @@ def _write_server(deployment: Deployment, folder: Path) -> None:
 
 def _write_node(deployment: Deployment, node: NodeSpec, folder: Path, port: int) -> None:
     write_new(folder / "node.toml", tomli_w.dumps(deployment.node_config(node)).encode())
-    supernode = render(TEMPLATES / "supernode.sh.j2", server=deployment.address, port=port)
+    supernode = render(
+        TEMPLATES / "supernode.sh.j2",
+        server=deployment.address,
+        port=port,
+        stays=deployment.isolation == "process",
+    )
     write_new(folder / "supernode.sh", supernode, mode=0o700)
     what = f"the node {node.name} (Flower SuperNode)"
     _write_unit(deployment, folder, "supernode", f"nodes/{node.name}", what)

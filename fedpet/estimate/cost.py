@@ -22,6 +22,7 @@ from fedpet.config import Experiment
 from fedpet.data import ClientCounts, Task, count_clients
 from fedpet.data.task import check_label_names
 from fedpet.errors import ConfigError, DataError
+from fedpet.estimate.idle_traffic import idle_bytes
 from fedpet.estimate.links import LINKS, Link
 from fedpet.estimate.message_sizes import (
     frames_down,
@@ -163,6 +164,7 @@ def estimate(
             "ratio_to_dense": total / dense_total,
             "lora_total_bytes": lora_total,
             "ratio_to_lora": total / lora_total,
+            **idle_bytes(),
         },
         links=[on(link) for link in links],
         tolerance=tolerance,

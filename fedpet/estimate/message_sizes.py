@@ -26,6 +26,7 @@ from fedpet.protocol.request import (
     single_client_bytes,
     write_request,
 )
+from fedpet.utils.source_digest import package_versions
 
 __all__ = [
     "frames_down",
@@ -63,7 +64,7 @@ def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
 def roll_call_bytes(plan_length: int) -> int:
     """Return what registering one real client takes, both ways: the plan, and one client's rows."""
     question = _length(Request((), b""), 0, plan_length)
-    answer = len(encode_registration({_NAME: 1}))
+    answer = len(encode_registration({_NAME: 1}, package_versions()))
     return single_client_bytes(question, reply=False) + single_client_bytes(answer, reply=True)
 
 

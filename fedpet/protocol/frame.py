@@ -69,6 +69,8 @@ class RefusalCode(IntEnum):
     RESIDUAL_MISSING = 3
     OTHER_TIER = 4
     VALUES_MISSING = 5
+    NODE_UNFIT = 6  # the node cannot take part at all: its checkpoint, its rows, its disk
+    ROWS_CHANGED = 7  # of no client: the node's rows are others than it registered
 
 
 _KNOWN = frozenset(RefusalCode)

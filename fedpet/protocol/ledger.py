@@ -93,6 +93,7 @@ class Ledger:
         rounds: The lines so far: those of a search first, then training's with round 0, the
             evaluation before it.
         kind: Of the rounds that begin from now on.
+        node_name: Gives what lines call a node, by Flower's id.
         on_reply: Called with the open round's record, and how many of its clients have answered by
             now, when a reply is counted.
 
@@ -108,6 +109,7 @@ class Ledger:
     path: Path | None = None
     rounds: list[RoundRecord] = field(default_factory=list)
     kind: str = TRAINING
+    node_name: Callable[[int], str] = str
     on_reply: Callable[[RoundRecord, int], None] = lambda record, answered: None
 
     def __post_init__(self) -> None:
@@ -175,16 +177,17 @@ class Ledger:
     def refuse(self, who: str, reason: str, node: int | None = None) -> None:
         """Record a client whose reply is not averaged, the reason, and the node where it is known.
 
-        Nodes' ids are Flower's: long numbers, drawn anew for each run of a simulation.
+        Nodes have names in a deployment. Elsewhere their ids are Flower's: long numbers, drawn anew
+        for each run of a simulation.
         """
-        known = {} if node is None else {"node": str(node)}
+        known = {} if node is None else {"node": self.node_name(node)}
         self.current.refused.append({"who": who, **known, "reason": one_line(reason)})
 
     def add_message(self, message: Message) -> None:
         """Count a message as it is sent or received, with the plan's bytes apart."""
         count, metadata = wire_bytes(message), message.metadata
         is_reply = bool(metadata.reply_to_message_id)
-        node = str(metadata.src_node_id if is_reply else metadata.dst_node_id)
+        node = self.node_name(metadata.src_node_id if is_reply else metadata.dst_node_id)
         request = NO_REQUEST if is_reply else _request_in(message)
         plan = len(request.plan)
         kind = metadata.message_type.partition(".")[0]

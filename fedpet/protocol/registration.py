@@ -5,13 +5,14 @@ fedpet/protocol/request.py. Names and counts are all that it learns of the rows.
 take part answers with a refusal in the registration's place, and the caller is told its reason.
 
 A registration is MessagePack (fedpet/protocol/wire_struct.py): a pair (name, rows) for each client,
-in the order of the names.
+in the order of the names, and a pair (package, version) for each of those that decide a result.
 """
 
 from __future__ import annotations
 
 import unicodedata
 from collections.abc import Mapping
+from dataclasses import dataclass
 from typing import Annotated
 
 from msgspec import Meta
@@ -20,8 +21,9 @@ from fedpet.errors import FrameError, ReplyError
 from fedpet.protocol.frame import Refusal, unpack_frames
 from fedpet.protocol.wire_struct import WireStruct, decode_struct, encode_struct
 
-__all__ = ["decode_registration", "encode_registration"]
+__all__ = ["Registration", "decode_registration", "encode_registration"]
 
+_NONE: Mapping[str, str] = {}
 MAX_CLIENTS = 100_000
 MAX_NAME_BYTES = 256
 
@@ -31,29 +33,44 @@ Entry = tuple[
 ]
 
 
-class _Registration(WireStruct, frozen=True, tag="FPRS2"):
+Version = tuple[Annotated[str, Meta(max_length=32)], Annotated[str, Meta(max_length=80)]]
+
+
+class _Registration(WireStruct, frozen=True, tag="FPRS3"):
     clients: Annotated[tuple[Entry, ...], Meta(min_length=1, max_length=MAX_CLIENTS)]
+    versions: Annotated[tuple[Version, ...], Meta(max_length=16)]
 
 
-def encode_registration(num_rows: Mapping[str, int]) -> bytes:
-    """Write clients and their rows.
+@dataclass(frozen=True)
+class Registration:
+    """Hold what a node brings.
+
+    Attributes:
+        num_rows: Client -> rows it holds.
+        versions: Package -> version, as the node says.
+    """
+
+    num_rows: dict[str, int]
+    versions: dict[str, str]
+
+
+def encode_registration(num_rows: Mapping[str, int], versions: Mapping[str, str] = _NONE) -> bytes:
+    """Write clients and their rows, and versions of packages.
 
     Raises:
         FrameError: A name that a server would refuse, or too many of them.
     """
     try:
-        payload = encode_struct(_Registration(tuple(sorted(num_rows.items()))))
+        clients, packages = tuple(sorted(num_rows.items())), tuple(sorted(versions.items()))
+        payload = encode_struct(_Registration(clients, packages))
     except UnicodeEncodeError as error:
         raise FrameError(f"a client's name is UTF-8, got {error.object[:40]!r}.") from None
     _decode(payload)
     return payload
 
 
-def decode_registration(payload: bytes) -> dict[str, int]:
+def decode_registration(payload: bytes) -> Registration:
     """Read a node's answer.
-
-    Returns:
-        Client -> rows it holds.
 
     Raises:
         ReplyError: The node refuses, or its answer is no registration of this version.
@@ -63,9 +80,10 @@ def decode_registration(payload: bytes) -> dict[str, int]:
     return _decode(payload)
 
 
-def _decode(payload: bytes) -> dict[str, int]:
+def _decode(payload: bytes) -> Registration:
     num_rows: dict[str, int] = {}
-    for name, rows in decode_struct(payload, _Registration, "registration").clients:
+    read = decode_struct(payload, _Registration, "registration")
+    for name, rows in read.clients:
         if len(name.encode()) > MAX_NAME_BYTES or not name.strip():
             raise FrameError(
                 f"a client's name has 1 to {MAX_NAME_BYTES} bytes and is not blank, got "
@@ -76,7 +94,7 @@ def _decode(payload: bytes) -> dict[str, int]:
         if name in num_rows:
             raise FrameError(f"a registration names each client once, got {name!r} twice.")
         num_rows[name] = rows
-    return num_rows
+    return Registration(num_rows, dict(read.versions))
 
 
 def _reason(payload: bytes) -> str:

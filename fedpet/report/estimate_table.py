@@ -89,6 +89,12 @@ def _totals(estimate: Estimate) -> Iterator[Row]:
         f"{format_bytes(sent['total_bytes'])}   (up {format_bytes(sent['uplink_bytes'])}, "
         f"down {format_bytes(sent['downlink_bytes'])}, plan {format_bytes(sent['plan_bytes'])})",
     )
+    idle, often = sent["idle_bytes_per_node_day"], sent["idle_bytes_per_node_day_polled"]
+    yield (
+        "a real node, idle",
+        f"{format_bytes(idle)} a day beside the above   ({format_bytes(often)} while rounds "
+        "follow one another: it asks every 3 s)",
+    )
     for name, key in ((f"LoRA, rank {estimate.model['lora_rank']}", "lora"), ("dense FedAvg", "")):
         total = sent["lora_total_bytes" if key else "dense_fedavg_total_bytes"]
         ratio = sent["ratio_to_lora" if key else "ratio_to_dense"]

@@ -16,7 +16,7 @@ from typing import Any
 
 __all__ = ["Count", "count_refusals"]
 
-_NODE = re.compile(r"^node \d+: ")
+_NODE = re.compile(r"^node [^ :]+: ")
 _NUMBER = re.compile(r"(?<![\w.])-?\d[\d,.]*(?<![.,])(?![\w])")
 
 
@@ -25,7 +25,7 @@ class Count:
     """One way of being refused.
 
     Attributes:
-        node: Flower's id, or "" where none is known.
+        node: Its name, or Flower's id, or "" where none is known.
         reason: As the first of them has it; where the others have other numbers, "…" for those.
         times: How many replies.
         clients: Their names, in order.

@@ -53,6 +53,7 @@ from fedpet.run.ray_cluster import PREFIX, cluster_address, ray_folder
 from fedpet.run.resume import check_journal, cut_short, is_cut_short, searched_structure
 from fedpet.run.run_folder import RunFolder, locked_run_folder
 from fedpet.server.reply_stream import PromptGrid
+from fedpet.utils.extras import check_extra
 
 Result = TypeVar("Result")
 
@@ -225,6 +226,7 @@ def _check_backend(backend: str) -> None:
 
 def _check_ray() -> None:
     """Find out first, and in seconds, whether Ray could not start."""
+    check_extra("ray", "simulation", "a simulation on Ray")
     if cluster_address() is None:
         ray_folder()
 

@@ -7,6 +7,7 @@ trained, never the result (law 6).
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -44,6 +45,19 @@ class ClientPool:
     @cached_property
     def _sorted(self) -> list[str]:
         return sorted(self.num_rows)
+
+    def suspend(self, node: int) -> None:
+        """Note that a node could not take part; a simulation's worker goes on all the same."""
+
+    def set_busy(self, nodes: set[int]) -> None:
+        """Note the nodes that still train for a round before; any worker trains any client."""
+
+    def register_again(self, node: int) -> None:
+        """Note that a node's rows have changed; those of a simulation do not."""
+
+    def node_name(self, node: int) -> str:
+        """Return what logs and tables call a node: Flower's id."""
+        return str(node)
 
     def by_number(self) -> dict[int, str]:
         """Return client names by the number that stands for them in messages."""
@@ -90,6 +104,10 @@ class ConnectedClientPool(ClientPool):
         names: Number in messages -> client.
         online_nodes: Nodes that are connected and have registered their clients.
         contested_nodes: Node -> nodes that registered a client of its while it was online.
+        stale_nodes: Online nodes whose rows are others than they registered: to be queried again.
+        failures: Node -> times in a row that it could not take part; none of a node that could.
+        busy_nodes: Nodes that still train for a round before.
+        node_names: Node -> its name, where the deployment tells one.
     """
 
     num_rows: dict[str, int] = field(default_factory=dict)
@@ -97,6 +115,10 @@ class ConnectedClientPool(ClientPool):
     names: dict[int, str] = field(default_factory=dict)
     online_nodes: set[int] = field(default_factory=set)
     contested_nodes: dict[int, set[int]] = field(default_factory=dict)
+    stale_nodes: set[int] = field(default_factory=set)
+    failures: Counter[int] = field(default_factory=Counter)
+    busy_nodes: set[int] = field(default_factory=set)
+    node_names: dict[int, str] = field(default_factory=dict)
 
     def by_number(self) -> dict[int, str]:
         """Return client names by number: the one dictionary, which grows as nodes register."""
@@ -117,13 +139,36 @@ class ConnectedClientPool(ClientPool):
         for client, rows in sorted(num_rows.items()):
             home, number = self.homes.get(client, node), client_id64(client)
             if home != node and home in self.online_nodes:
-                refused[client] = f"node {node} brings this client, which lives on node {home}."
+                refused[client] = (
+                    f"node {self.node_name(node)} brings this client, which lives on node "
+                    f"{self.node_name(home)}."
+                )
                 self.contested_nodes.setdefault(home, set()).add(node)
             elif self.names.setdefault(number, client) != client:
                 refused[client] = f"its 64-bit hash is that of client {self.names[number]!r}."
             else:
                 self.num_rows[client], self.homes[client] = rows, node
         return refused
+
+    def suspend(self, node: int) -> None:
+        """Draw no client of a node that cannot take part, until it has registered anew."""
+        self.online_nodes.discard(node)
+        self.stale_nodes.discard(node)
+        self.failures[node] += 1
+
+    def set_busy(self, nodes: set[int]) -> None:
+        """Draw no client of nodes that still train for a round before."""
+        self.busy_nodes.clear()
+        self.busy_nodes.update(nodes)
+
+    def register_again(self, node: int) -> None:
+        """Have a node queried again before the next round."""
+        if node in self.online_nodes:
+            self.stale_nodes.add(node)
+
+    def node_name(self, node: int) -> str:
+        """Return a node's name; its id where it has none."""
+        return self.node_names.get(node, str(node))
 
     def unregister(self, node: int) -> set[int]:
         """Take a node offline and remember its clients.
@@ -132,6 +177,8 @@ class ConnectedClientPool(ClientPool):
             Online nodes that had registered a client of its, which may be theirs now.
         """
         self.online_nodes.discard(node)
+        self.stale_nodes.discard(node)
+        del self.failures[node]
         return self.contested_nodes.pop(node, set()) & self.online_nodes
 
     @property
@@ -147,7 +194,8 @@ class ConnectedClientPool(ClientPool):
 
     def sample(self, server_round: int, num_clients: int, seed: int) -> list[str]:
         """Draw a round's clients among those whose node is online, in alphabetical order."""
-        return _draw(sorted(self.present), server_round, num_clients, seed)
+        free = [name for name in sorted(self.present) if self.homes[name] not in self.busy_nodes]
+        return _draw(free or sorted(self.present), server_round, num_clients, seed)
 
 
 def _draw(clients: Sequence[str], server_round: int, num_clients: int, seed: int) -> list[str]:

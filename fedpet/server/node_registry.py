@@ -11,6 +11,11 @@ when it is seen, and its clients are drawn from the round after its answer. A no
 is queried again: its clients may have changed. When a node disconnects, nodes that had registered
 one of its clients are queried too, because Flower gives a restarted device a new node id.
 
+A node whose rows have changed says so in the answer to a train message, and is queried again before
+the next round. One that cannot take part is not drawn from until it has registered anew: it is
+queried again at once where it took part before, then after `FIRST_PAUSE` seconds, and after twice
+as long each time, so that a mended node is back within the run.
+
 Where a folder says who may take part, a node is known by the name of its key, and brings no other
 clients than its key may (fedpet/server/allowed_nodes.py).
 
@@ -20,13 +25,14 @@ The bytes of a registration count as the plan's.
 from __future__ import annotations
 
 import logging
+import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from flwr.app import Message
 from flwr.serverapp import Grid
 
-from fedpet.errors import FedpetError, RunError
+from fedpet.errors import FedpetError, PlanError, RunError
 from fedpet.protocol.ledger import Ledger, one_line
 from fedpet.protocol.registration import decode_registration, encode_registration
 from fedpet.protocol.request import (
@@ -41,8 +47,10 @@ from fedpet.server.client_pool import ConnectedClientPool
 from fedpet.server.client_records import ClientRecords
 from fedpet.server.pending_messages import PendingMessages
 from fedpet.server.reply_stream import GridWrapper
+from fedpet.utils.source_digest import package_versions
 
-MAX_QUERIES = 3  # of a node that answers with errors
+MAX_QUERIES = 3  # of a node that answers with errors, before there is a pause
+FIRST_PAUSE, LONGEST_PAUSE = 30.0, 1800.0  # seconds until a node that refuses is queried again
 POLL_SECONDS = 0.5
 MAX_TOLD = 8  # clients of a node that are refused by name, where it brings more than it may
 
@@ -90,7 +98,8 @@ class NodeRegistry(GridWrapper):
         # node -> queries since it connected; 1 where a registry before this one had its answer
         self._queries: dict[int, int] = dict.fromkeys(residents.online_nodes, 1)
         self._failures: dict[int, str] = {}  # node -> reason it takes no part
-        self._requery: set[int] = set()  # online nodes to query once more
+        self._told: dict[int, str] = {}  # node -> versions that were named
+        self._due: dict[int, float] = {}  # node that takes no part -> when it is queried again
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the online nodes that have registered.
@@ -123,7 +132,8 @@ class NodeRegistry(GridWrapper):
         if not self._residents.online_nodes and self._failures:
             node, reason = next(iter(self._failures.items()))
             raise RunError(
-                f"none of {len(self._failures)} nodes that came can take part. Node {node} says: "
+                f"none of {len(self._failures)} nodes that came can take part. Node "
+                f"{self._residents.node_name(node)} says: "
                 f"{reason}"
             )
 
@@ -133,7 +143,8 @@ class NodeRegistry(GridWrapper):
         for node in self._queries.keys() - nodes:
             del self._queries[node]
             self._failures.pop(node, None)
-            self._requery |= self._residents.unregister(node)
+            self._due.pop(node, None)
+            self._residents.stale_nodes.update(self._residents.unregister(node))
             self._holders.plan_nodes.discard(node)
         self._mailbox.send([self._query(node) for node in sorted(nodes) if self._needs_query(node)])
         for answer in sorted(self._mailbox.collect(), key=lambda m: m.metadata.src_node_id):
@@ -149,6 +160,7 @@ class NodeRegistry(GridWrapper):
             if found[node] is None:
                 LOG.warning("registration: node %s: its key is not in the folder of keys.", node)
         self._known = {node: allowed for node, allowed in found.items() if allowed is not None}
+        self._residents.node_names.update({n: known.name for n, known in self._known.items()})
         return set(self._known)
 
     def _may_bring(self, node: int, num_rows: dict[str, int]) -> dict[str, str]:
@@ -158,17 +170,22 @@ class NodeRegistry(GridWrapper):
         return self._allowed.refuse(self._known[node], num_rows)
 
     def _name(self, node: int) -> str:
-        return self._known[node].name if node in self._known else f"node {node}"
+        return self._residents.node_names.get(node, f"node {node}")
 
     def _needs_query(self, node: int) -> bool:
         if node in self._mailbox.nodes:
             return False
-        if node in self._requery:
+        if node in self._residents.stale_nodes:
             return True
-        return node not in self._residents.online_nodes and self._queries.get(node, 0) < MAX_QUERIES
+        if node in self._residents.online_nodes:
+            return False
+        failures = self._residents.failures[node]  # 1 of a node that has just been suspended
+        due = self._due.setdefault(node, time.monotonic() + _pause(failures - 1))
+        return time.monotonic() >= due
 
     def _query(self, node: int) -> Message:
-        self._requery.discard(node)
+        self._residents.stale_nodes.discard(node)
+        self._due[node] = math.inf  # until it has answered
         self._queries[node] = self._queries.get(node, 0) + 1
         message = Message(to_record(self._question), dst_node_id=node, message_type="query")
         self._ledger.add_message(message)
@@ -181,15 +198,20 @@ class NodeRegistry(GridWrapper):
         if node in self._known and (answer.has_content() or self._queries[node] >= MAX_QUERIES):
             self._answered.add(self._known[node].name)
         if answer.has_error():
-            self._fail(node, answer.error.reason or "an unnamed error.")
+            at_once = self._queries[node] < MAX_QUERIES  # it may have had a bad moment
+            self._fail(node, answer.error.reason or "an unnamed error.", at_once=at_once)
             return
         try:
-            num_rows = decode_registration(from_record(answer.content))
+            registration = decode_registration(from_record(answer.content))
+            self._check_versions(node, registration.versions)
         except FedpetError as error:
-            self._queries[node] = MAX_QUERIES  # it would answer the same again
             self._fail(node, str(error))
             return
+        num_rows = registration.num_rows
         self._failures.pop(node, None)
+        self._due.pop(node, None)
+        self._queries[node] = 1
+        self._tell_changes(node, num_rows)
         refused = self._may_bring(node, num_rows)
         mine = {client: rows for client, rows in num_rows.items() if client not in refused}
         taken = self._residents.register(node, mine)
@@ -207,15 +229,57 @@ class NodeRegistry(GridWrapper):
         self._ledger.current.newcomers += len(newcomers)
         down = single_client_bytes(len(self._question), reply=False)
         up = sum(
-            single_client_bytes(len(encode_registration({c: num_rows[c]})), reply=True)
+            single_client_bytes(
+                len(encode_registration({c: num_rows[c]}, package_versions())), reply=True
+            )
             for c in newcomers
         )
         self._ledger.add_client_bytes(plan=down * len(newcomers) + up)
 
-    def _fail(self, node: int, reason: str) -> None:
+    def _check_versions(self, node: int, theirs: Mapping[str, str]) -> None:
+        """Name what a node runs in another version; refuse another fedpet.
+
+        Raises:
+            PlanError: Its fedpet is another.
+        """
+        ours = package_versions()
+        other = {name: theirs.get(name, "") for name in ours if theirs.get(name) != ours[name]}
+        listed = ", ".join(
+            f"{name} {version or 'unknown'} instead of {ours[name]}"
+            for name, version in sorted(other.items())
+        )
+        if "fedpet" in other:
+            raise PlanError(
+                f"the node runs {listed}: install the deployment's server/app there, by its "
+                "constraints.txt."
+            )
+        if other and self._told.get(node) != listed:
+            self._told[node] = listed
+            LOG.warning(
+                "registration: %s runs %s: results may differ in bits. Install by the "
+                "deployment's constraints.txt.", self._name(node), one_line(listed),
+            )  # fmt: skip
+
+    def _tell_changes(self, node: int, num_rows: Mapping[str, int]) -> None:
+        for client, rows in sorted(num_rows.items()):
+            before = self._residents.num_rows.get(client, rows)
+            if before != rows and self._residents.homes.get(client) == node:
+                LOG.info("registration: client %s: %s rows, %s before", client, rows, before)
+
+    def _fail(self, node: int, reason: str, *, at_once: bool = False) -> None:
+        self._residents.suspend(node)
+        failures = self._residents.failures[node]
+        self._due[node] = time.monotonic() + (0 if at_once else _pause(failures))
         self._failures[node] = one_line(reason)
         self._refuse(self._name(node), reason)
 
     def _refuse(self, who: str, reason: str) -> None:
         LOG.warning("registration: %s: %s", who, one_line(reason))
         self._ledger.refuse(who, reason)
+
+
+def _pause(failures: int) -> float:
+    """Return the seconds until a node is queried that could not take part so often in a row."""
+    if failures < 1:
+        return 0.0
+    return min(FIRST_PAUSE * 2.0 ** min(failures - 1, 30), LONGEST_PAUSE)

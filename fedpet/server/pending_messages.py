@@ -46,8 +46,9 @@ class PendingMessages:
         """Nodes whose reply is awaited."""
         return {asked.node for asked in self._out.values()}
 
-    def forget(self) -> None:
-        """Await no reply any more."""
+    def hand_over(self, late: PendingMessages) -> None:
+        """Leave it to another to await these replies."""
+        late._out |= self._out
         self._out.clear()
 
     def send(self, messages: Iterable[Message]) -> None:

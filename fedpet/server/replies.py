@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import Error, Message
+from flwr.common.constant import ErrorCode
 
 from fedpet.codec import Seeds, VectorCodec
 from fedpet.config import StrategyConfig
@@ -28,6 +29,7 @@ from fedpet.protocol.frame import Frame, Refusal, RefusalCode, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import STYPE, from_record, single_client_bytes
+from fedpet.server.client_pool import ClientPool, ConnectedClientPool
 from fedpet.server.client_weights import client_weights
 from fedpet.server.reply_stream import SpooledPayloads
 from fedpet.server.requests import Retry
@@ -98,6 +100,7 @@ class Replies:
         config: Says how clients are weighed.
         ledger: Counts refusals, bytes and seconds.
         answered: Called for each accepted frame with node, client and round.
+        population: Knows the nodes, and is told of one that cannot take part or has other rows.
     """
 
     def __init__(
@@ -114,7 +117,9 @@ class Replies:
         config: StrategyConfig,
         ledger: Ledger,
         answered: Callable[[int, str, int], None] = lambda node, name, server_round: None,
+        population: ClientPool | None = None,
     ) -> None:
+        self._population = population or ClientPool(num_rows, {})
         self._answered = answered
         self._round = server_round
         self._plan = plan
@@ -142,14 +147,17 @@ class Replies:
         Of a node that says so, and names another tier of the plan, the book of tiers takes it down.
         """
         node, again = chunk.node, Retry()
-        reason = f"node {node}: no reply came for this client, only for others."
+        known = self._population.node_name(node)
+        reason = f"node {known}: no reply came for this client, only for others."
         if reply.has_error():
-            reason = f"node {node}: {_reason(reply.error)}"
+            reason = f"node {known}: {_reason(reply.error)}"
+            if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
+                self._population.suspend(node)
         else:
             try:
                 self._read(reply, chunk, again)
             except FrameError as error:
-                reason = f"node {node}: {error}"
+                reason = f"node {known}: {error}"
             # Flower's loop holds a round's messages until the next round's have come.
             reply.content.clear()
         again.names = [name for name in again.names if name not in self._settled]
@@ -163,6 +171,16 @@ class Replies:
         record = self._ledger.current
         record.train_seconds = max(record.train_seconds, self._train_seconds[node])
         return again
+
+    @property
+    def num_answered(self) -> int:
+        """Clients that are accepted or refused."""
+        return len(self._settled)
+
+    @property
+    def num_accepted(self) -> int:
+        """Clients whose update has come."""
+        return len(self._examples)
 
     def refuse_absent(self, why: Callable[[str], tuple[str, int | None]]) -> None:
         """Refuse the clients without a reply.
@@ -208,7 +226,7 @@ class Replies:
             coding=self._coding(name),
             seeds=uplink_seeds(self._plan.seed, self._round, head.client),
             where=self._tiers.of(name).where,
-            weight=self._weights.get(name, self._weight_alone(head.num_examples)),
+            weight=self._weights.get(name, self._weight_alone(self._examples[name])),
             loss=head.loss,
         )
 
@@ -223,7 +241,7 @@ class Replies:
         return self._codings[index]
 
     def _read(self, reply: Message, chunk: Chunk, again: Retry) -> None:
-        due = {*chunk.names}
+        due, unfit = {*chunk.names}, set[int]()
         parts = unpack_frames(
             from_record(reply.content),
             max_frames=2 * len(due),
@@ -235,11 +253,19 @@ class Replies:
             if name in due:  # its bytes count whether it is used or not
                 up = single_client_bytes(part.num_bytes, reply=True)
                 self._ledger.add_client_bytes(up=up)
-            if isinstance(part, Refusal) and self._asks_again(part, name, due, chunk, again):
-                continue
+            if isinstance(part, Refusal):
+                if part.code == RefusalCode.NODE_UNFIT and chunk.node not in unfit:
+                    self._population.suspend(chunk.node)
+                    unfit.add(chunk.node)
+                if part.code == RefusalCode.ROWS_CHANGED and not part.client:
+                    self._population.register_again(chunk.node)
+                    continue
+                if self._asks_again(part, name, due, chunk, again):
+                    continue
             if name not in due:  # nobody speaks in another's name
                 stranger = f"node {chunk.node}, client {part.client:016x}"
-                reason = f"node {chunk.node} was not asked to train this client."
+                known = self._population.node_name(chunk.node)
+                reason = f"node {known} was not asked to train this client."
                 self._ledger.refuse(stranger, reason, chunk.node)
             else:
                 self._settle(chunk.node, part, name)
@@ -279,7 +305,7 @@ class Replies:
             return
         assert isinstance(part, Frame)
         self._settled.add(name)
-        self._examples[name] = part.num_examples
+        self._examples[name] = min(part.num_examples, self._num_rows[name])
         self._waiting[name] = node, replace(part, payload=b""), self._payloads.put(part.payload)
         self._train_seconds[node] += part.train_seconds
         self._ledger.current.replies += 1
@@ -291,7 +317,8 @@ class Replies:
 
     def _check(self, node: int, part: Frame | Refusal, name: str) -> None:
         if name in self._settled:
-            raise FrameError(f"node {node} sent a second frame for this client.")
+            known = self._population.node_name(node)
+            raise FrameError(f"node {known} sent a second frame for this client.")
         if isinstance(part, Refusal):
             raise ReplyError(part.text)
         if part.plan_digest != self._digest:
@@ -308,7 +335,9 @@ class Replies:
                 f"{self._plan.codec.uplink!r}, the frame holds {part.count} by {part.codec!r}."
             )
         rows = self._num_rows[name]
-        if not 1 <= part.num_examples <= rows:
+        # A device's rows may have grown since it registered: it weighs what it registered.
+        grows = isinstance(self._population, ConnectedClientPool)
+        if not 1 <= part.num_examples <= (part.num_examples if grows else rows):
             raise FrameError(
                 f"an update has at least 1 example and at most the client's {rows} rows, got "
                 f"{part.num_examples}."

@@ -13,6 +13,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from itertools import chain
 from typing import Any
 
 from flwr.app import Message
@@ -98,12 +99,34 @@ class PromptGrid(GridWrapper):
 
 
 class StreamingGrid(GridWrapper):
-    """Hand each reply to `take` when it comes, and send the messages that it gives as it goes."""
+    """Hand each reply to `take` when it comes, and send the messages that it gives as it goes.
 
-    def __init__(self, grid: Grid, take: Callable[[Message], Iterable[Message]]) -> None:
+    Args:
+        grid: Reaches the nodes.
+        take: Reads a reply; returns the messages that follow it.
+        is_over: Tells if a round ends before its deadline.
+    """
+
+    def __init__(
+        self,
+        grid: Grid,
+        take: Callable[[Message], Iterable[Message]],
+        is_over: Callable[[], bool] = lambda: False,
+    ) -> None:
         super().__init__(grid)
-        self._mailbox = PendingMessages(grid)
+        self._mailbox, self._late = PendingMessages(grid), PendingMessages(grid)
         self._take = take
+        self._is_over = is_over
+
+    def busy_nodes(self) -> set[int]:
+        """Return the nodes that have not answered a message of a round before; what comes is lost.
+
+        Between rounds only: in a round it would take the round's replies.
+        """
+        self._mailbox.hand_over(self._late)
+        for _ in self._late.collect():
+            pass
+        return self._late.nodes
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -111,14 +134,17 @@ class StreamingGrid(GridWrapper):
         """Send one by one and take the replies that come in time; return none."""
         limit = math.inf if timeout is None else time.monotonic() + timeout
         mailbox = self._mailbox
-        mailbox.forget()  # a late reply of the round before is not awaited
-        mailbox.send(messages)
+        rest = iter(messages)
+        if (first := next(rest, None)) is None:  # a round's evaluation, which no client does
+            return []
+        mailbox.hand_over(self._late)  # a late reply of the round before is not awaited
+        mailbox.send(chain([first], rest))
         while mailbox:
             taken, asked_at = 0, time.monotonic()
             for reply in mailbox.collect():
                 taken += 1
                 mailbox.send(self._take(reply))
-            if not mailbox or time.monotonic() > limit:
+            if not mailbox or time.monotonic() > limit or self._is_over():
                 break
             # Where an empty pull takes time, as over a network, pull less often.
             spent = 0.0 if taken else time.monotonic() - asked_at

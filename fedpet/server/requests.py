@@ -39,6 +39,7 @@ from fedpet.protocol.wire_struct import encode_struct
 from fedpet.server.client_pool import ClientPool
 from fedpet.server.client_records import ClientRecords
 from fedpet.server.downlink import Sent, downlink_of
+from fedpet.server.pace import Pace
 from fedpet.server.schedule import IN_FLIGHT, Chunk, Schedule, chunk_size
 from fedpet.server.tier_assignment import TierAssignment
 from fedpet.utils.seeds import client_id64
@@ -126,7 +127,7 @@ class Requests:
             nodes: Ids of the online nodes.
         """
         self.sampled = self._population.sample(
-            server_round, self._config.clients_per_round, self._plan.seed
+            server_round, Pace.num_drawn(self._config), self._plan.seed
         )
         self._round = server_round
         self._schedule = Schedule(
@@ -171,7 +172,8 @@ class Requests:
     def why_absent(self, name: str) -> tuple[str, int | None]:
         """Return why nothing came of a client, and its node."""
         if (node := self.homes.get(name)) is not None:
-            return f"node {node}: no reply came before the round's deadline.", node
+            known = self._population.node_name(node)
+            return f"node {known}: no reply came before the round's deadline.", node
         if name in self._schedule:
             return "the round's deadline came before its turn.", None
         return "the node that it lives on is not connected.", None

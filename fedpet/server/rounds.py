@@ -33,6 +33,7 @@ from fedpet.server.aggregation import (
     to_arrays,
 )
 from fedpet.server.client_pool import ClientPool
+from fedpet.server.pace import Pace
 from fedpet.server.replies import Replies
 from fedpet.server.reply_stream import StreamingGrid
 from fedpet.server.requests import Requests, wait_for_nodes
@@ -82,6 +83,8 @@ class SparseStrategy(Strategy):
         self.config = config
         self.ledger = ledger
         self.rounds_done = 0
+        self._population = population
+        ledger.node_name = population.node_name
         self._names = population.by_number()
         self._num_rows = population.num_rows
         self.tiers = TierAssignment(tiers, plan.mask, self._names.values())
@@ -102,7 +105,7 @@ class SparseStrategy(Strategy):
         """
         self._starting = True
         with kept_from_collection():
-            return super().start(StreamingGrid(grid, self._take), *args, **kwargs)
+            return super().start(StreamingGrid(grid, self._take, self._is_over), *args, **kwargs)
 
     # -- a round, in its order --------------------------------------------------------------
 
@@ -114,6 +117,10 @@ class SparseStrategy(Strategy):
         self.ledger.begin(server_round)
         self._round_started = time.perf_counter()
         nodes = wait_for_nodes(grid, self.config.node_wait_seconds)
+        if self._leaves_slow_nodes and isinstance(grid, StreamingGrid):
+            busy = grid.busy_nodes()
+            self._population.set_busy(busy)
+            nodes = [node for node in nodes if node not in busy] or nodes
         self._values = from_arrays(arrays)
         self.rule.configure_train(server_round, arrays, config, grid)  # it notes the values
         messages = self.requests.first_requests(server_round, self._values, nodes)
@@ -129,7 +136,9 @@ class SparseStrategy(Strategy):
             config=self.config,
             ledger=self.ledger,
             answered=self.requests.answered,
+            population=self._population,
         )
+        self._pace = Pace(self.config, len(self.requests.sampled))
         self._fold = (EachFold if self.config.compares_replies else MeanFold)(self._values)
         return self._counted(messages)
 
@@ -144,11 +153,29 @@ class SparseStrategy(Strategy):
         self.ledger.add_message(reply)
         chunk = self.requests.chunk_of(reply)
         again = self._replies.take(reply, chunk)
+        self._pace.note(
+            elapsed=time.perf_counter() - self._round_started,
+            num_answered=self._replies.num_answered,
+            num_usable=self._replies.num_accepted,
+        )
         yield from self._counted(self.requests.further_requests(chunk, again))
         # A rule that compares replies holds all vectors: they are decoded late. So are those whose
         # weights depend on who else answers.
         if not self.config.compares_replies and self.config.max_share == 1:
             self._fold_updates()
+
+    def _is_over(self) -> bool:
+        return self._pace.is_over(time.perf_counter() - self._round_started)
+
+    @property
+    def _leaves_slow_nodes(self) -> bool:
+        return bool(self.config.pace or self.config.over_selection)
+
+    def _why_absent(self, name: str) -> tuple[str, int | None]:
+        reason, node = self.requests.why_absent(name)
+        if node is not None and self._pace.reason:
+            reason = f"node {self._population.node_name(node)}: {self._pace.reason}"
+        return reason, node
 
     def _fold_updates(self) -> None:
         for update in self._replies.updates():
@@ -170,13 +197,13 @@ class SparseStrategy(Strategy):
         for reply in replies:
             self.ledger.add_message(reply)
             self._replies.take(reply, self.requests.chunk_of(reply))
-        self._replies.refuse_absent(self.requests.why_absent)
+        self._replies.refuse_absent(self._why_absent)
         if self.config.max_share < 1:
             self._replies.weigh()
         self._fold_updates()
         fold, record = self._fold, self.ledger.current
         record.replies, record.loss = len(fold.names), fold.loss
-        record.refused.sort(key=lambda refused: (int(refused.get("node", -1)), refused["who"]))
+        record.refused.sort(key=_by_node)
         for refused in record.refused:
             LOG.warning("round %s: %s: %s", server_round, refused["who"], refused["reason"])
         try:
@@ -193,7 +220,10 @@ class SparseStrategy(Strategy):
             record.round_seconds = time.perf_counter() - self._round_started
 
     def _check_enough(self, count: int) -> None:
-        asked, rule = len(self.requests.sampled), self.config.min_usable_replies
+        rule = self.config.min_usable_replies
+        asked = len(self.requests.sampled)
+        if self.config.over_selection:
+            asked = min(asked, self.config.clients_per_round)
         needed = max(math.ceil(self.config.quorum * asked), rule)
         if count < needed:
             raise AggregationError(
@@ -239,3 +269,10 @@ class SparseStrategy(Strategy):
         reset_optimizer(self.rule, {k: v for k, v in state.items() if not k.startswith(WIRE)})
         if wire:
             self.requests.load_state(wire)
+
+
+def _by_node(refused: Mapping[str, str]) -> tuple[int, str, str]:
+    """Order refusals by node, ids as numbers, and by client."""
+    node = refused.get("node", "-1")
+    number = int(node) if node.lstrip("-").isdecimal() else -1
+    return number, node, refused["who"]

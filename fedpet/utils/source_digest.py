@@ -12,12 +12,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import importlib.metadata
 from pathlib import Path
 
 import fedpet
 from fedpet.errors import ConfigError
 
-__all__ = ["check_source_digest", "code_digest", "source_files", "strategies_folder"]
+__all__ = [
+    "check_source_digest",
+    "code_digest",
+    "package_versions",
+    "source_files",
+    "strategies_folder",
+]
 
 
 def source_files() -> dict[str, Path]:
@@ -49,6 +56,18 @@ def code_digest() -> str:
         digest.update(f"{place}\0{len(content)}\0".encode())
         digest.update(content)
     return digest.hexdigest()
+
+
+@functools.cache
+def package_versions() -> dict[str, str]:
+    """Return the versions of what decides a node's results, that a server compares to its own.
+
+    Of a build of torch for one kind of machine the public version is named; of fedpet also the
+    code's digest.
+    """
+    names = ("flwr", "numpy", "safetensors", "tokenizers", "torch", "transformers")
+    found = {name: importlib.metadata.version(name).partition("+")[0] for name in names}
+    return {"fedpet": f"{fedpet.__version__} {code_digest()[:16]}", **found}
 
 
 def check_source_digest(wanted: str) -> None:

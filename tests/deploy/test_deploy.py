@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import importlib.metadata
 import io
 import ipaddress
 import os
@@ -32,6 +33,8 @@ from flwr.common.config import parse_config_args
 from flwr.supercore.primitives.asymmetric import public_key_to_bytes
 from flwr.superlink.cli.flower_superlink import _parse_args_run_superlink
 from flwr.supernode.cli.flower_supernode import _parse_args_run_supernode
+from packaging.requirements import Requirement
+from packaging.version import Version
 
 from fedpet.client.flower_client import make_client_app
 from fedpet.client.node_config import NodeConfig
@@ -157,8 +160,9 @@ def test_the_options_of_the_scripts_are_flower_s(folder: Path) -> None:
     }
     for command, script in scripts.items():
         text = script.read_text(encoding="utf-8")
-        start = text.index(f"{command} \\\n")
-        arguments = text[start : text.index(' "$@"', start)].replace("\\\n", " ").split()[1:]
+        start = text.index("--superlink" if "supernode" in command else f"{command} \\\n")
+        arguments = text[start : text.index(' "$@"', start)].replace("\\\n", " ").split()
+        arguments = [argument for argument in arguments if argument != command]
         parsed = parsers[command].parse_args(arguments)
         assert not parsed.insecure
     assert "--enable-supernode-auth" in scripts["flower-superlink"].read_text(encoding="utf-8")
@@ -242,11 +246,31 @@ def test_a_node_with_other_code_answers_no_message(kind: str) -> None:
         make_client_app(code_digest())(message, context)
 
 
-def test_a_device_is_asked_for_neither_ray_nor_plots(folder: Path) -> None:
+def test_a_device_is_asked_for_neither_ray_nor_plots_nor_large_data(folder: Path) -> None:
     project = tomllib.loads((folder / "server" / "app" / "pyproject.toml").read_text())["project"]
-    wanted = {re.split(r"[<>=~! ]", text)[0] for text in project["dependencies"]}
+    wanted = {Requirement(text).name for text in project["dependencies"]}
+    extras = {"ray", "matplotlib", "datasets", "pyarrow", "pandas", "pytest", "peft", "numba"}
     assert {"torch", "flwr", "transformers"} <= wanted
-    assert not {"flwr[simulation]", "ray", "matplotlib", "pytest", "peft"} & wanted
+    assert not extras & wanted
+    assert not any(Requirement(text).extras for text in project["dependencies"])
+    for_server = {Requirement(text).name for text in project["optional-dependencies"]["data"]}
+    assert for_server == {"datasets", "pyarrow"}
+
+
+def test_a_device_that_is_set_up_later_gets_the_server_s_versions(folder: Path) -> None:
+    pins = dict(
+        line.split("==")
+        for line in (folder / "server" / "app" / "constraints.txt").read_text().splitlines()
+    )
+    project = tomllib.loads((folder / "server" / "app" / "pyproject.toml").read_text())["project"]
+    for text in project["dependencies"]:
+        requirement = Requirement(text)
+        here = Version(importlib.metadata.version(requirement.name))
+        assert pins[requirement.name] == here.public, text
+        assert requirement.specifier.contains(here.public)
+    under = {"fastapi", "uvicorn", "protobuf", "regex", "sympy"}  # what those stand on
+    assert under <= pins.keys()
+    assert not {"ray", "pandas", "matplotlib", "pytest"} & pins.keys()
 
 
 def test_packages_that_hold_checkpoint_or_rows_are_named_and_brought_by_the_image(

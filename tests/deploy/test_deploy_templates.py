@@ -19,7 +19,14 @@ from fedpet.utils.templating import render
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("deploy")
     nodes = (NodeSpec("ward-1"), NodeSpec("ward-2", "/srv/rows"))
-    plain = Deployment(experiment=Experiment(), host="fed.example.org", nodes=nodes, threads=2)
+    as_before = "subprocess"  # Flower's own way, which all nodes went
+    plain = Deployment(
+        experiment=Experiment(),
+        host="fed.example.org",
+        nodes=nodes,
+        threads=2,
+        isolation=as_before,
+    )
     write_deployment(plain, folder / "plain")
     tables = {"backbone": {"model": "org/name"}, "data": {"source": "org/rows"}}
     hub = Deployment(
@@ -29,6 +36,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         client_column="who",
         port=9000,
         bind="10.0.0.7",
+        isolation=as_before,
     )
     write_deployment(hub, folder / "hub")
     six = Deployment(
@@ -40,6 +48,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         install="/srv/it's here",
         days=7,
         backbone="/m",
+        isolation=as_before,
     )
     write_deployment(six, folder / "six")
     return folder
@@ -78,5 +87,5 @@ def test_a_template_that_lacks_a_value_is_refused() -> None:
 
 
 def test_a_value_with_a_space_is_one_word_of_the_script() -> None:
-    given = {"server": "a b", "port": 1}
+    given = {"server": "a b", "port": 1, "stays": True}
     assert b"--superlink 'a b' " in render(TEMPLATES / "supernode.sh.j2", **given)

@@ -44,7 +44,14 @@ class Place:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("\n".join(own) + "\n", encoding="utf-8")
 
-    def deploy(self, clients: int, *, bounds: dict[str, int] | None = None, **changes: Any) -> Any:
+    def deploy(
+        self,
+        clients: int,
+        *,
+        isolation: str = "process",
+        bounds: dict[str, int] | None = None,
+        **changes: Any,
+    ) -> Any:
         from benchmarks.real_nodes import RealNodes, free_ports
 
         port, own_port, _, first_node_port, *_ = free_ports(3 + len(self.names))
@@ -57,6 +64,7 @@ class Place:
             node_port=first_node_port,
             nodes=tuple(NodeSpec(name) for name in self.names),
             clients=clients,
+            isolation=isolation,
             **(bounds or {}),
         )
         write_deployment(deployment, self.folder / "deployment")

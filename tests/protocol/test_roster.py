@@ -20,7 +20,9 @@ rosters = st.dictionaries(names, st.integers(1, 2**32 - 1), min_size=1, max_size
 
 @given(rosters)
 def test_a_roster_survives_its_bytes(num_rows: dict[str, int]) -> None:
-    assert decode_registration(encode_registration(num_rows)) == num_rows
+    versions = {"fedpet": "0.1.0 0123", "torch": "2.13.0"}
+    read = decode_registration(encode_registration(num_rows, versions))
+    assert (read.num_rows, read.versions) == (num_rows, versions)
 
 
 @given(rosters)
@@ -42,13 +44,13 @@ def test_a_roster_that_is_cut_short_or_goes_on_is_refused(
 
 @given(st.binary(max_size=300))
 def test_any_other_bytes_are_refused_and_never_raise_anything_else(payload: bytes) -> None:
-    for one in (payload, b"\x92\xa5FPRS2" + payload, b"FP" + payload):
+    for one in (payload, b"\x93\xa5FPRS3" + payload, b"FP" + payload):
         with contextlib.suppress(ReplyError):
             decode_registration(one)
 
 
-def forged(entries: Sequence[tuple[object, object]], tag: str = "FPRS2") -> bytes:
-    return msgspec.msgpack.encode([tag, entries])
+def forged(entries: Sequence[tuple[object, object]], tag: str = "FPRS3") -> bytes:
+    return msgspec.msgpack.encode([tag, entries, []])
 
 
 @pytest.mark.parametrize(
@@ -79,7 +81,7 @@ def test_a_roster_no_log_or_population_could_take_is_refused(
 
 def test_a_name_that_is_no_utf_8_is_refused_when_read_and_when_written() -> None:
     with pytest.raises(FrameError, match="does not read"):
-        decode_registration(b"\x92\xa5FPRS2\x91\x92\xa2\xff\xfe\x01")
+        decode_registration(b"\x93\xa5FPRS3\x91\x92\xa2\xff\xfe\x01\x90")
     with pytest.raises(FrameError, match="UTF-8"):
         encode_registration({"a\ud800": 1})
 

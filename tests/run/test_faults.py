@@ -37,7 +37,7 @@ def test_what_is_wrong_is_refused_by_name_and_the_rest_averaged(
         "length": "values by",
         "stale": "is of round 0, this is 1",
         "duplicate": "a second frame",
-        "raises": "out of order",
+        "raises": "it failed with RuntimeError: see the node's log",
         "checkpoint": "start server and nodes from the same checkpoint",
     }
     names = ["good-1", "good-2", *wrong]
@@ -139,7 +139,7 @@ def test_a_run_in_which_all_nodes_fail_exits_with_1_and_says_why(
         ["one", "two"],
         ["one", "two"],
     ]
-    assert "out of order" in rounds[1]["refused"][0]["reason"]
+    assert "RuntimeError: see the node's log" in rounds[1]["refused"][0]["reason"]
 
 
 def test_a_server_killed_again_and_again_goes_on_to_the_same_values(

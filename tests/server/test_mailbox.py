@@ -94,7 +94,7 @@ def test_a_reply_that_flower_cannot_read_is_an_error_of_its_node(error: Exceptio
     grid = Hostile(unreadable)
     mailbox = PendingMessages(grid)
     for _ in range(2):  # what came with it the first time is lost: Flower has let go of it
-        mailbox.forget()
+        mailbox.hand_over(PendingMessages(grid))
         mailbox.send(
             Message(to_record(b"?"), dst_node_id=node, message_type="train") for node in range(4)
         )

@@ -19,6 +19,7 @@ from fedpet.protocol.registration import encode_registration
 from fedpet.protocol.request import read_request
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.ray_engine import simulate
+from fedpet.utils.source_digest import package_versions
 
 
 def lying(honest: Handler, roster: Callable[[], bytes]) -> Handler:
@@ -36,7 +37,9 @@ def _raises() -> bytes:
 
 LIES: dict[str, Callable[[], bytes]] = {
     "registration does not read": lambda: b"\x80\x04nonsense" * 30,
-    "control characters": lambda: encode_registration({"xy": 1}).replace(b"y", b"\n"),
+    "control characters": lambda: encode_registration({"xy": 1}, package_versions()).replace(
+        b"y", b"\n"
+    ),
     "no room": _raises,
     "I will not": lambda: pack_refusal(Refusal(bytes(16), 0, 0, "I will not.")),
 }
@@ -64,7 +67,8 @@ def test_a_node_cannot_take_another_s_clients(
 ) -> None:
     settings = deployed()
     nodes = three_nodes(settings, files[1])
-    nodes[8] = lying(nodes[9], lambda: encode_registration({"client 1": 10**6, "client 2": 10**6}))
+    theirs = {"client 1": 10**6, "client 2": 10**6}
+    nodes[8] = lying(nodes[9], lambda: encode_registration(theirs, package_versions()))
     result = run(settings, LocalGrid(nodes))
     reasons = [refused["reason"] for refused in result["refused"]]
     assert len(reasons) == 2
