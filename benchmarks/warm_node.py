@@ -183,7 +183,7 @@ def training_alone(experiment: Experiment, folder: Path) -> float:
             plan.task,
             plan.training,
             seed=seed,
-            progress=plan.progress(1),
+            factor=plan.rate_factor(1),
             after_step=pet.after_step,
             sent=pet.sent_values(),
         )
