@@ -233,7 +233,12 @@ def run_search(
 
 
 def repeat_file(state_file: Path | None, repeat: int) -> Path | None:
-    """Return where the state of one repeat of a search lies; of the first the file itself."""
+    """Return where the state of one repeat of a search lies; of the first the file itself.
+
+    Example:
+        >>> repeat_file(Path("state.pt"), 2).name
+        'state.pt.2'
+    """
     if state_file is None or not repeat:
         return state_file
     return state_file.with_name(f"{state_file.name}.{repeat}")
@@ -288,7 +293,8 @@ def random_structure(space: Space, budget: float, *, seed: int, fingerprint: str
         >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         ...                    intermediate_size=64, vocab_size=50)
         >>> model = BertForSequenceClassification(small)
-        >>> drawn = random_structure(build_space(model), budget=300, seed=0)
+        >>> space = space_for(SearchConfig(), model)
+        >>> drawn = random_structure(space, budget=300, seed=0)
         >>> drawn.provenance["values"] <= 300
         True
     """

@@ -276,7 +276,16 @@ def space_for(
     *,
     head: Collection[str] = (),
 ) -> Space:
-    """Build the space that a search's settings name, see `build_space`."""
+    """Build the space that a search's settings name, see `build_space`.
+
+    Example:
+        >>> from transformers import BertConfig, BertForSequenceClassification
+        >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
+        ...                    intermediate_size=64, vocab_size=50)
+        >>> model = BertForSequenceClassification(small)
+        >>> {one.spec.kind for one in space_for(SearchConfig(space="s3pet-lora"), model).candidates}
+        {'lora-factors'}
+    """
     return build_space(
         model,
         config.space,
