@@ -23,6 +23,7 @@ import numpy as np
 from flwr.app import Context, Error, Message, Metadata, RecordDict
 from flwr.app.message import arrayrecord, make_message
 from flwr.common.constant import FLWR_PRIVATE_MAX_ARRAY_CHUNK_SIZE as CHUNK_BYTES
+from flwr.common.constant import ErrorCode, SubStatus
 from flwr.supercore.inflatable.inflatable_object import InflatableObject
 from flwr.supercore.task_identity import TaskIdentity
 
@@ -39,6 +40,7 @@ __all__ = [
     "RuntimeTasks",
     "become_local_task",
     "bound_replies",
+    "client_app_raised",
     "flower_nodes",
     "is_actor_alive",
     "load_optimizer_state",
@@ -70,6 +72,11 @@ RESTARTS = {
 
 
 LOOK_SECONDS = 0.1  # between looks for messages where no event came
+
+
+def client_app_raised(error: Error) -> bool:
+    """Tell if a node's ClientApp raised, and not that no reply came of it."""
+    return bool(error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION)
 
 
 def make_reply(
@@ -512,13 +519,10 @@ class RuntimeTask:
 
     def fail(self, reason: str) -> None:
         """Send an error in the place of an answer."""
-        from flwr.common.constant import ErrorCode
-
         error = Error(code=ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason=reason)
         self._finish(Message(error, reply_to=self.message), reason)
 
     def _finish(self, reply: Message, details: str) -> None:
-        from flwr.common.constant import SubStatus
         from flwr.supernode.runtime.run_clientapp import push_message, push_task_output
 
         push_message(self._client, reply, self.context)

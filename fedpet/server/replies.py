@@ -18,13 +18,13 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 from flwr.app import Error, Message
-from flwr.common.constant import ErrorCode
 
 from fedpet.codec import Seeds, VectorCodec
 from fedpet.config import StrategyConfig
 from fedpet.errors import FrameError, ReplyError
 from fedpet.pet.tiers import Tier, Where
 from fedpet.protocol.codec_seeds import uplink_seeds
+from fedpet.protocol.flower_compat import client_app_raised
 from fedpet.protocol.frame import Frame, Refusal, RefusalCode, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
@@ -151,7 +151,7 @@ class Replies:
         reason = f"node {known}: no reply came for this client, only for others."
         if reply.has_error():
             reason = f"node {known}: {_reason(reply.error)}"
-            if reply.error.code == ErrorCode.CLIENT_APP_RAISED_EXCEPTION:
+            if client_app_raised(reply.error):
                 self._population.suspend(node)
         else:
             try:

@@ -177,7 +177,8 @@ def test_rows_that_a_node_claims_take_no_memory(
         answer = honest(payload)
         if read_request(payload).clients:
             return answer
-        return encode_registration(dict.fromkeys(decode_registration(answer), 2**32 - 1))
+        said = decode_registration(answer)
+        return encode_registration(dict.fromkeys(said.num_rows, 2**32 - 1), said.versions)
 
     result = run(settings, LocalGrid({1: inflated}))
     assert result["data"]["train_rows"] == 2**32 - 1
