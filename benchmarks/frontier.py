@@ -26,6 +26,7 @@ FAMILIES = {  # by how a row's name begins
     "supertuning": "#953800",
 }
 OTHERS = "#6e7781"  # full fine-tuning, the head, biases, LayerNorm
+LABELLED = 8  # rows of a panel that are all named; of more, those of the line
 COLUMNS = 3
 
 
@@ -86,10 +87,10 @@ def draw_frontier(
                 size, mean, yerr=spread, fmt="o", markersize=4, capsize=2, linewidth=1,
                 color=family_of(row), zorder=2,
             )  # fmt: skip
-            if row in best:
+            if row in best or len(rows) <= LABELLED:
                 panel.annotate(
-                    row, (size, mean), xytext=(0, 5), textcoords="offset points",
-                    ha="center", va="bottom", fontsize=5.5, color=INK,
+                    row, (size, mean), xytext=(5, -1), textcoords="offset points",
+                    ha="left", va="top", fontsize=5.5, color=INK,
                 )  # fmt: skip
         for label, value in references.get(name, {}).items():
             panel.axhline(value, color=GRID, linewidth=0.8, zorder=0)
