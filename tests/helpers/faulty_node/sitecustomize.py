@@ -64,13 +64,15 @@ def spoil(client: Any, fault: str) -> None:
 
     def changed_roll_call(answer: bytes) -> bytes:
         kind, _, argument = fault.partition(":")
+        if kind not in ("inflates", "squats", "multiplies"):
+            return answer
+        said = decode_registration(answer)
+        lie = {argument: 8}
         if kind == "inflates":
-            return encode_registration(dict.fromkeys(decode_registration(answer), 2**32 - 1))
-        if kind == "squats":
-            return encode_registration({argument: 8})
-        if kind == "multiplies":
-            return encode_registration({f"made up {n}": 8 for n in range(int(argument))})
-        return answer
+            lie = dict.fromkeys(said.num_rows, 2**32 - 1)
+        elif kind == "multiplies":
+            lie = {f"made up {n}": 8 for n in range(int(argument))}
+        return encode_registration(lie, said.versions)
 
     def answer(node: Any, payload: bytes) -> bytes:
         if not read_request(payload).clients:
