@@ -130,7 +130,7 @@ def test_real_nodes_that_hold_several_clients_give_one_hash(
     (tmp_path / "evaluation").mkdir()
     shutil.copy(files[1] / "test.jsonl", tmp_path / "evaluation")
     settled = make()
-    port, node_port, *_ = free_ports(1 + len(held))
+    port, own_port, _, node_port, *_ = free_ports(3 + len(held))
     deployment = Deployment(
         experiment=replace(
             settled,
@@ -140,9 +140,11 @@ def test_real_nodes_that_hold_several_clients_give_one_hash(
         host="127.0.0.1",
         bind="127.0.0.1",
         port=port,
+        own_port=own_port,
         node_port=node_port,
         nodes=tuple(NodeSpec(name) for name in held),
         client_column="client",
+        clients_per_node=CLIENTS,
         clients=CLIENTS,
     )
     write_deployment(deployment, tmp_path / "deployment")
