@@ -25,7 +25,7 @@ Score = Callable[[float], float | None]
 
 @dataclass(frozen=True)
 class Choice:
-    """Where the choice of a rate stands.
+    """Hold how far the choice of a rate is.
 
     Attributes:
         tried: Rates in rising order, those that are missing among them.

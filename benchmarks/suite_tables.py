@@ -38,7 +38,7 @@ FULL = "full"
 
 @dataclass(frozen=True)
 class Summary:
-    """What a method came to on a data set.
+    """Hold the outcome of a method on a data set.
 
     Attributes:
         by_seed: The metric at the end; 0 where a run learned nothing.

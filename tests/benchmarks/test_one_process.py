@@ -139,7 +139,7 @@ def test_zeros_are_the_start_and_what_is_written_is_read_again(
 
 
 def _changes(model: BaselineVector, delta: torch.Tensor) -> list[torch.Tensor]:
-    """What LoRA adds to each dense weight at these values."""
+    """Return the change that LoRA makes to each dense weight at these values."""
     model.set_delta(delta)
     return [
         module.get_delta_weight("default").detach().clone()

@@ -1,4 +1,4 @@
-"""Whether searches agree, and gates foretell gains: the figures, and a whole small measurement."""
+"""Agreement of searches, and gates that foretell gains: figures, and one small measurement."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ GLIBC = ("manylinux2014", "manylinux_2_17", "manylinux_2_24", "manylinux_2_27", 
 def resolve(
     wanted: list[str], machine: str, python: str, pins: Path, folder: Path, *options: str
 ) -> Any:
-    """What pip would install on such a machine, wheels alone."""
+    """Return the wheels that pip would install on such a machine."""
     platforms = [f"--platform={glibc}_{machine}" for glibc in GLIBC]
     report = folder / "report.json"
     command = [

@@ -1,4 +1,4 @@
-"""What an idle node sends is reckoned by the pauses that a node keeps."""
+"""The traffic of an idle node is reckoned by the pauses that a node keeps."""
 
 from __future__ import annotations
 

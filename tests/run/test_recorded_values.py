@@ -50,7 +50,7 @@ FEDERATIONS: dict[str, dict[str, Any]] = {
 
 
 def made_by() -> dict[str, str]:
-    """What the bits depend on beside the code."""
+    """Name all that the bits depend on beside the code."""
     return {
         "processor": f"{machine()['processor']}, {torch.backends.cpu.get_cpu_capability()}",
         **{name: versions()[name] for name in ("torch", "numpy", "transformers")},

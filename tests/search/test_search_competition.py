@@ -1,4 +1,4 @@
-"""How gates compete: by gain per value through zeta, and steps that keep the gradients' ratios."""
+"""Competition of gates: by gain per value through zeta, and steps that keep the gradients' ratios."""
 
 from __future__ import annotations
 

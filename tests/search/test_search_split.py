@@ -1,4 +1,4 @@
-"""How a search splits its rows: at random, or by whole clients."""
+"""The split of a search's rows: at random, or by whole clients."""
 
 from __future__ import annotations
 
