@@ -1,4 +1,4 @@
-"""Competition of gates: by gain per value through zeta, and steps that keep the gradients' ratios."""
+"""Competition of gates: by gain per value, and steps that keep the gradients' ratios."""
 
 from __future__ import annotations
 
