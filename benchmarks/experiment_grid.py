@@ -11,8 +11,9 @@
     rates-of = "OTHER"               # take that method's rate
     structure = "drawn"              # or "searched": made before the runs, as by `fedpet search`
     draws = 2                        # numbered structures for each seed
+    in-process = true                # without Ray: the same values, and no workers to start
 
-A cell is a run in a process of its own; its file holds the run's `result.json`.
+A cell is a run in a process of its own, or in this one; its file holds the run's `result.json`.
 """
 
 from __future__ import annotations
@@ -59,12 +60,14 @@ class ExperimentCell(Cell):
         method: "peft-lora", or "random0": a method with the number of its structure.
         runs: "fedpet", or the name of a baseline.
         timeout_seconds: A run that takes longer is ended.
+        in_process: Runs here, one thread, without Ray.
     """
 
     experiment: Experiment
     method: str
     runs: str
     timeout_seconds: float = 7200
+    in_process: bool = False
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return the tables of the experiment that decide the outcome."""
@@ -89,13 +92,18 @@ class ExperimentCell(Cell):
         return {"method": self.method, "runs": self.runs, "learning_rate": str(self.rate)}
 
     def run(self) -> Result:
-        """Run the experiment in a process of its own; its structure's modules go with the result.
+        """Run the experiment; its structure's modules go with the result.
 
         A run that learned nothing is a result too.
 
         Raises:
             RunError: The run left no result. Its last lines are in the message.
         """
+        if self.in_process:
+            from benchmarks.one_process import run_here  # brings torch
+
+            result = run_here(self.experiment, self.runs)
+            return {**result, "run": {**result["run"], "method": self.method}}
         with tempfile.TemporaryDirectory(prefix="fedpet-cell-") as folder:
             result = self.run_in(Path(folder))
         return {**result, "run": {**result["run"], "method": self.method}}
@@ -237,6 +245,7 @@ class ExperimentGrid(Grid):
         tune_split: Rows to choose rates on.
         final_split: Rows to report on.
         timeout_seconds: A cell that takes longer is ended, and the table with it.
+        in_process: Cells run in the process that asks for them; no cell has a structure file.
     """
 
     experiment: Path = Path()
@@ -244,6 +253,7 @@ class ExperimentGrid(Grid):
     tune_split: str = ""
     final_split: str = ""
     timeout_seconds: float = 7200
+    in_process: bool = False
 
     @classmethod
     def read(cls, top: Keys, path: Path, **options: Any) -> ExperimentGrid:
@@ -268,6 +278,7 @@ class ExperimentGrid(Grid):
             tune_split=tune.take("split", str),
             final_split=final.take("split", str),
             timeout_seconds=float(top.take("cell-timeout-seconds", int, 7200)),
+            in_process=top.take("in-process", bool, False),
             **options,
         )
         for keys in (top, tune, final):
@@ -338,6 +349,7 @@ class ExperimentGrid(Grid):
             _label(method, number),
             method.runs,
             self.timeout_seconds,
+            self.in_process,
         )
 
     def _experiment(

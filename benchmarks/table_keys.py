@@ -28,7 +28,7 @@ class Keys:
         value = self._left.pop(key, default)
         if value is None:
             raise ConfigError(f"{self._where} lacks the key {key!r}.")
-        if not isinstance(value, kind) or isinstance(value, bool):
+        if not isinstance(value, kind) or isinstance(value, bool) != (kind is bool):
             raise ConfigError(
                 f"{self._where}: {key} must be of type {kind.__name__}, got {value!r}."
             )
