@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import copy
 import inspect
+import threading
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -125,8 +126,8 @@ def keep_first_token(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...
     return (args[0][:, :1].contiguous(), *args[1:])  # a view would hold all tokens in memory
 
 
-class _BroadcastFirst:
-    """A projection of the first token, repeated for all."""
+class _BroadcastFirst(threading.local):
+    """A projection of the first token, repeated for all; each thread has its own pass."""
 
     def before(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
         self._tokens = args[0].shape[1]
@@ -189,8 +190,8 @@ def _attend_with_bias(
     return (attention.output(found.flatten(1)[:, None]),)
 
 
-class _Tokens:
-    """Stands for keys and values: the tokens that they would be made of."""
+class _Tokens(threading.local):
+    """Stands for keys and values: the tokens that they would be made of, by thread."""
 
     def __init__(self, folded: _Folded) -> None:
         self.folded = folded

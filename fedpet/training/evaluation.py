@@ -1,12 +1,15 @@
 """Run a model over the rows of an evaluation, and measure its outputs.
 
 Rows are sorted by length and cut into batches that the processor's cache holds: on a CPU by
-tokens, where 768 cost a fifth less than 64 rows of any length.
+tokens, where 768 cost a fifth less than 64 rows of any length. There each core computes batches of
+its own, since one batch keeps no two cores busy; so outputs do not depend on how many there are.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,19 +55,51 @@ def predict(
     if model.training:
         model.eval()
     device = device_of(model)
-    logits: np.ndarray | None = None
-    half: AbstractContextManager[None] = nullcontext()
-    if dtype == "bfloat16":
-        half = torch.autocast(device.type, torch.bfloat16)
+    making = threading.Lock()  # a user's collator may keep state
+
+    def logits_of(chosen: np.ndarray) -> np.ndarray:
+        half: AbstractContextManager[None] = nullcontext()
+        if dtype == "bfloat16":
+            half = torch.autocast(device.type, torch.bfloat16)
+        with torch.inference_mode(), half, linear_by(product):
+            with making:
+                inputs = inputs_of(rows, chosen, device)[0]
+            out: np.ndarray = model(**inputs).logits.float().cpu().numpy()
+        return out
+
+    batches = list(_by_length(rows.lengths, batch_size, device))
     # A model is tried for lean passes at its own precision.
-    with torch.inference_mode(), lean_passes(model, rows), half, linear_by(product):
-        for chosen in _by_length(rows.lengths, batch_size, device):
-            out = model(**inputs_of(rows, chosen, device)[0]).logits.float().cpu().numpy()
-            if logits is None:
-                logits = np.empty((len(rows), out.shape[1]), dtype=np.float32)
-            logits[chosen] = out
-    assert logits is not None, "an evaluation split has rows"
+    with torch.inference_mode(), lean_passes(model, rows):
+        found = _each_core_its_own(logits_of, batches, _cores_for(model, device))
+    logits = np.empty((len(rows), found[0].shape[1]), dtype=np.float32)
+    logits[np.concatenate(batches)] = np.concatenate(found)
     return logits
+
+
+def _cores_for(model: nn.Module, device: torch.device) -> int:
+    """Return at how many batches to work at once.
+
+    A model of `transformers` keeps nothing between passes; a stranger's may.
+    """
+    ours = type(model).__module__.startswith("transformers.")
+    return torch.get_num_threads() if device.type == "cpu" and ours else 1
+
+
+def _each_core_its_own(
+    compute: Callable[[np.ndarray], np.ndarray], batches: list[np.ndarray], cores: int
+) -> list[np.ndarray]:
+    """Compute all batches, in their order; the first alone, and with it what is made once."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(before if cores == 1 else 1)
+    try:
+        first = compute(batches[0])
+        if cores == 1 or len(batches) == 1:
+            return [first, *map(compute, batches[1:])]
+        longest_first = batches[:0:-1]
+        with ThreadPoolExecutor(cores) as pool:
+            return [first, *reversed([*pool.map(compute, longest_first)])]
+    finally:
+        torch.set_num_threads(before)
 
 
 def assess_rows(
@@ -94,7 +129,8 @@ def _product_for(model: nn.Module, rows: Rows, cache: Path) -> str:
     numbers = sum(m.weight.numel() for m in model.modules() if isinstance(m, nn.Linear))
     if 2 * numbers * int(rows.offsets[-1]) < _WORTH_MEASURING:
         return "torch"
-    return fastest_product(model, cache, tokens=_MAX_TOKENS, backward=False)
+    threads = 1 if _cores_for(model, device_of(model)) > 1 else 0
+    return fastest_product(model, cache, tokens=_MAX_TOKENS, backward=False, threads=threads)
 
 
 def _by_length(lengths: np.ndarray, batch_size: int, device: torch.device) -> Iterator[np.ndarray]:

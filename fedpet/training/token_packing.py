@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -44,8 +45,8 @@ _NAME = "fedpet-packed"  # of `_attend` among transformers' attentions
 
 
 @dataclass
-class _Texts:
-    """Hold the places of a batch's texts; empty between passes and where none is padded."""
+class _Texts(threading.local):
+    """Hold the places of a batch's texts, by thread; empty where none is padded."""
 
     runs: list[tuple[int, int]] = field(default_factory=list)  # (texts, tokens of each) in order
     shape: tuple[int, int] = (0, 0)  # rows, longest
