@@ -20,10 +20,6 @@ from fedpet.backbone.module_roles import is_dense
 
 __all__ = ["class_names", "head_names", "lost_names", "output_layer", "outside_base", "rows_of"]
 
-# What the one output of a regression is called, since transformers leaves names out that are its
-# own, and some architectures then take another number of outputs.
-REGRESSION_NAMES = ("value",)
-
 
 def outside_base(model: nn.Module) -> tuple[str, ...]:
     """List parameters that the task's class adds to the architecture's base model."""
@@ -66,9 +62,17 @@ def head_names(
     )
 
 
-def lost_names(model: nn.Module, lacking: Collection[str]) -> tuple[str, ...]:
-    """List parameters of the encoder that a checkpoint lacks: none in one that can be used."""
-    head = set(head_names(model, lacking, has_output_layer=True))
+def lost_names(
+    model: nn.Module, lacking: Collection[str], *, has_head: bool = True
+) -> tuple[str, ...]:
+    """List parameters that a checkpoint lacks and that are not drawn: none in one that can be used.
+
+    Args:
+        model: Of the task.
+        lacking: Names that the checkpoint does not hold in the model's shape.
+        has_head: Whether what is outside the base model may be drawn.
+    """
+    head = set(head_names(model, lacking, has_output_layer=True)) if has_head else set()
     return tuple(
         name for name, _ in model.named_parameters() if name in lacking and name not in head
     )

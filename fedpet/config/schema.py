@@ -9,6 +9,7 @@ type of a number states its range, which `Stage` checks.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -56,12 +57,7 @@ Overlap = Annotated[float, Range(0, 1, above=True, advice=_OVERLAP)]
 Threads = Annotated[int, Range(1, 1024)]
 HEADS = ("train", "new", "keep")
 AUTO = "auto"
-METRICS = {  # built in, by kind of task
-    "classification": (
-        *("accuracy", "f1", "macro_f1", "weighted_f1", "balanced_accuracy", "matthews"),
-    ),
-    "regression": ("pearson", "mae"),
-}
+TASKS = "fedpet.tasks"  # a later stage: imported by its name, where rows are described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,18 +103,17 @@ class DataConfig(Stage):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("data.task", self.task, ("classification", "regression"))
-        if self.metric not in METRICS[self.task] and not self.metrics:
+        tasks = importlib.import_module(TASKS)
+        if ":" not in self.task:
+            check_choice("data.task", self.task, tasks.TASKS.names)
+        kind = tasks.kind_of(self.task)
+        if self.metric not in kind.metrics and not self.metrics:
             raise ConfigError(
-                f"data.metric {self.metric!r} does not measure a {self.task}: take "
-                f"{', '.join(METRICS[self.task])}, name a function that returns it in "
-                "data.metrics, or set data.task to classification or regression."
+                f"data.metric {self.metric!r} does not measure data.task = {self.task!r}: take "
+                f"{', '.join(kind.metrics)}, name a function that returns it in data.metrics, or "
+                f"set data.task to another of {', '.join(tasks.TASKS.names)}."
             )
-        if not 1 <= len(self.text_columns) <= 2:
-            raise ConfigError(
-                f"data.text-columns must name one column, or two for pairs of texts, got "
-                f"{list(self.text_columns)}."
-            )
+        kind.check_data(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fedpet.data.collator import Collator, collate
 
+NO_LABEL = -100  # of a token that is no label, as transformers and torch have it
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -25,12 +27,15 @@ class Rows:
 
     tokens: np.ndarray  # int32 (num_tokens,), all rows end to end
     offsets: np.ndarray  # int64 (n + 1,), row i is tokens[offsets[i] : offsets[i + 1]]
-    labels: np.ndarray  # int64 (n,) class indices, or float32 (n,) values
+    labels: np.ndarray  # int64 (n,) class indices or numbers of marks, or float32 (n,) values
     types: np.ndarray | None  # uint8 (num_tokens,), where the tokeniser makes token type ids
     pad_id: int  # what fills a row up; masked out by attention_mask
     pad_left: bool = False  # on which side
     clients: np.ndarray | None = None  # int32 (n,), a number for each client, where rows tell
     collator: Collator | None = None  # a user's own, makes batches in place of `batch`'s padding
+    # uint8 (num_tokens,): 1 of a token that is a label, which a model predicts from those before
+    # it. None where a row has one label. A row's first token is none.
+    marks: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,7 +53,8 @@ class Rows:
 
         Returns:
             `input_ids` and `attention_mask`, int64 (b, longest); `token_type_ids`, the same,
-            where the tokeniser makes them; `labels`, int64 or float32 (b,).
+            where the tokeniser makes them; `labels`, int64 or float32 (b,); where tokens are
+            labels, those, int64 (b, longest), with -100 for all others, as transformers has them.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if self.collator is not None:
@@ -68,7 +74,11 @@ class Rows:
         if self.types is not None:
             batch["token_type_ids"] = np.where(inside, self.types[places], 0)
         tensors = {name: torch.from_numpy(a.astype(np.int64)) for name, a in batch.items()}
-        tensors["labels"] = torch.from_numpy(self.labels[indices])
+        labels = self.labels[indices]
+        if self.marks is not None:
+            marked = inside & (self.marks[places] > 0)
+            labels = np.where(marked, self.tokens[places], NO_LABEL).astype(np.int64)
+        tensors["labels"] = torch.from_numpy(labels)
         return tensors
 
     def _features(self, index: int) -> dict[str, Any]:
@@ -77,6 +87,8 @@ class Rows:
         ids = self.tokens[inside].tolist()
         types = {} if self.types is None else {"token_type_ids": self.types[inside].tolist()}
         label = self.labels[index].item()
+        if self.marks is not None:
+            label = np.where(self.marks[inside] > 0, self.tokens[inside], NO_LABEL).tolist()
         return {"input_ids": ids, "attention_mask": [1] * len(ids), **types, "labels": label}
 
     def take(self, indices: np.ndarray) -> Rows:
@@ -89,6 +101,7 @@ class Rows:
             offsets=np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64),
             labels=np.asarray(self.labels)[indices],
             types=None if self.types is None else self.types[places],
+            marks=None if self.marks is None else self.marks[places],
             clients=None if self.clients is None else self.clients[indices],
         )
 
@@ -101,5 +114,6 @@ def no_rows(like: Rows) -> Rows:
         offsets=np.zeros(1, dtype=np.int64),
         labels=like.labels[:0],
         types=None if like.types is None else like.types[:0],
+        marks=None if like.marks is None else like.marks[:0],
         clients=None if like.clients is None else like.clients[:0],
     )

@@ -17,7 +17,6 @@ from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import Backbone, fingerprint
 from fedpet.config import MaskConfig, SearchConfig, TrainingConfig
 from fedpet.data.rows import Rows
-from fedpet.data.task import Task
 from fedpet.errors import DataError
 from fedpet.pet.factory import trained_in_full
 from fedpet.pet.kernels.matmul_timing import settle_product
@@ -26,6 +25,7 @@ from fedpet.pet.structure import Structure
 from fedpet.pet.trainable_model import check_plain
 from fedpet.search.central import run_search
 from fedpet.search.settings import resolve_settings
+from fedpet.tasks import Task
 
 __all__ = ["rows_from_dataset", "search_structure", "task_of_model"]
 

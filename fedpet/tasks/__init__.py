@@ -1,0 +1,21 @@
+"""State what a task is: how columns become examples, its model's class, loss, weights and metrics.
+
+One file a task, see `TaskKind`; a user's own joins by `register_task`. Nothing here imports torch
+or numpy's heavier company before it computes: an experiment is read with the tasks' names alone.
+"""
+
+from fedpet.tasks import classification, regression
+from fedpet.tasks.task import Task
+from fedpet.tasks.task_kind import TASKS, BatchLoss, RawRows, TaskKind, kind_of, register_task
+
+__all__ = [
+    "TASKS",
+    "BatchLoss",
+    "RawRows",
+    "Task",
+    "TaskKind",
+    "classification",
+    "kind_of",
+    "register_task",
+    "regression",
+]
