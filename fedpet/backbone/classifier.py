@@ -18,7 +18,15 @@ from torch import nn
 
 from fedpet.backbone.module_roles import is_dense
 
-__all__ = ["class_names", "head_names", "lost_names", "output_layer", "outside_base", "rows_of"]
+__all__ = [
+    "class_names",
+    "generates",
+    "head_names",
+    "lost_names",
+    "output_layer",
+    "outside_base",
+    "rows_of",
+]
 
 
 def outside_base(model: nn.Module) -> tuple[str, ...]:
@@ -76,6 +84,12 @@ def lost_names(
     return tuple(
         name for name, _ in model.named_parameters() if name in lacking and name not in head
     )
+
+
+def generates(model: nn.Module) -> bool:
+    """Tell whether a model is one of language, whose output layer is no head of a task."""
+    able = getattr(model, "can_generate", None)
+    return bool(able is not None and able())
 
 
 def class_names(config: object) -> tuple[str, ...]:

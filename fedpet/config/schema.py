@@ -88,16 +88,24 @@ class DataConfig(Stage):
     text_columns: tuple[str, ...] = ("text",)  # one, or two for pairs
     label_column: str = "label"  # classes by name or number; a number for regression
     label_names: tuple[str, ...] = ()  # [] reads them off the training rows, sorted
-    task: str = "classification"  # or "regression"
+    # Of a language model: "language-modelling" packs texts into blocks of max-length tokens,
+    # "instruction" trains on the answers of conversations. Else "classification", "regression";
+    # or a registered task's name, or "package.module:Class". See docs/how-to/language-models.md.
+    task: str = "classification"
+    messages_column: str = ""  # of an instruction: a list of turns, {"role", "content"}, a row
+    response_column: str = ""  # or the answer to what text-columns ask
+    separator: str = ""  # behind each text of a language-modelling; "" is the tokeniser's end token
     # The one that decides. Of a classification accuracy, f1, macro_f1, weighted_f1,
-    # balanced_accuracy, matthews; of a regression pearson, mae; or one that data.metrics return.
+    # balanced_accuracy, matthews; of a regression pearson, mae; of a language model perplexity,
+    # token_accuracy, loss; or one that data.metrics return.
     metric: str = "accuracy"
     # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
     metrics: tuple[str, ...] = ()
     # Makes batches as Trainer's data_collator does: a registered name, or
     # "package.module:function"; "" pads each batch to its longest row.
     collator: str = ""
-    max_length: Annotated[int, Range(8)] = 64  # tokens a row, special ones counted
+    # Tokens a row, special ones counted: of a text, a block or a conversation.
+    max_length: Annotated[int, Range(8)] = 64
     max_train_rows: Whole = 0  # 0 takes all
     max_eval_rows: Whole = 0  # 0 takes all
 

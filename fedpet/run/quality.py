@@ -94,8 +94,7 @@ def quality_of(
     return {
         "metric": metric,
         "dtype": experiment.run.evaluation_dtype,
-        "majority_baseline": final.majority_baseline,
-        "majority_class": final.majority_class,
+        **_baseline(final),
         "before": before,
         "final": final.value,
         "metrics": dict(final.metrics),
@@ -109,6 +108,16 @@ def quality_of(
         },
         "by_client": dict(final.by_client),
         "warnings": warnings,
+    }
+
+
+def _baseline(final: Assessment) -> dict[str, Any]:
+    """Return the majority's metric and class, of a task that has one."""
+    if final.majority_baseline is None:
+        return {}
+    return {
+        "majority_baseline": final.majority_baseline,
+        "majority_class": final.majority_class,
     }
 
 

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fedpet.backbone.classifier import class_names
+from fedpet.backbone.classifier import class_names, generates
 from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import Backbone, fingerprint
 from fedpet.config import MaskConfig, SearchConfig, TrainingConfig
@@ -106,7 +106,7 @@ def search_structure(
 
 
 def task_of_model(model: nn.Module) -> Task:
-    """Return the task that a model's configuration states: its classes, or a regression.
+    """Return a model's task: what its configuration states, or language modelling if it generates.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -116,6 +116,8 @@ def task_of_model(model: nn.Module) -> Task:
         ('no', 'yes')
     """
     config: Any = getattr(model, "config", None)
+    if generates(model):
+        return Task("language-modelling", (), "perplexity")
     num_labels = int(getattr(config, "num_labels", 0))
     if num_labels == 1 or getattr(config, "problem_type", None) == "regression":
         return Task("regression", (), "pearson")

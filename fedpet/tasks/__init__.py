@@ -4,7 +4,7 @@ One file a task, see `TaskKind`; a user's own joins by `register_task`. Nothing 
 or numpy's heavier company before it computes: an experiment is read with the tasks' names alone.
 """
 
-from fedpet.tasks import classification, regression
+from fedpet.tasks import classification, instruction, language_modelling, regression
 from fedpet.tasks.task import Task
 from fedpet.tasks.task_kind import TASKS, BatchLoss, RawRows, TaskKind, kind_of, register_task
 
@@ -15,7 +15,9 @@ __all__ = [
     "Task",
     "TaskKind",
     "classification",
+    "instruction",
     "kind_of",
+    "language_modelling",
     "register_task",
     "regression",
 ]

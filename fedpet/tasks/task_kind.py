@@ -57,6 +57,7 @@ class TaskKind:
         metrics: Built-in metrics by name, the usual one first: functions of what `compared` gives.
         lower_is_better: Names of those where less is better.
         model_class: Of transformers, whose `from_pretrained` loads the model.
+        pipeline: The hub's word for it, for a model card.
         has_classes: Rows have a class each, whose names are the data's.
         has_head: The checkpoint need not hold the model's outermost layers: they are drawn.
         packs: `arrange` cuts the rows of a client into examples.
@@ -66,6 +67,7 @@ class TaskKind:
     metrics: ClassVar[Mapping[str, Callable[..., float]]] = {}
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
+    pipeline: ClassVar[str] = "text-classification"
     has_classes: ClassVar[bool] = False
     has_head: ClassVar[bool] = True
     packs: ClassVar[bool] = False

@@ -73,6 +73,12 @@ def check_inputs(model: PreTrainedModel, rows: Rows, max_length: int) -> None:
             f"{limit}: lower it."
         )
     settle_padding(model, rows)
+    if rows.marks is not None and not _looks_back_alone(model, rows):
+        raise BackboneError(
+            f"the logits of {type(model).__name__} for a token depend on the tokens after it, and "
+            "a language model predicts a token from those before: take a causal backbone (GPT-2, "
+            "Llama)."
+        )
     if not _pads_freely(model, rows):
         raise BackboneError(
             f"the logits of {type(model).__name__} for a text depend on the texts beside it: they "
@@ -125,8 +131,23 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
             f"({type(error).__name__}: {reason[:200]}): mend the checkpoint's config.json or take "
             "another backbone."
         ) from None
+    if alone.dim() == 3:  # of each token
+        beside = beside[:, 1:] if rows.pad_left else beside[:, :-1]
     atol = _ABSOLUTE + _RELATIVE * float(alone.abs().max())
     return torch.allclose(alone, beside, rtol=0, atol=atol, equal_nan=True)
+
+
+@torch.no_grad()
+def _looks_back_alone(model: nn.Module, rows: Rows) -> bool:
+    """Tell whether a row's logits stay but for the last, if its last token is another."""
+    longest = np.asarray([np.argmax(rows.lengths)])
+    batch, _ = inputs_of(rows, longest, device_of(model))
+    other = dict(batch)
+    other["input_ids"] = batch["input_ids"].clone()
+    other["input_ids"][:, -1] = batch["input_ids"][:, 0]
+    ours, theirs = (model(**inputs).logits[:, :-1] for inputs in (batch, other))
+    atol = _ABSOLUTE + _RELATIVE * float(ours.abs().max())
+    return torch.allclose(ours, theirs, rtol=0, atol=atol, equal_nan=True)
 
 
 def _filled(tensor: Tensor, value: int, left: bool) -> Tensor:

@@ -29,11 +29,12 @@ from fedpet.training.optimizer import make_optimizer
 from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from fedpet.data import Rows, Task
+    from fedpet.data import FederatedData, Rows, Task
 
 __all__ = [
     "SentValues",
     "TrainResult",
+    "count_examples",
     "no_number",
     "num_examples",
     "train_rows",
@@ -143,6 +144,11 @@ def train_rows(
 def num_examples(task: Task, rows: Rows, indices: np.ndarray) -> int:
     """Count the examples of a client: what its loss is a mean over, or rows where those count."""
     return len(indices) if task.weights == "rows" else kind_of(task).weight(rows, indices)
+
+
+def count_examples(data: FederatedData, task: Task) -> dict[str, int]:
+    """Count the examples of each client by its id, see `num_examples`: the most it may weigh."""
+    return {client.id: num_examples(task, data.train, client.rows) for client in data.clients}
 
 
 @contextmanager
