@@ -3,11 +3,11 @@
 In:  turns of (role, text), a tokeniser with a template, the most tokens.
 Out: token ids, and which of them are an answer's.
 
-Where the template marks what is generated, its marks are taken. Else an answer is found by ids: it
-begins where the turns before it, rendered with the prompt for an answer, end, and it ends where the
-turns up to it do. The token that ends the turn belongs to the answer; blanks behind it do not. A
-template that renders a turn otherwise when it is not the last (as those do that drop earlier
-reasoning) is followed to the next token that ends a turn.
+Where the template marks what is generated, its marks are taken. Else an answer is found by ids: the
+conversation is rendered again with another word in the answer's place, and the answer is what is
+not the same in both. The special token behind it, which ends the turn, belongs to it; what follows
+does not. So the rest of a template may depend on which turn is the last, as where it drops earlier
+reasoning.
 
 A conversation that is too long loses its oldest exchanges first; a system turn at its head stays.
 If the last question and answer alone are too long, the answer is cut at its end.
@@ -27,6 +27,7 @@ __all__ = ["ASSISTANT", "ChatRenderer", "Turns"]
 
 Turns = tuple[tuple[str, str], ...]  # (role, text)
 ASSISTANT = "assistant"
+_WORDS = ("x", "0", "?", "zq", "~")  # one of which stands where an answer was
 _MARKS = re.compile(r"\{%-?\s*generation\s*-?%\}")
 
 
@@ -53,6 +54,8 @@ class ChatRenderer:
         self._tokenizer, self._most = tokenizer, max_length
         self._has_marks = isinstance(template, str) and bool(_MARKS.search(template))
         self._special = set(tokenizer.all_special_ids)
+        encoded = (tokenizer(word, add_special_tokens=False)["input_ids"] for word in _WORDS)
+        self._words = [(word, set(ids)) for word, ids in zip(_WORDS, encoded, strict=True)]
 
     def encode(self, turns: Turns, row: int, where: str) -> tuple[list[int], list[int]]:
         """Return ids and marks, 1 of an answer's token.
@@ -113,38 +116,34 @@ class ChatRenderer:
             ids, marks = list(found["input_ids"]), list(found["assistant_masks"])
             if any(marks):
                 return ids, marks
-        answers = [index for index, (role, _) in enumerate(turns) if role == ASSISTANT]
-        texts = [self._text(turns)]
-        for index in answers:
-            texts += [self._text(turns[:index], prompt=True), self._text(turns[: index + 1])]
-        ids, *parts = self._tokenizer(texts, add_special_tokens=False)["input_ids"]
+        ids = self._ids(turns)
         marks = [0] * len(ids)
-        for before, through in zip(parts[::2], parts[1::2], strict=True):
-            start, stop = self._span(ids, before, through)
-            marks[start:stop] = [1] * (stop - start)
+        word = self._word_beside(ids)
+        for index, (role, text) in enumerate(turns):
+            if role == ASSISTANT and text.strip():
+                other = self._ids((*turns[:index], (role, word), *turns[index + 1 :]))
+                start, stop = self._span(ids, other)
+                marks[start:stop] = [1] * (stop - start)
         return ids, marks
 
-    def _span(self, ids: list[int], before: list[int], through: list[int]) -> tuple[int, int]:
-        """Return where an answer's tokens begin and end in a conversation's."""
-        start = _common(ids, before)
-        stop = len(through) if ids[: len(through)] == through else 0
-        ends = [i for i in range(start, stop or len(ids)) if ids[i] in self._special]
-        if not stop:  # rendered otherwise when it is the last: up to the next end of a turn
-            return start, (ends[0] + 1 if ends else len(ids))
-        if ends and not self._tokenizer.decode(ids[ends[-1] + 1 : stop]).strip():
-            stop = ends[-1] + 1
+    def _span(self, ids: list[int], other: list[int]) -> tuple[int, int]:
+        """Return where two conversations part and meet again, and one on if that ends the turn."""
+        start = _common(ids, other)
+        stop = len(ids) - _common(ids[start:][::-1], other[start:][::-1])
+        if stop < len(ids) and ids[stop] in self._special:
+            stop += 1
         return start, stop
 
-    def _text(self, turns: Turns, *, prompt: bool = False) -> str:
-        if not turns:
-            return ""
-        text: str = self._tokenizer.apply_chat_template(
-            _messages(turns), tokenize=False, add_generation_prompt=prompt
-        )
-        return text
+    def _word_beside(self, ids: list[int]) -> str:
+        """Return a word none of whose tokens is in a conversation."""
+        for word, tokens in self._words:
+            if not tokens & set(ids):
+                return word
+        return self._words[-1][0]
 
     def _ids(self, turns: Turns) -> list[int]:
-        ids: list[int] = self._tokenizer(self._text(turns), add_special_tokens=False)["input_ids"]
+        text = self._tokenizer.apply_chat_template(_messages(turns), tokenize=False)
+        ids: list[int] = self._tokenizer(text, add_special_tokens=False)["input_ids"]
         return ids
 
 
@@ -158,8 +157,8 @@ def _up_to_answer(turns: Turns) -> Turns:
     return turns[: last + 1]
 
 
-def _common(ids: Sequence[int], before: Sequence[int]) -> int:
+def _common(ids: Sequence[int], other: Sequence[int]) -> int:
     """Count the tokens with which both begin."""
-    length = min(len(ids), len(before))
-    unlike = np.flatnonzero(np.asarray(ids[:length]) != np.asarray(before[:length]))
+    length = min(len(ids), len(other))
+    unlike = np.flatnonzero(np.asarray(ids[:length]) != np.asarray(other[:length]))
     return int(unlike[0]) if len(unlike) else length
