@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["check_inputs", "max_tokens", "settle_padding"]
 
 # Of logits that should be alike: float32 and another shape of the batch part them by some 1e-6.
-_RELATIVE, _ABSOLUTE = 1e-3, 1e-5
+_RELATIVE, _ABSOLUTE, _EXACT = 1e-3, 1e-5, 1e-5
 
 
 def settle_padding(model: PreTrainedModel, rows: Rows) -> None:
@@ -133,7 +133,7 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
         ) from None
     if alone.dim() == 3:  # of each token
         beside = beside[:, 1:] if rows.pad_left else beside[:, :-1]
-    atol = _ABSOLUTE + _RELATIVE * float(alone.abs().max())
+    atol = _ABSOLUTE + _RELATIVE * _largest(alone)
     return torch.allclose(alone, beside, rtol=0, atol=atol, equal_nan=True)
 
 
@@ -146,8 +146,13 @@ def _looks_back_alone(model: nn.Module, rows: Rows) -> bool:
     other["input_ids"] = batch["input_ids"].clone()
     other["input_ids"][:, -1] = batch["input_ids"][:, 0]
     ours, theirs = (model(**inputs).logits[:, :-1] for inputs in (batch, other))
-    atol = _ABSOLUTE + _RELATIVE * float(ours.abs().max())
+    atol = _EXACT * _largest(ours)  # of one shape, so all but bit for bit
     return torch.allclose(ours, theirs, rtol=0, atol=atol, equal_nan=True)
+
+
+def _largest(logits: Tensor) -> float:
+    """Return the largest magnitude of those that are numbers."""
+    return float(logits.abs().nan_to_num(0.0, 0.0).max())
 
 
 def _filled(tensor: Tensor, value: int, left: bool) -> Tensor:
