@@ -35,7 +35,7 @@ from fedpet.data.sources import Files, open_source
 from fedpet.data.split_rows import Split, train_and_held_out
 from fedpet.data.tokenize import hash_tokenizer, hash_tokenizer_files
 from fedpet.errors import ConfigError, DataError
-from fedpet.tasks import Task, kind_of
+from fedpet.tasks import Task, kind_of, portable_name
 from fedpet.tasks.class_labels import check_label_names, read_off_label_names
 
 OnRows = Callable[[int, int], None]  # rows done, rows in all
@@ -265,7 +265,8 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
 
 
 def _task(split: Split, data: DataConfig, cache: Path) -> Task:
-    return Task(data.task, _label_names(split, data, cache), data.metric, data.metrics)
+    names = _label_names(split, data, cache)
+    return Task(portable_name(data.task), names, data.metric, data.metrics)
 
 
 def _label_names(train: Split, data: DataConfig, cache: Path) -> tuple[str, ...]:

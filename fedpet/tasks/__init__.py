@@ -6,7 +6,15 @@ or numpy's heavier company before it computes: an experiment is read with the ta
 
 from fedpet.tasks import classification, instruction, language_modelling, regression
 from fedpet.tasks.task import Task
-from fedpet.tasks.task_kind import TASKS, BatchLoss, RawRows, TaskKind, kind_of, register_task
+from fedpet.tasks.task_kind import (
+    TASKS,
+    BatchLoss,
+    RawRows,
+    TaskKind,
+    kind_of,
+    portable_name,
+    register_task,
+)
 
 __all__ = [
     "TASKS",
@@ -18,6 +26,7 @@ __all__ = [
     "instruction",
     "kind_of",
     "language_modelling",
+    "portable_name",
     "register_task",
     "regression",
 ]

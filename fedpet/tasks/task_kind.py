@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from fedpet.data.split_rows import Split
     from fedpet.tasks.task import Task
 
-__all__ = ["TASKS", "BatchLoss", "RawRows", "TaskKind", "kind_of", "register_task"]
+__all__ = ["TASKS", "BatchLoss", "RawRows", "TaskKind", "kind_of", "portable_name", "register_task"]
 
 # Of a model, a batch's inputs and its labels: a scalar.
 BatchLoss = Callable[["nn.Module", "Mapping[str, Tensor]", "Tensor"], "Tensor"]
@@ -256,6 +256,12 @@ def register_task(name: str) -> Callable[[_Kind], _Kind]:
         return kind
 
     return register
+
+
+def portable_name(name: str) -> str:
+    """Return the name by which other processes find a kind: of a user's own its import path."""
+    path = TASKS.portable(name)
+    return name if path.startswith("fedpet.") else path
 
 
 def kind_of(task: Task | str) -> TaskKind:
