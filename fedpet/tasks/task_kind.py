@@ -58,6 +58,7 @@ class TaskKind:
         lower_is_better: Names of those where less is better.
         model_class: Of transformers, whose `from_pretrained` loads the model.
         pipeline: The hub's word for it, for a model card.
+        has_labels: Rows have a column of labels.
         has_classes: Rows have a class each, whose names are the data's.
         has_head: The checkpoint need not hold the model's outermost layers: they are drawn.
         packs: `arrange` cuts the rows of a client into examples.
@@ -68,6 +69,7 @@ class TaskKind:
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline: ClassVar[str] = "text-classification"
+    has_labels: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
     has_head: ClassVar[bool] = True
     packs: ClassVar[bool] = False

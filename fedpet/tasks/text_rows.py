@@ -22,6 +22,7 @@ __all__ = ["LabelledTexts"]
 class LabelledTexts(TaskKind):
     """Share how a text, or a pair, with one label becomes an example: cut at `data.max-length`."""
 
+    has_labels = True
     stacks = True
 
     def read(self, split: Split, data: DataConfig, task: Task) -> RawRows:
