@@ -26,6 +26,7 @@ arXiv:2410.10989).
 from __future__ import annotations
 
 import inspect
+import threading
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -141,8 +142,11 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
         logits = model(**call).logits
         return logits, logits, None
     seen: list[Tensor] = []
+    thread = threading.get_ident()  # others may run the model at the same time
 
-    def first_alone(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    def first_alone(_: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        if threading.get_ident() != thread:
+            return None
         seen.append(args[0])
         return (args[0][:, :1], *args[1:])
 

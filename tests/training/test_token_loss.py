@@ -126,3 +126,15 @@ def test_a_batch_without_a_label_has_the_loss_0_and_a_gradient() -> None:
     loss = token_loss(model, inputs, torch.full_like(labels, NO_LABEL))
     loss.backward()
     assert loss.item() == 0.0
+
+
+def test_threads_that_run_a_model_at_the_same_time_take_each_its_own_states() -> None:
+    from concurrent.futures import ThreadPoolExecutor
+
+    model, (inputs, labels) = model_of("llama"), a_batch(left=False)
+    batches = [({k: v[rows] for k, v in inputs.items()}, labels[rows]) for rows in ([0], [1, 2])]
+    alone = [row_sums(model, *batch) for batch in batches]
+    with ThreadPoolExecutor(2) as pool:
+        found = [*pool.map(lambda number: row_sums(model, *batches[number % 2]), range(40))]
+    for number, sums in enumerate(found):
+        torch.testing.assert_close(sums, alone[number % 2])
