@@ -89,15 +89,16 @@ class DataConfig(Stage):
     label_column: str = "label"  # classes by name or number; a number for regression
     label_names: tuple[str, ...] = ()  # [] reads them off the training rows, sorted
     # Of a language model: "language-modelling" packs texts into blocks of max-length tokens,
-    # "instruction" trains on the answers of conversations. Else "classification", "regression";
-    # or a registered task's name, or "package.module:Class". See docs/how-to/language-models.md.
+    # "instruction" trains on the answers of conversations, "seq2seq" writes a text for a text by an
+    # encoder and a decoder. Else "classification", "regression"; or a registered task's name, or
+    # "package.module:Class". See docs/how-to/language-models.md.
     task: str = "classification"
     messages_column: str = ""  # of an instruction: a list of turns, {"role", "content"}, a row
-    response_column: str = ""  # or the answer to what text-columns ask
+    response_column: str = ""  # or the answer to what text-columns ask; the target of seq2seq
     separator: str = ""  # behind each text of a language-modelling; "" is the tokeniser's end token
     # The one that decides. Of a classification accuracy, f1, macro_f1, weighted_f1,
     # balanced_accuracy, matthews; of a regression pearson, mae; of a language model perplexity,
-    # token_accuracy, loss; or one that data.metrics return.
+    # token_accuracy, loss, and of seq2seq exact_match; or one that data.metrics return.
     metric: str = "accuracy"
     # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
     metrics: tuple[str, ...] = ()

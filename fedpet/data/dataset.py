@@ -384,6 +384,7 @@ def _rows(entry: Entry, data: DataConfig) -> Rows:
         pad_left=entry.meta["padding"]["left"],
         collator=COLLATORS.find(data.collator) if data.collator else None,
         marks=entry.arrays.get("marks"),
+        decoder_start=int(entry.arrays.get("decoder_start", [-1])[0]),
     )
 
 

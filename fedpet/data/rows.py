@@ -36,6 +36,9 @@ class Rows:
     # uint8 (num_tokens,): 1 of a token that is a label, which a model predicts from those before
     # it. None where a row has one label. A row's first token is none.
     marks: np.ndarray | None = None
+    # At least 0: marked tokens stand behind the others and are what a decoder writes, which reads
+    # them shifted right behind this token.
+    decoder_start: int = -1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -61,12 +64,9 @@ class Rows:
             return collate(self.collator, [self._features(index) for index in indices])
         starts = self.offsets[indices]  # (b,)
         lengths = self.offsets[indices + 1] - starts  # (b,)
-        columns = np.arange(lengths.max())[None]  # (1, longest)
-        if self.pad_left:
-            columns = columns - (lengths.max() - lengths)[:, None]  # (b, longest), < 0 in padding
-        inside = (columns >= 0) & (columns < lengths[:, None])  # (b, longest)
-        # Outside a row, read its first token: it is in bounds, and replaced below.
-        places = starts[:, None] + np.where(inside, columns, 0)  # (b, longest)
+        if self.decoder_start >= 0:
+            return self._pairs(starts, lengths, self.labels[indices])
+        inside, places = _places(starts, lengths, left=self.pad_left)  # (b, longest)
         batch = {
             "input_ids": np.where(inside, self.tokens[places], self.pad_id),
             "attention_mask": inside,
@@ -81,12 +81,32 @@ class Rows:
         tensors["labels"] = torch.from_numpy(labels)
         return tensors
 
+    def _pairs(
+        self, starts: np.ndarray, lengths: np.ndarray, targets: np.ndarray
+    ) -> dict[str, Tensor]:
+        """Gather sources for an encoder and targets for a decoder; three arrays of (b,)."""
+        inside, places = _places(starts, lengths - targets, left=self.pad_left)
+        of_target, target = _places(starts + lengths - targets, targets, left=False)
+        labels = np.where(of_target, self.tokens[target], NO_LABEL)
+        shifted = np.full_like(labels, self.decoder_start)
+        shifted[:, 1:] = np.where(of_target, self.tokens[target], self.pad_id)[:, :-1]
+        batch = {
+            "input_ids": np.where(inside, self.tokens[places], self.pad_id),
+            "attention_mask": inside,
+            "decoder_input_ids": shifted,
+            "labels": labels,
+        }
+        return {name: torch.from_numpy(a.astype(np.int64)) for name, a in batch.items()}
+
     def _features(self, index: int) -> dict[str, Any]:
         """Return a row as collators take it."""
         inside = slice(self.offsets[index], self.offsets[index + 1])
         ids = self.tokens[inside].tolist()
         types = {} if self.types is None else {"token_type_ids": self.types[inside].tolist()}
         label = self.labels[index].item()
+        if self.decoder_start >= 0:
+            cut = len(ids) - label
+            return {"input_ids": ids[:cut], "attention_mask": [1] * cut, "labels": ids[cut:]}
         if self.marks is not None:
             label = np.where(self.marks[inside] > 0, self.tokens[inside], NO_LABEL).tolist()
         return {"input_ids": ids, "attention_mask": [1] * len(ids), **types, "labels": label}
@@ -104,6 +124,18 @@ class Rows:
             marks=None if self.marks is None else self.marks[places],
             clients=None if self.clients is None else self.clients[indices],
         )
+
+
+def _places(
+    starts: np.ndarray, lengths: np.ndarray, *, left: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where a padded batch has tokens, and which: bool and int64, (b, longest)."""
+    columns = np.arange(lengths.max())[None]  # (1, longest)
+    if left:
+        columns = columns - (lengths.max() - lengths)[:, None]  # (b, longest), < 0 in padding
+    inside = (columns >= 0) & (columns < lengths[:, None])
+    # Outside a row, read its first token: it is in bounds, and replaced.
+    return inside, starts[:, None] + np.where(inside, columns, 0)
 
 
 def no_rows(like: Rows) -> Rows:

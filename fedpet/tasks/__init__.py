@@ -4,7 +4,13 @@ One file a task, see `TaskKind`; a user's own joins by `register_task`. Nothing 
 or numpy's heavier company before it computes: an experiment is read with the tasks' names alone.
 """
 
-from fedpet.tasks import classification, instruction, language_modelling, regression
+from fedpet.tasks import (
+    classification,
+    instruction,
+    language_modelling,
+    regression,
+    seq2seq,
+)
 from fedpet.tasks.task import Task
 from fedpet.tasks.task_kind import (
     TASKS,
@@ -29,4 +35,5 @@ __all__ = [
     "portable_name",
     "register_task",
     "regression",
+    "seq2seq",
 ]

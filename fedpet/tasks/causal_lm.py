@@ -29,16 +29,19 @@ __all__ = ["CausalTask"]
 _MOST = 700.0  # nats a token, beyond which the exponential is no number
 
 
-def _loss(losses: float, hits: float, tokens: float) -> float:
-    return losses / tokens
+# Of the summed losses, the tokens predicted and the label tokens of each row: (n,) each.
 
 
-def _perplexity(losses: float, hits: float, tokens: float) -> float:
-    return math.exp(min(losses / tokens, _MOST))
+def _loss(losses: np.ndarray, hits: np.ndarray, tokens: np.ndarray) -> float:
+    return float(losses.sum() / tokens.sum())
 
 
-def _token_accuracy(losses: float, hits: float, tokens: float) -> float:
-    return hits / tokens
+def _perplexity(losses: np.ndarray, hits: np.ndarray, tokens: np.ndarray) -> float:
+    return math.exp(min(_loss(losses, hits, tokens), _MOST))
+
+
+def _token_accuracy(losses: np.ndarray, hits: np.ndarray, tokens: np.ndarray) -> float:
+    return float(hits.sum() / tokens.sum())
 
 
 class CausalTask(TaskKind):
@@ -104,6 +107,5 @@ class CausalTask(TaskKind):
             )
 
     def compared(self, task: Task, outputs: np.ndarray, labels: np.ndarray) -> tuple[Any, ...]:
-        """Return the sum of losses, the tokens predicted, and the label tokens of all rows."""
-        losses, hits = outputs.sum(axis=0, dtype=np.float64).tolist()
-        return losses, hits, float(labels.sum())
+        """Return by row the sum of losses, the tokens predicted, and the label tokens."""
+        return outputs[:, 0], outputs[:, 1], labels

@@ -73,7 +73,7 @@ def check_inputs(model: PreTrainedModel, rows: Rows, max_length: int) -> None:
             f"{limit}: lower it."
         )
     settle_padding(model, rows)
-    if rows.marks is not None and not _looks_back_alone(model, rows):
+    if rows.marks is not None and rows.decoder_start < 0 and not _looks_back_alone(model, rows):
         raise BackboneError(
             f"the logits of {type(model).__name__} for a token depend on the tokens after it, and "
             "a language model predicts a token from those before: take a causal backbone (GPT-2, "
@@ -119,9 +119,15 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
     shortest = np.asarray([np.argmin(rows.lengths)])
     batch, _ = inputs_of(rows, shortest, device_of(model))
     if batch["input_ids"].shape[1] > 2:  # make room: it may be as long as the model takes
-        batch = {name: torch.cat([x[:, :1], x[:, 2:]], 1) for name, x in batch.items()}
+        batch = {
+            name: x if name.startswith("decoder_") else torch.cat([x[:, :1], x[:, 2:]], 1)
+            for name, x in batch.items()
+        }
     fill = {"input_ids": rows.pad_id}
-    padded = {name: _filled(x, fill.get(name, 0), rows.pad_left) for name, x in batch.items()}
+    padded = {
+        name: x if name.startswith("decoder_") else _filled(x, fill.get(name, 0), rows.pad_left)
+        for name, x in batch.items()
+    }
     try:
         alone, beside = (model(**inputs).logits for inputs in (batch, padded))
     except Exception as error:  # whatever a model raises at its first text
@@ -131,7 +137,7 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
             f"({type(error).__name__}: {reason[:200]}): mend the checkpoint's config.json or take "
             "another backbone."
         ) from None
-    if alone.dim() == 3:  # of each token
+    if alone.shape != beside.shape:  # logits of each token
         beside = beside[:, 1:] if rows.pad_left else beside[:, :-1]
     atol = _ABSOLUTE + _RELATIVE * _largest(alone)
     return torch.allclose(alone, beside, rtol=0, atol=atol, equal_nan=True)

@@ -24,7 +24,7 @@ class EverySecondWord(CausalTask):
 
     metrics: ClassVar[Mapping[str, Callable[..., float]]] = {
         **CausalTask.metrics,
-        "misses": lambda losses, hits, tokens: tokens - hits,
+        "misses": lambda losses, hits, tokens: float(tokens.sum() - hits.sum()),
     }
     lower_is_better = CausalTask.lower_is_better | {"misses"}
 
