@@ -1,7 +1,7 @@
 """State what a task is: how columns become examples, its model's class, loss, weights and metrics.
 
-One file a task, see `TaskKind`; a user's own joins by `register_task`. Nothing here imports torch
-or numpy's heavier company before it computes: an experiment is read with the tasks' names alone.
+One file a task, see `TaskKind`; a user's own joins by `register_task`. Reading an experiment needs
+names of tasks and metrics alone, so these modules import torch and later stages where they compute.
 """
 
 from fedpet.tasks import (
