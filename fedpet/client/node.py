@@ -41,6 +41,7 @@ from fedpet.protocol.request import (
     read_request,
     to_record,
 )
+from fedpet.training.loop import count_examples
 from fedpet.utils.source_digest import package_versions
 
 __all__ = ["Node", "get_node", "reply"]
@@ -257,5 +258,5 @@ def _check_feedback(request: Request, plan: Plan) -> None:
 
 
 def _registration_of(loaded: LoadedPlan) -> bytes:
-    clients = {client.id: len(client.rows) for client in loaded.data.clients}
-    return encode_registration(clients, package_versions())
+    examples = count_examples(loaded.data, loaded.plan.task)
+    return encode_registration(examples, package_versions())

@@ -8,6 +8,7 @@ Out: an `Experiment`. Deeper code takes the stage's dataclass and never sees a s
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from fedpet.config.parsing import read_stage, refuse_unknown, with_overrides
 from fedpet.config.ranges import kebab_case
 from fedpet.config.renamed import refuse_former_names
 from fedpet.config.schema import (
+    TASKS,
     BackboneConfig,
     ClientsConfig,
     CodecConfig,
@@ -98,6 +100,7 @@ class Experiment:
         object.__setattr__(self, "strategy", strategy)
         object.__setattr__(self, "training", training)
         self._check_search()
+        importlib.import_module(TASKS).kind_of(self.data.task).check_experiment(self)
         if len(self.mask.tiers) > 1 and self.strategy.compares_replies:
             rules = registered_rules().items()
             means = ", ".join(name for name, rule in rules if not rule.compares_replies)

@@ -35,6 +35,7 @@ from fedpet.server.node_registry import NodeRegistry
 from fedpet.server.rounds import SparseStrategy
 from fedpet.server.schedule import chunk_size
 from fedpet.strategies import StructureSearch
+from fedpet.training.loop import count_examples
 from fedpet.utils.gc_paused import kept_from_collection
 from fedpet.utils.paths import expand
 
@@ -121,8 +122,7 @@ def make_client_pool(prepared: RunInputs) -> ClientPool:
     """Return the clients of the data; in a deployment none as yet."""
     if prepared.experiment.clients.partition == "nodes":
         return ConnectedClientPool()
-    clients = prepared.data.clients
-    return ClientPool({client.id: len(client.rows) for client in clients}, homes={})
+    return ClientPool(count_examples(prepared.data, prepared.data.task), homes={})
 
 
 def with_registry(

@@ -115,6 +115,7 @@ def summarise(
             "train_rows": sum(len(client.rows) for client in data.clients),
             "train_rows_left_out": data.left_out_rows,
             "evaluation_rows": len(data.evaluation),
+            **_label_tokens(data),
             "classes": [asdict(one) for one in count_classes(data)],
             "rows": {split: asdict(books) for split, books in data.books.items()},
         },
@@ -143,6 +144,17 @@ def summarise(
             for refused in record.refused
         ],
         "final_values_sha256": values_sha256,
+    }
+
+
+def _label_tokens(data: FederatedData) -> dict[str, int]:
+    """Count the label tokens, where tokens are labels; those on nodes are not known here."""
+    if data.evaluation.marks is None:
+        return {}
+    train = sum(int(data.train.labels[c.rows].sum()) for c in data.clients if len(data.train))
+    return {
+        "train_label_tokens": train,
+        "evaluation_label_tokens": int(data.evaluation.labels.sum()),
     }
 
 

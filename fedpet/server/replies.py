@@ -231,7 +231,7 @@ class Replies:
         )
 
     def _weight_alone(self, num_examples: int) -> int:
-        return num_examples if self._config.weights == "examples" else 1
+        return 1 if self._config.weights == "uniform" else num_examples
 
     def _coding(self, name: str) -> VectorCodec:
         index = self._tiers.index(name)
@@ -339,7 +339,7 @@ class Replies:
         grows = isinstance(self._population, ConnectedClientPool)
         if not 1 <= part.num_examples <= (part.num_examples if grows else rows):
             raise FrameError(
-                f"an update has at least 1 example and at most the client's {rows} rows, got "
+                f"an update has at least 1 example and at most the client's {rows}, got "
                 f"{part.num_examples}."
             )
         if not 0 <= part.loss < math.inf:
