@@ -21,10 +21,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_nodes import RealNodes, free_ports, plain_http_is_refused
+from benchmarks.real_nodes import RealNodes, free_ports, loopback_deployment, plain_http_is_refused
 from fedpet.config import Experiment
 from fedpet.data.sources import open_source
-from fedpet.deploy import Deployment, NodeSpec, write_deployment
+from fedpet.deploy import write_deployment
 from fedpet.deploy.certificates import make_node_key
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run.callbacks import Callback
@@ -76,30 +76,19 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     simulated, _ = simulate(experiment, report)
     clients = simulated["data"]["clients"]
 
-    port, own_port, _, *node_ports = free_ports(4 + len(NODES))
-    deployment = Deployment(
-        experiment=experiment,
-        host="127.0.0.1",
-        bind="127.0.0.1",
-        port=port,
-        own_port=own_port,
-        node_port=node_ports[0],
-        nodes=tuple(NodeSpec(name) for name in NODES),
-        client_column="film",
-        clients_per_node=clients,
-        clients=clients,
-    )
+    several = {"client_column": "film", "clients_per_node": clients, "clients": clients}
+    deployment = loopback_deployment(experiment, NODES, **several)
     write_deployment(deployment, folder / "deployment")
     rows = write_thirds(folder / "deployment" / "nodes", experiment)
     parts = (f"{name} with {n} reviews" for name, n in rows.items())
     report.on_stage(f"deployed: {', '.join(parts)}")
-    with RealNodes(folder / "deployment", port) as real:
+    with RealNodes(folder / "deployment", deployment.port) as real:
         real.start_server()
-        report.check("plain HTTP is refused", plain_http_is_refused(port))
+        report.check("plain HTTP is refused", plain_http_is_refused(deployment.port))
         real.register()
         for name in NODES:
             real.start_node(name)
-        make_intruder(folder / "deployment", node_ports[0], node_ports[-1])
+        make_intruder(folder / "deployment")
         report.check("a node that is not registered is turned away", *_turned_away(real))
         report.on_stage(f"running {rounds} rounds on {len(NODES)} nodes")
         done = real.run(limit_seconds=RUN_SECONDS)
@@ -150,18 +139,15 @@ def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
     return {name: len(own) for name, own in lines.items()}
 
 
-def make_intruder(folder: Path, first_port: int, port: int) -> None:
+def make_intruder(folder: Path) -> None:
     """Start a node like the first, but with a key that nobody registered."""
     place = folder / "nodes" / INTRUDER
     shutil.copytree(folder / "nodes" / NODES[0], place)
     (place / "node.key").write_bytes(make_node_key()[0])
-    script = place / "supernode.sh"
-    text = script.read_text(encoding="utf-8")
-    script.write_text(text.replace(f"--port {first_port}", f"--port {port}"), encoding="utf-8")
 
 
 def _turned_away(real: RealNodes) -> tuple[bool, str]:
-    process = real.start_node(INTRUDER)
+    process = real.start_node(INTRUDER, "--port", str(free_ports(1)[0]))
     limit = time.monotonic() + TURNED_AWAY_SECONDS
     while process.poll() is None and time.monotonic() < limit:
         time.sleep(0.2)

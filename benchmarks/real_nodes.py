@@ -21,7 +21,11 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpet.config import Experiment
+    from fedpet.deploy import Deployment
 
 START_SECONDS = 300.0  # of a server, on a machine that is busy
 STOP_SECONDS = 15.0
@@ -189,6 +193,23 @@ class RealNodes:
                 start_new_session=True,
             )
         return self._processes[name]
+
+
+def loopback_deployment(experiment: Experiment, names: Iterable[str], **more: Any) -> Deployment:
+    """Return a deployment on this machine alone, at ports that are free now.
+
+    Args:
+        experiment: What to run.
+        names: Of the nodes.
+        more: Fields of `Deployment` beside those.
+    """
+    from fedpet.deploy import Deployment, NodeSpec
+
+    nodes = tuple(NodeSpec(name) for name in names)
+    port, own_port, _, node_port, *_ = free_ports(3 + len(nodes))  # the monitor's is above its own
+    host = {"host": "127.0.0.1", "bind": "127.0.0.1"}
+    ports = {"port": port, "own_port": own_port, "node_port": node_port}
+    return Deployment(experiment=experiment, nodes=nodes, **host, **ports, **more)
 
 
 def free_ports(count: int) -> list[int]:

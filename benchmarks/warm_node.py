@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.deploy_demo import EXPERIMENT, NODES, write_thirds
-from benchmarks.real_nodes import RealNodes, descendants, free_ports
+from benchmarks.real_nodes import RealNodes, descendants, loopback_deployment
 from fedpet.config import Experiment
-from fedpet.deploy import Deployment, NodeSpec, write_deployment
+from fedpet.deploy import write_deployment
 
 WAYS = {"cold": "subprocess", "warm": "process"}
 RUN_SECONDS = 1800.0
@@ -101,24 +101,14 @@ def measure(rounds: int, rows: int) -> dict[str, Any]:
 
 def measure_way(experiment: Experiment, isolation: str, rows: int, folder: Path) -> dict[str, Any]:
     """Run three nodes of one kind."""
-    port, own_port, _, node_port, *_ = free_ports(3 + len(NODES))
-    deployment = Deployment(
-        experiment=experiment,
-        host="127.0.0.1",
-        bind="127.0.0.1",
-        port=port,
-        own_port=own_port,
-        node_port=node_port,
-        nodes=tuple(NodeSpec(name) for name in NODES),
-        isolation=isolation,
-    )
+    deployment = loopback_deployment(experiment, NODES, isolation=isolation)
     write_deployment(deployment, folder)
     write_thirds(folder / "nodes", experiment)
     for name in NODES:
         path = folder / "nodes" / name / "data.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines()[:rows]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with RealNodes(folder, port) as real:
+    with RealNodes(folder, deployment.port) as real:
         real.start_server()
         real.register()
         samplers = {name: Sampler(real.start_node(name).pid) for name in NODES}
