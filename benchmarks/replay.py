@@ -53,9 +53,13 @@ class ReplayGrid(LocalGrid, Callback):
         lines: Lines,
         change_rows: Callable[[str], None],
     ) -> None:
-        super().__init__(dict(enumerate(nodes.values(), 1)))
-        self._names = dict(enumerate(nodes, 1))
         self._lines = {line["round"]: line for line in lines}
+        handlers, self._names = {}, {}
+        for index, (name, answer) in enumerate(nodes.items()):
+            for failures in range(len(lines) + 1):
+                node = 1 + index + failures * len(nodes)
+                handlers[node], self._names[node] = answer, name
+        super().__init__(handlers)
         self._change_rows = change_rows
         self._round = 1
         self._due: dict[str, int] = {}  # message -> round in which its answer comes
@@ -65,9 +69,19 @@ class ReplayGrid(LocalGrid, Callback):
         self._round = record.round + 1
 
     def get_node_ids(self) -> Iterable[int]:
-        """Return the nodes that the round asked."""
+        """Return the nodes that the round asked; after a failure a node is another one.
+
+        A server waits before it asks a node again that has failed, by the clock.
+        """
         asked, _ = take_part(self._lines[min(self._round, max(self._lines))])
-        return [node for node, name in self._names.items() if name in asked]
+        ids: dict[str, list[int]] = {}
+        for node, name in self._names.items():
+            ids.setdefault(name, []).append(node)
+        return [ids[name][self._failures(name)] for name in asked]
+
+    def _failures(self, name: str) -> int:
+        before = (line for number, line in self._lines.items() if number < self._round)
+        return sum(name in asked - used for asked, used in map(take_part, before))
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Answer at once; the answer to a question comes in the round in which it did."""
