@@ -30,8 +30,8 @@ from fedpet.config import Experiment
 
 GROWS, FULL, KILLED = "barn", "attic", "cellar"  # the first one's key is rotated as well
 DISK_MIB = 16
-MORE_ROWS = 16
-ROWS = 64  # about so many of each node, those of whole films
+MORE_ROWS = 8
+ROWS = 32  # about so many of each node, those of whole films
 SETTINGS = {  # of its clients all are drawn, and each node stores the reference of each round
     "strategy.clients-per-round": 1000,
     "strategy.quorum": 0.2,

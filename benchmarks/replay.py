@@ -16,7 +16,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from flwr.app import Message
+from flwr.app import Error, Message
 
 from fedpet.client.node import Node
 from fedpet.client.node_config import NodeConfig
@@ -24,7 +24,7 @@ from fedpet.config import Experiment
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run.callbacks import Callback
 from fedpet.run.federate import federate, prepare
-from fedpet.run.local_grid import LocalGrid
+from fedpet.run.local_grid import CLIENT_RAISED, LocalGrid
 from fedpet.run.run_folder import new_run_folder
 
 __all__ = ["replay", "take_part"]
@@ -63,6 +63,7 @@ class ReplayGrid(LocalGrid, Callback):
         self._change_rows = change_rows
         self._round = 1
         self._due: dict[str, int] = {}  # message -> round in which its answer comes
+        self._there: set[int] = set()  # nodes that have been asked who they are
 
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Go on to the next round."""
@@ -77,7 +78,9 @@ class ReplayGrid(LocalGrid, Callback):
         ids: dict[str, list[int]] = {}
         for node, name in self._names.items():
             ids.setdefault(name, []).append(node)
-        return [ids[name][self._failures(name)] for name in asked]
+        there = [ids[name][self._failures(name)] for name in asked]
+        self._there.intersection_update(there)
+        return there
 
     def _failures(self, name: str) -> int:
         before = (line for number, line in self._lines.items() if number < self._round)
@@ -89,7 +92,10 @@ class ReplayGrid(LocalGrid, Callback):
         for message in messages:
             [number] = super().push_messages([message])
             if message.metadata.message_type == "query":
-                self._due[number] = self._registered(self._names[message.metadata.dst_node_id])
+                node = message.metadata.dst_node_id
+                if node in self._there:  # its rows have changed
+                    self._due[number] = self._registered_again(self._names[node])
+                self._there.add(node)
             numbers.append(number)
         return numbers
 
@@ -98,13 +104,13 @@ class ReplayGrid(LocalGrid, Callback):
         due = [number for number in message_ids if self._due.get(number, 0) <= self._round]
         return super().pull_messages(due)
 
-    def _registered(self, name: str) -> int:
-        """Return the round, from this one on, in which the node registered; this where none is."""
+    def _registered_again(self, name: str) -> int:
+        """Return the round, from this one on, in which a node's new rows began to count."""
         for number in range(self._round, max(self._lines) + 1):
             for event in self._lines[number].get("events", ()):
-                if event["node"] == name and event["event"].startswith("registered"):
+                if (event["node"], event["event"]) == (name, "registered again"):
                     return number
-        return self._round
+        return max(self._lines) + 1
 
     def _answer(self, message: Message) -> Message:
         name = self._names[message.metadata.dst_node_id]
@@ -114,7 +120,7 @@ class ReplayGrid(LocalGrid, Callback):
             if changed in line.get("events", ()):
                 self._change_rows(name)
             if name not in take_part(line)[1]:
-                raise RuntimeError("its update was not used")
+                return Message(Error(CLIENT_RAISED, "its update was not used"), reply_to=message)
         return super()._answer(message)
 
 

@@ -11,9 +11,9 @@ Of each, from the run's first message to its end:
     a round          seconds by the clock, median of those after the first
 
 and the processor seconds of the training alone, in this process, on a node's rows. The final values
-must be the same bits. `--node-venv` names an environment as nodes have it (`pip install server/app`)
-for the nodes alone: this one's may hold pandas, pyarrow and more, which transformers imports where
-they are installed.
+must be the same bits. `--node-venv` names an environment as nodes have it, of
+`pip install server/app`, for the nodes alone: this one's may hold pandas, pyarrow and more, which
+transformers imports where they are installed.
 """
 
 from __future__ import annotations

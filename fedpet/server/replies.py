@@ -153,6 +153,7 @@ class Replies:
             reason = f"node {known}: {_reason(reply.error)}"
             if client_app_raised(reply.error):
                 self._population.suspend(node)
+                self._note(node, "suspended", reason)
         else:
             try:
                 self._read(reply, chunk, again)
