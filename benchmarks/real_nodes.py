@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import ssl
@@ -269,8 +270,12 @@ def can_mount() -> bool:
 
 
 def free_ports(count: int) -> list[int]:
-    """Neighbouring ports of the loopback that nobody listens on now."""
-    for first in range(20000 + os.getpid() % 20000, 60000, count):
+    """Neighbouring ports of the loopback that nobody listens on now.
+
+    Below those that Linux gives to connections, and drawn: another call may look for some as well.
+    """
+    for _ in range(1000):
+        first = random.SystemRandom().randrange(20000, 32768 - count)
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + count):
