@@ -49,7 +49,7 @@ class RoundRecord:
     `metric` is the one that decides, `metrics` are all that were taken, by name; `by_client` is the
     spread of the first over clients, where held-out rows name theirs.
     `overlap`, of a round of a search, compares its choice with that of the round before (Jaccard
-    index).
+    index). `events` tell what became of a deployment's nodes, in their order: see `Ledger.note`.
     """
 
     round: int
@@ -73,14 +73,16 @@ class RoundRecord:
     kind: str = TRAINING
     overlap: float | None = None
     by_client: dict[str, float] = field(default_factory=dict)
+    events: list[dict[str, str]] = field(default_factory=list)
 
     def to_line(self) -> dict[str, Any]:
         """Return the line as a table."""
         line = asdict(self)
         if self.kind == TRAINING:
             del line["kind"], line["overlap"]
-        if not self.by_client:
-            del line["by_client"]
+        for name in ("by_client", "events"):
+            if not line[name]:
+                del line[name]
         return line
 
 
@@ -182,6 +184,17 @@ class Ledger:
         """
         known = {} if node is None else {"node": self.node_name(node)}
         self.current.refused.append({"who": who, **known, "reason": one_line(reason)})
+
+    def note(self, node: str, event: str, details: str = "") -> None:
+        """Record an event of a deployment's node.
+
+        Args:
+            node: Its name.
+            event: "disconnected", "registered", "registered again", "rows changed", "suspended",
+                "key replaced" or "key withdrawn"; docs/run-folder.md says what each means.
+            details: Words on it.
+        """
+        self.current.events.append({"node": node, "event": event, "details": one_line(details)})
 
     def add_message(self, message: Message) -> None:
         """Count a message as it is sent or received, with the plan's bytes apart."""

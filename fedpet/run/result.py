@@ -143,6 +143,11 @@ def summarise(
             for record in (*ledger.of_kind(SEARCH), *rounds)
             for refused in record.refused
         ],
+        "events": [
+            {**_when(record), **event}
+            for record in (*ledger.of_kind(SEARCH), *rounds)
+            for event in record.events
+        ],
         "final_values_sha256": values_sha256,
     }
 

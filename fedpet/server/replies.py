@@ -153,6 +153,7 @@ class Replies:
             reason = f"node {known}: {_reason(reply.error)}"
             if client_app_raised(reply.error):
                 self._population.suspend(node)
+                self._note(node, "suspended", reason)
         else:
             try:
                 self._read(reply, chunk, again)
@@ -257,8 +258,10 @@ class Replies:
                 if part.code == RefusalCode.NODE_UNFIT and chunk.node not in unfit:
                     self._population.suspend(chunk.node)
                     unfit.add(chunk.node)
+                    self._note(chunk.node, "suspended", part.text)
                 if part.code == RefusalCode.ROWS_CHANGED and not part.client:
                     self._population.register_again(chunk.node)
+                    self._note(chunk.node, "rows changed")
                     continue
                 if self._asks_again(part, name, due, chunk, again):
                     continue
@@ -269,6 +272,10 @@ class Replies:
                 self._ledger.refuse(stranger, reason, chunk.node)
             else:
                 self._settle(chunk.node, part, name)
+
+    def _note(self, node: int, event: str, details: str = "") -> None:
+        if isinstance(self._population, ConnectedClientPool):
+            self._ledger.note(self._population.node_name(node), event, details)
 
     def _asks_again(
         self, refusal: Refusal, name: str, due: set[str], chunk: Chunk, again: Retry
@@ -310,6 +317,7 @@ class Replies:
         self._train_seconds[node] += part.train_seconds
         self._ledger.current.replies += 1
         self._answered(node, name, self._round)
+        self._population.took_part(node)
 
     def _refuse(self, name: str, reason: str, node: int | None) -> None:
         self._settled.add(name)
