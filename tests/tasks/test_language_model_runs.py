@@ -242,7 +242,7 @@ def test_checkpointing_and_the_packing_of_classifiers_move_no_value(
         ({"clients_partition": "shards"}, r"deals rows out by label"),
         ({"backbone_head": "new"}, r"backbone\.head = 'new' draws a head"),
         ({"data_metric": "accuracy"}, r"'accuracy' does not measure data\.task = 'instruction'"),
-        ({"data_label_names": ["a", "b"]}, r"leave them out for a instruction"),
+        ({"data_label_names": ["a", "b"]}, r"leave them out, since data\.task is 'instruction'"),
     ],
 )
 def test_settings_of_classifiers_are_refused(
