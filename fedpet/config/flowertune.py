@@ -35,7 +35,7 @@ _PLACE = "train.training-arguments."
 _REASONS = {
     "model.quantization": "frozen weights are bfloat16 (backbone.dtype), in 16 bits",
     "train.learning-rate-min": "training.schedule = 'cosine' falls to 0 after the last round",
-    "strategy.fraction-evaluate": "the server evaluates (strategy.evaluate-every), on rows held out",
+    "strategy.fraction-evaluate": "the server evaluates on rows held out (data.eval-fraction)",
     f"{_PLACE}output-dir": "the run folder is run.out",
     f"{_PLACE}learning-rate": "the rate of a round is that of train.learning-rate-max",
     f"{_PLACE}gradient-accumulation-steps": "its product with the batch size is a batch here",

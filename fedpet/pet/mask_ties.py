@@ -53,7 +53,7 @@ def describe_ties(params: Mapping[str, Tensor], mask: Mask, config: MaskConfig) 
         f"{100 * share:.0f} % of the {mask.num_values:,} entries of the mask {what}, as "
         f"{tied:,} of the {entries:,} in scope are: their place in the checkpoint decides which "
         "of them are trained, and not their size. That is a sign of dequantised or coarsely "
-        f"rounded weights; a density of {_rounded_up(2 * tied / entries):g} or more ranks half of "
+        f"rounded weights; a density of {_density_of(2 * tied, entries):g} or more ranks half of "
         "the mask by size."
     )
 
@@ -62,6 +62,7 @@ def _count(weight: Tensor, value: float) -> int:
     return int((weight.detach().abs() == value).count_nonzero())
 
 
-def _rounded_up(density: float) -> float:
-    """Return two digits of a density, rounded up; at most 1."""
-    return min(float(Context(prec=2, rounding=ROUND_CEILING).create_decimal(Decimal(density))), 1.0)
+def _density_of(num: int, entries: int) -> float:
+    """Return two digits of the density of so many entries, rounded up; at most 1."""
+    context = Context(prec=2, rounding=ROUND_CEILING)
+    return min(float(context.divide(Decimal(num), Decimal(entries))), 1.0)

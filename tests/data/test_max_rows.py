@@ -24,8 +24,7 @@ def parts_of(sizes: list[int]) -> dict[str, np.ndarray]:
     ends = np.cumsum(sizes)
     names = numbered(len(sizes))
     return {
-        name: np.arange(end - size, end)
-        for name, size, end in zip(names, sizes, ends, strict=True)
+        name: np.arange(end - size, end) for name, size, end in zip(names, sizes, ends, strict=True)
     }
 
 
