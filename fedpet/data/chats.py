@@ -12,6 +12,9 @@ People are known by pseudonyms, and chats by ids; hashes of both decide the spli
     replies      replies of the others, in a tenth of the chats that they have with each other
     train        their replies in all other chats that they have with each other
 
+Left out of all are replies to a turn of more than `LONGEST_QUESTION` bytes, which alone would fill
+what a row may hold: 4 % of them.
+
 No word of a person of `people` or `validation`, and none of a chat of `replies`, stands in a row of
 `train`, in its context neither. What people here say of themselves may be personal: reports show
 few rows, and none of this is uploaded.
@@ -39,7 +42,9 @@ __all__ = ["CHATS_FILE", "Chats"]
 CHATS_FILE = "chitchat_dataset/dataset.json"
 SPLITS = ("train", "validation", "people", "replies")
 _PEOPLE = {0: "people", 1: "people", 2: "validation"}  # by a digit of their hash
+LONGEST_QUESTION = 280  # bytes of UTF-8: about 70 tokens of English
 _APART = "in a chat with a person who is held out"
+_LONG = f"answers to more than {LONGEST_QUESTION} bytes"
 _MOST_TURNS = 3  # before the reply; or 1, where there are not as many
 
 
@@ -84,17 +89,19 @@ class Chats(Source):
                 "text": [messages[-1]["content"] for messages, _ in own],
                 "client": [client for _, client in own],
             }
-            apart = sum(not part for part, _, _ in rows) if split == "train" else 0
+            left_out = {_LONG: sum(part == f"{split}, {_LONG}" for part, _, _ in rows)}
+            if split == "train":
+                left_out[_APART] = sum(part == _APART for part, _, _ in rows)
             piece = Piece.of_columns({name: Column(values) for name, values in columns.items()})
-            tables[split] = Table([piece], {_APART: apart} if apart else None)
+            tables[split] = Table([piece], {why: count for why, count in left_out.items() if count})
         return tables
 
 
 def _rows(chat: str, messages: Sequence[Any]) -> Iterator[tuple[str, list[dict[str, str]], str]]:
-    """Yield (split, messages, client) of each reply in a chat; split "" for one of none."""
+    """Yield (split, messages, client) of each reply in a chat; of one left out the reason."""
     turns = _turns(messages)
     others = {_person_split(turn.person) for turn in turns} - {"train"}
-    shared = "" if others else "replies" if _digit(chat) == 0 else "train"
+    shared = _APART if others else "replies" if _digit(chat) == 0 else "train"
     for index in range(1, len(turns)):
         before = _MOST_TURNS if index >= _MOST_TURNS else 1
         own = turns[index - before : index + 1]
@@ -103,7 +110,10 @@ def _rows(chat: str, messages: Sequence[Any]) -> Iterator[tuple[str, list[dict[s
             for place, turn in enumerate(own)
         ]
         split = _person_split(turns[index].person)
-        yield (shared if split == "train" else split), row, turns[index].person
+        split = shared if split == "train" else split
+        if split in SPLITS and len(turns[index - 1].text.encode()) > LONGEST_QUESTION:
+            split = f"{split}, {_LONG}"
+        yield split, row, turns[index].person
 
 
 def _turns(messages: Sequence[Any]) -> list[_Turn]:

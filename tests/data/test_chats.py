@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 
-from fedpet.data.chats import SPLITS, Chats
+from fedpet.data.chats import LONGEST_QUESTION, SPLITS, Chats
 from fedpet.data.sources import open_source
 from fedpet.errors import AbsentDataError, DataError
 from fedpet.utils import bundled
@@ -102,6 +102,15 @@ def test_no_word_of_a_held_out_person_or_chat_stands_in_a_training_row(tmp_path:
     assert not texts & {json.dumps(messages) for messages, _, _ in replies}
 
 
+def test_a_reply_to_more_than_a_row_holds_is_left_out_and_counted(tmp_path: Path) -> None:
+    ann, bob, _ = TRAINED
+    longest, longer = "é" * (LONGEST_QUESTION // 2), "é" * (LONGEST_QUESTION // 2) + "."
+    written = chat((ann, [longest]), (bob, ["yes"]), (ann, [longer]), (bob, ["what?"]))
+    own = source(tmp_path, {OPEN: written})
+    assert [text for _, text, _ in rows(own, "train")] == ["yes", longer]
+    assert own.read("train").left_out == {"answers to more than 280 bytes": 1}
+
+
 def test_every_reply_is_in_one_split_or_counted_as_left_out(tmp_path: Path) -> None:
     people = [*TRAINED, HELD, TUNING]
     chats = {
@@ -162,7 +171,7 @@ def test_the_bundled_chats_have_the_people_that_the_experiment_counts_on() -> No
     assert sizes["train"] > 60_000
     assert sizes["people"] > 15_000
     assert sizes["replies"] > 5_000
-    assert sum(count >= 32 for count in people["train"].values()) == 195
+    assert sum(count >= 32 for count in people["train"].values()) == 190
     held = set(people["people"]) | set(people["validation"])
     assert not held & (set(people["train"]) | set(people["replies"]))
     assert len(people["people"]) == 229
