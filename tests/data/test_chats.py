@@ -104,11 +104,12 @@ def test_no_word_of_a_held_out_person_or_chat_stands_in_a_training_row(tmp_path:
 
 def test_a_reply_to_more_than_a_row_holds_is_left_out_and_counted(tmp_path: Path) -> None:
     ann, bob, _ = TRAINED
-    longest, longer = "é" * (LONGEST_QUESTION // 2), "é" * (LONGEST_QUESTION // 2) + "."
-    written = chat((ann, [longest]), (bob, ["yes"]), (ann, [longer]), (bob, ["what?"]))
-    own = source(tmp_path, {OPEN: written})
-    assert [text for _, text, _ in rows(own, "train")] == ["yes", longer]
-    assert own.read("train").left_out == {"answers to more than 280 bytes": 1}
+    for unit, size in (("é", 2), ("3", 4), ("ab", 2)):
+        longest, longer = (unit * (LONGEST_QUESTION // size + more) for more in (0, 1))
+        written = chat((ann, [longest]), (bob, ["yes"]), (ann, [longer]), (bob, ["what?"]))
+        own = source(tmp_path, {OPEN: written})
+        assert [text for _, text, _ in rows(own, "train")] == ["yes", longer]
+        assert own.read("train").left_out == {"an answer to a long turn": 1}
 
 
 def test_every_reply_is_in_one_split_or_counted_as_left_out(tmp_path: Path) -> None:
