@@ -175,4 +175,4 @@ def test_the_bundled_chats_have_the_people_that_the_experiment_counts_on() -> No
     assert sum(count >= 32 for count in people["train"].values()) == 190
     held = set(people["people"]) | set(people["validation"])
     assert not held & (set(people["train"]) | set(people["replies"]))
-    assert len(people["people"]) == 229
+    assert len(people["people"]) == 227
