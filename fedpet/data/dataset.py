@@ -24,6 +24,7 @@ from fedpet.data.cache import Entry, cached, unwritable
 from fedpet.data.collator import COLLATORS
 from fedpet.data.partition import (
     Client,
+    cap_rows,
     drop_small_clients,
     group_rows,
     name_of_client,
@@ -137,6 +138,10 @@ def load_data(
         parts = _natural_clients(train_split, train_entry, population.client_column, cache)
     else:
         parts = partition(train_entry.arrays["labels"], population)
+    num_rows = len(train_entry.arrays["labels"])
+    unowned = num_rows - sum(map(len, parts.values()))
+    parts = cap_rows(parts, population)
+    beyond = num_rows - unowned - sum(map(len, parts.values()))
     train, examples = _rows(train_entry, data), parts
     if kind.packs:
         train, cut = _packed(train_entry, [*parts.values()], data, cache)
@@ -155,12 +160,15 @@ def load_data(
         held = replace(_rows(held_entry, data), clients=owners)
     taking_part = {client.id for client in kept.clients}
     small = sum(len(rows) for name, rows in parts.items() if name not in taking_part)
-    unowned = len(train_entry.arrays["labels"]) - sum(map(len, parts.values()))
     books = {
         "train": _books(
             train_entry,
             "data.max-train-rows",
-            {"of no client": unowned, "of clients below clients.min-rows": small},
+            {
+                "of no client": unowned,
+                "beyond clients.max-rows": beyond,
+                "of clients below clients.min-rows": small,
+            },
         )
     }
     if held_entry:
@@ -256,6 +264,7 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
         parts = _natural_clients(train, entry, population.client_column, cache)
     else:
         parts = partition(entry.arrays["labels"], population)
+    parts = cap_rows(parts, population)
     if kind.packs:  # reckoned: there is no tokeniser
         sizes = entry.arrays["sizes"]
         counts = {n: -(-int(sizes[rows].sum()) // data.max_length) for n, rows in parts.items()}

@@ -27,6 +27,7 @@ from fedpet.client.node_config import cache_folder
 from fedpet.client.state_store import state_folder
 from fedpet.data import Client, FederatedData, count_classes
 from fedpet.errors import RunError
+from fedpet.pet.mask_ties import describe_ties
 from fedpet.pet.tiers import tiers_of
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
 from fedpet.run.callbacks import Callback, RunStart
@@ -45,6 +46,8 @@ from fedpet.utils.cores import usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from fedpet.pet.model import PetModel
 
 __all__ = ["Prepared", "PreparedSearch", "federate", "prepare"]
 
@@ -99,6 +102,8 @@ def federate(
         journal = None  # the search was over, and training had not begun
     out.write_structure(prepared.structure)
     plan, pet = prepared.plan, prepared.pet
+    if ties := _mask_ties(pet):
+        callback.on_stage(f"warning: {ties}")
     strategy = SparseStrategy(
         plan=plan,
         tiers=tiers_of(pet, plan.mask),
@@ -173,6 +178,14 @@ def _with_clients(data: FederatedData, population: ClientPool) -> FederatedData:
     return replace(
         data, clients=tuple(Client(name, np.broadcast_to(0, count)) for name, count in rows)
     )
+
+
+def _mask_ties(pet: PetModel) -> str:
+    """Say whether ties fill the mask; its values are still zero, the weights the checkpoint's."""
+    if pet.mask is None or pet.mask_config is None:
+        return ""
+    weights = {name: pet.model.get_parameter(name) for name in pet.mask.sizes}
+    return describe_ties(weights, pet.mask, pet.mask_config)
 
 
 def _num_parameters(model: PreTrainedModel) -> int:
