@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from fedpet.config.module_kinds import known_kinds
 from fedpet.config.ranges import (
     AnyInteger,
     Count,
@@ -321,6 +322,7 @@ class SearchConfig(Stage):
 
     method: str = "s3pet"  # "random", or a manual structure: presets joined by "+"
     space: str = "mergeable"  # or joint (with the mask), s3pet-mix, s3pet-lora
+    kinds: tuple[str, ...] = ()  # of its candidates: "lnfit"; [] takes all kinds of the space
     mask_block: Count = 256  # entries of a weight that are chosen together, in the space "joint"
     mask_blocks: Count = 4  # of a weight, at most
     rank: Count = 1  # of LoRA, HiWi and the adapter's factors
@@ -382,6 +384,8 @@ class SearchConfig(Stage):
                 "that structure with `fedpet search` and name its file as structure.file."
             )
         rates_by_kind(self.learning_rates, "search.learning-rates")
+        for kind in self.kinds:
+            check_choice("search.kinds", kind, known_kinds())
 
     def with_rates(self, rates: Mapping[str, float]) -> SearchConfig:
         """Name these rates, by kind, where none is named and `learning_rate` is 0."""

@@ -65,8 +65,8 @@ def summarise(
         total_seconds: From the first stage to the last, the time that nothing ran left out.
         resumed: How often the run was cut short and gone on with.
         tiers: Density, values and clients of each tier, where devices differ in strength.
-        structure_method: By which the structure was found, "s3pet" of a searched one; "" of one that
-            was chosen by hand.
+        structure_method: By which the structure was found: "s3pet" where it was searched, "" where
+            it was chosen by hand.
         origin: What of the model came from the checkpoint, and what did not.
         training: As it was in force, with the rates that were derived from the model; None is the
             experiment's.
