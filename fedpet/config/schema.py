@@ -334,6 +334,7 @@ class SearchConfig(Stage):
     epochs: Count = 5  # over half of the rows
     max_steps: Whole = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
     warmup_steps: Whole = 0  # at the start, which move the candidates' values alone: one pass
+    warmup_gates: str = "drawn"  # in these steps; "open": each candidate is trained in every one
     batch_size: Count = 32  # rows of either half
     learning_rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
     learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
@@ -372,6 +373,7 @@ class SearchConfig(Stage):
         spaces = ("joint", "mergeable", "s3pet-mix", "s3pet-lora")
         check_choice("search.space", self.space, spaces)
         check_choice("search.gate-optimizer", self.gate_optimizer, ("adamw", "shared"))
+        check_choice("search.warmup-gates", self.warmup_gates, ("drawn", "open"))
         check_choice("search.competition", self.competition, ("candidates", "values"))
         check_choice("search.split", self.split, ("rows", "clients"))
         check_choice("search.sends", self.sends, ("values", "gates"))

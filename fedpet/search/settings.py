@@ -67,6 +67,7 @@ def deviations(
         "batches of another size": config.batch_size not in _BATCHES,
         "rates by kind": bool(config.learning_rates),
         f"gates at rest for {config.warmup_steps} steps": config.warmup_steps > 0,
+        "all gates open meanwhile": config.warmup_steps > 0 and config.warmup_gates == "open",
         "one scale for all logits' steps": config.gate_optimizer != "adamw",
         "gates compete by gain per value": config.competition != "candidates",
         f"mean alpha of {config.repeats} searches": config.repeats > 1,
