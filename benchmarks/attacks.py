@@ -61,6 +61,7 @@ SMALLER = (
     "training.learning-rates=['mask=0.002']",
     "training.batch-size=8",
     "training.logit-adjustment=1.0",
+    "strategy.server-momentum=0.0",
     f"strategy.num-rounds={ROUNDS}",
     f"strategy.clients-per-round={CLIENTS}",
     f"strategy.evaluate-every={ROUNDS}",
