@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from fedpet.config.module_kinds import known_kinds
 from fedpet.config.ranges import (
     AnyInteger,
     Count,
@@ -332,6 +333,7 @@ class SearchConfig(Stage):
 
     method: str = "s3pet"  # "random", or a manual structure: presets joined by "+"
     space: str = "mergeable"  # or joint (with the mask), s3pet-mix, s3pet-lora
+    kinds: tuple[str, ...] = ()  # of its candidates: "lnfit"; [] takes all kinds of the space
     mask_block: Count = 256  # entries of a weight that are chosen together, in the space "joint"
     mask_blocks: Count = 4  # of a weight, at most
     rank: Count = 1  # of LoRA, HiWi and the adapter's factors
@@ -343,6 +345,7 @@ class SearchConfig(Stage):
     epochs: Count = 5  # over half of the rows
     max_steps: Whole = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
     warmup_steps: Whole = 0  # at the start, which move the candidates' values alone: one pass
+    warmup_gates: str = "drawn"  # in these steps; "open": each candidate is trained in every one
     batch_size: Count = 32  # rows of either half
     learning_rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
     learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
@@ -381,6 +384,7 @@ class SearchConfig(Stage):
         spaces = ("joint", "mergeable", "s3pet-mix", "s3pet-lora")
         check_choice("search.space", self.space, spaces)
         check_choice("search.gate-optimizer", self.gate_optimizer, ("adamw", "shared"))
+        check_choice("search.warmup-gates", self.warmup_gates, ("drawn", "open"))
         check_choice("search.competition", self.competition, ("candidates", "values"))
         check_choice("search.split", self.split, ("rows", "clients"))
         check_choice("search.sends", self.sends, ("values", "gates"))
@@ -393,6 +397,8 @@ class SearchConfig(Stage):
                 "that structure with `fedpet search` and name its file as structure.file."
             )
         rates_by_kind(self.learning_rates, "search.learning-rates")
+        for kind in self.kinds:
+            check_choice("search.kinds", kind, known_kinds())
 
     def with_rates(self, rates: Mapping[str, float]) -> SearchConfig:
         """Name these rates, by kind, where none is named and `learning_rate` is 0."""

@@ -137,6 +137,7 @@ def federate(
         plan_digest=strategy.digest.hex(),
         values_by_kind=count_by_kind(pet.segments),
         tiers=_tiers(strategy.tiers),
+        structure_method=str(prepared.structure.provenance.get("method", "")),
         pretrained_parameters=prepared.pretrained_parameters,
         added_parameters=_num_parameters(model) - prepared.all_parameters,
         inexact_kinds=pet.inexact_kinds,
