@@ -1,6 +1,6 @@
 """Measure a language model's training step: logits of all tokens, or of labels, a chunk at a time.
 
-    python -m benchmarks.token_loss [--rows 8] [--tokens 128] [--labels 1.0] [--dtype float32]
+    python -m benchmarks.token_loss [--rows 8] [--tokens 128] [--labels 1.0] [--checkpointing]
 
 A random Llama of SmolLM2-135M's shape under a mask of 0.1 %. Each way runs in a process of its
 own, on one thread: processor seconds of a forward and a backward pass, the least of a few, and the
@@ -21,7 +21,9 @@ WAYS = ("transformers' labels=", "chunks")
 REPEATS = 2
 
 
-def step(way: str, rows: int, tokens: int, labels: float, dtype: str) -> dict[str, float]:
+def step(
+    way: str, rows: int, tokens: int, labels: float, dtype: str, checkpointing: bool = False
+) -> dict[str, float]:
     """Take the steps in this process."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -32,6 +34,7 @@ def step(way: str, rows: int, tokens: int, labels: float, dtype: str) -> dict[st
     from fedpet.pet.mask import build_mask
     from fedpet.pet.model import PetModel
     from fedpet.pet.structure import Structure
+    from fedpet.training.block_checkpointing import checkpoint_blocks
     from fedpet.training.token_loss import token_loss
 
     torch.set_num_threads(1)
@@ -45,6 +48,8 @@ def step(way: str, rows: int, tokens: int, labels: float, dtype: str) -> dict[st
     chosen = MaskConfig(density=0.001)
     mask = build_mask(maskable_weights(base), chosen)
     pet = PetModel(backbone, mask, Structure(), seed=0, mask_config=chosen)
+    if checkpointing:
+        checkpoint_blocks(base)
     ids = torch.randint(49152, (rows, tokens))
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     wanted = ids.clone()
@@ -78,9 +83,10 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=128)
     parser.add_argument("--labels", type=float, default=1.0, help="fraction of a row, at its end")
     parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--checkpointing", action="store_true", help="of the blocks")
     parser.add_argument("--way", default="", help=argparse.SUPPRESS)
     asked = parser.parse_args()
-    settings = (asked.rows, asked.tokens, asked.labels, asked.dtype)
+    settings = (asked.rows, asked.tokens, asked.labels, asked.dtype, asked.checkpointing)
     if asked.way:
         print(json.dumps(step(asked.way, *settings)))
         return
