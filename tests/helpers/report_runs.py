@@ -8,8 +8,11 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
+
 from fedpet.backbone.pretrained import Origin
 from fedpet.config import Experiment
+from fedpet.data import Rows
 from fedpet.protocol.ledger import Ledger
 from fedpet.run.result import summarise
 from fedpet.training.metrics import Assessment
@@ -80,7 +83,7 @@ def make_result(
             clients=[SimpleNamespace(rows=range(30)) for _ in range(40)],
             left_out_clients=3,
             left_out_rows=12,
-            evaluation=range(872),
+            evaluation=Rows(np.zeros(872, np.int32), np.arange(873), np.zeros(872), None, 0),
             task=SimpleNamespace(metric="accuracy", label_names=()),
             books={},
         ),
