@@ -25,13 +25,14 @@ from fedpet.data.collator import COLLATORS
 from fedpet.data.column import Column, Selection
 from fedpet.data.partition import (
     Client,
+    Clients,
     drop_small_clients,
     group_rows,
     name_of_client,
     partition,
     partition_with,
 )
-from fedpet.data.row_hash import choose_rows
+from fedpet.data.row_hash import choose_rows, hash_rows, hold_out_own
 from fedpet.data.rows import Rows, no_rows
 from fedpet.data.sources import Files, Source, open_source
 from fedpet.data.split_table import Table
@@ -81,7 +82,8 @@ def load_data(
     Args:
         data: What to read. With `eval_split` "" or a single file, `eval_fraction` of the rows
             are held out by a hash of their text, so equal texts fall on the same side. A limit
-            on rows takes those with the smallest such hashes: a sample, the same everywhere.
+            on rows takes those with the smallest such hashes: a sample, the same everywhere. With
+            `eval_on` "clients" there are no evaluation rows.
         population: How rows become clients.
         tokenizer_folder: The backbone's local folder.
         cache: Root of the cache.
@@ -109,6 +111,7 @@ def load_data(
     cache, tokenizer_folder = Path(cache), Path(tokenizer_folder)
     tokenizer_hash = hash_tokenizer(tokenizer_folder)
     source = open_source(data.source)
+    evaluation = evaluation and data.eval_on == "server"
     if all_rows:
         assert not evaluation, "rows that are all trained on leave none to evaluate on"
         train_split = held_split = _Split(source, data.train_split, "all", data.max_train_rows)
@@ -139,8 +142,9 @@ def load_data(
         parts = _natural_clients(train_split, train_entry, population.client_column, cache)
     else:
         parts = partition(train.labels, population)
-    kept = drop_small_clients(parts, len(train), population)
     unowned = len(train) - sum(map(len, parts.values()))
+    parts, held_out = _hold_out_own(train_split, train_entry, parts, data, population, cache)
+    kept = _with_held_out(drop_small_clients(parts, len(train), population), held_out)
     books = {
         "train": _books(
             train_entry,
@@ -165,6 +169,39 @@ def load_data(
     )
 
 
+def _hold_out_own(
+    split: _Split,
+    rows_entry: Entry,
+    parts: dict[str, np.ndarray],
+    data: DataConfig,
+    population: ClientsConfig,
+    cache: Path,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the rows of each client to train on, and those that it holds out."""
+    if not population.eval_fraction:
+        return parts, {}
+    numbers = rows_entry.arrays["numbers"]
+
+    def compute() -> Entry:
+        hashes = hash_rows(split.texts(data.text_columns), part=1)
+        return Entry({"hashes": hashes[numbers]}, {})
+
+    digest = hashlib.sha256(numbers.tobytes()).hexdigest()
+    key = {**split.source.identity(split.name), "numbers": digest, "columns": data.text_columns}
+    hashes = cached(cache, "own-hashes", key, compute).arrays["hashes"]
+    return hold_out_own(parts, hashes, population.eval_fraction, population.min_rows)
+
+
+def _with_held_out(kept: Clients, held_out: Mapping[str, np.ndarray]) -> Clients:
+    """Add the rows that clients hold out, which are not left out of the run."""
+    clients = tuple(
+        replace(client, held_out=held_out[client.id]) if client.id in held_out else client
+        for client in kept.clients
+    )
+    held = sum(len(client.held_out) for client in clients)
+    return replace(kept, clients=clients, left_out_rows=kept.left_out_rows - held)
+
+
 def load_evaluation(
     data: DataConfig,
     tokenizer_folder: Path,
@@ -183,11 +220,15 @@ def load_evaluation(
         on_rows: As in `load_data`.
 
     Returns:
-        Evaluation rows; no training rows, and no clients.
+        Evaluation rows; no training rows, and no clients. No row at all, and nothing is read, with
+        `eval_on` "clients".
 
     Raises:
         DataError: Rows, columns or labels that cannot be used.
+        ConfigError: The classes are to be read off rows, and there are none.
     """
+    if data.eval_on == "clients":
+        return _no_data(data, tokenizer_folder)
     source = open_source(data.source)
     single = isinstance(source, Files) and "" in source.files
     part = "all" if single or data.eval_split else "held out"
@@ -201,12 +242,33 @@ def load_evaluation(
     return FederatedData(task, no_rows(held), held, (), 0, 0, tokenizer_hash, books)
 
 
+def _no_data(data: DataConfig, tokenizer_folder: Path) -> FederatedData:
+    """Return the task and the tokeniser of a server that has no rows."""
+    check_label_names(data)
+    if data.task == "classification" and not data.label_names:
+        raise ConfigError(
+            "data.eval-on is 'clients', so the server reads no rows and cannot read the classes "
+            "off them: name all classes in data.label-names."
+        )
+    task = Task(data.task, data.label_names, data.metric, data.metrics)
+    kind = np.float32 if data.task == "regression" else np.int64
+    nothing = Rows(
+        tokens=np.empty(0, dtype=np.int32),
+        offsets=np.zeros(1, dtype=np.int64),
+        labels=np.empty(0, dtype=kind),
+        types=None,
+        pad_id=0,
+    )
+    return FederatedData(task, nothing, nothing, (), 0, 0, hash_tokenizer(tokenizer_folder))
+
+
 @dataclass(frozen=True)
 class ClientCounts:
     """Clients and classes that would take part in a run, without any text."""
 
     task: Task
-    num_rows: Mapping[str, int]  # client -> rows it holds, clients in alphabetical order
+    num_rows: Mapping[str, int]  # client -> rows it trains on, clients in alphabetical order
+    num_held_out: Mapping[str, int]  # client -> rows that it holds out
 
 
 def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -> ClientCounts:
@@ -240,8 +302,13 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
         parts = _natural_clients(train, entry, population.client_column, cache)
     else:
         parts = partition(entry.arrays["labels"], population)
-    kept = drop_small_clients(parts, len(entry.arrays["labels"]), population)
-    return ClientCounts(task, {client.id: len(client.rows) for client in kept.clients})
+    parts, held_out = _hold_out_own(train, entry, parts, data, population, cache)
+    clients = drop_small_clients(parts, len(entry.arrays["labels"]), population).clients
+    return ClientCounts(
+        task,
+        {client.id: len(client.rows) for client in clients},
+        {client.id: len(held_out.get(client.id, ())) for client in clients},
+    )
 
 
 @dataclass(frozen=True)
@@ -300,6 +367,9 @@ def _is_number(text: str) -> bool:
 
 def _splits(source: Source, data: DataConfig) -> tuple[_Split, _Split]:
     """Return the rows to train on, and those to evaluate on."""
+    if data.eval_on == "clients":
+        every = _Split(source, data.train_split, "all", data.max_train_rows)
+        return every, every
     if not data.eval_split or (isinstance(source, Files) and "" in source.files):
         return (
             _Split(source, data.train_split, "kept", data.max_train_rows),

@@ -10,7 +10,7 @@ import msgspec
 import numpy as np
 
 from fedpet.codec import encode_positions
-from fedpet.config import Experiment
+from fedpet.config import ClientEvaluation, Experiment
 from fedpet.data import Task
 from fedpet.estimate.participants import Participant
 from fedpet.estimate.payload_simulation import Payloads
@@ -139,6 +139,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
         seed=experiment.run.seed,
         head=experiment.backbone.head,
         dtype=experiment.backbone.dtype,
+        evaluation=ClientEvaluation.of(experiment.clients),
     )
 
 

@@ -65,7 +65,7 @@ def write_card(
         evaluation_rows=f"{result['data']['evaluation_rows']:,}",
         final=_number(quality["final"]),
         before=_number(quality["before"]),
-        majority=_number(quality["majority_baseline"]),
+        majority=_number(quality.get("majority_baseline")),
         warnings=quality["warnings"],
         clients=result["data"]["clients"],
         rounds_sentence=(
