@@ -27,13 +27,14 @@ from fedpet.estimate.links import LINKS, Link
 from fedpet.estimate.message_sizes import (
     frames_down,
     made_up_plan,
+    measuring_bytes,
     reply_bytes,
     request_bytes,
     roll_call_bytes,
 )
 from fedpet.estimate.meta_model import outline
 from fedpet.estimate.participants import Draws, draw
-from fedpet.estimate.payload_simulation import is_fixed, local_steps, payloads
+from fedpet.estimate.payload_simulation import Payloads, is_fixed, local_steps, payloads
 from fedpet.estimate.value_counts import LORA_RANK, Layout, count_values
 from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
@@ -109,7 +110,9 @@ def estimate(
     frames = frames_down(lengths, draws.rounds, changes=plan.is_delta_downlink)
     down = _mean(length for each in frames for length in each)
     values = _mean(counts[taker.tier] for _, taker in parts)
-    uplink = up + reply_bytes(round(up)) - round(up)
+    measures = plan.measures and _mean(taker.measures for _, taker in parts)  # the share
+    with_metric = reply_bytes(round(up), measures=True) - reply_bytes(round(up))
+    uplink = up + reply_bytes(round(up)) - round(up) + measures * with_metric
     downlink = down + request_bytes(round(down), plan) - round(down)
     plan_length = len(plan.to_bytes())
     if experiment.clients.partition == "nodes":  # all are asked who they are, once
@@ -119,7 +122,9 @@ def estimate(
         plan_sent = request_bytes(round(down), plan, plan_length) - request_bytes(round(down), plan)
     dense = BYTES_PER_FLOAT * (layout.pretrained_parameters + layout.head_parameters)
     lora = BYTES_PER_FLOAT * (layout.lora_values + layout.head_parameters)
+    measuring = _measuring(experiment, draws, plan, plan_length, lengths)
     total = len(parts) * (uplink + downlink) + draws.newcomers * plan_sent
+    total += measuring["evaluation_bytes"]
     dense_total, lora_total = (2 * each * len(parts) for each in (dense, lora))
     tolerance = _tolerance(plan, draws)
     _explain(experiment, draws, tolerance, notes)
@@ -130,6 +135,8 @@ def estimate(
         seconds["round"] = seconds["down"] + seconds["up"]
         # A round waits for its clients, who send at the same time, each on a link of its own.
         seconds["run"] = len(draws.rounds) * seconds["round"] + seconds["plan"]
+        times, down_bytes, up_bytes = (measuring[name] for name in MEASURING)
+        seconds["run"] += times * (down(down_bytes) + up(up_bytes)) if times else 0.0
         seconds |= {"lora_round": down(lora) + up(lora), "dense_round": down(dense) + up(dense)}
         return {
             **{name: getattr(link, name) for name in ("name", "title", "what")},
@@ -164,12 +171,40 @@ def estimate(
             "ratio_to_dense": total / dense_total,
             "lora_total_bytes": lora_total,
             "ratio_to_lora": total / lora_total,
+            **(measuring if measuring["evaluation_bytes"] else {}),
             **idle_bytes(),
         },
         links=[on(link) for link in links],
         tolerance=tolerance,
         notes=notes,
     )
+
+
+MEASURING = ("evaluations", "evaluation_down_bytes", "evaluation_up_bytes")
+
+
+def _measuring(
+    experiment: Experiment, draws: Draws, plan: Plan, plan_length: int, lengths: Payloads
+) -> dict[str, float]:
+    """Count the messages by which clients measure the values outside of training, and their bytes.
+
+    After the last round, and after every `clients.unseen-every`, those that never train; where the
+    server has no rows, after the last round those that one more round would draw.
+    """
+    often, rounds = experiment.clients.unseen_every, len(draws.rounds)
+    after = {rounds, *(range(0, rounds, often) if often else ())} if draws.unseen else set()
+    at_end = len(draws.rounds[-1]) if experiment.data.eval_on == "clients" else 0
+    frame = round(float(lengths.down[-1, -1])) + HEADER_BYTES
+    down, up = measuring_bytes(frame)
+    with_plan, _ = measuring_bytes(frame, plan_length)
+    messages = draws.unseen * len(after) + at_end
+    by_nodes = experiment.clients.partition == "nodes"  # who are sent the plan when they register
+    plans = 0.0 if by_nodes else draws.unseen * (with_plan - down)
+    return {
+        "evaluation_bytes": messages * (down + up) + plans,
+        "evaluation_messages": 2 * messages,
+        **dict(zip(MEASURING, (len(after) + bool(at_end and not after), down, up), strict=True)),
+    }
 
 
 def _run(experiment: Experiment, backbone: Backbone, plan: Plan, draws: Draws) -> dict[str, Any]:
