@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from dataclasses import replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -17,7 +18,10 @@ from fedpet.client.model_cache import LoadedPlan
 from fedpet.errors import FrameError
 from fedpet.protocol.client_metric import ClientMetric
 from fedpet.training.evaluation import predict
-from fedpet.training.metrics import metric_value
+from fedpet.training.metrics import BUILT_IN, METRICS, metric_value
+
+if TYPE_CHECKING:
+    from fedpet.data import Task
 
 __all__ = ["measure_after", "measure_before", "measure_values"]
 
@@ -92,6 +96,19 @@ def measure_values(loaded: LoadedPlan, start: TierValues, client: int) -> Client
 
 def _measure(loaded: LoadedPlan, indices: np.ndarray) -> float:
     """Return the metric that decides, NaN where outputs are not finite."""
-    rows, task = loaded.data.train.take(indices), loaded.plan.task
+    rows, task = loaded.data.train.take(indices), _own_task(loaded.plan.task)
     logits = predict(loaded.pet.model, rows)
     return metric_value(task, logits, np.asarray(rows.labels))
+
+
+def _own_task(task: Task) -> Task:
+    """Return the task with the metric that decides alone: a user's runs where it is registered.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    if task.metric in BUILT_IN[task.kind]:
+        return replace(task, metrics=())
+    for name in task.metrics:  # which the server sent
+        METRICS.find_registered(name)
+    return task

@@ -122,9 +122,10 @@ def estimate(
         plan_sent = request_bytes(round(down), plan, plan_length) - request_bytes(round(down), plan)
     dense = BYTES_PER_FLOAT * (layout.pretrained_parameters + layout.head_parameters)
     lora = BYTES_PER_FLOAT * (layout.lora_values + layout.head_parameters)
-    measuring = _measuring(experiment, draws, plan, plan_length, lengths)
+    measuring = _measuring(experiment, draws, plan, lengths)
+    alone, down_alone, up_alone = (measuring[name] for name in MEASURING)
     total = len(parts) * (uplink + downlink) + draws.newcomers * plan_sent
-    total += measuring["evaluation_bytes"]
+    total += alone * (down_alone + up_alone) + measuring["evaluation_newcomers"] * plan_sent
     dense_total, lora_total = (2 * each * len(parts) for each in (dense, lora))
     tolerance = _tolerance(plan, draws)
     _explain(experiment, draws, tolerance, notes)
@@ -135,8 +136,8 @@ def estimate(
         seconds["round"] = seconds["down"] + seconds["up"]
         # A round waits for its clients, who send at the same time, each on a link of its own.
         seconds["run"] = len(draws.rounds) * seconds["round"] + seconds["plan"]
-        times, down_bytes, up_bytes = (measuring[name] for name in MEASURING)
-        seconds["run"] += times * (down(down_bytes) + up(up_bytes)) if times else 0.0
+        once = down(down_alone) + up(up_alone)  # each client on a link of its own
+        seconds["run"] += measuring["evaluations"] * once if alone else 0.0
         seconds |= {"lora_round": down(lora) + up(lora), "dense_round": down(dense) + up(dense)}
         return {
             **{name: getattr(link, name) for name in ("name", "title", "what")},
@@ -161,9 +162,9 @@ def estimate(
         },
         communication={
             "plan_bytes_per_client": plan_sent,
-            "uplink_bytes": len(parts) * uplink,
-            "downlink_bytes": len(parts) * downlink,
-            "plan_bytes": draws.newcomers * plan_sent,
+            "uplink_bytes": len(parts) * uplink + alone * up_alone,
+            "downlink_bytes": len(parts) * downlink + alone * down_alone,
+            "plan_bytes": (draws.newcomers + measuring["evaluation_newcomers"]) * plan_sent,
             "total_bytes": total,
             "uplink_bytes_per_client_round": uplink,
             "downlink_bytes_per_client_round": downlink,
@@ -171,7 +172,7 @@ def estimate(
             "ratio_to_dense": total / dense_total,
             "lora_total_bytes": lora_total,
             "ratio_to_lora": total / lora_total,
-            **(measuring if measuring["evaluation_bytes"] else {}),
+            **(measuring if alone else {}),
             **idle_bytes(),
         },
         links=[on(link) for link in links],
@@ -180,13 +181,13 @@ def estimate(
     )
 
 
-MEASURING = ("evaluations", "evaluation_down_bytes", "evaluation_up_bytes")
+MEASURING = ("evaluation_answers", "evaluation_down_bytes", "evaluation_up_bytes")
 
 
 def _measuring(
-    experiment: Experiment, draws: Draws, plan: Plan, plan_length: int, lengths: Payloads
+    experiment: Experiment, draws: Draws, plan: Plan, lengths: Payloads
 ) -> dict[str, float]:
-    """Count the messages by which clients measure the values outside of training, and their bytes.
+    """Count the messages by which clients measure the values outside of training.
 
     After the last round, and after every `clients.unseen-every`, those that never train; where the
     server has no rows, after the last round those that one more round would draw.
@@ -194,16 +195,12 @@ def _measuring(
     often, rounds = experiment.clients.unseen_every, len(draws.rounds)
     after = {rounds, *(range(0, rounds, often) if often else ())} if draws.unseen else set()
     at_end = len(draws.rounds[-1]) if experiment.data.eval_on == "clients" else 0
-    frame = round(float(lengths.down[-1, -1])) + HEADER_BYTES
-    down, up = measuring_bytes(frame)
-    with_plan, _ = measuring_bytes(frame, plan_length)
-    messages = draws.unseen * len(after) + at_end
-    by_nodes = experiment.clients.partition == "nodes"  # who are sent the plan when they register
-    plans = 0.0 if by_nodes else draws.unseen * (with_plan - down)
+    down, up = measuring_bytes(round(float(lengths.down[-1, -1])) + HEADER_BYTES)
+    by_nodes = experiment.clients.partition == "nodes"  # who are sent the plan as they register
     return {
-        "evaluation_bytes": messages * (down + up) + plans,
-        "evaluation_messages": 2 * messages,
-        **dict(zip(MEASURING, (len(after) + bool(at_end and not after), down, up), strict=True)),
+        "evaluations": len(after | {rounds}) if at_end else len(after),
+        "evaluation_newcomers": 0.0 if by_nodes else draws.unseen,
+        **dict(zip(MEASURING, (draws.unseen * len(after) + at_end, down, up), strict=True)),
     }
 
 

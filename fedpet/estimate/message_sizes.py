@@ -50,10 +50,10 @@ def reply_bytes(payload: int, *, measures: bool = False) -> int:
     return single_client_bytes(HEADER_BYTES + section + payload, reply=True)
 
 
-def measuring_bytes(frames: int, with_plan: int = 0) -> tuple[int, int]:
+def measuring_bytes(frames: int) -> tuple[int, int]:
     """Return what a client that measures alone receives and sends, from the values' frame."""
     request = EvaluationRequest((SOME_CLIENT,), b"")
-    down = single_client_bytes(_length(request, frames, with_plan), reply=False)
+    down = single_client_bytes(_length(request, frames, 0), reply=False)
     return down, single_client_bytes(HEADER_BYTES + SECTION_BYTES, reply=True)
 
 

@@ -50,6 +50,7 @@ from fedpet.protocol.wire_struct import WireStruct, decode_struct, encode_struct
 from fedpet.search import SearchModel, space_for
 from fedpet.training.auto_rates import auto_learning_rates
 from fedpet.training.loss import LOSSES
+from fedpet.training.metrics import METRICS
 from fedpet.training.optimizer import round_factor
 from fedpet.utils.seeds import derive_seed
 
@@ -205,6 +206,11 @@ class Plan:
         mask: Mask | None,
         **fields: Any,
     ) -> Plan:
+        rule = ClientEvaluation.of(experiment.clients)
+        if rule is not None:  # nodes measure, and must find a user's metric
+            task: Task = fields["task"]
+            metrics = tuple(map(METRICS.portable, task.metrics))
+            fields["task"] = dataclasses.replace(task, metrics=metrics)
         explicit = mask is not None and experiment.mask.broadcast == "send"
         return cls(
             fingerprint=backbone.fingerprint,
@@ -220,7 +226,7 @@ class Plan:
             codec=experiment.codec,
             training=_training(experiment, model),
             collator=COLLATORS.portable(experiment.data.collator),
-            evaluation=ClientEvaluation.of(experiment.clients),
+            evaluation=rule,
             **fields,
         )
 

@@ -393,6 +393,9 @@ def _is_in_force(config: Mapping[str, Any], stage: str, key: str) -> bool:
     if stage == "mask" and not own.get("enabled", True):
         return key == "enabled"
     if stage == "clients":
+        needs = {"eval-values": "eval-fraction", "unseen-every": "unseen-fraction"}
+        if key in needs or (key == "seed" and own.get("unseen-fraction")):
+            return bool(own.get(needs.get(key, "unseen-fraction")))
         wanted = {
             "client-column": ("column", "nodes"),
             "num-clients": ("dirichlet", "shards", "iid", "nodes"),
