@@ -75,10 +75,7 @@ def summarise(
     num_values = sum(values_by_kind.values())
     training = experiment.training if training is None else training
     rule = ClientEvaluation.of(experiment.clients)
-
-    def trains(client: str) -> bool:
-        return rule is None or not rule.is_unseen(client)
-
+    trained = [c for c in data.clients if rule is None or not rule.is_unseen(c.id)]
     kinds = [*values_by_kind] if method == "fedpet" else None
     head, mask = values_by_kind.get("head", 0), values_by_kind.get("mask", 0)
     return {
@@ -121,7 +118,7 @@ def summarise(
         "data": {
             "clients": len(data.clients),
             "clients_left_out": data.left_out_clients,
-            "train_rows": sum(len(client.rows) for client in data.clients if trains(client.id)),
+            "train_rows": sum(len(client.rows) for client in trained),
             **_held_out(rule, data),
             "train_rows_left_out": data.left_out_rows,
             "evaluation_rows": len(data.evaluation),
