@@ -96,7 +96,9 @@ def _subtitle(report: Report) -> str:
     parts = [
         f"{run['method']} on {report.checkpoint}",
         f"{data['clients']:,} clients with {data['train_rows']:,} rows",
-        f"{data['evaluation_rows']:,} rows to evaluate on",
+        f"{data['evaluation_rows']:,} rows to evaluate on"
+        if data["evaluation_rows"]
+        else "evaluated on the clients' own rows",
         f"seed {run['seed']}",
         *([run["codec"]] if "codec" in run else []),
         *([report.date[:10]] if report.date else []),

@@ -21,6 +21,7 @@ from fedpet.training.metrics import Assessment, greater_is_better
 __all__ = ["KeptRound", "client_evaluations", "final_on_clients", "metric_on_clients"]
 
 AFTER_LAST, UNSEEN = "seen", "unseen"  # names in a line of evaluation
+NAMES = ("before", "after", AFTER_LAST, UNSEEN)
 
 
 @dataclass(frozen=True)
@@ -57,14 +58,14 @@ class KeptRound:
 
 def client_evaluations(ledger: Ledger) -> dict[str, list[dict[str, Any]]]:
     """Return the spreads over clients by name, each with the round that its values are of."""
-    found: dict[str, list[dict[str, Any]]] = {}
+    found: dict[str, list[dict[str, Any]]] = {name: [] for name in NAMES}
     for record in ledger.rounds:
         if record.kind not in (TRAINING, EVALUATION):
             continue
         for name, spread in record.on_clients.items():
             number = record.round - 1 if name == "before" else record.round
-            found.setdefault(name, []).append({"round": number, **spread})
-    return found
+            found[name].append({"round": number, **spread})
+    return {name: spreads for name, spreads in found.items() if spreads}
 
 
 def metric_on_clients(ledger: Ledger) -> list[tuple[int, float]]:

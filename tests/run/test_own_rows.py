@@ -167,6 +167,16 @@ def test_the_worst_tenth_is_the_mean_over_the_worst_clients() -> None:
     assert spread_of([(3, None)], "accuracy") == {"not_finite": 1}
 
 
+def test_clients_that_train_at_once_measure_as_those_that_train_alone(
+    two_runs: Any, experiment: Make
+) -> None:
+    settled = experiment(training_clients_at_once=4, strategy_num_rounds=1, **OWN)
+    found = run(settled)["quality"]["on_clients"]
+    for name in ("before", "after"):
+        [spread], [expected, _] = found[name], two_runs[0]["quality"]["on_clients"][name]
+        assert spread == pytest.approx(expected, abs=1e-6)
+
+
 # -- law 6 -----------------------------------------------------------------------------------
 
 
