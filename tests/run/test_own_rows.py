@@ -27,6 +27,7 @@ from fedpet.pet.layout import head_groups, quantisation_groups
 from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.frame import Frame, unpack_frames
 from fedpet.protocol.request import EvaluationRequest, read_request, write_request
+from fedpet.run import ray_engine
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.resume import check_journal, read_cut_short
@@ -189,6 +190,17 @@ def test_nodes_with_rows_of_their_own_hold_out_and_measure_the_same(
     assert found["final_values_sha256"] == expected["final_values_sha256"]
     assert found["quality"]["on_clients"] == expected["quality"]["on_clients"]
     assert found["refused"] == []
+
+
+@pytest.mark.simulation
+@pytest.mark.timeout(600)
+def test_workers_of_ray_measure_the_same(experiment: Make) -> None:
+    changes = {**OWN, "clients_unseen_fraction": 0.3, "strategy_num_rounds": 2}
+    expected = run(experiment(**changes))
+    found, _ = ray_engine.simulate(experiment(**changes), Silent())
+    assert found["refused"] == []
+    assert found["final_values_sha256"] == expected["final_values_sha256"]
+    assert found["quality"]["on_clients"] == expected["quality"]["on_clients"]
 
 
 def test_a_server_without_rows_has_the_clients_metric(
