@@ -176,7 +176,7 @@ def train_structure(
         for chosen in batches(indices, rows.lengths, config.batch_size, generator):
             batch, labels = inputs_of(rows, chosen, device)
             pet.zero_grad()
-            loss = loss_of(pet.model(**batch), labels)
+            loss = loss_of(pet.model, batch, labels)
             loss.backward()
             if config.clip_norm:
                 nn.utils.clip_grad_norm_(groups.values(), config.clip_norm)

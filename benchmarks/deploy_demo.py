@@ -1,30 +1,55 @@
-"""Compare one federation on Ray with the same on real nodes over TLS, bit for bit.
+"""Compare one federation on Ray with the same on real nodes over TLS, then disturb the nodes.
 
-    python -m benchmarks.deploy_demo [--rounds 5] [--eval-rows 256]
+    python -m benchmarks.deploy_demo [--rounds 3] [--eventful-rounds 18] [--eval-rows 256]
 
-A SuperLink and three SuperNodes on the loopback, with certificates and node keys as `fedpet deploy`
-makes them; each node has a file with the reviews of a third of the films. Shown, and each a reason
-to exit with 1 if it is not so: plain HTTP is refused, an unregistered node is turned away, all
-films are found by the roll call, and the final values are those of the simulation, bit for bit.
+A SuperLink behind its relay and three warm SuperNodes on the loopback, with certificates and node
+keys as `fedpet deploy` makes them. Each reason to exit with 1 is a line that says "NO":
+
+1. Undisturbed: each node has a file with the reviews of a third of the films. Plain HTTP is
+   refused, an unregistered node is turned away, all films are found by the roll call, and the final
+   values are those of the simulation, bit for bit.
+2. Eventful: the same processes run again on fewer rows, while one node is killed, one grows its
+   file, one has a full disk, and one gets a new key (benchmarks/eventful_run.py). Such a run cannot
+   end with the values of an undisturbed one: it is held against a replay, in this process, of the
+   same participants and rows by round, bit for bit.
+
 Every process is ended and every file removed.
 """
 
 from __future__ import annotations
 
 import argparse
+import html
 import json
 import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.real_nodes import RealNodes, free_ports, plain_http_is_refused
+from benchmarks.eventful_run import (
+    DISK_MIB,
+    FULL,
+    Disturbance,
+    missing,
+    overrides,
+    replayed,
+    shrink,
+    took_part_last,
+    with_settings,
+)
+from benchmarks.real_nodes import (
+    RealNodes,
+    can_mount,
+    free_ports,
+    loopback_deployment,
+    plain_http_is_refused,
+)
 from fedpet.config import Experiment
 from fedpet.data.sources import open_source
-from fedpet.deploy import Deployment, NodeSpec, write_deployment
+from fedpet.deploy import write_deployment
 from fedpet.deploy.certificates import make_node_key
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run.callbacks import Callback
@@ -55,12 +80,20 @@ class Report(Callback):
         if not holds and otherwise:
             print(otherwise, flush=True)
 
+    def table(self, heads: Sequence[str], rows: Sequence[Sequence[Any]]) -> None:
+        """Show a table."""
+        texts = [[str(cell) for cell in row] for row in (heads, *rows)]
+        widths = [max(map(len, column)) for column in zip(*texts, strict=True)]
+        for text in texts:
+            line = "  ".join(cell.ljust(width) for cell, width in zip(text, widths, strict=True))
+            print(f"          {line}".rstrip(), flush=True)
+
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show nothing of the simulation's rounds."""
 
 
-def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
-    """Run both, compare. True if everything was as it should be."""
+def demonstrate(rounds: int, eventful_rounds: int, eval_rows: int, folder: Path) -> bool:
+    """Run all, compare. True if everything was as it should be."""
     report = Report()
     experiment = Experiment.from_file(
         EXPERIMENT,
@@ -76,30 +109,20 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
     simulated, _ = simulate(experiment, report)
     clients = simulated["data"]["clients"]
 
-    port, own_port, _, *node_ports = free_ports(4 + len(NODES))
-    deployment = Deployment(
-        experiment=experiment,
-        host="127.0.0.1",
-        bind="127.0.0.1",
-        port=port,
-        own_port=own_port,
-        node_port=node_ports[0],
-        nodes=tuple(NodeSpec(name) for name in NODES),
-        client_column="film",
-        clients_per_node=clients,
-        clients=clients,
-    )
+    several = {"client_column": "film", "clients_per_node": clients, "clients": clients}
+    deployment = loopback_deployment(experiment, NODES, **several)
     write_deployment(deployment, folder / "deployment")
     rows = write_thirds(folder / "deployment" / "nodes", experiment)
     parts = (f"{name} with {n} reviews" for name, n in rows.items())
     report.on_stage(f"deployed: {', '.join(parts)}")
-    with RealNodes(folder / "deployment", port) as real:
+    with RealNodes(folder / "deployment", deployment.port) as real:
         real.start_server()
-        report.check("plain HTTP is refused", plain_http_is_refused(port))
+        report.check("plain HTTP is refused", plain_http_is_refused(deployment.port))
         real.register()
+        full_disk = can_mount()
         for name in NODES:
-            real.start_node(name)
-        make_intruder(folder / "deployment", node_ports[0], node_ports[-1])
+            real.start_node(name, disk_mib=DISK_MIB if name == FULL and full_disk else 0)
+        make_intruder(folder / "deployment")
         report.check("a node that is not registered is turned away", *_turned_away(real))
         report.on_stage(f"running {rounds} rounds on {len(NODES)} nodes")
         done = real.run(limit_seconds=RUN_SECONDS)
@@ -107,7 +130,58 @@ def demonstrate(rounds: int, eval_rows: int, folder: Path) -> bool:
         report.check("the run ends with exit code 0", done.returncode == 0, log)
         if done.returncode == 0:
             _compare(report, simulated, real.result(f"{experiment.run.name}-1"))
+            served = deployment.server_experiment()
+            disturb(report, served, real, eventful_rounds, folder, full_disk=full_disk)
     return not report.failed
+
+
+def disturb(
+    report: Report,
+    experiment: Experiment,
+    real: RealNodes,
+    rounds: int,
+    folder: Path,
+    *,
+    full_disk: bool,
+) -> None:
+    """Run the eventful part."""
+    clients = 0
+    for name in NODES:
+        path = real.folder / "nodes" / name / "data.jsonl"
+        clients += shrink(path)
+        shutil.copy(path, path.with_name("before.jsonl"))
+    eventful = with_settings(experiment, rounds, clients)
+    run = f"{experiment.run.name}-2"
+    report.on_stage(f"running {rounds} rounds of {clients} films, with events")
+    if not full_disk:
+        report.on_stage("no disk can be mounted for a process here: none will be full")
+    events = Disturbance(real, run, rounds, full_disk, lambda text: report.on_stage(f"     {text}"))
+    done = real.run(*overrides(eventful), limit_seconds=RUN_SECONDS, meanwhile=events)
+    log = (done.stdout + done.stderr)[-4000:]
+    report.check("the run ends with exit code 0", done.returncode == 0, log)
+    report.check("all was done while it ran", not events.trouble, events.trouble)
+    result, lines = real.result(run), real.rounds(run)
+    told = [[e["round"], e["node"], e["event"], e["details"]] for e in result["events"]]
+    report.on_stage("its books tell of these events:")
+    report.table(["round", "node", "event", ""], told)
+    absent = missing(lines, full_disk=full_disk)
+    report.check("every event is in result.json and rounds.jsonl", not absent, str(absent))
+    grown = [r for r in result["refused"] if "rows" in r["reason"] or "example" in r["reason"]]
+    report.check("nobody is refused for a file that grew", not grown, str(grown))
+    last = took_part_last(lines)
+    report.check("all nodes take part in the last round", last == set(NODES), str(sorted(last)))
+    place = real.folder / "server" / "runs" / run
+    real.call("fedpet", "report", place)
+    page = html.unescape((place / "report.html").read_text(encoding="utf-8"))
+    unnamed = [row for row in told if not all(str(cell) in page for cell in row)]
+    report.check("report.html names every event", not unnamed, str(unnamed))
+    report.on_stage(f"replaying {rounds} rounds in this process")
+    expected = replayed(eventful, real, lines, folder / "replay")
+    report.check(
+        f"final values {result['final_values_sha256'][:16]}... are the replay's",
+        result["final_values_sha256"] == expected,
+        f"replayed: {expected}",
+    )
 
 
 def _compare(report: Report, simulated: Mapping[str, Any], deployed: Mapping[str, Any]) -> None:
@@ -150,18 +224,15 @@ def write_thirds(folder: Path, experiment: Experiment) -> dict[str, int]:
     return {name: len(own) for name, own in lines.items()}
 
 
-def make_intruder(folder: Path, first_port: int, port: int) -> None:
+def make_intruder(folder: Path) -> None:
     """Start a node like the first, but with a key that nobody registered."""
     place = folder / "nodes" / INTRUDER
     shutil.copytree(folder / "nodes" / NODES[0], place)
     (place / "node.key").write_bytes(make_node_key()[0])
-    script = place / "supernode.sh"
-    text = script.read_text(encoding="utf-8")
-    script.write_text(text.replace(f"--port {first_port}", f"--port {port}"), encoding="utf-8")
 
 
 def _turned_away(real: RealNodes) -> tuple[bool, str]:
-    process = real.start_node(INTRUDER)
+    process = real.start_node(INTRUDER, "--port", str(free_ports(1)[0]))
     limit = time.monotonic() + TURNED_AWAY_SECONDS
     while process.poll() is None and time.monotonic() < limit:
         time.sleep(0.2)
@@ -171,12 +242,15 @@ def _turned_away(real: RealNodes) -> tuple[bool, str]:
 def main() -> None:
     """Demonstrate; exits with 1 if anything was not as it should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--eventful-rounds", type=int, default=18)
     parser.add_argument("--eval-rows", type=int, default=256)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fedpet-demo-"))
     try:
-        holds = demonstrate(arguments.rounds, arguments.eval_rows, folder)
+        holds = demonstrate(
+            arguments.rounds, arguments.eventful_rounds, arguments.eval_rows, folder
+        )
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     sys.exit(0 if holds else 1)

@@ -46,7 +46,7 @@ def gradient_mask(backbone: Backbone, data: FederatedData, density: float, seed:
     try:
         for start in range(0, min(BATCHES * BATCH_ROWS, len(drawn)), BATCH_ROWS):
             inputs, answers = inputs_of(data.train, drawn[start : start + BATCH_ROWS], device)
-            loss_of(backbone.model(**inputs), answers).backward()
+            loss_of(backbone.model, inputs, answers).backward()
         scores = [-weight.grad.abs().flatten() for weight in weights if weight.grad is not None]
     finally:
         for weight in weights:

@@ -15,29 +15,20 @@ import tempfile
 import time
 from pathlib import Path
 
-from benchmarks.real_nodes import RealNodes, free_ports
+from benchmarks.real_nodes import RealNodes, loopback_deployment
 from benchmarks.socket_proxy import Wiretap
 from fedpet.config import Experiment
-from fedpet.deploy import Deployment, NodeSpec, write_deployment
+from fedpet.deploy import write_deployment
 
 SETTLE_SECONDS = 15.0
 
 
 def count(seconds: float, *arguments: str) -> tuple[int, int, int]:
     """Return the bytes up and down and the requests of a node within so many seconds."""
-    port, own_port, _, node_port = free_ports(4)
     with tempfile.TemporaryDirectory(prefix="fedpet-idle-") as name:
         folder = Path(name) / "deployment"
-        node = NodeSpec("attic")
-        deployment = Deployment(
-            experiment=Experiment(),
-            host="127.0.0.1",
-            bind="127.0.0.1",
-            port=port,
-            own_port=own_port,
-            node_port=node_port,
-            nodes=(node,),
-        )
+        deployment = loopback_deployment(Experiment(), ["attic"])
+        port = deployment.port
         write_deployment(deployment, folder)
         with RealNodes(folder, port) as real, Wiretap(folder / "server", port) as tap:
             real.start_server()

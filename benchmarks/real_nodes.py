@@ -9,11 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import random
 import signal
 import socket
 import ssl
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import urllib.error
@@ -21,10 +23,19 @@ import urllib.request
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from fedpet.config import Experiment
+    from fedpet.deploy import Deployment
 
 START_SECONDS = 300.0  # of a server, on a machine that is busy
 STOP_SECONDS = 15.0
+# A disk of so many MiB on a folder, for one process and its children; then the command.
+_ON_A_DISK = (
+    *("unshare", "--user", "--map-root-user", "--mount", "bash", "-c"),
+    'mount -t tmpfs -o "size=$0m" fedpet "$1" && shift && exec "$@"',
+)
 
 
 class RealNodes:
@@ -64,7 +75,7 @@ class RealNodes:
 
     def start_server(self) -> None:
         """Start the SuperLink and wait until it answers."""
-        process = self._start("server", self.folder / "server" / "superlink.sh")
+        process = self._start("server", str(self.folder / "server" / "superlink.sh"))
         context = ssl.create_default_context(cafile=str(self.folder / "server" / "ca.crt"))
         limit = time.monotonic() + START_SECONDS
         while True:
@@ -82,16 +93,59 @@ class RealNodes:
         if done.returncode:
             raise RuntimeError(f"the nodes were not registered:\n{done.stdout}{done.stderr}")
 
-    def start_node(self, name: str, *arguments: str, **environment: str) -> subprocess.Popen[bytes]:
+    def start_node(
+        self, name: str, *arguments: str, disk_mib: int = 0, **environment: str
+    ) -> subprocess.Popen[bytes]:
         """Start a SuperNode; it may take seconds until it is there.
 
         Args:
             name: Of its folder.
             arguments: To `flower-supernode`, after its own.
+            disk_mib: Size of a disk of its own below its cache, see `fill_disk`; 0 for none.
             environment: Set for it alone.
         """
         script = self.folder / "nodes" / name / "supernode.sh"
-        return self._start(name, script, *arguments, **environment)
+        disk = [*_ON_A_DISK, str(disk_mib), str(self._cache(name))] if disk_mib else []
+        return self._start(name, *disk, str(script), *arguments, **environment)
+
+    def fill_disk(self, name: str) -> None:
+        """Fill the disk that a node was started with: what it writes then fails, by ENOSPC."""
+        with contextlib.suppress(OSError), self._ballast(name).open("wb", buffering=0) as file:
+            while True:
+                file.write(bytes(4096))
+
+    def empty_disk(self, name: str) -> None:
+        """Make room again."""
+        self._ballast(name).unlink()
+
+    def _ballast(self, name: str) -> Path:
+        inside = Path(f"/proc/{self._processes[name].pid}/root")  # mounted for the node alone
+        return inside / self._cache(name).relative_to("/") / "ballast"
+
+    def _cache(self, name: str) -> Path:
+        cache = (self.folder / "nodes" / name / "cache").resolve()
+        cache.mkdir(exist_ok=True)
+        return cache
+
+    def keep_node(self, name: str, until: Callable[[], bool]) -> int:
+        """Start a node again and again where it ends, as its systemd unit does.
+
+        Args:
+            name: Of a node that does not run.
+            until: Tells when it is there to stay.
+
+        Returns:
+            How often it was started.
+        """
+        unit = (self.folder / "nodes" / name / "fedpet-supernode.service").read_text("utf-8")
+        [pause] = [line for line in unit.splitlines() if line.startswith("RestartSec=")]
+        starts = 0
+        while not until():
+            time.sleep(float(pause.partition("=")[2]))
+            process, starts = self.start_node(name), starts + 1
+            while process.poll() is None and not until():
+                time.sleep(0.2)
+        return starts
 
     def run(
         self,
@@ -176,12 +230,10 @@ class RealNodes:
         process.kill()
         process.wait()
 
-    def _start(
-        self, name: str, script: Path, *arguments: str, **environment: str
-    ) -> subprocess.Popen[bytes]:
-        with (self.folder / f"{name}.log").open("wb") as log:
+    def _start(self, name: str, *command: str, **environment: str) -> subprocess.Popen[bytes]:
+        with (self.folder / f"{name}.log").open("ab") as log:
             self._processes[name] = subprocess.Popen(
-                [str(script), *arguments],
+                command,
                 env=self._environment | environment,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
@@ -191,9 +243,39 @@ class RealNodes:
         return self._processes[name]
 
 
+def loopback_deployment(experiment: Experiment, names: Iterable[str], **more: Any) -> Deployment:
+    """Return a deployment on this machine alone, at ports that are free now.
+
+    Args:
+        experiment: What to run.
+        names: Of the nodes.
+        more: Fields of `Deployment` beside those.
+    """
+    from fedpet.deploy import Deployment, NodeSpec
+
+    nodes = tuple(NodeSpec(name) for name in names)
+    port, own_port, _, node_port, *_ = free_ports(3 + len(nodes))  # the monitor's is above its own
+    more |= {"port": port, "own_port": own_port, "node_port": node_port}
+    return Deployment(
+        experiment=experiment, nodes=nodes, host="127.0.0.1", bind="127.0.0.1", **more
+    )
+
+
+def can_mount() -> bool:
+    """Tell whether a node can be given a disk of its own here."""
+    with tempfile.TemporaryDirectory() as folder, contextlib.suppress(OSError):
+        done = subprocess.run([*_ON_A_DISK, "1", folder, "true"], capture_output=True, check=False)
+        return done.returncode == 0
+    return False
+
+
 def free_ports(count: int) -> list[int]:
-    """Neighbouring ports of the loopback that nobody listens on now."""
-    for first in range(20000 + os.getpid() % 20000, 60000, count):
+    """Neighbouring ports of the loopback that nobody listens on now.
+
+    Below those that Linux gives to connections, and drawn: another call may look for some as well.
+    """
+    for _ in range(1000):
+        first = random.SystemRandom().randrange(20000, 32768 - count)
         with contextlib.ExitStack() as stack:
             try:
                 for port in range(first, first + count):

@@ -63,8 +63,8 @@ def make_plain(backbone: Backbone, space: Space, batch: Batch, gated: bool) -> C
     return step
 
 
-def _loss(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(outputs.logits, labels)
+def _loss(model: Any, inputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(**inputs).logits, labels)
 
 
 def make_search(

@@ -38,11 +38,11 @@ from flwr.proto.fleet_pb2 import ActivateNodeResponse, PullMessagesResponse
 from flwr.proto.message_pb2 import PullObjectResponse, PushObjectRequest
 
 from benchmarks.deploy_demo import EXPERIMENT, NODES, RUN_SECONDS, write_thirds
-from benchmarks.real_nodes import RealNodes, free_ports
+from benchmarks.real_nodes import RealNodes, loopback_deployment
 from benchmarks.socket_proxy import Exchange, Tapped, Wiretap
 from fedpet.config import Experiment
 from fedpet.data import count_clients
-from fedpet.deploy import Deployment, NodeSpec, write_deployment
+from fedpet.deploy import write_deployment
 from fedpet.run.run_folder import machine, versions
 
 # Measured, of flwr 1.41 over TLS 1.3. A request with its answer takes about 1.1 KB, most of it the
@@ -246,22 +246,11 @@ def measure(rounds: int, folder: Path) -> dict[str, Any]:
         ],
     )
     films = count_clients(experiment.data, experiment.clients, cache=folder / "cache").num_rows
-    port, own_port, _, first_node_port, *_ = free_ports(3 + len(NODES))
-    deployment = Deployment(
-        experiment=experiment,
-        host="127.0.0.1",
-        bind="127.0.0.1",
-        port=port,
-        own_port=own_port,
-        node_port=first_node_port,
-        nodes=tuple(NodeSpec(name) for name in NODES),
-        client_column="film",
-        clients_per_node=len(films),
-        clients=len(films),
-    )
+    several = {"client_column": "film", "clients_per_node": len(films), "clients": len(films)}
+    deployment = loopback_deployment(experiment, NODES, **several)
     write_deployment(deployment, folder / "deployment")
     write_thirds(folder / "deployment" / "nodes", experiment)
-    with RealNodes(folder / "deployment", port) as real:
+    with RealNodes(folder / "deployment", deployment.port) as real:
         nodes = run_tapped(real, list(NODES), limit_seconds=RUN_SECONDS)
         result = real.result(f"{experiment.run.name}-1")
     return {

@@ -1,6 +1,6 @@
 """Measure a node whose worker stays beside one of Flower's own way: a process for each message.
 
-    python -m benchmarks.warm_node [--rounds 6] [--rows 64] [--out FILE]
+    python -m benchmarks.warm_node [--rounds 6] [--rows 64] [--node-venv DIR] [--out FILE]
 
 Three nodes on the loopback with the default job's model, the same rows and rounds for both ways.
 Of each, from the run's first message to its end:
@@ -11,7 +11,9 @@ Of each, from the run's first message to its end:
     a round          seconds by the clock, median of those after the first
 
 and the processor seconds of the training alone, in this process, on a node's rows. The final values
-must be the same bits.
+must be the same bits. `--node-venv` names an environment as nodes have it, of
+`pip install server/app`, for the nodes alone: this one's may hold pandas, pyarrow and more, which
+transformers imports where they are installed.
 """
 
 from __future__ import annotations
@@ -29,9 +31,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.deploy_demo import EXPERIMENT, NODES, write_thirds
-from benchmarks.real_nodes import RealNodes, descendants, free_ports
+from benchmarks.real_nodes import RealNodes, descendants, loopback_deployment
 from fedpet.config import Experiment
-from fedpet.deploy import Deployment, NodeSpec, write_deployment
+from fedpet.deploy import write_deployment
 
 WAYS = {"cold": "subprocess", "warm": "process"}
 RUN_SECONDS = 1800.0
@@ -76,7 +78,7 @@ class Sampler(threading.Thread):
         self.join()
 
 
-def measure(rounds: int, rows: int) -> dict[str, Any]:
+def measure(rounds: int, rows: int, node_venv: str = "") -> dict[str, Any]:
     """Measure both ways."""
     found: dict[str, Any] = {"rounds": rounds, "rows": rows}
     with tempfile.TemporaryDirectory(prefix="fedpet-warm-") as folder:
@@ -91,7 +93,7 @@ def measure(rounds: int, rows: int) -> dict[str, Any]:
             ],
         )
         for way, isolation in WAYS.items():
-            found[way] = measure_way(experiment, isolation, rows, Path(folder) / way)
+            found[way] = measure_way(experiment, isolation, rows, Path(folder) / way, node_venv)
         found["training_cpu_seconds"] = training_alone(experiment, Path(folder) / "warm")
     hashes = {found[way].pop("final_values_sha256") for way in WAYS}
     if len(hashes) != 1:
@@ -99,29 +101,22 @@ def measure(rounds: int, rows: int) -> dict[str, Any]:
     return {**found, "final_values_sha256": hashes.pop()}
 
 
-def measure_way(experiment: Experiment, isolation: str, rows: int, folder: Path) -> dict[str, Any]:
+def measure_way(
+    experiment: Experiment, isolation: str, rows: int, folder: Path, node_venv: str
+) -> dict[str, Any]:
     """Run three nodes of one kind."""
-    port, own_port, _, node_port, *_ = free_ports(3 + len(NODES))
-    deployment = Deployment(
-        experiment=experiment,
-        host="127.0.0.1",
-        bind="127.0.0.1",
-        port=port,
-        own_port=own_port,
-        node_port=node_port,
-        nodes=tuple(NodeSpec(name) for name in NODES),
-        isolation=isolation,
-    )
+    own = {"FEDPET_VENV": node_venv} if node_venv else {}
+    deployment = loopback_deployment(experiment, NODES, isolation=isolation)
     write_deployment(deployment, folder)
     write_thirds(folder / "nodes", experiment)
     for name in NODES:
         path = folder / "nodes" / name / "data.jsonl"
         lines = path.read_text(encoding="utf-8").splitlines()[:rows]
         path.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    with RealNodes(folder, port) as real:
+    with RealNodes(folder, deployment.port) as real:
         real.start_server()
         real.register()
-        samplers = {name: Sampler(real.start_node(name).pid) for name in NODES}
+        samplers = {name: Sampler(real.start_node(name, **own).pid) for name in NODES}
         for sampler in samplers.values():
             sampler.start()
         time.sleep(20.0)  # until they have started
@@ -212,9 +207,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--rows", type=int, default=64)
+    parser.add_argument("--node-venv", default="", help="the nodes' environment; else this one")
     parser.add_argument("--out", type=Path, help="write the measurement to this JSON file")
     arguments = parser.parse_args()
-    found = measure(arguments.rounds, arguments.rows)
+    found = measure(arguments.rounds, arguments.rows, arguments.node_venv)
     show(found)
     if arguments.out:
         arguments.out.write_text(json.dumps(found, indent=2) + "\n", encoding="utf-8")

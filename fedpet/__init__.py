@@ -44,6 +44,7 @@ if TYPE_CHECKING:
     from fedpet.run.finished import Run
     from fedpet.run.simulate import resume, simulate
     from fedpet.search.from_dataset import search_structure
+    from fedpet.tasks.task_kind import TaskKind, register_task
     from fedpet.training.auto_rates import auto_learning_rates
     from fedpet.training.loss import register_loss
     from fedpet.training.metrics import register_metric
@@ -78,6 +79,7 @@ _HOME = {
     "fedpet.run.finished": ("Run",),
     "fedpet.run.simulate": ("resume", "simulate"),
     "fedpet.search.from_dataset": ("search_structure",),
+    "fedpet.tasks.task_kind": ("TaskKind", "register_task"),
     "fedpet.training.auto_rates": ("auto_learning_rates",),
     "fedpet.training.loss": ("register_loss",),
     "fedpet.training.metrics": ("register_metric",),
@@ -107,6 +109,7 @@ __all__ = [
     "Run",
     "SearchConfig",
     "Structure",
+    "TaskKind",
     "TrainingConfig",
     "__version__",
     "auto_learning_rates",
@@ -125,6 +128,7 @@ __all__ = [
     "register_loss",
     "register_metric",
     "register_module",
+    "register_task",
     "resume",
     "search_structure",
     "simulate",

@@ -37,7 +37,7 @@ WEIGHT_FILES = (
     "pytorch_model.bin.index.json",
 )
 # Of a hub's repository: everything small and safetensors first, the older kind where it has none.
-HUB_FILES = ("*.json", "*.txt", "*.model", "*.codes", "*.safetensors")
+HUB_FILES = ("*.json", "*.txt", "*.model", "*.codes", "*.jinja", "*.safetensors")
 OLDER_HUB_FILES = ("pytorch_model*.bin",)
 # Parts of other models, weights for other programs, Mistral's second copy.
 NOT_OF_THE_HUB = ("*/*", "consolidated*")

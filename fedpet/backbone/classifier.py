@@ -18,11 +18,15 @@ from torch import nn
 
 from fedpet.backbone.module_roles import is_dense
 
-__all__ = ["class_names", "head_names", "lost_names", "output_layer", "outside_base", "rows_of"]
-
-# What the one output of a regression is called, since transformers leaves names out that are its
-# own, and some architectures then take another number of outputs.
-REGRESSION_NAMES = ("value",)
+__all__ = [
+    "class_names",
+    "generates",
+    "head_names",
+    "lost_names",
+    "output_layer",
+    "outside_base",
+    "rows_of",
+]
 
 
 def outside_base(model: nn.Module) -> tuple[str, ...]:
@@ -66,12 +70,26 @@ def head_names(
     )
 
 
-def lost_names(model: nn.Module, lacking: Collection[str]) -> tuple[str, ...]:
-    """List parameters of the encoder that a checkpoint lacks: none in one that can be used."""
-    head = set(head_names(model, lacking, has_output_layer=True))
+def lost_names(
+    model: nn.Module, lacking: Collection[str], *, has_head: bool = True
+) -> tuple[str, ...]:
+    """List parameters that a checkpoint lacks and that are not drawn: none in one that can be used.
+
+    Args:
+        model: Of the task.
+        lacking: Names that the checkpoint does not hold in the model's shape.
+        has_head: Whether what is outside the base model may be drawn.
+    """
+    head = set(head_names(model, lacking, has_output_layer=True)) if has_head else set()
     return tuple(
         name for name, _ in model.named_parameters() if name in lacking and name not in head
     )
+
+
+def generates(model: nn.Module) -> bool:
+    """Tell whether a model is one of language, whose output layer is no head of a task."""
+    able = getattr(model, "can_generate", None)
+    return bool(able is not None and able())
 
 
 def class_names(config: object) -> tuple[str, ...]:

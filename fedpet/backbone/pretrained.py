@@ -22,7 +22,6 @@ from torch import Tensor, nn
 
 from fedpet.backbone.checkpoint import locate
 from fedpet.backbone.classifier import (
-    REGRESSION_NAMES,
     class_names,
     head_names,
     lost_names,
@@ -31,13 +30,13 @@ from fedpet.backbone.classifier import (
 )
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
+from fedpet.tasks import Task, kind_of
+from fedpet.tasks.regression import REGRESSION_NAMES
 from fedpet.utils.gc_paused import gc_paused
 from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-    from fedpet.data import Task
 
 __all__ = ["Backbone", "Origin", "fingerprint", "load_backbone", "load_for_task", "locate"]
 
@@ -171,46 +170,37 @@ def load_backbone(
         BackboneError: The checkpoint is absent, out of reach, damaged, not of a kind that
             classifies sequences, lacks some of its encoder, or lacks a head that is to be kept.
     """
-    folder = locate(config)
-    names = tuple(label_names) or (
-        REGRESSION_NAMES if regression else tuple(f"LABEL_{i}" for i in range(num_outputs))
-    )
-    with gc_paused():
-        backbone = _load(config, folder, names, regression)
-        cast(Any, backbone.model).to(device)  # typed as if it took no name of a device
-        return backbone
+    kind = "regression" if regression else "classification"
+    names = () if regression else tuple(f"LABEL_{i}" for i in range(num_outputs))
+    return load_for_task(config, Task(kind, tuple(label_names) or names, ""), device=device)
 
 
 def load_for_task(config: BackboneConfig, task: Task, *, device: str = "cpu") -> Backbone:
     """Load a checkpoint for a task, whose classes its model carries by name.
 
     Raises:
-        BackboneError: As `load_backbone`.
+        BackboneError: As `load_backbone`; or the task's model has no head to draw, and the
+            checkpoint lacks some of it.
     """
-    return load_backbone(
-        config,
-        num_outputs=task.num_outputs,
-        regression=task.kind == "regression",
-        label_names=task.label_names,
-        device=device,
-    )
+    folder = locate(config)
+    with gc_paused():
+        backbone = _load(config, folder, task)
+        cast(Any, backbone.model).to(device)  # typed as if it took no name of a device
+        return backbone
 
 
-def _load(
-    config: BackboneConfig, folder: Path, names: tuple[str, ...], regression: bool
-) -> Backbone:
-    from transformers import AutoConfig, AutoModelForSequenceClassification
+def _load(config: BackboneConfig, folder: Path, task: Task) -> Backbone:
+    import transformers
     from transformers.utils import logging as transformers_logging
 
+    kind, names = kind_of(task), task.label_names or REGRESSION_NAMES
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     try:
-        model_config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         theirs = class_names(model_config)
-        model_config.id2label = dict(enumerate(names))
-        model_config.label2id = {name: index for index, name in enumerate(names)}
-        model_config.problem_type = "regression" if regression else "single_label_classification"
-        model, info = AutoModelForSequenceClassification.from_pretrained(
+        kind.set_labels(model_config, task.label_names)
+        model, info = getattr(transformers, kind.model_class).from_pretrained(
             folder,
             config=model_config,
             dtype=getattr(torch, config.dtype),
@@ -219,14 +209,18 @@ def _load(
             trust_remote_code=False,
         )
     except Exception as error:  # transformers raises many kinds, of several libraries
-        raise _unusable(config.model, error) from None
+        raise _unusable(config.model, kind.model_class, error) from None
     missing = set(info["missing_keys"])
     lacking = missing | {entry[0] for entry in info["mismatched_keys"]}
-    if lost := lost_names(model, lacking):
+    if lost := lost_names(model, lacking, has_head=kind.has_head):
         raise _incomplete(config.model, model, lost, info)
-    has_output_layer = not missing.issuperset(output_layer(model))
-    head = head_names(model, lacking, has_output_layer=has_output_layer)
-    drawn, classes = _settle_head(config, model, head, lacking, theirs, names)
+    head: tuple[str, ...] = ()
+    drawn: tuple[str, ...] = ()
+    classes = ""
+    if kind.has_head:
+        has_output_layer = not missing.issuperset(output_layer(model))
+        head = head_names(model, lacking, has_output_layer=has_output_layer)
+        drawn, classes = _settle_head(config, model, head, lacking, theirs, names)
     _init_head(model, drawn, config.head_seed)
     model.requires_grad_(False)
     model.eval()
@@ -295,16 +289,16 @@ def _settle_head(
     )
 
 
-def _unusable(source: str, error: Exception) -> BackboneError:
+def _unusable(source: str, wanted: str, error: Exception) -> BackboneError:
     """Make the error, in words that do not ask for anything that fedpet has not."""
     reason = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
     if type(error).__name__ in ("SafetensorError", "UnpicklingError", "EOFError"):
         return BackboneError(
             f"the weights of {source!r} are damaged or cut short ({reason}): download them anew."
         )
-    return BackboneError(
-        f"{source!r} could not be loaded as a model that classifies sequences ({reason})."
-    )
+    purposes = {"AutoModelForSequenceClassification": "a model that classifies sequences"}
+    purpose = purposes.get(wanted, f"transformers' {wanted}")
+    return BackboneError(f"{source!r} could not be loaded as {purpose} ({reason}).")
 
 
 def _incomplete(
@@ -321,9 +315,9 @@ def _incomplete(
     total = sum(1 for _ in model.named_parameters())
     return BackboneError(
         f"the checkpoint {source!r} lacks {len(lost)} of the {total} tensors of a "
-        f"{type(model).__name__} outside its head ({_listed(lost)}); {reason}. A mask over random "
-        "numbers means nothing: give a config.json and weights that belong together, with the "
-        "names that `save_pretrained` writes."
+        f"{type(model).__name__} outside a head that is drawn ({_listed(lost)}); {reason}. A mask "
+        "over random numbers means nothing: give a config.json and weights that belong together, "
+        "with the names that `save_pretrained` writes."
     )
 
 

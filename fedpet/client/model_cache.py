@@ -118,6 +118,9 @@ class ModelCache:
         data = load_data(
             replace(
                 config.data,
+                task=plan.task.kind,
+                metric=plan.task.metric,
+                metrics=plan.task.metrics,
                 label_names=plan.task.label_names,
                 max_length=plan.max_length,
                 collator=plan.collator,

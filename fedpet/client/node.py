@@ -52,6 +52,7 @@ from fedpet.protocol.request import (
     read_request,
     to_record,
 )
+from fedpet.training.loop import count_examples
 from fedpet.utils.source_digest import package_versions
 
 __all__ = ["Node", "get_node", "reply"]
@@ -299,5 +300,5 @@ def _check_feedback(request: Request, plan: Plan) -> None:
 
 
 def _registration_of(loaded: LoadedPlan) -> bytes:
-    clients = {client.id: client.num_rows for client in loaded.data.clients}
-    return encode_registration(clients, package_versions())
+    examples = count_examples(loaded.data, loaded.plan.task)
+    return encode_registration(examples, package_versions())

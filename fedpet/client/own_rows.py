@@ -17,8 +17,10 @@ from fedpet.client.global_values import TierValues
 from fedpet.client.model_cache import LoadedPlan
 from fedpet.errors import FrameError
 from fedpet.protocol.client_metric import ClientMetric
+from fedpet.tasks import kind_of
 from fedpet.training.evaluation import predict
-from fedpet.training.metrics import BUILT_IN, METRICS, metric_value
+from fedpet.training.loop import num_examples
+from fedpet.training.metrics import METRICS, metric_value
 
 if TYPE_CHECKING:
     from fedpet.data import Task
@@ -46,7 +48,7 @@ def measure_before(
     began = time.perf_counter()
     loaded.pet.set_delta(torch.from_numpy(start.values), seed=seed)
     value = _measure(loaded, rows)
-    return ClientMetric(len(rows), value, seconds=time.perf_counter() - began)
+    return ClientMetric(_count(loaded, rows), value, seconds=time.perf_counter() - began)
 
 
 def measure_after(
@@ -91,13 +93,19 @@ def measure_values(loaded: LoadedPlan, start: TierValues, client: int) -> Client
     began = time.perf_counter()
     loaded.pet.set_tier(start.tier)
     loaded.pet.set_delta(torch.from_numpy(start.values), seed=loaded.plan.seed)
-    return ClientMetric(len(rows), _measure(loaded, rows), seconds=time.perf_counter() - began)
+    value = _measure(loaded, rows)
+    return ClientMetric(_count(loaded, rows), value, seconds=time.perf_counter() - began)
+
+
+def _count(loaded: LoadedPlan, rows: np.ndarray) -> int:
+    """Count rows, or what the task's loss is a mean over: tokens with labels."""
+    return num_examples(loaded.plan.task, loaded.data.train, rows)
 
 
 def _measure(loaded: LoadedPlan, indices: np.ndarray) -> float:
     """Return the metric that decides, NaN where outputs are not finite."""
     rows, task = loaded.data.train.take(indices), _own_task(loaded.plan.task)
-    logits = predict(loaded.pet.model, rows)
+    logits = predict(loaded.pet.model, rows, task)
     return metric_value(task, logits, np.asarray(rows.labels))
 
 
@@ -107,7 +115,7 @@ def _own_task(task: Task) -> Task:
     Raises:
         ConfigError: It is not.
     """
-    if task.metric in BUILT_IN[task.kind]:
+    if task.metric in kind_of(task).metrics:
         return replace(task, metrics=())
     for name in task.metrics:  # which the server sent
         METRICS.find_registered(name)

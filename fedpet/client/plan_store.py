@@ -58,12 +58,13 @@ class PlanStore:
     def keep_registration(self, digest: bytes, registration: bytes) -> None:
         """Store what the node has registered for a plan.
 
+        It is written each time: a node whose disk is full could not take part.
+
         Raises:
             OSError: The disk does not take it.
         """
-        if self.registration(digest) != registration:
-            path = self.path(digest).with_suffix(".registration")
-            atomic_write(path, registration, durable=True, shared=True)
+        path = self.path(digest).with_suffix(".registration")
+        atomic_write(path, registration, durable=True, shared=True)
 
     def registration(self, digest: bytes) -> bytes:
         """Return what the node has registered for a plan; b"" of one that has not."""

@@ -8,6 +8,7 @@ Out: an `Experiment`. Deeper code takes the stage's dataclass and never sees a s
 from __future__ import annotations
 
 import dataclasses
+import importlib
 import os
 import tomllib
 from collections.abc import Iterable, Iterator, Mapping
@@ -19,6 +20,7 @@ from fedpet.config.parsing import read_stage, refuse_unknown, with_overrides
 from fedpet.config.ranges import kebab_case
 from fedpet.config.renamed import refuse_former_names
 from fedpet.config.schema import (
+    TASKS,
     BackboneConfig,
     ClientsConfig,
     CodecConfig,
@@ -103,6 +105,7 @@ class Experiment:
                 "data.eval-on = 'clients' measures on rows that the clients hold out, and "
                 "clients.eval-fraction is 0: give a fraction, 0.2 say."
             )
+        importlib.import_module(TASKS).kind_of(self.data.task).check_experiment(self)
         if len(self.mask.tiers) > 1 and self.strategy.compares_replies:
             rules = registered_rules().items()
             means = ", ".join(name for name, rule in rules if not rule.compares_replies)

@@ -9,6 +9,7 @@ type of a number states its range, which `Stage` checks.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -60,12 +61,7 @@ Overlap = Annotated[float, Range(0, 1, above=True, advice=_OVERLAP)]
 Threads = Annotated[int, Range(1, 1024)]
 HEADS = ("train", "new", "keep")
 AUTO = "auto"
-METRICS = {  # built in, by kind of task
-    "classification": (
-        *("accuracy", "f1", "macro_f1", "weighted_f1", "balanced_accuracy", "matthews"),
-    ),
-    "regression": ("pearson", "mae"),
-}
+TASKS = "fedpet.tasks"  # a later stage: imported by its name, where rows are described
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -96,9 +92,17 @@ class DataConfig(Stage):
     text_columns: tuple[str, ...] = ("text",)  # one, or two for pairs
     label_column: str = "label"  # classes by name or number; a number for regression
     label_names: tuple[str, ...] = ()  # [] reads them off the training rows, sorted
-    task: str = "classification"  # or "regression"
+    # Of a language model: "language-modelling" packs texts into blocks of max-length tokens,
+    # "instruction" trains on the answers of conversations, "seq2seq" writes a text for a text by an
+    # encoder and a decoder. Else "classification", "regression"; or a registered task's name, or
+    # "package.module:Class". See docs/how-to/language-models.md.
+    task: str = "classification"
+    messages_column: str = ""  # of an instruction: a list of turns, {"role", "content"}, a row
+    response_column: str = ""  # or the answer to what text-columns ask; the target of seq2seq
+    separator: str = ""  # behind each text of a language-modelling; "" is the tokeniser's end token
     # The one that decides. Of a classification accuracy, f1, macro_f1, weighted_f1,
-    # balanced_accuracy, matthews; of a regression pearson, mae; or one that data.metrics return.
+    # balanced_accuracy, matthews; of a regression pearson, mae; of a language model perplexity,
+    # token_accuracy, loss, and of seq2seq exact_match; or one that data.metrics return.
     metric: str = "accuracy"
     # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
     metrics: tuple[str, ...] = ()
@@ -108,25 +112,25 @@ class DataConfig(Stage):
     # "server": rows of its own, as above. "clients": it has none, and the metric is the clients' on
     # the rows that they hold out (clients.eval-fraction).
     eval_on: str = "server"
-    max_length: Annotated[int, Range(8)] = 64  # tokens a row, special ones counted
+    # Tokens a row, special ones counted: of a text, a block or a conversation.
+    max_length: Annotated[int, Range(8)] = 64
     max_train_rows: Whole = 0  # 0 takes all
     max_eval_rows: Whole = 0  # 0 takes all
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_choice("data.task", self.task, ("classification", "regression"))
-        if self.metric not in METRICS[self.task] and not self.metrics:
+        tasks = importlib.import_module(TASKS)
+        if ":" not in self.task:
+            check_choice("data.task", self.task, tasks.TASKS.names)
+        kind = tasks.kind_of(self.task)
+        if self.metric not in kind.metrics and not self.metrics:
             raise ConfigError(
-                f"data.metric {self.metric!r} does not measure a {self.task}: take "
-                f"{', '.join(METRICS[self.task])}, name a function that returns it in "
-                "data.metrics, or set data.task to classification or regression."
+                f"data.metric {self.metric!r} does not measure data.task = {self.task!r}: take "
+                f"{', '.join(kind.metrics)}, name a function that returns it in data.metrics, or "
+                f"set data.task to another of {', '.join(tasks.TASKS.names)}."
             )
         check_choice("data.eval-on", self.eval_on, ("server", "clients"))
-        if not 1 <= len(self.text_columns) <= 2:
-            raise ConfigError(
-                f"data.text-columns must name one column, or two for pairs of texts, got "
-                f"{list(self.text_columns)}."
-            )
+        kind.check_data(self)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -47,7 +47,9 @@ class StrategyConfig(Stage):
     pace: FromZero = 0.0  # above 1: a round ends after so many times what its faster half takes
     node_wait_seconds: FromZero = 300.0  # for the first node, and for a deployment's clients
     evaluate_every: Count = 1  # rounds; the last is always evaluated
-    weights: str = "examples"  # of clients in an average: rows trained on; or "uniform"
+    # Of clients in an average: "examples", which are rows, or label tokens of a language model;
+    # "rows"; or "uniform".
+    weights: str = "examples"
     max_share: Share = 1.0  # of one client in an average; what is above goes to the others
 
     # Facts of a rule, which its class states (they are no keys).
@@ -69,7 +71,7 @@ class StrategyConfig(Stage):
                 f"strategy.pace must be 0 or above 1, got {self.pace!r}. It is how many times as "
                 "long as its faster half a round may take: 2 is twice as long, 0 sets no such end."
             )
-        check_choice("strategy.weights", self.weights, ("examples", "uniform"))
+        check_choice("strategy.weights", self.weights, ("examples", "rows", "uniform"))
         if self.clients_per_round < self.min_usable_replies:
             raise ConfigError(
                 f"strategy {self.name!r} with these parameters, and min-replies, need "

@@ -15,8 +15,8 @@ from fedpet.data.dataset import (
 )
 from fedpet.data.partition import Client, partition_with
 from fedpet.data.rows import Rows
-from fedpet.data.task import Task
 from fedpet.data.tokenize import hash_tokenizer
+from fedpet.tasks import Task
 
 __all__ = [
     "ClassCount",

@@ -30,7 +30,8 @@ from fedpet.errors import AbsentDataError, DataError
 
 # Raise it when the same files and settings give other rows, labels, clients or tokens than before.
 FORMAT = 2
-OF_ROWS = ("census", "clients", "labels", "owners", "rows")  # kinds of what is made of rows
+# Kinds of what is made of rows.
+OF_ROWS = ("census", "clients", "labels", "owners", "packed", "rows")
 _DAMAGED = (OSError, EOFError, ValueError, KeyError)
 
 

@@ -22,7 +22,6 @@ import numpy as np
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data.cache import Entry, cached, unwritable
 from fedpet.data.collator import COLLATORS
-from fedpet.data.column import Column, Selection
 from fedpet.data.partition import (
     Client,
     Clients,
@@ -32,13 +31,14 @@ from fedpet.data.partition import (
     partition,
     partition_with,
 )
-from fedpet.data.row_hash import choose_rows, hash_rows, hold_out_own
+from fedpet.data.row_hash import hash_rows, hold_out_own
 from fedpet.data.rows import Rows, no_rows
-from fedpet.data.sources import Files, Source, open_source
-from fedpet.data.split_table import Table
-from fedpet.data.task import Task, check_label_names, encode_labels, read_off_label_names
-from fedpet.data.tokenize import check_texts, hash_tokenizer, hash_tokenizer_files, tokenize_rows
+from fedpet.data.sources import Files, open_source
+from fedpet.data.split_rows import Split, train_and_held_out
+from fedpet.data.tokenize import hash_tokenizer, hash_tokenizer_files
 from fedpet.errors import ConfigError, DataError
+from fedpet.tasks import Task, kind_of, portable_name
+from fedpet.tasks.class_labels import check_label_names, read_off_label_names
 
 OnRows = Callable[[int, int], None]  # rows done, rows in all
 
@@ -114,26 +114,25 @@ def load_data(
     evaluation = evaluation and data.eval_on == "server"
     if all_rows:
         assert not evaluation, "rows that are all trained on leave none to evaluate on"
-        train_split = held_split = _Split(source, data.train_split, "all", data.max_train_rows)
+        train_split = held_split = Split(source, data.train_split, "all", data.max_train_rows)
     else:
-        train_split, held_split = _splits(source, data)
+        train_split, held_split = train_and_held_out(source, data)
     source.check(train_split.name)
     if evaluation:
         source.check(held_split.name)
 
-    task = Task(data.task, _label_names(train_split, data, cache), data.metric, data.metrics)
+    task = _task(train_split, data, cache)
+    kind = kind_of(task)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
 
-    def rows_entry(split: _Split) -> Entry:
+    def rows_entry(split: Split) -> Entry:
         return _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache, on_rows)
 
     train_entry = rows_entry(train_split)
-    train = _rows(train_entry, data)
     held_entry = rows_entry(held_split) if evaluation else None
-    held = _rows(held_entry, data) if held_entry else no_rows(train)
+    owners = None
     if held_entry and partitioner is None and population.partition == "column":
         owners = _owners(held_split, held_entry, population.client_column, cache)
-        held = replace(held, clients=owners)
 
     if partitioner is not None:
         dataset = source.read(data.train_split).dataset()
@@ -141,18 +140,34 @@ def load_data(
     elif population.partition == "column":
         parts = _natural_clients(train_split, train_entry, population.client_column, cache)
     else:
-        parts = partition(train.labels, population)
-    unowned = len(train) - sum(map(len, parts.values()))
+        parts = partition(train_entry.arrays["labels"], population)
+    unowned = len(train_entry.arrays["labels"]) - sum(map(len, parts.values()))
     parts, held_out = _hold_out_own(train_split, train_entry, parts, data, population, cache)
-    kept = _with_held_out(drop_small_clients(parts, len(train), population), held_out)
+    train, examples = _rows(train_entry, data), parts
+    if kind.packs:
+        groups = [*parts.values(), *held_out.values()]
+        train, cut = _packed(train_entry, groups, data, cache)
+        examples = dict(zip(parts, cut[: len(parts)], strict=True))
+        held_out = dict(zip(held_out, cut[len(parts) :], strict=True))
+    kept = _with_held_out(drop_small_clients(examples, len(train), population), held_out)
+    held = no_rows(train)
+    if held_entry and kind.packs:
+        groups = [np.arange(len(held_entry.arrays["labels"]))]
+        if owners is not None:
+            groups = [np.flatnonzero(owners == owner) for owner in np.unique(owners)]
+        held, cut = _packed(held_entry, groups, data, cache)
+        if owners is not None:
+            counts = [len(rows) for rows in cut]
+            held = replace(held, clients=np.repeat(np.unique(owners), counts).astype(np.int32))
+    elif held_entry:
+        held = replace(_rows(held_entry, data), clients=owners)
+    taking_part = {client.id for client in kept.clients}
+    small = sum(len(rows) for name, rows in parts.items() if name not in taking_part)
     books = {
         "train": _books(
             train_entry,
             "data.max-train-rows",
-            {
-                "of no client": unowned,
-                "of clients below clients.min-rows": kept.left_out_rows - unowned,
-            },
+            {"of no client": unowned, "of clients below clients.min-rows": small},
         )
     }
     if held_entry:
@@ -164,13 +179,13 @@ def load_data(
         clients=kept.clients,
         left_out_clients=kept.left_out_clients,
         left_out_rows=kept.left_out_rows,
-        tokenizer_hash=tokenizer_hash,
+        tokenizer_hash=kind.tokenizer_hash(tokenizer_folder, tokenizer_hash),
         books=books,
     )
 
 
 def _hold_out_own(
-    split: _Split,
+    split: Split,
     rows_entry: Entry,
     parts: dict[str, np.ndarray],
     data: DataConfig,
@@ -180,14 +195,16 @@ def _hold_out_own(
     """Return the rows of each client to train on, and those that it holds out."""
     if not population.eval_fraction:
         return parts, {}
-    numbers = rows_entry.arrays["numbers"]
+    numbers, columns = rows_entry.arrays["numbers"], kind_of(data.task).columns(data)
 
     def compute() -> Entry:
-        hashes = hash_rows(split.texts(data.text_columns), part=1)
+        table = split.read()
+        read = [table.column(name, "data.text-columns", split.where) for name in columns]
+        hashes = hash_rows(read, part=1)
         return Entry({"hashes": hashes[numbers]}, {})
 
     digest = hashlib.sha256(numbers.tobytes()).hexdigest()
-    key = {**split.source.identity(split.name), "numbers": digest, "columns": data.text_columns}
+    key = {**split.source.identity(split.name), "numbers": digest, "columns": columns}
     hashes = cached(cache, "own-hashes", key, compute).arrays["hashes"]
     return hold_out_own(parts, hashes, population.eval_fraction, population.min_rows)
 
@@ -232,25 +249,28 @@ def load_evaluation(
     source = open_source(data.source)
     single = isinstance(source, Files) and "" in source.files
     part = "all" if single or data.eval_split else "held out"
-    split = _Split(source, data.eval_split or data.train_split, part, data.max_eval_rows)
+    split = Split(source, data.eval_split or data.train_split, part, data.max_eval_rows)
     source.check(split.name)
-    task = Task(data.task, _label_names(split, data, cache), data.metric, data.metrics)
+    task = _task(split, data, cache)
     tokens_key = {"tokenizer": hash_tokenizer_files(tokenizer_folder), "by": _versions()}
     entry = _rows_entry(split, data, task, tokenizer_folder, tokens_key, cache, on_rows)
-    held, books = _rows(entry, data), {"evaluation": _books(entry, "data.max-eval-rows")}
-    tokenizer_hash = hash_tokenizer(tokenizer_folder)
+    kind, held = kind_of(task), _rows(entry, data)
+    if kind.packs:
+        held, _ = _packed(entry, [np.arange(len(held))], data, cache)
+    books = {"evaluation": _books(entry, "data.max-eval-rows")}
+    tokenizer_hash = kind.tokenizer_hash(tokenizer_folder, hash_tokenizer(tokenizer_folder))
     return FederatedData(task, no_rows(held), held, (), 0, 0, tokenizer_hash, books)
 
 
 def _no_data(data: DataConfig, tokenizer_folder: Path) -> FederatedData:
     """Return the task and the tokeniser of a server that has no rows."""
     check_label_names(data)
-    if data.task == "classification" and not data.label_names:
+    if kind_of(data.task).has_classes and not data.label_names:
         raise ConfigError(
             "data.eval-on is 'clients', so the server reads no rows and cannot read the classes "
             "off them: name all classes in data.label-names."
         )
-    task = Task(data.task, data.label_names, data.metric, data.metrics)
+    task = Task(portable_name(data.task), data.label_names, data.metric, data.metrics)
     kind = np.float32 if data.task == "regression" else np.int64
     nothing = Rows(
         tokens=np.empty(0, dtype=np.int32),
@@ -285,17 +305,18 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
     """
     cache = Path(cache)
     source = open_source(data.source)
-    train, _ = _splits(source, data)
+    train, _ = train_and_held_out(source, data)
     source.check(train.name)
-    task = Task(data.task, _label_names(train, data, cache), data.metric, data.metrics)
+    task = _task(train, data, cache)
+    kind = kind_of(task)
 
     def compute() -> Entry:
-        texts, labels = train.texts(data.text_columns), train.labels(data.label_column)
-        for name, column in zip(data.text_columns, texts, strict=True):
-            check_texts(column, name, train.where)
-        encoded = encode_labels(labels, task.kind, task.label_names, train.where)
+        raw = kind.read(train, data, task)
         numbers = train.choose(data, train.max_rows)
-        return Entry({"labels": encoded[numbers], "numbers": numbers}, {})
+        arrays = {"labels": raw.labels[numbers], "numbers": numbers}
+        if kind.packs:
+            arrays["sizes"] = kind.sizes(raw)[numbers]
+        return Entry(arrays, {})
 
     entry = cached(cache, "census", _rows_key(train, data, task), compute)
     if population.partition == "column":
@@ -303,6 +324,10 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
     else:
         parts = partition(entry.arrays["labels"], population)
     parts, held_out = _hold_out_own(train, entry, parts, data, population, cache)
+    if kind.packs:  # reckoned: there is no tokeniser
+        sizes = entry.arrays["sizes"]
+        counts = {n: -(-int(sizes[rows].sum()) // data.max_length) for n, rows in parts.items()}
+        parts = {name: np.broadcast_to(0, count) for name, count in counts.items()}
     clients = drop_small_clients(parts, len(entry.arrays["labels"]), population).clients
     return ClientCounts(
         task,
@@ -311,80 +336,15 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
     )
 
 
-@dataclass(frozen=True)
-class _Split:
-    """Some rows of a source."""
-
-    source: Source
-    name: str
-    part: str  # "all", or by the hash of the text "kept" or "held out"
-    max_rows: int  # 0 takes all
-
-    @property
-    def where(self) -> str:
-        if isinstance(self.source, Files) and "" in self.source.files:
-            return self.source.description
-        return f"split {self.name!r} of {self.source.description}"
-
-    def read(self) -> Table:
-        return self.source.read(self.name)
-
-    def texts(self, columns: Sequence[str]) -> list[Column]:
-        """Read the columns of texts.
-
-        Raises:
-            DataError: A column that is not there, or whose entries are numbers all.
-        """
-        table = self.read()
-        texts = [table.column(name, "data.text-columns", self.where) for name in columns]
-        for name, column in zip(columns, texts, strict=True):
-            if not table.typed and all(text and _is_number(text) for text in column):
-                raise DataError(
-                    f"row 1 of {self.where} has {column[0]} in column {name!r}, and every row a "
-                    "number, where a text should be: check data.text-columns."
-                )
-        return texts
-
-    def labels(self, column: str) -> Column:
-        """Read all labels; a class index of the source's numbering as the name it stands for."""
-        return self.read().labels(column, "data.label-column", self.where)
-
-    def choose(self, data: DataConfig, max_rows: int) -> np.ndarray:
-        """Return the numbers of its rows, int64 (k,), ascending; their texts are checked."""
-        table, hashes = self.read(), None
-        if self.part != "all" or 0 < max_rows < table.num_rows:
-            hashes = table.hashes(data.text_columns, self.where)
-        return choose_rows(table.num_rows, hashes, self.part, data.eval_fraction, max_rows)
+def _task(split: Split, data: DataConfig, cache: Path) -> Task:
+    names = _label_names(split, data, cache)
+    return Task(portable_name(data.task), names, data.metric, data.metrics)
 
 
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
-
-
-def _splits(source: Source, data: DataConfig) -> tuple[_Split, _Split]:
-    """Return the rows to train on, and those to evaluate on."""
-    if data.eval_on == "clients":
-        every = _Split(source, data.train_split, "all", data.max_train_rows)
-        return every, every
-    if not data.eval_split or (isinstance(source, Files) and "" in source.files):
-        return (
-            _Split(source, data.train_split, "kept", data.max_train_rows),
-            _Split(source, data.train_split, "held out", data.max_eval_rows),
-        )
-    return (
-        _Split(source, data.train_split, "all", data.max_train_rows),
-        _Split(source, data.eval_split, "all", data.max_eval_rows),
-    )
-
-
-def _label_names(train: _Split, data: DataConfig, cache: Path) -> tuple[str, ...]:
-    """Return the classes as configured, by the source, or of the rows; () for a regression."""
+def _label_names(train: Split, data: DataConfig, cache: Path) -> tuple[str, ...]:
+    """Return the classes as configured, by the source, or of the rows; () for none."""
     check_label_names(data)
-    if data.label_names or data.task == "regression":
+    if data.label_names or not kind_of(data.task).has_classes:
         return data.label_names
 
     def compute() -> Entry:
@@ -401,7 +361,7 @@ def _versions() -> list[str]:
     return [importlib.metadata.version(name) for name in ("tokenizers", "transformers")]
 
 
-def _rows_key(split: _Split, data: DataConfig, task: Task) -> dict[str, Any]:
+def _rows_key(split: Split, data: DataConfig, task: Task) -> dict[str, Any]:
     """Return what decides which rows a split has, and their labels."""
     return {
         **split.source.identity(split.name),
@@ -412,11 +372,12 @@ def _rows_key(split: _Split, data: DataConfig, task: Task) -> dict[str, Any]:
         "label_column": data.label_column,
         "label_names": task.label_names,
         "task": task.kind,
+        **kind_of(task).key(data),
     }
 
 
 def _rows_entry(
-    split: _Split,
+    split: Split,
     data: DataConfig,
     task: Task,
     tokenizer_folder: Path,
@@ -427,53 +388,37 @@ def _rows_entry(
     key = {**tokens_key, **_rows_key(split, data, task), "max_length": data.max_length}
 
     def compute() -> Entry:
-        where = split.where
-        texts, labels = split.texts(data.text_columns), split.labels(data.label_column)
-        for name, column in zip(data.text_columns, texts, strict=True):
-            check_texts(column, name, where)
-            _check_unicode(column, name, where)
-        encoded = encode_labels(labels, task.kind, task.label_names, where)
+        kind, where = kind_of(task), split.where
+        raw = kind.read(split, data, task)
         numbers = split.choose(data, split.max_rows)
         if not len(numbers):
             raise DataError(
-                f"no row of the {len(labels)} in {where} is {split.part} at data.eval-fraction "
+                f"no row of the {len(raw.labels)} in {where} is {split.part} at data.eval-fraction "
                 f"{data.eval_fraction}: change the fraction, or add rows."
             )
-        chosen, total = [Selection(column, numbers) for column in texts], len(numbers)
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            arrays, padding = tokenize_rows(
-                chosen,
+            arrays, padding = kind.encode(
+                raw,
+                numbers,
+                data,
                 tokenizer_folder,
-                data.max_length,
-                where,
-                cache,
-                lambda done: on_rows(done, total),
+                where=where,
+                spools=cache,
+                on_rows=lambda done: on_rows(done, len(numbers)),
             )
         except OSError as error:
             raise unwritable(cache, error) from None
         told = {
             "padding": asdict(padding),
             "part": split.part,
-            "num_rows": len(labels),
+            "num_rows": len(raw.labels),
             "num_rows_of_part": len(split.choose(data, 0)),
             "left_out": split.read().left_out,
         }
-        return Entry(arrays | {"labels": encoded[numbers], "numbers": numbers}, told)
+        return Entry(arrays | {"numbers": numbers}, told)
 
     return cached(cache, "rows", key, compute)
-
-
-def _check_unicode(texts: Column, column: str, where: str) -> None:
-    """Refuse the first text with half a surrogate pair, which no tokeniser takes."""
-    for row, text in enumerate(texts) if not texts.is_text else ():
-        try:
-            text.encode()
-        except UnicodeEncodeError:
-            raise DataError(
-                f"row {row + 1} of {where} has a text in column {column!r} that is no Unicode, "
-                f"{text[:40]!a}: mend or remove the row."
-            ) from None
 
 
 _OTHER_PART = {"kept": "held out to evaluate on", "held out": "kept to train on"}
@@ -510,11 +455,32 @@ def _rows(entry: Entry, data: DataConfig) -> Rows:
         pad_id=entry.meta["padding"]["token"],
         pad_left=entry.meta["padding"]["left"],
         collator=COLLATORS.find(data.collator) if data.collator else None,
+        marks=entry.arrays.get("marks"),
+        decoder_start=int(entry.arrays.get("decoder_start", [-1])[0]),
     )
 
 
+def _packed(
+    entry: Entry, groups: Sequence[np.ndarray], data: DataConfig, cache: Path
+) -> tuple[Rows, list[np.ndarray]]:
+    """Cut each group's rows into examples; return them, and the numbers of each group's own."""
+    kind = kind_of(data.task)
+
+    def compute() -> Entry:
+        arrays, counts = kind.arrange({**entry.arrays}, groups, data)
+        return Entry(arrays | {"counts": counts}, entry.meta)
+
+    digest = hashlib.sha256()
+    for part in (*groups, entry.arrays["tokens"], entry.arrays["offsets"]):
+        digest.update(len(part).to_bytes(8, "big") + np.ascontiguousarray(part).data)
+    key = {"rows": digest.hexdigest(), "max_length": data.max_length, **kind.key(data)}
+    packed = cached(cache, "packed", {**key, "task": data.task}, compute)
+    ends = np.cumsum(packed.arrays["counts"])
+    return _rows(packed, data), np.split(np.arange(ends[-1] if len(ends) else 0), ends[:-1])
+
+
 def _natural_clients(
-    split: _Split, rows_entry: Entry, column: str, cache: Path
+    split: Split, rows_entry: Entry, column: str, cache: Path
 ) -> dict[str, np.ndarray]:
     numbers = rows_entry.arrays["numbers"]
 
@@ -542,7 +508,7 @@ def _natural_clients(
     return group_rows(entry.arrays["codes"], tuple(entry.meta["names"]))
 
 
-def _owners(split: _Split, rows_entry: Entry, column: str, cache: Path) -> np.ndarray | None:
+def _owners(split: Split, rows_entry: Entry, column: str, cache: Path) -> np.ndarray | None:
     """Return the client of each evaluation row, as a number; None where they name none."""
     numbers = rows_entry.arrays["numbers"]
 

@@ -23,6 +23,7 @@ from fedpet.data.row_hash import hold_out
 from fedpet.data.sources import Files, open_source
 from fedpet.data.tokenize import check_texts
 from fedpet.errors import ConfigError, DataError
+from fedpet.tasks import kind_of
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -92,7 +93,8 @@ def load_federated_dataset(
             DataFrame, or a list of dicts; or a source's name as `data.source` takes it: a file, a
             folder, a hub name, "bundled".
         client_column: Tells the clients apart.
-        label_column: Holds class names, class indices, or numbers for a regression.
+        label_column: Holds class names, class indices, or numbers for a regression; language models
+            have none.
         text_columns: One column of texts, or two for pairs.
         tokenizer: Of the model; None takes the one beside its checkpoint.
         partitioner: Makes clients where no column tells them: an object with flwr-datasets'
@@ -103,7 +105,8 @@ def load_federated_dataset(
             training rows to hold out by a hash of their text. None takes the split "test" or
             "validation" where there is one, else a fifth of the rows.
         settings: Other keys of the experiment's [data]: task, metric, max_length, label_names,
-            max_train_rows, max_eval_rows, train_split.
+            messages_column, response_column, separator, max_train_rows, max_eval_rows,
+            train_split.
 
     Raises:
         DataError: Rows or columns that cannot be used.
@@ -250,11 +253,13 @@ def _read_splits(data: dict[str, Any]) -> dict[str, Dataset]:
         table = source.read(name)
         rows = table.dataset()
         where = f"split {name!r} of {source.description}"
-        labels = table.labels(config.label_column, "data.label-column", where)
-        if known := table.label_names(config.label_column):
-            data.setdefault("label-names", list(known))
-        rows = rows.remove_columns(config.label_column)
-        splits[split] = rows.add_column(config.label_column, list(labels))
+        if kind_of(config.task).has_labels:
+            labels = table.labels(config.label_column, "data.label-column", where)
+            if known := table.label_names(config.label_column):
+                data.setdefault("label-names", list(known))
+            rows = rows.remove_columns(config.label_column)
+            rows = rows.add_column(config.label_column, list(labels))
+        splits[split] = rows
     return splits
 
 
@@ -267,14 +272,16 @@ def _partitioned(
         test = splits["test"]
     else:
         texts = []
-        for name in config.text_columns:
+        kind = kind_of(config.task)
+        for name in kind.columns(config):
             if name not in train.column_names:
                 raise DataError(
                     f"the dataset has no column {name!r}. It has "
                     f"{', '.join(map(repr, train.column_names))}: set text_columns."
                 )
             texts.append(list(train[name]))
-            check_texts(texts[-1], name, "the dataset")
+            if kind.has_labels:
+                check_texts(texts[-1], name, "the dataset")
         kept, held_out = hold_out(texts, config.eval_fraction)
         train, test = train.select(kept), train.select(held_out)
         for key in ("eval-split", "eval-fraction"):

@@ -7,6 +7,7 @@ Out: row numbers.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
@@ -100,4 +101,6 @@ def _encoded(column: Sequence[str]) -> Iterator[bytes]:
             yield from column.arrow.slice(start, BATCH_ROWS).cast(kind).to_pylist()
     else:
         for text in column:
+            if not isinstance(text, str):  # the turns of a conversation
+                text = json.dumps(text, sort_keys=True, ensure_ascii=False, default=str)
             yield text.encode("utf-8", "surrogatepass")

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from fedpet.data.collator import Collator, collate
 
+NO_LABEL = -100  # of a token that is no label, as transformers and torch have it
+
 
 @dataclass(frozen=True, eq=False)
 class Rows:
@@ -25,12 +27,18 @@ class Rows:
 
     tokens: np.ndarray  # int32 (num_tokens,), all rows end to end
     offsets: np.ndarray  # int64 (n + 1,), row i is tokens[offsets[i] : offsets[i + 1]]
-    labels: np.ndarray  # int64 (n,) class indices, or float32 (n,) values
+    labels: np.ndarray  # int64 (n,) class indices or numbers of marks, or float32 (n,) values
     types: np.ndarray | None  # uint8 (num_tokens,), where the tokeniser makes token type ids
     pad_id: int  # what fills a row up; masked out by attention_mask
     pad_left: bool = False  # on which side
     clients: np.ndarray | None = None  # int32 (n,), a number for each client, where rows tell
     collator: Collator | None = None  # a user's own, makes batches in place of `batch`'s padding
+    # uint8 (num_tokens,): 1 of a token that is a label, which a model predicts from those before
+    # it. None where a row has one label. A row's first token is none.
+    marks: np.ndarray | None = None
+    # At least 0: marked tokens stand behind the others and are what a decoder writes, which reads
+    # them shifted right behind this token.
+    decoder_start: int = -1
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -48,19 +56,17 @@ class Rows:
 
         Returns:
             `input_ids` and `attention_mask`, int64 (b, longest); `token_type_ids`, the same,
-            where the tokeniser makes them; `labels`, int64 or float32 (b,).
+            where the tokeniser makes them; `labels`, int64 or float32 (b,); where tokens are
+            labels, those, int64 (b, longest), with -100 for all others, as transformers has them.
         """
         indices = np.asarray(indices, dtype=np.int64)
         if self.collator is not None:
             return collate(self.collator, [self._features(index) for index in indices])
         starts = self.offsets[indices]  # (b,)
         lengths = self.offsets[indices + 1] - starts  # (b,)
-        columns = np.arange(lengths.max())[None]  # (1, longest)
-        if self.pad_left:
-            columns = columns - (lengths.max() - lengths)[:, None]  # (b, longest), < 0 in padding
-        inside = (columns >= 0) & (columns < lengths[:, None])  # (b, longest)
-        # Outside a row, read its first token: it is in bounds, and replaced below.
-        places = starts[:, None] + np.where(inside, columns, 0)  # (b, longest)
+        if self.decoder_start >= 0:
+            return self._pairs(starts, lengths, self.labels[indices])
+        inside, places = _places(starts, lengths, left=self.pad_left)  # (b, longest)
         batch = {
             "input_ids": np.where(inside, self.tokens[places], self.pad_id),
             "attention_mask": inside,
@@ -68,8 +74,29 @@ class Rows:
         if self.types is not None:
             batch["token_type_ids"] = np.where(inside, self.types[places], 0)
         tensors = {name: torch.from_numpy(a.astype(np.int64)) for name, a in batch.items()}
-        tensors["labels"] = torch.from_numpy(self.labels[indices])
+        labels = self.labels[indices]
+        if self.marks is not None:
+            marked = inside & (self.marks[places] > 0)
+            labels = np.where(marked, self.tokens[places], NO_LABEL).astype(np.int64)
+        tensors["labels"] = torch.from_numpy(labels)
         return tensors
+
+    def _pairs(
+        self, starts: np.ndarray, lengths: np.ndarray, targets: np.ndarray
+    ) -> dict[str, Tensor]:
+        """Gather sources for an encoder and targets for a decoder; three arrays of (b,)."""
+        inside, places = _places(starts, lengths - targets, left=self.pad_left)
+        of_target, target = _places(starts + lengths - targets, targets, left=False)
+        labels = np.where(of_target, self.tokens[target], NO_LABEL)
+        shifted = np.full_like(labels, self.decoder_start)
+        shifted[:, 1:] = np.where(of_target, self.tokens[target], self.pad_id)[:, :-1]
+        batch = {
+            "input_ids": np.where(inside, self.tokens[places], self.pad_id),
+            "attention_mask": inside,
+            "decoder_input_ids": shifted,
+            "labels": labels,
+        }
+        return {name: torch.from_numpy(a.astype(np.int64)) for name, a in batch.items()}
 
     def _features(self, index: int) -> dict[str, Any]:
         """Return a row as collators take it."""
@@ -77,6 +104,11 @@ class Rows:
         ids = self.tokens[inside].tolist()
         types = {} if self.types is None else {"token_type_ids": self.types[inside].tolist()}
         label = self.labels[index].item()
+        if self.decoder_start >= 0:
+            cut = len(ids) - label
+            return {"input_ids": ids[:cut], "attention_mask": [1] * cut, "labels": ids[cut:]}
+        if self.marks is not None:
+            label = np.where(self.marks[inside] > 0, self.tokens[inside], NO_LABEL).tolist()
         return {"input_ids": ids, "attention_mask": [1] * len(ids), **types, "labels": label}
 
     def take(self, indices: np.ndarray) -> Rows:
@@ -89,8 +121,21 @@ class Rows:
             offsets=np.concatenate([[0], np.cumsum(stops - starts)]).astype(np.int64),
             labels=np.asarray(self.labels)[indices],
             types=None if self.types is None else self.types[places],
+            marks=None if self.marks is None else self.marks[places],
             clients=None if self.clients is None else self.clients[indices],
         )
+
+
+def _places(
+    starts: np.ndarray, lengths: np.ndarray, *, left: bool
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where a padded batch has tokens, and which: bool and int64, (b, longest)."""
+    columns = np.arange(lengths.max())[None]  # (1, longest)
+    if left:
+        columns = columns - (lengths.max() - lengths)[:, None]  # (b, longest), < 0 in padding
+    inside = (columns >= 0) & (columns < lengths[:, None])
+    # Outside a row, read its first token: it is in bounds, and replaced.
+    return inside, starts[:, None] + np.where(inside, columns, 0)
 
 
 def no_rows(like: Rows) -> Rows:
@@ -101,5 +146,6 @@ def no_rows(like: Rows) -> Rows:
         offsets=np.zeros(1, dtype=np.int64),
         labels=like.labels[:0],
         types=None if like.types is None else like.types[:0],
+        marks=None if like.marks is None else like.marks[:0],
         clients=None if like.clients is None else like.clients[:0],
     )

@@ -48,14 +48,16 @@ class TextEncoder:
 
     Args:
         tokenizer: Of transformers.
-        max_length: Tokens a row, special ones counted.
+        max_length: Tokens a row, special ones counted; None cuts none.
     """
 
-    def __init__(self, tokenizer: Any, max_length: int) -> None:
+    def __init__(self, tokenizer: Any, max_length: int | None) -> None:
         self._tokenizer = tokenizer
-        self._options = {
-            "truncation": True, "max_length": max_length, "return_attention_mask": False
-        }  # fmt: skip
+        self._options: dict[str, Any] = {"return_attention_mask": False, "truncation": False}
+        if max_length is None:
+            self._options["verbose"] = False  # of a text beyond what the model takes at once
+        else:
+            self._options |= {"truncation": True, "max_length": max_length}
         self._encode_batch: Any = None  # of the backend
         self._words: WordTokens | None = None
         self._has_types: bool | None = None  # None before the first batch

@@ -42,7 +42,10 @@ _VOCABULARY = (
     "prophetnet.tokenizer",
     "tekken.json",
 )
-_SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json")
+_SETTINGS = (
+    *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
+    "chat_template.jinja",
+)
 BATCH_ROWS = 8192
 # Later ones want a protobuf from 7 on, which Flower does not take; transformers then asks for
 # tiktoken, which cannot read the file either.
@@ -116,6 +119,8 @@ def tokenize_rows(
     where: str,
     spools: Path | None = None,
     on_rows: Callable[[int], None] = lambda rows: None,
+    *,
+    whole: bool = False,
 ) -> tuple[dict[str, Any], Padding]:
     """Tokenise all rows.
 
@@ -126,6 +131,7 @@ def tokenize_rows(
         where: The split, for messages.
         spools: Folder for the tokens as they are made; None takes the system's for such files.
         on_rows: Is called with the number of rows done.
+        whole: Cut no text, since `max_length` is of what is made of them.
 
     Returns:
         `tokens` int32 (num_tokens,) and, where the tokeniser makes token type ids, `types` uint8
@@ -139,13 +145,9 @@ def tokenize_rows(
     """
     tokenizer, config = load_tokenizer(folder), config_of(folder)
     padding = padding_of(tokenizer, config, str(folder))
-    if max_length > tokenizer.model_max_length:
-        raise ConfigError(
-            f"data.max-length is {max_length} tokens, and this backbone takes at most "
-            f"{tokenizer.model_max_length}."
-        )
-    encoder, num_rows = TextEncoder(tokenizer, max_length), len(texts[0])
-    end = _end_token(config)
+    check_max_length(max_length, tokenizer)
+    encoder, num_rows = TextEncoder(tokenizer, None if whole else max_length), len(texts[0])
+    end = None if whole else _end_token(config)
     tokens, types = ArraySpool(np.int32, spools), ArraySpool(np.uint8, spools)
     counts, ends, largest, has_types = [], [], -1, False
     for start in range(0, num_rows, BATCH_ROWS):
@@ -172,10 +174,19 @@ def tokenize_rows(
     }
     if has_types:
         arrays["types"] = types
-    _check_vocabulary(largest, tokenizer, config, where)
+    check_vocabulary(largest, tokenizer, config, where)
     if end is not None:
         _check_ends(np.concatenate(ends), texts[0], tokenizer, end, where)
     return arrays, padding
+
+
+def check_max_length(max_length: int, tokenizer: Any) -> None:
+    """Refuse more tokens a row than the tokeniser's model takes."""
+    if max_length > tokenizer.model_max_length:
+        raise ConfigError(
+            f"data.max-length is {max_length} tokens, and this backbone takes at most "
+            f"{tokenizer.model_max_length}."
+        )
 
 
 def probe_rows(folder: Path) -> Rows:
@@ -225,7 +236,7 @@ def _is_sentencepiece_alone(folder: Path) -> bool:
     return bool(models) and not (folder / "tokenizer.json").is_file()
 
 
-def _check_vocabulary(token_id: int, tokenizer: Any, config: Any, where: str) -> None:
+def check_vocabulary(token_id: int, tokenizer: Any, config: Any, where: str) -> None:
     """Refuse a token that the model has no row for: one that was added to the tokeniser alone."""
     size = getattr(config, "vocab_size", None)
     if size is None or token_id < size:

@@ -20,7 +20,6 @@ from fedpet.codec.integers import GRIDS
 from fedpet.codec.spec import parse_codec
 from fedpet.config import Experiment
 from fedpet.data import ClientCounts, Task, count_clients
-from fedpet.data.task import check_label_names
 from fedpet.errors import ConfigError, DataError
 from fedpet.estimate.idle_traffic import idle_bytes
 from fedpet.estimate.links import LINKS, Link
@@ -38,6 +37,8 @@ from fedpet.estimate.payload_simulation import Payloads, is_fixed, local_steps, 
 from fedpet.estimate.value_counts import LORA_RANK, Layout, count_values
 from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
+from fedpet.tasks import kind_of
+from fedpet.tasks.class_labels import check_label_names
 
 __all__ = ["Estimate", "estimate"]
 
@@ -98,9 +99,7 @@ def estimate(
     census = _census(experiment, num_clients, rows_per_client, notes)
     task = census.task if census else _assumed_task(experiment, notes)
     draws = draw(experiment, census, num_clients, rows_per_client)
-    backbone = outline(
-        experiment.backbone, num_outputs=task.num_outputs, regression=task.kind == "regression"
-    )
+    backbone = outline(experiment.backbone, task)
     layout = count_values(backbone, experiment)
     plan = made_up_plan(experiment, layout, task)
     counts = [sum(size for _, size in kinds) for kinds in layout.tiers]
@@ -279,7 +278,7 @@ def _census(
 def _assumed_task(experiment: Experiment, notes: list[str]) -> Task:
     data = experiment.data
     labels = data.label_names
-    if data.task == "classification" and not labels:
+    if kind_of(data.task).has_classes and not labels:
         labels = ("0", "1")
         notes.append("Two classes are assumed; data.label-names tells others.")
     return Task(data.task, labels, data.metric)

@@ -19,19 +19,19 @@ from fedpet.backbone.classifier import head_names, lost_names, output_layer, out
 from fedpet.backbone.pretrained import Backbone
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
+from fedpet.tasks import Task, kind_of
 
 __all__ = ["outline"]
 
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def outline(config: BackboneConfig, *, num_outputs: int, regression: bool = False) -> Backbone:
-    """Build a backbone's outline for classification, or for regression with one output.
+def outline(config: BackboneConfig, task: Task) -> Backbone:
+    """Build a backbone's outline for a task.
 
     Args:
         config: Its model may name a folder without weights, or a config.json.
-        num_outputs: Of the head.
-        regression: Whether the one output is a value and no class.
+        task: Says which head it has, if any.
 
     Returns:
         The backbone on the meta device. Its fingerprint is "": there are no numbers to take it of.
@@ -42,37 +42,38 @@ def outline(config: BackboneConfig, *, num_outputs: int, regression: bool = Fals
     from transformers import AutoConfig
     from transformers.utils import logging as transformers_logging
 
-    file = resolve_config(config)
+    kind, file = kind_of(task), resolve_config(config)
     transformers_logging.set_verbosity_error()
     try:
         model_config = AutoConfig.from_pretrained(file, trust_remote_code=False)
-        model_config.num_labels = num_outputs
-        model_config.problem_type = "regression" if regression else "single_label_classification"
+        model_config.num_labels = task.num_outputs
+        kind.set_labels(model_config, task.label_names)
         with torch.device("meta"):
-            model = _class_for(model_config).from_config(model_config, dtype=torch.float32)
+            made = _class_for(model_config, kind.model_class)
+            model = made.from_config(model_config, dtype=torch.float32)
     except Exception as error:  # transformers raises many kinds, of several libraries
         reason = " ".join(str(error).split())
         raise BackboneError(
-            f"{config.model!r} is no configuration of a model that classifies "
+            f"{config.model!r} is no configuration of a model for {kind.model_class} "
             f"({type(error).__name__}: {reason[:200]}). Give a config.json as `save_pretrained` "
             "writes it."
         ) from None
     model.requires_grad_(False)
     model.eval()
     stored = _stored_shapes(file.parent) if file.name == CONFIG_FILE else None
-    head = _head(model, stored)
+    head = _head(model, stored) if kind.has_head else ()
     return Backbone(config.model, file.parent, model, head, "", trains_head=config.head != "keep")
 
 
-def _class_for(config: Any) -> Any:
-    """Return the class that classifies texts, or images where the architecture reads those."""
-    from transformers import AutoModelForImageClassification, AutoModelForSequenceClassification
+def _class_for(config: Any, wanted: str) -> Any:
+    """Return the task's class; where the architecture classifies images alone, that for those."""
+    import transformers
 
-    images = AutoModelForImageClassification._model_mapping
-    texts = AutoModelForSequenceClassification._model_mapping
-    if type(config) in images and type(config) not in texts:
-        return AutoModelForImageClassification
-    return AutoModelForSequenceClassification
+    images: Any = transformers.AutoModelForImageClassification
+    texts: Any = transformers.AutoModelForSequenceClassification
+    if wanted == texts.__name__ and type(config) not in texts._model_mapping:
+        return images if type(config) in images._model_mapping else texts
+    return getattr(transformers, wanted)
 
 
 def _head(model: Any, stored: Shapes | None) -> tuple[str, ...]:

@@ -15,6 +15,7 @@ from fedpet import __version__
 from fedpet.backbone.checkpoint import package_name
 from fedpet.config import Experiment, TrainingConfig
 from fedpet.export.plain_model import no_room
+from fedpet.tasks import kind_of
 from fedpet.utils import bundled
 from fedpet.utils.atomic_write import atomic_write
 from fedpet.utils.paths import expand
@@ -49,7 +50,7 @@ def write_card(
     base, quality = hub_name(experiment.backbone.model), result["quality"]
     classes = [one["name"] for one in result["data"]["classes"]]
     strategy, training = experiment.strategy, experiment.training
-    regression = experiment.data.task == "regression"
+    kind = kind_of(experiment.data.task)
     _write(
         folder,
         base,
@@ -58,7 +59,10 @@ def write_card(
         metric=quality["metric"],
         score=quality["final"],
         dataset=hub_name(experiment.data.source),
-        pipeline="" if peft_type else "text-classification",
+        pipeline="" if peft_type else kind.pipeline,
+        task_type=kind.pipeline,
+        model_class=kind.model_class,
+        model_arguments=f", num_labels={max(len(classes), 1)}" if kind.has_head else "",
         name=result["run"]["experiment"],
         result=True,
         versions=result["run"]["versions"],
@@ -88,7 +92,7 @@ def write_card(
             "fingerprint of the checkpoint": f"`{result['run']['fingerprint']}`",
             "final values, SHA-256": f"`{result['final_values_sha256']}`",
         },
-        labels=[] if regression else classes,
+        labels=classes if kind.has_classes else [],
         versions_sentence=_listed(result["run"]["versions"]),
     )
 
@@ -130,6 +134,7 @@ def _write(
     score: float | None = None,
     dataset: str = "",
     pipeline: str = "",
+    task_type: str = "",
     **facts: Any,
 ) -> None:
     from huggingface_hub import EvalResult, ModelCardData
@@ -138,7 +143,7 @@ def _write(
     if _number(score):
         measured = [
             EvalResult(
-                task_type="text-classification",
+                task_type=task_type,
                 dataset_type=dataset or "private",
                 dataset_name=dataset or "held-out rows",
                 metric_type=metric,

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedpet.backbone.classifier import class_names
+from fedpet.backbone.classifier import class_names, generates
 from fedpet.data.saved_tokenizer import save_tokenizer
 from fedpet.errors import RunError
 from fedpet.utils.atomic_write import whole_folder
@@ -53,6 +53,8 @@ def _write_class_names(file: Path, model: PreTrainedModel) -> None:
 
     It leaves out names that it makes itself, and some architectures then take another number.
     """
+    if generates(model):
+        return
     config, names = json.loads(file.read_text(encoding="utf-8")), class_names(model.config)
     if "id2label" not in config:
         config["id2label"] = dict(enumerate(names))

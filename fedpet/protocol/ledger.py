@@ -53,7 +53,7 @@ class RoundRecord:
     the round, or of a line of evaluation "seen" and "unseen"; see
     fedpet/server/client_spread.py. `client_evaluation_seconds` is the longest node's measuring.
     `overlap`, of a round of a search, compares its choice with that of the round before (Jaccard
-    index).
+    index). `events` tell what became of a deployment's nodes, in their order: see `Ledger.note`.
     """
 
     round: int
@@ -79,6 +79,7 @@ class RoundRecord:
     by_client: dict[str, float] = field(default_factory=dict)
     on_clients: dict[str, dict[str, Any]] = field(default_factory=dict)
     client_evaluation_seconds: float = 0.0
+    events: list[dict[str, str]] = field(default_factory=list)
 
     def to_line(self) -> dict[str, Any]:
         """Return the line as a table."""
@@ -87,7 +88,7 @@ class RoundRecord:
             del line["kind"]
         if self.kind != SEARCH:
             del line["overlap"]
-        for name in ("by_client", "on_clients", "client_evaluation_seconds"):
+        for name in ("by_client", "on_clients", "client_evaluation_seconds", "events"):
             if not line[name]:
                 del line[name]
         return line
@@ -191,6 +192,17 @@ class Ledger:
         """
         known = {} if node is None else {"node": self.node_name(node)}
         self.current.refused.append({"who": who, **known, "reason": one_line(reason)})
+
+    def note(self, node: str, event: str, details: str = "") -> None:
+        """Record an event of a deployment's node.
+
+        Args:
+            node: Its name.
+            event: "disconnected", "registered", "registered again", "rows changed", "suspended",
+                "key replaced" or "key withdrawn"; docs/run-folder.md says what each means.
+            details: Words on it.
+        """
+        self.current.events.append({"node": node, "event": event, "details": one_line(details)})
 
     def add_message(self, message: Message) -> None:
         """Count a message as it is sent or received, with the plan's bytes apart."""

@@ -270,6 +270,8 @@ class Plan:
     def _header(self) -> bytes:
         """Write all but the positions, which do not shrink, as JSON."""
         fields = dataclasses.asdict(dataclasses.replace(self, mask_positions=b""))
+        if not self.task.weights:
+            del fields["task"]["weights"]
         if self.structure.mask is None:
             del fields["structure"]["mask"]
         if not self.collator:

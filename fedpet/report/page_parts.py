@@ -84,6 +84,10 @@ def page_parts(report: Report) -> Parts:
         "structure_map": _structure_map(report.places.structure),
         "gates": _gates(report),
         "refused": _refused(result["refused"]),
+        "events": [  # of a deployment's nodes; older results have none
+            (event["round"], event["node"], event["event"], event["details"])
+            for event in result.get("events", ())
+        ],
         "settings": _settings(report.config),
         "provenance": list(_provenance(report)),
         "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),

@@ -44,11 +44,13 @@ def run_table(result: Mapping[str, Any]) -> RenderableType:
 
 def _quality(result: Mapping[str, Any]) -> Iterator[Row]:
     quality, data = result["quality"], result["data"]
-    metric = quality["metric"]
+    metric, tokens = quality["metric"], ""
+    if "evaluation_label_tokens" in data:
+        tokens = f", {data['evaluation_label_tokens']:,} label tokens"
     if quality["before"] is not None:
         yield (
             f"{metric} before",
-            f"{quality['before']:.4f}   ({_where(data)})",
+            f"{quality['before']:.4f}   ({_where(data)}{tokens})",
         )
     rounds = max((point["round"] for point in quality["by_round"]), default=0)
     yield (

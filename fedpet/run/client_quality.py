@@ -91,4 +91,4 @@ def final_on_clients(ledger: Ledger, metric: str, server_round: int) -> Assessme
     """
     measured = dict(metric_on_clients(ledger))
     value = measured.get(server_round, next(reversed(measured.values()), math.nan))
-    return Assessment(value, math.nan, "", {}, is_constant=False, metrics={metric: value})
+    return Assessment(value, metrics={metric: value})

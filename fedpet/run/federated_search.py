@@ -35,6 +35,7 @@ from fedpet.server.node_registry import NodeRegistry
 from fedpet.server.rounds import SparseStrategy
 from fedpet.server.schedule import chunk_size
 from fedpet.strategies import StructureSearch
+from fedpet.training.loop import count_examples
 from fedpet.utils.gc_paused import kept_from_collection
 from fedpet.utils.paths import expand
 
@@ -122,8 +123,8 @@ def make_client_pool(prepared: Prepared | PreparedSearch) -> ClientPool:
     rule = prepared.plan.evaluation
     if prepared.experiment.clients.partition == "nodes":
         return ConnectedClientPool(rule=rule)
-    clients = prepared.data.clients
-    return ClientPool({client.id: client.num_rows for client in clients}, homes={}, rule=rule)
+    examples = count_examples(prepared.data, prepared.data.task)
+    return ClientPool(examples, homes={}, rule=rule)
 
 
 def with_registry(

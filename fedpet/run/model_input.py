@@ -18,9 +18,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from fedpet.backbone.classifier import outside_base
+from fedpet.backbone.classifier import generates, outside_base
 from fedpet.backbone.module_roles import find_target_modules, maskable_weights
-from fedpet.backbone.pretrained import fingerprint, load_backbone, locate
+from fedpet.backbone.pretrained import fingerprint, load_backbone, load_for_task, locate
 from fedpet.config import BackboneConfig, MaskConfig
 from fedpet.data.content_folder import hash_folder, store_folder
 from fedpet.data.tokenize import hash_tokenizer, load_tokenizer
@@ -32,6 +32,7 @@ from fedpet.pet.pet_config import PetConfig
 from fedpet.pet.structure import Structure
 from fedpet.pet.trainable_model import check_plain
 from fedpet.run.prepare import Prepared, PreparedSearch
+from fedpet.search.from_dataset import task_of_model
 from fedpet.utils.atomic_write import atomic_write
 
 if TYPE_CHECKING:
@@ -102,7 +103,7 @@ def read_model(
 
     Args:
         model: A `PetModel`, whose values the run starts from; a plain model that classifies
-            sequences; or a checkpoint's name. It stays as it is.
+            sequences or models language; or a checkpoint's name. It stays as it is.
         pet_config: What trains of a plain model or a checkpoint; None leaves that to settings.
         tokenizer: Of the model; None takes the one beside its checkpoint.
         cache: Root of the cache.
@@ -130,7 +131,7 @@ def read_model(
         )
     check_plain(model)
     tables = {"backbone": _store(model, tokenizer, cache)}
-    head = outside_base(model)
+    head = _head_of(model)
     if pet_config is not None:
         trainables = _trainables(model, pet_config)
         tables, head = _join(tables, trainables.tables(cache)), trainables.head
@@ -176,6 +177,11 @@ def _trainables(model: nn.Module, config: PetConfig) -> _Trainables:
     return _Trainables(config.mask_of(structure), structure, config.seed, head)
 
 
+def _head_of(model: nn.Module) -> tuple[str, ...]:
+    """Name the parameters of a plain model's head; a language model has none."""
+    return () if generates(model) else outside_base(model)
+
+
 def _head_key(model: nn.Module, trained: tuple[str, ...], untouched: tuple[str, ...]) -> str:
     """Return `backbone.head` for what trains in full of a model.
 
@@ -184,7 +190,7 @@ def _head_key(model: nn.Module, trained: tuple[str, ...], untouched: tuple[str, 
         trained: Names of what trains in full.
         untouched: Names of the head: no mask and no module acts on them.
     """
-    head = outside_base(model)
+    head = _head_of(model)
     if set(trained) == set(head):
         return "train"
     if not trained and set(maskable_weights(model, untouched)) == set(
@@ -262,12 +268,8 @@ def _is_checkpoint(source: str, model: nn.Module, tokenizer: Any) -> bool:
         return False
     if tokenizer is not None and str(getattr(tokenizer, "name_or_path", tokenizer)) != source:
         return False
-    outputs = int(getattr(model.config, "num_labels", 2))
-    regression = getattr(model.config, "problem_type", None) == "regression"
     try:
-        loaded = load_backbone(
-            BackboneConfig(model=source), num_outputs=outputs, regression=regression
-        )
+        loaded = load_for_task(BackboneConfig(model=source), task_of_model(model))
     except BackboneError:
         return False
     if loaded.origin.drawn:

@@ -112,6 +112,8 @@ def prepare(
         data = load_data(
             experiment.data, experiment.clients, folder, cache=cache, on_rows=callback.on_rows
         )
+    if experiment.strategy.weights == "rows":
+        data = replace(data, task=replace(data.task, weights="rows"))
     for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
         callback.on_stage(line)
     callback.on_stage(f"loading the backbone {experiment.backbone.model!r}, settling the plan")

@@ -115,8 +115,8 @@ def quality_of(
 
 
 def _baseline(final: Assessment) -> dict[str, Any]:
-    """Return the majority baseline; nothing where the rows are the clients'."""
-    if math.isnan(final.majority_baseline):
+    """Return the majority's metric and class, of a task that has one."""
+    if final.majority_baseline is None:
         return {}
     return {
         "majority_baseline": final.majority_baseline,
@@ -159,11 +159,12 @@ def _warnings(
             f"the mean training loss rose from {at_first:.4g} in round {first} to {at_last:.4g} in "
             f"round {last}: {lower}."
         )
-    if sign * value <= sign * final.majority_baseline:
+    baseline = final.majority_baseline
+    if baseline is not None and sign * value <= sign * baseline:
         known = f"the class {final.majority_class!r}" if final.majority_class else "one value"
         yield (
             f"{metric} {value:.4f} is not {side} the majority baseline "
-            f"{final.majority_baseline:.4f}, which answers {known} for every row: {lower}, or "
+            f"{baseline:.4f}, which answers {known} for every row: {lower}, or "
             "train longer (strategy.num-rounds, training.local-epochs)."
         )
 

@@ -122,6 +122,7 @@ def summarise(
             **_held_out(rule, data),
             "train_rows_left_out": data.left_out_rows,
             "evaluation_rows": len(data.evaluation),
+            **_label_tokens(data),
             "classes": [asdict(one) for one in count_classes(data)],
             "rows": {split: asdict(books) for split, books in data.books.items()},
         },
@@ -152,7 +153,23 @@ def summarise(
             for record in (*ledger.of_kind(SEARCH), *rounds, *ledger.of_kind(EVALUATION))
             for refused in record.refused
         ],
+        "events": [
+            {**_when(record), **event}
+            for record in (*ledger.of_kind(SEARCH), *rounds)
+            for event in record.events
+        ],
         "final_values_sha256": values_sha256,
+    }
+
+
+def _label_tokens(data: FederatedData) -> dict[str, int]:
+    """Count the label tokens, where tokens are labels; those on nodes are not known here."""
+    if data.evaluation.marks is None:
+        return {}
+    train = sum(int(data.train.labels[c.rows].sum()) for c in data.clients if len(data.train))
+    return {
+        "train_label_tokens": train,
+        "evaluation_label_tokens": int(data.evaluation.labels.sum()),
     }
 
 

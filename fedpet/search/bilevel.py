@@ -45,7 +45,7 @@ from fedpet.pet.model import PetModel
 from fedpet.search.gates import concrete, probabilities, uniform
 from fedpet.search.settings import temperature
 from fedpet.search.space import Space
-from fedpet.training.loss import Loss
+from fedpet.tasks import BatchLoss
 from fedpet.training.optimizer import make_optimizer, rate_factor
 from fedpet.utils.seeds import derive_seed
 
@@ -239,7 +239,7 @@ class BiLevel:
         config: SearchConfig,
         *,
         total_steps: int,
-        loss: Loss,
+        loss: BatchLoss,
     ) -> None:
         """Start a search, at alpha 0.
 
@@ -248,7 +248,7 @@ class BiLevel:
             space: The candidates.
             config: Settled: its budget in values, its rates above 0.
             total_steps: At which the rates have fallen to 0.
-            loss: Of the model's outputs and labels.
+            loss: Of the model, a batch's inputs and its labels.
 
         Raises:
             StructureError: The budget does not fit the space.
@@ -420,7 +420,7 @@ class BiLevel:
     def _batch_loss(self, batch: dict[str, Tensor], gates: Tensor) -> Tensor:
         self.pet.set_gates(gates)
         inputs = {name: tensor for name, tensor in batch.items() if name != "labels"}
-        return self._loss(self.pet.model(**inputs), batch["labels"])
+        return self._loss(self.pet.model, inputs, batch["labels"])
 
     def _draw(self, what: str) -> Tensor:
         noise = derive_seed("gates", self.config.seed, self.steps_done, what)

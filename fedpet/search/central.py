@@ -411,7 +411,7 @@ def step_batches(
 
 def _score(search: BiLevel, validation: Rows, task: Task) -> float:
     search.open_gates()
-    logits = predict(search.pet.model, validation)
+    logits = predict(search.pet.model, validation, task)
     return metric_value(task, logits, np.asarray(validation.labels))
 
 

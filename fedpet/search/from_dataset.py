@@ -12,12 +12,11 @@ from typing import Any
 import numpy as np
 from torch import nn
 
-from fedpet.backbone.classifier import class_names
+from fedpet.backbone.classifier import class_names, generates
 from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import Backbone, fingerprint
 from fedpet.config import MaskConfig, SearchConfig, TrainingConfig
 from fedpet.data.rows import Rows
-from fedpet.data.task import Task
 from fedpet.errors import DataError
 from fedpet.pet.factory import trained_in_full
 from fedpet.pet.kernels.matmul_timing import settle_product
@@ -26,6 +25,7 @@ from fedpet.pet.structure import Structure
 from fedpet.pet.trainable_model import check_plain
 from fedpet.search.central import run_search
 from fedpet.search.settings import resolve_settings
+from fedpet.tasks import Task
 
 __all__ = ["rows_from_dataset", "search_structure", "task_of_model"]
 
@@ -106,7 +106,7 @@ def search_structure(
 
 
 def task_of_model(model: nn.Module) -> Task:
-    """Return the task that a model's configuration states: its classes, or a regression.
+    """Return a model's task: what its configuration states, or language modelling if it generates.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -116,6 +116,8 @@ def task_of_model(model: nn.Module) -> Task:
         ('no', 'yes')
     """
     config: Any = getattr(model, "config", None)
+    if generates(model):
+        return Task("language-modelling", (), "perplexity")
     num_labels = int(getattr(config, "num_labels", 0))
     if num_labels == 1 or getattr(config, "problem_type", None) == "regression":
         return Task("regression", (), "pearson")

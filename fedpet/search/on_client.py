@@ -41,7 +41,7 @@ from fedpet.pet.model import PetModel
 from fedpet.search.bilevel import BiLevel
 from fedpet.search.central import Split, step_batches
 from fedpet.search.space import Space, model_of_space
-from fedpet.training.loop import TrainResult
+from fedpet.training.loop import TrainResult, num_examples
 from fedpet.training.loss import client_loss
 from fedpet.utils.seeds import derive_seed
 
@@ -151,7 +151,7 @@ class SearchModel:
             loss: Of both levels, as `training.loss`: "" is the task's own.
 
         Returns:
-            The weight in the average, n; the mean theta loss before each step.
+            The weight in the average; the mean theta loss before each step.
 
         Raises:
             TrainingError: There are too few rows, or a loss is not a number.
@@ -173,7 +173,7 @@ class SearchModel:
         ]
         self.alpha = search.alpha.detach().clone()
         mean = sum(losses) / len(losses)
-        return TrainResult(len(indices), mean, time.perf_counter() - started)
+        return TrainResult(num_examples(task, rows, indices), mean, time.perf_counter() - started)
 
     def _layout(self, segments: tuple[Segment, ...]) -> tuple[Segment, ...]:
         if self._gates_alone:

@@ -59,6 +59,9 @@ class ClientPool:
     def suspend(self, node: int) -> None:
         """Note that a node could not take part; a simulation's worker goes on all the same."""
 
+    def took_part(self, node: int) -> None:
+        """Note that a node's update is used."""
+
     def set_busy(self, nodes: set[int]) -> None:
         """Note the nodes that still train for a round before; any worker trains any client."""
 
@@ -166,6 +169,10 @@ class ConnectedClientPool(ClientPool):
         self.stale_nodes.discard(node)
         self.failures[node] += 1
 
+    def took_part(self, node: int) -> None:
+        """Forget the times that a node could not take part."""
+        del self.failures[node]
+
     def set_busy(self, nodes: set[int]) -> None:
         """Draw no client of nodes that still train for a round before."""
         self.busy_nodes.clear()
@@ -175,6 +182,12 @@ class ConnectedClientPool(ClientPool):
         """Have a node queried again before the next round."""
         if node in self.online_nodes:
             self.stale_nodes.add(node)
+
+    def rows_of(self, node: int) -> int | None:
+        """Return how many rows an online node has registered; None of one that has not."""
+        if node not in self.online_nodes:
+            return None
+        return sum(self.num_rows[client] for client, home in self.homes.items() if home == node)
 
     def node_name(self, node: int) -> str:
         """Return a node's name; its id where it has none."""

@@ -24,8 +24,8 @@ def client_weights(
     """Return the weight of each client whose update is used.
 
     Args:
-        examples: Client -> rows that it trained on, at least 1.
-        rule: "examples", or "uniform".
+        examples: Client -> rows or label tokens that it trained on, at least 1.
+        rule: "uniform" weighs all alike; else each weighs what it states.
         max_share: Largest fraction of the sum of the weights that one may be, in (0, 1].
 
     Returns:
@@ -36,7 +36,7 @@ def client_weights(
         {'a': 20.0, 'b': 10, 'c': 10}
     """
     weights: dict[str, float] = {
-        name: count if rule == "examples" else 1 for name, count in examples.items()
+        name: 1 if rule == "uniform" else count for name, count in examples.items()
     }
     rest = sum(weights.values())  # of the clients below the height
     for cut, largest in enumerate(sorted(weights.values(), reverse=True)):

@@ -100,6 +100,7 @@ class NodeRegistry(GridWrapper):
         self._failures: dict[int, str] = {}  # node -> reason it takes no part
         self._told: dict[int, str] = {}  # node -> versions that were named
         self._due: dict[int, float] = {}  # node that takes no part -> when it is queried again
+        self._keys = {} if allowed is None else _keys(allowed)
 
     def get_node_ids(self) -> Iterable[int]:
         """Return the online nodes that have registered.
@@ -140,7 +141,8 @@ class NodeRegistry(GridWrapper):
     def _update(self) -> None:
         """Query new nodes, and register those that have answered."""
         nodes = self._online()
-        for node in self._queries.keys() - nodes:
+        for node in sorted(self._queries.keys() - nodes):
+            self._note(node, "disconnected")
             del self._queries[node]
             self._failures.pop(node, None)
             self._due.pop(node, None)
@@ -155,6 +157,7 @@ class NodeRegistry(GridWrapper):
         if self._allowed is None:
             return set(self._grid.get_node_ids())
         self._allowed.refresh()
+        self._tell_keys(self._allowed)
         found = {info.node_id: self._allowed.of_key(info.public_key) for info in self.get_nodes()}
         for node in found.keys() - self._known.keys():
             if found[node] is None:
@@ -162,6 +165,17 @@ class NodeRegistry(GridWrapper):
         self._known = {node: allowed for node, allowed in found.items() if allowed is not None}
         self._residents.node_names.update({n: known.name for n, known in self._known.items()})
         return set(self._known)
+
+    def _tell_keys(self, allowed: AllowedNodes) -> None:
+        """Note whose key was replaced or withdrawn since the last look."""
+        before, self._keys = self._keys, _keys(allowed)
+        for name, key in before.items():
+            if name not in self._keys:
+                self._ledger.note(name, "key withdrawn")
+            elif self._keys[name] != key:
+                self._ledger.note(
+                    name, "key replaced", "it takes part again once it has the new one."
+                )
 
     def _may_bring(self, node: int, num_rows: dict[str, int]) -> dict[str, str]:
         """Return the clients that a node may not bring, with the reason."""
@@ -211,7 +225,7 @@ class NodeRegistry(GridWrapper):
         self._failures.pop(node, None)
         self._due.pop(node, None)
         self._queries[node] = 1
-        self._tell_changes(node, num_rows)
+        before = self._residents.rows_of(node)
         refused = self._may_bring(node, num_rows)
         mine = {client: rows for client, rows in num_rows.items() if client not in refused}
         taken = self._residents.register(node, mine)
@@ -221,6 +235,7 @@ class NodeRegistry(GridWrapper):
             del num_rows[client]
         self._holders.plan_nodes.add(node)
         self._count(num_rows)
+        self._tell_registration(node, num_rows, before)
 
     def _count(self, num_rows: dict[str, int]) -> None:
         """Count the bytes that each client alone would have received and sent, once a client."""
@@ -260,22 +275,36 @@ class NodeRegistry(GridWrapper):
                 "deployment's constraints.txt.", self._name(node), one_line(listed),
             )  # fmt: skip
 
-    def _tell_changes(self, node: int, num_rows: Mapping[str, int]) -> None:
-        for client, rows in sorted(num_rows.items()):
-            before = self._residents.num_rows.get(client, rows)
-            if before != rows and self._residents.homes.get(client) == node:
-                LOG.info("registration: client %s: %s rows, %s before", client, rows, before)
+    def _tell_registration(
+        self, node: int, num_rows: Mapping[str, int], before: int | None
+    ) -> None:
+        """Note that a node has registered; `before` are the rows of one that had."""
+        rows = sum(num_rows.values())
+        details = f"{len(num_rows)} client{'s' * (len(num_rows) != 1)}, {rows} rows"
+        if before is not None:
+            self._note(node, "registered again", f"{details}, {before} before")
+        elif self._begun:
+            self._note(node, "registered", details)
+
+    def _note(self, node: int, event: str, details: str = "") -> None:
+        LOG.info("registration: %s: %s %s", self._name(node), event, one_line(details))
+        self._ledger.note(self._name(node), event, details)
 
     def _fail(self, node: int, reason: str, *, at_once: bool = False) -> None:
         self._residents.suspend(node)
         failures = self._residents.failures[node]
         self._due[node] = time.monotonic() + (0 if at_once else _pause(failures))
         self._failures[node] = one_line(reason)
+        self._note(node, "suspended", reason)
         self._refuse(self._name(node), reason)
 
     def _refuse(self, who: str, reason: str) -> None:
         LOG.warning("registration: %s: %s", who, one_line(reason))
         self._ledger.refuse(who, reason)
+
+
+def _keys(allowed: AllowedNodes) -> dict[str, bytes]:
+    return {node.name: key for key, node in allowed.items()}
 
 
 def _pause(failures: int) -> float:

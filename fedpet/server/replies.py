@@ -157,6 +157,7 @@ class Replies:
             reason = f"node {known}: {error_reason(reply.error)}"
             if client_app_raised(reply.error):
                 self._population.suspend(node)
+                self._note(node, "suspended", reason)
         else:
             try:
                 self._read(reply, chunk, again)
@@ -237,7 +238,7 @@ class Replies:
         )
 
     def _weight_alone(self, num_examples: int) -> int:
-        return num_examples if self._config.weights == "examples" else 1
+        return 1 if self._config.weights == "uniform" else num_examples
 
     def _coding(self, name: str) -> VectorCodec:
         index = self._tiers.index(name)
@@ -263,8 +264,10 @@ class Replies:
                 if part.code == RefusalCode.NODE_UNFIT and chunk.node not in unfit:
                     self._population.suspend(chunk.node)
                     unfit.add(chunk.node)
+                    self._note(chunk.node, "suspended", part.text)
                 if part.code == RefusalCode.ROWS_CHANGED and not part.client:
                     self._population.register_again(chunk.node)
+                    self._note(chunk.node, "rows changed")
                     continue
                 if self._asks_again(part, name, due, chunk, again):
                     continue
@@ -275,6 +278,10 @@ class Replies:
                 self._ledger.refuse(stranger, reason, chunk.node)
             else:
                 self._settle(chunk.node, part, name)
+
+    def _note(self, node: int, event: str, details: str = "") -> None:
+        if isinstance(self._population, ConnectedClientPool):
+            self._ledger.note(self._population.node_name(node), event, details)
 
     def _asks_again(
         self, refusal: Refusal, name: str, due: set[str], chunk: Chunk, again: Retry
@@ -319,6 +326,7 @@ class Replies:
         self._train_seconds[node] += part.train_seconds
         self._ledger.current.replies += 1
         self._answered(node, name, self._round)
+        self._population.took_part(node)
 
     def _refuse(self, name: str, reason: str, node: int | None) -> None:
         self._settled.add(name)
@@ -356,7 +364,7 @@ class Replies:
         grows = isinstance(self._population, ConnectedClientPool)
         if not 1 <= part.num_examples <= (part.num_examples if grows else rows):
             raise FrameError(
-                f"an update has at least 1 example and at most the client's {rows} rows, got "
+                f"an update has at least 1 example and at most the client's {rows}, got "
                 f"{part.num_examples}."
             )
         if not 0 <= part.loss < math.inf:

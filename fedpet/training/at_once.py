@@ -30,10 +30,11 @@ from fedpet.backbone.device import device_of
 from fedpet.errors import TrainingError
 from fedpet.pet.client_stack import ClientStack
 from fedpet.pet.layers.client_forward import NotStackableError
+from fedpet.tasks import kind_of
+from fedpet.tasks.classification import logit_shift
 from fedpet.training.batching import client_batches, inputs_of
 from fedpet.training.cls_only import check_first_token, first_token_only
-from fedpet.training.loop import TrainResult, no_number
-from fedpet.training.loss import logit_shift, row_losses
+from fedpet.training.loop import TrainResult, no_number, num_examples
 from fedpet.training.optimizer import make_optimizer
 
 if TYPE_CHECKING:
@@ -98,7 +99,7 @@ def train_at_once(
     Raises:
         NotStackableError: These clients must be trained one by one; it says why.
     """
-    _check_settings(pet, config, rows)
+    _check_settings(pet, config, rows, task)
     _check_model(pet, start, clients[0], rows)
     began = time.perf_counter()
     lengths = rows.lengths
@@ -125,7 +126,7 @@ def train_at_once(
             outcomes[index] = outcome
             continue
         seconds = spent * len(batches[index])
-        result = TrainResult(len(clients[index].indices), outcome, seconds)
+        result = TrainResult(num_examples(task, rows, clients[index].indices), outcome, seconds)
         outcomes[index] = TrainedClient(own, result, rotated)
     return [outcomes[index] for index in range(len(clients))]
 
@@ -148,7 +149,7 @@ class _Run:
         group = next(iter(stack.groups.values()))
         self._device = group.device
         self._shift: Tensor | None = None  # (clients, 1, classes)
-        if task.kind != "regression":
+        if kind_of(task).has_classes:
             shifts = [logit_shift(own, task, config.logit_adjustment) for own in labels]
             self._shift = torch.from_numpy(np.stack(shifts))[:, None].to(group.device)
         self._optimizer = make_optimizer(
@@ -178,7 +179,7 @@ class _Run:
         if self._shift is not None:
             shift = self._shift[: len(chosen)].expand(-1, most, -1)
             logits = logits + shift.reshape(logits.shape)
-        each = row_losses(logits, labels, self._task).view(len(chosen), most)
+        each = kind_of(self._task).row_losses(self._task, logits, labels).view(len(chosen), most)
         inside = torch.arange(most, device=self._device) < counts[:, None]
         losses = torch.where(inside, each, 0).sum(1) / counts  # (clients,)
         for group in self.stack.groups.values():
@@ -245,8 +246,11 @@ def _passes(
         yield
 
 
-def _check_settings(pet: PetModel, config: TrainingConfig, rows: Rows) -> None:
+def _check_settings(pet: PetModel, config: TrainingConfig, rows: Rows, task: Task) -> None:
     reasons = {
+        f"the loss of data.task = {task.kind!r} is of one client's labels": not kind_of(
+            task
+        ).stacks,
         "training.gradient-checkpointing computes one client's blocks": (
             config.gradient_checkpointing
         ),

@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from fedpet.backbone.classifier import generates
 from fedpet.errors import ConfigError
 from fedpet.utils.seeds import derive_seed
 
@@ -175,7 +176,8 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         seed: Of the draw.
 
     Returns:
-        `input_ids` and `attention_mask`, int64, (8, 32), or fewer tokens where the model has fewer
+        `input_ids` and `attention_mask`, and `decoder_input_ids` where a decoder writes a text,
+        int64, (8, 32), or fewer tokens where the model has fewer
         positions: each row ends in the end-of-text id, where there is one.
 
     Raises:
@@ -201,8 +203,11 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
     end = getattr(config, "eos_token_id", None)
     if isinstance(end, int) and end < vocabulary:
         drawn[:, -1] = end
+    batch = {"input_ids": drawn, "attention_mask": torch.ones_like(drawn)}
+    if generates(model) and getattr(config, "is_encoder_decoder", False):
+        batch["decoder_input_ids"] = drawn
     device = next(model.parameters()).device
-    return {"input_ids": drawn.to(device), "attention_mask": torch.ones_like(drawn).to(device)}
+    return {name: tensor.to(device) for name, tensor in batch.items()}
 
 
 def _output(model: nn.Module, name: str, call: Call) -> Tensor:

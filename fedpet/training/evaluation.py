@@ -21,6 +21,7 @@ from torch import nn
 from fedpet.backbone.device import device_of
 from fedpet.pet.kernels.matmul import linear_by
 from fedpet.pet.kernels.matmul_timing import fastest_product
+from fedpet.tasks import kind_of
 from fedpet.training.batching import inputs_of
 from fedpet.training.lean_passes import lean_passes
 from fedpet.training.metrics import Assessment, assess
@@ -38,16 +39,20 @@ _WORTH_MEASURING = 3e11  # operations of one evaluation: seconds of one core
 def predict(
     model: nn.Module,
     rows: Rows,
+    task: Task | None = None,
     *,
     batch_size: int = 0,
     product: str = "torch",
     dtype: str = "float32",
 ) -> np.ndarray:
-    """Return the logits of all rows, in the rows' order: float32, (rows, outputs).
+    """Return what the metrics need of all rows, in the rows' order: (rows, numbers).
+
+    For classes and values these are the logits, float32.
 
     Args:
         model: Put into evaluation mode.
         rows: At least one.
+        task: Says which; None takes the logits.
         batch_size: Rows a batch; 0 takes what suits the device.
         product: Of dense layers, see fedpet/pet/kernels/matmul.py.
         dtype: "bfloat16" multiplies matrices in it, rounded to three digits.
@@ -55,25 +60,26 @@ def predict(
     if model.training:
         model.eval()
     device = device_of(model)
+    kind = kind_of("classification" if task is None else task)
     making = threading.Lock()  # a user's collator may keep state
 
-    def logits_of(chosen: np.ndarray) -> np.ndarray:
+    def outputs_of(chosen: np.ndarray) -> np.ndarray:
         half: AbstractContextManager[None] = nullcontext()
         if dtype == "bfloat16":
             half = torch.autocast(device.type, torch.bfloat16)
         with torch.inference_mode(), half, linear_by(product):
             with making:
-                inputs = inputs_of(rows, chosen, device)[0]
-            out: np.ndarray = model(**inputs).logits.float().cpu().numpy()
+                inputs, labels = inputs_of(rows, chosen, device)
+            out: np.ndarray = kind.outputs(model, inputs, labels).cpu().numpy()
         return out
 
     batches = list(_by_length(rows.lengths, batch_size, device))
     # A model is tried for lean passes at its own precision.
     with torch.inference_mode(), lean_passes(model, rows):
-        found = _each_core_its_own(logits_of, batches, _cores_for(model, device))
-    logits = np.empty((len(rows), found[0].shape[1]), dtype=np.float32)
-    logits[np.concatenate(batches)] = np.concatenate(found)
-    return logits
+        found = _each_core_its_own(outputs_of, batches, _cores_for(model, device))
+    outputs = np.empty((len(rows), found[0].shape[1]), dtype=found[0].dtype)
+    outputs[np.concatenate(batches)] = np.concatenate(found)
+    return outputs
 
 
 def _cores_for(model: nn.Module, device: torch.device) -> int:
@@ -120,7 +126,7 @@ def assess_rows(
         dtype: As of `predict`.
     """
     product = "torch" if cache is None else _product_for(model, rows, cache)
-    logits = predict(model, rows, product=product, dtype=dtype)
+    logits = predict(model, rows, task, product=product, dtype=dtype)
     return assess(task, logits, np.asarray(rows.labels), rows.clients)
 
 

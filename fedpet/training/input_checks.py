@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 __all__ = ["check_inputs", "max_tokens", "settle_padding"]
 
 # Of logits that should be alike: float32 and another shape of the batch part them by some 1e-6.
-_RELATIVE, _ABSOLUTE = 1e-3, 1e-5
+_RELATIVE, _ABSOLUTE, _EXACT = 1e-3, 1e-5, 1e-5
 
 
 def settle_padding(model: PreTrainedModel, rows: Rows) -> None:
@@ -73,6 +73,12 @@ def check_inputs(model: PreTrainedModel, rows: Rows, max_length: int) -> None:
             f"{limit}: lower it."
         )
     settle_padding(model, rows)
+    if rows.marks is not None and rows.decoder_start < 0 and not _looks_back_alone(model, rows):
+        raise BackboneError(
+            f"the logits of {type(model).__name__} for a token depend on the tokens after it, and "
+            "a language model predicts a token from those before: take a causal backbone (GPT-2, "
+            "Llama)."
+        )
     if not _pads_freely(model, rows):
         raise BackboneError(
             f"the logits of {type(model).__name__} for a text depend on the texts beside it: they "
@@ -113,9 +119,15 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
     shortest = np.asarray([np.argmin(rows.lengths)])
     batch, _ = inputs_of(rows, shortest, device_of(model))
     if batch["input_ids"].shape[1] > 2:  # make room: it may be as long as the model takes
-        batch = {name: torch.cat([x[:, :1], x[:, 2:]], 1) for name, x in batch.items()}
+        batch = {
+            name: x if name.startswith("decoder_") else torch.cat([x[:, :1], x[:, 2:]], 1)
+            for name, x in batch.items()
+        }
     fill = {"input_ids": rows.pad_id}
-    padded = {name: _filled(x, fill.get(name, 0), rows.pad_left) for name, x in batch.items()}
+    padded = {
+        name: x if name.startswith("decoder_") else _filled(x, fill.get(name, 0), rows.pad_left)
+        for name, x in batch.items()
+    }
     try:
         alone, beside = (model(**inputs).logits for inputs in (batch, padded))
     except Exception as error:  # whatever a model raises at its first text
@@ -125,8 +137,28 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
             f"({type(error).__name__}: {reason[:200]}): mend the checkpoint's config.json or take "
             "another backbone."
         ) from None
-    atol = _ABSOLUTE + _RELATIVE * float(alone.abs().max())
+    if alone.shape != beside.shape:  # logits of each token
+        beside = beside[:, 1:] if rows.pad_left else beside[:, :-1]
+    atol = _ABSOLUTE + _RELATIVE * _largest(alone)
     return torch.allclose(alone, beside, rtol=0, atol=atol, equal_nan=True)
+
+
+@torch.no_grad()
+def _looks_back_alone(model: nn.Module, rows: Rows) -> bool:
+    """Tell whether a row's logits stay but for the last, if its last token is another."""
+    longest = np.asarray([np.argmax(rows.lengths)])
+    batch, _ = inputs_of(rows, longest, device_of(model))
+    other = dict(batch)
+    other["input_ids"] = batch["input_ids"].clone()
+    other["input_ids"][:, -1] = batch["input_ids"][:, 0]
+    ours, theirs = (model(**inputs).logits[:, :-1] for inputs in (batch, other))
+    atol = _EXACT * _largest(ours)  # of one shape, so all but bit for bit
+    return torch.allclose(ours, theirs, rtol=0, atol=atol, equal_nan=True)
+
+
+def _largest(logits: Tensor) -> float:
+    """Return the largest magnitude of those that are numbers."""
+    return float(logits.abs().nan_to_num(0.0, 0.0).max())
 
 
 def _filled(tensor: Tensor, value: int, left: bool) -> Tensor:

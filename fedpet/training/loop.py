@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fedpet.backbone.device import device_of
 from fedpet.config import TrainingConfig
 from fedpet.errors import TrainingError
+from fedpet.tasks import kind_of
 from fedpet.training.batching import client_batches, inputs_of
 from fedpet.training.block_checkpointing import checkpoint_blocks
 from fedpet.training.lean_passes import lean_passes
@@ -28,9 +29,17 @@ from fedpet.training.optimizer import make_optimizer
 from fedpet.utils.seeds import derive_seed
 
 if TYPE_CHECKING:
-    from fedpet.data import Rows, Task
+    from fedpet.data import FederatedData, Rows, Task
 
-__all__ = ["SentValues", "TrainResult", "no_number", "train_rows", "training_passes"]
+__all__ = [
+    "SentValues",
+    "TrainResult",
+    "count_examples",
+    "no_number",
+    "num_examples",
+    "train_rows",
+    "training_passes",
+]
 
 # Leaves whose numbers are sent as they are, and functions that give the values that are not.
 SentValues = tuple[Sequence[Tensor], Sequence[Callable[[], Tensor]]]
@@ -41,8 +50,9 @@ class TrainResult:
     """The outcome of a client's training.
 
     Attributes:
-        num_examples: Rows of the client; the weight of its update in the average.
-        loss: Mean training loss over the rows seen. 0 where nothing was trained.
+        num_examples: Rows of the client, or label tokens of a language model: the weight of its
+            update in the average.
+        loss: Mean training loss over the examples seen. 0 where nothing was trained.
         train_seconds: Wall time of the steps, loading of values and rows included.
     """
 
@@ -107,11 +117,12 @@ def train_rows(
         torch.manual_seed(derive_seed("dropout", seed))
     device = device_of(model)
     loss_of = client_loss(rows.labels[indices], task, config.logit_adjustment, device, config.loss)
-    total_loss, seen = 0.0, 0
+    kind = kind_of(task)
+    total_loss, counted, seen = 0.0, 0, 0
     with training_passes(model, rows, config):
         for chosen in client_batches(indices, rows.lengths, config, seed):
             inputs, labels = inputs_of(rows, chosen, device)
-            loss = loss_of(model(**inputs), labels)
+            loss = loss_of(model, inputs, labels)
             optimizer.zero_grad(set_to_none=False)
             loss.backward()
             if add_proximal is not None:
@@ -121,11 +132,27 @@ def train_rows(
             optimizer.step()
             if after_step is not None:
                 after_step()
-            total_loss += float(loss.detach()) * len(chosen)
-            seen += len(chosen)
+            weight = kind.weight(rows, chosen)
+            total_loss += float(loss.detach()) * weight
+            counted, seen = counted + weight, seen + len(chosen)
             if not math.isfinite(total_loss):
                 raise no_number(float(loss.detach()), seen)
-    return TrainResult(len(indices), total_loss / max(seen, 1), time.perf_counter() - started)
+    seconds = time.perf_counter() - started
+    return TrainResult(num_examples(task, rows, indices), total_loss / max(counted, 1), seconds)
+
+
+def num_examples(task: Task, rows: Rows, indices: np.ndarray) -> int:
+    """Count the examples of a client: what its loss is a mean over, or rows where those count."""
+    return len(indices) if task.weights == "rows" else kind_of(task).weight(rows, indices)
+
+
+def count_examples(data: FederatedData, task: Task) -> dict[str, int]:
+    """Count the examples of each client by its id, see `num_examples`: the most it may weigh."""
+    return {
+        client.id: num_examples(task, data.train, client.rows)
+        + (num_examples(task, data.train, client.held_out) if len(client.held_out) else 0)
+        for client in data.clients
+    }
 
 
 @contextmanager

@@ -1,17 +1,12 @@
 """Compute the loss of local steps: the task's own or a registered one, and FedProx's gradient.
 
-Where clients' labels are skewed, local training first learns each client's label shares, and the
-average swings with the round's clients. Logit adjustment takes that out of the task's loss: the
-logits are compared after `strength * log share` of each class is added, so what is left to learn is
-the text.
-
 FedProx's proximal term, mu / 2 |v - v_global|^2 over the values that are sent, pulls a client's
 work towards the point it began at.
 
-Source: Menon et al., ICLR 2021, arXiv:2007.07314 (logit-adjusted softmax cross-entropy); Li et
-al., MLSys 2020, arXiv:1812.06127 (FedProx). Ours: the shares are the client's own, one row a class
-added so that none is zero; the proximal term counts in the values that are sent, not in whatever
-is trained for them.
+A task's own loss stands in its file in fedpet/tasks/.
+
+Source: Li et al., MLSys 2020, arXiv:1812.06127 (FedProx). Ours: the proximal term counts in the
+values that are sent, not in whatever is trained for them.
 """
 
 from __future__ import annotations
@@ -19,23 +14,23 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
+from fedpet.tasks import BatchLoss, kind_of
 from fedpet.utils.named_callables import NamedCallables
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from fedpet.data import Task
 
 __all__ = [
     "LOSSES",
     "Loss",
     "client_loss",
-    "logit_shift",
     "proximal_gradient",
     "register_loss",
-    "row_losses",
 ]
 
 # Of a model's outputs, an object with `logits`, and the batch's labels: a scalar.
@@ -48,9 +43,10 @@ LOSSES: NamedCallables[Loss] = NamedCallables("loss", "fedpet.register_loss", on
 def register_loss(name: str) -> Callable[[_Loss], _Loss]:
     """Make a loss known by a name, for `training.loss`.
 
-    It is called with the model's outputs and a batch's labels, and gives a scalar. Nodes and Ray's
-    workers import it, so it must stand in a module that they can import; there the same key may
-    also name it as "package.module:function".
+    It is called with the model's outputs and a batch's labels, and gives a scalar. A language
+    model's labels are its tokens, (rows, tokens), with -100 for those that are none: unshifted.
+    Nodes and Ray's workers import it, so it must stand in a module that they can import; there the
+    same key may also name it as "package.module:function".
 
     Args:
         name: The name.
@@ -74,12 +70,13 @@ def register_loss(name: str) -> Callable[[_Loss], _Loss]:
 
 def client_loss(
     labels: np.ndarray, task: Task, strength: float, device: torch.device, name: str = ""
-) -> Loss:
-    """Return the loss that a client trains on.
+) -> BatchLoss:
+    """Return the loss that a client trains on, a function of the model, a batch and its labels.
 
     Args:
         labels: Of all rows that the client trains on.
-        task: Cross-entropy of adjusted logits over classes, mean squared error for a regression.
+        task: Cross-entropy of adjusted logits over classes, mean squared error for a regression,
+            cross-entropy of tokens for a language model.
         strength: Of the adjustment; 0 leaves the logits alone.
         device: Of the logits.
         name: Of a registered loss, or its import path, in place of the task's; that one is not
@@ -89,25 +86,9 @@ def client_loss(
         ConfigError: No such loss.
     """
     if name:
-        return LOSSES.find(name)
-    if task.kind == "regression":
-        return lambda out, targets: nn.functional.mse_loss(out.logits.squeeze(-1), targets)
-    shift = torch.from_numpy(logit_shift(labels, task, strength)).to(device)
-    return lambda out, targets: nn.functional.cross_entropy(out.logits + shift, targets)
-
-
-def logit_shift(labels: np.ndarray, task: Task, strength: float) -> np.ndarray:
-    """Return what is added to the logits of a client with these labels: float32, (classes,)."""
-    counts = np.bincount(labels, minlength=task.num_outputs) + 1.0
-    shift: np.ndarray = (strength * np.log(counts / counts.sum())).astype(np.float32)
-    return shift
-
-
-def row_losses(logits: Tensor, targets: Tensor, task: Task) -> Tensor:
-    """Compute the task's loss of each row, (rows,), of logits that are adjusted already."""
-    if task.kind == "regression":
-        return nn.functional.mse_loss(logits.squeeze(-1), targets, reduction="none")
-    return nn.functional.cross_entropy(logits, targets, reduction="none")
+        registered = LOSSES.find(name)
+        return lambda model, inputs, targets: registered(model(**inputs), targets)
+    return kind_of(task).client_loss(task, labels, strength, device)
 
 
 def proximal_gradient(

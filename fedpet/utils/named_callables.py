@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, Generic, TypeVar
 
 from fedpet.errors import ConfigError
@@ -51,6 +51,14 @@ class NamedCallables(Generic[_Function]):
             )
         self._functions[name] = function
         return function
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Return the registered names."""
+        return tuple(self._functions)
+
+    def __iter__(self) -> Iterator[_Function]:
+        return iter(self._functions.values())
 
     def find(self, name: str) -> _Function:
         """Return the function of a name or an import path.

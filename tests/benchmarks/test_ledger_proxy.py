@@ -41,11 +41,11 @@ def test_the_ledger_holds_every_message_to_the_byte(books: dict[str, Any]) -> No
     assert books["messages"] == books["ledger_messages"] == 2 * (2 + 2 * 2)
     assert books["messages_bytes"] == books["ledger_wire_bytes"]
     assert sum(line["wire_bytes"] for line in books["lines"]) == books["messages_bytes"]
-    for node in books["nodes"].values():
+    for name, node in books["nodes"].items():
         assert node["messages_up"] == node["messages_down"] == 3
         each: Counter[str] = Counter()
         for line in books["lines"]:
-            each.update(line["wire_by_node"].get(node["node_id"], {}))
+            each.update(line["wire_by_node"].get(name, {}))
         down = each["plan down"] + each["query down"] + each["train down"]
         assert down == node["messages_down_bytes"]
         assert each["query up"] + each["train up"] == node["messages_up_bytes"]

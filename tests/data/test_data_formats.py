@@ -20,7 +20,7 @@ from datasets import Dataset
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-import fedpet.data.dataset as load_module
+import fedpet.data.tokenize as load_module
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import FederatedData, count_clients, load_data
 from fedpet.data.padding import Padding

@@ -11,8 +11,13 @@ from text_fixtures import write
 
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import FederatedData, load_data, load_evaluation
-from fedpet.data.task import check_label_names, encode_labels, name_of_label, read_off_label_names
 from fedpet.errors import ConfigError, DataError
+from fedpet.tasks.class_labels import (
+    check_label_names,
+    encode_labels,
+    name_of_label,
+    read_off_label_names,
+)
 
 WHERE = "split 'train'"
 ONE = ClientsConfig(partition="iid", num_clients=1, min_rows=1)

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from text_fixtures import TWO_OR_MORE, WORDS, save_tokenizer, some_rows, texts_of, write
 
-import fedpet.data.dataset as load_module
+import fedpet.data.tokenize as load_module
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import FederatedData, hash_tokenizer, load_data
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fedpet.config import DataConfig
 from fedpet.data import Task
-from fedpet.data.task import check_label_names, encode_labels, read_off_label_names
 from fedpet.errors import ConfigError, DataError
+from fedpet.tasks.class_labels import check_label_names, encode_labels, read_off_label_names
 
 WHERE = "split 'train'"
 

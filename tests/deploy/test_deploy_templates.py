@@ -75,6 +75,28 @@ def test_every_compose_file_parses_and_reaches_the_server_by_a_name_of_its_own(
             assert not node["user"].startswith("0:")
 
 
+def test_a_compose_file_names_nothing_but_what_the_deployment_holds(folder: Path) -> None:
+    """As `docker compose up --build` would read it: what is mounted, built and started is there."""
+    for name in ("plain", "hub", "six"):
+        place = folder / name
+        read = yaml.safe_load((place / "compose.yaml").read_text())
+        assert set(read) == {"services", "networks"}
+        for service in read["services"].values():
+            [mounted] = service["volumes"]
+            outside, _, inside = mounted.partition(":")
+            assert inside == service["working_dir"]
+            assert (place / outside / service["command"].split()[1]).is_file()
+            assert set(service["networks"]) == set(read["networks"])
+            assert service["restart"] == "unless-stopped"
+            assert set(service.get("depends_on", ())) <= set(read["services"])
+        docker = (place / "Dockerfile").read_text().splitlines()
+        copied = [line.split()[1:] for line in docker if line.startswith("COPY")]
+        assert copied == [["server/app", "/app"]]
+        for word in " ".join(docker).split():
+            if word.startswith("/app/"):
+                assert (place / "server" / word.removeprefix("/")).is_file(), word
+
+
 def test_every_readme_tells_which_machines_reach_the_server(folder: Path) -> None:
     reached = "which no other\n   machine reaches"
     texts = [(folder / name / "README.md").read_text() for name in ("plain", "hub", "six")]

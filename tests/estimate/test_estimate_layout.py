@@ -20,9 +20,17 @@ from fedpet.estimate import count_values, outline
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import PRESETS, load_structure
+from fedpet.tasks import Task
 
 # What a small random model of each architecture can carry, tried one by one below.
 PRESET_NAMES = tuple(PRESETS)
+
+
+def task_of(num_classes: int) -> Task:
+    return Task("classification", tuple(map(str, range(num_classes))), "accuracy")
+
+
+TASK = task_of(2)
 
 
 def write_config(name: str, folder: Path) -> Path:
@@ -61,7 +69,7 @@ def values_of_a_run(backbone: Backbone, experiment: Experiment) -> dict[str, int
 @pytest.mark.parametrize("name", architectures.ARCHITECTURES)
 def test_an_outline_has_the_model_s_parameters_scope_and_head(name: str, tmp_path: Path) -> None:
     real = architectures.backbone(name)
-    drawn = outline(BackboneConfig(model=str(write_config(name, tmp_path))), num_outputs=2)
+    drawn = outline(BackboneConfig(model=str(write_config(name, tmp_path))), TASK)
     assert all(parameter.is_meta for parameter in drawn.model.parameters())
     assert type(drawn.model) is type(real.model)
     shapes = [(n, tuple(p.shape)) for n, p in real.model.named_parameters()]
@@ -84,7 +92,7 @@ def test_every_preset_has_as_many_values_in_an_outline_as_in_a_model(
     compared = 0
     for preset in PRESET_NAMES:
         experiment = an_experiment(file, structure_preset=preset)
-        drawn = outline(experiment.backbone, num_outputs=2)
+        drawn = outline(experiment.backbone, TASK)
         try:
             expected = values_of_a_run(architectures.backbone(name), experiment)
         except StructureError:  # this architecture has no place for it
@@ -104,14 +112,14 @@ def test_a_mask_has_as_many_entries_in_an_outline_as_in_a_model(
     experiment = an_experiment(
         write_config(name, tmp_path), mask_granularity=granularity, mask_density=0.037
     )
-    layout = count_values(outline(experiment.backbone, num_outputs=2), experiment)
+    layout = count_values(outline(experiment.backbone, TASK), experiment)
     assert layout.values_by_kind == values_of_a_run(architectures.backbone(name), experiment)
 
 
 def test_two_modules_on_one_bias_count_once(tmp_path: Path) -> None:
     file = write_config("bert", tmp_path)
     experiment = an_experiment(file, structure_preset="bitfit+hiwi-bias+lora")
-    layout = count_values(outline(experiment.backbone, num_outputs=2), experiment)
+    layout = count_values(outline(experiment.backbone, TASK), experiment)
     assert layout.values_by_kind == values_of_a_run(architectures.backbone("bert"), experiment)
     assert "hiwi-bias" not in layout.values_by_kind
 
@@ -119,7 +127,7 @@ def test_two_modules_on_one_bias_count_once(tmp_path: Path) -> None:
 def test_a_mask_that_is_off_counts_nothing(tmp_path: Path) -> None:
     file = write_config("bert", tmp_path)
     experiment = an_experiment(file, mask_enabled=False, structure_preset="lnfit")
-    layout = count_values(outline(experiment.backbone, num_outputs=2), experiment)
+    layout = count_values(outline(experiment.backbone, TASK), experiment)
     assert list(layout.values_by_kind) == ["lnfit", "head"]
 
 
@@ -151,7 +159,7 @@ def test_the_head_is_read_off_the_checkpoint_beside_the_configuration(tmp_path: 
         source = BackboneConfig(model=str(folder))
         for num_outputs in (2, 3):
             loaded = load_backbone(source, num_outputs=num_outputs)
-            drawn = outline(source, num_outputs=num_outputs)
+            drawn = outline(source, task_of(num_outputs))
             assert drawn.head == loaded.head, (what, num_outputs)
             heads[what, num_outputs] = drawn.head
     assert heads["plain", 2] == ("classifier.weight", "classifier.bias")
@@ -171,7 +179,7 @@ def test_a_model_of_seven_billion_parameters_is_laid_out_without_memory_for_it(
     )
     tracemalloc.start()
     try:
-        layout = count_values(outline(experiment.backbone, num_outputs=2), experiment)
+        layout = count_values(outline(experiment.backbone, TASK), experiment)
         peak = tracemalloc.get_traced_memory()[1]
     finally:
         tracemalloc.stop()
@@ -194,7 +202,7 @@ def test_lora_beside_it_is_what_peft_trains(tmp_path: Path) -> None:
             trained = get_peft_model(model, config)
         expected = sum(p.numel() for n, p in trained.named_parameters() if ".lora_" in n)
         experiment = an_experiment(write_config(name, tmp_path / name))
-        layout = count_values(outline(experiment.backbone, num_outputs=2), experiment)
+        layout = count_values(outline(experiment.backbone, TASK), experiment)
         assert layout.lora_values == expected, name
 
 
@@ -213,7 +221,7 @@ def test_a_file_that_is_no_configuration_is_refused(
     file = tmp_path / "config.json"
     file.write_text(content)
     with pytest.raises(BackboneError, match="is no configuration of a model") as refused:
-        outline(BackboneConfig(model=str(file)), num_outputs=2)
+        outline(BackboneConfig(model=str(file)), TASK)
     assert wanted in str(refused.value)
     assert "\n" not in str(refused.value)
 
@@ -222,24 +230,24 @@ def test_a_checkpoint_that_does_not_read_is_refused(tmp_path: Path) -> None:
     write_config("bert", tmp_path)
     (tmp_path / "model.safetensors").write_bytes(b"\xff" * 100)
     with pytest.raises(BackboneError, match=r"does not read.*config.json alone is enough"):
-        outline(BackboneConfig(model=str(tmp_path)), num_outputs=2)
+        outline(BackboneConfig(model=str(tmp_path)), TASK)
 
 
 @pytest.mark.parametrize("source", ["./absent", "absent.json", "/absent/config.json"])
 def test_an_absent_configuration_is_refused(source: str) -> None:
     with pytest.raises(BackboneError, match=r"there is no .*absent"):
-        outline(BackboneConfig(model=source), num_outputs=2)
+        outline(BackboneConfig(model=source), TASK)
 
 
 def test_a_folder_without_a_configuration_is_refused(tmp_path: Path) -> None:
     with pytest.raises(BackboneError, match=r"holds no config\.json"):
-        outline(BackboneConfig(model=str(tmp_path)), num_outputs=2)
+        outline(BackboneConfig(model=str(tmp_path)), TASK)
 
 
 def test_a_density_too_low_for_one_entry_is_refused_as_a_mask_would_be(tmp_path: Path) -> None:
     experiment = an_experiment(write_config("bert", tmp_path), mask_density=1e-6)
     with pytest.raises(ConfigError) as refused:
-        count_values(outline(experiment.backbone, num_outputs=2), experiment)
+        count_values(outline(experiment.backbone, TASK), experiment)
     real = architectures.backbone("bert")
     with pytest.raises(ConfigError) as of_the_mask:
         build_mask(maskable_weights(real.model, real.head), experiment.mask)

@@ -15,7 +15,7 @@ from tiny import Silent
 from fedpet.client.node import Node
 from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
-from fedpet.deploy import Deployment, NodeSpec, write_deployment
+from fedpet.deploy import write_deployment
 from fedpet.run.federate import federate, prepare
 from fedpet.run.local_grid import LocalGrid
 from fedpet.run.run_folder import new_run_folder
@@ -52,26 +52,15 @@ class Place:
         bounds: dict[str, int] | None = None,
         **changes: Any,
     ) -> Any:
-        from benchmarks.real_nodes import RealNodes, free_ports
+        from benchmarks.real_nodes import RealNodes, loopback_deployment
 
-        port, own_port, _, first_node_port, *_ = free_ports(3 + len(self.names))
-        deployment = Deployment(
-            experiment=self.experiment("real", **changes),
-            host="127.0.0.1",
-            bind="127.0.0.1",
-            port=port,
-            own_port=own_port,
-            node_port=first_node_port,
-            nodes=tuple(NodeSpec(name) for name in self.names),
-            clients=clients,
-            isolation=isolation,
-            **(bounds or {}),
-        )
+        more = {"clients": clients, "isolation": isolation, **(bounds or {})}
+        deployment = loopback_deployment(self.experiment("real", **changes), self.names, **more)
         write_deployment(deployment, self.folder / "deployment")
         for number, name in enumerate(self.names):
             place = self.folder / "deployment" / "nodes" / name
             self.write_rows(place / "data.jsonl", number)
-        return RealNodes(self.folder / "deployment", port)
+        return RealNodes(self.folder / "deployment", deployment.port)
 
     def expected(self, names: list[str], **changes: Any) -> str:
         """The hash of a run with these nodes alone, all honest, in this process."""

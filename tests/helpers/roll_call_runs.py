@@ -9,11 +9,18 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from cryptography.hazmat.primitives.serialization import (
+    Encoding,
+    PublicFormat,
+    load_ssh_public_key,
+)
 from in_process_run import Handler, run
 
 from fedpet.client.node import Node
 from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
+from fedpet.deploy.certificates import make_node_key
+from fedpet.protocol.request import read_request
 from fedpet.run.local_grid import LocalGrid
 
 
@@ -53,3 +60,36 @@ def simulated(experiment: Experiment) -> dict[str, Any]:
 def lines_of(settings: Experiment) -> list[dict[str, Any]]:
     text = (Path(settings.run.out) / "rounds.jsonl").read_text(encoding="utf-8")
     return [json.loads(line) for line in text.splitlines()]
+
+
+def put_key(folder: Path, name: str, bounds: str = "") -> bytes:
+    """Make a node's files; its key as Flower has it."""
+    folder.mkdir(exist_ok=True)
+    public = make_node_key()[1]
+    (folder / f"{name}.pub").write_bytes(public)
+    if bounds:
+        (folder / f"{name}.toml").write_text(bounds)
+    return load_ssh_public_key(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
+
+
+def meanwhile(honest: Handler, events: dict[int, Callable[[], object]]) -> Handler:
+    """A node at which something happens before it answers its train message of this number."""
+    count = 0
+
+    def answer(payload: bytes) -> bytes:
+        nonlocal count
+        if read_request(payload).clients:
+            count += 1
+            events.get(count, lambda: None)()
+        return honest(payload)
+
+    return answer
+
+
+def rows_of(settings: Experiment, client: str) -> Path:
+    name = client.replace(" ", "")
+    return Path(settings.run.out).parent / f"node-{name}" / "rows.jsonl"
+
+
+def write_lines(path: Path, lines: list[str]) -> None:
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")

@@ -12,9 +12,9 @@ import pytest
 from html_reader import Reader
 from report_runs import make_result
 
-from fedpet.data.task import Task
 from fedpet.report.loading import read_report
 from fedpet.report.page import page
+from fedpet.tasks import Task
 from fedpet.training.metrics import assess
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 import tiny
 from deployed import Place
+
+from fedpet.deploy.membership import read_deployment
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 
@@ -53,12 +56,15 @@ def test_what_is_wrong_is_refused_by_name_and_the_rest_averaged(
             real.start_node(name, **(faulty(name) if name in wrong else {}))
         done = real.run(limit_seconds=RUN_SECONDS)
         assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
-        result = real.result("tiny-1")
+        result, said = real.result("tiny-1"), real.log("checkpoint")
     refused = {entry["who"]: entry["reason"] for entry in result["refused"]}
     assert sorted(refused) == sorted(wrong)
     for name, words in wrong.items():
         assert words in refused[name], refused[name]
-    assert result["data"]["clients"] == len(names)
+    # Another checkpoint is found when the node registers: its client is never drawn.
+    assert result["data"]["clients"] == len(names) - 1
+    assert [(e["node"], e["event"]) for e in result["events"]] == [("checkpoint", "suspended")]
+    assert "this node cannot take part until this is mended" in said
     # Of a duplicate the first frame is kept.
     assert result["final_values_sha256"] == place.expected(
         ["good-1", "good-2", "duplicate"], **changes
@@ -117,6 +123,47 @@ def test_a_node_killed_mid_round_is_named_and_a_latecomer_takes_part(
     assert replies == sorted(replies)
     assert result["run"]["status"] == "ok"
     assert result["data"]["clients"] == 3
+
+
+def test_a_supernode_that_crashes_is_started_again_and_comes_back_within_the_run(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    """Its unit starts it again; the values are those of the same participants by round."""
+    from benchmarks.eventful_run import told
+    from benchmarks.replay import replay, take_part
+
+    place = Place(files, tmp_path, ["stays", "crashes"])
+    num_rounds = 16
+    with place.deploy(2, strategy_num_rounds=num_rounds, strategy_quorum=0.3) as real:
+        real.start_server()
+        real.register()
+        for name in place.names:
+            real.start_node(name)
+
+        def is_back() -> bool:
+            lines = real.rounds("tiny-1")
+            return ("crashes", "registered") in told(lines) or len(lines) > num_rounds
+
+        def meanwhile() -> None:
+            while len(real.rounds("tiny-1")) < 2:
+                time.sleep(0.1)
+            real.kill("crashes")
+            real.keep_node("crashes", is_back)
+
+        done = real.run(limit_seconds=RUN_SECONDS, meanwhile=meanwhile)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        result, lines = real.result("tiny-1"), real.rounds("tiny-1")
+        assert told(lines) == [("crashes", "disconnected"), ("crashes", "registered")]
+        assert {refused["who"] for refused in result["refused"]} == {"crashes"}
+        assert take_part(lines[-1])[1] == set(place.names)
+        again = tmp_path / "again"
+        again.mkdir()
+        nodes = {name: real.folder / "nodes" / name for name in place.names}
+        for name, folder in nodes.items():
+            shutil.copy(folder / "data.jsonl", again / f"{name}.jsonl")
+        served = read_deployment(real.folder).experiment
+        expected = replay(served, nodes, lines, again, lambda name: None)
+    assert result["final_values_sha256"] == expected
 
 
 def test_a_run_in_which_all_nodes_fail_exits_with_1_and_says_why(

@@ -19,10 +19,10 @@ from in_process_run import run
 from loopback_cluster import LoopbackCluster
 from tiny import Silent
 
-from benchmarks.real_nodes import RealNodes, free_ports
+from benchmarks.real_nodes import RealNodes, loopback_deployment
 from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
-from fedpet.deploy import Deployment, NodeSpec, write_deployment
+from fedpet.deploy import write_deployment
 from fedpet.errors import RunInterrupted
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run import ray_engine
@@ -130,30 +130,20 @@ def test_real_nodes_that_hold_several_clients_give_one_hash(
     (tmp_path / "evaluation").mkdir()
     shutil.copy(files[1] / "test.jsonl", tmp_path / "evaluation")
     settled = make()
-    port, own_port, _, node_port, *_ = free_ports(3 + len(held))
-    deployment = Deployment(
-        experiment=replace(
-            settled,
-            data=replace(settled.data, source=str(tmp_path / "evaluation")),
-            run=replace(settled.run, out="", cache=str(tmp_path / "cache")),
-        ),
-        host="127.0.0.1",
-        bind="127.0.0.1",
-        port=port,
-        own_port=own_port,
-        node_port=node_port,
-        nodes=tuple(NodeSpec(name) for name in held),
-        client_column="client",
-        clients_per_node=CLIENTS,
-        clients=CLIENTS,
+    experiment = replace(
+        settled,
+        data=replace(settled.data, source=str(tmp_path / "evaluation")),
+        run=replace(settled.run, out="", cache=str(tmp_path / "cache")),
     )
+    several = {"client_column": "client", "clients_per_node": CLIENTS, "clients": CLIENTS}
+    deployment = loopback_deployment(experiment, held, **several)
     write_deployment(deployment, tmp_path / "deployment")
     rows = (files[1] / "train.jsonl").read_text(encoding="utf-8").splitlines()
     for name, numbers in held.items():
         own = [row for row in rows if json.loads(row)["client"] in {f"client {n}" for n in numbers}]
         file = tmp_path / "deployment" / "nodes" / name / "data.jsonl"
         file.write_text("\n".join(own) + "\n", encoding="utf-8")
-    with RealNodes(tmp_path / "deployment", port) as real:
+    with RealNodes(tmp_path / "deployment", deployment.port) as real:
         real.start_server()
         real.register()
         for name in held:

@@ -42,8 +42,8 @@ CONFIG = SearchConfig(
 )
 
 
-def cross_entropy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(outputs.logits, labels)
+def cross_entropy(model: Any, inputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(**inputs).logits, labels)
 
 
 def load(folder: Path) -> Backbone:

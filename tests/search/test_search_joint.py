@@ -519,8 +519,8 @@ def test_steps_before_the_gates_move_the_values_alone(folder: Path, data: Federa
         BiLevel(pet, space, replace(config, warmup_steps=4), total_steps=4, loss=cross_entropy)
 
 
-def cross_entropy(outputs: Any, labels: torch.Tensor) -> torch.Tensor:
-    return nn.functional.cross_entropy(outputs.logits, labels)
+def cross_entropy(model: Any, inputs: Any, labels: torch.Tensor) -> torch.Tensor:
+    return nn.functional.cross_entropy(model(**inputs).logits, labels)
 
 
 # -- HiWi on biases ------------------------------------------------------------------------------

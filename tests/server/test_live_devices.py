@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from in_process_run import Handler, run
-from roll_call_runs import lines_of, node_of, on_nodes
+from roll_call_runs import lines_of, meanwhile, node_of, on_nodes, rows_of, write_lines
 from tiny import make_backbone
 
 from fedpet.config import Experiment
@@ -28,29 +28,6 @@ def deployed(experiment: Any, monkeypatch: pytest.MonkeyPatch) -> Callable[..., 
         return on_nodes(experiment, **{**given, **changes})
 
     return make
-
-
-def meanwhile(honest: Handler, events: dict[int, Callable[[], object]]) -> Handler:
-    """A node at which something happens before it answers its train message of this number."""
-    count = 0
-
-    def answer(payload: bytes) -> bytes:
-        nonlocal count
-        if read_request(payload).clients:
-            count += 1
-            events.get(count, lambda: None)()
-        return honest(payload)
-
-    return answer
-
-
-def rows_of(settings: Experiment, client: str) -> Path:
-    name = client.replace(" ", "")
-    return Path(settings.run.out).parent / f"node-{name}" / "rows.jsonl"
-
-
-def write(path: Path, lines: list[str]) -> None:
-    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
 
 
 def two_nodes(settings: Experiment, rows: Path, **config: Any) -> dict[int, Handler]:
@@ -88,7 +65,7 @@ def test_a_file_that_grows_and_shrinks_is_refused_in_no_round_and_weighs_what_it
     path = rows_of(settings, "client 1")
     lines = path.read_text(encoding="utf-8").splitlines()
     nodes[2] = meanwhile(
-        nodes[2], {2: lambda: write(path, lines * 2), 4: lambda: write(path, lines[:3])}
+        nodes[2], {2: lambda: write_lines(path, lines * 2), 4: lambda: write_lines(path, lines[:3])}
     )
     folded = weights(monkeypatch)
     result = run(settings, LocalGrid(nodes))
@@ -107,7 +84,9 @@ def test_a_client_that_comes_with_new_rows_is_drawn_and_one_that_is_gone_is_not(
     path = rows_of(settings, "client 1")
     old = path.read_text(encoding="utf-8").splitlines()
     new = [json.dumps({**json.loads(line), "client": "newcomer"}) for line in old]
-    nodes[2] = meanwhile(nodes[2], {1: lambda: write(path, old + new), 3: lambda: write(path, new)})
+    nodes[2] = meanwhile(
+        nodes[2], {1: lambda: write_lines(path, old + new), 3: lambda: write_lines(path, new)}
+    )
     result = run(settings, LocalGrid(nodes))
     assert result["data"]["clients"] == 3
     clients = [line["clients"] for line in lines_of(settings) if line["round"]]

@@ -157,7 +157,7 @@ def test_a_metric_that_fails_or_is_absent_is_named() -> None:
         measure(task("foreign_functions:focal"), LOGITS, LABELS)
     with pytest.raises(ConfigError, match=r"data\.metric must be one of .*errors, rows, got 'auc'"):
         measure(task(PATH, decides="auc"), LOGITS, LABELS)
-    with pytest.raises(ConfigError, match="'auc' does not measure a classification"):
+    with pytest.raises(ConfigError, match=r"'auc' does not measure data\.task = 'classification'"):
         DataConfig(metric="auc")
     assert DataConfig(metric="auc", metrics=(PATH,)).metric == "auc"
 

@@ -10,29 +10,13 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from cryptography.hazmat.primitives.serialization import (
-    Encoding,
-    PublicFormat,
-    load_ssh_public_key,
-)
 from in_process_run import run
-from roll_call_runs import lines_of, node_of
+from roll_call_runs import lines_of, node_of, put_key
 
 from fedpet.config import Experiment
-from fedpet.deploy.certificates import make_node_key
 from fedpet.errors import ConfigError
 from fedpet.run.local_grid import LocalGrid
 from fedpet.server.allowed_nodes import AllowedNodes
-
-
-def put(folder: Path, name: str, bounds: str = "") -> bytes:
-    """Make a node's files; its key as Flower has it."""
-    folder.mkdir(exist_ok=True)
-    public = make_node_key()[1]
-    (folder / f"{name}.pub").write_bytes(public)
-    if bounds:
-        (folder / f"{name}.toml").write_text(bounds)
-    return load_ssh_public_key(public).public_bytes(Encoding.PEM, PublicFormat.SubjectPublicKeyInfo)
 
 
 @pytest.mark.parametrize(
@@ -53,8 +37,8 @@ def put(folder: Path, name: str, bounds: str = "") -> bytes:
 def test_a_node_brings_what_its_bounds_say(
     tmp_path: Path, bounds: str, brought: dict[str, int], words: str
 ) -> None:
-    key = put(tmp_path, "a", bounds)
-    put(tmp_path, "b")
+    key = put_key(tmp_path, "a", bounds)
+    put_key(tmp_path, "b")
     allowed = AllowedNodes(tmp_path)
     node = allowed.of_key(key)
     assert node is not None
@@ -64,9 +48,9 @@ def test_a_node_brings_what_its_bounds_say(
 
 
 def test_the_folder_is_read_anew_when_it_changes(tmp_path: Path) -> None:
-    first = put(tmp_path, "a")
+    first = put_key(tmp_path, "a")
     allowed = AllowedNodes(tmp_path)
-    second = put(tmp_path, "b")
+    second = put_key(tmp_path, "b")
     assert allowed.of_key(second) is None
     allowed.refresh()
     assert allowed.of_key(second) is not None
@@ -76,7 +60,7 @@ def test_the_folder_is_read_anew_when_it_changes(tmp_path: Path) -> None:
 
 
 def test_a_bound_that_changes_counts_from_then_on(tmp_path: Path) -> None:
-    key = put(tmp_path, "a", "rows = 5")
+    key = put_key(tmp_path, "a", "rows = 5")
     allowed = AllowedNodes(tmp_path)
     (tmp_path / "a.toml").write_text("rows = 7")
     os.utime(tmp_path / "a.toml", (time.time() + 9, time.time() + 9))
@@ -100,8 +84,8 @@ def test_a_bound_that_changes_counts_from_then_on(tmp_path: Path) -> None:
 def test_files_that_cannot_be_are_refused_by_name(
     tmp_path: Path, files: dict[str, str], words: str
 ) -> None:
-    put(tmp_path, "a")
-    put(tmp_path, "b")
+    put_key(tmp_path, "a")
+    put_key(tmp_path, "b")
     for name, text in files.items():
         (tmp_path / name).write_text(text)
     with pytest.raises(ConfigError, match=words):
@@ -109,7 +93,7 @@ def test_files_that_cannot_be_are_refused_by_name(
 
 
 def test_two_nodes_of_one_key_are_refused(tmp_path: Path) -> None:
-    put(tmp_path, "a")
+    put_key(tmp_path, "a")
     (tmp_path / "b.pub").write_bytes((tmp_path / "a.pub").read_bytes())
     with pytest.raises(ConfigError, match="'a' and 'b' have one key"):
         AllowedNodes(tmp_path)
@@ -127,7 +111,7 @@ class KeyedGrid(LocalGrid):
 def test_who_says_another_s_name_is_refused_by_its_own_and_the_owner_trains(
     deployed: Callable[..., Experiment], files: tuple[Path, Path], tmp_path: Path
 ) -> None:
-    keys = {1: put(tmp_path / "keys", "client 0"), 2: put(tmp_path / "keys", "client 1")}
+    keys = {1: put_key(tmp_path / "keys", "client 0"), 2: put_key(tmp_path / "keys", "client 1")}
     changes = {"clients_num_clients": 1, "strategy_node_wait_seconds": 0.5}
     settings = deployed(clients_node_keys=str(tmp_path / "keys"), **changes)
     settings_out = Path(settings.run.out)
@@ -148,7 +132,7 @@ def test_a_thousand_made_up_clients_are_none(
     from fedpet.protocol.registration import encode_registration
     from fedpet.protocol.request import read_request
 
-    keys = {1: put(tmp_path / "keys", "client 0"), 2: put(tmp_path / "keys", "client 1")}
+    keys = {1: put_key(tmp_path / "keys", "client 0"), 2: put_key(tmp_path / "keys", "client 1")}
     settings = deployed(
         clients_node_keys=str(tmp_path / "keys"), clients_num_clients=2,
         strategy_node_wait_seconds=1e9,  # nobody else can come: it is not waited for

@@ -1,7 +1,7 @@
-"""Read labels as a task's classes or numbers, and name the metric of its models.
+"""Read labels as a task's classes or numbers.
 
 In:  labels as a source gives them.
-Out: a `Task`, and the labels as class indices or as float32 values.
+Out: the names of the classes; labels as class indices, or as float32 values.
 
 A class has a name, and a label means the class of its name, whatever its type: `name_of_label`
 makes 1, 1.0, "1" and "1.0" one, and so true, "True" and "true". A label that is no name stands for
@@ -19,30 +19,18 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
 from decimal import Decimal
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedpet.config import DataConfig
-from fedpet.data.column import distinct_values
 from fedpet.errors import ConfigError, DataError
+from fedpet.tasks.task_kind import kind_of
 
+if TYPE_CHECKING:
+    from fedpet.config import DataConfig
 
-@dataclass(frozen=True)
-class Task:
-    """Kind of labels, the classes, and the metric."""
-
-    kind: str  # "classification" or "regression"
-    label_names: tuple[str, ...]  # by class index; () for regression
-    metric: str  # the one that decides
-    metrics: tuple[str, ...] = ()  # a user's, see fedpet/training/metrics.py
-
-    @property
-    def num_outputs(self) -> int:
-        """Outputs of the model's head: one a class, or one value."""
-        return len(self.label_names) or 1
+__all__ = ["check_label_names", "encode_labels", "name_of_label", "read_off_label_names"]
 
 
 def name_of_label(label: Any) -> str | None:
@@ -78,10 +66,10 @@ def check_label_names(data: DataConfig) -> None:
         ConfigError: Names for a regression, one name alone, or a name twice.
     """
     names = list(data.label_names)
-    if data.task == "regression" and names:
+    if names and not kind_of(data.task).has_classes:
         raise ConfigError(
             f"data.label-names {names} belong to a classification: leave them out for a "
-            "regression, or set data.task = 'classification'."
+            f"{data.task}, or set data.task = 'classification'."
         )
     if len(names) == 1 or len({name_of_label(name) for name in names}) < len(names):
         raise ConfigError(f"data.label-names must be two or more different names, got {names}.")
@@ -113,6 +101,8 @@ def read_off_label_names(
 
 
 def _read_off(labels: Sequence[Any], where: str) -> tuple[str, ...]:
+    from fedpet.data.column import distinct_values  # a later stage
+
     values, codes = distinct_values(labels)
     names = [name_of_label(value) for value in values]
     found = {name for name in names if name is not None and not _BROKEN.fullmatch(name)}
@@ -150,6 +140,8 @@ def encode_labels(
     Raises:
         DataError: A label that breaks the rule above, named with its row and the known labels.
     """
+    from fedpet.data.column import distinct_values  # a later stage
+
     values, codes = distinct_values(labels)
     if kind == "regression":
         numbers = np.asarray([_value(value) for value in values], dtype=np.float64)

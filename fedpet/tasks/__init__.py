@@ -1,0 +1,39 @@
+"""State what a task is: how columns become examples, its model's class, loss, weights and metrics.
+
+One file a task, see `TaskKind`; a user's own joins by `register_task`. Reading an experiment needs
+names of tasks and metrics alone, so these modules import torch and later stages where they compute.
+"""
+
+from fedpet.tasks import (
+    classification,
+    instruction,
+    language_modelling,
+    regression,
+    seq2seq,
+)
+from fedpet.tasks.task import Task
+from fedpet.tasks.task_kind import (
+    TASKS,
+    BatchLoss,
+    RawRows,
+    TaskKind,
+    kind_of,
+    portable_name,
+    register_task,
+)
+
+__all__ = [
+    "TASKS",
+    "BatchLoss",
+    "RawRows",
+    "Task",
+    "TaskKind",
+    "classification",
+    "instruction",
+    "kind_of",
+    "language_modelling",
+    "portable_name",
+    "register_task",
+    "regression",
+    "seq2seq",
+]

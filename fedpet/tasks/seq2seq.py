@@ -1,0 +1,136 @@
+"""Write a text for a text, by a model with an encoder and a decoder (T5, BART).
+
+`data.text-columns` name the source, or a pair that the tokeniser joins, and `data.response-column`
+the target. Each is tokenised as the tokeniser marks it, and cut at `data.max-length` tokens. The
+decoder reads the target shifted right behind the start token that the model's configuration names;
+all tokens of the target are labels, its end token too. Labels are not smoothed.
+
+A classification as text to text, as T5's, has the class's word as its target. `exact_match` is the
+share of rows whose target's every token is predicted from those before it: greedy decoding then
+writes the target and nothing else.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import numpy as np
+
+from fedpet.errors import BackboneError, ConfigError
+from fedpet.tasks.causal_lm import CausalTask
+from fedpet.tasks.task_kind import BatchLoss, RawRows, register_task
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+
+    from fedpet.config import DataConfig
+    from fedpet.data.padding import Padding
+    from fedpet.data.split_rows import Split
+    from fedpet.tasks.task import Task
+
+__all__ = ["Seq2Seq"]
+
+_STEP = 512  # rows tokenised at a time
+
+
+def _exact_match(losses: np.ndarray, hits: np.ndarray, tokens: np.ndarray) -> float:
+    return float(np.mean(hits == tokens))
+
+
+@register_task("seq2seq")
+class Seq2Seq(CausalTask):
+    """Predict each token of a target from the source and the target's tokens before it."""
+
+    metrics: ClassVar[Mapping[str, Callable[..., float]]] = {
+        **CausalTask.metrics,
+        "exact_match": _exact_match,
+    }
+    model_class = "AutoModelForSeq2SeqLM"
+    pipeline = "text2text-generation"
+
+    def check_data(self, data: DataConfig) -> None:
+        """Ask for a target; see `TaskKind.check_data`."""
+        super().check_data(data)
+        if not data.response_column:
+            raise ConfigError(
+                f"data.task = {data.task!r} writes the text of data.response-column, and none is "
+                "named: name the column of the targets."
+            )
+
+    def key(self, data: DataConfig) -> dict[str, Any]:
+        """Name the target's column; see `TaskKind.key`."""
+        return {"response_column": data.response_column}
+
+    def read(self, split: Split, data: DataConfig, task: Task) -> RawRows:
+        """Read sources and targets; see `TaskKind.read`."""
+        names = (*data.text_columns, data.response_column)
+        texts = [split.read().column(n, "data.response-column", split.where) for n in names[-1:]]
+        texts = [*split.texts(data.text_columns), *texts]
+        split.check_texts(texts, names)
+        return RawRows(texts, np.zeros(len(texts[0]), dtype=np.int64))
+
+    def encode(
+        self,
+        rows: RawRows,
+        numbers: np.ndarray,
+        data: DataConfig,
+        folder: Path,
+        *,
+        where: str,
+        spools: Path | None = None,
+        on_rows: Callable[[int], None] = lambda rows: None,
+    ) -> tuple[dict[str, Any], Padding]:
+        """Tokenise sources and targets, one behind the other; see `TaskKind.encode`."""
+        from fedpet.data.array_spool import ArraySpool
+        from fedpet.data.padding import config_of, padding_of
+        from fedpet.data.tokenize import check_max_length, check_vocabulary, load_tokenizer
+
+        tokenizer, config = load_tokenizer(folder), config_of(folder)
+        check_max_length(data.max_length, tokenizer)
+        start = getattr(config, "decoder_start_token_id", None)
+        if start is None:
+            raise BackboneError(
+                f"the configuration in {str(folder)!r} names no decoder_start_token_id, with which "
+                "a decoder begins: take a model with an encoder and a decoder (T5, BART)."
+            )
+        cut = {"truncation": True, "max_length": data.max_length, "return_attention_mask": False}
+        tokens, marks = ArraySpool(np.int32, spools), ArraySpool(np.uint8, spools)
+        lengths, counts, largest = [], [], -1
+        *sources, targets = rows.columns
+        for first in range(0, len(numbers), _STEP):
+            some = numbers[first : first + _STEP]
+            texts = [[column[number] for number in some.tolist()] for column in sources]
+            asked = tokenizer(*texts, **cut)["input_ids"]
+            wanted = tokenizer(text_target=[targets[n] for n in some.tolist()], **cut)["input_ids"]
+            for source, target in zip(asked, wanted, strict=True):
+                tokens.append(np.asarray([*source, *target], dtype=np.int32))
+                marks.append(np.repeat(np.array([0, 1], np.uint8), [len(source), len(target)]))
+                lengths.append(len(source) + len(target))
+                counts.append(len(target))
+                largest = max(largest, *source, *target)
+            on_rows(first + len(some))
+        check_vocabulary(largest, tokenizer, config, where)
+        return {
+            "tokens": tokens,
+            "marks": marks,
+            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
+            "labels": np.asarray(counts, dtype=np.int64),
+            "decoder_start": np.array([start], dtype=np.int64),
+        }, padding_of(tokenizer, config, str(folder))
+
+    def client_loss(
+        self, task: Task, labels: np.ndarray, strength: float, device: torch.device
+    ) -> BatchLoss:
+        """Return the mean cross-entropy of target tokens; see `TaskKind.client_loss`."""
+        from fedpet.training.token_loss import token_loss  # a later stage
+
+        return lambda model, inputs, targets: token_loss(model, inputs, targets, shift=False)
+
+    def outputs(self, model: nn.Module, inputs: Mapping[str, Tensor], labels: Tensor) -> Tensor:
+        """Return each row's summed loss and its predicted target tokens, (rows, 2)."""
+        from fedpet.training.token_loss import row_sums  # a later stage
+
+        return row_sums(model, inputs, labels, shift=False)
