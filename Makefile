@@ -41,7 +41,7 @@ docs: $(STAMP) ## the site, into build/site
 check: $(STAMP) ## format, lint, types, the site
 	@scripts/check
 
-$(STAMP): pyproject.toml $(PINS) requirements-bundled.txt scripts/install
+$(STAMP): pyproject.toml $(PINS) requirements-bundled.txt requirements-language.txt scripts/install
 	@PYTHON="$(PYTHON)" TORCH_INDEX="$(TORCH_INDEX)" scripts/install $(VENV) $(PINS)
 	@touch $@
 

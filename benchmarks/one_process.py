@@ -137,6 +137,7 @@ def run_here(experiment: Experiment, runs: str) -> dict[str, Any]:
         final=final,
         total_seconds=time.perf_counter() - started,
         origin=about[2],
+        training=plan.training if runs in (FEDPET, GRADIENT) else None,
     )
     result["curve"] = curve(ledger.of_kind(TRAINING))
     result["time"] = {"processor_seconds": time.process_time() - clock}

@@ -18,7 +18,7 @@ OURS, OTHERS = "#0b61b3", "#8b949e"
 
 
 def draw_quality_by_bytes(
-    rows: Sequence[Row], names: dict[str, str], path: Path, *, lossless: str, coded: str
+    rows: Sequence[Row], names: dict[str, str], path: Path, *, labelled_above: str
 ) -> None:
     """Write the picture as a PNG of 1600 x 800 pixels.
 
@@ -26,8 +26,7 @@ def draw_quality_by_bytes(
         rows: One a method, each with more than one seed.
         names: Labels of the methods; those that begin with "fedpet" are in fedpet's colour.
         path: The file.
-        lossless: The method that the arrow starts at.
-        coded: The same method by another codec, where it ends.
+        labelled_above: The method whose label stands above its point; the others' stand below.
     """
     from matplotlib.figure import Figure
 
@@ -40,7 +39,7 @@ def draw_quality_by_bytes(
             row.total_bytes, row.mean, yerr=row.deviation,
             fmt="o", markersize=8, capsize=4, linewidth=1.5, color=colour,
         )  # fmt: skip
-        above = name == lossless  # another method has its label below
+        above = name == labelled_above
         edge = row.mean + (row.deviation or 0) * (1 if above else -1)
         axes.annotate(
             f"{names[name]}\n{row.mean:.3f}, {format_bytes(row.total_bytes)}",
@@ -52,19 +51,6 @@ def draw_quality_by_bytes(
             fontsize=8,
             color=INK,
         )  # fmt: skip
-    start, end = by_name[lossless], by_name[coded]
-    axes.annotate(
-        "",
-        (end.total_bytes * 1.25, end.mean),
-        xytext=(start.total_bytes / 1.25, start.mean),
-        arrowprops={"arrowstyle": "->", "color": OURS, "linewidth": 1.5},
-    )
-    middle = (start.total_bytes * end.total_bytes) ** 0.5
-    fewer = f"codec: 1/{start.total_bytes / end.total_bytes:.1f}"
-    axes.annotate(
-        fewer, (middle, max(start.mean, end.mean)), xytext=(0, 4), textcoords="offset points",
-        ha="center", va="bottom", fontsize=8, color=OURS,
-    )  # fmt: skip
     axes.set_xscale("log")
     sizes = [row.total_bytes for row in rows]
     axes.set_xlim(min(sizes) / 3, max(sizes) * 3)

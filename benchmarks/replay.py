@@ -53,7 +53,7 @@ class ReplayGrid(LocalGrid, Callback):
         lines: Lines,
         change_rows: Callable[[str], None],
     ) -> None:
-        self._lines = {line["round"]: line for line in lines}
+        self._lines = {int(line["round"]): line for line in lines}
         handlers, self._names = {}, {}
         for index, (name, answer) in enumerate(nodes.items()):
             for failures in range(len(lines) + 1):
@@ -74,7 +74,7 @@ class ReplayGrid(LocalGrid, Callback):
 
         A server waits before it asks a node again that has failed, by the clock.
         """
-        asked, _ = take_part(self._lines[min(self._round, max(self._lines))])
+        asked, _ = take_part(self._lines[min(self._round, self._end() - 1)])
         ids: dict[str, list[int]] = {}
         for node, name in self._names.items():
             ids.setdefault(name, []).append(node)
@@ -106,11 +106,15 @@ class ReplayGrid(LocalGrid, Callback):
 
     def _registered_again(self, name: str) -> int:
         """Return the round, from this one on, in which a node's new rows began to count."""
-        for number in range(self._round, max(self._lines) + 1):
+        end = self._end()
+        for number in range(self._round, end):
             for event in self._lines[number].get("events", ()):
                 if (event["node"], event["event"]) == (name, "registered again"):
                     return number
-        return max(self._lines) + 1
+        return end
+
+    def _end(self) -> int:
+        return 1 + max(int(number) for number in self._lines)
 
     def _answer(self, message: Message) -> Message:
         name = self._names[message.metadata.dst_node_id]

@@ -105,7 +105,7 @@ def measure_way(
     experiment: Experiment, isolation: str, rows: int, folder: Path, node_venv: str
 ) -> dict[str, Any]:
     """Run three nodes of one kind."""
-    own = {"FEDPET_VENV": node_venv} if node_venv else {}
+    own: dict[str, Any] = {"FEDPET_VENV": node_venv} if node_venv else {}
     deployment = loopback_deployment(experiment, NODES, isolation=isolation)
     write_deployment(deployment, folder)
     write_thirds(folder / "nodes", experiment)

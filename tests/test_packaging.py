@@ -224,7 +224,7 @@ def test_every_dependency_is_pinned_within_its_range(
 
 
 def test_what_is_installed_names_no_index_and_no_host(repository: Path) -> None:
-    for name in ("constraints.txt", "requirements-bundled.txt"):
+    for name in ("constraints.txt", "requirements-bundled.txt", "requirements-language.txt"):
         for line in (repository / name).read_text().splitlines():
             assert line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+", line), f"{name}: {line}"
     for name in ("Makefile", "scripts/install", "pyproject.toml"):
@@ -238,7 +238,7 @@ def test_every_foreign_import_is_a_declared_dependency(
     project = pyproject["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"]]
-    for extra in ("fast", "metrics", "data", "report"):
+    for extra in ("fast", "metrics", "data", "report", "language"):
         wanted += extras[extra]
     declared = {canonicalize_name(Requirement(one).name) for one in wanted}
     declared.add("ray")  # in the exact version that flwr[simulation] asks for

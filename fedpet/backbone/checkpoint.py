@@ -1,7 +1,8 @@
 """Find the files of a checkpoint, and refuse those that no later stage could use.
 
-In:  a hub name, a folder, or `package:NAME` for a Python package that ships weights.
-Out: the folder of its files; a hub's are downloaded once, safetensors where there are any.
+In:  a hub name, a folder, a .gguf file, or `package:NAME` for a Python package that ships weights.
+Out: the folder of its files; a hub's are downloaded once, safetensors where there are any, and a
+     GGUF file is converted once.
 
 Refused before anything reads it: pointers of git-lfs in the
 place of weights, adapters without their base, quantised weights, code that comes with a checkpoint.
@@ -9,12 +10,14 @@ place of weights, adapters without their base, quantised weights, code that come
 
 from __future__ import annotations
 
+import base64
 import importlib.metadata
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from fedpet.backbone.gguf_file import GGUF_SUFFIX, convert_gguf
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
 from fedpet.utils import bundled
@@ -60,10 +63,12 @@ def locate(config: BackboneConfig) -> Path:
 def _folder(config: BackboneConfig) -> Path:
     source = config.model
     if package := package_name(source):
-        return _package_folder(package)
+        return _package_folder(package, config)
     path = Path(source).expanduser()
     if path.is_dir():
         return path.resolve()
+    if path.suffix == GGUF_SUFFIX and path.is_file():
+        return convert_gguf(path.resolve(), source, dtype=config.dtype)
     if path.is_absolute() or source.startswith((".", "~")) or source.count("/") > 1:
         raise BackboneError(f"there is no folder {source!r} to take a backbone from.")
     return _hub_folder(source, config.revision or None)
@@ -80,8 +85,10 @@ def resolve_config(config: BackboneConfig) -> Path:
     """
     source = config.model
     if package := package_name(source):
-        return _package_folder(package) / CONFIG_FILE
+        return _package_folder(package, config) / CONFIG_FILE
     path = Path(source).expanduser()
+    if path.is_file() and path.suffix == GGUF_SUFFIX:
+        return _folder(config) / CONFIG_FILE
     if path.is_file():
         return path.resolve()
     if path.is_dir():
@@ -109,7 +116,7 @@ def package_name(model: str) -> str:
     return model.removeprefix("package:") if model.startswith("package:") else ""
 
 
-def _package_folder(package: str) -> Path:
+def _package_folder(package: str, config: BackboneConfig) -> Path:
     try:
         files = importlib.metadata.files(package) or []
     except importlib.metadata.PackageNotFoundError:
@@ -120,9 +127,22 @@ def _package_folder(package: str) -> Path:
     for file in files:
         if file.name in WEIGHT_FILES:
             return Path(str(file.locate())).parent
+    converted = [file for file in files if file.suffix == GGUF_SUFFIX]
+    if len(converted) == 1:
+        path = Path(str(converted[0].locate()))
+        return convert_gguf(path, config.model, dtype=config.dtype, sha256=_recorded(converted[0]))
     raise BackboneError(
-        f"the package {package!r} holds no weights (none of {', '.join(WEIGHT_FILES)})."
+        f"the package {package!r} holds no weights (none of {', '.join(WEIGHT_FILES)}, nor one "
+        f"{GGUF_SUFFIX} file)."
     )
+
+
+def _recorded(file: importlib.metadata.PackagePath) -> str:
+    """Return the SHA-256 of an installed file, in hex, as its package records it; "" if not."""
+    if file.hash is None or file.hash.mode != "sha256":
+        return ""
+    value = file.hash.value  # without the "=" that its code ends with
+    return base64.urlsafe_b64decode(value + "=" * (-len(value) % 4)).hex()
 
 
 def _hub_folder(name: str, revision: str | None) -> Path:

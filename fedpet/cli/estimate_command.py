@@ -16,6 +16,7 @@ from fedpet.cli.app import (
     out_console,
     write_output,
 )
+from fedpet.config import StructureConfig
 from fedpet.config.builtin import load_experiment
 from fedpet.utils.paths import check_output, expand
 
@@ -28,7 +29,10 @@ def estimate(
     overrides: Overrides = None,
     model: Annotated[
         str,
-        typer.Option(help="Of another backbone: a name, a folder, or a config.json alone."),
+        typer.Option(
+            help="Of another backbone: a name, a folder, or a config.json alone. A structure that "
+            "was searched on the experiment's own gives way to LayerNorm gains."
+        ),
     ] = "",
     clients: Annotated[
         int | None, typer.Option(help="How many there are; else they are counted in the data.")
@@ -53,8 +57,12 @@ def estimate(
 
     from fedpet.estimate import estimate as reckon
     from fedpet.estimate import find_links
+    from fedpet.pet.structure import structure_file
     from fedpet.report.estimate_table import estimate_table
 
+    if model and structure_file(settings.structure.preset):  # searched on the other backbone
+        preset = StructureConfig().preset
+        settings = replace(settings, structure=replace(settings.structure, preset=preset))
     links = find_links(link or [])
     result = reckon(settings, num_clients=clients, rows_per_client=rows, links=links)
     out_console.show(estimate_table(result))

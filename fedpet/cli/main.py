@@ -23,6 +23,7 @@ from fedpet.cli.deploy_command import deploy
 from fedpet.cli.estimate_command import estimate
 from fedpet.cli.export_command import export
 from fedpet.cli.faults import is_of_paths, report_fault, watched_outputs
+from fedpet.cli.import_command import import_settings
 from fedpet.cli.init_command import init
 from fedpet.cli.mask_command import mask
 from fedpet.cli.merge_command import merge
@@ -35,7 +36,10 @@ from fedpet.utils.paths import NO_HOME, give_no_home, replace_home
 
 __all__ = ["app", "main"]
 
-COMMANDS = (init, simulate, search, estimate, mask, report, compare, export, merge, deploy, nodes)
+COMMANDS = (
+    *(init, import_settings, simulate, search, estimate, mask, report, compare),
+    *(export, merge, deploy, nodes),
+)
 app.registered_commands.sort(key=lambda command: COMMANDS.index(command.callback))  # in `--help`
 
 

@@ -13,11 +13,14 @@ from fedpet.utils.paths import check_output, expand
 @app.command(epilog="Example: fedpet mask bundled --density 0.005")
 def mask(
     model: Annotated[
-        str, typer.Argument(help="bundled, a hub name, a folder, or package:NAME.")
+        str, typer.Argument(help="bundled, a hub name, a folder, a .gguf file, or package:NAME.")
     ] = "bundled",
     density: Annotated[float, typer.Option(help="Fraction of the entries in scope.")] = 0.005,
     rule: Annotated[str, typer.Option(help="smallest (PaFi), largest or random.")] = "smallest",
     granularity: Annotated[str, typer.Option(help="global or per-tensor.")] = "global",
+    dtype: Annotated[
+        str, typer.Option(help="float32 or bfloat16: the mask is that of the weights in this type.")
+    ] = "float32",
     out: Annotated[
         str, typer.Option(help="Write the coded positions to this file, the explicit broadcast.")
     ] = "",
@@ -27,16 +30,20 @@ def mask(
     from fedpet.backbone.pretrained import load_backbone
     from fedpet.config import BackboneConfig, MaskConfig
     from fedpet.pet.mask import build_mask
+    from fedpet.pet.mask_ties import describe_ties
     from fedpet.protocol.plan import encode_mask
     from fedpet.report.mask_table import mask_table
 
     if out:
         check_output(expand(out))
     config = MaskConfig(density=density, rule=rule, granularity=granularity)
-    backbone = load_backbone(BackboneConfig(model=model), num_outputs=2)
-    built = build_mask(maskable_weights(backbone.model, backbone.head), config)
+    backbone = load_backbone(BackboneConfig(model=model, dtype=dtype), num_outputs=2)
+    weights = maskable_weights(backbone.model, backbone.head)
+    built = build_mask(weights, config)
     coded = encode_mask(built)
     out_console.show(mask_table(built, config, backbone.model, len(coded)))
+    if ties := describe_ties(weights, built, config):
+        print(f"warning: {ties}")
     if out:
         write_output(expand(out), coded)
         print(f"Positions: {out}")

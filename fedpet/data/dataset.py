@@ -25,6 +25,7 @@ from fedpet.data.collator import COLLATORS
 from fedpet.data.partition import (
     Client,
     Clients,
+    cap_rows,
     drop_small_clients,
     group_rows,
     name_of_client,
@@ -141,7 +142,10 @@ def load_data(
         parts = _natural_clients(train_split, train_entry, population.client_column, cache)
     else:
         parts = partition(train_entry.arrays["labels"], population)
-    unowned = len(train_entry.arrays["labels"]) - sum(map(len, parts.values()))
+    num_rows = len(train_entry.arrays["labels"])
+    unowned = num_rows - sum(map(len, parts.values()))
+    parts = cap_rows(parts, population)
+    beyond = num_rows - unowned - sum(map(len, parts.values()))
     parts, held_out = _hold_out_own(train_split, train_entry, parts, data, population, cache)
     train, examples = _rows(train_entry, data), parts
     if kind.packs:
@@ -167,7 +171,11 @@ def load_data(
         "train": _books(
             train_entry,
             "data.max-train-rows",
-            {"of no client": unowned, "of clients below clients.min-rows": small},
+            {
+                "of no client": unowned,
+                "beyond clients.max-rows": beyond,
+                "of clients below clients.min-rows": small,
+            },
         )
     }
     if held_entry:
@@ -323,6 +331,7 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
         parts = _natural_clients(train, entry, population.client_column, cache)
     else:
         parts = partition(entry.arrays["labels"], population)
+    parts = cap_rows(parts, population)
     parts, held_out = _hold_out_own(train, entry, parts, data, population, cache)
     if kind.packs:  # reckoned: there is no tokeniser
         sizes = entry.arrays["sizes"]

@@ -3,8 +3,9 @@
 In:  the training rows' labels or client column, and a `ClientsConfig`.
 Out: the clients, sorted by id, each with the numbers of its rows.
 
-The rules give each row to exactly one client. A client with fewer than `min_rows` rows, none
-included, takes no part: it is counted, with its rows, and never appears.
+The rules give each row to exactly one client. Of a client with more than `max_rows` rows a seeded
+sample is taken. One with fewer than `min_rows` rows, none included, takes no part: it is counted,
+with its rows, and never appears.
 
 Source: Dirichlet over labels: Hsu, Qi and Brown, 2019, arXiv:1909.06335, in the common form that
 draws each class's shares over the clients. Shards: McMahan et al., AISTATS 2017,
@@ -21,6 +22,7 @@ import numpy as np
 
 from fedpet.config import ClientsConfig
 from fedpet.errors import ConfigError, DataError
+from fedpet.utils.seeds import derive_seed
 
 _ROW_COLUMN = "fedpet_row"
 
@@ -158,6 +160,24 @@ def partition_with(partitioner: Any, dataset: Any) -> dict[str, np.ndarray]:
             "client: take a partitioner that gives each row to one."
         )
     return parts
+
+
+def cap_rows(parts: Mapping[str, np.ndarray], population: ClientsConfig) -> dict[str, np.ndarray]:
+    """Draw `max_rows` rows of each client that has more, in their order; 0 leaves all.
+
+    What is drawn depends on the seed of the partition, on the client's id and on how many rows it
+    has: it is the same in every round, and on every machine that deals these rows out.
+    """
+    most = population.max_rows
+    if not most:
+        return dict(parts)
+    capped = {}
+    for name, rows in parts.items():
+        if len(rows) > most:
+            rng = np.random.default_rng(derive_seed("max-rows", population.seed, name))
+            rows = rows[np.sort(rng.choice(len(rows), most, replace=False))]
+        capped[name] = rows
+    return capped
 
 
 def drop_small_clients(

@@ -1,4 +1,4 @@
-"""Open the source of labelled text: a package, split files, one file, or the hub.
+"""Open the source of rows: a package, split files, one file, or the hub.
 
 In:  `DataConfig.source`.
 Out: a `Source`: the identity of a split, cheaply, and the split itself as a `Table`.
@@ -55,13 +55,16 @@ def open_source(source: str) -> Source:
     """Find the source a user named.
 
     Args:
-        source: "bundled"; a folder; a file; or a hub name, "owner/name[:config][@revision]".
+        source: "bundled"; "package:NAME" for the package of bundled rows; a folder; a file; or a
+            hub name, "owner/name[:config][@revision]".
 
     Raises:
         DataError: There is no such file or folder, or the package is not installed.
     """
     if source == "bundled":
-        return FilmReviews(_film_file())
+        source = f"package:{bundled.name_of(bundled.REVIEWS)}"
+    if source.startswith("package:"):
+        return _open_package(source.removeprefix("package:"))
     path = Path(source).expanduser()
     if path.is_dir():
         return Files(f"the folder {source!r}", find_splits(path))
@@ -91,7 +94,7 @@ class FilmReviews(Source):
     _tables: dict[str, Table] = field(default_factory=dict)
 
     def identity(self, split: str) -> dict[str, Any]:
-        return {"bundled": split, "sha256": _hash_file(self.path)}
+        return {"bundled": split, "sha256": hash_file(self.path)}
 
     def read(self, split: str) -> Table:
         self.check(split)
@@ -99,7 +102,7 @@ class FilmReviews(Source):
         return self._tables[split]
 
     def check(self, split: str) -> None:
-        _check_split(split, ("train", "validation", "test"), self.description)
+        check_split(split, ("train", "validation", "test"), self.description)
 
     def _read_all(self) -> dict[str, Table]:
         import bz2
@@ -147,19 +150,33 @@ def film_split(film: str) -> str:
     return {0: "test", 1: "test", 2: "validation"}.get(digit, "train")
 
 
-def _film_file() -> Path:
+def _open_package(package: str) -> Source:
+    from fedpet.data.chats import CHATS_FILE, Chats  # a source itself
+
+    if package == bundled.name_of(bundled.REVIEWS):
+        return FilmReviews(_packaged(bundled.REVIEWS, _FILM_FILE, "film reviews"))
+    if package == bundled.name_of(bundled.CHATS):
+        return Chats(_packaged(bundled.CHATS, CHATS_FILE, "chats"))
+    known = ", ".join(f"package:{bundled.name_of(one)}" for one in (bundled.REVIEWS, bundled.CHATS))
+    raise AbsentDataError(
+        f"data.source 'package:{package}' is none of the packages whose rows can be read ({known}):"
+        " name one of these, or a file, a folder or a hub's data set."
+    )
+
+
+def _packaged(requirement: str, name: str, what: str) -> Path:
     try:
-        files = importlib.metadata.files(bundled.name_of(bundled.REVIEWS)) or []
+        files = importlib.metadata.files(bundled.name_of(requirement)) or []
     except importlib.metadata.PackageNotFoundError:
         files = []
-    for file in files:  # located, not imported: the package's own dependencies are heavy
-        if file.as_posix() == _FILM_FILE:
+    for file in files:  # located, not imported: the package's own dependencies may be heavy
+        if file.as_posix() == name:
             path = Path(str(file.locate()))
             if path.is_file():
                 return path
     raise DataError(
-        "the bundled film reviews come with a package that is not here: "
-        f"{bundled.how_to_install(bundled.REVIEWS)}, or name other data with data.source."
+        f"the bundled {what} come with a package that is not here: "
+        f"{bundled.how_to_install(requirement)}, or name other data with data.source."
     )
 
 
@@ -177,7 +194,7 @@ class Files(Source):
 
     def identity(self, split: str) -> dict[str, Any]:
         if split not in self._identities:
-            files = [(suffix_of(path), _hash_file(path)) for path in self._of(split)]
+            files = [(suffix_of(path), hash_file(path)) for path in self._of(split)]
             self._identities[split] = {"files": files}
         return self._identities[split]
 
@@ -189,7 +206,7 @@ class Files(Source):
     def _of(self, split: str) -> list[Path]:
         if "" in self.files:
             return self.files[""]
-        _check_split(split, sorted(self.files), self.description)
+        check_split(split, sorted(self.files), self.description)
         return self.files[split]
 
     def _read(self, split: str) -> Table:
@@ -309,7 +326,8 @@ def _column(dataset: Any, name: str) -> Column:
     return Column(list(dataset[name][:]))  # as the library makes a value of its features
 
 
-def _check_split(split: str, known: Sequence[str], what: str) -> None:
+def check_split(split: str, known: Sequence[str], what: str) -> None:
+    """Refuse a split that a source has not."""
     if split not in known:
         raise DataError(
             f"{what} has no split {split!r}. It has {_listed(known)}: set data.train-split and "
@@ -317,7 +335,8 @@ def _check_split(split: str, known: Sequence[str], what: str) -> None:
         )
 
 
-def _hash_file(path: Path) -> str:
+def hash_file(path: Path) -> str:
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

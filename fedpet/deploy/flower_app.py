@@ -24,6 +24,7 @@ from packaging.version import Version
 
 import fedpet
 from fedpet.backbone.checkpoint import package_name
+from fedpet.backbone.gguf_file import GGUF_SUFFIX
 from fedpet.config import Experiment
 from fedpet.config.builtin import experiments_folder
 from fedpet.utils import bundled
@@ -93,8 +94,12 @@ def packages(experiment: Experiment) -> list[str]:
     found = []
     if package := package_name(experiment.backbone.model):
         found.append(bundled.pinned_requirement(package))
+    if bundled.LANGUAGE_MODEL in found or experiment.backbone.model.endswith(GGUF_SUFFIX):
+        found.append(bundled.GGUF)
     if experiment.data.source == "bundled":
         found.append(bundled.REVIEWS)
+    elif experiment.data.source.startswith("package:"):
+        found.append(bundled.pinned_requirement(experiment.data.source.removeprefix("package:")))
     return found
 
 

@@ -98,9 +98,12 @@ def write_card(
 
 
 def write_adapter_card(
-    folder: Path, source: str, *, peft_type: str, notes: Sequence[str] = ()
+    folder: Path, source: str, *, peft_type: str, notes: Sequence[str] = (), name: str = ""
 ) -> None:
-    """Write the card of an adapter of which no run is at hand; arguments as of `write_card`."""
+    """Write the card of an adapter of which no result is at hand; arguments as of `write_card`.
+
+    Its name is the folder's where none is given.
+    """
     versions = {"fedpet": __version__}
     for package in ("torch", "transformers"):
         versions[package] = importlib.metadata.version(package)
@@ -109,7 +112,7 @@ def write_adapter_card(
         hub_name(source),
         peft_type=peft_type,
         notes=notes,
-        name=folder.name,
+        name=name or folder.name,
         result=False,
         versions=versions,
         labels=[],

@@ -28,6 +28,7 @@ from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from fedpet.backbone.checkpoint import package_name
 from fedpet.backbone.module_roles import is_dense
 from fedpet.errors import ConfigError
 from fedpet.export.model_card import hub_name, write_adapter_card
@@ -39,7 +40,7 @@ from fedpet.utils.paths import expand
 if TYPE_CHECKING:
     from fedpet.pet.model import PetModel
 
-__all__ = ["CONFIG_FILE", "TENSORS_FILE", "export_peft", "write_adapter"]
+__all__ = ["CONFIG_FILE", "TENSORS_FILE", "check_expressible", "export_peft", "write_adapter"]
 
 CONFIG_FILE = "adapter_config.json"
 TENSORS_FILE = "adapter_model.safetensors"
@@ -106,7 +107,7 @@ def write_adapter(pet: PetModel, folder: Path, source: str) -> tuple[str, Sequen
     adapter = _adapter_of(pet)
     config = {
         **adapter.config,
-        "base_model_name_or_path": hub_name(source) or source or None,
+        "base_model_name_or_path": _base(pet, source),
         "inference_mode": True,
         "modules_to_save": sorted(adapter.whole) or None,
         "task_type": _task_type(type(pet.model).__name__),
@@ -123,6 +124,22 @@ def write_adapter(pet: PetModel, folder: Path, source: str) -> tuple[str, Sequen
     except (OSError, SafetensorError) as error:
         raise no_room(folder, error) from None
     return adapter.config["peft_type"], adapter.notes
+
+
+def check_expressible(pet: PetModel) -> None:
+    """Refuse a model whose trainables are no adapter of peft, before it is trained.
+
+    Raises:
+        ConfigError: peft cannot express what trains; the message says what, and what to do.
+    """
+    _adapter_of(pet)
+
+
+def _base(pet: PetModel, source: str) -> str | None:
+    """Return what `from_pretrained` finds the checkpoint by: its name on the hub, else a folder."""
+    folder = getattr(getattr(pet.model, "config", None), "_name_or_path", "")
+    package = package_name(source)
+    return hub_name(source) or (folder if package else source) or None
 
 
 @dataclass

@@ -26,6 +26,8 @@ __all__ = ["run_table"]
 MAX_REFUSALS = 3  # shown in full; the others are in result.json
 
 Row = tuple[str, str]
+# By the method that a structure's file states; others were chosen by hand.
+_STRUCTURES = {"s3pet": "searched structure", "random": "random structure"}
 
 
 def run_table(result: Mapping[str, Any]) -> RenderableType:
@@ -91,15 +93,30 @@ def _values(result: Mapping[str, Any]) -> Iterator[Row]:
         f"{count:,}   ({show_percent(count / everything)} of {show_count(everything)} parameters)",
     )
     kinds = model["values_by_kind"]
-    if len(kinds) > 1:
+    if result["run"]["method"] != "fedpet":
         yield "  by kind", ", ".join(f"{kind} {size:,}" for kind, size in kinds.items())
-    if inexact := model.get("inexact_kinds"):
-        yield "  not averaged exactly", f"{', '.join(inexact)}: the mean of factors"
+    else:
+        yield from _parts(kinds, model.get("structure_method", ""))
+    inexact = model.get("inexact_kinds")
+    factors = f"{', '.join(inexact)}: the mean of factors" if inexact else "nothing"
+    yield "  not averaged exactly", factors
     if training := result.get("training"):  # the result of an older fedpet has none
         yield "learning rates", _rates(training)
     for tier in model.get("tiers", ()):
         name = f"  tier {tier['density']:g}"
         yield name, f"{tier['values']:,} values, {tier['clients']:,} clients"
+
+
+def _parts(kinds: Mapping[str, int], method: str) -> Iterator[Row]:
+    """Say which part of the values is the mask, the structure, and the head."""
+    structure = {kind: size for kind, size in kinds.items() if kind not in ("mask", "head")}
+    if "mask" in kinds:
+        yield "  mask", f"{kinds['mask']:,}"
+    if structure:
+        each = ", ".join(f"{kind} {size:,}" for kind, size in structure.items())
+        yield f"  {_STRUCTURES.get(method, 'structure')}", f"{sum(structure.values()):,}   ({each})"
+    if "head" in kinds:
+        yield "  head", f"{kinds['head']:,}"
 
 
 def _rates(training: Mapping[str, Any]) -> str:

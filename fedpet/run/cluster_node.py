@@ -13,7 +13,6 @@ import atexit
 import fcntl
 import functools
 import hashlib
-import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -29,7 +28,7 @@ from fedpet.data.collator import COLLATORS
 from fedpet.data.content_folder import store_folder
 from fedpet.data.rows import no_rows
 from fedpet.errors import ConfigError, FedpetError, RunError
-from fedpet.utils.paths import absolute
+from fedpet.utils.paths import cache_root
 from fedpet.utils.source_digest import check_source_digest, code_digest
 
 __all__ = ["ClusterNode", "FileReader"]
@@ -188,7 +187,7 @@ def _complete(node: ClusterNode) -> NodeConfig:
         raise ConfigError("it has another fedpet than the run: install the same one.") from None
     cache = node.settings.cache
     if not node.has_cache:
-        cache = absolute(os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet")
+        cache = cache_root()
     if node.shared is not None and not (cache / node.shared.name).exists():
         raise ConfigError(
             f"its cache {str(cache)!r} is its own, and codec.error-feedback keeps what a client "

@@ -27,6 +27,7 @@ from fedpet.client.node_config import cache_folder
 from fedpet.client.state_store import state_folder
 from fedpet.data import Client, FederatedData, count_classes
 from fedpet.errors import RunError
+from fedpet.pet.mask_ties import describe_ties
 from fedpet.pet.tiers import tiers_of
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
 from fedpet.run.callbacks import Callback, RunStart
@@ -45,6 +46,8 @@ from fedpet.utils.cores import usable_cores
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
+
+    from fedpet.pet.model import PetModel
 
 __all__ = ["Prepared", "PreparedSearch", "federate", "prepare"]
 
@@ -99,6 +102,8 @@ def federate(
         journal = None  # the search was over, and training had not begun
     out.write_structure(prepared.structure)
     plan, pet = prepared.plan, prepared.pet
+    if ties := _mask_ties(pet):
+        callback.on_stage(f"warning: {ties}")
     strategy = SparseStrategy(
         plan=plan,
         tiers=tiers_of(pet, plan.mask),
@@ -132,6 +137,7 @@ def federate(
         plan_digest=strategy.digest.hex(),
         values_by_kind=count_by_kind(pet.segments),
         tiers=_tiers(strategy.tiers),
+        structure_method=str(prepared.structure.provenance.get("method", "")),
         pretrained_parameters=prepared.pretrained_parameters,
         added_parameters=_num_parameters(model) - prepared.all_parameters,
         inexact_kinds=pet.inexact_kinds,
@@ -174,6 +180,14 @@ def _with_clients(data: FederatedData, population: ClientPool) -> FederatedData:
     return replace(
         data, clients=tuple(Client(name, np.broadcast_to(0, count)) for name, count in rows)
     )
+
+
+def _mask_ties(pet: PetModel) -> str:
+    """Say whether ties fill the mask; its values are still zero, the weights the checkpoint's."""
+    if pet.mask is None or pet.mask_config is None:
+        return ""
+    weights = {name: pet.model.get_parameter(name) for name in pet.mask.sizes}
+    return describe_ties(weights, pet.mask, pet.mask_config)
 
 
 def _num_parameters(model: PreTrainedModel) -> int:

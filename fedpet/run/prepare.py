@@ -27,6 +27,7 @@ from fedpet.data import (
     load_evaluation,
 )
 from fedpet.errors import ConfigError
+from fedpet.export.peft_adapter import check_expressible
 from fedpet.export.start_values import start_values
 from fedpet.pet.kernels.matmul import bound_onednn_cache
 from fedpet.pet.kernels.matmul_timing import settle_product
@@ -164,6 +165,8 @@ def _training_inputs(inputs: RunInputs, backbone: Backbone, structure: Structure
             "nothing is trained: backbone.head is 'keep', mask.enabled is false and the structure "
             "is empty. Enable one of them."
         )
+    if inputs.experiment.run.save_every:
+        check_expressible(pet)
     folder = inputs.experiment.run.start
     return Prepared(
         inputs.experiment,

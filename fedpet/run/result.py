@@ -44,6 +44,7 @@ def summarise(
     total_seconds: float,
     resumed: int = 0,
     tiers: Sequence[dict[str, Any]] = (),
+    structure_method: str = "",
     origin: Origin,
     training: TrainingConfig | None = None,
     kept: KeptRound | None = None,
@@ -66,6 +67,8 @@ def summarise(
         total_seconds: From the first stage to the last, the time that nothing ran left out.
         resumed: How often the run was cut short and gone on with.
         tiers: Density, values and clients of each tier, where devices differ in strength.
+        structure_method: By which the structure was found: "s3pet" where it was searched, "" where
+            it was chosen by hand.
         origin: What of the model came from the checkpoint, and what did not.
         training: As it was in force, with the rates that were derived from the model; None is the
             experiment's.
@@ -102,6 +105,7 @@ def summarise(
             "structure_values": num_values - mask - head,
             "head_values": head,
             "values_by_kind": values_by_kind,
+            "structure_method": structure_method,
             "inexact_kinds": list(inexact_kinds),
             "inference_parameters_added": added_parameters,
             "tiers": list(tiers),

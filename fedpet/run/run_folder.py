@@ -20,9 +20,10 @@ import tomli_w
 
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
-from fedpet.export.model_card import write_card
+from fedpet.export.model_card import write_adapter_card, write_card
+from fedpet.export.peft_adapter import write_adapter
 from fedpet.export.plain_model import no_room, write_model
-from fedpet.utils.atomic_write import atomic_write
+from fedpet.utils.atomic_write import atomic_write, whole_folder
 from fedpet.utils.lock import locked_folder, make_folder
 from fedpet.utils.paths import expand
 from fedpet.utils.processor import processor_type
@@ -31,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from fedpet.data import ClassCount
+    from fedpet.pet.model import PetModel
     from fedpet.pet.structure import Structure
     from fedpet.protocol.plan import Plan
 
@@ -72,6 +74,18 @@ class RunFolder:
     def write_card(self, experiment: Experiment, result: dict[str, Any]) -> None:
         """Leave the card of the plain model beside it."""
         write_card(self.path / "model", experiment, result)
+
+    def write_adapter(self, pet: PetModel, experiment: Experiment, server_round: int) -> None:
+        """Leave what is trained after a round as an adapter of peft, with its card."""
+        source, folder = experiment.backbone.model, self.path / f"peft_{server_round}"
+        try:
+            with whole_folder(folder) as building:
+                peft_type, notes = write_adapter(pet, building, source)
+                write_adapter_card(
+                    building, source, peft_type=peft_type, notes=notes, name=folder.name
+                )
+        except OSError as error:
+            raise no_room(folder, error) from None
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Leave `result.json`: the last file of a run. A number that is none, NaN, is null."""

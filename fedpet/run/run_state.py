@@ -80,6 +80,7 @@ class RunState:
         self._strategy = strategy
         self._ledger = ledger
         self._callback = callback
+        self._out = out
         self._last_round = prepared.experiment.strategy.num_rounds
         self._merged: PreTrainedModel | None = None
         self._assessed: Assessment | None = None  # the last evaluation of this process
@@ -108,6 +109,9 @@ class RunState:
         before, self.values = self.values, from_arrays(arrays)
         record = self._ledger.begin(0) if server_round == 0 else self._ledger.current
         last = server_round == self._last_round
+        if record.aggregated and is_saved(experiment.run.save_every, server_round, last=last):
+            self._load_values()
+            self._out.write_adapter(self._prepared.pet, experiment, server_round)
         due = last or server_round % experiment.strategy.evaluate_every == 0
         if due and self._has_rows:
             clock = time.perf_counter()
@@ -230,6 +234,11 @@ class RunState:
     def _load_values(self) -> None:
         values = torch.from_numpy(self.values.copy())
         self._prepared.pet.set_delta(values, seed=self._prepared.plan.seed)
+
+
+def is_saved(every: int, server_round: int, *, last: bool) -> bool:
+    """Tell whether an adapter is left after a round: every so many, and after the last."""
+    return every > 0 and server_round > 0 and (last or server_round % every == 0)
 
 
 def refuse_stalled(ledger: Ledger) -> None:

@@ -25,7 +25,9 @@ gradient is gathered over three passes and sent to alpha once.
 
 Source: S3PET (Hu et al., NeurIPS 2022, arXiv:2206.07382), after DARTS (Liu et al., ICLR 2019,
 arXiv:1806.09055). Ours: rates may differ by group; `sgd`, `adamw-exact` and the first order; for
-alpha `SharedScale` and the gradient through zeta.
+alpha `SharedScale` and the gradient through zeta; steps before the first of alpha, with gates that
+are drawn or all open. A small budget draws nearly all gates close to 0, and AdamW then moves a
+candidate in a few of the steps only: open, it has learned something when gates begin to move.
 """
 
 from __future__ import annotations
@@ -335,7 +337,7 @@ class BiLevel:
             self.pet.model.train(config.dropout)
         self._reseed("step")
         if self.steps_done < config.warmup_steps:
-            return self._move_values(theta_batch)
+            return self._move_values(theta_batch, opened=config.warmup_gates == "open")
 
         drawn = self._draw("alpha")
         gates = drawn.detach().float()
@@ -365,10 +367,11 @@ class BiLevel:
         self._check(theta_loss, alpha_loss)
         return StepLosses(theta_loss, alpha_loss)
 
-    def _move_values(self, theta_batch: dict[str, Tensor]) -> StepLosses:
+    def _move_values(self, theta_batch: dict[str, Tensor], *, opened: bool = False) -> StepLosses:
         """Take the step of the candidates' values; its loss stands for both."""
         self.pet.zero_grad()
-        loss = self._batch_loss(theta_batch, self._draw("theta").detach().float())
+        gates = torch.ones_like(self.alpha) if opened else self._draw("theta")
+        loss = self._batch_loss(theta_batch, gates.detach().float())
         loss.backward()
         self._update(self._theta, list(self._groups.values()))
         self.pet.after_step()

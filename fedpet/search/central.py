@@ -325,7 +325,7 @@ def check_structure(structure: Structure, fingerprint: str) -> None:
         raise StructureError(
             f"a searched structure belongs to its backbone: this one was found on the checkpoint "
             f"{structure.fingerprint:.12}, the backbone here is {fingerprint:.12}. Take that "
-            "checkpoint, or search again on this one."
+            "checkpoint, search again on this one, or name a preset: structure.preset = 'lnfit'."
         )
 
 

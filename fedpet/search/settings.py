@@ -63,9 +63,11 @@ def deviations(
         "no dropout": not config.dropout,
         "last checkpoint": config.checkpoint == "last" or config.federated,
         f"space {config.space}": not config.space.startswith("s3pet"),
+        f"candidates of {', '.join(config.kinds)} alone": bool(config.kinds),
         "batches of another size": config.batch_size not in _BATCHES,
         "rates by kind": bool(config.learning_rates),
         f"gates at rest for {config.warmup_steps} steps": config.warmup_steps > 0,
+        "all gates open meanwhile": config.warmup_steps > 0 and config.warmup_gates == "open",
         "one scale for all logits' steps": config.gate_optimizer != "adamw",
         "gates compete by gain per value": config.competition != "candidates",
         f"mean alpha of {config.repeats} searches": config.repeats > 1,
@@ -91,7 +93,8 @@ def reproducible_settings(config: SearchConfig) -> dict[str, Any]:
         >>> "rounds" in reproducible_settings(SearchConfig())
         False
     """
-    table = {**asdict(config), "learning_rates": list(config.learning_rates)}
+    lists = {name: list(getattr(config, name)) for name in ("kinds", "learning_rates")}
+    table = {**asdict(config), **lists}
     if not config.federated:
         for name in _FEDERATED:
             del table[name]

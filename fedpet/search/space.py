@@ -217,6 +217,7 @@ def build_space(
     name: str = "mergeable",
     *,
     head: Collection[str] = (),
+    kinds: Collection[str] = (),
     rank: int = 1,
     scale: float = 16.0,
     mask: MaskConfig | None = None,
@@ -229,6 +230,7 @@ def build_space(
         model: Any transformer; its weights are not read.
         name: Of `SPACES`.
         head: Names of newly initialised parameters, which carry no candidates.
+        kinds: Of the candidates; none takes all kinds of the space.
         rank: Of LoRA, HiWi and the adapter's factors.
         scale: Of LoRA; HiWi and the adapter have scale 1.
         mask: Whose rule ranks the entries, of `joint`; None is the default rule.
@@ -237,7 +239,7 @@ def build_space(
 
     Raises:
         ConfigError: An unknown space, or a rank below 1.
-        StructureError: The model has no candidate of this space.
+        StructureError: The model has no candidate of this space, or none of these kinds.
 
     Example:
         >>> from transformers import BertConfig, BertForSequenceClassification
@@ -264,8 +266,10 @@ def build_space(
             if wanted(position):
                 spec = spec_of(kind, position.name, rank=rank, scale=scale)
                 candidates.append(_candidate(spec, position, model))
+    candidates = [c for c in candidates if not kinds or c.spec.kind in kinds]
     if not candidates:
-        raise StructureError(f"the space {name!r} has no candidate in this model.")
+        of_kinds = f" of {', '.join(sorted(kinds))}" if kinds else ""
+        raise StructureError(f"the space {name!r} has no candidate{of_kinds} in this model.")
     return Space(name, tuple(candidates), mask)
 
 
@@ -290,6 +294,7 @@ def space_for(
         model,
         config.space,
         head=head,
+        kinds=config.kinds,
         rank=config.rank,
         scale=config.scale,
         mask=mask,

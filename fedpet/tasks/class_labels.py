@@ -68,8 +68,8 @@ def check_label_names(data: DataConfig) -> None:
     names = list(data.label_names)
     if names and not kind_of(data.task).has_classes:
         raise ConfigError(
-            f"data.label-names {names} belong to a classification: leave them out for a "
-            f"{data.task}, or set data.task = 'classification'."
+            f"data.label-names {names} belong to a classification: leave them out, "
+            f"since data.task is {data.task!r}, or set data.task = 'classification'."
         )
     if len(names) == 1 or len({name_of_label(name) for name in names}) < len(names):
         raise ConfigError(f"data.label-names must be two or more different names, got {names}.")

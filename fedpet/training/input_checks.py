@@ -31,6 +31,8 @@ __all__ = ["check_inputs", "max_tokens", "settle_padding"]
 
 # Of logits that should be alike: float32 and another shape of the batch part them by some 1e-6.
 _RELATIVE, _ABSOLUTE, _EXACT = 1e-3, 1e-5, 1e-5
+# In bfloat16 thirty blocks part them by 0.025 of the largest, measured on a row of three tokens.
+_COARSE = 0.06
 
 
 def settle_padding(model: PreTrainedModel, rows: Rows) -> None:
@@ -139,7 +141,8 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
         ) from None
     if alone.shape != beside.shape:  # logits of each token
         beside = beside[:, 1:] if rows.pad_left else beside[:, :-1]
-    atol = _ABSOLUTE + _RELATIVE * _largest(alone)
+    relative = _RELATIVE if alone.dtype == torch.float32 else _COARSE
+    atol = _ABSOLUTE + relative * _largest(alone)
     return torch.allclose(alone, beside, rtol=0, atol=atol, equal_nan=True)
 
 

@@ -84,17 +84,18 @@ def make_folder(folder: Path, *, new: bool = False) -> list[Path]:
 
 
 @contextmanager
-def locked(file: Path, what: Path) -> Iterator[None]:
+def locked(file: Path, what: Path, *, wait: bool = False) -> Iterator[None]:
     """Hold the lock on a file, which is made for it and goes with it.
 
     Args:
         file: The lock's.
         what: The folder or file that it guards, for the message.
+        wait: Wait for a process that holds it, in the place of the refusal.
 
     Raises:
         ConfigError: Another process holds it, or the file cannot be made.
     """
-    handle = _take(file, what)
+    handle = _take(file, what, wait)
     try:
         yield
     finally:
@@ -104,7 +105,7 @@ def locked(file: Path, what: Path) -> Iterator[None]:
             os.close(handle)
 
 
-def _take(file: Path, what: Path) -> int | None:
+def _take(file: Path, what: Path, wait: bool) -> int | None:
     """Return the locked file's descriptor; None where the file system has no locks."""
     while True:
         try:
@@ -114,7 +115,7 @@ def _take(file: Path, what: Path) -> int | None:
                 f"{str(what)!r} cannot be written: {error.strerror or error}."
             ) from None
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(handle, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except OSError as error:
             holder = _holder(handle)
             os.close(handle)

@@ -12,7 +12,15 @@ from pathlib import Path
 
 from fedpet.errors import ConfigError, InputError
 
-__all__ = ["NO_HOME", "absolute", "check_output", "expand", "give_no_home", "replace_home"]
+__all__ = [
+    "NO_HOME",
+    "absolute",
+    "cache_root",
+    "check_output",
+    "expand",
+    "give_no_home",
+    "replace_home",
+]
 
 NO_HOME = "Could not determine home directory."  # the message of pathlib's RuntimeError
 
@@ -60,6 +68,18 @@ def absolute(path: str | Path) -> Path:
     if ".." in path.parts:  # after a link it is the parent of what the link leads to
         path = path.parent.resolve() / path.name
     return path.absolute()
+
+
+def cache_root(named: str = "") -> Path:
+    """Return the folder of what is computed once: `run.cache`, $FEDPET_CACHE, ~/.cache/fedpet.
+
+    Args:
+        named: `run.cache` of an experiment; "" where it names none.
+
+    Raises:
+        ConfigError: It begins with "~", and there is no such folder.
+    """
+    return absolute(named or os.environ.get("FEDPET_CACHE") or "~/.cache/fedpet")
 
 
 def check_output(path: Path) -> None:

@@ -57,7 +57,7 @@ def test_a_runs_table_holds_the_numbers_of_its_result() -> None:
     assert "accuracy before 0.5000" in text
     assert "accuracy after 0.8123" in text
     assert "values communicated 63,070" in text
-    assert "mask 53,084, lnfit 9,216, head 770" in text
+    assert "mask 53,084 structure 9,216 (lnfit 9,216) head 770 not averaged exactly nothing" in text
     assert "up, a client and round 40 kB" in text
     assert "plan, a client, once 600 B" in text
     assert f"sent in total {format_bytes(sent['total_bytes'])}" in text
@@ -65,6 +65,22 @@ def test_a_runs_table_holds_the_numbers_of_its_result() -> None:
     assert f"1/{sent['dense_fedavg_total_bytes'] / sent['total_bytes']:,.0f} of dense" in text
     assert "time 3 min 12 s (rounds 44 s" in text
     assert "rounds outside training 10.0 %" in text
+
+
+def test_a_runs_table_names_a_searched_structure_and_what_is_not_averaged_exactly() -> None:
+    values = {"mask": 50, "lora-factors": 30, "ln-bias": 20, "head": 6}
+    result = make_result(values=values)
+    result["model"] |= {"structure_method": "s3pet", "inexact_kinds": ["lora-factors"]}
+    text = words(to_text(run_table(result)))
+    assert "mask 50 searched structure 50 (lora-factors 30, ln-bias 20) head 6" in text
+    assert "not averaged exactly lora-factors: the mean of factors" in text
+    del result["model"]["structure_method"]  # as an older fedpet wrote it
+    assert "structure 50 (lora-factors 30" in words(to_text(run_table(result)))
+
+
+def test_a_baselines_table_names_its_values_by_kind() -> None:
+    result = make_result(method="full", values={"backbone": 50, "head": 6})
+    assert "by kind backbone 50, head 6" in words(to_text(run_table(result)))
 
 
 def test_a_runs_table_names_the_refused_and_their_reason() -> None:

@@ -63,7 +63,8 @@ def test_what_is_wrong_is_refused_by_name_and_the_rest_averaged(
         assert words in refused[name], refused[name]
     # Another checkpoint is found when the node registers: its client is never drawn.
     assert result["data"]["clients"] == len(names) - 1
-    assert [(e["node"], e["event"]) for e in result["events"]] == [("checkpoint", "suspended")]
+    told = [(event["node"], event["event"]) for event in result["events"]]
+    assert told == [("checkpoint", "suspended"), ("raises", "suspended")]
     assert "this node cannot take part until this is mended" in said
     # Of a duplicate the first frame is kept.
     assert result["final_values_sha256"] == place.expected(

@@ -519,6 +519,27 @@ def test_steps_before_the_gates_move_the_values_alone(folder: Path, data: Federa
         BiLevel(pet, space, replace(config, warmup_steps=4), total_steps=4, loss=cross_entropy)
 
 
+@pytest.mark.parametrize("gates", ["open", "drawn"])
+def test_gates_that_are_open_before_they_move_are_drawn_from_then_on(
+    folder: Path, data: FederatedData, monkeypatch: pytest.MonkeyPatch, gates: str
+) -> None:
+    config = replace(CONFIG, warmup_steps=2, warmup_gates=gates)
+    pet, space = put_on(load(folder))
+    search = BiLevel(pet, space, config, total_steps=4, loss=cross_entropy)
+    split, opened = split_rows(np.arange(len(data.train)), config), []
+    set_gates = pet.set_gates
+
+    def watched(values: torch.Tensor) -> None:
+        opened.append(bool((values == 1).all()))
+        set_gates(values)
+
+    monkeypatch.setattr(pet, "set_gates", watched)
+    for theta, alpha in step_batches(data.train, split, config, 0, 4):
+        search.step(theta, alpha)
+    assert opened[:2] == [gates == "open"] * 2
+    assert not any(opened[2:])
+
+
 def cross_entropy(model: Any, inputs: Any, labels: torch.Tensor) -> torch.Tensor:
     return nn.functional.cross_entropy(model(**inputs).logits, labels)
 

@@ -11,7 +11,7 @@ import torch
 from test_search_gates import CASES
 
 from fedpet.backbone.pretrained import Backbone, load_backbone
-from fedpet.config import BackboneConfig
+from fedpet.config import BackboneConfig, SearchConfig
 from fedpet.errors import ConfigError, StructureError
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
@@ -21,7 +21,10 @@ from fedpet.search import (
     budget_values,
     build_space,
     check_structure,
+    deviations,
     random_structure,
+    reproducible_settings,
+    space_for,
 )
 
 KINDS = {
@@ -157,6 +160,32 @@ def test_a_budget_that_holds_nothing_or_everything_is_refused_with_the_bound(fol
         random_structure(space, space.num_values, seed=0)
     with pytest.raises(ConfigError, match="joint, mergeable, s3pet-mix, s3pet-lora, got 'all'"):
         build_space(backbone.model, "all")
+
+
+@pytest.mark.parametrize("name", ["mergeable", "joint", "s3pet-mix"])
+def test_a_space_of_some_kinds_has_all_candidates_of_those_and_no_other(
+    folder: Path, name: str
+) -> None:
+    backbone = load(folder)
+    kinds = ("lnfit", "bitfit")
+    whole = space_for(SearchConfig(space=name), backbone.model, head=backbone.head)
+    some = space_for(SearchConfig(space=name, kinds=kinds), backbone.model, head=backbone.head)
+    assert {one.spec.kind for one in some.candidates} == set(kinds)
+    assert list(some.candidates) == [one for one in whole.candidates if one.spec.kind in kinds]
+
+
+def test_a_kind_that_is_unknown_or_that_a_space_lacks_is_refused(folder: Path) -> None:
+    backbone = load(folder)
+    with pytest.raises(ConfigError, match=r"search\.kinds must be one of .* Did you mean 'lnfit'"):
+        SearchConfig(kinds=("lnfi",))
+    with pytest.raises(StructureError, match="'s3pet-lora' has no candidate of bitfit, lnfit"):
+        build_space(backbone.model, "s3pet-lora", head=backbone.head, kinds=("lnfit", "bitfit"))
+
+
+def test_a_search_of_some_kinds_says_so() -> None:
+    found = SearchConfig(kinds=("lnfit", "ln-bias"))
+    assert "candidates of lnfit, ln-bias alone" in deviations(found)
+    assert reproducible_settings(found)["kinds"] == ["lnfit", "ln-bias"]
 
 
 def test_a_structure_of_another_backbone_is_refused_by_its_fingerprint() -> None:

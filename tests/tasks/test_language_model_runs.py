@@ -27,7 +27,6 @@ from fedpet.training.loop import train_rows
 from fedpet.utils.seeds import client_id64, derive_seed
 
 Make = Callable[..., Experiment]
-TASKS = ("instruction", "language-modelling")
 
 
 @pytest.fixture(scope="module")
@@ -74,8 +73,16 @@ def generated(model: Any, tokens: int = 12) -> list[list[int]]:
     return answer
 
 
-@pytest.mark.parametrize("task", TASKS)
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    ("name", "task"),
+    [
+        ("llama-tied", "instruction"),
+        ("gpt2", "language-modelling"),
+        pytest.param("llama", "language-modelling", marks=pytest.mark.slow),
+        pytest.param("llama", "instruction", marks=pytest.mark.slow),
+        pytest.param("gpt2", "instruction", marks=pytest.mark.slow),
+    ],
+)
 def test_a_run_lowers_the_perplexity_and_its_saved_model_has_it(
     name: str, task: str, experiment: Make
 ) -> None:
@@ -136,7 +143,9 @@ def values_of(result: dict[str, Any], experiment: Experiment) -> np.ndarray:
     return values
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize(
+    "name", ["llama", "llama-tied", pytest.param("gpt2", marks=pytest.mark.slow)]
+)
 def test_the_merged_model_generates_the_tokens_of_the_adapted_one_and_stays_tied(
     name: str, experiment: Make, models: Path, tmp_path: Path
 ) -> None:
@@ -161,7 +170,7 @@ def test_the_merged_model_generates_the_tokens_of_the_adapted_one_and_stays_tied
     assert (merged.get_output_embeddings().weight is merged.get_input_embeddings().weight) == tied
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", ["llama", pytest.param("gpt2", marks=pytest.mark.slow)])
 def test_embeddings_and_the_output_layer_are_neither_masked_nor_trained(
     name: str, experiment: Make, models: Path
 ) -> None:
@@ -193,12 +202,17 @@ def test_results_do_not_depend_on_the_number_of_nodes(experiment: Make) -> None:
         {"backbone_dtype": "bfloat16"},
         {"training_gradient_checkpointing": True},
         {"training_learning_rate": "auto"},
-        {"strategy_name": "fedprox", "training_proximal_mu": 0.1},
         {"training_clients_at_once": 3},
-        {"run_evaluation_dtype": "bfloat16"},
-        {"codec_uplink": "dither-3", "codec_downlink": "dither-5"},
-        {"mask_tiers": ["0.01=0.5", "0.05=0.5"]},
-        {"backbone_head": "keep"},
+        *(
+            pytest.param(changes, marks=pytest.mark.slow)
+            for changes in (
+                {"strategy_name": "fedprox", "training_proximal_mu": 0.1},
+                {"run_evaluation_dtype": "bfloat16"},
+                {"codec_uplink": "dither-3", "codec_downlink": "dither-5"},
+                {"mask_tiers": ["0.01=0.5", "0.05=0.5"]},
+                {"backbone_head": "keep"},
+            )
+        ),
     ],
     ids=lambda changes: next(iter(changes)),
 )
@@ -228,7 +242,7 @@ def test_checkpointing_and_the_packing_of_classifiers_move_no_value(
         ({"clients_partition": "shards"}, r"deals rows out by label"),
         ({"backbone_head": "new"}, r"backbone\.head = 'new' draws a head"),
         ({"data_metric": "accuracy"}, r"'accuracy' does not measure data\.task = 'instruction'"),
-        ({"data_label_names": ["a", "b"]}, r"leave them out for a instruction"),
+        ({"data_label_names": ["a", "b"]}, r"leave them out, since data\.task is 'instruction'"),
     ],
 )
 def test_settings_of_classifiers_are_refused(

@@ -59,7 +59,7 @@ def test_a_structure_of_another_backbone_is_refused_before_anything_is_run(
 ) -> None:
     said = refused(*simulate(files, tmp_path, altered(found, tmp_path, fingerprint="ab" * 32)))
     assert "was found on the checkpoint abababababab" in said
-    assert "Take that checkpoint, or search again on this one." in said
+    assert "Take that checkpoint, search again on this one, or name a preset" in said
 
 
 def test_a_structure_s_file_of_a_newer_schema_or_of_nothing_is_refused(
