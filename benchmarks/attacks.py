@@ -39,7 +39,15 @@ from fedpet.errors import ConfigError, FedpetError, InputError, RunError
 from fedpet.pet.layout import quantisation_groups
 from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.flower_compat import quiet_flower
-from fedpet.protocol.frame import Frame, pack_frame, pack_refusal, unpack_frames
+from fedpet.protocol.frame import (
+    Frame,
+    Measured,
+    Refusal,
+    pack_frame,
+    pack_measured,
+    pack_refusal,
+    unpack_frames,
+)
 from fedpet.protocol.request import read_request
 from fedpet.report.number_format import show_metric
 from fedpet.run.callbacks import Callback
@@ -134,7 +142,9 @@ class Liars:
         liars = self._liars(clients, parts[0].server_round)
         return b"".join(
             pack_refusal(part)
-            if not isinstance(part, Frame)
+            if isinstance(part, Refusal)
+            else pack_measured(part)
+            if isinstance(part, Measured)
             else pack_frame(self._twisted(part) if part.client in liars else part)
             for part in parts
         )

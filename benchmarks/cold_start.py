@@ -230,7 +230,7 @@ def _client(folder: Path) -> Callable[[bytes], bytes]:
         packed = node.answer(request)
         [frame] = unpack_frames(packed, max_frames=1, max_payload_bytes=len(packed))
         if not isinstance(frame, Frame):
-            raise RuntimeError(frame.reason)
+            raise RuntimeError(str(frame))
         return packed
 
     return answer

@@ -30,6 +30,11 @@ def make_client_app(code: str = "") -> ClientApp:
         """Train the clients that the message names."""
         return _answer(message, context, code)
 
+    @made.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        """Measure values on rows of the clients that the message names."""
+        return _answer(message, context, code)
+
     @made.query()
     def query(message: Message, context: Context) -> Message:
         """Register the clients of this node."""

@@ -11,7 +11,7 @@ the reference itself or as the changes since one that the node holds
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -23,10 +23,10 @@ from fedpet.pet.layout import Communicated, head_groups, quantisation_groups
 from fedpet.protocol.codec_seeds import downlink_seed
 from fedpet.protocol.frame import Frame, RefusalCode, StateMissingError, unpack_frames
 from fedpet.protocol.plan import Plan
-from fedpet.protocol.request import Path, Request
+from fedpet.protocol.request import EvaluationRequest, Path, Request
 from fedpet.protocol.shared_reference import Reference, apply_changes, decode_full
 
-__all__ = ["TierValues", "decode_global_values", "frames_by_tier"]
+__all__ = ["TierValues", "decode_global_values", "decode_values_alone", "frames_by_tier"]
 
 
 @dataclass(frozen=True)
@@ -109,6 +109,23 @@ def decode_global_values(
             values = coding.decode(frame.payload, seed=seed)
         starts.append(TierValues(tier, values))
     return starts
+
+
+def decode_values_alone(
+    request: EvaluationRequest,
+    frames: Sequence[Sequence[Frame]],
+    plan: Plan,
+    pet: Communicated,
+) -> list[TierValues]:
+    """Decode values that are measured and not trained from: coded in full, of no reference.
+
+    Raises:
+        FrameError: The request has more than one frame, or one that is not as the plan says.
+    """
+    if request.paths or request.run or request.which or len(frames) != 1:
+        raise FrameError(f"values to measure come in one frame, the request has {len(frames)}.")
+    full = replace(plan, codec=replace(plan.codec, downlink_mode="full"))
+    return decode_global_values(request, frames, full, pet, None)
 
 
 def _reference(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -39,7 +39,8 @@ class LoadedPlan:
         plan: The plan.
         pet: The adapted model; of a plan that searches, the whole search space.
         data: The node's rows, tokenised.
-        rows_of: Client number -> indices of its rows.
+        rows_of: Client number -> indices of its rows that are trained on.
+        held_out_of: Client number -> indices of its rows that are not.
     """
 
     digest: bytes
@@ -47,6 +48,16 @@ class LoadedPlan:
     pet: PetModel | SearchModel
     data: FederatedData
     rows_of: dict[int, np.ndarray]
+    held_out_of: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def with_rows(self, data: FederatedData) -> LoadedPlan:
+        """Return the same with a node's rows and clients."""
+        return replace(
+            self,
+            data=data,
+            rows_of={client_id64(client.id): client.rows for client in data.clients},
+            held_out_of={client_id64(client.id): client.held_out for client in data.clients},
+        )
 
 
 class ModelCache:
@@ -74,9 +85,7 @@ class ModelCache:
         """
         files = self._file_states()
         if self._loaded is not None and self._loaded.digest == digest and files != self._files:
-            data = self.load_rows(self._loaded.plan)
-            rows_of = {client_id64(client.id): client.rows for client in data.clients}
-            self._loaded = replace(self._loaded, data=data, rows_of=rows_of)
+            self._loaded = self._loaded.with_rows(self.load_rows(self._loaded.plan))
             self._files = files
         if self._loaded is None or self._loaded.digest != digest:
             self._files = files
@@ -99,6 +108,12 @@ class ModelCache:
         config = self._config
         if config.load_rows is not None:
             return config.load_rows()
+        rule, population = plan.evaluation, config.population
+        if rule is not None:
+            held_out, least = rule.fraction, rule.min_rows
+            population = replace(population, eval_fraction=held_out, min_rows=least)
+        elif population.eval_fraction:
+            population = replace(population, eval_fraction=0.0)
         started = time.time() - 1  # a file system's clock may be behind
         data = load_data(
             replace(
@@ -110,7 +125,7 @@ class ModelCache:
                 max_length=plan.max_length,
                 collator=plan.collator,
             ),
-            config.population,
+            population,
             locate(config.backbone),
             cache=config.cache,
             evaluation=False,
@@ -149,6 +164,5 @@ class ModelCache:
             device=check_device(self._config.device),
         )
         settle_padding(backbone.model, data.train)
-        rows_of = {client_id64(client.id): client.rows for client in data.clients}
         pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
-        return LoadedPlan(digest, plan, pet, data, rows_of)
+        return LoadedPlan(digest, plan, pet, data, {}).with_rows(data)

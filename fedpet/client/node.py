@@ -1,9 +1,10 @@
-"""Answer a message on a node: train the clients that it names, or register the node's clients.
+"""Answer a message on a node: its clients train or measure, or are registered.
 
 In:  a request (fedpet/protocol/request.py): clients, the global values, the plan where the node
      may lack it.
 Out: a frame a client with its update, or a refusal that says why there is none. A request without
-     clients asks for the node's registration (fedpet/protocol/registration.py).
+     clients asks for the node's registration (fedpet/protocol/registration.py); one to measure
+     alone is answered with the clients' metrics.
 """
 
 from __future__ import annotations
@@ -15,9 +16,15 @@ from collections.abc import Iterator, Sequence
 import torch
 from flwr.app import Message
 
-from fedpet.client.global_values import TierValues, decode_global_values, frames_by_tier
+from fedpet.client.global_values import (
+    TierValues,
+    decode_global_values,
+    decode_values_alone,
+    frames_by_tier,
+)
 from fedpet.client.model_cache import LoadedPlan, ModelCache
 from fedpet.client.node_config import NodeConfig
+from fedpet.client.own_rows import measure_values
 from fedpet.client.plan_store import PlanStore
 from fedpet.client.refusal_reason import reason_for_server
 from fedpet.client.state_store import StateStore, state_folder
@@ -26,15 +33,19 @@ from fedpet.errors import FrameError
 from fedpet.pet.kernels.matmul import bound_onednn_cache
 from fedpet.pet.tiers import largest_tier
 from fedpet.protocol.frame import (
+    Frame,
+    Measured,
     Refusal,
     RefusalCode,
     StateMissingError,
     pack_frame,
+    pack_measured,
     pack_refusal,
 )
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.registration import encode_registration
 from fedpet.protocol.request import (
+    EvaluationRequest,
     HeldValues,
     Request,
     from_record,
@@ -95,6 +106,8 @@ class Node:
             if request.plan:
                 self._store(request.plan, digest)
             loaded = self.models.load(digest)
+            if isinstance(request, EvaluationRequest):
+                return self._measure(loaded, request, server_round, frames)
             _check_feedback(request, loaded.plan)
             state = self._open_state(digest, request.run)
             key = held, request.run
@@ -129,6 +142,32 @@ class Node:
                     request.clients, given, accepted, ahead, strict=True
                 )
             )
+
+    def _measure(
+        self,
+        loaded: LoadedPlan,
+        request: EvaluationRequest,
+        server_round: int,
+        frames: Sequence[Sequence[Frame]],
+    ) -> bytes:
+        """Measure the values of a request on each of its clients' rows; nothing is trained.
+
+        Raises:
+            FrameError: The values are not as such a request has them.
+        """
+        [start] = decode_values_alone(request, frames, loaded.plan, loaded.pet)
+        torch.set_num_threads(self.config.threads or loaded.plan.training.threads)
+        answers = []
+        for client in request.clients:
+            try:
+                if client not in loaded.rows_of:
+                    raise FrameError("this client does not live on this node.")
+                metric = measure_values(loaded, start, client)
+                measured = Measured(loaded.digest, server_round, client, metric)
+                answers.append(pack_measured(measured))
+            except Exception as error:  # refuse this client alone
+                answers.append(self._refuse(loaded.digest, server_round, client, error))
+        return b"".join(answers)
 
     def _register(self, plan: bytes) -> bytes:
         """List the node's clients and their rows, read and tokenised as the plan asks.
@@ -196,6 +235,9 @@ class Node:
             reason = "this client does not live on this node."
             return pack_refusal(Refusal(digest, server_round, client, reason))
         try:
+            rule = loaded.plan.evaluation
+            if rule is not None and rule.is_unseen(client):
+                raise FrameError("this client never trains, by clients.unseen-fraction.")
             own = self.config.max_density
             if own is not None and mask and (tier := largest_tier(mask, own)) != start.tier:
                 code, density = RefusalCode.OTHER_TIER, mask.tier_densities[tier]

@@ -16,6 +16,7 @@ import torch
 
 from fedpet.client.global_values import TierValues
 from fedpet.client.model_cache import LoadedPlan
+from fedpet.client.own_rows import measure_after, measure_before
 from fedpet.codec import VectorCodec, encode_with_feedback
 from fedpet.codec.torch_rotation import rotate_updates
 from fedpet.errors import TrainingError
@@ -63,17 +64,21 @@ def train_client(
     plan, pet = loaded.plan, loaded.pet
     seed = _seed_of(loaded, client, server_round)
     pet.set_tier(start.tier)
+    if isinstance(outcome, TrainingError):
+        raise outcome
+    measured, trained = measure_before(loaded, start, client, seed), None
     if outcome is None:
         pet.set_delta(torch.from_numpy(start.values), seed=seed)
         result = _train_or_search(loaded, client, server_round, seed)
         outcome = TrainedClient(pet.get_delta().numpy() - start.values, result)
-    elif isinstance(outcome, TrainingError):
-        raise outcome
+    elif measured is not None:
+        trained = start.values + outcome.update
     result, update = outcome.result, outcome.update
     if not np.isfinite(update).all():
         raise TrainingError(
             "the trained values hold NaN or infinity: lower training.learning-rate."
         )
+    measured = measure_after(loaded, measured, client, trained, seed)
     coding = _coding(loaded)
     seeds = uplink_seeds(plan.seed, server_round, client)
     if plan.codec.error_feedback:
@@ -90,6 +95,7 @@ def train_client(
         loss=result.loss,
         train_seconds=result.train_seconds,
         payload=payload,
+        metric=measured,
     )
     return frame, residual
 
@@ -122,11 +128,16 @@ def train_together(
     outcomes: dict[int, Outcome] = {}
     if isinstance(pet, SearchModel):
         return outcomes
-    known = [(c, s) for c, s in clients if c in loaded.rows_of and len(loaded.rows_of[c])]
+    rule = plan.evaluation
+    known = [
+        (client, start)
+        for client, start in clients
+        if len(loaded.rows_of.get(client, ())) and not (rule and rule.is_unseen(client))
+    ]
     rotation_seed = uplink_rotation_seed(plan.seed, server_round)
 
     def rotate(updates: torch.Tensor) -> bool:
-        if plan.codec.error_feedback:  # what was lost is added first
+        if plan.codec.error_feedback or plan.measures:  # what was lost is added first, or measured
             return False
         return rotate_updates(updates, _coding(loaded), rotation_seed)
 

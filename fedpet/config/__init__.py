@@ -1,5 +1,6 @@
 """Define what a user may set: the stages, their keys, and an experiment of all of them."""
 
+from fedpet.config.client_evaluation import ClientEvaluation
 from fedpet.config.experiment import Experiment, Scalar
 from fedpet.config.schema import (
     DEVICES,
@@ -20,6 +21,7 @@ __all__ = [
     "DEVICES",
     "MAX_TIERS",
     "BackboneConfig",
+    "ClientEvaluation",
     "ClientsConfig",
     "CodecConfig",
     "DataConfig",

@@ -100,6 +100,11 @@ class Experiment:
         object.__setattr__(self, "strategy", strategy)
         object.__setattr__(self, "training", training)
         self._check_search()
+        if self.data.eval_on == "clients" and not self.clients.eval_fraction:
+            raise ConfigError(
+                "data.eval-on = 'clients' measures on rows that the clients hold out, and "
+                "clients.eval-fraction is 0: give a fraction, 0.2 say."
+            )
         importlib.import_module(TASKS).kind_of(self.data.task).check_experiment(self)
         if len(self.mask.tiers) > 1 and self.strategy.compares_replies:
             rules = registered_rules().items()

@@ -46,8 +46,12 @@ _BUDGET = "It is a number of values, or below 1 a fraction of the backbone."
 _SHARP = "Below that gates are 0 or 1 to all digits."
 _VALIDATION = "It is the fraction of the rows that picks the checkpoint."
 _OVERLAP = "It is the fraction of the modules chosen in either of two rounds that both chose."
+_OWN_ROWS = "It is the fraction of each client's rows that it evaluates on and does not train on."
+_UNSEEN = "It is the fraction of the clients that never train, and evaluate in the end."
 _RATE = "It is a rate of every kind of module, or 'auto'."
 EvalFraction = Annotated[float, Range(0, 1, above=True, below=True, advice=_HELD_OUT)]
+OwnFraction = Annotated[float, Range(0, 1, below=True, advice=_OWN_ROWS)]
+UnseenFraction = Annotated[float, Range(0, 1, below=True, advice=_UNSEEN)]
 Density = Annotated[float, Range(0, 1, above=True, advice=_DENSITY)]
 Budget = Annotated[str | int | float, Range(0, above=True, advice=_BUDGET)]
 Rate = Annotated[str | int | float, Range(0, above=True, advice=_RATE)]
@@ -109,6 +113,9 @@ class DataConfig(Stage):
     # Makes batches as Trainer's data_collator does: a registered name, or
     # "package.module:function"; "" pads each batch to its longest row.
     collator: str = ""
+    # "server": rows of its own, as above. "clients": it has none, and the metric is the clients' on
+    # the rows that they hold out (clients.eval-fraction).
+    eval_on: str = "server"
     # Tokens a row, special ones counted: of a text, a block or a conversation.
     max_length: Annotated[int, Range(8)] = 64
     max_train_rows: Whole = 0  # 0 takes all
@@ -126,6 +133,7 @@ class DataConfig(Stage):
                 f"{', '.join(kind.metrics)}, name a function that returns it in data.metrics, or "
                 f"set data.task to another of {', '.join(tasks.TASKS.names)}."
             )
+        check_choice("data.eval-on", self.eval_on, ("server", "clients"))
         kind.check_data(self)
 
 
@@ -144,11 +152,21 @@ class ClientsConfig(Stage):
     # With partition "nodes": a folder of the nodes' public keys and bounds, by which names are
     # bound to keys; see fedpet/server/allowed_nodes.py. "" takes any node's word.
     node_keys: str = ""
+    # Of each client's rows, by a hash of the text: it does not train on them, and measures the
+    # values on them as it trains; none of a client that would be left with fewer than min-rows. 0
+    # is off.
+    eval_fraction: OwnFraction = 0.0
+    eval_values: str = "both"  # those received and its own trained ones; "before": received alone
+    # Of the clients, by a hash of the name and `seed`: they never train, and measure the final
+    # values on all their rows.
+    unseen_fraction: UnseenFraction = 0.0
+    unseen_every: Whole = 0  # rounds after which they do so too; 0: after the last alone
 
     def __post_init__(self) -> None:
         super().__post_init__()
         known = ("column", "dirichlet", "shards", "iid", "nodes")
         check_choice("population.partition", self.partition, known)
+        check_choice("clients.eval-values", self.eval_values, ("both", "before"))
         if 0 < self.max_rows < self.min_rows:
             raise ConfigError(
                 f"clients.max-rows is {self.max_rows}, and clients.min-rows {self.min_rows}: no "
@@ -455,6 +473,9 @@ class RunConfig(Stage):
     out: str = ""  # the run folder; "" takes the next free runs/NAME-N
     # Trackers: tensorboard, wandb, mlflow, trackio, where their package is installed.
     callbacks: tuple[str, ...] = ()
+    # The model in the end: of the "last" round, or of the "best" by data.metric, on the server's
+    # rows, or with data.eval-on = "clients" the clients' mean.
+    keep: str = "last"
     # Every so many rounds, and after the last: an adapter of peft in the run folder, peft_ROUND.
     # 0 writes none.
     save_every: Whole = 0
@@ -464,5 +485,6 @@ class RunConfig(Stage):
         super().__post_init__()
         check_choice("run.device", self.device, DEVICES)
         check_choice("run.evaluation-dtype", self.evaluation_dtype, ("float32", "bfloat16"))
+        check_choice("run.keep", self.keep, ("last", "best"))
         for name in self.callbacks:
             check_choice("run.callbacks", name, TRACKERS)

@@ -71,6 +71,8 @@ def describe_classes(classes: Sequence[ClassCount], *, trained_here: bool) -> li
             "are one, mend the labels."
         )
     never = [one.name for one in classes if not one.train_rows and not one.evaluation_rows]
+    if not any(one.evaluation_rows for one in classes):  # data.eval-on = "clients"
+        return lines + (_warning(never, "no row at all") if trained_here else [])
     if trained_here:
         untrained = [one.name for one in classes if not one.train_rows and one.evaluation_rows]
         unseen = [one.name for one in classes if one.train_rows and not one.evaluation_rows]

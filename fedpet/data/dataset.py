@@ -24,6 +24,7 @@ from fedpet.data.cache import Entry, cached, unwritable
 from fedpet.data.collator import COLLATORS
 from fedpet.data.partition import (
     Client,
+    Clients,
     cap_rows,
     drop_small_clients,
     group_rows,
@@ -31,6 +32,7 @@ from fedpet.data.partition import (
     partition,
     partition_with,
 )
+from fedpet.data.row_hash import hash_rows, hold_out_own
 from fedpet.data.rows import Rows, no_rows
 from fedpet.data.sources import Files, open_source
 from fedpet.data.split_rows import Split, train_and_held_out
@@ -81,7 +83,8 @@ def load_data(
     Args:
         data: What to read. With `eval_split` "" or a single file, `eval_fraction` of the rows
             are held out by a hash of their text, so equal texts fall on the same side. A limit
-            on rows takes those with the smallest such hashes: a sample, the same everywhere.
+            on rows takes those with the smallest such hashes: a sample, the same everywhere. With
+            `eval_on` "clients" there are no evaluation rows.
         population: How rows become clients.
         tokenizer_folder: The backbone's local folder.
         cache: Root of the cache.
@@ -109,6 +112,7 @@ def load_data(
     cache, tokenizer_folder = Path(cache), Path(tokenizer_folder)
     tokenizer_hash = hash_tokenizer(tokenizer_folder)
     source = open_source(data.source)
+    evaluation = evaluation and data.eval_on == "server"
     if all_rows:
         assert not evaluation, "rows that are all trained on leave none to evaluate on"
         train_split = held_split = Split(source, data.train_split, "all", data.max_train_rows)
@@ -142,11 +146,14 @@ def load_data(
     unowned = num_rows - sum(map(len, parts.values()))
     parts = cap_rows(parts, population)
     beyond = num_rows - unowned - sum(map(len, parts.values()))
+    parts, held_out = _hold_out_own(train_split, train_entry, parts, data, population, cache)
     train, examples = _rows(train_entry, data), parts
     if kind.packs:
-        train, cut = _packed(train_entry, [*parts.values()], data, cache)
-        examples = dict(zip(parts, cut, strict=True))
-    kept = drop_small_clients(examples, len(train), population)
+        groups = [*parts.values(), *held_out.values()]
+        train, cut = _packed(train_entry, groups, data, cache)
+        examples = dict(zip(parts, cut[: len(parts)], strict=True))
+        held_out = dict(zip(held_out, cut[len(parts) :], strict=True))
+    kept = _with_held_out(drop_small_clients(examples, len(train), population), held_out)
     held = no_rows(train)
     if held_entry and kind.packs:
         groups = [np.arange(len(held_entry.arrays["labels"]))]
@@ -185,6 +192,41 @@ def load_data(
     )
 
 
+def _hold_out_own(
+    split: Split,
+    rows_entry: Entry,
+    parts: dict[str, np.ndarray],
+    data: DataConfig,
+    population: ClientsConfig,
+    cache: Path,
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Return the rows of each client to train on, and those that it holds out."""
+    if not population.eval_fraction:
+        return parts, {}
+    numbers, columns = rows_entry.arrays["numbers"], kind_of(data.task).columns(data)
+
+    def compute() -> Entry:
+        table = split.read()
+        read = [table.column(name, "data.text-columns", split.where) for name in columns]
+        hashes = hash_rows(read, part=1)
+        return Entry({"hashes": hashes[numbers]}, {})
+
+    digest = hashlib.sha256(numbers.tobytes()).hexdigest()
+    key = {**split.source.identity(split.name), "numbers": digest, "columns": columns}
+    hashes = cached(cache, "own-hashes", key, compute).arrays["hashes"]
+    return hold_out_own(parts, hashes, population.eval_fraction, population.min_rows)
+
+
+def _with_held_out(kept: Clients, held_out: Mapping[str, np.ndarray]) -> Clients:
+    """Add the rows that clients hold out, which are not left out of the run."""
+    clients = tuple(
+        replace(client, held_out=held_out[client.id]) if client.id in held_out else client
+        for client in kept.clients
+    )
+    held = sum(len(client.held_out) for client in clients)
+    return replace(kept, clients=clients, left_out_rows=kept.left_out_rows - held)
+
+
 def load_evaluation(
     data: DataConfig,
     tokenizer_folder: Path,
@@ -203,11 +245,15 @@ def load_evaluation(
         on_rows: As in `load_data`.
 
     Returns:
-        Evaluation rows; no training rows, and no clients.
+        Evaluation rows; no training rows, and no clients. No row at all, and nothing is read, with
+        `eval_on` "clients".
 
     Raises:
         DataError: Rows, columns or labels that cannot be used.
+        ConfigError: The classes are to be read off rows, and there are none.
     """
+    if data.eval_on == "clients":
+        return _no_data(data, tokenizer_folder)
     source = open_source(data.source)
     single = isinstance(source, Files) and "" in source.files
     part = "all" if single or data.eval_split else "held out"
@@ -224,12 +270,33 @@ def load_evaluation(
     return FederatedData(task, no_rows(held), held, (), 0, 0, tokenizer_hash, books)
 
 
+def _no_data(data: DataConfig, tokenizer_folder: Path) -> FederatedData:
+    """Return the task and the tokeniser of a server that has no rows."""
+    check_label_names(data)
+    if kind_of(data.task).has_classes and not data.label_names:
+        raise ConfigError(
+            "data.eval-on is 'clients', so the server reads no rows and cannot read the classes "
+            "off them: name all classes in data.label-names."
+        )
+    task = Task(portable_name(data.task), data.label_names, data.metric, data.metrics)
+    kind = np.float32 if data.task == "regression" else np.int64
+    nothing = Rows(
+        tokens=np.empty(0, dtype=np.int32),
+        offsets=np.zeros(1, dtype=np.int64),
+        labels=np.empty(0, dtype=kind),
+        types=None,
+        pad_id=0,
+    )
+    return FederatedData(task, nothing, nothing, (), 0, 0, hash_tokenizer(tokenizer_folder))
+
+
 @dataclass(frozen=True)
 class ClientCounts:
     """Clients and classes that would take part in a run, without any text."""
 
     task: Task
-    num_rows: Mapping[str, int]  # client -> rows it holds, clients in alphabetical order
+    num_rows: Mapping[str, int]  # client -> rows it trains on, clients in alphabetical order
+    num_held_out: Mapping[str, int]  # client -> rows that it holds out
 
 
 def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -> ClientCounts:
@@ -265,12 +332,17 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
     else:
         parts = partition(entry.arrays["labels"], population)
     parts = cap_rows(parts, population)
+    parts, held_out = _hold_out_own(train, entry, parts, data, population, cache)
     if kind.packs:  # reckoned: there is no tokeniser
         sizes = entry.arrays["sizes"]
         counts = {n: -(-int(sizes[rows].sum()) // data.max_length) for n, rows in parts.items()}
         parts = {name: np.broadcast_to(0, count) for name, count in counts.items()}
-    kept = drop_small_clients(parts, len(entry.arrays["labels"]), population)
-    return ClientCounts(task, {client.id: len(client.rows) for client in kept.clients})
+    clients = drop_small_clients(parts, len(entry.arrays["labels"]), population).clients
+    return ClientCounts(
+        task,
+        {client.id: len(client.rows) for client in clients},
+        {client.id: len(held_out.get(client.id, ())) for client in clients},
+    )
 
 
 def _task(split: Split, data: DataConfig, cache: Path) -> Task:

@@ -15,7 +15,7 @@ arXiv:1602.05629. Ours: both leave a client that got too few rows out, where oth
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -33,6 +33,12 @@ class Client:
 
     id: str
     rows: np.ndarray  # int64 (n,), row numbers in the training rows, ascending
+    held_out: np.ndarray = field(default_factory=lambda: np.empty(0, np.int64))  # never trained on
+
+    @property
+    def num_rows(self) -> int:
+        """Rows that it holds, to train on and to evaluate on."""
+        return len(self.rows) + len(self.held_out)
 
 
 @dataclass(frozen=True)

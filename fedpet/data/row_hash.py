@@ -8,25 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 
 from fedpet.data.column import BATCH_ROWS, Column
 
-__all__ = ["choose_rows", "hash_rows", "hold_out"]
+__all__ = ["choose_rows", "hash_rows", "hold_out", "hold_out_own"]
 
 _SEPARATOR = b"\x1f"
+HASH_BYTES = 6
 
 
-def hash_rows(texts: Sequence[Sequence[str]]) -> np.ndarray:
+def hash_rows(texts: Sequence[Sequence[str]], part: int = 0) -> np.ndarray:
     """Return a number in [0, 1) for each row, that depends on its texts alone: float64 (n,).
 
     Args:
         texts: A column, or two.
+        part: Of the hash; numbers of different parts say nothing of one another.
     """
     rows = zip(*map(_encoded, texts), strict=True)
-    parts = (hashlib.sha256(_SEPARATOR.join(row)).digest()[:6] for row in rows)
+    place = slice(HASH_BYTES * part, HASH_BYTES * (part + 1))
+    parts = (hashlib.sha256(_SEPARATOR.join(row)).digest()[place] for row in rows)
     numbers = (int.from_bytes(part, "big") / 2**48 for part in parts)
     return np.fromiter(numbers, dtype=np.float64, count=len(texts[0]))
 
@@ -66,6 +69,29 @@ def hold_out(texts: Sequence[Sequence[str]], eval_fraction: float) -> tuple[np.n
         choose_rows(len(hashes), hashes, part, eval_fraction, 0) for part in ("kept", "held out")
     )
     return kept, held
+
+
+def hold_out_own(
+    parts: Mapping[str, np.ndarray], hashes: np.ndarray, fraction: float, min_rows: int
+) -> tuple[dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Hold out some of each client's rows.
+
+    Args:
+        parts: Row numbers by client.
+        hashes: Of all rows, of another part of the hash than decides the server's rows.
+        fraction: Of the rows, to be held out.
+        min_rows: That must be left to train on; of a client that would have fewer none is held out.
+
+    Returns:
+        By client the rows to train on, and those held out.
+    """
+    trained, held = {}, {}
+    for name, rows in parts.items():
+        out = hashes[rows] < fraction
+        if len(rows) - np.count_nonzero(out) < min_rows:
+            out[:] = False
+        trained[name], held[name] = rows[~out], rows[out]
+    return trained, held
 
 
 def _encoded(column: Sequence[str]) -> Iterator[bytes]:

@@ -92,6 +92,9 @@ def _is_number(text: str) -> bool:
 
 def train_and_held_out(source: Source, data: DataConfig) -> tuple[Split, Split]:
     """Return the rows to train on, and those to evaluate on."""
+    if data.eval_on == "clients":
+        every = Split(source, data.train_split, "all", data.max_train_rows)
+        return every, every
     if not data.eval_split or (isinstance(source, Files) and "" in source.files):
         return (
             Split(source, data.train_split, "kept", data.max_train_rows),

@@ -26,13 +26,14 @@ from fedpet.estimate.links import LINKS, Link
 from fedpet.estimate.message_sizes import (
     frames_down,
     made_up_plan,
+    measuring_bytes,
     reply_bytes,
     request_bytes,
     roll_call_bytes,
 )
 from fedpet.estimate.meta_model import outline
 from fedpet.estimate.participants import Draws, draw
-from fedpet.estimate.payload_simulation import is_fixed, local_steps, payloads
+from fedpet.estimate.payload_simulation import Payloads, is_fixed, local_steps, payloads
 from fedpet.estimate.value_counts import LORA_RANK, Layout, count_values
 from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
@@ -108,7 +109,9 @@ def estimate(
     frames = frames_down(lengths, draws.rounds, changes=plan.is_delta_downlink)
     down = _mean(length for each in frames for length in each)
     values = _mean(counts[taker.tier] for _, taker in parts)
-    uplink = up + reply_bytes(round(up)) - round(up)
+    measures = plan.measures and _mean(taker.measures for _, taker in parts)  # the share
+    with_metric = reply_bytes(round(up), measures=True) - reply_bytes(round(up))
+    uplink = up + reply_bytes(round(up)) - round(up) + measures * with_metric
     downlink = down + request_bytes(round(down), plan) - round(down)
     plan_length = len(plan.to_bytes())
     if experiment.clients.partition == "nodes":  # all are asked who they are, once
@@ -118,7 +121,10 @@ def estimate(
         plan_sent = request_bytes(round(down), plan, plan_length) - request_bytes(round(down), plan)
     dense = BYTES_PER_FLOAT * (layout.pretrained_parameters + layout.head_parameters)
     lora = BYTES_PER_FLOAT * (layout.lora_values + layout.head_parameters)
+    measuring = _measuring(experiment, draws, plan, lengths)
+    alone, down_alone, up_alone = (measuring[name] for name in MEASURING)
     total = len(parts) * (uplink + downlink) + draws.newcomers * plan_sent
+    total += alone * (down_alone + up_alone) + measuring["evaluation_newcomers"] * plan_sent
     dense_total, lora_total = (2 * each * len(parts) for each in (dense, lora))
     tolerance = _tolerance(plan, draws)
     _explain(experiment, draws, tolerance, notes)
@@ -129,6 +135,8 @@ def estimate(
         seconds["round"] = seconds["down"] + seconds["up"]
         # A round waits for its clients, who send at the same time, each on a link of its own.
         seconds["run"] = len(draws.rounds) * seconds["round"] + seconds["plan"]
+        once = down(down_alone) + up(up_alone)  # each client on a link of its own
+        seconds["run"] += measuring["evaluations"] * once if alone else 0.0
         seconds |= {"lora_round": down(lora) + up(lora), "dense_round": down(dense) + up(dense)}
         return {
             **{name: getattr(link, name) for name in ("name", "title", "what")},
@@ -153,9 +161,9 @@ def estimate(
         },
         communication={
             "plan_bytes_per_client": plan_sent,
-            "uplink_bytes": len(parts) * uplink,
-            "downlink_bytes": len(parts) * downlink,
-            "plan_bytes": draws.newcomers * plan_sent,
+            "uplink_bytes": len(parts) * uplink + alone * up_alone,
+            "downlink_bytes": len(parts) * downlink + alone * down_alone,
+            "plan_bytes": (draws.newcomers + measuring["evaluation_newcomers"]) * plan_sent,
             "total_bytes": total,
             "uplink_bytes_per_client_round": uplink,
             "downlink_bytes_per_client_round": downlink,
@@ -163,12 +171,36 @@ def estimate(
             "ratio_to_dense": total / dense_total,
             "lora_total_bytes": lora_total,
             "ratio_to_lora": total / lora_total,
+            **(measuring if alone else {}),
             **idle_bytes(),
         },
         links=[on(link) for link in links],
         tolerance=tolerance,
         notes=notes,
     )
+
+
+MEASURING = ("evaluation_answers", "evaluation_down_bytes", "evaluation_up_bytes")
+
+
+def _measuring(
+    experiment: Experiment, draws: Draws, plan: Plan, lengths: Payloads
+) -> dict[str, float]:
+    """Count the messages by which clients measure the values outside of training.
+
+    After the last round, and after every `clients.unseen-every`, those that never train; where the
+    server has no rows, after the last round those that one more round would draw.
+    """
+    often, rounds = experiment.clients.unseen_every, len(draws.rounds)
+    after = {rounds, *(range(0, rounds, often) if often else ())} if draws.unseen else set()
+    at_end = len(draws.rounds[-1]) if experiment.data.eval_on == "clients" else 0
+    down, up = measuring_bytes(round(float(lengths.down[-1, -1])) + HEADER_BYTES)
+    by_nodes = experiment.clients.partition == "nodes"  # who are sent the plan as they register
+    return {
+        "evaluations": len(after | {rounds}) if at_end else len(after),
+        "evaluation_newcomers": 0.0 if by_nodes else draws.unseen,
+        **dict(zip(MEASURING, (draws.unseen * len(after) + at_end, down, up), strict=True)),
+    }
 
 
 def _run(experiment: Experiment, backbone: Backbone, plan: Plan, draws: Draws) -> dict[str, Any]:

@@ -10,17 +10,19 @@ import msgspec
 import numpy as np
 
 from fedpet.codec import encode_positions
-from fedpet.config import Experiment
+from fedpet.config import ClientEvaluation, Experiment
 from fedpet.data import Task
 from fedpet.estimate.participants import Participant
 from fedpet.estimate.payload_simulation import Payloads
 from fedpet.estimate.value_counts import Layout
 from fedpet.pet.mask import mask_size
+from fedpet.protocol.client_metric import SECTION_BYTES
 from fedpet.protocol.frame import HEADER_BYTES
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.registration import encode_registration
 from fedpet.protocol.request import (
     SOME_CLIENT,
+    EvaluationRequest,
     Path,
     Request,
     single_client_bytes,
@@ -31,6 +33,7 @@ from fedpet.utils.source_digest import package_versions
 __all__ = [
     "frames_down",
     "made_up_plan",
+    "measuring_bytes",
     "reply_bytes",
     "request_bytes",
     "roll_call_bytes",
@@ -41,9 +44,17 @@ _SAMPLE = 1 << 22  # entries of a tensor whose positions are coded; of a larger 
 _RATE = 0.012  # made up, of two digits
 
 
-def reply_bytes(payload: int) -> int:
-    """Return one client's reply, from the length of its payload."""
-    return single_client_bytes(HEADER_BYTES + payload, reply=True)
+def reply_bytes(payload: int, *, measures: bool = False) -> int:
+    """Return one client's reply, from the length of its payload; longer where it measures."""
+    section = SECTION_BYTES if measures else 0
+    return single_client_bytes(HEADER_BYTES + section + payload, reply=True)
+
+
+def measuring_bytes(frames: int) -> tuple[int, int]:
+    """Return what a client that measures alone receives and sends, from the values' frame."""
+    request = EvaluationRequest((SOME_CLIENT,), b"")
+    down = single_client_bytes(_length(request, frames, 0), reply=False)
+    return down, single_client_bytes(HEADER_BYTES + SECTION_BYTES, reply=True)
 
 
 def request_bytes(frames: int, plan: Plan, with_plan: int = 0) -> int:
@@ -139,6 +150,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
         seed=experiment.run.seed,
         head=experiment.backbone.head,
         dtype=experiment.backbone.dtype,
+        evaluation=ClientEvaluation.of(experiment.clients),
     )
 
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from fedpet.config import Experiment
+from fedpet.config import ClientEvaluation, Experiment
 from fedpet.data import ClientCounts
 from fedpet.pet.tiers import draw_tier
 from fedpet.server.client_pool import ClientPool
@@ -28,8 +28,9 @@ class Participant:
     """Name one client of a round."""
 
     client: int  # names it
-    num_rows: int
+    num_rows: int  # that it trains on
     tier: int  # index into the tiers, weakest first
+    measures: bool = False  # it holds rows out, and measures on them
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class Draws:
     rounds: Sequence[Sequence[Participant]]
     newcomers: float  # that take part at least once, an expectation where clients are not known
     known: bool  # whether the clients are the data's, drawn by the run's seed
+    unseen: float = 0.0  # clients that never train, an expectation where they are not known
 
 
 def draw(
@@ -55,21 +57,30 @@ def draw(
     """
     strategy, seed = experiment.strategy, experiment.run.seed
     mask = experiment.mask if experiment.mask.enabled else None
-    pool = ClientPool(census.num_rows, homes={}) if census is not None else None
+    rule = ClientEvaluation.of(experiment.clients)
+    pool = ClientPool(census.num_rows, homes={}, rule=rule) if census is not None else None
     total = len(pool.num_rows) if pool else num_clients or experiment.clients.num_clients
-    taking_part = min(strategy.clients_per_round, total)
+    unseen = len(pool.unseen()) if pool else total * (rule.unseen_fraction if rule else 0.0)
+    training = max(total - round(unseen), 1)
+    taking_part = min(strategy.clients_per_round, training)
+    fraction = rule.fraction if rule else 0.0
     rounds = []
     for r in range(1, strategy.num_rounds + 1):
         if pool is not None:
             names = pool.sample(r, taking_part, seed)
-            chosen = [(client_id64(name), pool.num_rows[name]) for name in names]
+            assert census is not None
+            chosen = [
+                (client_id64(name), pool.num_rows[name], census.num_held_out[name] > 0)
+                for name in names
+            ]
         else:
             generator = np.random.default_rng(derive_seed("sample", seed, r))
-            drawn = sorted(generator.choice(total, taking_part, replace=False).tolist())
-            chosen = [(client, rows or ROWS_PER_CLIENT) for client in drawn]
-        rounds.append([Participant(c, size, draw_tier(mask, c)) for c, size in chosen])
+            drawn = sorted(generator.choice(training, taking_part, replace=False).tolist())
+            size = max(round((rows or ROWS_PER_CLIENT) * (1 - fraction)), 1)
+            chosen = [(client, size, fraction > 0) for client in drawn]
+        rounds.append([Participant(c, size, draw_tier(mask, c), own) for c, size, own in chosen])
     if pool is not None:
         newcomers = float(len({taker.client for takers in rounds for taker in takers}))
     else:  # one client takes part in none of the rounds with the odds of the power
-        newcomers = total * (1 - (1 - taking_part / total) ** strategy.num_rounds)
-    return Draws(total, rounds, newcomers, known=pool is not None)
+        newcomers = training * (1 - (1 - taking_part / training) ** strategy.num_rounds)
+    return Draws(total, rounds, newcomers, known=pool is not None, unseen=unseen)

@@ -13,6 +13,10 @@ The header, little-endian, 68 bytes:
 The payload of a refusal: a code (1), a density (8, a double, 0 but for OTHER_TIER), the reason in
 UTF-8, at most 500 bytes. A server acts on the code alone; the reason is for people.
 
+A client that also measures has a section with its metric before its payload, and the length counts
+both (fedpet/protocol/client_metric.py). One that was asked to measure alone sends nothing but the
+section: codec, count, examples, loss and train seconds are 0.
+
 A header is read, and everything in it held against a bound, before anything is allocated. The
 checksum finds damage on the way; it proves no honesty, so the values are checked again when they
 are decoded, and the digest, round and client by the reader that knows which ones are due.
@@ -29,6 +33,13 @@ from typing import Any
 
 from fedpet.codec.spec import codec_from_number, parse_codec
 from fedpet.errors import FrameError, PlanError
+from fedpet.protocol.client_metric import (
+    MAX_SECONDS,
+    SECTION_BYTES,
+    ClientMetric,
+    pack_section,
+    read_section,
+)
 
 __all__ = [
     "DIGEST_BYTES",
@@ -36,10 +47,12 @@ __all__ = [
     "MAX_LOSS",
     "MAX_SECONDS",
     "Frame",
+    "Measured",
     "Refusal",
     "RefusalCode",
     "StateMissingError",
     "pack_frame",
+    "pack_measured",
     "pack_refusal",
     "unpack_frames",
 ]
@@ -48,12 +61,11 @@ VERSION = 2
 HEADER_BYTES = 68
 MAX_REASON_BYTES = 500
 DIGEST_BYTES = 16
-# Bounds that keep sums and means over clients finite: the largest float32, 30 years.
+# Bounds that keep sums and means over clients finite: the largest float32, 30 years (MAX_SECONDS).
 MAX_LOSS = 3.4028234663852886e38
-MAX_SECONDS = 1e9
 
 _MAGIC = b"FP"
-_VALUES, _REFUSAL = 1, 2
+_VALUES, _REFUSAL, _WITH_SECTION, _SECTION_ALONE = 1, 2, 3, 4
 _HEAD = struct.Struct("<2sBB16sIQIIIddI")
 _CHECKSUM = struct.Struct("<I")
 _REFUSAL_HEAD = struct.Struct("<Bd")
@@ -108,6 +120,7 @@ class Frame:
         loss: Mean training loss, at most a float32's largest in magnitude.
         train_seconds: Time the client trained, at most 1e9.
         payload: The bytes of `encode_values`; a view of the buffer where it was read as one.
+        metric: On the client's own rows, where the plan asks for it and the client holds some out.
     """
 
     plan_digest: bytes
@@ -119,11 +132,35 @@ class Frame:
     loss: float
     train_seconds: float
     payload: bytes | memoryview
+    metric: ClientMetric | None = None
 
     @property
     def num_bytes(self) -> int:
         """Length of the packed frame."""
-        return HEADER_BYTES + len(self.payload)
+        section = 0 if self.metric is None else SECTION_BYTES
+        return HEADER_BYTES + section + len(self.payload)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One client's metric, of values that it was sent to measure alone.
+
+    Attributes:
+        plan_digest: As in a frame, like round and client.
+        server_round: The round that would begin from these values.
+        client: 64 bits that name the client.
+        metric: On its own rows.
+    """
+
+    plan_digest: bytes
+    server_round: int
+    client: int
+    metric: ClientMetric
+
+    @property
+    def num_bytes(self) -> int:
+        """Length of the packed answer."""
+        return HEADER_BYTES + SECTION_BYTES
 
 
 @dataclass(frozen=True)
@@ -166,8 +203,9 @@ def pack_frame(frame: Frame) -> bytes:
         ConfigError: There is no such codec.
         ValueError: A number does not fit its field, or is not finite.
     """
+    section = b"" if frame.metric is None else pack_section(frame.metric)
     return _pack(
-        _VALUES,
+        _WITH_SECTION if section else _VALUES,
         frame.plan_digest,
         frame.server_round,
         frame.client,
@@ -176,7 +214,19 @@ def pack_frame(frame: Frame) -> bytes:
         frame.num_examples,
         frame.loss,
         frame.train_seconds,
-        frame.payload,
+        b"".join((section, frame.payload)) if section else frame.payload,
+    )
+
+
+def pack_measured(measured: Measured) -> bytes:
+    """Write a client's metric alone."""
+    return _pack(
+        _SECTION_ALONE,
+        measured.plan_digest,
+        measured.server_round,
+        measured.client,
+        *(0, 0, 0, 0.0, 0.0),
+        pack_section(measured.metric),
     )
 
 
@@ -205,13 +255,14 @@ def pack_refusal(refusal: Refusal) -> bytes:
 
 def unpack_frames(
     buffer: Any, *, max_frames: int, max_payload_bytes: int, views: bool = False
-) -> Iterator[Frame | Refusal]:
+) -> Iterator[Frame | Measured | Refusal]:
     """Read frames one after the other, each checked before the next is read.
 
     Args:
         buffer: Bytes, or anything with their buffer: a uint8 array, a memoryview.
         max_frames: The largest number of frames.
-        max_payload_bytes: The longest payload. No more than the buffer's size is copied.
+        max_payload_bytes: The longest payload, a section not counted. No more than the buffer's
+            size is copied.
         views: Leave payloads where they are, as views that keep the buffer alive.
 
     Yields:
@@ -265,7 +316,9 @@ def _pack(
     return b"".join((head, _CHECKSUM.pack(zlib.crc32(payload, zlib.crc32(head))), payload))
 
 
-def _unpack(view: memoryview, max_payload_bytes: int, views: bool) -> tuple[Frame | Refusal, int]:
+def _unpack(
+    view: memoryview, max_payload_bytes: int, views: bool
+) -> tuple[Frame | Measured | Refusal, int]:
     if len(view) < HEADER_BYTES:
         raise FrameError(f"a frame has {HEADER_BYTES} bytes of header, {len(view)} are left.")
     magic, version, kind, digest, server_round, client, *numbers = _HEAD.unpack_from(view)
@@ -277,9 +330,18 @@ def _unpack(view: memoryview, max_payload_bytes: int, views: bool) -> tuple[Fram
             f"frames here are of version {VERSION}, got version {version}: run one version of "
             "fedpet on all nodes."
         )
-    if kind not in (_VALUES, _REFUSAL):
-        raise FrameError(f"a frame holds values (1) or a refusal (2), got kind {kind}.")
-    bound = max_payload_bytes if kind == _VALUES else _REFUSAL_HEAD.size + MAX_REASON_BYTES
+    bounds = {
+        _VALUES: max_payload_bytes,
+        _REFUSAL: _REFUSAL_HEAD.size + MAX_REASON_BYTES,
+        _WITH_SECTION: max_payload_bytes + SECTION_BYTES,
+        _SECTION_ALONE: SECTION_BYTES,
+    }
+    if kind not in bounds:
+        raise FrameError(
+            f"a frame holds values (1), a refusal (2), values with a metric (3) or a metric (4), "
+            f"got kind {kind}."
+        )
+    bound = bounds[kind]
     if payload_bytes > bound:
         raise FrameError(
             f"the frame of client {client:016x} may have a payload of {bound} bytes, it announces "
@@ -306,6 +368,16 @@ def _unpack(view: memoryview, max_payload_bytes: int, views: bool) -> tuple[Fram
     size = HEADER_BYTES + payload_bytes
     if kind == _REFUSAL:
         return _refusal(digest, server_round, client, numbers[:5], payload), size
+    metric = None
+    if kind != _VALUES:
+        if payload_bytes < SECTION_BYTES:
+            raise FrameError(f"the evaluation of client {client:016x} is cut short.")
+        metric = read_section(payload, client)
+        payload = payload[SECTION_BYTES:]
+    if kind == _SECTION_ALONE:
+        assert metric is not None
+        _check_unused("evaluation", client, numbers[:5])
+        return Measured(digest, server_round, client, metric), size
     name = codec_from_number(codec).name
     frame = Frame(
         digest,
@@ -317,6 +389,7 @@ def _unpack(view: memoryview, max_payload_bytes: int, views: bool) -> tuple[Fram
         loss,
         train_seconds,
         payload if views else bytes(payload),
+        metric,
     )
     return frame, size
 
@@ -328,11 +401,7 @@ def _is_reportable(loss: float, train_seconds: float) -> bool:
 def _refusal(
     digest: bytes, server_round: int, client: int, unused: list[float], payload: memoryview
 ) -> Refusal:
-    if any(unused):
-        raise FrameError(
-            f"the refusal of client {client:016x} must leave codec, count, examples, loss and time "
-            f"at 0, got {unused}."
-        )
+    _check_unused("refusal", client, unused)
     if len(payload) < _REFUSAL_HEAD.size:
         raise FrameError(f"the refusal of client {client:016x} is cut short before its reason.")
     code, density = _REFUSAL_HEAD.unpack_from(payload)
@@ -348,6 +417,14 @@ def _refusal(
             f"the refusal of client {client:016x} must be UTF-8: {error.reason}."
         ) from None
     return Refusal(digest, server_round, client, reason, code, density)
+
+
+def _check_unused(kind: str, client: int, unused: list[float]) -> None:
+    if any(unused):
+        raise FrameError(
+            f"the {kind} of client {client:016x} must leave codec, count, examples, loss and time "
+            f"at 0, got {unused}."
+        )
 
 
 def _fits(code: int, density: float) -> bool:

@@ -8,7 +8,8 @@ a message a node. All others are the bytes that the devices would have sent and 
 client alone with its own message and framing; where every node is one client the two agree.
 
 Rounds are of two kinds, "training" and "search", each counted from 1; lines of training do not name
-theirs.
+theirs. A line of the kind "evaluation" has the messages by which clients measure the values after
+the training round of its number, and train nothing.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ from flwr.app import Message
 from fedpet.errors import ConfigError, FrameError, RunError
 from fedpet.protocol.request import Request, from_record, read_request, wire_bytes
 
-TRAINING, SEARCH = "training", "search"
+TRAINING, SEARCH, EVALUATION = "training", "search", "evaluation"
 PLAN = "plan down"  # in whichever message it travels
 NO_REQUEST = Request((), b"")
 MAX_REASON = 600  # characters of why a reply was refused
@@ -48,6 +49,9 @@ class RoundRecord:
     and "plan down", whichever message it is in.
     `metric` is the one that decides, `metrics` are all that were taken, by name; `by_client` is the
     spread of the first over clients, where held-out rows name theirs.
+    `on_clients` has the metric on clients' own rows, by name: "before" and "after" the training of
+    the round, or of a line of evaluation "seen" and "unseen"; see
+    fedpet/server/client_spread.py. `client_evaluation_seconds` is the longest node's measuring.
     `overlap`, of a round of a search, compares its choice with that of the round before (Jaccard
     index). `events` tell what became of a deployment's nodes, in their order: see `Ledger.note`.
     """
@@ -73,14 +77,18 @@ class RoundRecord:
     kind: str = TRAINING
     overlap: float | None = None
     by_client: dict[str, float] = field(default_factory=dict)
+    on_clients: dict[str, dict[str, Any]] = field(default_factory=dict)
+    client_evaluation_seconds: float = 0.0
     events: list[dict[str, str]] = field(default_factory=list)
 
     def to_line(self) -> dict[str, Any]:
         """Return the line as a table."""
         line = asdict(self)
         if self.kind == TRAINING:
-            del line["kind"], line["overlap"]
-        for name in ("by_client", "events"):
+            del line["kind"]
+        if self.kind != SEARCH:
+            del line["overlap"]
+        for name in ("by_client", "on_clients", "client_evaluation_seconds", "events"):
             if not line[name]:
                 del line[name]
         return line
@@ -117,10 +125,10 @@ class Ledger:
     def __post_init__(self) -> None:
         self._expect_nobody()
 
-    def begin(self, server_round: int) -> RoundRecord:
-        """Open a round's record."""
+    def begin(self, server_round: int, kind: str = "") -> RoundRecord:
+        """Open a round's record, of the kind in force unless another is named."""
         self._expect_nobody()
-        self.rounds.append(RoundRecord(round=server_round, kind=self.kind))
+        self.rounds.append(RoundRecord(round=server_round, kind=kind or self.kind))
         return self.current
 
     def _expect_nobody(self) -> None:

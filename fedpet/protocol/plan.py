@@ -31,6 +31,7 @@ from fedpet.codec import VectorCodec, parse_codec
 from fedpet.codec.index_coding import decode_positions, encode_positions
 from fedpet.config import (
     BackboneConfig,
+    ClientEvaluation,
     CodecConfig,
     Experiment,
     MaskConfig,
@@ -49,6 +50,7 @@ from fedpet.protocol.wire_struct import WireStruct, decode_struct, encode_struct
 from fedpet.search import SearchModel, space_for
 from fedpet.training.auto_rates import auto_learning_rates
 from fedpet.training.loss import LOSSES
+from fedpet.training.metrics import METRICS
 from fedpet.training.optimizer import round_factor
 from fedpet.utils.seeds import derive_seed
 
@@ -93,6 +95,7 @@ class Plan:
         head: Treatment of the checkpoint's head: "train", "new" or "keep".
         collator: Makes the batches, by its import path; "" pads them.
         dtype: Of the frozen weights, see `BackboneConfig`.
+        evaluation: What clients hold out and measure; None: nothing.
     """
 
     fingerprint: str
@@ -114,6 +117,7 @@ class Plan:
     head: str = "train"
     collator: str = ""
     dtype: str = "float32"
+    evaluation: ClientEvaluation | None = None
 
     @classmethod
     def for_training(
@@ -202,6 +206,11 @@ class Plan:
         mask: Mask | None,
         **fields: Any,
     ) -> Plan:
+        rule = ClientEvaluation.of(experiment.clients)
+        if rule is not None:  # nodes measure, and must find a user's metric
+            task: Task = fields["task"]
+            metrics = tuple(map(METRICS.portable, task.metrics))
+            fields["task"] = dataclasses.replace(task, metrics=metrics)
         explicit = mask is not None and experiment.mask.broadcast == "send"
         return cls(
             fingerprint=backbone.fingerprint,
@@ -217,6 +226,7 @@ class Plan:
             codec=experiment.codec,
             training=_training(experiment, model),
             collator=COLLATORS.portable(experiment.data.collator),
+            evaluation=rule,
             **fields,
         )
 
@@ -268,6 +278,8 @@ class Plan:
             del fields["collator"]
         if self.dtype == "float32":
             del fields["dtype"]
+        if self.evaluation is None:
+            del fields["evaluation"]
         for name in ("gradient_checkpointing", "warmup_rounds"):
             if not fields["training"][name]:
                 del fields["training"][name]
@@ -281,6 +293,12 @@ class Plan:
     def digest(data: bytes) -> bytes:
         """Return the name of a plan in messages: the first 16 bytes of its SHA-256."""
         return hashlib.sha256(data).digest()[:DIGEST_BYTES]
+
+    @property
+    def measures(self) -> bool:
+        """True if clients measure as they train: they hold rows out, and search nothing."""
+        rule = self.evaluation
+        return rule is not None and rule.fraction > 0 and self.search is None
 
     def rate_factor(self, server_round: int) -> float:
         """Return the factor of all learning rates in a round."""

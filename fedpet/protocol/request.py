@@ -17,7 +17,7 @@ import functools
 import json
 import zlib
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 from flwr.app import Array, ArrayRecord, Message, Metadata, RecordDict
 from msgspec import Meta
@@ -117,6 +117,17 @@ class Request(WireStruct, frozen=True, tag="FPRQ2"):
         return HeldValues(digest, server_round, checksum)
 
 
+class EvaluationRequest(Request, frozen=True, tag="FPEQ1"):
+    """A request to measure these values alone: on the rows that the clients hold out, and on all
+    rows of those that never train.
+
+    It has one frame, coded anew and in full by the plan's codec, whatever the downlink is.
+    """
+
+
+_REQUESTS: Any = Request | EvaluationRequest
+
+
 def write_request(request: Request) -> bytes:
     """Write a request."""
     return encode_struct(request)
@@ -128,7 +139,8 @@ def read_request(payload: bytes) -> Request:
     Raises:
         FrameError: The bytes are no request of this version.
     """
-    return decode_struct(payload, Request, "request")
+    found: Request = decode_struct(payload, _REQUESTS, "request")
+    return found
 
 
 def to_record(payload: bytes) -> RecordDict:

@@ -17,7 +17,7 @@ from typing import Any
 
 from fedpet.errors import InputError
 
-__all__ = ["Curve", "read_curve", "read_rounds"]
+__all__ = ["Curve", "read_curve", "read_rounds", "with_measuring"]
 
 KINDS = ("uplink_bytes", "downlink_bytes", "plan_bytes")
 _WANTED = ("round", "metric", *KINDS)
@@ -110,14 +110,34 @@ def read_curve(result: Mapping[str, Any]) -> Curve:
     return Curve(points, exact=False)
 
 
+def with_measuring(rounds: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """Add the bytes of lines of evaluation to those of the round that each follows."""
+    joined: list[Mapping[str, Any]] = []
+    for record in rounds:
+        if record.get("kind") == "evaluation" and joined:
+            both = {kind: joined[-1][kind] + record[kind] for kind in KINDS}
+            joined[-1] = {**joined[-1], **both}
+        elif record.get("kind") != "evaluation":
+            joined.append(record)
+    return joined
+
+
 def _points(rounds: Sequence[Mapping[str, Any]]) -> tuple[Point, ...]:
+    """Return the server's evaluations; where it has no rows, what the clients measured."""
     points = []
     up = down = 0
+    on_server = any(record["metric"] is not None for record in rounds)
     for record in rounds:
+        earlier = up, down  # clients measure, before they train, what the round before came to
         up += record["uplink_bytes"]
         down += record["downlink_bytes"] + record["plan_bytes"]
-        if _is_number(record["metric"]):
+        if on_server and _is_number(record["metric"]):
             points.append(Point(record["round"], record["metric"], up, down))
+        found = {} if on_server else record.get("on_clients", {})
+        if "row_mean" in (before := found.get("before", {})):
+            points.append(Point(record["round"] - 1, before["row_mean"], *earlier))
+        if "row_mean" in (seen := found.get("seen", {})):
+            points.append(Point(record["round"], seen["row_mean"], up, down))
     return tuple(points)
 
 

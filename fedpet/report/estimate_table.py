@@ -89,6 +89,13 @@ def _totals(estimate: Estimate) -> Iterator[Row]:
         f"{format_bytes(sent['total_bytes'])}   (up {format_bytes(sent['uplink_bytes'])}, "
         f"down {format_bytes(sent['downlink_bytes'])}, plan {format_bytes(sent['plan_bytes'])})",
     )
+    if "evaluation_answers" in sent:
+        down, up = sent["evaluation_down_bytes"], sent["evaluation_up_bytes"]
+        yield (
+            "  clients measure alone",
+            f"{sent['evaluation_answers']:,.0f} answers, each {format_bytes(down)} down and "
+            f"{format_bytes(up)} up",
+        )
     idle, often = sent["idle_bytes_per_node_day"], sent["idle_bytes_per_node_day_polled"]
     yield (
         "a real node, idle",

@@ -12,6 +12,7 @@ from markupsafe import Markup
 import fedpet
 from fedpet.config import Experiment
 from fedpet.config.strategy_registry import registered_rules
+from fedpet.report.client_spread_table import client_spread
 from fedpet.report.comparison import columns_of, notes
 from fedpet.report.curves import KINDS
 from fedpet.report.gate_tables import MARK, gate_map, structure_facts
@@ -70,6 +71,7 @@ def page_parts(report: Report) -> Parts:
         "comparisons": list(_comparisons(report)),
         "classes": _classes(quality),
         "clients": _clients(quality),
+        "own_rows": client_spread(quality),
         "rounds": _rounds(report),
         "bytes_legend": [
             (name, f"{name} {format_bytes(result['communication'][kind])}")
@@ -98,7 +100,9 @@ def _subtitle(report: Report) -> str:
     parts = [
         f"{run['method']} on {report.checkpoint}",
         f"{data['clients']:,} clients with {data['train_rows']:,} rows",
-        f"{data['evaluation_rows']:,} rows to evaluate on",
+        f"{data['evaluation_rows']:,} rows to evaluate on"
+        if data["evaluation_rows"]
+        else "evaluated on the clients' own rows",
         f"seed {run['seed']}",
         *([run["codec"]] if "codec" in run else []),
         *([report.date[:10]] if report.date else []),
@@ -113,6 +117,8 @@ def _key_figures(result: Mapping[str, Any]) -> Iterator[tuple[str, str, str]]:
     compared = [f"before training {before:.4f}"] if before is not None else []
     if "majority_baseline" in quality:  # the result of an older fedpet has none
         compared.append(f"majority baseline {show_baseline(quality)}")
+    if kept := result["run"].get("kept"):
+        compared.insert(0, f"round {kept['round']} of {kept['of']} kept")
     yield quality["metric"], f"{quality['final']:.4f}", ", ".join(compared)
     yield (
         "of dense FedAvg's bytes",
@@ -393,6 +399,9 @@ def _is_in_force(config: Mapping[str, Any], stage: str, key: str) -> bool:
     if stage == "mask" and not own.get("enabled", True):
         return key == "enabled"
     if stage == "clients":
+        needs = {"eval-values": "eval-fraction", "unseen-every": "unseen-fraction"}
+        if key in needs or (key == "seed" and own.get("unseen-fraction")):
+            return bool(own.get(needs.get(key, "unseen-fraction")))
         wanted = {
             "client-column": ("column", "nodes"),
             "num-clients": ("dirichlet", "shards", "iid", "nodes"),

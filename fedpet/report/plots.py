@@ -26,10 +26,12 @@ from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from fedpet.report.curves import KINDS, Curve, Point
+from fedpet.report.curves import KINDS, Curve, Point, with_measuring
 from fedpet.utils.formatting import format_bytes
 
-__all__ = ["Line", "bytes_svg", "metric_png", "metric_svg", "progress_svg"]
+__all__ = ["Line", "bytes_svg", "metric_png", "metric_svg", "panels_svg", "progress_svg"]
+
+Series = tuple[str, str, Sequence[tuple[int, float]]]  # name, variable of its colour, points
 
 SERIES = 7  # colours of lines; beyond them the marker changes
 MARKERS = "osD"  # round, square, diamond: as the swatches of the page
@@ -112,20 +114,34 @@ def progress_svg(rounds: Sequence[Mapping[str, Any]], metric: str, *, prefix: st
         "training loss": ("series-1", _finite(rounds, "loss")),
         metric: ("series-0", _finite(rounds, "metric")),
     }
-    found = {name: (colour, points) for name, (colour, points) in found.items() if points}
-    if not found:
+    panels = {name: [(name, *line)] for name, line in found.items()}
+    return panels_svg(panels, prefix=prefix)
+
+
+def panels_svg(panels: Mapping[str, Sequence[Series]], *, prefix: str) -> str:
+    """Draw lines by round, in panels beside each other, or narrow, stacked; "" without a point.
+
+    Args:
+        panels: The lines of each, by its title: name, variable of the colour, rounds and values.
+        prefix: Begins every id in the SVG; different for each plot of a page.
+    """
+    drawn = {title: [one for one in series if one[2]] for title, series in panels.items()}
+    drawn = {title: series for title, series in drawn.items() if series}
+    if not drawn:
         return ""
     parts = []
     for shape, size in {"wide": (WIDE[0], 3.4), "narrow": (NARROW[0], 4.6)}.items():
         with matplotlib.rc_context(_SETTINGS):
             figure = Figure(figsize=size, layout="constrained")
-            grid = (1, len(found)) if shape == "wide" else (len(found), 1)
+            grid = (1, len(drawn)) if shape == "wide" else (len(drawn), 1)
             titles: dict[str, list[str]] = {}
-            for index, (name, (colour, points)) in enumerate(found.items()):
-                axes = figure.add_subplot(*grid, index + 1)
-                _draw_rounds(axes, name, _STAND_INS[colour], points, _gid(index))
-                titles[_gid(index)] = [f"round {n}: {name} {value:.4f}" for n, value in points]
-            label = f"{' and '.join(found)} by round"
+            for panel, (title, series) in enumerate(drawn.items()):
+                axes = figure.add_subplot(*grid, panel + 1)
+                for name, colour, points in series:
+                    gid = _gid(len(titles))
+                    _draw_rounds(axes, title, _STAND_INS[colour], points, gid)
+                    titles[gid] = [f"round {n}: {name} {value:.4f}" for n, value in points]
+            label = f"{' and '.join(drawn)} by round"
             parts.append(_to_svg(figure, f"{prefix}-{shape}", shape, label, titles))
     return "\n".join(parts)
 
@@ -135,7 +151,7 @@ def _finite(rounds: Sequence[Mapping[str, Any]], key: str) -> list[tuple[int, fl
     return [
         (record["round"], float(record[key]))
         for record in rounds
-        if record.get("kind") != "search"
+        if record.get("kind", "training") == "training"
         and record.get(key) is not None
         and math.isfinite(record[key])
     ]
@@ -189,7 +205,7 @@ def metric_png(lines: Sequence[Line], metric: str, path: Path) -> None:
 
 def bytes_svg(rounds: Sequence[Mapping[str, Any]], *, prefix: str) -> str:
     """Bytes of each round, stacked by kind; wide and narrow."""
-    rounds = [record for record in rounds if record["round"] > 0]
+    rounds = with_measuring([record for record in rounds if record["round"] > 0])
     parts = []
     for shape, size in {"wide": (WIDE[0], 3.4), "narrow": NARROW}.items():
         with matplotlib.rc_context(_SETTINGS):

@@ -19,7 +19,7 @@ from fedpet.report.number_format import (
     show_predicted,
     show_ratio,
 )
-from fedpet.utils.formatting import format_bytes, show_seconds
+from fedpet.utils.formatting import format_bytes, show_seconds, show_spread
 
 __all__ = ["run_table"]
 
@@ -52,13 +52,15 @@ def _quality(result: Mapping[str, Any]) -> Iterator[Row]:
     if quality["before"] is not None:
         yield (
             f"{metric} before",
-            f"{quality['before']:.4f}   ({data['evaluation_rows']:,} evaluation rows{tokens})",
+            f"{quality['before']:.4f}   ({_where(data)}{tokens})",
         )
     rounds = max((point["round"] for point in quality["by_round"]), default=0)
     yield (
         f"{metric} after",
-        f"{quality['final']:.4f}   ({rounds} rounds, {data['clients']:,} clients)",
+        f"{quality['final']:.4f}   ({_rounds(result, rounds)}, {data['clients']:,} clients)",
     )
+    for name, spreads in (quality.get("on_clients") or {}).items():
+        yield f"  on clients, {name}", show_spread(spreads[-1])
     if spread := quality.get("by_client"):
         yield (
             f"{metric} by client",
@@ -69,6 +71,17 @@ def _quality(result: Mapping[str, Any]) -> Iterator[Row]:
         yield "majority baseline", show_baseline(quality)
     if quality.get("predicted"):
         yield "predicted", show_predicted(quality["predicted"])
+
+
+def _where(data: Mapping[str, Any]) -> str:
+    rows = data["evaluation_rows"]
+    return f"{rows:,} evaluation rows" if rows else "on the clients' own rows"
+
+
+def _rounds(result: Mapping[str, Any], rounds: int) -> str:
+    """Say how many rounds there were, and which one's model is the run's."""
+    kept = result["run"].get("kept")
+    return f"{rounds} rounds" if kept is None else f"round {kept['round']} of {kept['of']} kept"
 
 
 def _values(result: Mapping[str, Any]) -> Iterator[Row]:

@@ -89,8 +89,9 @@ class Callback:
 
         Args:
             record: Loss, metric, bytes, seconds and refusals, as in a line of `rounds.jsonl`.
-                Round 0 is the evaluation before the first. `record.kind` is "training", or
-                "search" for rounds that search the structure.
+                Round 0 is the evaluation before the first. `record.kind` is "training",
+                "search" for rounds that search the structure, or "evaluation" where clients
+                measured the values after a round; `record.on_clients` has what they measured.
             ledger: The records so far, and their sums.
         """
 

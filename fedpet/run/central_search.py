@@ -22,7 +22,7 @@ from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import Backbone, load_for_task, locate
 from fedpet.client.node_config import make_cache
 from fedpet.codec.spec import parse_codec
-from fedpet.config import ClientsConfig, Experiment, MaskConfig, SearchConfig
+from fedpet.config import ClientEvaluation, ClientsConfig, Experiment, MaskConfig, SearchConfig
 from fedpet.data import FederatedData, load_data
 from fedpet.errors import ConfigError
 from fedpet.pet.kernels.matmul_timing import settle_product
@@ -66,7 +66,9 @@ def search_centrally(experiment: Experiment, out: Path, callback: Callback) -> S
 def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
     device = check_device(experiment.run.device)
     callback.on_stage("reading and tokenising the rows")
-    whole = experiment.search.split == "rows"  # of rows whose clients do not matter
+    rule = ClientEvaluation.of(experiment.clients)
+    # Of rows whose clients do not matter: none of them keeps any from training.
+    whole = experiment.search.split == "rows" and rule is None
     data = load_data(
         experiment.data,
         _EVERYBODY if whole else experiment.clients,
@@ -75,6 +77,9 @@ def _search(experiment: Experiment, out: Path, callback: Callback) -> Structure:
         evaluation=False,
         on_rows=callback.on_rows,
     )
+    if rule is not None:
+        seen = tuple(client for client in data.clients if not rule.is_unseen(client.id))
+        data = replace(data, clients=seen)
     callback.on_stage(f"loading the backbone {experiment.backbone.model!r}")
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     check_inputs(backbone.model, data.train, experiment.data.max_length)

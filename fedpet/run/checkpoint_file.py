@@ -19,7 +19,7 @@ import json
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,13 @@ from safetensors.numpy import load, save
 from fedpet.errors import ConfigError, RunError
 from fedpet.protocol.ledger import TRAINING
 from fedpet.run.client_journal import Written, remove_client_journals
+from fedpet.run.client_quality import KeptRound
 from fedpet.utils.atomic_write import atomic_write
 
 __all__ = ["RunCheckpoint", "read_journal", "remove_journal", "write_journal", "writing_journal"]
 
 NAME = "journal"
-VALUES = "values"
+VALUES, KEPT = "values", "kept"
 
 _MAGIC = b"FPJL"
 _VERSION = 2
@@ -62,6 +63,7 @@ class RunCheckpoint:
         values: Global values, float32, (num_values,).
         optimiser: The server optimiser's vectors by Flower's names; what the wire remembers, by
             names that begin with "wire/".
+        kept: The best round so far, where its model is the run's.
     """
 
     server_round: int
@@ -76,11 +78,16 @@ class RunCheckpoint:
     values: np.ndarray
     optimiser: Mapping[str, np.ndarray] = field(default_factory=dict)
     kind: str = TRAINING
+    kept: KeptRound | None = None
 
     def to_bytes(self) -> bytes:
         """Serialise."""
-        fields = asdict(self)
+        fields = asdict(replace(self, kept=None))
+        del fields["kept"]
         arrays = {VALUES: fields.pop(VALUES)}
+        if self.kept is not None:
+            fields["kept"] = [self.kept.server_round, self.kept.metric]
+            arrays[KEPT] = self.kept.values
         arrays |= {_OPTIMISER + name: v for name, v in fields.pop("optimiser").items()}
         header = json.dumps(fields, sort_keys=True).encode()
         rest = _LENGTH.pack(len(header)) + header + save(arrays)
@@ -111,6 +118,9 @@ class RunCheckpoint:
             fields["holders"] = tuple(fields["holders"])
             fields["clients_file"] = Written(*fields["clients_file"])
             values = arrays.pop(VALUES)
+            if "kept" in fields:
+                number, metric = fields["kept"]
+                fields["kept"] = KeptRound(number, metric, arrays.pop(KEPT))
             optimiser = {name.removeprefix(_OPTIMISER): vector for name, vector in arrays.items()}
             return cls(values=values, optimiser=optimiser, **fields)
         except (ValueError, KeyError, TypeError, SafetensorError) as error:

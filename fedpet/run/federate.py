@@ -112,7 +112,7 @@ def federate(
         ledger=ledger,
     )
     grid = with_registry(grid, strategy, population, experiment)
-    state = RunState(prepared, strategy, ledger, out, callback, journal, resumed=resumed)
+    state = RunState(prepared, strategy, ledger, out, callback, journal, resumed=resumed, grid=grid)
     callback.on_stage("starting the rounds" if journal is None else "going on with the rounds")
     if state.rounds_left:
         strategy.start(
@@ -143,6 +143,7 @@ def federate(
         inexact_kinds=pet.inexact_kinds,
         values_sha256=hashlib.sha256(state.values.astype("<f4").tobytes()).hexdigest(),
         final=state.final_assessment(),
+        kept=state.kept,
         total_seconds=time.perf_counter() - prepared.started,
         resumed=resumed,
         origin=prepared.origin,

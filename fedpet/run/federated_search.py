@@ -40,7 +40,7 @@ from fedpet.utils.gc_paused import kept_from_collection
 from fedpet.utils.paths import expand
 
 if TYPE_CHECKING:
-    from fedpet.run.prepare import PreparedSearch, RunInputs
+    from fedpet.run.prepare import Prepared, PreparedSearch
 
 __all__ = ["make_client_pool", "search_in_rounds", "with_registry"]
 
@@ -118,11 +118,13 @@ def search_in_rounds(
     return structure
 
 
-def make_client_pool(prepared: RunInputs) -> ClientPool:
+def make_client_pool(prepared: Prepared | PreparedSearch) -> ClientPool:
     """Return the clients of the data; in a deployment none as yet."""
+    rule = prepared.plan.evaluation
     if prepared.experiment.clients.partition == "nodes":
-        return ConnectedClientPool()
-    return ClientPool(count_examples(prepared.data, prepared.data.task), homes={})
+        return ConnectedClientPool(rule=rule)
+    examples = count_examples(prepared.data, prepared.data.task)
+    return ClientPool(examples, homes={}, rule=rule)
 
 
 def with_registry(

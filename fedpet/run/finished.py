@@ -28,7 +28,8 @@ class History(list[dict[str, Any]]):
     Keys: round, the metrics by name (None where a round was not evaluated), loss (the clients'
     mean), clients, replies, refused, uplink_bytes, downlink_bytes, plan_bytes, total_bytes (so
     far), train_seconds, round_seconds, evaluation_seconds. Round 0 is the evaluation before the
-    first.
+    first. Where clients measure on their own rows, also clients_before and clients_after: the mean
+    by rows before and after their training in the round.
     """
 
     def to_pandas(self) -> Any:
@@ -94,7 +95,9 @@ class Run:
         quality, total, rows = self.result["quality"], 0, History()
         metric = quality["metric"]
         others = [name for name in quality.get("metrics", {}) if name != metric]
-        for record in Ledger.reopen(path, length).rounds:
+        rounds = Ledger.reopen(path, length).rounds
+        own = [name for name in ("before", "after") if any(name in r.on_clients for r in rounds)]
+        for record in rounds:
             total += record.uplink_bytes + record.downlink_bytes + record.plan_bytes
             if record.kind == TRAINING:
                 rows.append(
@@ -102,6 +105,10 @@ class Run:
                         "round": record.round,
                         metric: record.metric,
                         **{name: record.metrics.get(name) for name in others},
+                        **{
+                            f"clients_{name}": record.on_clients.get(name, {}).get("row_mean")
+                            for name in own
+                        },
                         "loss": record.loss,
                         "clients": record.clients,
                         "replies": record.replies,

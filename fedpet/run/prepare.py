@@ -18,7 +18,7 @@ from fedpet.backbone.module_roles import find_target_modules
 from fedpet.backbone.pretrained import Backbone, Origin, load_for_task, locate
 from fedpet.client.node_config import make_cache
 from fedpet.codec import check_codecs
-from fedpet.config import Experiment
+from fedpet.config import ClientEvaluation, Experiment
 from fedpet.data import (
     FederatedData,
     count_classes,
@@ -132,9 +132,11 @@ def prepare(
         started,
     )
     _check_enough_clients(experiment, data)
-    check_inputs(backbone.model, data.evaluation, experiment.data.max_length)
-    if experiment.training.cls_only:
-        one, _ = inputs_of(data.evaluation, np.arange(1), device_of(backbone.model))
+    rows = data.evaluation if len(data.evaluation) else data.train  # a server may have none
+    if len(rows):
+        check_inputs(backbone.model, rows, experiment.data.max_length)
+    if experiment.training.cls_only and len(rows):
+        one, _ = inputs_of(rows, np.arange(1), device_of(backbone.model))
         check_first_token(backbone.model, one)
     if experiment.training.gradient_checkpointing:
         check_checkpointing(backbone.model)
@@ -210,6 +212,23 @@ def _check_enough_clients(experiment: Experiment, data: FederatedData) -> None:
     """Refuse a run none of whose rounds could have the replies that its rule needs."""
     least = experiment.strategy.min_usable_replies
     clients = experiment.clients.num_clients if is_deployed(experiment) else len(data.clients)
+    rule = ClientEvaluation.of(experiment.clients)
+    if rule is not None and rule.unseen_fraction and not is_deployed(experiment):
+        unseen = sum(rule.is_unseen(client.id) for client in data.clients)
+        if not 0 < unseen < clients:
+            raise ConfigError(
+                f"clients.unseen-fraction = {rule.unseen_fraction:g} keeps {unseen} of the "
+                f"{clients} clients from training, by a hash of their names: give a fraction, or a "
+                "clients.seed, that leaves some on either side."
+            )
+        clients -= unseen
+    held_out = any(len(client.held_out) for client in data.clients)
+    if rule is not None and rule.fraction and data.clients and not held_out:
+        raise ConfigError(
+            f"clients.eval-fraction = {rule.fraction:g} leaves no client with a row to evaluate "
+            f"on: a client keeps at least clients.min-rows = {rule.min_rows} to train on. Lower "
+            "clients.min-rows, or raise the fraction."
+        )
     if clients < least:
         raise ConfigError(
             f"strategy {experiment.strategy.name!r} with these parameters, and min-replies, need "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import sys
 import time
+from collections.abc import Mapping
 from importlib.util import find_spec
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Self
@@ -15,10 +16,10 @@ from rich.table import Column
 from rich.text import Text
 
 from fedpet.config import Experiment
-from fedpet.protocol.ledger import SEARCH, Ledger, RoundRecord
+from fedpet.protocol.ledger import EVALUATION, SEARCH, Ledger, RoundRecord
 from fedpet.run.callbacks import Callback
 from fedpet.run.interrupts import stoppable
-from fedpet.utils.formatting import format_bytes, show_seconds
+from fedpet.utils.formatting import format_bytes, show_seconds, show_spread
 
 if TYPE_CHECKING:
     from fedpet.search import SearchProgress as SearchStep
@@ -164,6 +165,10 @@ class Progress(LiveLine):
         if record.kind == SEARCH:
             self._on_search_round_end(record, ledger)
             return
+        if record.kind == EVALUATION:
+            for name, spread in record.on_clients.items():
+                self._say(f"round {record.round}: {self._metric} on clients, {name}", spread)
+            return
         parts = []
         evaluated = [r for r in ledger.rounds if r.metric is not None]
         if evaluated:
@@ -172,13 +177,19 @@ class Progress(LiveLine):
             parts.append(f"{self._metric} {last.metric:.4f}{when}")
         if record.loss is not None:
             parts.append(f"loss {record.loss:.3f}")
+        if own := record.on_clients.get("before"):
+            parts.append(f"on clients, before it {show_spread(own)}")
         parts += _sent_and_refused(record, ledger)
         parts += self._time_left(record.round, self._num_rounds)
         state = ", ".join(parts)
         stage, total = self._round(record)
         self._show(stage, record.round, total, state)
-        if record.metric is not None:
+        if record.metric is not None or record.on_clients:
             self._print(f"{stage}: {state}")
+
+    def _say(self, what: str, spread: Mapping[str, Any]) -> None:
+        """Leave a sentence above the line, or print it."""
+        self.on_stage(f"{what}: {show_spread(spread)}.")
 
     def _on_search_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         """Show how much of the choice stayed as it was."""

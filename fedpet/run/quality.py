@@ -58,6 +58,7 @@ def quality_of(
     num_rows: int,
     trained_kinds: Sequence[str] | None = None,
     training: TrainingConfig | None = None,
+    measured: Sequence[tuple[int, float]] | None = None,
 ) -> dict[str, Any]:
     """Make "quality" of `result.json`.
 
@@ -70,9 +71,11 @@ def quality_of(
         trained_kinds: Kinds of modules that have values; None where they have other names, as a
             baseline's have. Rates for other kinds are told, unless a search chose the modules.
         training: As it was in force; None is the experiment's.
+        measured: The metric by round, of clients; None takes the server's from the records.
     """
-    before = rounds[0].metric if rounds and rounds[0].round == 0 else None
-    measured = [(record.round, record.metric) for record in rounds if record.metric is not None]
+    if measured is None:
+        measured = [(record.round, record.metric) for record in rounds if record.metric is not None]
+    before = measured[0][1] if measured and measured[0][0] == 0 else None
     losses = [
         (record.round, record.loss)
         for record in rounds

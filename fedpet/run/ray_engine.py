@@ -271,6 +271,10 @@ def _client_app(prepared: Prepared | PreparedSearch) -> ClientApp:
     def train(message: Message, context: Context) -> Message:
         return reply(message, settings())
 
+    @client_app.evaluate()
+    def evaluate(message: Message, context: Context) -> Message:
+        return reply(message, settings())
+
     return client_app
 
 

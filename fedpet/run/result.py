@@ -11,9 +11,10 @@ from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
-from fedpet.config import Experiment, TrainingConfig
+from fedpet.config import ClientEvaluation, Experiment, TrainingConfig
 from fedpet.data import count_classes
-from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger, RoundRecord
+from fedpet.protocol.ledger import EVALUATION, SEARCH, TRAINING, Ledger, RoundRecord
+from fedpet.run.client_quality import KeptRound, client_evaluations, metric_on_clients
 from fedpet.run.quality import quality_of, status_of
 from fedpet.run.run_folder import machine, versions
 from fedpet.training.metrics import Assessment
@@ -46,6 +47,7 @@ def summarise(
     structure_method: str = "",
     origin: Origin,
     training: TrainingConfig | None = None,
+    kept: KeptRound | None = None,
 ) -> dict[str, Any]:
     """Make the content of `result.json`.
 
@@ -70,10 +72,13 @@ def summarise(
         origin: What of the model came from the checkpoint, and what did not.
         training: As it was in force, with the rates that were derived from the model; None is the
             experiment's.
+        kept: The round whose values are the final ones, where that is the best one's.
     """
     rounds = [record for record in ledger.of_kind(TRAINING) if record.round > 0]
     num_values = sum(values_by_kind.values())
     training = experiment.training if training is None else training
+    rule = ClientEvaluation.of(experiment.clients)
+    trained = [c for c in data.clients if rule is None or not rule.is_unseen(c.id)]
     kinds = [*values_by_kind] if method == "fedpet" else None
     head, mask = values_by_kind.get("head", 0), values_by_kind.get("mask", 0)
     return {
@@ -91,6 +96,7 @@ def summarise(
             "machine": machine(experiment.run.device),
             "status": status_of(rounds, final),
             "resumed": resumed,
+            **_kept(kept, experiment),
         },
         "model": {
             "backbone_parameters": pretrained_parameters,
@@ -116,7 +122,8 @@ def summarise(
         "data": {
             "clients": len(data.clients),
             "clients_left_out": data.left_out_clients,
-            "train_rows": sum(len(client.rows) for client in data.clients),
+            "train_rows": sum(len(client.rows) for client in trained),
+            **_held_out(rule, data),
             "train_rows_left_out": data.left_out_rows,
             "evaluation_rows": len(data.evaluation),
             **_label_tokens(data),
@@ -131,7 +138,9 @@ def summarise(
             num_rows=len(data.evaluation),
             trained_kinds=kinds,
             training=training,
-        ),
+            measured=None if len(data.evaluation) else metric_on_clients(ledger),
+        )
+        | ({"on_clients": measured} if (measured := client_evaluations(ledger)) else {}),
         "communication": _communication(ledger, pretrained_parameters + head),
         "time": {
             "total_seconds": total_seconds,
@@ -141,10 +150,11 @@ def summarise(
             "first_round_seconds": rounds[0].round_seconds,
             "outside_training_fraction": _outside_training(rounds[1:]),
             **_search_seconds(ledger),
+            **_measuring_seconds(ledger),
         },
         "refused": [
             {**_when(record), **refused}
-            for record in (*ledger.of_kind(SEARCH), *rounds)
+            for record in (*ledger.of_kind(SEARCH), *rounds, *ledger.of_kind(EVALUATION))
             for refused in record.refused
         ],
         "events": [
@@ -208,8 +218,9 @@ def _communication(ledger: Ledger, dense_parameters: int) -> dict[str, Any]:
         "wire_bytes": sums["wire_bytes"],
         "wire_by_kind": ledger.wire_by_kind,
     }
-    if ledger.of_kind(SEARCH):
-        books["by_kind"] = {kind: _of_kind(ledger, kind) for kind in (SEARCH, TRAINING)}
+    kinds = [kind for kind in (SEARCH, TRAINING, EVALUATION) if ledger.of_kind(kind)]
+    if len(kinds) > 1:
+        books["by_kind"] = {kind: _of_kind(ledger, kind) for kind in kinds}
     return books
 
 
@@ -217,7 +228,7 @@ def _of_kind(ledger: Ledger, kind: str) -> dict[str, int]:
     """Sum the bytes of one kind of rounds, and count them."""
     sums = {name: int(ledger.total(name, kind)) for name in _SUMS}
     total = sums["uplink_bytes"] + sums["downlink_bytes"] + sums["plan_bytes"]
-    rounds = sum(record.round > 0 for record in ledger.of_kind(kind))
+    rounds = sum(record.round > 0 or kind == EVALUATION for record in ledger.of_kind(kind))
     return {"rounds": rounds, "total_bytes": total, **sums}
 
 
@@ -228,9 +239,36 @@ def _search_seconds(ledger: Ledger) -> dict[str, float]:
     return {"search_rounds_seconds": ledger.total("round_seconds", SEARCH)}
 
 
+def _measuring_seconds(ledger: Ledger) -> dict[str, float]:
+    """Sum the longest nodes' seconds of measuring, where clients measured."""
+    seconds = ledger.total("client_evaluation_seconds")
+    return {"client_evaluation_seconds": seconds} if seconds else {}
+
+
+def _kept(kept: KeptRound | None, experiment: Experiment) -> dict[str, Any]:
+    """Name the round whose model is the run's, where that is the best one's."""
+    if kept is None:
+        return {}
+    where = experiment.data.eval_on
+    found = {"round": kept.server_round, "by": experiment.data.metric, "value": kept.metric}
+    return {"kept": {**found, "on": where, "of": experiment.strategy.num_rounds}}
+
+
+def _held_out(rule: ClientEvaluation | None, data: FederatedData) -> dict[str, int]:
+    """Count what is kept from training, where anything is, and the rows are known here."""
+    if rule is None or not len(data.train):
+        return {}
+    return {
+        "clients_unseen": sum(rule.is_unseen(client.id) for client in data.clients),
+        "clients_without_held_out": sum(not len(client.held_out) for client in data.clients),
+        "rows_held_out": sum(len(client.held_out) for client in data.clients),
+    }
+
+
 def _outside_training(rounds: Sequence[RoundRecord]) -> float | None:
     """Seconds of rounds that are not local training, as a fraction of those that are."""
     training = sum(record.train_seconds for record in rounds)
     if not training:
         return None
-    return sum(record.round_seconds - record.train_seconds for record in rounds) / training
+    own = [record.train_seconds + record.client_evaluation_seconds for record in rounds]
+    return sum(r.round_seconds - seconds for r, seconds in zip(rounds, own, strict=True)) / training

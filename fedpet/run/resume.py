@@ -36,6 +36,7 @@ from fedpet.run.checkpoint_file import (
     writing_journal,
 )
 from fedpet.run.client_journal import ClientJournal, read_records
+from fedpet.run.client_quality import KeptRound
 from fedpet.utils.atomic_write import sync
 from fedpet.utils.lock import locked_folder
 
@@ -179,13 +180,21 @@ class JournalWriter:
         self._settings = deciding_settings(prepared.experiment)
         self._clients = ClientJournal(folder)
 
-    def write(self, *, server_round: int, values: np.ndarray, ledger_bytes: int) -> None:
+    def write(
+        self,
+        *,
+        server_round: int,
+        values: np.ndarray,
+        ledger_bytes: int,
+        kept: KeptRound | None = None,
+    ) -> None:
         """Write down where a run stands when a round is over.
 
         Args:
             server_round: That round.
             values: Global values, float32, (num_values,).
             ledger_bytes: Length of `rounds.jsonl`, this round's line included.
+            kept: The best round so far, where its model is the run's.
 
         Raises:
             RunError: The disk does not take it. The journal before stays, and what it names.
@@ -208,7 +217,8 @@ class JournalWriter:
             resumed=self._resumed,
             values=values,
             optimiser=strategy.state(),
-            kind=strategy.ledger.current.kind,
+            kind=strategy.ledger.kind,
+            kept=kept,
         )
         write_journal(self._folder, journal)
         self._clients.remove_older()

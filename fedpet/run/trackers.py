@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedpet.errors import ConfigError
-from fedpet.protocol.ledger import SEARCH, Ledger, RoundRecord
+from fedpet.protocol.ledger import EVALUATION, SEARCH, Ledger, RoundRecord
 from fedpet.run.callbacks import Callback, Callbacks, Evaluation, RunStart
 
 if TYPE_CHECKING:
@@ -80,6 +80,9 @@ class Tracker(Callback):
     def on_round_end(self, record: RoundRecord, ledger: Ledger) -> None:
         if record.round == 0:
             return
+        if record.kind == EVALUATION:
+            self.log(_on_clients(record), record.round)
+            return
         group = "search" if record.kind == SEARCH else "train"
         values: dict[str, float] = {} if record.loss is None else {f"{group}/loss": record.loss}
         values |= {
@@ -91,7 +94,7 @@ class Tracker(Callback):
             "seconds/round": record.round_seconds,
             "seconds/training": record.train_seconds,
         }
-        self.log(values, record.round)
+        self.log(values | _on_clients(record), record.round)
 
     def on_run_end(self, result: Mapping[str, Any], folder: Path) -> None:
         quality, books = result["quality"], result["communication"]
@@ -103,6 +106,17 @@ class Tracker(Callback):
                 "final/seconds": result["time"]["total_seconds"],
             }
         )
+
+
+def _on_clients(record: RoundRecord) -> dict[str, float]:
+    """Return what clients measured on their own rows: means and the worst tenth."""
+    figures = ("row_mean", "mean", "worst_decile")
+    return {
+        f"clients/{name}/{figure}": spread[figure]
+        for name, spread in record.on_clients.items()
+        for figure in figures
+        if figure in spread
+    }
 
 
 class TensorBoardCallback(Tracker):

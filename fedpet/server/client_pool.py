@@ -14,6 +14,7 @@ from functools import cached_property
 
 import numpy as np
 
+from fedpet.config import ClientEvaluation
 from fedpet.errors import DataError
 from fedpet.utils.seeds import client_id64, derive_seed
 
@@ -26,6 +27,7 @@ class ClientPool:
         num_rows: Client -> its number of rows.
         homes: Client -> id of its node. Empty where every node holds every client's rows, as in a
             simulation.
+        rule: Says which clients never train; None: all do.
 
     Raises:
         DataError: Two names have the same 64-bit hash, which stands for them in messages.
@@ -33,6 +35,7 @@ class ClientPool:
 
     num_rows: Mapping[str, int]
     homes: Mapping[str, int]
+    rule: ClientEvaluation | None = None
 
     def __post_init__(self) -> None:
         if len(self.by_number()) != len(self.num_rows):
@@ -44,7 +47,14 @@ class ClientPool:
 
     @cached_property
     def _sorted(self) -> list[str]:
-        return sorted(self.num_rows)
+        return sorted(name for name in self.num_rows if not self._is_unseen(name))
+
+    def _is_unseen(self, name: str) -> bool:
+        return self.rule is not None and self.rule.is_unseen(name)
+
+    def unseen(self) -> list[str]:
+        """Return the clients that never train, in alphabetical order."""
+        return sorted(filter(self._is_unseen, self.num_rows))
 
     def suspend(self, node: int) -> None:
         """Note that a node could not take part; a simulation's worker goes on all the same."""
@@ -207,8 +217,13 @@ class ConnectedClientPool(ClientPool):
 
     def sample(self, server_round: int, num_clients: int, seed: int) -> list[str]:
         """Draw a round's clients among those whose node is online, in alphabetical order."""
-        free = [name for name in sorted(self.present) if self.homes[name] not in self.busy_nodes]
-        return _draw(free or sorted(self.present), server_round, num_clients, seed)
+        there = [name for name in sorted(self.present) if not self._is_unseen(name)]
+        free = [name for name in there if self.homes[name] not in self.busy_nodes]
+        return _draw(free or there, server_round, num_clients, seed)
+
+    def unseen(self) -> list[str]:
+        """Return those that never train and whose node is online, in alphabetical order."""
+        return sorted(filter(self._is_unseen, self.present))
 
 
 def _draw(clients: Sequence[str], server_round: int, num_clients: int, seed: int) -> list[str]:

@@ -23,13 +23,15 @@ from fedpet.codec import Seeds, VectorCodec
 from fedpet.config import StrategyConfig
 from fedpet.errors import FrameError, ReplyError
 from fedpet.pet.tiers import Tier, Where
+from fedpet.protocol.client_metric import ClientMetric
 from fedpet.protocol.codec_seeds import uplink_seeds
 from fedpet.protocol.flower_compat import client_app_raised
-from fedpet.protocol.frame import Frame, Refusal, RefusalCode, unpack_frames
+from fedpet.protocol.frame import Frame, Measured, Refusal, RefusalCode, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.request import STYPE, from_record, single_client_bytes
 from fedpet.server.client_pool import ClientPool, ConnectedClientPool
+from fedpet.server.client_spread import checked_metric
 from fedpet.server.client_weights import client_weights
 from fedpet.server.reply_stream import SpooledPayloads
 from fedpet.server.requests import Retry
@@ -132,6 +134,7 @@ class Replies:
         self._config = config
         self._examples: dict[str, int] = {}  # of accepted clients
         self._weights: dict[str, float] = {}
+        self.metrics: dict[str, ClientMetric] = {}  # of accepted clients that measured
         self._ledger = ledger
         self._settled: set[str] = set()  # clients that are accepted or refused
         self._turn = 0  # index of the first client whose update was not given out
@@ -140,6 +143,7 @@ class Replies:
         self._codings: dict[int, VectorCodec] = {}
         self._asked_again: dict[str, str] = {}  # client -> why
         self._train_seconds: defaultdict[int, float] = defaultdict(float)  # by node, all messages
+        self._measuring: defaultdict[int, float] = defaultdict(float)  # seconds, by node
 
     def take(self, reply: Message, chunk: Chunk) -> Retry:
         """Accept or refuse what a message holds; return what of its chunk to ask for again.
@@ -150,7 +154,7 @@ class Replies:
         known = self._population.node_name(node)
         reason = f"node {known}: no reply came for this client, only for others."
         if reply.has_error():
-            reason = f"node {known}: {_reason(reply.error)}"
+            reason = f"node {known}: {error_reason(reply.error)}"
             if client_app_raised(reply.error):
                 self._population.suspend(node)
                 self._note(node, "suspended", reason)
@@ -171,6 +175,8 @@ class Replies:
                 self._refuse(name, reason, node)
         record = self._ledger.current
         record.train_seconds = max(record.train_seconds, self._train_seconds[node])
+        longest = max(record.client_evaluation_seconds, self._measuring[node])
+        record.client_evaluation_seconds = longest
         return again
 
     @property
@@ -303,7 +309,7 @@ class Replies:
         self._asked_again.update(dict.fromkeys(clients, refusal.text))
         return True
 
-    def _settle(self, node: int, part: Frame | Refusal, name: str) -> None:
+    def _settle(self, node: int, part: Frame | Measured | Refusal, name: str) -> None:
         """Accept one frame and count its training seconds, or record the refusal."""
         try:
             self._check(node, part, name)
@@ -313,6 +319,9 @@ class Replies:
         assert isinstance(part, Frame)
         self._settled.add(name)
         self._examples[name] = min(part.num_examples, self._num_rows[name])
+        if part.metric is not None:
+            self.metrics[name] = self._checked_metric(part.metric, name, part.num_examples)
+            self._measuring[node] += part.metric.seconds
         self._waiting[name] = node, replace(part, payload=b""), self._payloads.put(part.payload)
         self._train_seconds[node] += part.train_seconds
         self._ledger.current.replies += 1
@@ -323,12 +332,20 @@ class Replies:
         self._settled.add(name)
         self._ledger.refuse(name, reason, node)
 
-    def _check(self, node: int, part: Frame | Refusal, name: str) -> None:
+    def _checked_metric(self, found: ClientMetric, name: str, num_examples: int) -> ClientMetric:
+        grows = isinstance(self._population, ConnectedClientPool)
+        rule = self._plan.evaluation if self._plan.measures else None
+        rows = self._num_rows[name] - (0 if grows else num_examples)
+        return checked_metric(found, self._plan.task.metric, rule, rows, grows=grows)
+
+    def _check(self, node: int, part: Frame | Measured | Refusal, name: str) -> None:
         if name in self._settled:
             known = self._population.node_name(node)
             raise FrameError(f"node {known} sent a second frame for this client.")
         if isinstance(part, Refusal):
             raise ReplyError(part.text)
+        if isinstance(part, Measured):
+            raise FrameError("the client was asked to train, and sent a metric alone.")
         if part.plan_digest != self._digest:
             raise FrameError(
                 f"the frame is of plan {part.plan_digest.hex()}, this run's is "
@@ -352,9 +369,11 @@ class Replies:
             )
         if not 0 <= part.loss < math.inf:
             raise FrameError(f"a training loss is finite and not negative, got {part.loss}.")
+        if part.metric is not None:
+            self._checked_metric(part.metric, name, part.num_examples)
 
 
-def _reason(error: Error) -> str:
+def error_reason(error: Error) -> str:
     """Return an error's reason, with advice where a worker died or one of Flower's mods failed."""
     reason = error.reason or "an unnamed error."
     if any(died in reason for died in WORKER_DIED):

@@ -83,6 +83,7 @@ class Requests:
     """Make the train messages of one round after another.
 
     Attributes:
+        plan_bytes: The plan, as it is sent.
         digest: Digest that names the plan in messages.
         sampled: Clients of the current round, in alphabetical order.
         homes: Client -> node that was asked to train it in this round.
@@ -99,12 +100,12 @@ class Requests:
         ledger: Ledger,
     ) -> None:
         self._plan = plan
-        self._plan_bytes = plan.to_bytes()
+        self.plan_bytes = plan.to_bytes()
         self._tiers = tiers
         self._population = population
         self._config = config
         self._ledger = ledger
-        self.digest = Plan.digest(self._plan_bytes)
+        self.digest = Plan.digest(self.plan_bytes)
         self._downlink = downlink_of(plan, self.digest, tiers.tiers)
         self._remembers = plan.is_delta_downlink or plan.codec.error_feedback
         tierwise = (plan.uplink(tier.groups, tier.head_groups) for tier in tiers.tiers)
@@ -232,7 +233,7 @@ class Requests:
         request = self._request(
             tuple(client_id64(name) for name in names),
             sent,
-            b"" if node in self.holders.plan_nodes else self._plan_bytes,
+            b"" if node in self.holders.plan_nodes else self.plan_bytes,
             which=tuple(among.index(tier) for tier in tiers) if len(among) > 1 else (),
             accepted=tuple(self.holders.accepted.get(name, 0) for name in names),
         )
@@ -274,7 +275,7 @@ class Requests:
         record.clients = len(self.sampled)
         record.newcomers += len(newcomers)  # beside those that a registry has counted
         frames = self._bytes_if_alone(newcomers)
-        plans = self._bytes_if_alone(newcomers, self._plan_bytes) - frames
+        plans = self._bytes_if_alone(newcomers, self.plan_bytes) - frames
         self._ledger.add_client_bytes(down=self._bytes_if_alone(self.sampled), plan=plans)
 
     def _count_again(self, asked: Retry) -> None:
@@ -289,7 +290,7 @@ class Requests:
         if self._population.homes and (asked.no_plan or asked.no_reference):
             self.holders.forget_clients(asked.names)
             down = self._bytes_if_alone(asked.names)
-            plan = self._bytes_if_alone(asked.names, self._plan_bytes) if asked.no_plan else down
+            plan = self._bytes_if_alone(asked.names, self.plan_bytes) if asked.no_plan else down
             self._ledger.add_client_bytes(down=down, plan=plan - down)
 
     def _bytes_if_alone(self, names: Sequence[str], plan: bytes = b"") -> int:

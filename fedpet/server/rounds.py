@@ -33,6 +33,8 @@ from fedpet.server.aggregation import (
     to_arrays,
 )
 from fedpet.server.client_pool import ClientPool
+from fedpet.server.client_spread import spreads_of
+from fedpet.server.measuring import Measuring
 from fedpet.server.pace import Pace
 from fedpet.server.replies import Replies
 from fedpet.server.reply_stream import StreamingGrid
@@ -65,6 +67,7 @@ class SparseStrategy(Strategy):
 
     Attributes:
         rule: Flower's strategy, which aggregates.
+        population: Clients, and the nodes they live on.
         rounds_done: Rounds that were over before the loop began: Flower's counts from 1 whatever
             went before.
     """
@@ -83,7 +86,7 @@ class SparseStrategy(Strategy):
         self.config = config
         self.ledger = ledger
         self.rounds_done = 0
-        self._population = population
+        self.population = population
         ledger.node_name = population.node_name
         self._names = population.by_number()
         self._num_rows = population.num_rows
@@ -119,7 +122,7 @@ class SparseStrategy(Strategy):
         nodes = wait_for_nodes(grid, self.config.node_wait_seconds)
         if self._leaves_slow_nodes and isinstance(grid, StreamingGrid):
             busy = grid.busy_nodes()
-            self._population.set_busy(busy)
+            self.population.set_busy(busy)
             nodes = [node for node in nodes if node not in busy] or nodes
         self._values = from_arrays(arrays)
         self.rule.configure_train(server_round, arrays, config, grid)  # it notes the values
@@ -136,7 +139,7 @@ class SparseStrategy(Strategy):
             config=self.config,
             ledger=self.ledger,
             answered=self.requests.answered,
-            population=self._population,
+            population=self.population,
         )
         self._pace = Pace(self.config, len(self.requests.sampled))
         self._fold = (EachFold if self.config.compares_replies else MeanFold)(self._values)
@@ -174,7 +177,7 @@ class SparseStrategy(Strategy):
     def _why_absent(self, name: str) -> tuple[str, int | None]:
         reason, node = self.requests.why_absent(name)
         if node is not None and self._pace.reason:
-            reason = f"node {self._population.node_name(node)}: {self._pace.reason}"
+            reason = f"node {self.population.node_name(node)}: {self._pace.reason}"
         return reason, node
 
     def _fold_updates(self) -> None:
@@ -203,6 +206,9 @@ class SparseStrategy(Strategy):
         self._fold_updates()
         fold, record = self._fold, self.ledger.current
         record.replies, record.loss = len(fold.names), fold.loss
+        own = self._replies.metrics
+        measured = [own[name] for name in fold.names if name in own]
+        record.on_clients = spreads_of(measured, self.plan.task.metric)
         record.refused.sort(key=_by_node)
         for refused in record.refused:
             LOG.warning("round %s: %s: %s", server_round, refused["who"], refused["reason"])
@@ -230,6 +236,23 @@ class SparseStrategy(Strategy):
                 f"{count} of {asked} replies are usable, {needed} are needed"
                 + (f" by {self.config.name!r} and its parameters." if needed == rule else ".")
             )
+
+    def next_clients(self, server_round: int) -> list[str]:
+        """Return the clients that a round would draw, in alphabetical order."""
+        return self.population.sample(server_round, self.config.clients_per_round, self.plan.seed)
+
+    def measuring(self) -> Measuring:
+        """Return what has clients measure values outside of training."""
+        return Measuring(
+            plan=self.plan,
+            plan_bytes=self.requests.plan_bytes,
+            tiers=self.tiers.tiers,
+            population=self.population,
+            holders=self.requests.holders,
+            ledger=self.ledger,
+            node_wait_seconds=self.config.node_wait_seconds,
+            deadline_seconds=self.config.round_deadline_seconds,
+        )
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

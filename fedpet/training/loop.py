@@ -148,7 +148,11 @@ def num_examples(task: Task, rows: Rows, indices: np.ndarray) -> int:
 
 def count_examples(data: FederatedData, task: Task) -> dict[str, int]:
     """Count the examples of each client by its id, see `num_examples`: the most it may weigh."""
-    return {client.id: num_examples(task, data.train, client.rows) for client in data.clients}
+    return {
+        client.id: num_examples(task, data.train, client.rows)
+        + (num_examples(task, data.train, client.held_out) if len(client.held_out) else 0)
+        for client in data.clients
+    }
 
 
 @contextmanager

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 
 def format_bytes(count: float) -> str:
     """Format a byte count with three significant digits.
@@ -46,3 +49,18 @@ def show_duration(seconds: float) -> str:
             return f"{value:.3g} {unit}"
         value /= 24 if unit == "h" else 365.25 if unit == "days" else size
     return f"{value:,.3g} years" if value < 999.5 else f"{value:,.0f} years"
+
+
+def show_spread(spread: Mapping[str, Any]) -> str:
+    """Say a spread in a few words, for a terminal.
+
+    Example:
+        >>> show_spread({"clients": 12, "row_mean": 0.81, "worst_decile": 0.5})
+        '0.8100, worst tenth 0.5000 (12 clients)'
+    """
+    if "row_mean" not in spread:
+        return f"no finite value of {spread.get('not_finite', 0)} clients"
+    return (
+        f"{spread['row_mean']:.4f}, worst tenth {spread['worst_decile']:.4f} "
+        f"({spread['clients']:,} client{'s' * (spread['clients'] != 1)})"
+    )

@@ -92,6 +92,20 @@ class NamedCallables(Generic[_Function]):
         function: _Function = found
         return function
 
+    def find_registered(self, name: str) -> _Function:
+        """Return the same, where it is registered: of a name that a server sent to a node.
+
+        Raises:
+            ConfigError: There is none, or it was not made for this.
+        """
+        function = self.find(name)
+        if not self._is_registered(function):
+            raise ConfigError(
+                f"{name!r} is no {self._noun} that may run on a node: put "
+                f"@{self._decorator}('...') above the function."
+            )
+        return function
+
     def portable(self, name: str) -> str:
         """Return the import path of a registered name, where other processes can import it.
 

@@ -125,6 +125,25 @@ def test_without_an_entropy_stage_an_estimate_is_exact(experiment: Any) -> None:
     assert abs(told.communication["plan_bytes_per_client"] - books["plan_bytes_per_client"]) <= 16
 
 
+def test_an_estimate_counts_what_clients_measure(experiment: Any) -> None:
+    settings = experiment(
+        codec_uplink="eden-4-raw",
+        codec_downlink="float32-raw",
+        codec_downlink_mode="full",
+        clients_eval_fraction=0.3,
+        clients_unseen_fraction=0.3,
+        clients_unseen_every=2,
+        data_eval_on="clients",
+    )
+    told, books = estimate(settings).communication, run(settings)["communication"]
+    assert told["uplink_bytes"] == books["uplink_bytes"]
+    assert told["downlink_bytes"] == books["downlink_bytes"]
+    for way in ("uplink", "downlink"):
+        name = f"{way}_bytes_per_client_round"
+        assert told[name] == books[name]
+    assert told["total_bytes"] == pytest.approx(books["total_bytes"], rel=0.01)
+
+
 @pytest.mark.parametrize("schedule", ["constant", "linear"])
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])
 def test_an_estimate_follows_optimiser_and_schedule(
