@@ -77,7 +77,8 @@ class ExperimentCell(Cell):
             del tables["run"][key]
         if self.runs != FEDPET:
             for stage in _FEDPET_STAGES:
-                del tables[stage]
+                if not (self.in_process and stage == "codec"):  # there baselines are coded too
+                    del tables[stage]
         return tables
 
     def complete_settings(self, stored: Mapping[str, Any]) -> dict[str, Any]:
