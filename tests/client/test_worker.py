@@ -126,7 +126,9 @@ def test_what_another_library_says_stays_in_the_node_s_log(
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"PK", bundle({"a": "x" * MAX_PROJECT_BYTES}).content, bundle({}).content[:60]]
+    "content",
+    [b"", b"PK", bundle({"a": "x" * MAX_PROJECT_BYTES}).content, bundle({}).content[:60]],
+    ids=["empty", "cut-short", "too-much", "headless"],  # a bundle holds the time
 )
 def test_a_bundle_that_is_none_or_opens_to_too_much_is_refused(content: bytes) -> None:
     with pytest.raises(FrameError, match=r"no pyproject.toml that can be read"):
