@@ -101,8 +101,7 @@ def leave_journal(settings: Experiment) -> None:
         class ledger:
             path = None
 
-            class current:
-                kind = "training"
+            kind = "training"
 
         @staticmethod
         def state() -> dict[str, Any]:

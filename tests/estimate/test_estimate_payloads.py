@@ -83,7 +83,7 @@ def test_a_made_up_plan_is_as_long_as_a_real_one(experiment: Any) -> None:
 
     settings = experiment(mask_tiers=["0.01=0.5", "0.05=0.5"])
     prepared = prepare(settings, Silent())
-    layout = count_values(outline(settings.backbone, num_outputs=2), settings)
+    layout = count_values(outline(settings.backbone, prepared.plan.task), settings)
     made_up = made_up_plan(settings, layout, prepared.plan.task)
     assert abs(len(made_up.to_bytes()) - len(prepared.plan.to_bytes())) <= 8
     assert made_up.num_values == prepared.plan.num_values
