@@ -63,18 +63,18 @@ def enrol_when_up(allowed: AllowedNodes, wait_seconds: float = WAIT_SECONDS) -> 
     Raises:
         httpx.HTTPError: SuperLink does not answer.
     """
-    limit, told = time.monotonic() + wait_seconds, False
-    while True:
-        try:
-            with flower_nodes(CONNECTION) as flower:
+    with flower_nodes(CONNECTION) as flower:
+        limit, told = time.monotonic() + wait_seconds, False
+        while True:
+            try:
                 return enrol(flower, allowed)
-        except httpx.ConnectError:
-            if time.monotonic() > limit:
-                raise
-            if not told:
-                print(f"Waiting for SuperLink, {wait_seconds:.0f} s at most.", flush=True)
-                told = True
-            time.sleep(PAUSE_SECONDS)
+            except httpx.ConnectError:
+                if time.monotonic() > limit:
+                    raise
+                if not told:
+                    print(f"Waiting for SuperLink, {wait_seconds:.0f} s at most.", flush=True)
+                    told = True
+                time.sleep(PAUSE_SECONDS)
 
 
 def main() -> None:

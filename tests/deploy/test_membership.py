@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import ssl
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -111,16 +110,16 @@ def test_a_key_that_is_rotated_takes_the_place_of_the_old_one(folder: Path) -> N
 def test_a_superlink_that_is_starting_is_waited_for(
     folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    tries: list[float] = []
+    tries: list[int] = []
 
-    @contextmanager
-    def starting(_connection: str) -> Iterator[FakeFlower]:
-        tries.append(0.0)
-        if len(tries) < 3:
-            raise httpx.ConnectError("refused")
-        yield FakeFlower()
+    class Starting(FakeFlower):
+        def listed(self) -> dict[bytes, Any]:
+            tries.append(1)
+            if len(tries) < 3:
+                raise httpx.ConnectError("refused")
+            return super().listed()
 
-    monkeypatch.setattr(enrolment, "flower_nodes", starting)
+    monkeypatch.setattr(enrolment, "flower_nodes", lambda _: nullcontext(Starting()))
     monkeypatch.setattr(enrolment, "PAUSE_SECONDS", 0.0)
     allowed = AllowedNodes(folder / "server" / "nodes")
     assert enrolment.enrol_when_up(allowed) == ["a: let in", "b: let in"]
