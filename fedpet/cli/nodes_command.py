@@ -40,7 +40,7 @@ def nodes(
     """Show who is there, with bytes and refusals; or change who may come."""
     from fedpet.deploy import membership
     from fedpet.deploy.deployment import NodeSpec
-    from fedpet.deploy.node_table import list_nodes, node_table
+    from fedpet.deploy.node_table import last_refusals, list_nodes, node_table
 
     folder = expand(folder)
     done = [membership.add_node(folder, NodeSpec.parse(text)) for text in add or []]
@@ -58,3 +58,5 @@ def nodes(
             print(json.dumps(lines, indent=1))
         else:
             out_console.show(node_table(lines))
+            for sentence in last_refusals(lines):
+                print(sentence)

@@ -197,8 +197,8 @@ def drop_small_clients(
         largest = max((len(rows) for rows in parts.values()), default=0)
         raise DataError(
             f"none of {len(parts)} clients has clients.min-rows = {population.min_rows} rows; "
-            f"the largest has {largest}. Ask for fewer rows a client, or share the {num_rows} "
-            "rows among fewer clients."
+            f"the largest has {largest}. Ask for fewer rows a client, add rows, or share the "
+            f"{num_rows} rows among fewer clients."
         )
     kept_rows = sum(len(client.rows) for client in clients)
     return Clients(clients, len(parts) - len(clients), num_rows - kept_rows)

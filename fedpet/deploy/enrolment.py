@@ -4,6 +4,8 @@ A key of the folder that SuperLink does not know is registered, and a node whose
 folder any more is turned out. Where a node's key was replaced, both happen: it comes back under the
 same name, with another of Flower's numbers.
 
+A SuperLink that is still starting is waited for.
+
     python -m fedpet.deploy.enrolment nodes
 """
 
@@ -11,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from pathlib import Path
 
 import httpx
@@ -19,9 +22,10 @@ from fedpet.errors import ConfigError
 from fedpet.protocol.flower_compat import FlowerNodes, flower_nodes
 from fedpet.server.allowed_nodes import AllowedNodes
 
-__all__ = ["enrol"]
+__all__ = ["enrol", "enrol_when_up"]
 
 CONNECTION = "fedpet"  # of `flwr/config.toml`, which the server's scripts write
+WAIT_SECONDS, PAUSE_SECONDS = 60.0, 1.0  # for a SuperLink that is starting
 
 
 def enrol(flower: FlowerNodes, allowed: AllowedNodes) -> list[str]:
@@ -46,14 +50,40 @@ def enrol(flower: FlowerNodes, allowed: AllowedNodes) -> list[str]:
     return said
 
 
+def enrol_when_up(allowed: AllowedNodes, wait_seconds: float = WAIT_SECONDS) -> list[str]:
+    """Register and turn out nodes, as soon as SuperLink listens.
+
+    Args:
+        allowed: Those that may be there.
+        wait_seconds: For how long to try to connect.
+
+    Returns:
+        A sentence a node.
+
+    Raises:
+        httpx.HTTPError: SuperLink does not answer.
+    """
+    with flower_nodes(CONNECTION) as flower:
+        limit, told = time.monotonic() + wait_seconds, False
+        while True:
+            try:
+                return enrol(flower, allowed)
+            except httpx.ConnectError:
+                if time.monotonic() > limit:
+                    raise
+                if not told:
+                    print(f"Waiting for SuperLink, {wait_seconds:.0f} s at most.", flush=True)
+                    told = True
+                time.sleep(PAUSE_SECONDS)
+
+
 def main() -> None:
     """Enrol the nodes of a folder."""
     parser = argparse.ArgumentParser(prog="fedpet.deploy.enrolment")
     parser.add_argument("folder", type=Path)
     try:
         allowed = AllowedNodes(parser.parse_args().folder)
-        with flower_nodes(CONNECTION) as flower:
-            print("\n".join(enrol(flower, allowed)))
+        print("\n".join(enrol_when_up(allowed)))
     except ConfigError as error:
         sys.exit(f"Error: {error}")
     except httpx.HTTPError as error:

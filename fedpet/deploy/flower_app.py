@@ -32,7 +32,8 @@ from fedpet.utils.source_digest import code_digest, strategies_folder
 from fedpet.utils.templating import render
 
 PACKAGES_FILE, CONSTRAINTS_FILE = "packages.txt", "constraints.txt"
-EXTRAS = ("data",)  # of fedpet's, for a server whose rows are on the hub or in .parquet files
+# Of fedpet's, for a server: rows on the hub or in .parquet files, the page of a run, Prometheus.
+EXTRAS = ("data", "report", "metrics")
 TEMPLATES = Path(__file__).with_name("templates")
 BUNDLE = ("on_server.py", "on_node.py")
 

@@ -19,7 +19,7 @@ from fedpet.protocol.ledger import one_line
 from fedpet.server.allowed_nodes import AllowedNodes
 from fedpet.utils.formatting import format_bytes
 
-__all__ = ["list_nodes", "node_table"]
+__all__ = ["last_refusals", "list_nodes", "node_table"]
 
 
 def list_nodes(folder: Path) -> list[dict[str, Any]]:
@@ -74,9 +74,8 @@ def node_table(lines: list[dict[str, Any]]) -> Table:
         "received",
         "sent",
         "refused",
-        "why last",
     ):
-        table.add_column(name)
+        table.add_column(name, no_wrap=True)
     for line in lines:
         table.add_row(
             line["name"],
@@ -86,9 +85,17 @@ def node_table(lines: list[dict[str, Any]]) -> Table:
             format_bytes(line["received_bytes"]),
             format_bytes(line["sent_bytes"]),
             str(line["refusals"] + line["requests_refused"]),
-            one_line(line["last_refusal"]),
         )
     return table
+
+
+def last_refusals(lines: list[dict[str, Any]]) -> list[str]:
+    """Return a sentence for each node that the newest run refused: too long for a column."""
+    return [
+        f"{line['name']} was refused last in {one_line(line['last_refusal'])}"
+        for line in lines
+        if line["last_refusal"]
+    ]
 
 
 def _ago(at: float | None) -> str:

@@ -102,7 +102,7 @@ def test_when_no_client_is_left_the_message_says_how_large_the_largest_is() -> N
     with pytest.raises(
         DataError,
         match=r"^none of 4 clients has clients\.min-rows = 8 rows; the largest has 3\. "
-        r"Ask for fewer rows a client, or share the 10 rows among fewer clients\.$",
+        r"Ask for fewer rows a client, add rows, or share the 10 rows among fewer clients\.$",
     ):
         drop_small_clients(parts, 10, population)
 

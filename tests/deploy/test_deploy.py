@@ -253,8 +253,15 @@ def test_a_device_is_asked_for_neither_ray_nor_plots_nor_large_data(folder: Path
     assert {"torch", "flwr", "transformers"} <= wanted
     assert not extras & wanted
     assert not any(Requirement(text).extras for text in project["dependencies"])
-    for_server = {Requirement(text).name for text in project["optional-dependencies"]["data"]}
-    assert for_server == {"datasets", "pyarrow"}
+    for_server = {
+        extra: {Requirement(text).name for text in texts}
+        for extra, texts in project["optional-dependencies"].items()
+    }
+    assert for_server == {
+        "data": {"datasets", "pyarrow"},
+        "report": {"matplotlib"},
+        "metrics": {"prometheus-client"},
+    }
 
 
 def test_a_device_that_is_set_up_later_gets_the_server_s_versions(folder: Path) -> None:
@@ -304,6 +311,23 @@ def test_flower_finds_the_server_wherever_the_folder_lies(folder: Path, tmp_path
             "address": "127.0.0.1:8001",
             "root-certificates": str(place / "ca.crt"),
         }
+
+
+@pytest.mark.parametrize(
+    "script", ["server/register.sh", "server/run.sh", "nodes/ward-1/supernode.sh"]
+)
+def test_a_script_without_its_environment_says_which_one_it_needs(
+    folder: Path, tmp_path: Path, script: str
+) -> None:
+    here, programs = shutil.copytree(folder, tmp_path / "here"), tmp_path / "programs"
+    programs.mkdir()
+    for name in ("bash", "dirname", "mkdir", "cat"):
+        (programs / name).symlink_to(str(shutil.which(name)))
+    done = subprocess.run(
+        [str(here / script)], env={"PATH": str(programs)}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stdout) == (1, "")
+    assert "set FEDPET_VENV to the environment" in done.stderr
 
 
 def test_superlink_is_on_the_loopback_whatever_the_relay_is_bound_to(tmp_path: Path) -> None:

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import json
 import ssl
+from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import httpx
 import pytest
 from cryptography import x509
 from cryptography.x509.verification import PolicyBuilder, Store
 
 from fedpet.config import Experiment
-from fedpet.deploy import Deployment, NodeSpec, membership, write_deployment
+from fedpet.deploy import Deployment, NodeSpec, enrolment, membership, write_deployment
 from fedpet.deploy.enrolment import enrol
-from fedpet.deploy.node_table import list_nodes
+from fedpet.deploy.node_table import last_refusals, list_nodes
 from fedpet.deploy.relay import NodeStatus, write_status
 from fedpet.errors import ConfigError
 from fedpet.server.allowed_nodes import AllowedNodes
@@ -105,6 +107,29 @@ def test_a_key_that_is_rotated_takes_the_place_of_the_old_one(folder: Path) -> N
     assert said == ["a: turned out, its key is not in the folder", "a: let in", "b: registered"]
 
 
+def test_a_superlink_that_is_starting_is_waited_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tries: list[int] = []
+
+    class Starting(FakeFlower):
+        def listed(self) -> dict[bytes, Any]:
+            tries.append(1)
+            if len(tries) < 3:
+                raise httpx.ConnectError("refused")
+            return super().listed()
+
+    monkeypatch.setattr(enrolment, "flower_nodes", lambda _: nullcontext(Starting()))
+    monkeypatch.setattr(enrolment, "PAUSE_SECONDS", 0.0)
+    allowed = AllowedNodes(folder / "server" / "nodes")
+    assert enrolment.enrol_when_up(allowed) == ["a: let in", "b: let in"]
+    assert capsys.readouterr().out == "Waiting for SuperLink, 60 s at most.\n"
+    tries[:] = []
+    with pytest.raises(httpx.ConnectError):
+        enrolment.enrol_when_up(allowed, wait_seconds=-1.0)
+    assert len(tries) == 1
+
+
 def test_a_certificate_is_renewed_without_a_change_on_the_nodes(folder: Path) -> None:
     before = {p: p.read_bytes() for p in (folder / "nodes").rglob("*") if p.is_file()}
     pem = (folder / "server" / "server.pem").read_bytes()
@@ -151,3 +176,4 @@ def test_the_list_tells_who_came_and_who_was_refused(folder: Path) -> None:
         assert (a["name"], a["last_seen"], a["requests_refused"], a["sent_bytes"]) == ("a", 5, 1, 7)
         assert (b["last_seen"], b["refusals"]) == (None, 1)
         assert b["last_refusal"] == "round 3: its rows cannot be used"
+        assert last_refusals([a, b]) == ["b was refused last in round 3: its rows cannot be used"]
