@@ -7,7 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.codec_table import MOST_LOST, TABLES, CodecRow, as_text, codec_rows, recommended
+from benchmarks.codec_table import (
+    DEFAULT,
+    MOST_LOST,
+    TABLES,
+    CodecRow,
+    as_text,
+    codec_rows,
+    default_stands,
+    recommended,
+)
 from benchmarks.tables import read_grid
 from fedpet.config import Experiment
 
@@ -50,12 +59,22 @@ def test_the_cheapest_that_loses_nothing_to_speak_of_in_any_table_is_recommended
     assert "**a**" in as_text({"one": one, "other": {**other, "a": one["a"]}})[1]
 
 
-def test_the_job_of_make_run_sends_by_the_recommended_codec() -> None:
-    tables = [codec_rows(BENCHMARKS / "results" / name / "final") for name in TABLES]
-    name = recommended(tables)
-    [method] = [
-        method for method in read_grid(BENCHMARKS / "codecs.toml").methods if method.name == name
-    ]
+def test_the_default_is_recommended_or_sends_less_and_loses_little_on_the_mean() -> None:
+    def tables(lost: float, ratio: float) -> list[dict[str, CodecRow]]:
+        default = CodecRow(0.7 - lost, lost, MOST_LOST, ratio)
+        return [{"float32": SAFE, "a": CodecRow(0.7, 0.0, 0.0, 0.002), DEFAULT: default}] * 2
+
+    assert default_stands(tables(0.0, 0.001))  # recommended
+    assert default_stands(tables(MOST_LOST, 0.001))  # its standard error breaks the bound
+    assert not default_stands(tables(2 * MOST_LOST, 0.001))
+    assert not default_stands(tables(MOST_LOST, 0.003))
+
+
+def test_the_job_of_make_run_sends_by_the_default_codec_which_stands() -> None:
+    assert default_stands([codec_rows(BENCHMARKS / "results" / name / "final") for name in TABLES])
+    table = read_grid(BENCHMARKS / "codecs.toml")
+    [method] = [method for method in table.methods if method.name == DEFAULT]
     shipped = BENCHMARKS.parent / "simulations" / "experiments" / "film-reviews.toml"
     experiment = Experiment.from_file(shipped)
     assert Experiment.from_file(shipped, method.overrides).codec == experiment.codec
+    assert experiment.codec == Experiment().codec
