@@ -1,6 +1,6 @@
 """Compare one federation on Ray with the same on real nodes over TLS, then disturb the nodes.
 
-    python -m benchmarks.deploy_demo [--rounds 3] [--eventful-rounds 18] [--eval-rows 256]
+    python -m benchmarks.deploy_demo [--rounds 3] [--eventful-rounds 44] [--eval-rows 256]
 
 A SuperLink behind its relay and three warm SuperNodes on the loopback, with certificates and node
 keys as `fedpet deploy` makes them. Each reason to exit with 1 is a line that says "NO":
@@ -243,7 +243,7 @@ def main() -> None:
     """Demonstrate; exits with 1 if anything was not as it should be."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--eventful-rounds", type=int, default=18)
+    parser.add_argument("--eventful-rounds", type=int, default=44)
     parser.add_argument("--eval-rows", type=int, default=256)
     arguments = parser.parse_args()
     folder = Path(tempfile.mkdtemp(prefix="fedpet-demo-"))
