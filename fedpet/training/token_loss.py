@@ -95,7 +95,7 @@ def row_sums(
 
 @dataclass(frozen=True)
 class _LabelStates:
-    """What predicts the labels of a batch.
+    """Hold the states that predict the labels of a batch.
 
     Attributes:
         states: What the output layer reads, (labels, width); or logits, where `head` is None.

@@ -78,7 +78,7 @@ class Attack:
         self.final = ""
 
     def reason(self, name: str) -> str:
-        """What the node said to a message, as its server reads it."""
+        """Return the answer of the node to a message, as its server reads it."""
         error, data = self.answers[name]
         if error is not None:
             return str(error)
