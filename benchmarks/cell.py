@@ -68,6 +68,11 @@ class Cell(ABC):
     def score(self, result: Result) -> float | None:
         """Return the metric; None where nothing was learned."""
 
+    @property
+    def greater_is_better(self) -> bool:
+        """Tell how scores compare."""
+        return True
+
     @abstractmethod
     def fingerprint(self, result: Result) -> dict[str, Any]:
         """Return what a second run must give again, to the bit."""

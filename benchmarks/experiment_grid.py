@@ -4,7 +4,7 @@
     set = ["strategy.num-rounds=12"] # for all methods
     learning-rates = [0.01, 0.03]    # for methods without a grid of their own
     [tune]                           # split, seed
-    [final]                          # split, seeds
+    [final]                          # split, seeds; also: further splits to evaluate on
     [methods.NAME]
     runs = "fedpet"                  # or a baseline; NAME where it is left out
     set = ["search.seed={seed}"]     # {seed} of the run; {draw}: 1000 * seed + number
@@ -61,6 +61,7 @@ class ExperimentCell(Cell):
         runs: "fedpet", or the name of a baseline.
         timeout_seconds: A run that takes longer is ended.
         in_process: Runs here, one thread, without Ray.
+        also: Further splits that a run in this process is evaluated on.
     """
 
     experiment: Experiment
@@ -68,6 +69,7 @@ class ExperimentCell(Cell):
     runs: str
     timeout_seconds: float = 7200
     in_process: bool = False
+    also: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return the tables of the experiment that decide the outcome."""
@@ -101,9 +103,12 @@ class ExperimentCell(Cell):
             RunError: The run left no result. Its last lines are in the message.
         """
         if self.in_process:
-            from benchmarks.one_process import run_here  # brings torch
+            from benchmarks.one_process import DivergedError, diverged, run_here  # brings torch
 
-            result = run_here(self.experiment, self.runs)
+            try:
+                result = run_here(self.experiment, self.runs, self.also)
+            except DivergedError as error:
+                return diverged(self.method, self.seed, error)
             return {**result, "run": {**result["run"], "method": self.method}}
         with tempfile.TemporaryDirectory(prefix="fedpet-cell-") as folder:
             result = self.run_in(Path(folder))
@@ -149,8 +154,17 @@ class ExperimentCell(Cell):
         """Return the metric at the end."""
         return float(result["quality"]["final"]) if result["run"]["status"] == "ok" else None
 
+    @property
+    def greater_is_better(self) -> bool:
+        """Tell how scores compare: less is better for a perplexity."""
+        from fedpet.training.metrics import greater_is_better  # brings torch
+
+        return greater_is_better(self.experiment.data.metric)
+
     def fingerprint(self, result: Result) -> dict[str, Any]:
-        """Return values, metric and bytes, and the structure's modules."""
+        """Return values, metric and bytes, and the structure's modules; or that it diverged."""
+        if "quality" not in result:
+            return {"status": result["run"]["status"]}
         found = {
             "final_values_sha256": result["final_values_sha256"],
             "metric": result["quality"]["final"],
@@ -160,7 +174,10 @@ class ExperimentCell(Cell):
 
     def show(self, result: Result) -> str:
         """Describe metric, bytes of a search, and a status that is not ok."""
-        quality, status = result["quality"], result["run"]["status"]
+        status = result["run"]["status"]
+        if "quality" not in result:
+            return str(status)
+        quality = result["quality"]
         searched = bytes_of(result, "search")
         parts = [f"{quality['metric']} {show_metric(quality['final'])}"]
         parts += [f"search {format_bytes(searched)}"] * bool(searched)
@@ -245,6 +262,7 @@ class ExperimentGrid(Grid):
         overrides: For all methods and phases.
         tune_split: Rows to choose rates on.
         final_split: Rows to report on.
+        also: Further splits to report on, where cells run in one process.
         timeout_seconds: A cell that takes longer is ended, and the table with it.
         in_process: Cells run in the process that asks for them; no cell has a structure file.
     """
@@ -253,6 +271,7 @@ class ExperimentGrid(Grid):
     overrides: tuple[str, ...] = ()
     tune_split: str = ""
     final_split: str = ""
+    also: tuple[str, ...] = ()
     timeout_seconds: float = 7200
     in_process: bool = False
 
@@ -278,6 +297,7 @@ class ExperimentGrid(Grid):
             overrides=strings(top.take("set", list, []), "set"),
             tune_split=tune.take("split", str),
             final_split=final.take("split", str),
+            also=strings(final.take("also", list, []), "final also"),
             timeout_seconds=float(top.take("cell-timeout-seconds", int, 7200)),
             in_process=top.take("in-process", bool, False),
             **options,
@@ -351,6 +371,7 @@ class ExperimentGrid(Grid):
             method.runs,
             self.timeout_seconds,
             self.in_process,
+            self.also if phase == "final" else (),
         )
 
     def _experiment(

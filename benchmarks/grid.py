@@ -147,7 +147,7 @@ class Grid(ABC):
         return [self.tune_cell(place, method, rate) for rate in method.rates]
 
     def settled(self, method: Method, place: Any = None) -> tuple[str, Rate]:
-        """Return the method and the rate of the highest metric; of equals the smaller rate.
+        """Return the method and the rate of the best metric; of equals the smaller rate.
 
         Raises:
             UnsettledError: A cell has not been run, or learned nothing at any rate.
@@ -165,7 +165,7 @@ class Grid(ABC):
                 if result is None:
                     missing.append(cell.name)
                 elif (score := cell.score(result)) is not None:
-                    scores[name, rate] = score
+                    scores[name, rate] = score if cell.greater_is_better else -score
         if missing:
             raise UnsettledError(
                 f"the rate of {method.name!r} is not settled: {', '.join(missing)} have not been "

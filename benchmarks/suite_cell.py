@@ -13,7 +13,7 @@ from typing import Any
 
 from benchmarks.cell import Result
 from benchmarks.experiment_grid import ExperimentCell
-from benchmarks.one_process import FEDPET, DivergedError, run_here
+from benchmarks.one_process import FAILED, FEDPET, DivergedError, diverged, run_here
 from benchmarks.probe import PROBE, run_probe
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
@@ -22,7 +22,6 @@ from fedpet.utils.formatting import format_bytes
 
 __all__ = ["FAILED", "SuiteCell"]
 
-FAILED = "nothing learned"
 BUNDLED = "bundled"
 _NOT_READ = ("structure", "search")  # by others than fedpet
 _READ_BY_PROBE = ("run", "backbone", "data", "clients")
@@ -92,11 +91,7 @@ class SuiteCell(ExperimentCell):
         try:
             result = run_here(experiment, self.runs)
         except DivergedError as error:
-            return {
-                "run": {"method": self.method, "seed": self.seed, "status": FAILED},
-                "why": str(error),
-                "time": {"processor_seconds": 0.0},
-            }
+            return diverged(self.method, self.seed, error)
         return {**result, "run": {**result["run"], "method": self.method}}
 
     def fingerprint(self, result: Result) -> dict[str, Any]:

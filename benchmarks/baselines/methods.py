@@ -3,7 +3,8 @@
 LoRA is peft's, scaled by alpha / rank = 2: "peft-lora" is of rank 8 on the positions that peft
 itself names for the architecture (query and value in BERT), "-r1" of rank 1, "-all" on every dense
 layer of the blocks. Both factors are trained; "ffa-lora" freezes the down-projections, which all
-clients draw alike (Sun et al., ICLR 2024, arXiv:2403.12313). "supertuning" is peft's as well: of
+clients draw alike (Sun et al., ICLR 2024, arXiv:2403.12313). "-r32" is FlowerTune's: rank 32, alpha
+64, on query and value. "supertuning" is peft's as well: of
 every dense layer of the blocks the entries largest in magnitude, as many as the experiment's
 mask.density says; "-bottom" takes the smallest (arXiv:2607.09287). The head goes by
 `modules_to_save`.
@@ -29,6 +30,7 @@ from fedpet.config import Experiment
 from fedpet.data import FederatedData
 from fedpet.errors import BackboneError, ConfigError
 from fedpet.pet.modules.registry import ALL_LINEAR
+from fedpet.tasks import kind_of
 from fedpet.training.input_checks import settle_padding
 from fedpet.utils.seeds import derive_seed
 
@@ -99,8 +101,11 @@ def _with_peft(
         raise ConfigError(
             "the LoRA baseline is peft's, which is not installed here: pip install 'fedpet[bench]'."
         ) from None
+    heads = _head_modules(backbone)
     made = getattr(peft, config)(
-        task_type=peft.TaskType.SEQ_CLS, modules_to_save=_head_modules(backbone), **settings
+        task_type=peft.TaskType.SEQ_CLS if heads else peft.TaskType.CAUSAL_LM,
+        modules_to_save=heads or None,
+        **settings,
     )
     with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
         # peft asks transformers by a name that transformers 5.23 calls deprecated
@@ -126,6 +131,7 @@ METHODS: Mapping[str, Callable[[Backbone, Experiment], tuple[nn.Module, Groups]]
     "peft-lora": _peft_lora,
     "head": _head_only,
     "peft-lora-r1": partial(_peft_lora, rank=1),
+    "peft-lora-r32": partial(_peft_lora, rank=32),
     "peft-lora-all": partial(_peft_lora, everywhere=True),
     "peft-lora-all-r1": partial(_peft_lora, rank=1, everywhere=True),
     "ffa-lora": partial(_peft_lora, frozen_down=True),
@@ -171,7 +177,7 @@ class Baseline:
     def __init__(self, method: str, experiment: Experiment, data: FederatedData) -> None:
         if method not in METHODS:
             raise ConfigError(f"unknown baseline {method!r}. Known are: {', '.join(METHODS)}.")
-        if experiment.backbone.head == "keep":
+        if experiment.backbone.head == "keep" and kind_of(data.task).has_head:
             raise ConfigError(
                 "a baseline trains the head, and backbone.head is 'keep': take 'train' or 'new'."
             )

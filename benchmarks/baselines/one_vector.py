@@ -29,6 +29,7 @@ class BaselineVector:
 
     Attributes:
         model: Called with a batch.
+        tensors: As they are sent.
         segments: A tensor each, in the order in which they are sent.
         tiers: The one layout.
         num_values: Length of the vector.
@@ -38,8 +39,8 @@ class BaselineVector:
     def __init__(self, baseline: Baseline) -> None:
         self.model: nn.Module = baseline.model
         self._groups = baseline.groups
-        self._tensors = [p for group in baseline.groups.values() for p in group.values()]
-        self._starts = [tensor.detach().clone() for tensor in self._tensors]
+        self.tensors = [p for group in baseline.groups.values() for p in group.values()]
+        self._starts = [tensor.detach().clone() for tensor in self.tensors]
         segments: list[Segment] = []
         start = 0
         for kind, group in baseline.groups.items():
@@ -59,7 +60,7 @@ class BaselineVector:
     def get_delta(self) -> Tensor:
         """Return the changes since the start: float32, (num_values,), on the CPU."""
         changes = [
-            (p - start).flatten() for p, start in zip(self._tensors, self._starts, strict=True)
+            (p - start).flatten() for p, start in zip(self.tensors, self._starts, strict=True)
         ]
         return torch.cat(changes).to("cpu", torch.float32)
 
@@ -67,7 +68,7 @@ class BaselineVector:
     def set_delta(self, delta: Tensor | np.ndarray, *, seed: int = 0) -> None:
         """Set the model to the start and these changes, (num_values,); nothing is drawn."""
         values = torch.as_tensor(delta)
-        for segment, tensor, start in zip(self.segments, self._tensors, self._starts, strict=True):
+        for segment, tensor, start in zip(self.segments, self.tensors, self._starts, strict=True):
             part = values[segment.start : segment.start + segment.size]
             tensor.copy_(start + part.view_as(start).to(start))
 
@@ -80,4 +81,4 @@ class BaselineVector:
 
     def sent_values(self) -> tuple[list[nn.Parameter], list[Callable[[], Tensor]]]:
         """Return the tensors: they are sent as they are, but for a constant."""
-        return list(self._tensors), []
+        return list(self.tensors), []

@@ -13,7 +13,8 @@ People are known by pseudonyms, and chats by ids; hashes of both decide the spli
     train        their replies in all other chats that they have with each other
 
 Left out of all are replies to a turn that alone would fill what a row may hold, 3 % of them: of
-more than `LONGEST_QUESTION` bytes, where a digit or a sign counts as four, which make a token.
+more than `LONGEST_QUESTION` bytes, where what makes a token of its own counts as four: a digit, a
+sign, the end of a line, and a letter of a word of more than `LONGEST_WORD`, which is no word.
 
 No word of a person of `people` or `validation`, and none of a chat of `replies`, stands in a row of
 `train`, in its context neither. What people here say of themselves may be personal: reports show
@@ -43,6 +44,7 @@ CHATS_FILE = "chitchat_dataset/dataset.json"
 SPLITS = ("train", "validation", "people", "replies")
 _PEOPLE = {0: "people", 1: "people", 2: "validation"}  # by a digit of their hash
 LONGEST_QUESTION = 320  # about 75 tokens
+LONGEST_WORD = 25
 _APART = "in a chat with a person who is held out"
 _LONG = "an answer to a long turn"
 _MOST_TURNS = 3  # before the reply; or 1, where there are not as many
@@ -132,7 +134,8 @@ def _turns(messages: Sequence[Any]) -> list[_Turn]:
 
 def _length(text: str) -> int:
     """Reckon a text's tokens, times four."""
-    signs = sum(not (letter.isalpha() or letter.isspace()) for letter in text)
+    signs = sum(not (letter.isalpha() or letter == " ") for letter in text)
+    signs += sum(len(word) for word in text.split() if len(word) > LONGEST_WORD)
     return len(text.encode()) + 3 * signs
 
 
