@@ -159,7 +159,7 @@ class Wiretap:
             self._tasks.add(task)
             with contextlib.suppress(OSError, asyncio.CancelledError):
                 await answer(reader, writer)
-            writer.close()
+            await _end(writer)
             self._tasks.discard(task)
 
         server = await asyncio.start_server(kept, "127.0.0.1", 0, ssl=context)
@@ -204,7 +204,14 @@ async def _relay(
         for way in ways:
             way.cancel()
         await asyncio.gather(*ways, return_exceptions=True)
-        there[1].close()
+        await _end(there[1])
+
+
+async def _end(writer: asyncio.StreamWriter) -> None:
+    """Close a connection, and its socket with it: a loop that is stopped closes none."""
+    writer.close()
+    with contextlib.suppress(OSError, asyncio.TimeoutError):
+        await asyncio.wait_for(writer.wait_closed(), timeout=1)
 
 
 def _http_messages(stream: bytes) -> Iterator[tuple[bytes, bytes]]:
