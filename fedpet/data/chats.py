@@ -135,7 +135,8 @@ def _turns(messages: Sequence[Any]) -> list[_Turn]:
 def _length(text: str) -> int:
     """Reckon a text's tokens, times four."""
     signs = sum(not (letter.isalpha() or letter == " ") for letter in text)
-    signs += sum(len(word) for word in text.split() if len(word) > LONGEST_WORD)
+    for word in text.split():
+        signs += sum(map(str.isalpha, word)) if len(word) > LONGEST_WORD else 0
     return len(text.encode()) + 3 * signs
 
 
