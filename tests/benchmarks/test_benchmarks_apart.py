@@ -46,6 +46,9 @@ def test_every_committed_cell_of_a_table_reads(table: str) -> None:
     files = {path for path in grid.results.rglob("*.json") if path.name != "checks.json"}
     known = {cell.path: cell for phase in ("structures", "tune", "final")
              for cell in grid.known_cells(phase)}  # fmt: skip
+    if table == "chat":  # wants a GPU, and has not had one
+        assert not files
+        pytest.skip("no cell has been run")
     assert files
     assert files <= known.keys()  # a renamed method would leave its cells unseen
     for path in files:
