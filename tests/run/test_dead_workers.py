@@ -59,6 +59,7 @@ def killed_once(settings: NodeConfig, folder: Path) -> ClientApp:
     return app
 
 
+@pytest.mark.slow
 def test_a_run_whose_workers_are_all_killed_ends_with_the_bytes_of_an_undisturbed_one(
     experiment: Callable[..., Experiment], tmp_path: Path
 ) -> None:

@@ -53,6 +53,7 @@ def test_bad_input_on_the_command_line_is_one_sentence_and_exit_code_2(
     assert word in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.simulation
 @pytest.mark.timeout(320)
 def test_a_table_of_one_cell_runs_on_ray_and_is_not_run_again(
