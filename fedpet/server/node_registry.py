@@ -12,9 +12,10 @@ is queried again: its clients may have changed. When a node disconnects, nodes t
 one of its clients are queried too, because Flower gives a restarted device a new node id.
 
 A node whose rows have changed says so in the answer to a train message, and is queried again before
-the next round. One that cannot take part is not drawn from until it has registered anew: it is
-queried again at once where it took part before, then after `FIRST_PAUSE` seconds, and after twice
-as long each time, so that a mended node is back within the run.
+the next round; so is one whose process was started again between two looks. One that cannot take
+part is not drawn from until it has registered anew: it is queried again at once where it took part
+before, then after `FIRST_PAUSE` seconds, and after twice as long each time, so that a mended node
+is back within the run.
 
 Where a folder says who may take part, a node is known by the name of its key, and brings no other
 clients than its key may (fedpet/server/allowed_nodes.py).
@@ -99,6 +100,7 @@ class NodeRegistry(GridWrapper):
         self._queries: dict[int, int] = dict.fromkeys(residents.online_nodes, 1)
         self._failures: dict[int, str] = {}  # node -> reason it takes no part
         self._told: dict[int, str] = {}  # node -> versions that were named
+        self._starts: dict[int, str] = {}  # node -> when its process was last activated
         self._due: dict[int, float] = {}  # node that takes no part -> when it is queried again
         self._keys = {} if allowed is None else _keys(allowed)
 
@@ -158,13 +160,23 @@ class NodeRegistry(GridWrapper):
             return set(self._grid.get_node_ids())
         self._allowed.refresh()
         self._tell_keys(self._allowed)
-        found = {info.node_id: self._allowed.of_key(info.public_key) for info in self.get_nodes()}
+        nodes = list(self.get_nodes())
+        self._tell_starts({info.node_id: info.last_activated_at for info in nodes})
+        found = {info.node_id: self._allowed.of_key(info.public_key) for info in nodes}
         for node in found.keys() - self._known.keys():
             if found[node] is None:
                 LOG.warning("registration: node %s: its key is not in the folder of keys.", node)
         self._known = {node: allowed for node, allowed in found.items() if allowed is not None}
         self._residents.node_names.update({n: known.name for n, known in self._known.items()})
         return set(self._known)
+
+    def _tell_starts(self, starts: dict[int, str]) -> None:
+        """Note which nodes were started again between two looks, and query them anew."""
+        before, self._starts = self._starts, starts
+        for node in sorted(self._known.keys() & starts.keys()):
+            if before.get(node) != starts[node]:
+                self._note(node, "started again")
+                self._residents.register_again(node)
 
     def _tell_keys(self, allowed: AllowedNodes) -> None:
         """Note whose key was replaced or withdrawn since the last look."""

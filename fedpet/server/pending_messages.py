@@ -11,7 +11,8 @@ each message went to.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import httpx
@@ -21,12 +22,13 @@ from flwr.serverapp import Grid
 from fedpet.protocol.flower_compat import make_reply, set_message_id, set_sender
 
 AT_ONCE = 16  # replies pulled at most before they are handed on
-UNREADABLE = 1001  # Flower's error codes below are its own
+UNREADABLE, RESTARTED = 1001, 1002  # Flower's error codes below are its own
 
 
 class _Asked(NamedTuple):
     node: int
     kind: str
+    sent: float  # seconds since the epoch
 
 
 class PendingMessages:
@@ -54,7 +56,8 @@ class PendingMessages:
     def send(self, messages: Iterable[Message]) -> None:
         """Send one by one: a message may be large, and made when it is iterated over."""
         for message in messages:
-            asked = _Asked(message.metadata.dst_node_id, message.metadata.message_type)
+            to = message.metadata
+            asked = _Asked(to.dst_node_id, to.message_type, time.time())
             # Flower gives None for a message that it could not send: nobody will answer it.
             for number in filter(None, self._grid.push_messages([message])):
                 self._out[number] = asked
@@ -82,6 +85,18 @@ class PendingMessages:
                 if asked is not None:
                     yield _of(asked, answer)
 
+    def lost(self, activated: Mapping[int, float]) -> Iterator[Message]:
+        """Yield an error for each message that is from before its node's last start, and forget it.
+
+        Args:
+            activated: Node -> when its process was last activated, seconds since the epoch.
+        """
+        for number, asked in list(self._out.items()):
+            if asked.sent < activated.get(asked.node, 0.0):
+                del self._out[number]
+                reason = "it was started again, and what it did before is lost."
+                yield _error(asked, number, reason, RESTARTED)
+
     def _unreadable(self, number: str, what: str) -> Message:
         asked = self._out.pop(number)
         return _error(asked, number, f"its reply cannot be read ({what}).")
@@ -97,6 +112,6 @@ def _of(asked: _Asked, answer: Message) -> Message:
     return answer
 
 
-def _error(asked: _Asked, number: str, reason: str) -> Message:
-    error = Error(UNREADABLE, reason)
+def _error(asked: _Asked, number: str, reason: str, code: int = UNREADABLE) -> Message:
+    error = Error(code, reason)
     return make_reply(error, node=asked.node, kind=asked.kind, asked=number)

@@ -13,6 +13,7 @@ import tempfile
 import time
 import weakref
 from collections.abc import Callable, Iterable
+from datetime import datetime
 from itertools import chain
 from typing import Any
 
@@ -24,6 +25,10 @@ from fedpet.protocol.flower_compat import MessageEvents
 from fedpet.server.pending_messages import PendingMessages
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 3.0  # seconds
+LOOK_SECONDS = 5.0  # from one look for nodes that were started again to the next
+# A node that was started again may get the message that it was sent before, or not: Flower does not
+# say. So long it has to answer, or as long as the round's slowest reply took.
+LEAST_GRACE = 60.0
 IN_MEMORY_BYTES = 8 << 20
 
 
@@ -101,6 +106,9 @@ class PromptGrid(GridWrapper):
 class StreamingGrid(GridWrapper):
     """Hand each reply to `take` when it comes, and send the messages that it gives as it goes.
 
+    A message to a node whose process was started again is answered by an error, once its grace is
+    over: Flower alone lets a round wait for it until the round's deadline.
+
     Args:
         grid: Reaches the nodes.
         take: Reads a reply; returns the messages that follow it.
@@ -139,17 +147,34 @@ class StreamingGrid(GridWrapper):
             return []
         mailbox.hand_over(self._late)  # a late reply of the round before is not awaited
         mailbox.send(chain([first], rest))
+        began = looked = time.monotonic()
+        slowest = 0.0
         while mailbox:
             taken, asked_at = 0, time.monotonic()
             for reply in mailbox.collect():
                 taken += 1
+                slowest = time.monotonic() - began
                 mailbox.send(self._take(reply))
             if not mailbox or time.monotonic() > limit or self._is_over():
                 break
             # Where an empty pull takes time, as over a network, pull less often.
             spent = 0.0 if taken else time.monotonic() - asked_at
             self.wait(min(max(SHORTEST_PAUSE, 4 * spent), LONGEST_PAUSE))
+            if time.monotonic() - looked > LOOK_SECONDS:
+                looked = time.monotonic()
+                for error in mailbox.lost(self._activated(max(LEAST_GRACE, slowest))):
+                    mailbox.send(self._take(error))
         return []
+
+    def _activated(self, grace: float) -> dict[int, float]:
+        """Return when each node was last activated, of those whose grace is over."""
+        found = {}
+        for node in self.get_nodes():
+            if node.last_activated_at:
+                when = datetime.fromisoformat(node.last_activated_at).timestamp()
+                if time.time() - when > grace:
+                    found[node.node_id] = when
+        return found
 
 
 class SpooledPayloads:

@@ -185,7 +185,8 @@ def test_a_run_in_which_all_nodes_fail_exits_with_1_and_says_why(
     refused = [{one["who"] for one in line["refused"]} for line in rounds]
     assert refused[:2] == [set(), {"one", "two"}]
     # Neither is drawn again before it has registered anew; no round waits for the second to.
-    assert refused[2] and refused[2] <= {"one", "two"}
+    assert refused[2]
+    assert refused[2] <= {"one", "two"}
     assert not any(line["aggregated"] for line in rounds)
     assert "RuntimeError: see the node's log" in rounds[1]["refused"][0]["reason"]
 

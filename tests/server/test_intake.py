@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterable
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
 from flwr.app import Message
+from flwr.proto.node_pb2 import NodeInfo
 from hypothesis import given
 from hypothesis import strategies as st
 
 from fedpet.protocol.request import from_record, to_record
 from fedpet.run.local_grid import LocalGrid
 from fedpet.server import reply_stream
-from fedpet.server.pending_messages import AT_ONCE
+from fedpet.server.pending_messages import AT_ONCE, RESTARTED
 from fedpet.server.reply_stream import SpooledPayloads, StreamingGrid
 
 
@@ -106,6 +108,33 @@ def test_who_does_not_answer_in_time_is_left() -> None:
     StreamingGrid(Deaf(3, 9), taking(taken)).send_and_receive(questions(3), timeout=0.3)
     assert len(taken) == 2
     assert 0.3 <= time.monotonic() - started < 5
+
+
+def test_a_message_from_before_a_node_s_last_start_is_an_error_once_its_grace_is_over(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A message that was sent after the start is awaited, as is any within the grace."""
+    monkeypatch.setattr(reply_stream, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(reply_stream, "LEAST_GRACE", 0.2)
+    begun = datetime.now(UTC)
+
+    class Restarting(Slow):
+        """Node 1 starts again when it has been sent its message, node 2 had before."""
+
+        def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+            return super().pull_messages([n for n in message_ids if n == "message-0"])
+
+        def get_nodes(self) -> Iterable[NodeInfo]:
+            starts = {1: begun + timedelta(seconds=0.1), 2: begun - timedelta(seconds=9)}
+            for node, start in starts.items():
+                yield NodeInfo(node_id=node, last_activated_at=start.isoformat())
+
+    taken: list[Message] = []
+    StreamingGrid(Restarting(3, 9), taking(taken)).send_and_receive(questions(3), timeout=0.8)
+    answer, error = taken
+    assert answer.has_content()
+    assert (error.metadata.src_node_id, error.error.code) == (1, RESTARTED)
+    assert datetime.now(UTC) - begun > timedelta(seconds=0.3)
 
 
 def test_a_message_that_flower_could_not_send_is_not_awaited() -> None:

@@ -41,9 +41,13 @@ class NodesThatMove(LocalGrid):
     def __init__(self, handlers: dict[int, Any], keys: dict[int, bytes]) -> None:
         super().__init__(handlers)
         self.keys = keys
+        self.starts = dict.fromkeys(handlers, "2026-01-01T00:00:00+00:00")
 
     def get_nodes(self) -> Any:
-        return [SimpleNamespace(node_id=node, public_key=key) for node, key in self.keys.items()]
+        return [
+            SimpleNamespace(node_id=node, public_key=key, last_activated_at=self.starts[node])
+            for node, key in self.keys.items()
+        ]
 
 
 @pytest.fixture
@@ -96,6 +100,22 @@ def test_rows_that_change_are_told_when_they_are_seen_and_when_they_count(here: 
     assert events(settings) == [(2, "barn", "rows changed"), (3, "barn", "registered again")]
     n = len(lines)
     assert result["events"][1]["details"] == f"1 client, {2 * n} rows, {n} before"
+
+
+def test_a_node_that_is_started_again_between_two_looks_is_told_and_queried_anew(here: Any) -> None:
+    settings, grid, _ = here
+    path = rows_of(settings, "client 1")
+    lines = path.read_text(encoding="utf-8").splitlines()
+
+    def start_again() -> None:
+        grid.starts[2] = "2026-01-01T00:01:00+00:00"
+        write_lines(path, lines * 2)
+
+    grid._handlers[1] = meanwhile(grid._handlers[1], {2: start_again})
+    result = run(settings, grid)
+    assert ("barn", "started again") in [(node, event) for _, node, event in events(settings)]
+    assert ("barn", "registered again") in [(node, event) for _, node, event in events(settings)]
+    assert result["refused"] == []
 
 
 def test_a_node_that_cannot_take_part_and_comes_back_is_told_by_name(here: Any) -> None:
