@@ -38,7 +38,7 @@ from fedpet.config.builtin import experiment_file
 from fedpet.errors import ConfigError, FedpetError, InputError, RunError
 from fedpet.pet.layout import quantisation_groups
 from fedpet.protocol.codec_seeds import uplink_seeds
-from fedpet.protocol.flower_compat import quiet_flower
+from fedpet.protocol.flower_compat.flower_simulation import quiet_flower
 from fedpet.protocol.frame import (
     Frame,
     Measured,

@@ -35,7 +35,7 @@ from fedpet.client.node_config import NodeConfig
 from fedpet.config import BackboneConfig, Experiment, MaskConfig
 from fedpet.export.saved_run import merge_run
 from fedpet.pet.mask import build_mask
-from fedpet.protocol.flower_compat import quiet_flower
+from fedpet.protocol.flower_compat.flower_simulation import quiet_flower
 from fedpet.run.callbacks import Callback
 from fedpet.run.federate import federate
 from fedpet.run.local_grid import LocalGrid

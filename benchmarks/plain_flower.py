@@ -50,7 +50,7 @@ from fedpet.client.node_config import cache_folder
 from fedpet.config import Experiment
 from fedpet.data import load_data
 from fedpet.data.sources import open_source
-from fedpet.protocol.flower_compat import quiet_flower
+from fedpet.protocol.flower_compat.flower_simulation import quiet_flower
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.protocol.request import wire_bytes
 from fedpet.run.callbacks import Callback

@@ -234,7 +234,7 @@ def measure_rounds(sizes: Sequence[int], rounds: int, codec: Sequence[str]) -> l
 
 def main() -> None:
     """Measure, print, and write the file of --out."""
-    from fedpet.protocol.flower_compat import quiet_flower
+    from fedpet.protocol.flower_compat.flower_simulation import quiet_flower
     from fedpet.run.run_folder import machine, versions
 
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])

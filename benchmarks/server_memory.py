@@ -32,7 +32,8 @@ from fedpet.data import Task
 from fedpet.pet.structure import Structure
 from fedpet.pet.tiers import Tier
 from fedpet.protocol.codec_seeds import uplink_seeds
-from fedpet.protocol.flower_compat import quiet_flower, set_message_id
+from fedpet.protocol.flower_compat.flower_messages import set_message_id
+from fedpet.protocol.flower_compat.flower_simulation import quiet_flower
 from fedpet.protocol.frame import Frame, pack_frame, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan

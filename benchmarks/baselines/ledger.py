@@ -10,7 +10,7 @@ from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MetricRecord, Re
 from flwr.serverapp import Grid
 from flwr.serverapp.strategy import FedAvg
 
-from fedpet.protocol.flower_compat import make_message
+from fedpet.protocol.flower_compat.flower_messages import make_message
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.request import flower_bytes, single_client_bytes, to_record
 

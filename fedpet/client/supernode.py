@@ -25,7 +25,7 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 
-from fedpet.protocol.flower_compat import run_supernode
+from fedpet.protocol.flower_compat.flower_supernode import run_supernode
 from fedpet.utils.log_output import log_to_stderr
 
 __all__ = ["LONGEST_POLL_SECONDS", "PollPause", "keep_running", "main"]

@@ -2,7 +2,7 @@
 
 In:  the address of the SuperNode's Runtime API as an argument, and its secret as the first line of
      the standard input, which the SuperNode's process keeps open for as long as it lives.
-Out: answers, by Flower's own calls (fedpet/protocol/flower_compat.py).
+Out: answers, by Flower's own calls (fedpet/protocol/flower_compat/flower_supernode.py).
 
 Flower starts a new process for each message, which imports torch and loads the checkpoint anew. In
 its place this process acquires the messages, which Flower's isolation mode "process" allows. The
@@ -25,7 +25,7 @@ from collections.abc import Callable
 from typing import Protocol
 
 from fedpet.errors import FedpetError, FrameError
-from fedpet.protocol.flower_compat import RuntimeTask, RuntimeTasks
+from fedpet.protocol.flower_compat.flower_supernode import RuntimeTask, RuntimeTasks
 from fedpet.utils.gc_paused import gc_paused
 from fedpet.utils.log_output import log_to_stderr
 from fedpet.utils.source_digest import check_source_digest, code_digest

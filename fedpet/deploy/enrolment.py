@@ -19,7 +19,7 @@ from pathlib import Path
 import httpx
 
 from fedpet.errors import ConfigError
-from fedpet.protocol.flower_compat import FlowerNodes, flower_nodes
+from fedpet.protocol.flower_compat.flower_fleet import FlowerNodes, flower_nodes
 from fedpet.server.allowed_nodes import AllowedNodes
 
 __all__ = ["enrol", "enrol_when_up"]

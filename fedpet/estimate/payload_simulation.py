@@ -27,7 +27,7 @@ from flwr.serverapp.strategy import Strategy
 from fedpet.codec import VectorCodec, parse_codec
 from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.estimate.participants import Participant
-from fedpet.protocol.flower_compat import quiet_flower
+from fedpet.protocol.flower_compat.flower_simulation import quiet_flower
 from fedpet.protocol.plan import Plan
 from fedpet.protocol.shared_reference import Reference, encode_full
 from fedpet.server.aggregation import aggregate, to_arrays, train_message

@@ -24,7 +24,11 @@ from msgspec import Meta
 
 from fedpet.config import MAX_TIERS
 from fedpet.errors import FrameError
-from fedpet.protocol.flower_compat import CHUNK_BYTES, InflatableObject, make_message
+from fedpet.protocol.flower_compat.flower_messages import (
+    CHUNK_BYTES,
+    InflatableObject,
+    make_message,
+)
 from fedpet.protocol.wire_struct import WireStruct, decode_struct, encode_struct
 
 MAX_CLIENTS = 1_000_000

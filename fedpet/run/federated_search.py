@@ -20,7 +20,7 @@ from fedpet.client.node_config import cache_folder
 from fedpet.client.state_store import state_folder
 from fedpet.config import Experiment
 from fedpet.pet.structure import Structure
-from fedpet.protocol.flower_compat import bound_replies
+from fedpet.protocol.flower_compat.flower_fleet import bound_replies
 from fedpet.protocol.ledger import SEARCH, TRAINING, Ledger
 from fedpet.protocol.registration import MAX_CLIENTS, MAX_NAME_BYTES
 from fedpet.run.callbacks import Callback

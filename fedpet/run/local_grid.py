@@ -15,7 +15,7 @@ from flwr.serverapp import Grid
 
 from fedpet.client.node import Node
 from fedpet.client.node_config import NodeConfig
-from fedpet.protocol.flower_compat import become_local_task, set_message_id
+from fedpet.protocol.flower_compat.flower_messages import become_local_task, set_message_id
 from fedpet.protocol.request import from_record, to_record
 
 CLIENT_RAISED = 2  # Flower's code for a ClientApp that raised

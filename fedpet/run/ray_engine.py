@@ -31,7 +31,7 @@ from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
-from fedpet.protocol.flower_compat import (
+from fedpet.protocol.flower_compat.flower_simulation import (
     RESTARTS,
     MessageEvents,
     mixed_into_pool,

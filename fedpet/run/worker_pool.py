@@ -21,7 +21,7 @@ import ray
 from flwr.app import Context, Message
 
 from fedpet.errors import RunError
-from fedpet.protocol.flower_compat import is_actor_alive, raylet_of
+from fedpet.protocol.flower_compat.flower_simulation import is_actor_alive, raylet_of
 
 __all__ = ["WorkerPool"]
 
@@ -45,7 +45,7 @@ class Errand:
 class WorkerPool:
     """Hand messages to workers, and on to others where a worker is lost with its machine.
 
-    Stands in front of Flower's pool, which starts the workers (`flower_compat.mixed_into_pool`).
+    Stands in front of Flower's pool, which starts the workers (`mixed_into_pool`).
 
     Args:
         workers: The most workers to start; a cluster may have room for more.

@@ -17,9 +17,9 @@ from flwr.serverapp.strategy import Strategy
 
 from fedpet.codec import VectorCodec, VectorSum
 from fedpet.pet.tiers import Where
-from fedpet.protocol.flower_compat import (
+from fedpet.protocol.flower_compat.flower_messages import make_reply
+from fedpet.protocol.flower_compat.flower_strategies import (
     load_optimizer_state,
-    make_reply,
     optimizer_state,
     without_collections,
 )

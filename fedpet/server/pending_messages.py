@@ -19,7 +19,7 @@ import httpx
 from flwr.app import Error, Message, RecordDict
 from flwr.serverapp import Grid
 
-from fedpet.protocol.flower_compat import make_reply, set_message_id, set_sender
+from fedpet.protocol.flower_compat.flower_messages import make_reply, set_message_id, set_sender
 
 AT_ONCE = 16  # replies pulled at most before they are handed on
 UNREADABLE, RESTARTED = 1001, 1002  # Flower's error codes below are its own

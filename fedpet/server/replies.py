@@ -25,7 +25,7 @@ from fedpet.errors import FrameError, ReplyError
 from fedpet.pet.tiers import Tier, Where
 from fedpet.protocol.client_metric import ClientMetric
 from fedpet.protocol.codec_seeds import uplink_seeds
-from fedpet.protocol.flower_compat import client_app_raised
+from fedpet.protocol.flower_compat.flower_messages import client_app_raised
 from fedpet.protocol.frame import Frame, Measured, Refusal, RefusalCode, unpack_frames
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan

@@ -21,7 +21,7 @@ from flwr.app import Message
 from flwr.serverapp import Grid
 
 from fedpet.errors import RunError
-from fedpet.protocol.flower_compat import MessageEvents
+from fedpet.protocol.flower_compat.flower_simulation import MessageEvents
 from fedpet.server.pending_messages import PendingMessages
 
 SHORTEST_PAUSE, LONGEST_PAUSE = 0.05, 3.0  # seconds

@@ -21,7 +21,7 @@ from flwr.serverapp.strategy import FedAvg, Result, Strategy
 from fedpet.config import StrategyConfig, TrainingConfig
 from fedpet.errors import ConfigError, FrameError
 from fedpet.pet.tiers import Tier
-from fedpet.protocol.flower_compat import optimizer_state
+from fedpet.protocol.flower_compat.flower_strategies import optimizer_state
 from fedpet.protocol.ledger import Ledger
 from fedpet.protocol.plan import Plan
 from fedpet.server.aggregation import (

@@ -19,7 +19,7 @@ from fedpet.client.supernode import (
     PollPause,
     keep_running,
 )
-from fedpet.protocol import flower_compat
+from fedpet.protocol.flower_compat import flower_supernode as compat
 
 
 class Clock:
@@ -109,13 +109,13 @@ def test_the_supernode_takes_the_secret_from_no_disk_and_the_pauses_from_fedpet(
 
     module = sys.modules["flwr.supernode.cli.flower_supernode"]
     monkeypatch.setattr(module, "flower_supernode", flower_supernode)
-    monkeypatch.setattr(flower_compat.time, "sleep", slept.append)
+    monkeypatch.setattr(compat.time, "sleep", slept.append)
     monkeypatch.setattr("sys.argv", ["node"])
     for module in ("supercore.heartbeat", "supernode.fleet_http_connection"):
         monkeypatch.setattr(f"flwr.{module}.HEARTBEAT_DEFAULT_INTERVAL", 30)
     monkeypatch.setattr(start_client_internal, "time", start_client_internal.time)
     monkeypatch.setattr(protobuf_client, "httpx", protobuf_client.httpx)
-    flower_compat.run_supernode(
+    compat.run_supernode(
         ["--insecure"],
         b"secret",
         pause=lambda came: 7.0 if came else 60.0,
@@ -131,7 +131,7 @@ def test_flower_s_loop_still_waits_as_the_pauses_reckon() -> None:
 
     source = inspect.getsource(start_client_internal)
     waits = [part.partition(")")[0] for part in source.split("time.sleep(")[1:]]
-    assert waits == [str(flower_compat._IDLE_SECONDS), "0.5", "0.5"]
+    assert waits == [str(compat._IDLE_SECONDS), "0.5", "0.5"]
 
 
 def test_the_supernode_s_process_loads_neither_torch_nor_transformers() -> None:

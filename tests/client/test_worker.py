@@ -20,7 +20,7 @@ from fedpet.client.worker import (
 )
 from fedpet.config import Experiment
 from fedpet.errors import FrameError
-from fedpet.protocol.flower_compat import RuntimeTasks
+from fedpet.protocol.flower_compat.flower_supernode import RuntimeTasks
 from fedpet.protocol.request import from_record
 from fedpet.utils.source_digest import code_digest
 

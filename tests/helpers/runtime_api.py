@@ -20,7 +20,7 @@ from flwr.supernode.main import create_app
 from flwr.supernode.nodestate import NodeStateFactory
 from flwr.supernode.start_client_internal import _insert_message
 
-from fedpet.protocol.flower_compat import make_reply
+from fedpet.protocol.flower_compat.flower_messages import make_reply
 from fedpet.protocol.request import to_record
 
 RUN, NODE = 7, 11

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flwr.app import Error, Message, RecordDict
 
-from fedpet.protocol.flower_compat import CHUNK_BYTES, become_local_task, make_reply
+from fedpet.protocol.flower_compat.flower_messages import CHUNK_BYTES, become_local_task, make_reply
 from fedpet.protocol.request import flower_bytes, single_client_bytes, to_record, wire_bytes
 
 SIZES = (0, 1, 9, 10, 127, 128, 999, 1000, 65_535, CHUNK_BYTES - 1, CHUNK_BYTES, CHUNK_BYTES + 1)

@@ -18,7 +18,7 @@ from tiny import Silent
 from fedpet.client.node import reply
 from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
-from fedpet.protocol.flower_compat import RESTARTS
+from fedpet.protocol.flower_compat.flower_simulation import RESTARTS
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run.federate import federate, prepare
 from fedpet.run.ray_engine import run_on_ray

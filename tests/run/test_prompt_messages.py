@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
-from fedpet.protocol import flower_compat
-from fedpet.protocol.flower_compat import MessageEvents, prompt_messages
+from fedpet.protocol.flower_compat import flower_simulation
+from fedpet.protocol.flower_compat.flower_simulation import MessageEvents, prompt_messages
 from fedpet.protocol.request import to_record
 from fedpet.run.interrupts import Heeding
 from fedpet.run.local_grid import LocalGrid
@@ -41,7 +41,7 @@ class State:
 
 @pytest.fixture
 def events(monkeypatch: pytest.MonkeyPatch) -> MessageEvents:
-    monkeypatch.setattr(flower_compat, "LOOK_SECONDS", LONG)
+    monkeypatch.setattr(flower_simulation, "LOOK_SECONDS", LONG)
     return MessageEvents()
 
 

@@ -11,7 +11,7 @@ from in_process_run import run
 from tiny import Silent
 
 from fedpet.config import Experiment
-from fedpet.protocol.flower_compat import ray_on_loopback
+from fedpet.protocol.flower_compat.flower_simulation import ray_on_loopback
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run.ray_engine import simulate
 

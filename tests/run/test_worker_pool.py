@@ -148,7 +148,7 @@ def test_where_no_machine_is_left_the_message_is_refused_and_says_so(
 
 def test_flower_waits_for_every_worker_at_once() -> None:
     vce_api = pytest.importorskip("flwr.server.superlink.fleet.vce.vce_api")
-    from fedpet.protocol.flower_compat import mixed_into_pool
+    from fedpet.protocol.flower_compat.flower_simulation import mixed_into_pool
 
     flowers = vce_api.ThreadPoolExecutor
     with mixed_into_pool(WorkerPool, 100), vce_api.ThreadPoolExecutor() as executor:

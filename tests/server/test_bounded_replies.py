@@ -10,7 +10,8 @@ from flwr.proto.message_pb2 import ObjectTree, PullObjectResponse
 from flwr.proto.runtime_pb2 import PullAppMessagesResponse
 from flwr.superlink.grid.http_grid import HttpGrid
 
-from fedpet.protocol.flower_compat import CHUNK_BYTES, bound_replies
+from fedpet.protocol.flower_compat.flower_fleet import bound_replies
+from fedpet.protocol.flower_compat.flower_messages import CHUNK_BYTES
 
 
 class Client:
