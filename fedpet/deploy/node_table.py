@@ -12,7 +12,7 @@ from typing import Any
 
 from rich.table import Table
 
-from fedpet.deploy.relay import STATUS_FILE, NodeStatus, read_status
+from fedpet.deploy.node_status import STATUS_FILE, NodeStatus, read_status
 from fedpet.deploy.server_metrics import newest_run, read_rounds
 from fedpet.errors import ConfigError
 from fedpet.protocol.ledger import one_line

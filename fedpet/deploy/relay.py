@@ -26,15 +26,13 @@ import asyncio
 import base64
 import binascii
 import contextlib
-import json
 import logging
 import os
 import re
 import socket
 import ssl
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, MutableMapping
-from dataclasses import asdict, dataclass, field
+from collections.abc import Awaitable, Callable, Mapping, MutableMapping
 from logging.handlers import RotatingFileHandler
 from pathlib import Path
 from typing import Any
@@ -43,15 +41,14 @@ import httpx
 import uvicorn
 
 from fedpet.deploy import server_metrics
+from fedpet.deploy.node_status import STATUS_FILE, NodeStatus, noted, read_status
+from fedpet.deploy.relay_limits import Bucket, Limits
 from fedpet.errors import ConfigError
 from fedpet.server.allowed_nodes import AllowedNodes
-from fedpet.utils.atomic_write import atomic_write
 
-__all__ = ["STATUS_FILE", "Limits", "NodeStatus", "Relay"]
+__all__ = ["Relay"]
 
-STATUS_FILE = "node-status.json"
 LOG_FILE, LOG_BYTES, LOG_FILES = "relay.log", 4 << 20, 4
-STATUS_SECONDS = 15.0
 KEY_HEADER, VERSION_HEADER = b"flwr-public-key", b"flwr-package-version"
 
 _PATH = re.compile(rb"/v1/fleet/([a-z-]{1,40})")
@@ -67,81 +64,6 @@ Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
 Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 
 LOG = logging.getLogger("fedpet.relay")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Limits:
-    """Bound what a node may ask of the server.
-
-    Attributes:
-        reply_bytes: Most bytes of one reply.
-        object_bytes: Of one request that brings a part of a reply; Flower cuts at 5 MiB.
-        message_bytes: Of a request that announces a reply.
-        other_bytes: Of any other request.
-        held_bytes: Of all bodies that are read at one time.
-        rate: Requests a second of a node, over time.
-        burst: Requests at once.
-        stranger_rate: Requests a second of all unknown keys of one address.
-        body_seconds: In which a body must have come.
-        folder_seconds: For which the folder of allowed nodes is taken to be as it was.
-        sessions: Replies of a node whose bytes are remembered, the newest.
-    """
-
-    reply_bytes: int = 64 << 20
-    object_bytes: int = (5 << 20) + (64 << 10)
-    message_bytes: int = 1 << 20
-    other_bytes: int = 64 << 10
-    held_bytes: int = 256 << 20
-    rate: float = 30.0
-    burst: float = 300.0
-    stranger_rate: float = 1.0
-    body_seconds: float = 180.0
-    folder_seconds: float = 1.0
-    sessions: int = 1024
-
-    def of_path(self, word: str) -> int:
-        """Return the most bytes of a body to this path."""
-        sizes = {"push-object": self.object_bytes, "push-messages": self.message_bytes}
-        return sizes.get(word, self.other_bytes)
-
-
-@dataclass
-class NodeStatus:
-    """Count what came of a node; a line of `node-status.json`.
-
-    Bytes are of bodies: TLS and headers are not in them.
-    """
-
-    first_seen: float = 0.0  # seconds since 1970
-    last_seen: float = 0.0
-    address: str = ""
-    flower_version: str = ""
-    requests: int = 0
-    refused: int = 0
-    received_bytes: int = 0
-    sent_bytes: int = 0
-
-
-@dataclass
-class _Bucket:
-    """Let through so many requests a second, after so many at once."""
-
-    rate: float
-    burst: float
-    level: float = field(init=False)
-    at: float = field(default_factory=time.monotonic)
-
-    def __post_init__(self) -> None:
-        self.level = self.burst
-
-    def take(self) -> bool:
-        now = time.monotonic()
-        self.level = min(self.burst, self.level + (now - self.at) * self.rate)
-        self.at = now
-        if self.level < 1:
-            return False
-        self.level -= 1
-        return True
 
 
 class _Refusal(Exception):
@@ -180,7 +102,7 @@ class Relay:
         self._limits = limits or Limits()
         self._monitor_port = monitor_port
         self._metrics = metrics
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, Bucket] = {}
         self._sessions: dict[str, dict[bytes, tuple[float, int]]] = {}
         self._held = 0
 
@@ -252,7 +174,7 @@ class Relay:
             key = b""
         limits, node = self._limits, self._allowed.of_key(key)
         if node is None:
-            bucket = _Bucket(limits.stranger_rate, 10 * limits.stranger_rate)
+            bucket = Bucket(limits.stranger_rate, 10 * limits.stranger_rate)
             if len(self._buckets) > 10_000:  # of addresses that came once
                 self._buckets.clear()
             if not self._buckets.setdefault(f"@{address}", bucket).take():
@@ -271,7 +193,7 @@ class Relay:
         limits = self._limits
         if not who:
             return
-        bucket = self._buckets.setdefault(who, _Bucket(limits.rate, limits.burst))
+        bucket = self._buckets.setdefault(who, Bucket(limits.rate, limits.burst))
         if not bucket.take():  # a status at which Flower's client tries again
             raise _Refusal(503, f"more than {limits.rate:g} requests a second.")
 
@@ -386,40 +308,6 @@ def _varint(message: bytes, at: int) -> tuple[int, int]:
 # -- the process ----------------------------------------------------------------------------------
 
 
-def read_status(path: Path) -> dict[str, NodeStatus]:
-    """Read `node-status.json`; what does not read is nothing."""
-    try:
-        table = json.loads(path.read_text(encoding="utf-8"))
-        return {name: NodeStatus(**line) for name, line in table.items()}
-    except (OSError, ValueError, TypeError, AttributeError):
-        return {}
-
-
-def write_status(path: Path, status: Mapping[str, NodeStatus]) -> None:
-    """Write `node-status.json`."""
-    lines = {name: asdict(one) for name, one in sorted(status.items())}
-    atomic_write(path, json.dumps(lines, indent=1).encode())
-
-
-@contextlib.asynccontextmanager
-async def _noted(path: Path, status: Mapping[str, NodeStatus]) -> AsyncIterator[None]:
-    """Write the status every few seconds, and at the end."""
-
-    async def note() -> None:
-        while True:
-            await asyncio.sleep(STATUS_SECONDS)
-            with contextlib.suppress(OSError):  # the disk is full: nodes are served all the same
-                write_status(path, status)
-
-    task = asyncio.create_task(note())
-    try:
-        yield
-    finally:
-        task.cancel()
-        with contextlib.suppress(OSError):
-            write_status(path, status)
-
-
 async def serve(arguments: argparse.Namespace) -> None:
     """Serve until the process is told to end."""
     folder = arguments.folder
@@ -459,7 +347,7 @@ async def serve(arguments: argparse.Namespace) -> None:
         sockets = [_listen(arguments.bind, arguments.port)]
         if arguments.monitor_port:
             sockets.append(_listen("127.0.0.1", arguments.monitor_port))
-        async with _noted(folder / STATUS_FILE, status):
+        async with noted(folder / STATUS_FILE, status):
             LOG.warning("relaying %s:%s to %s", arguments.bind, arguments.port, superlink)
             await uvicorn.Server(config).serve(sockets)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from fedpet.deploy.relay import NodeStatus
+    from fedpet.deploy.node_status import NodeStatus
 
 __all__ = ["newest_run", "page_of", "read_rounds", "stored_bytes"]
 

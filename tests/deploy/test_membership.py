@@ -17,8 +17,8 @@ from cryptography.x509.verification import PolicyBuilder, Store
 from fedpet.config import Experiment
 from fedpet.deploy import Deployment, NodeSpec, enrolment, membership, write_deployment
 from fedpet.deploy.enrolment import enrol
+from fedpet.deploy.node_status import NodeStatus, write_status
 from fedpet.deploy.node_table import last_refusals, list_nodes
-from fedpet.deploy.relay import NodeStatus, write_status
 from fedpet.errors import ConfigError
 from fedpet.server.allowed_nodes import AllowedNodes
 

@@ -20,7 +20,9 @@ from flwr.proto.message_pb2 import PushObjectRequest
 
 from fedpet.deploy import server_metrics
 from fedpet.deploy.certificates import make_node_key
-from fedpet.deploy.relay import Limits, Relay, read_status, write_status
+from fedpet.deploy.node_status import read_status, write_status
+from fedpet.deploy.relay import Relay
+from fedpet.deploy.relay_limits import Limits
 from fedpet.server.allowed_nodes import AllowedNodes
 
 POLL = "/v1/fleet/pull-messages"
