@@ -4,16 +4,11 @@ In:  a `DataConfig` and a `ClientsConfig`, and the folder of a tokeniser.
 Out: a `FederatedData`: the task, the rows to train and evaluate on, the clients and their rows.
 """
 
+from fedpet.data.census import ClientCounts, count_clients
 from fedpet.data.classes import ClassCount, count_classes, describe_classes
-from fedpet.data.dataset import (
-    ClientCounts,
-    FederatedData,
-    RowBooks,
-    count_clients,
-    load_data,
-    load_evaluation,
-)
+from fedpet.data.dataset import FederatedData, load_data, load_evaluation
 from fedpet.data.partition import Client, partition_with
+from fedpet.data.row_books import RowBooks
 from fedpet.data.rows import Rows
 from fedpet.data.tokenize import hash_tokenizer
 from fedpet.tasks import Task

@@ -85,34 +85,19 @@ class Instruction(CausalTask):
         on_rows: Callable[[int], None] = lambda rows: None,
     ) -> tuple[dict[str, Any], Padding]:
         """Render, tokenise and mark the conversations; see `TaskKind.encode`."""
-        from fedpet.data.array_spool import ArraySpool
-        from fedpet.data.padding import config_of, padding_of
-        from fedpet.data.tokenize import check_max_length, check_vocabulary, load_tokenizer
+        from fedpet.data.marked_tokens import MarkedTokens
 
-        tokenizer, config = load_tokenizer(folder), config_of(folder)
-        check_max_length(data.max_length, tokenizer)
-        renderer = ChatRenderer(tokenizer, data.max_length, str(folder))
-        tokens, marks = ArraySpool(np.int32, spools), ArraySpool(np.uint8, spools)
-        lengths, counts, largest = [], [], -1
+        made = MarkedTokens(folder, data.max_length, where, spools)
+        renderer = ChatRenderer(made.tokenizer, data.max_length, str(folder))
         for done, number in enumerate(numbers.tolist(), start=1):
-            ids, marked = renderer.encode(rows.columns[0][number], number, where)
-            tokens.append(np.asarray(ids, dtype=np.int32))
-            marks.append(np.asarray(marked, dtype=np.uint8))
-            lengths.append(len(ids))
-            counts.append(sum(marked))
-            largest = max(largest, *ids)
+            made.append(*renderer.encode(rows.columns[0][number], number, where))
             if done % _STEP == 0 or done == len(numbers):
                 on_rows(done)
-        check_vocabulary(largest, tokenizer, config, where)
-        return {
-            "tokens": tokens,
-            "marks": marks,
-            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            "labels": np.asarray(counts, dtype=np.int64),
-        }, padding_of(tokenizer, config, str(folder))
+        return made.arrays(), made.padding
 
-    def tokenizer_hash(self, folder: Path, found: str) -> str:
+    def tokenizer_hash(self, folder: Path) -> str:
         """Hash the chat template with the tokeniser; see `TaskKind.tokenizer_hash`."""
+        found = super().tokenizer_hash(folder)
         template, settings = folder / "chat_template.jinja", folder / "tokenizer_config.json"
         text = ""
         if template.is_file():

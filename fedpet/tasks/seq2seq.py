@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedpet.errors import BackboneError, ConfigError
+from fedpet.errors import ConfigError
 from fedpet.tasks.causal_lm import CausalTask
 from fedpet.tasks.task_kind import BatchLoss, RawRows, register_task
 
@@ -84,21 +84,11 @@ class Seq2Seq(CausalTask):
         on_rows: Callable[[int], None] = lambda rows: None,
     ) -> tuple[dict[str, Any], Padding]:
         """Tokenise sources and targets, one behind the other; see `TaskKind.encode`."""
-        from fedpet.data.array_spool import ArraySpool
-        from fedpet.data.padding import config_of, padding_of
-        from fedpet.data.tokenize import check_max_length, check_vocabulary, load_tokenizer
+        from fedpet.data.marked_tokens import MarkedTokens
 
-        tokenizer, config = load_tokenizer(folder), config_of(folder)
-        check_max_length(data.max_length, tokenizer)
-        start = getattr(config, "decoder_start_token_id", None)
-        if start is None:
-            raise BackboneError(
-                f"the configuration in {str(folder)!r} names no decoder_start_token_id, with which "
-                "a decoder begins: take a model with an encoder and a decoder (T5, BART)."
-            )
+        made = MarkedTokens(folder, data.max_length, where, spools)
+        start, tokenizer = made.decoder_start(), made.tokenizer
         cut = {"truncation": True, "max_length": data.max_length, "return_attention_mask": False}
-        tokens, marks = ArraySpool(np.int32, spools), ArraySpool(np.uint8, spools)
-        lengths, counts, largest = [], [], -1
         *sources, targets = rows.columns
         for first in range(0, len(numbers), _STEP):
             some = numbers[first : first + _STEP]
@@ -106,20 +96,9 @@ class Seq2Seq(CausalTask):
             asked = tokenizer(*texts, **cut)["input_ids"]
             wanted = tokenizer(text_target=[targets[n] for n in some.tolist()], **cut)["input_ids"]
             for source, target in zip(asked, wanted, strict=True):
-                tokens.append(np.asarray([*source, *target], dtype=np.int32))
-                marks.append(np.repeat(np.array([0, 1], np.uint8), [len(source), len(target)]))
-                lengths.append(len(source) + len(target))
-                counts.append(len(target))
-                largest = max(largest, *source, *target)
+                made.append([*source, *target], [0] * len(source) + [1] * len(target))
             on_rows(first + len(some))
-        check_vocabulary(largest, tokenizer, config, where)
-        return {
-            "tokens": tokens,
-            "marks": marks,
-            "offsets": np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64),
-            "labels": np.asarray(counts, dtype=np.int64),
-            "decoder_start": np.array([start], dtype=np.int64),
-        }, padding_of(tokenizer, config, str(folder))
+        return made.arrays() | {"decoder_start": np.array([start])}, made.padding
 
     def client_loss(
         self, task: Task, labels: np.ndarray, strength: float, device: torch.device

@@ -161,9 +161,15 @@ class TaskKind:
         """Reckon the tokens of each row without a tokeniser, (n,), for an estimate."""
         raise NotImplementedError
 
-    def tokenizer_hash(self, folder: Path, found: str) -> str:
-        """Return the hash of all that turns a row into tokens; `found` is the tokeniser's own."""
-        return found
+    def tokenizer_hash(self, folder: Path) -> str:
+        """Return the hash of all in a checkpoint's folder that turns a row into a model's inputs.
+
+        Raises:
+            DataError: Nothing there does.
+        """
+        from fedpet.data.tokenize import hash_tokenizer  # a later stage
+
+        return hash_tokenizer(folder)
 
     # Model.
 

@@ -12,8 +12,7 @@ from hypothesis import strategies as st
 from text_fixtures import write
 
 from fedpet.config import ClientsConfig, DataConfig
-from fedpet.data import load_data
-from fedpet.data.dataset import count_clients
+from fedpet.data import count_clients, load_data
 from fedpet.data.partition import cap_rows, numbered
 from fedpet.errors import ConfigError
 

@@ -1,0 +1,75 @@
+"""Count clients and their rows without a tokeniser: what an estimate needs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from fedpet.config import ClientsConfig, DataConfig
+from fedpet.data.cache import Entry, cached
+from fedpet.data.client_rows import held_out_by_clients, natural_clients
+from fedpet.data.encoded_rows import rows_key, task_of
+from fedpet.data.partition import cap_rows, drop_small_clients, partition
+from fedpet.data.sources import open_source
+from fedpet.data.split_rows import train_and_held_out
+from fedpet.tasks import Task, kind_of
+
+__all__ = ["ClientCounts", "count_clients"]
+
+
+@dataclass(frozen=True)
+class ClientCounts:
+    """Clients and classes that would take part in a run, without any text."""
+
+    task: Task
+    num_rows: Mapping[str, int]  # client -> rows it trains on, clients in alphabetical order
+    num_held_out: Mapping[str, int]  # client -> rows that it holds out
+
+
+def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -> ClientCounts:
+    """Count the clients that `load_data` would find, without a tokeniser.
+
+    Args:
+        data: What to read, as in `load_data`.
+        population: How rows become clients.
+        cache: Root of the cache.
+
+    Raises:
+        DataError: Rows, columns, labels or clients that cannot be used.
+        ConfigError: Settings that contradict each other or the data.
+    """
+    cache = Path(cache)
+    source = open_source(data.source)
+    train, _ = train_and_held_out(source, data)
+    source.check(train.name)
+    task = task_of(train, data, cache)
+    kind = kind_of(task)
+
+    def compute() -> Entry:
+        raw = kind.read(train, data, task)
+        numbers = train.choose(data, train.max_rows)
+        arrays = {"labels": raw.labels[numbers], "numbers": numbers}
+        if kind.packs:
+            arrays["sizes"] = kind.sizes(raw)[numbers]
+        return Entry(arrays, {})
+
+    entry = cached(cache, "census", rows_key(train, data, task), compute)
+    if population.partition == "column":
+        parts = natural_clients(train, entry, population.client_column, cache)
+    else:
+        parts = partition(entry.arrays["labels"], population)
+    parts = cap_rows(parts, population)
+    parts, held_out = held_out_by_clients(train, entry, parts, data, population, cache)
+    if kind.packs:  # reckoned: there is no tokeniser
+        sizes = entry.arrays["sizes"]
+        counts = {n: -(-int(sizes[rows].sum()) // data.max_length) for n, rows in parts.items()}
+        parts = {name: np.broadcast_to(0, count) for name, count in counts.items()}
+    clients = drop_small_clients(parts, len(entry.arrays["labels"]), population).clients
+    return ClientCounts(
+        task,
+        {client.id: len(client.rows) for client in clients},
+        {client.id: len(held_out.get(client.id, ())) for client in clients},
+    )
