@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from fedpet.data.dataset import FederatedData
+from fedpet.data.rows import Rows
 
 _MOST_SHOWN = 10
 
@@ -28,23 +29,41 @@ class ClassCount:
 
 
 def count_classes(data: FederatedData) -> tuple[ClassCount, ...]:
-    """Count the rows of each class; () for a regression."""
+    """Count the rows of each class; () for a task without classes.
+
+    A row of several classes counts for each. Where tokens have classes, words are counted.
+    """
     names = data.task.label_names
     if not names:
         return ()
-    held = np.bincount(data.evaluation.labels, minlength=len(names)).tolist()
+    held = np.bincount(_labels_of(data.evaluation)[1], minlength=len(names)).tolist()
     if not len(data.train):
         return tuple(
             ClassCount(n, None, of_one, None) for n, of_one in zip(names, held, strict=True)
         )
-    owned = [client.rows for client in data.clients]
-    labels = data.train.labels[np.concatenate(owned)]
-    owners = np.repeat(np.arange(len(owned)), [len(rows) for rows in owned])
+    owner_of = np.full(len(data.train), -1)
+    for owner, client in enumerate(data.clients):
+        owner_of[client.rows] = owner
+    numbers, labels = _labels_of(data.train)
+    owners = owner_of[numbers]
+    labels, owners = labels[owners >= 0], owners[owners >= 0]
     pairs = np.unique(owners * len(names) + labels)  # of a client and a class that it has
     rows = np.bincount(labels, minlength=len(names))
     clients = np.bincount(pairs % len(names), minlength=len(names))
     counts = zip(rows.tolist(), held, clients.tolist(), strict=True)
     return tuple(ClassCount(name, *of_one) for name, of_one in zip(names, counts, strict=True))
+
+
+def _labels_of(rows: Rows) -> tuple[np.ndarray, np.ndarray]:
+    """Return the number of the row, and the class, of each label."""
+    if rows.tags is not None:
+        tagged = np.flatnonzero(rows.tags)
+        numbers = np.repeat(np.arange(len(rows)), np.diff(rows.offsets))
+        return numbers[tagged], rows.tags[tagged].astype(np.int64) - 1
+    if rows.labels.ndim == 2:
+        numbers, classes = np.nonzero(rows.labels)
+        return numbers, classes
+    return np.arange(len(rows)), rows.labels
 
 
 def describe_classes(classes: Sequence[ClassCount], *, trained_here: bool) -> list[str]:

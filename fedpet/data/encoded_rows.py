@@ -21,12 +21,13 @@ import numpy as np
 from fedpet.config import DataConfig
 from fedpet.data.cache import Entry, cached, unwritable
 from fedpet.data.collator import COLLATORS
+from fedpet.data.dense_inputs import dense_of
 from fedpet.data.rows import Rows
 from fedpet.data.split_rows import Split
 from fedpet.data.tokenize import hash_tokenizer_files
 from fedpet.errors import DataError
 from fedpet.tasks import Task, kind_of, portable_name
-from fedpet.tasks.class_labels import check_label_names, read_off_label_names
+from fedpet.tasks.class_labels import check_label_names
 
 __all__ = ["OnRows", "pack", "rows_entry", "rows_key", "rows_of", "task_of"]
 
@@ -48,9 +49,12 @@ def _label_names(train: Split, data: DataConfig, cache: Path) -> tuple[str, ...]
     def compute() -> Entry:
         labels = train.labels(data.label_column)
         known = train.read().label_names(data.label_column)
-        return Entry({}, {"label_names": read_off_label_names(labels, train.where, known)})
+        names = kind_of(data.task).class_names(labels, train.where, known)
+        return Entry({}, {"label_names": names})
 
     key = {**train.source.identity(train.name), "label_column": data.label_column}
+    if kind_of(data.task).has_label_lists:
+        key["lists"] = True
     return tuple(cached(cache, "labels", key, compute).meta["label_names"])
 
 
@@ -136,6 +140,9 @@ def rows_of(entry: Entry, data: DataConfig) -> Rows:
         collator=COLLATORS.find(data.collator) if data.collator else None,
         marks=entry.arrays.get("marks"),
         decoder_start=int(entry.arrays.get("decoder_start", [-1])[0]),
+        tags=entry.arrays.get("tags"),
+        choices=entry.arrays.get("choices"),
+        dense=dense_of(entry.arrays),
     )
 
 

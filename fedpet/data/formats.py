@@ -181,11 +181,18 @@ def _label_names(metadata: Mapping[bytes, bytes] | None) -> dict[str, tuple[str,
     """Read the class names that `datasets` wrote beside the columns."""
     told = json.loads((metadata or {}).get(b"huggingface", b"{}"))
     features = told.get("info", {}).get("features") or {}
+    single = {column: _element(feature) for column, feature in features.items()}
     return {
         column: tuple(feature["names"])
-        for column, feature in features.items()
+        for column, feature in single.items()
         if isinstance(feature, dict) and feature.get("_type") == "ClassLabel"
     }
+
+
+def _element(feature: Any) -> Any:
+    """Return what a list is of; anything else as it is."""
+    inner = feature.get("feature") if isinstance(feature, dict) else None
+    return feature if inner is None else inner
 
 
 _READERS: Mapping[str, Callable[[IO[bytes]], Piece]] = {

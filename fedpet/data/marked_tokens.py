@@ -28,6 +28,7 @@ class MarkedTokens:
         max_length: Tokens of a row, at most.
         where: The split, for messages.
         spools: Folder for what outgrows memory.
+        marks: Of which integers a mark is.
 
     Attributes:
         tokenizer: Of transformers.
@@ -40,20 +41,25 @@ class MarkedTokens:
     """
 
     def __init__(
-        self, folder: Path, max_length: int, where: str, spools: Path | None = None
+        self,
+        folder: Path,
+        max_length: int,
+        where: str,
+        spools: Path | None = None,
+        marks: type[np.integer[Any]] = np.uint8,
     ) -> None:
         self.tokenizer, self.config = load_tokenizer(folder), config_of(folder)
         check_max_length(max_length, self.tokenizer)
         self.padding = padding_of(self.tokenizer, self.config, str(folder))
         self._folder, self._where = folder, where
-        self._tokens, self._marks = ArraySpool(np.int32, spools), ArraySpool(np.uint8, spools)
+        self._tokens, self._marks = ArraySpool(np.int32, spools), ArraySpool(marks, spools)
         self._lengths: list[int] = []
         self._counts: list[int] = []
         self._largest = -1
 
     def append(self, ids: Sequence[int], marks: Sequence[int]) -> None:
         """Add a row; a mark above 0 is a label's."""
-        marked = np.asarray(marks, dtype=np.uint8)
+        marked = np.asarray(marks, dtype=self._marks.dtype)
         self._tokens.append(np.asarray(ids, dtype=np.int32))
         self._marks.append(marked)
         self._lengths.append(len(ids))

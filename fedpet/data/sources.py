@@ -310,9 +310,13 @@ def _reading(what: str) -> Iterator[None]:
 def _table(dataset: Any) -> Table:
     from datasets import ClassLabel
 
+    single = {
+        column: getattr(feature, "feature", feature)  # of a list, what it is of
+        for column, feature in dataset.features.items()
+    }
     names = {
         column: tuple(feature.names)
-        for column, feature in dataset.features.items()
+        for column, feature in single.items()
         if isinstance(feature, ClassLabel)
     }
     columns = tuple(dataset.column_names)

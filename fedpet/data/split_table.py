@@ -138,7 +138,9 @@ class Table:
 
 
 def _named(known: Mapping[int, str], value: Any) -> Any:
+    if isinstance(value, list):
+        return [_named(known, one) for one in value]
     try:
         return known.get(value, value)
-    except TypeError:  # a list, which is no index
+    except TypeError:  # a dictionary, which is no index
         return value

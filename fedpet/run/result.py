@@ -167,8 +167,8 @@ def summarise(
 
 
 def _label_tokens(data: FederatedData) -> dict[str, int]:
-    """Count the label tokens, where tokens are labels; those on nodes are not known here."""
-    if data.evaluation.marks is None:
+    """Count the label tokens, where tokens have labels; those on nodes are not known here."""
+    if not data.evaluation.has_token_labels:
         return {}
     train = sum(int(data.train.labels[c.rows].sum()) for c in data.clients if len(data.train))
     return {

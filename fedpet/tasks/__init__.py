@@ -8,8 +8,11 @@ from fedpet.tasks import (
     classification,
     instruction,
     language_modelling,
+    multi_label,
     regression,
     seq2seq,
+    text_to_text,
+    token_classification,
 )
 from fedpet.tasks.task import Task
 from fedpet.tasks.task_kind import (
@@ -32,8 +35,11 @@ __all__ = [
     "instruction",
     "kind_of",
     "language_modelling",
+    "multi_label",
     "portable_name",
     "register_task",
     "regression",
     "seq2seq",
+    "text_to_text",
+    "token_classification",
 ]

@@ -13,8 +13,12 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
-from fedpet.errors import ConfigError
-from fedpet.tasks.task_kind import BatchLoss, TaskKind
+from fedpet.tasks.task_kind import (
+    BatchLoss,
+    TaskKind,
+    refuse_class_settings,
+    refuse_settings,
+)
 
 if TYPE_CHECKING:
     import torch
@@ -62,23 +66,16 @@ class CausalTask(TaskKind):
 
     def check_experiment(self, experiment: Experiment) -> None:
         """Refuse what classifiers alone have; see `TaskKind.check_experiment`."""
-        task, training = experiment.data.task, experiment.training
-        refused = {
-            "training.cls-only = true skips tokens that a classifier never reads": (
-                training.cls_only
-            ),
-            "training.logit-adjustment goes by the shares of classes": training.logit_adjustment,
-            f"clients.partition = {experiment.clients.partition!r} deals rows out by label": (
-                experiment.clients.partition in ("dirichlet", "shards")
-            ),
-            "backbone.head = 'new' draws a head": experiment.backbone.head == "new",
-        }
-        for reason, holds in refused.items():
-            if holds:
-                raise ConfigError(
-                    f"{reason}, and data.task = {task!r} has none: leave the key out"
-                    + (", or take 'column' or 'iid'." if "partition" in reason else ".")
-                )
+        refuse_settings(
+            experiment,
+            {
+                "training.cls-only = true skips tokens that a classifier never reads": (
+                    experiment.training.cls_only
+                ),
+                "backbone.head = 'new' draws a head": experiment.backbone.head == "new",
+            },
+        )
+        refuse_class_settings(experiment)
 
     def client_loss(
         self, task: Task, labels: np.ndarray, strength: float, device: torch.device

@@ -31,7 +31,17 @@ if TYPE_CHECKING:
     from fedpet.data.split_rows import Split
     from fedpet.tasks.task import Task
 
-__all__ = ["TASKS", "BatchLoss", "RawRows", "TaskKind", "kind_of", "portable_name", "register_task"]
+__all__ = [
+    "TASKS",
+    "BatchLoss",
+    "RawRows",
+    "TaskKind",
+    "kind_of",
+    "portable_name",
+    "refuse_class_settings",
+    "refuse_settings",
+    "register_task",
+]
 
 # Of a model, a batch's inputs and its labels: a scalar.
 BatchLoss = Callable[["nn.Module", "Mapping[str, Tensor]", "Tensor"], "Tensor"]
@@ -43,11 +53,15 @@ class RawRows:
 
     Attributes:
         columns: Texts, or what stands for them: each of n values.
-        labels: One a row, of the task's type: (n,).
+        labels: One a row, of the task's type: (n,); or (n, classes).
+        label_names: The classes, where `encode` needs them.
+        folder: Of the source's files, where paths in rows begin; None where it has none.
     """
 
     columns: Sequence[Column]
     labels: np.ndarray
+    label_names: tuple[str, ...] = ()
+    folder: Path | None = None
 
 
 class TaskKind:
@@ -59,7 +73,8 @@ class TaskKind:
         model_class: Of transformers, whose `from_pretrained` loads the model.
         pipeline: The hub's word for it, for a model card.
         has_labels: Rows have a column of labels.
-        has_classes: Rows have a class each, whose names are the data's.
+        has_classes: Rows have a class each, or several, whose names are the data's.
+        has_label_lists: A row's label is a list.
         has_head: The checkpoint need not hold the model's outermost layers: they are drawn.
         packs: `arrange` cuts the rows of a client into examples.
         stacks: A batch's loss is the mean of `row_losses`, so that many clients train at once.
@@ -71,6 +86,7 @@ class TaskKind:
     pipeline: ClassVar[str] = "text-classification"
     has_labels: ClassVar[bool] = False
     has_classes: ClassVar[bool] = False
+    has_label_lists: ClassVar[bool] = False
     has_head: ClassVar[bool] = True
     packs: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
@@ -106,6 +122,28 @@ class TaskKind:
         """Return what decides the examples beside the columns: JSON values, for the cache."""
         return {}
 
+    def class_names(
+        self, labels: Sequence[Any], where: str, known: tuple[str, ...]
+    ) -> tuple[str, ...]:
+        """Read the names of the classes off all labels of the training split.
+
+        Args:
+            labels: As the source gives them.
+            where: The split, for messages.
+            known: The names that the source tells, which then are the classes.
+
+        Raises:
+            DataError: The labels name no classes.
+        """
+        from fedpet.tasks.class_labels import read_off_label_names
+
+        if self.has_label_lists:
+            from fedpet.tasks.label_lists import read_lists
+
+            labels = [label for row in read_lists(labels, where) for label in row]
+            where = f"the labels, one after the other, of {where}"
+        return read_off_label_names(labels, where, known)
+
     def read(self, split: Split, data: DataConfig, task: Task) -> RawRows:
         """Read and check all rows of a split.
 
@@ -137,8 +175,9 @@ class TaskKind:
             on_rows: Is called with the number of rows done.
 
         Returns:
-            Arrays of `Rows`: `tokens`, `offsets`, `labels`, and `types` or `marks` where the task
-            has them; and what rows are filled up with.
+            Arrays of `Rows`: `tokens`, `offsets`, `labels`, and `types`, `marks`, `tags`,
+            `choices` or those of `dense_of` where the task has them; and what rows are filled up
+            with.
         """
         raise NotImplementedError
 
@@ -228,6 +267,42 @@ class TaskKind:
     def facts(self, task: Task, outputs: np.ndarray, labels: np.ndarray) -> dict[str, Any]:
         """Return further attributes of an `Assessment`: the baseline, what is predicted."""
         return {}
+
+
+def refuse_settings(experiment: Experiment, reasons: Mapping[str, bool]) -> None:
+    """Refuse settings that a task cannot have.
+
+    Args:
+        experiment: Names the task.
+        reasons: For each setting, in words, whether it is there.
+
+    Raises:
+        ConfigError: The first that is.
+    """
+    for reason, holds in reasons.items():
+        if holds:
+            raise ConfigError(
+                f"{reason}, and data.task = {experiment.data.task!r} has none: leave the key out"
+                + (", or take 'column' or 'iid'." if "partition" in reason else ".")
+            )
+
+
+def refuse_class_settings(experiment: Experiment) -> None:
+    """Refuse settings that go by the one class of a row.
+
+    Raises:
+        ConfigError: With the key.
+    """
+    rule = experiment.clients.partition
+    adjusted = bool(experiment.training.logit_adjustment)
+    refuse_settings(
+        experiment,
+        {
+            "training.logit-adjustment goes by the shares of classes": adjusted,
+            f"clients.partition = {rule!r} deals rows out by label": rule
+            in ("dirichlet", "shards"),
+        },
+    )
 
 
 _Kind = TypeVar("_Kind", bound=type[TaskKind])

@@ -32,7 +32,8 @@ class LabelledTexts(TaskKind):
         texts, labels = split.texts(data.text_columns), split.labels(data.label_column)
         split.check_texts(texts, data.text_columns)
         kind = "classification" if self.has_classes else "regression"
-        return RawRows(texts, encode_labels(labels, kind, task.label_names, split.where))
+        codes = encode_labels(labels, kind, task.label_names, split.where)
+        return RawRows(texts, codes, task.label_names)
 
     def encode(
         self,

@@ -74,6 +74,9 @@ def check_inputs(model: PreTrainedModel, rows: Rows, max_length: int) -> None:
             f"data.max-length is {max_length} tokens, and this backbone has positions for at most "
             f"{limit}: lower it."
         )
+    if rows.dense is not None:
+        _check_call(model, rows)
+        return
     settle_padding(model, rows)
     if rows.marks is not None and rows.decoder_start < 0 and not _looks_back_alone(model, rows):
         raise BackboneError(
@@ -133,17 +136,31 @@ def _pads_freely(model: nn.Module, rows: Rows) -> bool:
     try:
         alone, beside = (model(**inputs).logits for inputs in (batch, padded))
     except Exception as error:  # whatever a model raises at its first text
-        reason = " ".join(str(error).split())
-        raise BackboneError(
-            f"{type(model).__name__} cannot be called with a text of the data "
-            f"({type(error).__name__}: {reason[:200]}): mend the checkpoint's config.json or take "
-            "another backbone."
-        ) from None
+        raise _not_callable(model, error, "a text") from None
     if alone.shape != beside.shape:  # logits of each token
         beside = beside[:, 1:] if rows.pad_left else beside[:, :-1]
     relative = _RELATIVE if alone.dtype == torch.float32 else _COARSE
     atol = _ABSOLUTE + relative * _largest(alone)
     return torch.allclose(alone, beside, rtol=0, atol=atol, equal_nan=True)
+
+
+@torch.no_grad()
+def _check_call(model: nn.Module, rows: Rows) -> None:
+    """Refuse a model that cannot be called with a row that is no text."""
+    batch, _ = inputs_of(rows, np.arange(1), device_of(model))
+    try:
+        model(**batch)
+    except Exception as error:  # whatever a model raises at its first image
+        raise _not_callable(model, error, "a row") from None
+
+
+def _not_callable(model: nn.Module, error: Exception, what: str) -> BackboneError:
+    reason = " ".join(str(error).split())
+    return BackboneError(
+        f"{type(model).__name__} cannot be called with {what} of the data "
+        f"({type(error).__name__}: {reason[:200]}): mend the checkpoint's config.json or take "
+        "another backbone."
+    )
 
 
 @torch.no_grad()

@@ -35,15 +35,15 @@ def lean_passes(
 
     Args:
         model: In training or evaluation mode.
-        rows: What it is called with, to try it on. Where tokens are labels, nothing is cut: all
-            are read, and packing is for attention without an order.
+        rows: What it is called with, to try it on. Where tokens are or have labels, nothing is
+            cut: all are read, and packing is for attention without an order. Nor for images.
         cls_only: Compute of the last block what the first token needs; None where that can be done.
         padding_free: Compute nothing for padding where that can be done.
 
     Raises:
         ConfigError: It is asked for, and cannot be done.
     """
-    if model in _lean or rows.marks is not None:
+    if model in _lean or rows.has_token_labels or rows.decoder_start >= 0 or rows.dense is not None:
         yield
         return
     device = device_of(model)
