@@ -75,6 +75,7 @@ def rows_key(split: Split, data: DataConfig, task: Task) -> dict[str, Any]:
         "label_names": task.label_names,
         "task": task.kind,
         **kind_of(task).key(data),
+        **kind_of(task).files_key(split, data),
     }
 
 

@@ -50,6 +50,10 @@ class Source(ABC):
     def read(self, split: str) -> Table:
         """Read all rows of a split, once."""
 
+    def folder(self, split: str) -> Path | None:
+        """Return where paths in the rows begin; None where that is the current folder."""
+        return None
+
 
 def open_source(source: str) -> Source:
     """Find the source a user named.
@@ -202,6 +206,9 @@ class Files(Source):
         if split not in self._tables:
             self._tables[split] = self._read(split)
         return self._tables[split]
+
+    def folder(self, split: str) -> Path | None:
+        return self._of(split)[0].parent
 
     def _of(self, split: str) -> list[Path]:
         if "" in self.files:

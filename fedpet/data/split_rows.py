@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -33,6 +34,11 @@ class Split:
         if isinstance(self.source, Files) and "" in self.source.files:
             return self.source.description
         return f"split {self.name!r} of {self.source.description}"
+
+    @property
+    def folder(self) -> Path | None:
+        """Return the folder of the split's first file; None where it has no file."""
+        return self.source.folder(self.name)
 
     def read(self) -> Table:
         return self.source.read(self.name)

@@ -46,6 +46,8 @@ _SETTINGS = (
     *("tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "config.json"),
     "chat_template.jinja",
 )
+# Of images and speech.
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")
 BATCH_ROWS = 8192
 # Later ones want a protobuf from 7 on, which Flower does not take; transformers then asks for
 # tiktoken, which cannot read the file either.
@@ -60,7 +62,7 @@ def hash_tokenizer(folder: Path) -> str:
     """
     if (folder / "tokenizer.json").is_file():
         return hashlib.sha256((folder / "tokenizer.json").read_bytes()).hexdigest()
-    if not any((folder / name).is_file() for name in _VOCABULARY):
+    if not has_tokenizer(folder):
         raise DataError(
             f"{str(folder)!r} holds no tokeniser: neither tokenizer.json nor "
             f"{', '.join(_VOCABULARY)}. Take a checkpoint that comes with its tokeniser."
@@ -68,9 +70,14 @@ def hash_tokenizer(folder: Path) -> str:
     return _hash_files(folder, (*_VOCABULARY, *_SETTINGS))
 
 
+def has_tokenizer(folder: Path) -> bool:
+    """Tell whether a checkpoint comes with a tokeniser."""
+    return any((folder / name).is_file() for name in ("tokenizer.json", *_VOCABULARY))
+
+
 def hash_tokenizer_files(folder: Path) -> str:
     """SHA-256 of all that may decide a token: what the cache goes by, stricter than the plan."""
-    return _hash_files(folder, ("tokenizer.json", *_VOCABULARY, *_SETTINGS))
+    return _hash_files(folder, ("tokenizer.json", *_VOCABULARY, *_SETTINGS, *PROCESSOR_FILES))
 
 
 def _hash_files(folder: Path, names: Sequence[str]) -> str:

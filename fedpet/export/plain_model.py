@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedpet.backbone.classifier import class_names, generates
-from fedpet.data.saved_tokenizer import save_tokenizer
+from fedpet.data.processors import save_reader
 from fedpet.errors import RunError
 from fedpet.utils.atomic_write import whole_folder
 
@@ -22,7 +22,7 @@ def write_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
 
     Args:
         model: Its config names the classes.
-        tokenizer: The checkpoint's folder, whose tokeniser goes beside it.
+        tokenizer: The checkpoint's folder, whose tokeniser or processor goes beside it.
         folder: To make; one of a run that was cut short is replaced.
 
     Raises:
@@ -34,7 +34,7 @@ def write_model(model: PreTrainedModel, tokenizer: Path, folder: Path) -> None:
         with whole_folder(folder) as building:
             model.save_pretrained(building)
             _write_class_names(building / "config.json", model)
-            save_tokenizer(tokenizer, building)
+            save_reader(tokenizer, building)
     except (OSError, SafetensorError) as error:  # the latter of its own files, and no OSError
         raise no_room(folder, error) from None
 

@@ -6,6 +6,7 @@ names of tasks and metrics alone, so these modules import torch and later stages
 
 from fedpet.tasks import (
     classification,
+    image_classification,
     instruction,
     language_modelling,
     multi_label,
@@ -32,6 +33,7 @@ __all__ = [
     "Task",
     "TaskKind",
     "classification",
+    "image_classification",
     "instruction",
     "kind_of",
     "language_modelling",

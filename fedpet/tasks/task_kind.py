@@ -122,6 +122,10 @@ class TaskKind:
         """Return what decides the examples beside the columns: JSON values, for the cache."""
         return {}
 
+    def files_key(self, split: Split, data: DataConfig) -> dict[str, Any]:
+        """Return what decides the examples and lies in files that rows name: JSON values."""
+        return {}
+
     def class_names(
         self, labels: Sequence[Any], where: str, known: tuple[str, ...]
     ) -> tuple[str, ...]:

@@ -42,6 +42,7 @@ CHANGE = 0.04  # of a module's output, relative, a step
 HEAD_CHANGE = 0.2  # of a logit of two classes, a step
 _STEP = 1e-2  # of the probe; what it finds is divided by it
 _ROWS, _TOKENS = 8, 32
+_IMAGES = 2  # or spectra, of hundreds of tokens each
 
 _NO_RATE = (
     "training.learning-rate = 'auto' takes a step with the values of kind '{0}', and no module's "
@@ -176,7 +177,8 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         seed: Of the draw.
 
     Returns:
-        `input_ids` and `attention_mask`, and `decoder_input_ids` where a decoder writes a text,
+        `input_ids` and `attention_mask`, or `pixel_values` or `input_features` of a model that
+        reads those, and `decoder_input_ids` where a decoder writes a text,
         int64, (8, 32), or fewer tokens where the model has fewer
         positions: each row ends in the end-of-text id, where there is one.
 
@@ -184,6 +186,8 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         ConfigError: The model's config states no vocabulary.
     """
     config: Any = getattr(model, "config", None)
+    if (dense := _random_inputs(model, config, seed)) is not None:
+        return dense
     text = config.get_text_config() if hasattr(config, "get_text_config") else config
     vocabulary = getattr(text, "vocab_size", None)
     if not vocabulary:
@@ -208,6 +212,28 @@ def random_tokens(model: nn.Module, seed: int = 0) -> dict[str, Tensor]:
         batch["decoder_input_ids"] = drawn
     device = next(model.parameters()).device
     return {name: tensor.to(device) for name, tensor in batch.items()}
+
+
+def _random_inputs(model: nn.Module, config: Any, seed: int) -> dict[str, Tensor] | None:
+    """Draw a few images or spectra, standard normal, for a model that reads no tokens."""
+    name = getattr(model, "main_input_name", "")
+    if name == "pixel_values":
+        size: Any = config.image_size
+        height, width = size if isinstance(size, list | tuple) else (size, size)
+        shape: tuple[int, ...] = (_IMAGES, config.num_channels, height, width)
+    elif name == "input_features":
+        shape = _IMAGES, config.num_mel_bins, 2 * config.max_source_positions
+    else:
+        return None
+    generator = torch.Generator().manual_seed(derive_seed("auto rates, inputs", seed))
+    batch = {name: torch.randn(*shape, generator=generator)}
+    if name == "input_features":
+        width = min(_TOKENS, config.max_target_positions)
+        batch["decoder_input_ids"] = torch.randint(
+            config.vocab_size, (_IMAGES, width), generator=generator
+        )
+    device = next(model.parameters()).device
+    return {key: tensor.to(device) for key, tensor in batch.items()}
 
 
 def _output(model: nn.Module, name: str, call: Call) -> Tensor:

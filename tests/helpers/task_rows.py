@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from image_models import save_model as save_images
 from sending import LOSSLESS
 from seq2seq_models import save_model as save_seq2seq
 from tiny import WORDS, make_backbone
@@ -21,6 +22,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "text-columns": ["words"], "label-column": "tags", "metric": "entity_f1"
     },
     "text-to-text-classification": {"label-column": "word", "metric": "accuracy"},
+    "image-classification": {
+        "text-columns": ["image"], "label-column": "word", "metric": "accuracy"
+    },
 }  # fmt: skip
 
 
@@ -28,7 +32,15 @@ def save_backbone(folder: Path, task: str) -> Path:
     """Save a model that fits a task."""
     if task == "text-to-text-classification":
         return save_seq2seq(folder, "t5")
+    if task == "image-classification":
+        return save_images(folder, "vit")
     return make_backbone(folder)
+
+
+def picture(generator: np.random.Generator, bright: bool) -> list[list[int]]:
+    """Make a gray image of 12 x 10, bright or dark."""
+    values = generator.integers(0, 128, size=(12, 10)) + (128 if bright else 0)
+    return [[int(value) for value in line] for line in values]
 
 
 def write_rows(folder: Path) -> Path:
@@ -52,6 +64,7 @@ def write_rows(folder: Path) -> Path:
                 "tags": tags,
                 "topics": [name for name, word in topics if word in words or index < 2],
                 "word": "good" if "good" in words or "fine" in words else "bad",
+                "image": picture(generator, "good" in words or "fine" in words),
                 "client": f"client {index % CLIENTS}",
             }
             lines.append(json.dumps(row))
