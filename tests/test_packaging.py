@@ -223,8 +223,11 @@ def test_every_dependency_is_pinned_within_its_range(
         assert requirement.specifier.contains(version), f"{requirement}, pinned at {version}"
 
 
+_LISTS = ("bundled", "language", "media")
+
+
 def test_what_is_installed_names_no_index_and_no_host(repository: Path) -> None:
-    for name in ("constraints.txt", "requirements-bundled.txt", "requirements-language.txt"):
+    for name in ("constraints.txt", *(f"requirements-{of}.txt" for of in _LISTS)):
         for line in (repository / name).read_text().splitlines():
             assert line.startswith("#") or re.fullmatch(r"[\w.-]+==[\w.]+", line), f"{name}: {line}"
     for name in ("Makefile", "scripts/install", "pyproject.toml"):
@@ -238,7 +241,7 @@ def test_every_foreign_import_is_a_declared_dependency(
     project = pyproject["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"]]
-    for extra in ("fast", "metrics", "data", "report", "language"):
+    for extra in ("fast", "metrics", "data", "report", "language", "images"):
         wanted += extras[extra]
     declared = {canonicalize_name(Requirement(one).name) for one in wanted}
     declared.add("ray")  # in the exact version that flwr[simulation] asks for

@@ -2,7 +2,7 @@
 
 In:  a hub name, a folder, a .gguf file, or `package:NAME` for a Python package that ships weights.
 Out: the folder of its files; a hub's are downloaded once, safetensors where there are any, and a
-     GGUF file is converted once.
+     GGUF file, or a package's weights of another program, are converted once.
 
 Refused before anything reads it: pointers of git-lfs in the
 place of weights, adapters without their base, quantised weights, code that comes with a checkpoint.
@@ -13,11 +13,13 @@ from __future__ import annotations
 import base64
 import importlib.metadata
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+from fedpet.backbone.dinov2_file import ONNX_SUFFIX, convert_dinov2
 from fedpet.backbone.gguf_file import GGUF_SUFFIX, convert_gguf
+from fedpet.backbone.whisper_file import WHISPER_FILE, convert_whisper
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
 from fedpet.utils import bundled
@@ -44,6 +46,11 @@ HUB_FILES = ("*.json", "*.txt", "*.model", "*.codes", "*.jinja", "*.safetensors"
 OLDER_HUB_FILES = ("pytorch_model*.bin",)
 # Parts of other models, weights for other programs, Mistral's second copy.
 NOT_OF_THE_HUB = ("*/*", "consolidated*")
+# Packages whose weights are another program's: the end of the file's name, and what converts it.
+CONVERTED: Mapping[str, tuple[str, Callable[..., Path]]] = {
+    bundled.SPEECH_MODEL: (WHISPER_FILE, convert_whisper),
+    bundled.IMAGE_MODEL: (ONNX_SUFFIX, convert_dinov2),
+}
 ADAPTER_FILE = "adapter_config.json"
 _LFS = b"version https://git-lfs"
 
@@ -131,6 +138,11 @@ def _package_folder(package: str, config: BackboneConfig) -> Path:
     if len(converted) == 1:
         path = Path(str(converted[0].locate()))
         return convert_gguf(path, config.model, dtype=config.dtype, sha256=_recorded(converted[0]))
+    for requirement, (name, convert) in CONVERTED.items():
+        if bundled.name_of(requirement) == package:
+            found = [file for file in files if Path(file).name.endswith(name)]
+            if len(found) == 1:
+                return convert(Path(str(found[0].locate())), config.model, dtype=config.dtype)
     raise BackboneError(
         f"the package {package!r} holds no weights (none of {', '.join(WEIGHT_FILES)}, nor one "
         f"{GGUF_SUFFIX} file)."

@@ -1,4 +1,4 @@
-"""Convert a GGUF file into a checkpoint of safetensors: once a machine, in the cache.
+"""Convert a GGUF file into a checkpoint of safetensors, see fedpet/backbone/converted.py.
 
 In:  a .gguf file of llama.cpp, and the type that its weights are to have.
 Out: a folder as `save_pretrained` writes it: configuration, weights, tokeniser, chat template, and
@@ -8,34 +8,26 @@ transformers reads a GGUF file too, in every process anew: 16 s of a processor f
 where the converted file takes two. And it takes what it has read for a quantised model, which is
 not saved, trained by `Trainer` or adapted by peft. Here weights are dequantised in float32, rounded
 once to the type asked for, and stored as a plain model's: what fedpet masks, hashes and changes are
-these stored weights. The cache is $FEDPET_CACHE or ~/.cache/fedpet; run.cache is not asked, since a
-checkpoint serves all experiments.
+these stored weights.
 """
 
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import importlib.metadata
 import io
 import json
-import logging
 import math
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from fedpet.backbone.converted import check_tensors, converted_once, hash_of
 from fedpet.errors import BackboneError, InputError
-from fedpet.utils.atomic_write import whole_folder
 from fedpet.utils.extras import check_extra
-from fedpet.utils.lock import locked
-from fedpet.utils.paths import cache_root
-
-if TYPE_CHECKING:
-    from torch import Tensor, nn
 
 __all__ = ["GGUF_SUFFIX", "ORIGIN_FILE", "convert_gguf"]
 
@@ -44,8 +36,6 @@ ORIGIN_FILE = "gguf.json"
 # Raise it when the same file gives another folder than before.
 _FORMAT = 1
 _MAGIC = b"GGUF"
-
-log = logging.getLogger(__name__)
 
 
 def convert_gguf(file: Path, source: str, *, dtype: str, sha256: str = "") -> Path:
@@ -63,36 +53,20 @@ def convert_gguf(file: Path, source: str, *, dtype: str, sha256: str = "") -> Pa
         ConfigError: The package gguf is not installed.
     """
     sha256 = sha256 or _hash_file(file, source)
-    root = cache_root() / "backbones"
-    key = hashlib.sha256(f"{_FORMAT} {sha256} {dtype}".encode()).hexdigest()[:16]
-    folder = root / f"{file.stem}-{dtype}-{key}"
-    if folder.is_dir():
-        return folder
-    check_extra("gguf", "language", f"the backbone {source!r}, a GGUF file,")
-    try:
-        root.mkdir(parents=True, exist_ok=True)
-        with locked(root / f".{folder.name}.lock", folder, wait=True):
-            if not folder.is_dir():
-                log.warning("converting %s to safetensors in %s, once", file.name, folder)
-                with whole_folder(folder) as building:
-                    _convert(file, source, building, dtype, sha256)
-    except OSError as error:
-        raise BackboneError(
-            f"the cache {str(root)!r} cannot be written: {error.strerror or error}. Name a folder "
-            "that can be, with room for the model, by $FEDPET_CACHE."
-        ) from None
-    return folder
+
+    def convert(building: Path) -> None:
+        check_extra("gguf", "language", f"the backbone {source!r}, a GGUF file,")
+        _convert(file, source, building, dtype, sha256)
+
+    return converted_once(file.stem, dtype=dtype, sha256=sha256, version=_FORMAT, convert=convert)
 
 
 def _hash_file(file: Path, source: str) -> str:
-    try:
-        with file.open("rb") as opened:
-            if opened.read(len(_MAGIC)) != _MAGIC:
-                raise BackboneError(f"{source!r} is no GGUF file: it does not begin with 'GGUF'.")
-            opened.seek(0)
-            return hashlib.file_digest(opened, "sha256").hexdigest()
-    except OSError as error:
-        raise BackboneError(f"{str(file)!r} does not read: {error.strerror or error}.") from None
+    found = hash_of(file)
+    with file.open("rb") as opened:
+        if opened.read(len(_MAGIC)) != _MAGIC:
+            raise BackboneError(f"{source!r} is no GGUF file: it does not begin with 'GGUF'.")
+    return found
 
 
 def _convert(file: Path, source: str, folder: Path, dtype: str, sha256: str) -> None:
@@ -119,7 +93,7 @@ def _convert(file: Path, source: str, folder: Path, dtype: str, sha256: str) -> 
         raise BackboneError(
             f"the GGUF file of {source!r} could not be read as a language model ({reason})."
         ) from None
-    tensors = _checked(read["tensors"], model, source)
+    tensors = check_tensors(read["tensors"], model, f"the GGUF file of {source!r}")
     stored = {name: tensor.to(torch_dtype).contiguous() for name, tensor in tensors.items()}
     save_file(stored, folder / "model.safetensors", metadata={"format": "pt"})
     config.architectures, config.dtype = [type(model).__name__], dtype
@@ -139,31 +113,6 @@ def _shorten_floats(config: Any) -> None:
     for name, value in vars(config).items():
         if type(value) is float and math.isfinite(value) and float(np.float32(value)) == value:
             setattr(config, name, float(str(np.float32(value))))
-
-
-def _checked(tensors: dict[str, Tensor], model: nn.Module, source: str) -> dict[str, Tensor]:
-    """Return the tensors that a model has a place for, none of them absent or of another shape."""
-    import torch
-
-    wanted = dict(model.named_parameters())  # tied ones once
-    absent = [name for name in wanted if name not in tensors]
-    if absent:
-        raise BackboneError(
-            f"the GGUF file of {source!r} lacks {len(absent)} of the {len(wanted)} tensors of a "
-            f"{type(model).__name__}, {absent[0]!r} for one: take a file of the whole model."
-        )
-    for name, parameter in wanted.items():
-        if tensors[name].shape != parameter.shape:
-            raise BackboneError(
-                f"the GGUF file of {source!r} has {name!r} in the shape "
-                f"{tuple(tensors[name].shape)}, and by its own settings it is "
-                f"{tuple(parameter.shape)}: download it anew."
-            )
-        if not torch.isfinite(tensors[name]).all():
-            raise BackboneError(
-                f"the GGUF file of {source!r} has NaN or infinity in {name!r}: download it anew."
-            )
-    return {name: tensors[name] for name in wanted}
 
 
 def _origin(file: Path, source: str, dtype: str, sha256: str) -> str:

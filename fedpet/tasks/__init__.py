@@ -12,6 +12,7 @@ from fedpet.tasks import (
     multi_label,
     regression,
     seq2seq,
+    speech_to_text,
     text_to_text,
     token_classification,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "register_task",
     "regression",
     "seq2seq",
+    "speech_to_text",
     "text_to_text",
     "token_classification",
 ]

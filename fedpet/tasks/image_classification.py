@@ -7,7 +7,6 @@ batch is made. Loss and metrics are a classification's.
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -52,18 +51,10 @@ class ImageClassification(Classification):
 
     def files_key(self, split: Split, data: DataConfig) -> dict[str, Any]:
         """Name size and time of the files that rows name; see `TaskKind.files_key`."""
-        from fedpet.data.images import path_of
+        from fedpet.data.images import hash_named_files
 
         column = split.read().column(data.text_columns[0], "data.text-columns", split.where)
-        if path_of(column[0], split.folder) is None:
-            return {}
-        digest = hashlib.sha256()
-        for value in column:
-            path = path_of(value, split.folder)
-            if path is not None and path.is_file():
-                found = path.stat()
-                digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
-        return {"image_files": digest.hexdigest()}
+        return hash_named_files(column, split.folder)
 
     def read(self, split: Split, data: DataConfig, task: Task) -> RawRows:
         """Read labels, and leave the images for `encode`; see `TaskKind.read`."""

@@ -31,6 +31,7 @@ def test_what_reads_a_checkpoint_comes_with_it(model: str, source: str, wanted: 
 
 
 def test_the_pins_are_those_of_the_lists_that_an_installation_reads(repository: Path) -> None:
-    lists = ("constraints.txt", "requirements-bundled.txt", "requirements-language.txt")
+    kinds = ("bundled", "language", "media")
+    lists = ("constraints.txt", *(f"requirements-{kind}.txt" for kind in kinds))
     lines = {line for name in lists for line in (repository / name).read_text().splitlines()}
     assert {*bundled.PINNED, bundled.GGUF} <= lines

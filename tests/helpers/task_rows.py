@@ -11,6 +11,8 @@ import numpy as np
 from image_models import save_model as save_images
 from sending import LOSSLESS
 from seq2seq_models import save_model as save_seq2seq
+from speech_models import save_model as save_speech
+from speech_models import tone
 from tiny import WORDS, make_backbone
 
 from fedpet.config import Experiment
@@ -22,6 +24,9 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "text-columns": ["words"], "label-column": "tags", "metric": "entity_f1"
     },
     "text-to-text-classification": {"label-column": "word", "metric": "accuracy"},
+    "speech-to-text": {
+        "text-columns": ["speech"], "response-column": "text", "metric": "perplexity"
+    },
     "image-classification": {
         "text-columns": ["image"], "label-column": "word", "metric": "accuracy"
     },
@@ -32,6 +37,8 @@ def save_backbone(folder: Path, task: str) -> Path:
     """Save a model that fits a task."""
     if task == "text-to-text-classification":
         return save_seq2seq(folder, "t5")
+    if task == "speech-to-text":
+        return save_speech(folder)
     if task == "image-classification":
         return save_images(folder, "vit")
     return make_backbone(folder)
@@ -65,6 +72,7 @@ def write_rows(folder: Path) -> Path:
                 "topics": [name for name, word in topics if word in words or index < 2],
                 "word": "good" if "good" in words or "fine" in words else "bad",
                 "image": picture(generator, "good" in words or "fine" in words),
+                "speech": tone(generator, 200 + 100 * index),
                 "client": f"client {index % CLIENTS}",
             }
             lines.append(json.dumps(row))
