@@ -93,20 +93,21 @@ class DataConfig(Stage):
     train_split: str = "train"  # a file or folder of this name in the source
     eval_split: str = "test"  # "" takes eval-fraction of the training rows, by a hash of the text
     eval_fraction: EvalFraction = 0.2  # of the training rows, where eval-split is ""
-    text_columns: tuple[str, ...] = ("text",)  # one, or two for pairs
-    label_column: str = "label"  # classes by name or number; a number for regression
+    text_columns: tuple[str, ...] = ("text",)  # one, or two for pairs; of words, images or speech
+    # Classes by name or number; a number for regression; a list for several classes, or of words.
+    label_column: str = "label"
     label_names: tuple[str, ...] = ()  # [] reads them off the training rows, sorted
-    # Of a language model: "language-modelling" packs texts into blocks of max-length tokens,
-    # "instruction" trains on the answers of conversations, "seq2seq" writes a text for a text by an
-    # encoder and a decoder. Else "classification", "regression"; or a registered task's name, or
-    # "package.module:Class". See docs/how-to/language-models.md.
+    # "classification", "regression", "multi-label-classification", "token-classification",
+    # "image-classification"; of a language model "language-modelling", which packs texts into
+    # blocks of max-length tokens, and "instruction", which trains on the answers of conversations;
+    # of an encoder and a decoder "seq2seq", "text-to-text-classification", "speech-to-text". Or a
+    # registered task's name, or "package.module:Class". See docs/how-to/tasks.md.
     task: str = "classification"
     messages_column: str = ""  # of an instruction: a list of turns, {"role", "content"}, a row
-    response_column: str = ""  # or the answer to what text-columns ask; the target of seq2seq
+    response_column: str = ""  # or the answer to what text-columns ask; the text to be written
     separator: str = ""  # behind each text of a language-modelling; "" is the tokeniser's end token
-    # The one that decides. Of a classification accuracy, f1, macro_f1, weighted_f1,
-    # balanced_accuracy, matthews; of a regression pearson, mae; of a language model perplexity,
-    # token_accuracy, loss, and of seq2seq exact_match; or one that data.metrics return.
+    # The one that decides, of the task's own (see docs/how-to/tasks.md), or one that data.metrics
+    # return.
     metric: str = "accuracy"
     # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
     metrics: tuple[str, ...] = ()

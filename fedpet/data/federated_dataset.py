@@ -24,6 +24,7 @@ from fedpet.data.sources import Files, open_source
 from fedpet.data.tokenize import check_texts
 from fedpet.errors import ConfigError, DataError
 from fedpet.tasks import kind_of
+from fedpet.tasks.text_rows import LabelledTexts
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -280,7 +281,7 @@ def _partitioned(
                     f"{', '.join(map(repr, train.column_names))}: set text_columns."
                 )
             texts.append(list(train[name]))
-            if kind.has_labels:
+            if isinstance(kind, LabelledTexts):
                 check_texts(texts[-1], name, "the dataset")
         kept, held_out = hold_out(texts, config.eval_fraction)
         train, test = train.select(kept), train.select(held_out)
