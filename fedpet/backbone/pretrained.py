@@ -38,7 +38,15 @@ from fedpet.utils.seeds import derive_seed
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-__all__ = ["Backbone", "Origin", "fingerprint", "load_backbone", "load_for_task", "locate"]
+__all__ = [
+    "Backbone",
+    "Origin",
+    "class_for",
+    "fingerprint",
+    "load_backbone",
+    "load_for_task",
+    "locate",
+]
 
 
 @dataclass(frozen=True)
@@ -200,7 +208,7 @@ def _load(config: BackboneConfig, folder: Path, task: Task) -> Backbone:
         model_config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=False)
         theirs = class_names(model_config)
         kind.set_labels(model_config, task.label_names)
-        model, info = getattr(transformers, kind.model_class).from_pretrained(
+        model, info = class_for(model_config, kind.model_class).from_pretrained(
             folder,
             config=model_config,
             dtype=getattr(torch, config.dtype),
@@ -241,6 +249,22 @@ def _load(config: BackboneConfig, folder: Path, task: Task) -> Backbone:
         ),
         shared=config.shared,
     )
+
+
+def class_for(config: Any, wanted: str) -> Any:
+    """Return a task's class; where the architecture classifies images alone, that for those.
+
+    Args:
+        config: Of transformers.
+        wanted: The class's name.
+    """
+    import transformers
+
+    images: Any = transformers.AutoModelForImageClassification
+    texts: Any = transformers.AutoModelForSequenceClassification
+    if wanted == texts.__name__ and type(config) not in texts._model_mapping:
+        return images if type(config) in images._model_mapping else texts
+    return getattr(transformers, wanted)
 
 
 def _settle_head(

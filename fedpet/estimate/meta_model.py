@@ -16,7 +16,7 @@ import torch
 
 from fedpet.backbone.checkpoint import CONFIG_FILE, resolve_config, weight_files
 from fedpet.backbone.classifier import head_names, lost_names, output_layer, outside_base
-from fedpet.backbone.pretrained import Backbone
+from fedpet.backbone.pretrained import Backbone, class_for
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
 from fedpet.tasks import Task, kind_of
@@ -49,7 +49,7 @@ def outline(config: BackboneConfig, task: Task) -> Backbone:
         model_config.num_labels = task.num_outputs
         kind.set_labels(model_config, task.label_names)
         with torch.device("meta"):
-            made = _class_for(model_config, kind.model_class)
+            made = class_for(model_config, kind.model_class)
             model = made.from_config(model_config, dtype=torch.float32)
     except Exception as error:  # transformers raises many kinds, of several libraries
         reason = " ".join(str(error).split())
@@ -63,17 +63,6 @@ def outline(config: BackboneConfig, task: Task) -> Backbone:
     stored = _stored_shapes(file.parent) if file.name == CONFIG_FILE else None
     head = _head(model, stored) if kind.has_head else ()
     return Backbone(config.model, file.parent, model, head, "", trains_head=config.head != "keep")
-
-
-def _class_for(config: Any, wanted: str) -> Any:
-    """Return the task's class; where the architecture classifies images alone, that for those."""
-    import transformers
-
-    images: Any = transformers.AutoModelForImageClassification
-    texts: Any = transformers.AutoModelForSequenceClassification
-    if wanted == texts.__name__ and type(config) not in texts._model_mapping:
-        return images if type(config) in images._model_mapping else texts
-    return getattr(transformers, wanted)
 
 
 def _head(model: Any, stored: Shapes | None) -> tuple[str, ...]:

@@ -23,6 +23,7 @@ from fedpet.backbone.module_roles import find_target_modules, maskable_weights
 from fedpet.backbone.pretrained import fingerprint, load_backbone, load_for_task, locate
 from fedpet.config import BackboneConfig, MaskConfig
 from fedpet.data.content_folder import hash_folder, store_folder
+from fedpet.data.processors import has_processor, save_reader
 from fedpet.data.tokenize import hash_tokenizer, load_tokenizer
 from fedpet.errors import BackboneError, ConfigError, FedpetError
 from fedpet.pet.factory import trained_in_full
@@ -245,6 +246,17 @@ def _store(model: nn.Module, tokenizer: Any, cache: Path) -> dict[str, Any]:
     return {"model": str(store_folder(cache / "models", fill, key=key).absolute())}
 
 
+@dataclass(frozen=True)
+class _Reader:
+    """Save what reads images or speech as a processor of transformers does itself."""
+
+    checkpoint: Path
+
+    def save_pretrained(self, folder: Path) -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        save_reader(self.checkpoint, Path(folder))
+
+
 def _tokenizer_of(source: str, tokenizer: Any) -> Any:
     """Return the tokeniser: as given, by its name, or as it lies beside the checkpoint."""
     if tokenizer is not None and not isinstance(tokenizer, str | Path):
@@ -253,7 +265,8 @@ def _tokenizer_of(source: str, tokenizer: Any) -> Any:
     try:
         if not name:
             raise BackboneError("the model names no checkpoint.")
-        return load_tokenizer(locate(BackboneConfig(model=name)))
+        folder = locate(BackboneConfig(model=name))
+        return _Reader(folder) if has_processor(folder) else load_tokenizer(folder)
     except FedpetError as error:
         raise BackboneError(
             f"no tokeniser goes with the model ({error}) Give it as "

@@ -450,8 +450,11 @@ def _digest(
     masked = None if mask is None else mask.digest()
     settings = (sorted(reproducible_settings(config).items()), losses, products)
     digest = hashlib.sha256(repr((settings, backbone.fingerprint, task, masked)).encode())
-    for part in (rows.tokens, rows.offsets, rows.labels):
-        digest.update(np.ascontiguousarray(part).tobytes())
+    for part in (rows.tokens, rows.offsets, rows.labels, rows.tags, rows.choices):
+        if part is not None:
+            digest.update(np.ascontiguousarray(part).tobytes())
+    if rows.dense is not None:
+        digest.update(np.ascontiguousarray(rows.dense.values).tobytes())
     return digest.hexdigest()
 
 

@@ -163,3 +163,27 @@ def test_a_checkpoint_without_a_processor_is_refused(
         prepare(experiment(TASK, backbone_model=str(bare)), Silent())
     with pytest.raises(ConfigError, match="one column of images"):
         experiment(TASK, data_text_columns=["image", "text"])
+
+
+def test_a_model_in_memory_is_stored_with_what_reads_its_images(
+    files: Path, tmp_path: Path
+) -> None:
+    from transformers import AutoModelForImageClassification
+
+    from fedpet.run.model_input import read_model
+
+    model = AutoModelForImageClassification.from_pretrained(files / "vit", num_labels=2)
+    found = read_model(model, None, None, tmp_path / "cache")
+    folder = Path(found.tables["backbone"]["model"])
+    assert load_image_processor(folder).crop_size == load_image_processor(files / "vit").crop_size
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_mask_is_counted_on_a_model_that_reads_images(name: str, files: Path) -> None:
+    from fedpet.backbone.module_roles import maskable_weights
+    from fedpet.backbone.pretrained import load_backbone
+    from fedpet.config import BackboneConfig
+
+    backbone = load_backbone(BackboneConfig(model=str(files / name)), num_outputs=2)
+    assert len(maskable_weights(backbone.model, backbone.head)) == 2 * 6
+    assert {key.partition(".")[0] for key in backbone.head} == {"classifier"}

@@ -18,6 +18,8 @@ from fedpet.config import Experiment
 from fedpet.data import Task
 from fedpet.data.rows import NO_LABEL
 from fedpet.errors import ConfigError, DataError
+from fedpet.report.loading import read_report
+from fedpet.report.page import page
 from fedpet.run.prepare import Prepared, prepare
 from fedpet.tasks import kind_of
 from fedpet.tasks.entity_spans import spans_of
@@ -57,6 +59,8 @@ def test_a_run_lowers_the_loss_and_its_saved_model_measures_the_same(
 
     settings = experiment(task)
     result = run(settings)
+    text = page(read_report(Path(settings.run.out)))
+    assert result["quality"]["metric"] in text
     losses = [point["value"] for point in result["quality"]["loss_by_round"]]
     assert losses[-1] < losses[0]
     prepared = prepared_of(settings)
@@ -199,3 +203,28 @@ def test_a_row_that_breaks_its_task_is_refused_by_its_number(
         (tmp_path / f"{split}.jsonl").write_text(lines)
     with pytest.raises(DataError, match=sentence):
         prepare(experiment(task, data_source=str(tmp_path)), Silent())
+
+
+@pytest.mark.parametrize("task", ["multi-label-classification", "token-classification"])
+def test_rows_in_memory_and_a_partitioner_of_one_s_own_are_taken(
+    task: str, rows: Path, tmp_path: Path
+) -> None:
+    from fedpet import load_federated_dataset
+
+    class Halves:
+        """Deal the rows out to two clients, as a partitioner of flwr-datasets does."""
+
+        dataset: Any = None
+        num_partitions = 2
+
+        def load_partition(self, index: int) -> Any:
+            return self.dataset.select(range(index, len(self.dataset), 2))
+
+    lines = [json.loads(line) for line in (rows / "train.jsonl").read_text().splitlines()]
+    texts, labels = ("words", "tags") if task == "token-classification" else ("text", "topics")
+    found = load_federated_dataset(
+        lines, text_columns=texts, label_column=labels, task=task, metric=SETTINGS[task]["metric"],
+        partitioner=Halves(), evaluation=0.25,
+    )  # fmt: skip
+    assert set(found.splits) == {"train", "test"}
+    assert len(found.splits["train"]) + len(found.splits["test"]) == len(lines)
