@@ -43,7 +43,7 @@ def main() -> None:
     if not (asked.folder / "rows/test.jsonl.gz").is_file():
         write_rows(asked.package or fetch(asked.folder), asked.folder / "rows")
     write_backbone(asked.folder / "backbone")
-    experiment = Experiment.from_file(ROOT / "benchmarks/digits.toml")
+    experiment = Experiment.from_file(ROOT / "benchmarks/experiments/digits.toml")
     experiment = replace(
         experiment,
         backbone=replace(experiment.backbone, model=str((asked.folder / "backbone").absolute())),

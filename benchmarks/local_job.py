@@ -34,6 +34,7 @@ def run_local(experiment: Experiment, command: str, out: Path) -> dict[str, Any]
         result = federate(grid, prepare(settings, Callback()), new_run_folder(settings), Callback())
     kept = {name: result[name] for name in ("model", "data", "quality", "communication", "time")}
     tables = experiment.to_tables()
+    tables["data"]["source"] = Path(experiment.data.source).name  # wherever it lies
     written = {
         "command": command,
         "settings": {name: tables[name] for name in tables if name not in ("run", "backbone")},

@@ -37,7 +37,7 @@ def main() -> None:
     parser.add_argument("--only", choices=NAMES)
     asked = parser.parse_args()
     for name in NAMES if asked.only is None else (asked.only,):
-        experiment = Experiment.from_file(ROOT / f"benchmarks/text_to_text_{name}.toml")
+        experiment = Experiment.from_file(ROOT / f"benchmarks/experiments/text_to_text_{name}.toml")
         backbone, source = asked.folder / name, asked.data / name
         if not (backbone / "model.safetensors").is_file():
             words = experiment.data.label_names

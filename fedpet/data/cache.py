@@ -31,7 +31,7 @@ from fedpet.errors import AbsentDataError, DataError
 # Raise it when the same files and settings give other rows, labels, clients or tokens than before.
 FORMAT = 2
 # Kinds of what is made of rows.
-OF_ROWS = ("census", "clients", "labels", "owners", "packed", "rows")
+OF_ROWS = ("census", "clients", "labels", "owners", "packed", "paths", "rows")
 _DAMAGED = (OSError, EOFError, ValueError, KeyError)
 
 

@@ -22,6 +22,7 @@ from fedpet.config import DataConfig
 from fedpet.data.cache import Entry, cached, unwritable
 from fedpet.data.collator import COLLATORS
 from fedpet.data.dense_inputs import dense_of
+from fedpet.data.images import path_of
 from fedpet.data.rows import Rows
 from fedpet.data.split_rows import Split
 from fedpet.data.tokenize import hash_tokenizer_files
@@ -75,8 +76,27 @@ def rows_key(split: Split, data: DataConfig, task: Task) -> dict[str, Any]:
         "label_names": task.label_names,
         "task": task.kind,
         **kind_of(task).key(data),
-        **kind_of(task).files_key(split, data),
     }
+
+
+def _named_files(split: Split, data: DataConfig, cache: Path) -> dict[str, Any]:
+    """Return a hash of path, size and time of the files that rows name; {} where they name none."""
+
+    def compute() -> Entry:
+        column = split.read().column(data.text_columns[0], "data.text-columns", split.where)
+        if path_of(column[0], None) is None:
+            return Entry({}, {"paths": []})
+        return Entry({}, {"paths": [str(path_of(value, None) or "") for value in column]})
+
+    key = {**split.source.identity(split.name), "column": data.text_columns[0]}
+    paths = cached(cache, "paths", key, compute).meta["paths"]
+    digest = hashlib.sha256()
+    for name in paths:
+        path = (split.folder or Path()) / name
+        if path.is_file():
+            found = path.stat()
+            digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
+    return {"named_files": digest.hexdigest()} if paths else {}
 
 
 def rows_entry(
@@ -92,6 +112,7 @@ def rows_entry(
         "tokenizer": hash_tokenizer_files(tokenizer_folder),
         "by": _versions(),
         **rows_key(split, data, task),
+        **(_named_files(split, data, cache) if kind_of(task).reads_files else {}),
         "max_length": data.max_length,
     }
 

@@ -94,10 +94,10 @@ def load_federated_dataset(
             DataFrame, or a list of dicts; or a source's name as `data.source` takes it: a file, a
             folder, a hub name, "bundled".
         client_column: Tells the clients apart.
-        label_column: Holds class names, class indices, or numbers for a regression; language models
-            have none.
-        text_columns: One column of texts, or two for pairs.
-        tokenizer: Of the model; None takes the one beside its checkpoint.
+        label_column: Holds class names, class indices, or numbers for a regression; lists of
+            classes where a row has several, or a word has one; language models have none.
+        text_columns: One column of texts, or two for pairs; of lists of words, images or speech.
+        tokenizer: Of the model, or its processor; None takes the one beside its checkpoint.
         partitioner: Makes clients where no column tells them: an object with flwr-datasets'
             interface (`dataset` is assigned, `num_partitions` and `load_partition(i)` are read),
             or the name of a rule of the experiment's [clients] ("dirichlet", "shards", "iid").

@@ -10,9 +10,7 @@ source's files.
 
 from __future__ import annotations
 
-import hashlib
 import io
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ import numpy as np
 
 from fedpet.errors import DataError
 
-__all__ = ["hash_named_files", "path_of", "read_image"]
+__all__ = ["path_of", "read_image"]
 
 
 def path_of(value: Any, folder: Path | None) -> Path | None:
@@ -30,19 +28,6 @@ def path_of(value: Any, folder: Path | None) -> Path | None:
     if not isinstance(value, str):
         return None
     return (folder or Path()) / Path(value).expanduser()
-
-
-def hash_named_files(column: Sequence[Any], folder: Path | None) -> dict[str, Any]:
-    """Return a hash of path, size and time of the files that rows name; {} where they name none."""
-    if not len(column) or path_of(column[0], folder) is None:
-        return {}
-    digest = hashlib.sha256()
-    for value in column:
-        path = path_of(value, folder)
-        if path is not None and path.is_file():
-            found = path.stat()
-            digest.update(f"{path}\0{found.st_size}\0{found.st_mtime_ns}\0".encode())
-    return {"named_files": digest.hexdigest()}
 
 
 def read_image(value: Any, folder: Path | None, where: str) -> np.ndarray:

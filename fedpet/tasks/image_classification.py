@@ -35,6 +35,7 @@ class ImageClassification(Classification):
     model_class = "AutoModelForImageClassification"
     pipeline = "image-classification"
     stacks = False
+    reads_files = True
 
     def check_data(self, data: DataConfig) -> None:
         """Refuse more columns than one; see `TaskKind.check_data`."""
@@ -48,13 +49,6 @@ class ImageClassification(Classification):
         """Refuse what is of tokens; see `TaskKind.check_experiment`."""
         reason = "training.cls-only = true skips tokens of a text"
         refuse_settings(experiment, {reason: experiment.training.cls_only})
-
-    def files_key(self, split: Split, data: DataConfig) -> dict[str, Any]:
-        """Name size and time of the files that rows name; see `TaskKind.files_key`."""
-        from fedpet.data.images import hash_named_files
-
-        column = split.read().column(data.text_columns[0], "data.text-columns", split.where)
-        return hash_named_files(column, split.folder)
 
     def read(self, split: Split, data: DataConfig, task: Task) -> RawRows:
         """Read labels, and leave the images for `encode`; see `TaskKind.read`."""

@@ -38,6 +38,7 @@ class SpeechToText(Seq2Seq):
 
     model_class = "AutoModelForSpeechSeq2Seq"
     pipeline = "automatic-speech-recognition"
+    reads_files = True
 
     def check_data(self, data: DataConfig) -> None:
         """Ask for speech and its text; see `TaskKind.check_data`."""
@@ -47,13 +48,6 @@ class SpeechToText(Seq2Seq):
                 f"data.text-columns must name the one column of speech for data.task = "
                 f"{data.task!r}, got {list(data.text_columns)}."
             )
-
-    def files_key(self, split: Split, data: DataConfig) -> dict[str, Any]:
-        """Name size and time of the files that rows name; see `TaskKind.files_key`."""
-        from fedpet.data.images import hash_named_files
-
-        column = split.read().column(data.text_columns[0], "data.text-columns", split.where)
-        return hash_named_files(column, split.folder)
 
     def read(self, split: Split, data: DataConfig, task: Task) -> RawRows:
         """Read texts, and leave the speech for `encode`; see `TaskKind.read`."""

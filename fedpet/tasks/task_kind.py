@@ -76,6 +76,7 @@ class TaskKind:
         has_classes: Rows have a class each, or several, whose names are the data's.
         has_label_lists: A row's label is a list.
         has_head: The checkpoint need not hold the model's outermost layers: they are drawn.
+        reads_files: Rows may name files, whose content decides the examples.
         packs: `arrange` cuts the rows of a client into examples.
         stacks: A batch's loss is the mean of `row_losses`, so that many clients train at once.
     """
@@ -88,6 +89,7 @@ class TaskKind:
     has_classes: ClassVar[bool] = False
     has_label_lists: ClassVar[bool] = False
     has_head: ClassVar[bool] = True
+    reads_files: ClassVar[bool] = False
     packs: ClassVar[bool] = False
     stacks: ClassVar[bool] = False
 
@@ -120,10 +122,6 @@ class TaskKind:
 
     def key(self, data: DataConfig) -> dict[str, Any]:
         """Return what decides the examples beside the columns: JSON values, for the cache."""
-        return {}
-
-    def files_key(self, split: Split, data: DataConfig) -> dict[str, Any]:
-        """Return what decides the examples and lies in files that rows name: JSON values."""
         return {}
 
     def class_names(

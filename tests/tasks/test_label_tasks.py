@@ -87,6 +87,15 @@ def test_the_loss_is_transformers_own_of_the_same_labels(task: str, experiment: 
     assert ours == pytest.approx(model(**batch, labels=own).loss.item(), rel=1e-5)
 
 
+@pytest.mark.parametrize("task", TASKS)
+def test_clients_measure_the_rows_that_they_hold_out(task: str, experiment: Any) -> None:
+    settings = experiment(task, clients_eval_fraction=0.3, strategy_num_rounds=1)
+    measured = run(settings)["quality"]["on_clients"]
+    held = [client.held_out for client in prepared_of(settings).data.clients]
+    assert all(len(rows) for rows in held)
+    assert measured
+
+
 def test_a_row_has_each_of_its_classes_and_may_have_none(experiment: Any, rows: Path) -> None:
     prepared = prepared_of(experiment("multi-label-classification"))
     data = prepared.data
