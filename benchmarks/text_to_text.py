@@ -5,7 +5,7 @@
 In:  FOLDER/sst2 and FOLDER/mrpc, with train.jsonl.gz and validation.jsonl.gz.
 Out: a checkpoint for each below --folder; benchmarks/results/text_to_text/NAME.json.
 
-The T5 has two blocks on either side, 64 wide; its tokeniser is a word-piece model of the training
+The T5 has two blocks on either side, 64 wide; its tokeniser is a byte-pair model of the training
 texts and the classes' words. Equal texts give equal files.
 """
 
@@ -68,11 +68,12 @@ def write_backbone(folder: Path, words: Sequence[str]) -> None:
     from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
     from transformers import PreTrainedTokenizerFast, T5Config, T5ForConditionalGeneration
 
-    tokenizer = Tokenizer(models.WordPiece(unk_token="<unk>"))
-    tokenizer.normalizer = normalizers.BertNormalizer()
-    tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    tokenizer = Tokenizer(models.BPE(unk_token="<unk>"))
+    tokenizer.normalizer = normalizers.Lowercase()
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
     tokenizer.train_from_iterator(
-        words, trainers.WordPieceTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL)
+        words,
+        trainers.BpeTrainer(vocab_size=VOCABULARY, special_tokens=SPECIAL, show_progress=False),
     )
     tokenizer.post_processor = processors.TemplateProcessing(
         single="$A </s>", pair="$A </s> $B </s>", special_tokens=[("</s>", 1)]
