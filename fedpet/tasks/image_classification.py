@@ -7,6 +7,7 @@ batch is made. Loss and metrics are a classification's.
 
 from __future__ import annotations
 
+import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -49,6 +50,13 @@ class ImageClassification(Classification):
         """Refuse what is of tokens; see `TaskKind.check_experiment`."""
         reason = "training.cls-only = true skips tokens of a text"
         refuse_settings(experiment, {reason: experiment.training.cls_only})
+
+    def key(self, data: DataConfig) -> dict[str, Any]:
+        """Name the version of what cuts images; see `TaskKind.key`."""
+        try:
+            return {"pillow": importlib.metadata.version("pillow")}
+        except importlib.metadata.PackageNotFoundError:
+            return {}
 
     def read(self, split: Split, data: DataConfig, task: Task) -> RawRows:
         """Read labels, and leave the images for `encode`; see `TaskKind.read`."""

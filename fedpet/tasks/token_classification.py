@@ -202,10 +202,9 @@ class TokenClassification(TaskKind):
         predicted, tagged = logits.argmax(-1), labels >= 0
         sums = [losses.sum(1), ((predicted == labels) & tagged).sum(1), tagged.sum(1)]
         counts = []
-        for own, true, there in zip(predicted, labels, tagged, strict=True):
-            ours, theirs = (
-                spans_of([names[tag] for tag in row[there].tolist()]) for row in (own, true)
-            )
+        rows = (x.cpu().numpy() for x in (predicted, labels, tagged))
+        for own, true, there in zip(*rows, strict=True):
+            ours, theirs = (spans_of([names[tag] for tag in row[there]]) for row in (own, true))
             counts.append([len(ours & theirs), len(ours), len(theirs)])
         return torch.cat(
             [torch.stack(sums, 1).double(), torch.tensor(counts, device=labels.device).double()], 1

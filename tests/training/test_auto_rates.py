@@ -99,12 +99,15 @@ def test_a_step_at_its_rate_changes_the_norms_outputs_by_what_the_rule_says() ->
     assert (sum(squares) / len(squares)) ** 0.5 == pytest.approx(CHANGE, rel=0.3)
 
 
-def test_a_model_without_a_vocabulary_is_refused_and_takes_a_batch() -> None:
+def test_a_model_of_images_draws_its_own_and_takes_a_batch() -> None:
     model = make("vit")
+    for batch in (None, {"pixel_values": torch.randn(2, 3, 16, 16)}):
+        assert set(auto_learning_rates(model, batch)) == set(model.parameter_groups())
+
+
+def test_a_model_without_a_vocabulary_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"states no vocabulary: name a rate"):
-        auto_learning_rates(model)
-    rates = auto_learning_rates(model, {"pixel_values": torch.randn(2, 3, 16, 16)})
-    assert set(rates) == set(model.parameter_groups())
+        random_tokens(torch.nn.Linear(2, 2))
 
 
 # Settings
