@@ -21,7 +21,7 @@ from fedpet.pet.model import PetModel
 from fedpet.protocol.plan import Plan
 from fedpet.report.run_table import run_table
 from fedpet.run.federate import Prepared, prepare
-from fedpet.training.auto_rates import CHANGE, auto_learning_rates
+from fedpet.training.auto_rates import CHANGE, auto_learning_rates, random_tokens
 from fedpet.training.optimizer import rate_factor, round_factor
 
 TEXTS = [name for name in architectures.ARCHITECTURES if name != "vit"]
