@@ -10,7 +10,7 @@ from typing import Any
 from benchmarks.cell import commit, write_json
 from fedpet.client.node_config import NodeConfig
 from fedpet.config import Experiment
-from fedpet.protocol.flower_compat import quiet_flower
+from fedpet.protocol.flower_compat.flower_simulation import quiet_flower
 from fedpet.run.callbacks import Callback
 from fedpet.run.federate import federate
 from fedpet.run.local_grid import LocalGrid
