@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from fedpet.utils.telemetry import turn_off_telemetry
 
 if TYPE_CHECKING:
+    from fedpet.client.trainer_script import client_name, client_rows, patch
     from fedpet.codec.encode_decode import decode, encode
     from fedpet.config import Experiment, MaskConfig, SearchConfig, TrainingConfig
     from fedpet.data.collator import register_data_collator
@@ -54,6 +55,7 @@ __version__ = "0.1.0"
 turn_off_telemetry()
 
 _HOME = {
+    "fedpet.client.trainer_script": ("client_name", "client_rows", "patch"),
     "fedpet.codec.encode_decode": ("decode", "encode"),
     "fedpet.config": ("Experiment", "MaskConfig", "SearchConfig", "TrainingConfig"),
     "fedpet.data.collator": ("register_data_collator",),
@@ -116,6 +118,8 @@ __all__ = [
     "build_mask",
     "bundled_model",
     "bundled_reviews",
+    "client_name",
+    "client_rows",
     "decode",
     "encode",
     "export_peft",
@@ -123,6 +127,7 @@ __all__ = [
     "linears",
     "load_federated_dataset",
     "pafi_mask",
+    "patch",
     "preset_structure",
     "register_data_collator",
     "register_loss",

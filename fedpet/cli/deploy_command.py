@@ -64,6 +64,10 @@ def deploy(
         str, typer.Option(help="Where the folders will lie, for systemd.")
     ] = "/opt/fedpet",
     days: Annotated[int, typer.Option(help="For how long the certificates are valid.")] = 365,
+    script: Annotated[
+        str,
+        typer.Option(help="A Python file on the nodes, whose Trainer trains their clients."),
+    ] = "",
 ) -> None:
     """Make a folder with all that a server and real nodes need: keys, certificates, scripts."""
     from fedpet.deploy import Deployment, NodeSpec, write_deployment
@@ -86,6 +90,7 @@ def deploy(
         backbone=backbone,
         install=install,
         days=days,
+        script=script,
     )
     out = expand(out)
     write_deployment(deployment, out)

@@ -18,6 +18,7 @@ from fedpet.backbone.device import check_device
 from fedpet.backbone.pretrained import load_for_task, locate
 from fedpet.client.node_config import NodeConfig
 from fedpet.client.plan_store import PlanStore
+from fedpet.client.trainer_script import ScriptTrainers, TrainerScript
 from fedpet.data import FederatedData, load_data
 from fedpet.data.cache import drop_unused
 from fedpet.errors import PlanError
@@ -41,6 +42,7 @@ class LoadedPlan:
         data: The node's rows, tokenised.
         rows_of: Client number -> indices of its rows that are trained on.
         held_out_of: Client number -> indices of its rows that are not.
+        trainers: Of a script, which train in the place of fedpet's own loop; None has none.
     """
 
     digest: bytes
@@ -49,6 +51,7 @@ class LoadedPlan:
     data: FederatedData
     rows_of: dict[int, np.ndarray]
     held_out_of: dict[int, np.ndarray] = field(default_factory=dict)
+    trainers: ScriptTrainers | None = None
 
     def with_rows(self, data: FederatedData) -> LoadedPlan:
         """Return the same with a node's rows and clients."""
@@ -57,6 +60,7 @@ class LoadedPlan:
             data=data,
             rows_of={client_id64(client.id): client.rows for client in data.clients},
             held_out_of={client_id64(client.id): client.held_out for client in data.clients},
+            trainers=None if self.trainers is None else self.trainers.with_rows(data),
         )
 
 
@@ -163,6 +167,11 @@ class ModelCache:
             plan.task,
             device=check_device(self._config.device),
         )
+        trainers = None
+        if self._config.script is not None:
+            trainers = ScriptTrainers(TrainerScript(self._config.script), data)
+            backbone = trainers.adopt_model(backbone)
         settle_padding(backbone.model, data.train)
         pet = plan.build(backbone) if plan.search is None else plan.build_search(backbone)
-        return LoadedPlan(digest, plan, pet, data, {}).with_rows(data)
+        loaded = LoadedPlan(digest, plan, pet, data, {}).with_rows(data)
+        return replace(loaded, trainers=trainers)

@@ -64,6 +64,8 @@ class NodeConfig:
         load_rows: Returns its rows, tokenised already; None reads `data`.
         limits: What a plan may ask of it; None, of a simulated node, takes any.
         own_cache: Nobody else uses its cache: what was made of rows that are gone goes too.
+        script: A script of this machine whose Trainer trains its clients, see
+            fedpet/client/trainer_script.py; None trains by fedpet's own loop.
     """
 
     backbone: BackboneConfig
@@ -78,6 +80,7 @@ class NodeConfig:
     load_rows: Callable[[], FederatedData] | None = None
     limits: NodeLimits | None = None
     own_cache: bool = False
+    script: Path | None = None
 
     @property
     def disk_bytes(self) -> int:
@@ -121,6 +124,13 @@ class NodeConfig:
             limits=NodeLimits.from_node_config(given) if "data" in given else None,
             own_cache="data" in given and "cache" in given,
         )
+
+    @classmethod
+    def simulated(cls, experiment: Experiment) -> NodeConfig:
+        """Configure a simulated node, which alone heeds `clients.script`."""
+        script = experiment.clients.script
+        config = cls.from_experiment(experiment)
+        return replace(config, script=absolute(script) if script else None)
 
 
 def cache_folder(experiment: Experiment) -> Path:

@@ -87,10 +87,10 @@ def keep_running(start: Callable[[], float], sleep: Callable[[float], object] = 
         pause = min(2 * pause, LONGEST_RESTART_SECONDS)
 
 
-def _run_worker(address: str, secret: bytes) -> float:
+def _run_worker(address: str, secret: bytes, script: str = "") -> float:
     """Run a worker to its end; return its seconds."""
     started = time.monotonic()
-    command = [sys.executable, "-m", "fedpet.client.worker", address]
+    command = [sys.executable, "-m", "fedpet.client.worker", address, *filter(None, [script])]
     with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
         assert process.stdin is not None
         with contextlib.suppress(BrokenPipeError):  # it has ended already
@@ -127,6 +127,12 @@ def _parse(arguments: Sequence[str]) -> tuple[argparse.Namespace, list[str]]:
         metavar="SECONDS",
         help="after a message, in which the server is asked every three seconds",
     )
+    parser.add_argument(
+        "--script",
+        default="",
+        metavar="FILE",
+        help="a Python file whose Trainer trains this node's clients, see fedpet.patch",
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8100)
     return parser.parse_known_args(arguments)
@@ -140,7 +146,9 @@ def main() -> None:
     host = f"[{options.host}]" if ":" in options.host else options.host
     address = f"{host}:{options.port}"
     threading.Thread(
-        target=keep_running, args=(lambda: _run_worker(address, secret),), daemon=True
+        target=keep_running,
+        args=(lambda: _run_worker(address, secret, options.script),),
+        daemon=True,
     ).start()
     run_supernode(
         ["--host", options.host, "--port", str(options.port), *flower],

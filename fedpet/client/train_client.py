@@ -28,7 +28,7 @@ from fedpet.protocol.frame import Frame
 from fedpet.search import SearchModel, client_config
 from fedpet.training.at_once import ClientWork, TrainedClient, train_at_once
 from fedpet.training.loop import TrainResult, train_rows, training_passes
-from fedpet.utils.seeds import derive_seed
+from fedpet.utils.seeds import client_id64, derive_seed
 
 __all__ = ["Outcome", "passes_of_all", "train_client", "train_together"]
 
@@ -105,7 +105,8 @@ def passes_of_all(loaded: LoadedPlan) -> Iterator[None]:
     """Set the model up once for all clients that are trained one by one within the context."""
     pet, training = loaded.pet, loaded.plan.training
     with ExitStack() as stack:
-        if isinstance(pet, PetModel) and len(pet.tiers) == training.clients_at_once == 1:
+        one_by_one = len(pet.tiers) == training.clients_at_once == 1
+        if isinstance(pet, PetModel) and one_by_one and loaded.trainers is None:
             with suppress(Exception):  # of each client alone: it is refused for it
                 stack.enter_context(training_passes(pet.model, loaded.data.train, training))
         yield
@@ -126,7 +127,7 @@ def train_together(
     """
     plan, pet = loaded.plan, loaded.pet
     outcomes: dict[int, Outcome] = {}
-    if isinstance(pet, SearchModel):
+    if isinstance(pet, SearchModel) or loaded.trainers is not None:
         return outcomes
     rule = plan.evaluation
     known = [
@@ -187,6 +188,9 @@ def _seed_of(loaded: LoadedPlan, client: int, server_round: int) -> int:
 def _train_or_search(loaded: LoadedPlan, client: int, server_round: int, seed: int) -> TrainResult:
     plan, pet, data = loaded.plan, loaded.pet, loaded.data
     rows = loaded.rows_of[client]
+    if loaded.trainers is not None and isinstance(pet, PetModel):
+        [own] = [one for one in data.clients if client_id64(one.id) == client]
+        return loaded.trainers.train(own, pet, plan, seed, plan.rate_factor(server_round))
     if isinstance(pet, SearchModel):
         assert plan.search is not None
         config = client_config(plan.search, client)

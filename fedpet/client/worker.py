@@ -22,12 +22,15 @@ import tomllib
 import zipfile
 import zlib
 from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
 from typing import Protocol
 
 from fedpet.errors import FedpetError, FrameError
 from fedpet.protocol.flower_compat.flower_supernode import RuntimeTask, RuntimeTasks
 from fedpet.utils.gc_paused import gc_paused
 from fedpet.utils.log_output import log_to_stderr
+from fedpet.utils.paths import absolute
 from fedpet.utils.source_digest import check_source_digest, code_digest
 
 __all__ = ["answer_task", "main", "serve"]
@@ -71,7 +74,7 @@ def serve(
             pause = min(2 * pause, LONGEST_PAUSE)
 
 
-def answer_task(task: RuntimeTask) -> None:
+def answer_task(task: RuntimeTask, script: Path | None = None) -> None:
     """Answer one message by this process's node; an error is answered too, and logged here.
 
     What torch says may quote rows: of an error that is not fedpet's the server learns its type.
@@ -87,6 +90,7 @@ def answer_task(task: RuntimeTask) -> None:
             check_source_digest(code)
         experiment = Experiment.from_run_config(context.run_config)
         config = NodeConfig.from_experiment(experiment, context.node_config)
+        config = replace(config, script=script)
         answered = reply(message, config)
     except FedpetError as error:
         LOG.error("a %s message is refused: %s", message.metadata.message_type, error)
@@ -124,7 +128,8 @@ def _digest_in(bundle: bytes) -> str:
 def main() -> None:
     """Serve the SuperNode at the address that is the one argument."""
     log_to_stderr()
-    [address] = sys.argv[1:]
+    address, *named = sys.argv[1:]
+    script = absolute(named[0]) if named else None
     secret = bytes.fromhex(sys.stdin.readline())
     threading.Thread(target=_end_with_parent, daemon=True).start()
     with gc_paused():  # torch is imported here, before the first message
@@ -132,7 +137,7 @@ def main() -> None:
     code_digest()  # of the files that were imported, not of those that an upgrade puts there
     LOG.info("worker %s is ready", os.getpid())
     try:
-        serve(RuntimeTasks(address, secret), answer_task)
+        serve(RuntimeTasks(address, secret), lambda task: answer_task(task, script))
     except KeyboardInterrupt:  # Flower's way to end a process whose token or secret is refused
         LOG.warning("worker %s was interrupted", os.getpid())
         os._exit(130)

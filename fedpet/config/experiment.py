@@ -42,7 +42,10 @@ from fedpet.utils.paths import absolute, expand
 
 Scalar = str | int | float | bool
 
-_PATHS = (("run", "cache"), ("run", "out"), ("run", "start"), ("structure", "file"))
+_PATHS = (
+    *(("run", "cache"), ("run", "out"), ("run", "start")),
+    *(("structure", "file"), ("clients", "script")),
+)
 _PATHS_OR_NAMES = (("backbone", "model"), ("data", "source"))  # a name, where no file is there
 
 

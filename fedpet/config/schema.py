@@ -162,6 +162,9 @@ class ClientsConfig(Stage):
     # values on all their rows.
     unseen_fraction: UnseenFraction = 0.0
     unseen_every: Whole = 0  # rounds after which they do so too; 0: after the last alone
+    # Of a simulation: a Python file of your own, whose transformers.Trainer trains each client, see
+    # docs/how-to/own-trainer.md. "" is fedpet's loop.
+    script: str = ""
 
     def __post_init__(self) -> None:
         super().__post_init__()

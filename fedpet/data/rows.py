@@ -79,7 +79,7 @@ class Rows:
         """
         indices = np.asarray(indices, dtype=np.int64)
         if self.collator is not None:
-            return collate(self.collator, [self._features(index) for index in indices])
+            return collate(self.collator, [self.features(index) for index in indices])
         starts = self.offsets[indices]  # (b,)
         lengths = self.offsets[indices + 1] - starts  # (b,)
         if self.decoder_start >= 0:
@@ -133,8 +133,8 @@ class Rows:
         shifted[:, 1:] = np.where(targets == NO_LABEL, self.pad_id, targets)[:, :-1]
         return shifted
 
-    def _features(self, index: int) -> dict[str, Any]:
-        """Return a row as collators take it."""
+    def features(self, index: int) -> dict[str, Any]:
+        """Return a row as collators take it: lists by name."""
         inside = slice(self.offsets[index], self.offsets[index + 1])
         ids, label = self.tokens[inside].tolist(), self.labels[index].tolist()
         if self.dense is not None:

@@ -98,6 +98,8 @@ class Deployment:
         backbone: The checkpoint's folder on the nodes, where the experiment's name does not do.
         install: Where the folders will lie on their machines, for the systemd units.
         days: For how long the server's certificate is valid; its authority is ten times as long.
+        script: A script whose Trainer trains a node's clients, as the node sees it from its folder;
+            "" is fedpet's own loop.
     """
 
     experiment: Experiment
@@ -117,6 +119,7 @@ class Deployment:
     backbone: str = ""
     install: str = "/opt/fedpet"
     days: int = 365
+    script: str = ""
 
     def __post_init__(self) -> None:
         names = [node.name for node in self.nodes]
@@ -131,6 +134,10 @@ class Deployment:
         if self.isolation not in ISOLATIONS:
             raise ConfigError(
                 f"the isolation is one of {', '.join(ISOLATIONS)}, got {self.isolation!r}."
+            )
+        if self.script and self.isolation != "process":
+            raise ConfigError(
+                "a node's script is run by a worker that stays: leave --isolation subprocess out."
             )
         last_node_port = self.node_port + len(names) - 1
         ports = {"port": self.port, "own port": self.own_port, "node port": last_node_port}
@@ -186,7 +193,11 @@ class Deployment:
             data=replace(given.data, source=_whole(given.data.source)),
             structure=replace(given.structure, file=_whole(given.structure.file)),
             clients=replace(
-                given.clients, partition="nodes", num_clients=clients, node_keys="nodes"
+                given.clients,
+                partition="nodes",
+                num_clients=clients,
+                node_keys="nodes",
+                script="",  # each node's own
             ),
         )
 
@@ -319,6 +330,7 @@ def _write_node(deployment: Deployment, node: NodeSpec, folder: Path, port: int)
         server=deployment.address,
         port=port,
         stays=deployment.isolation == "process",
+        script=deployment.script,
     )
     write_new(folder / "supernode.sh", supernode, mode=0o700)
     what = f"the node {node.name} (Flower SuperNode)"

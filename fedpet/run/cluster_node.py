@@ -106,7 +106,7 @@ class ClusterNode:
         wanted = {*folder.glob("*.json"), *weight_files(folder)}
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         reader = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)(FileReader)
-        settings = NodeConfig.from_experiment(experiment)
+        settings = NodeConfig.simulated(experiment)
         return cls(
             settings=replace(settings, backbone=replace(settings.backbone, model=str(folder))),
             has_cache=bool(experiment.run.cache),

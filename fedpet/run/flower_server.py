@@ -33,6 +33,11 @@ def serve_run(grid: Grid, context: Context) -> None:
         RunError: Nothing was learned.
     """
     experiment = Experiment.from_run_config(context.run_config)
+    if experiment.clients.script:
+        raise ConfigError(
+            "clients.script is run by `fedpet simulate`, and a deployment's nodes name their own: "
+            "leave it out of the run config."
+        )
     refuse_relative(experiment)
     folder = expand(experiment.run.out)
     goes_on = bool(experiment.run.out) and is_cut_short(folder)

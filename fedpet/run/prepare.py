@@ -17,6 +17,8 @@ from fedpet.backbone.device import check_device, device_of
 from fedpet.backbone.module_roles import find_target_modules
 from fedpet.backbone.pretrained import Backbone, Origin, load_for_task, locate
 from fedpet.client.node_config import make_cache
+from fedpet.client.trainer_loop import check_training
+from fedpet.client.trainer_script import ScriptTrainers, TrainerScript
 from fedpet.codec import check_codecs
 from fedpet.config import ClientEvaluation, Experiment
 from fedpet.data import (
@@ -140,6 +142,10 @@ def prepare(
         check_first_token(backbone.model, one)
     if experiment.training.gradient_checkpointing:
         check_checkpointing(backbone.model)
+    if experiment.clients.script:
+        check_training(experiment.training)
+        script = TrainerScript(expand(experiment.clients.script))
+        ScriptTrainers(script, data).adopt_model(backbone)  # or refuse it
     if experiment.search.federated and structure is None:
         return _search_inputs(inputs, backbone)
     if structure is None:

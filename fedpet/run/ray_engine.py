@@ -252,7 +252,7 @@ def _simulate(
     experiment = prepared.experiment
     if backend == "in-process":
         with quiet_flower(), threads_as_before():
-            grid = LocalGrid.of(NodeConfig.from_experiment(experiment), 1)
+            grid = LocalGrid.of(NodeConfig.simulated(experiment), 1)
             return federate(Heeding(grid), prepared, out, callback, journal)
     callback.on_stage(f"starting Ray with {experiment.run.workers} workers")
     return run_on_ray(
@@ -283,7 +283,7 @@ def _settings(prepared: Prepared | PreparedSearch) -> Callable[[], NodeConfig]:
         node = ClusterNode.of(prepared.experiment, prepared.data)
         node.check_machines()
         return node.here
-    settings = NodeConfig.from_experiment(prepared.experiment)
+    settings = NodeConfig.simulated(prepared.experiment)
     return lambda: settings
 
 

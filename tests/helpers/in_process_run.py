@@ -17,5 +17,5 @@ Handler = Callable[[bytes], bytes]
 
 
 def run(experiment: Experiment, grid: LocalGrid | None = None, nodes: int = 1) -> dict[str, Any]:
-    grid = grid or LocalGrid.of(NodeConfig.from_experiment(experiment), nodes)
+    grid = grid or LocalGrid.of(NodeConfig.simulated(experiment), nodes)
     return federate(grid, prepare(experiment, Silent()), new_run_folder(experiment), Silent())

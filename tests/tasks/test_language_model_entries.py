@@ -141,7 +141,7 @@ def test_a_collator_of_transformers_takes_rows_whose_tokens_are_labels(experimen
     from fedpet.run.prepare import prepare
 
     data = prepare(experiment(), Silent()).data.evaluation
-    features = [data._features(index) for index in range(3)]
+    features = [data.features(index) for index in range(3)]
     longest = max(len(one["input_ids"]) for one in features)
     padded = [one["labels"] + [NO_LABEL] * (longest - len(one["labels"])) for one in features]
     assert data.batch(torch.arange(3).numpy())["labels"].tolist() == padded
