@@ -109,5 +109,7 @@ def test_a_template_that_lacks_a_value_is_refused() -> None:
 
 
 def test_a_value_with_a_space_is_one_word_of_the_script() -> None:
-    given = {"server": "a b", "port": 1, "stays": True}
-    assert b"--superlink 'a b' " in render(TEMPLATES / "supernode.sh.j2", **given)
+    given = {"server": "a b", "port": 1, "stays": True, "script": "my client.py"}
+    script = render(TEMPLATES / "supernode.sh.j2", **given)
+    assert b"--superlink 'a b' " in script
+    assert b"--script 'my client.py' " in script

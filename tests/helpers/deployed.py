@@ -49,7 +49,7 @@ class Place:
         clients: int,
         *,
         isolation: str = "process",
-        bounds: dict[str, int] | None = None,
+        bounds: dict[str, Any] | None = None,
         **changes: Any,
     ) -> Any:
         from benchmarks.real_nodes import RealNodes, loopback_deployment
@@ -62,9 +62,9 @@ class Place:
             self.write_rows(place / "data.jsonl", number)
         return RealNodes(self.folder / "deployment", deployment.port)
 
-    def expected(self, names: list[str], **changes: Any) -> str:
+    def expected(self, names: list[str], script: Path | None = None, **changes: Any) -> str:
         """The hash of a run with these nodes alone, all honest, in this process."""
-        settings = self.experiment("expected", **changes)
+        settings = self.experiment("expected" if script is None else "scripted", **changes)
         population = replace(settings.clients, partition="nodes", num_clients=len(names))
         settings = replace(settings, clients=population)
         handlers: dict[int, Callable[[bytes], bytes]] = {}
@@ -72,7 +72,8 @@ class Place:
             path = self.folder / "expected-nodes" / name / "data.jsonl"
             self.write_rows(path, self.names.index(name))
             config = {"data": str(path), "client": name}
-            handlers[len(handlers) + 1] = Node(NodeConfig.from_experiment(settings, config)).answer
+            node = replace(NodeConfig.from_experiment(settings, config), script=script)
+            handlers[len(handlers) + 1] = Node(node).answer
         prepared = prepare(settings, Silent())
         result = federate(LocalGrid(handlers), prepared, new_run_folder(settings), Silent())
         return str(result["final_values_sha256"])

@@ -1,0 +1,50 @@
+"""The same script serves Ray's workers and real nodes, and its values are those of one process."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import tiny
+from deployed import Place
+from in_process_run import run
+from language_models import experiment_of, make_rows, save_model
+from test_own_trainer import CHAT, CLASSES, script
+
+import fedpet
+
+pytestmark = [pytest.mark.simulation, pytest.mark.timeout(600)]
+STEPS = {
+    "optim": "adamw_torch_fused", "max_steps": 3, "per_device_train_batch_size": 2,
+    "num_train_epochs": 1,
+}  # fmt: skip
+
+
+def test_a_script_trains_the_clients_of_ray_s_workers(tmp_path: Path) -> None:
+    model, rows = save_model(tmp_path / "model"), make_rows(tmp_path / "rows")
+    path = script(tmp_path, model, CHAT, **STEPS)
+    experiment = experiment_of(model, rows, tmp_path / "ray", clients_script=path)
+    found = fedpet.simulate(experiment, progress=False)
+    alone = replace(experiment, run=replace(experiment.run, out=str(tmp_path / "alone")))
+    assert found.result["final_values_sha256"] == run(alone)["final_values_sha256"]
+    assert found.metrics["perplexity"] < found.history[0]["perplexity"]
+
+
+def test_a_script_trains_the_clients_of_real_nodes(tmp_path: Path) -> None:
+    rows = tiny.make_rows(tmp_path / "rows", clients=2, rows_per_client=8)
+    backbone = tiny.make_backbone(tmp_path / "backbone")
+    path = script(tmp_path, backbone, CLASSES, **STEPS)
+    place = Place((backbone, rows), tmp_path, ["one", "two"])
+    changes = {"strategy_num_rounds": 2}
+    with place.deploy(2, bounds={"script": path}, **changes) as real:
+        real.start_server()
+        real.register()
+        for name in place.names:
+            real.start_node(name)
+        done = real.run(limit_seconds=400)
+        assert done.returncode == 0, (done.stdout + done.stderr)[-4000:]
+        result = real.result("tiny-1")
+    expected = place.expected(place.names, script=Path(path), **changes)
+    assert result["final_values_sha256"] == expected
+    assert result["final_values_sha256"] != place.expected(place.names, **changes)
