@@ -108,7 +108,15 @@ class Experiment:
                 "data.eval-on = 'clients' measures on rows that the clients hold out, and "
                 "clients.eval-fraction is 0: give a fraction, 0.2 say."
             )
-        importlib.import_module(TASKS).kind_of(self.data.task).check_experiment(self)
+        kind = importlib.import_module(TASKS).kind_of(self.data.task)
+        kind.check_experiment(self)
+        measure = self.clients.eval_fraction or self.clients.unseen_fraction
+        if measure and self.data.metric in kind.written_metrics:
+            raise ConfigError(
+                f"clients measure data.metric on rows of their own, and {self.data.metric!r} is "
+                f"taken of texts that the server's model writes: take one of "
+                f"{', '.join(kind.metrics)}, and name {self.data.metric!r} in data.metrics."
+            )
         if len(self.mask.tiers) > 1 and self.strategy.compares_replies:
             rules = registered_rules().items()
             means = ", ".join(name for name, rule in rules if not rule.compares_replies)

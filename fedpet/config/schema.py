@@ -109,7 +109,8 @@ class DataConfig(Stage):
     # The one that decides, of the task's own (see docs/how-to/tasks.md), or one that data.metrics
     # return.
     metric: str = "accuracy"
-    # Functions as Trainer's compute_metrics: registered names, or "package.module:function".
+    # Functions as Trainer's compute_metrics: registered names, or "package.module:function". Also
+    # metrics of what the model writes: rouge_l, chrf, bleu, exact_match.
     metrics: tuple[str, ...] = ()
     # Makes batches as Trainer's data_collator does: a registered name, or
     # "package.module:function"; "" pads each batch to its longest row.
@@ -121,6 +122,7 @@ class DataConfig(Stage):
     max_length: Annotated[int, Range(8)] = 64
     max_train_rows: Whole = 0  # 0 takes all
     max_eval_rows: Whole = 0  # 0 takes all
+    max_new_tokens: Count = 64  # that a model writes for a prompt, at most
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -128,10 +130,11 @@ class DataConfig(Stage):
         if ":" not in self.task:
             check_choice("data.task", self.task, tasks.TASKS.names)
         kind = tasks.kind_of(self.task)
-        if self.metric not in kind.metrics and not self.metrics:
+        known = (*kind.metrics, *sorted(kind.written_metrics))
+        if self.metric not in known and not self.metrics:
             raise ConfigError(
                 f"data.metric {self.metric!r} does not measure data.task = {self.task!r}: take "
-                f"{', '.join(kind.metrics)}, name a function that returns it in data.metrics, or "
+                f"{', '.join(known)}, name a function that returns it in data.metrics, or "
                 f"set data.task to another of {', '.join(tasks.TASKS.names)}."
             )
         check_choice("data.eval-on", self.eval_on, ("server", "clients"))
@@ -483,6 +486,9 @@ class RunConfig(Stage):
     # Every so many rounds, and after the last: an adapter of peft in the run folder, peft_ROUND.
     # 0 writes none.
     save_every: Whole = 0
+    # Held-out prompts for which a model of language writes before training and after it, left in
+    # generations.json and the report. Rows may be people's words; 0 leaves none.
+    sample_prompts: Whole = 3
     start: str = ""  # a finished run, or a saved PetModel, whose values are those of round 0
 
     def __post_init__(self) -> None:

@@ -20,6 +20,7 @@ from fedpet.report.curves import read_curve, read_rounds
 from fedpet.report.placement import Grid, Places, find_places
 from fedpet.report.plots import Line
 from fedpet.report.results import read_results
+from fedpet.run.generations import read_generations
 from fedpet.utils import bundled
 
 __all__ = ["Report", "read_report"]
@@ -39,6 +40,7 @@ class Report:
     structure: Structure | None  # of structure.json
     date: str  # the end of the run; "" in results of before
     checkpoint: str  # its name
+    generations: Sequence[Mapping[str, str]] = ()  # of generations.json
 
 
 def read_report(run: Path, compared: Sequence[Path] = ()) -> Report:
@@ -90,6 +92,7 @@ def read_report(run: Path, compared: Sequence[Path] = ()) -> Report:
         structure=_structure(run),
         date=result["run"].get("date", ""),
         checkpoint=_checkpoint(result["run"]["backbone"]),
+        generations=read_generations(run),
     )
 
 

@@ -73,6 +73,10 @@ def page_parts(report: Report) -> Parts:
         "clients": _clients(quality),
         "own_rows": client_spread(quality),
         "rounds": _rounds(report),
+        "generations": [
+            tuple(entry.get(key, "") for key in ("prompt", "wanted", "before", "after"))
+            for entry in report.generations
+        ],
         "bytes_legend": [
             (name, f"{name} {format_bytes(result['communication'][kind])}")
             for kind, name in zip(KINDS, WAYS, strict=True)

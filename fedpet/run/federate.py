@@ -126,6 +126,7 @@ def federate(
     # Where nodes share this machine's cache, what they kept for the rounds to come goes with them.
     kept = state_folder(cache_folder(experiment), strategy.digest, strategy.requests.holders.run)
     shutil.rmtree(kept, ignore_errors=True)
+    state.write_samples(model, "after")
     callback.on_stage("writing the plain model")
     out.write_outputs(state.values, model, locate(experiment.backbone))
     summary = summarise(

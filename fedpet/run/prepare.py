@@ -44,6 +44,7 @@ from fedpet.training.batching import inputs_of
 from fedpet.training.block_checkpointing import check_checkpointing
 from fedpet.training.cls_only import check_first_token
 from fedpet.training.input_checks import check_inputs
+from fedpet.training.text_metrics import check_text_metrics
 from fedpet.utils.paths import expand
 
 if TYPE_CHECKING:
@@ -119,6 +120,7 @@ def prepare(
         data = replace(data, task=replace(data.task, weights="rows"))
     for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
         callback.on_stage(line)
+    check_text_metrics(data.task)
     callback.on_stage(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     for line in backbone.origin.lines():

@@ -23,6 +23,7 @@ from fedpet.errors import ConfigError
 from fedpet.export.model_card import write_adapter_card, write_card
 from fedpet.export.peft_adapter import write_adapter
 from fedpet.export.plain_model import no_room, write_model
+from fedpet.run.generations import FILE
 from fedpet.utils.atomic_write import atomic_write, whole_folder
 from fedpet.utils.lock import locked_folder, make_folder
 from fedpet.utils.paths import expand
@@ -86,6 +87,11 @@ class RunFolder:
                 )
         except OSError as error:
             raise no_room(folder, error) from None
+
+    def write_generations(self, entries: list[dict[str, str]]) -> None:
+        """Leave what the model writes for a few prompts."""
+        text = json.dumps(entries, indent=2, ensure_ascii=False)
+        self._write(FILE, f"{text}\n".encode())
 
     def write_result(self, result: dict[str, Any]) -> None:
         """Leave `result.json`: the last file of a run. A number that is none, NaN, is null."""

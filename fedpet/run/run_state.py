@@ -22,18 +22,22 @@ import torch
 from flwr.app import ArrayRecord, MetricRecord
 from flwr.serverapp import Grid
 
+from fedpet.backbone.classifier import generates
+from fedpet.backbone.pretrained import locate
 from fedpet.client.node_config import cache_folder
 from fedpet.errors import Stalled
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.run.callbacks import Callback, Evaluation
 from fedpet.run.checkpoint_file import RunCheckpoint
 from fedpet.run.client_quality import AFTER_LAST, UNSEEN, KeptRound, final_on_clients
+from fedpet.run.generations import read_generations, samples_of
 from fedpet.run.resume import JournalWriter, restore_strategy
 from fedpet.run.run_folder import RunFolder
 from fedpet.server.aggregation import from_arrays
 from fedpet.server.client_spread import spreads_of
 from fedpet.server.rounds import SparseStrategy
 from fedpet.training.evaluation import assess_rows
+from fedpet.training.generation import Writer
 from fedpet.training.metrics import Assessment
 
 if TYPE_CHECKING:
@@ -87,6 +91,8 @@ class RunState:
         self._goes_on = journal is not None
         self._grid = grid
         self._has_rows = len(prepared.data.evaluation) > 0
+        experiment = prepared.experiment
+        self._writer = Writer(locate(experiment.backbone), experiment.data.max_new_tokens)
         self._kept = None if journal is None else journal.kept
         start = prepared.start
         self.values = np.zeros(prepared.plan.num_values, np.float32) if start is None else start
@@ -113,6 +119,9 @@ class RunState:
             self._load_values()
             self._out.write_adapter(self._prepared.pet, experiment, server_round)
         due = last or server_round % experiment.strategy.evaluate_every == 0
+        if server_round == 0 and self._prepared.experiment.run.sample_prompts:
+            self._load_values()
+            self.write_samples(self._prepared.pet.model, "before")
         if due and self._has_rows:
             clock = time.perf_counter()
             self._load_values()
@@ -229,7 +238,18 @@ class RunState:
     def _assess(self, model: PreTrainedModel) -> Assessment:
         data, experiment = self._prepared.data, self._prepared.experiment
         cache, dtype = cache_folder(experiment), experiment.run.evaluation_dtype
-        return assess_rows(model, data.evaluation, data.task, cache=cache, dtype=dtype)
+        return assess_rows(
+            model, data.evaluation, data.task, cache=cache, dtype=dtype, writer=self._writer
+        )
+
+    def write_samples(self, model: PreTrainedModel, when: str) -> None:
+        """Leave what the model writes for the run's prompts, "before" training or "after"."""
+        rows, count = self._prepared.data.evaluation, self._prepared.experiment.run.sample_prompts
+        if not count or rows.marks is None or not len(rows) or not generates(model):
+            return
+        earlier = read_generations(self._out.path)
+        entries = samples_of(model, rows, self._writer, count, earlier=earlier, when=when)
+        self._out.write_generations(entries)
 
     def _load_values(self) -> None:
         values = torch.from_numpy(self.values.copy())

@@ -36,6 +36,8 @@ _STEP = 512  # rows between two reports
 class Instruction(CausalTask):
     """Predict the answers of conversations from the turns before them."""
 
+    written_metrics = frozenset({"exact_match", "rouge_l", "chrf", "bleu"})
+
     def check_data(self, data: DataConfig) -> None:
         """Ask for one of both kinds of columns; see `TaskKind.check_data`."""
         if bool(data.messages_column) == bool(data.response_column):

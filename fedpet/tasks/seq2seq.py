@@ -48,6 +48,7 @@ class Seq2Seq(CausalTask):
         **CausalTask.metrics,
         "exact_match": _exact_match,
     }
+    written_metrics = frozenset({"rouge_l", "chrf", "bleu"})
     model_class = "AutoModelForSeq2SeqLM"
     pipeline = "text2text-generation"
 

@@ -70,6 +70,8 @@ class TaskKind:
     Attributes:
         metrics: Built-in metrics by name, the usual one first: functions of what `compared` gives.
         lower_is_better: Names of those where less is better.
+        written_metrics: Names of those that are taken, where they are asked for, of texts that the
+            model writes, see fedpet/training/text_metrics.py.
         model_class: Of transformers, whose `from_pretrained` loads the model.
         pipeline: The hub's word for it, for a model card.
         has_labels: Rows have a column of labels.
@@ -83,6 +85,7 @@ class TaskKind:
 
     metrics: ClassVar[Mapping[str, Callable[..., float]]] = {}
     lower_is_better: ClassVar[frozenset[str]] = frozenset()
+    written_metrics: ClassVar[frozenset[str]] = frozenset()
     model_class: ClassVar[str] = "AutoModelForSequenceClassification"
     pipeline: ClassVar[str] = "text-classification"
     has_labels: ClassVar[bool] = False

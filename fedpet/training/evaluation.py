@@ -25,9 +25,11 @@ from fedpet.tasks import kind_of
 from fedpet.training.batching import inputs_of
 from fedpet.training.lean_passes import lean_passes
 from fedpet.training.metrics import Assessment, assess
+from fedpet.training.text_metrics import text_metrics, written_metrics
 
 if TYPE_CHECKING:
     from fedpet.data import Rows, Task
+    from fedpet.training.generation import Writer
 
 __all__ = ["assess_rows", "predict"]
 
@@ -115,6 +117,7 @@ def assess_rows(
     *,
     cache: Path | None = None,
     dtype: str = "float32",
+    writer: Writer | None = None,
 ) -> Assessment:
     """Measure a model on all rows: every metric, the baseline, what is predicted, the clients.
 
@@ -124,10 +127,15 @@ def assess_rows(
         task: Names the metrics.
         cache: Where it is stored which product is the fastest; None takes torch's.
         dtype: As of `predict`.
+        writer: For metrics of texts that the model writes; None takes none.
     """
     product = "torch" if cache is None else _product_for(model, rows, cache)
     logits = predict(model, rows, task, product=product, dtype=dtype)
-    return assess(task, logits, np.asarray(rows.labels), rows.clients)
+    written: dict[str, float] = {}
+    names = written_metrics(task)
+    if names and writer is not None and np.isfinite(logits).all():
+        written = text_metrics(names, writer.write(model, rows, np.arange(len(rows))))
+    return assess(task, logits, np.asarray(rows.labels), rows.clients, written)
 
 
 def _product_for(model: nn.Module, rows: Rows, cache: Path) -> str:

@@ -118,7 +118,11 @@ class Assessment:
 
 
 def assess(
-    task: Task, logits: np.ndarray, labels: np.ndarray, clients: np.ndarray | None = None
+    task: Task,
+    logits: np.ndarray,
+    labels: np.ndarray,
+    clients: np.ndarray | None = None,
+    written: Mapping[str, float] | None = None,
 ) -> Assessment:
     """Measure outputs, and what they are to be compared with.
 
@@ -127,6 +131,7 @@ def assess(
         logits: As `measure` takes them.
         labels: As `measure` takes them.
         clients: A number for the client of each row, (n,); None where that is not known.
+        written: Metrics that were taken of texts that the model wrote.
 
     Raises:
         ValueError: No rows, or shapes that do not belong together.
@@ -141,7 +146,7 @@ def assess(
         >>> round(found.metrics["macro_f1"], 6), round(found.majority_baseline, 6)
         (0.4, 0.666667)
     """
-    metrics = measure(task, logits, labels)
+    metrics = measure(task, logits, labels, written)
     facts = kind_of(task).facts(task, logits, labels)
     baseline = facts.pop("baseline_outputs", None)
     return Assessment(
@@ -189,7 +194,9 @@ def metric_value(task: Task, logits: np.ndarray, labels: np.ndarray) -> float:
     return measure(task, logits, labels)[task.metric]
 
 
-def measure(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
+def measure(
+    task: Task, logits: np.ndarray, labels: np.ndarray, written: Mapping[str, float] | None = None
+) -> dict[str, float]:
     """Take every metric of a task: the built-in ones of its kind, and the user's.
 
     Args:
@@ -198,6 +205,7 @@ def measure(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
             by their rows, "balanced_accuracy" is the mean recall of the classes that have rows.
         logits: Outputs, shape (n, task.num_outputs), or (n,) for a regression.
         labels: Class indices, or values: shape (n,), at least one.
+        written: As of `assess`.
 
     Returns:
         By name. A correlation with a constant is 0. NaN where an output is not finite: such a
@@ -214,7 +222,10 @@ def measure(task: Task, logits: np.ndarray, labels: np.ndarray) -> dict[str, flo
         return dict.fromkeys((*kind.metrics, task.metric), math.nan)
     compared = kind.compared(task, logits, labels)
     found = {name: function(*compared) for name, function in kind.metrics.items()}
+    found |= written or {}
     for name in task.metrics:
+        if name in kind.written_metrics:
+            continue
         found.update(_foreign(name, EvalPrediction(logits, labels)))
     if task.metric not in found:
         raise ConfigError(

@@ -126,7 +126,12 @@ def make_rows(folder: Path, *, clients: int = 4, rows: int = 8) -> Path:
 def experiment_of(backbone: Path, rows: Path, out: Path, **changes: Any) -> Experiment:
     """A run of two rounds; `changes` are `stage_key=value`."""
     tables: dict[str, dict[str, Any]] = {
-        "run": {"name": "language", "out": str(out), "cache": str(out.parent / "cache")},
+        "run": {
+            "name": "language",
+            "out": str(out),
+            "cache": str(out.parent / "cache"),
+            "sample-prompts": 0,
+        },
         "backbone": {"model": str(backbone)},
         "data": {
             "source": str(rows),

@@ -19,6 +19,7 @@ from fedpet.config import DataConfig, Experiment
 from fedpet.data.rows import NO_LABEL
 from fedpet.errors import ConfigError
 from fedpet.run.prepare import Prepared, prepare
+from fedpet.training.generation import Writer
 from fedpet.training.token_loss import token_loss
 
 
@@ -45,7 +46,9 @@ def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def experiment(files: Path, tmp_path: Path) -> Callable[..., Experiment]:
     def make(name: str, **changes: Any) -> Experiment:
         tables: dict[str, dict[str, Any]] = {
-            "run": {"out": str(tmp_path / "run"), "cache": str(tmp_path / "cache")},
+            "run": {
+                "out": str(tmp_path / "run"), "cache": str(tmp_path / "cache"), "sample-prompts": 0,
+            },
             "backbone": {"model": str(files / name)},
             "data": {
                 "source": str(files), "task": "seq2seq", "response-column": "response",
@@ -94,7 +97,7 @@ def test_the_loss_is_transformers_own_of_the_same_labels(
 
 @pytest.mark.parametrize("name", MODELS)
 def test_a_run_lowers_the_perplexity_and_its_model_scores_the_same(
-    name: str, experiment: Callable[..., Experiment]
+    name: str, experiment: Callable[..., Experiment], files: Path
 ) -> None:
     from transformers import AutoModelForSeq2SeqLM
 
@@ -118,6 +121,10 @@ def test_a_run_lowers_the_perplexity_and_its_model_scores_the_same(
         wanted = target[target != NO_LABEL]
         exact.append(torch.equal(written[row, 1 : 1 + len(wanted)], wanted))
     assert quality["metrics"]["exact_match"] == pytest.approx(np.mean(exact))
+    texts = Writer(files / name, 8).write(model, rows, np.arange(len(rows)))
+    hits = [one.text == one.wanted for one in texts]
+    assert quality["metrics"]["exact_match"] == pytest.approx(np.mean(hits))
+    assert texts[0].prompt == " ".join(WORDS[i] for i in batch["input_ids"][0] if i > 0)
 
 
 @pytest.mark.slow
