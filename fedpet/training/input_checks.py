@@ -65,7 +65,8 @@ def check_inputs(model: PreTrainedModel, rows: Rows, max_length: int) -> None:
         max_length: Tokens a row, special ones counted.
 
     Raises:
-        BackboneError: The model cannot be called with a row, or a row's logits depend on its batch.
+        BackboneError: The model cannot be called with a row, its logits are NaN, or a row's depend
+            on its batch.
         ConfigError: `max_length` is more than the model has positions.
     """
     limit = max_tokens(model)
@@ -90,6 +91,7 @@ def check_inputs(model: PreTrainedModel, rows: Rows, max_length: int) -> None:
             f"change with padding (token {rows.pad_id}, on the {_side(rows)}). Take a backbone "
             "that masks its padding."
         )
+    _refuse_no_numbers(model, rows)
 
 
 def max_tokens(model: nn.Module) -> int | None:
@@ -160,6 +162,25 @@ def _not_callable(model: nn.Module, error: Exception, what: str) -> BackboneErro
         f"{type(model).__name__} cannot be called with {what} of the data "
         f"({type(error).__name__}: {reason[:200]}): mend the checkpoint's config.json or take "
         "another backbone."
+    )
+
+
+@torch.no_grad()
+def _refuse_no_numbers(model: nn.Module, rows: Rows) -> None:
+    """Refuse a model whose logits for a row are NaN: every client's loss would be."""
+    shortest = np.asarray([np.argmin(rows.lengths)])
+    inputs, _ = inputs_of(rows, shortest, device_of(model))
+    logits = model(**inputs).logits
+    if not logits.isnan().any():
+        return
+    broken = next((name for name, p in model.named_parameters() if not p.isfinite().all()), "")
+    advice = f"{broken} of the checkpoint is not finite: mend it, or take another one."
+    if not broken:
+        half = logits.dtype != torch.float32
+        advice = "take backbone.dtype = 'float32'." if half else "take another checkpoint."
+    raise BackboneError(
+        f"the logits of {type(model).__name__} for a text of the data are NaN before any training, "
+        f"in {str(logits.dtype).removeprefix('torch.')}: {advice}"
     )
 
 
