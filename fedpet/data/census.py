@@ -64,8 +64,15 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
     parts = cap_rows(parts, population)
     parts, held_out = held_out_by_clients(train, entry, parts, data, population, cache)
     if kind.packs:  # reckoned: there is no tokeniser
-        sizes = entry.arrays["sizes"]
-        counts = {n: -(-int(sizes[rows].sum()) // data.max_length) for n, rows in parts.items()}
+        sizes, counts = entry.arrays["sizes"], {}
+        for name, rows in parts.items():
+            counts[name] = -(-int(sizes[rows].sum()) // data.max_length)
+            held = held_out.get(name, rows[:0])
+            if (
+                len(held) and counts[name] < population.min_rows
+            ):  # it holds out none, as a run has it
+                both, held_out[name] = np.union1d(rows, held), held[:0]
+                counts[name] = -(-int(sizes[both].sum()) // data.max_length)
         parts = {name: np.broadcast_to(0, count) for name, count in counts.items()}
     clients = drop_small_clients(parts, len(entry.arrays["labels"]), population).clients
     return ClientCounts(

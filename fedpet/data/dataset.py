@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from fedpet.config import ClientsConfig, DataConfig
+from fedpet.data.cache import Entry
 from fedpet.data.client_rows import (
     held_out_by_clients,
     natural_clients,
@@ -135,20 +136,18 @@ def load_data(
     parts, held_out = held_out_by_clients(train_split, train_entry, parts, data, population, cache)
     train, examples = rows_of(train_entry, data), parts
     if kind.packs:
-        groups = [*parts.values(), *held_out.values()]
-        train, cut = pack(train_entry, groups, data, cache)
-        examples = dict(zip(parts, cut[: len(parts)], strict=True))
-        held_out = dict(zip(held_out, cut[len(parts) :], strict=True))
+        train, examples, own = _pack_clients(train_entry, parts, held_out, data, cache)
+        short = [n for n in own if len(own[n]) and len(examples[n]) < population.min_rows]
+        for name in short:  # rows were counted, and examples are what is trained on
+            parts[name] = np.union1d(parts[name], held_out[name])
+            held_out[name] = held_out[name][:0]
+        if short:
+            train, examples, own = _pack_clients(train_entry, parts, held_out, data, cache)
+        held_out = own
     kept = with_held_out(drop_small_clients(examples, len(train), population), held_out)
     held = no_rows(train)
     if held_entry and kind.packs:
-        groups = [np.arange(len(held_entry.arrays["labels"]))]
-        if owners is not None:
-            groups = [np.flatnonzero(owners == owner) for owner in np.unique(owners)]
-        held, cut = pack(held_entry, groups, data, cache)
-        if owners is not None:
-            counts = [len(rows) for rows in cut]
-            held = replace(held, clients=np.repeat(np.unique(owners), counts).astype(np.int32))
+        held = _pack_evaluation(held_entry, owners, data, cache)
     elif held_entry:
         held = replace(rows_of(held_entry, data), clients=owners)
     taking_part = {client.id for client in kept.clients}
@@ -183,6 +182,7 @@ def load_evaluation(
     tokenizer_folder: Path,
     *,
     cache: Path,
+    client_column: str = "",
     on_rows: OnRows = lambda done, total: None,
 ) -> FederatedData:
     """Load a server's rows, where the training rows are on the nodes: it evaluates on them.
@@ -193,6 +193,7 @@ def load_evaluation(
             are read off these rows.
         tokenizer_folder: The backbone's local folder.
         cache: Root of the cache.
+        client_column: Where the rows have it, a task that packs cuts each client's by themselves.
         on_rows: As in `load_data`.
 
     Returns:
@@ -214,10 +215,36 @@ def load_evaluation(
     entry = rows_entry(split, data, task, tokenizer_folder, cache, on_rows)
     kind, held = kind_of(task), rows_of(entry, data)
     if kind.packs:
-        held, _ = pack(entry, [np.arange(len(held))], data, cache)
+        owners = owners_of(split, entry, client_column, cache) if client_column else None
+        held = _pack_evaluation(entry, owners, data, cache)
     books = {"evaluation": count_rows(entry, "data.max-eval-rows")}
     tokenizer_hash = kind.tokenizer_hash(tokenizer_folder)
     return FederatedData(task, no_rows(held), held, (), 0, 0, tokenizer_hash, books)
+
+
+def _pack_clients(
+    entry: Entry,
+    parts: Mapping[str, np.ndarray],
+    held_out: Mapping[str, np.ndarray],
+    data: DataConfig,
+    cache: Path,
+) -> tuple[Rows, dict[str, np.ndarray], dict[str, np.ndarray]]:
+    """Cut the rows of each client into examples, and what it holds out into others."""
+    train, cut = pack(entry, [*parts.values(), *held_out.values()], data, cache)
+    examples = dict(zip(parts, cut[: len(parts)], strict=True))
+    return train, examples, dict(zip(held_out, cut[len(parts) :], strict=True))
+
+
+def _pack_evaluation(
+    entry: Entry, owners: np.ndarray | None, data: DataConfig, cache: Path
+) -> Rows:
+    """Cut evaluation rows into examples, a client's by themselves where they name one."""
+    if owners is None:
+        return pack(entry, [np.arange(len(entry.arrays["labels"]))], data, cache)[0]
+    clients = np.unique(owners)
+    held, cut = pack(entry, [np.flatnonzero(owners == one) for one in clients], data, cache)
+    counts = [len(rows) for rows in cut]
+    return replace(held, clients=np.repeat(clients, counts).astype(np.int32))
 
 
 def _no_data(data: DataConfig, tokenizer_folder: Path) -> FederatedData:

@@ -111,7 +111,13 @@ def prepare(
     callback.on_stage("reading and tokenising the rows")
     folder, cache = locate(experiment.backbone), make_cache(experiment)
     if is_deployed(experiment):
-        data = load_evaluation(experiment.data, folder, cache=cache, on_rows=callback.on_rows)
+        data = load_evaluation(
+            experiment.data,
+            folder,
+            cache=cache,
+            client_column=experiment.clients.client_column,
+            on_rows=callback.on_rows,
+        )
     else:
         data = load_data(
             experiment.data, experiment.clients, folder, cache=cache, on_rows=callback.on_rows

@@ -245,7 +245,8 @@ class RunState:
     def write_samples(self, model: PreTrainedModel, when: str) -> None:
         """Leave what the model writes for the run's prompts, "before" training or "after"."""
         rows, count = self._prepared.data.evaluation, self._prepared.experiment.run.sample_prompts
-        if not count or rows.marks is None or not len(rows) or not generates(model):
+        writes = rows.marks is not None and rows.dense is None and generates(model)
+        if not count or not len(rows) or not writes:
             return
         earlier = read_generations(self._out.path)
         entries = samples_of(model, rows, self._writer, count, earlier=earlier, when=when)

@@ -7,7 +7,7 @@ Out: the spread over clients of a round. Nothing in it names a client.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -19,11 +19,14 @@ from fedpet.training.metrics import greater_is_better
 __all__ = ["checked_metric", "spread_of", "spreads_of"]
 
 # What a metric can be; of one that is not here, a user's, any finite number.
-_FRACTIONS = ("accuracy", "f1", "macro_f1", "weighted_f1", "balanced_accuracy", "token_accuracy")
+_FRACTIONS = (
+    *("accuracy", "f1", "macro_f1", "weighted_f1", "balanced_accuracy"),
+    *("token_accuracy", "exact_match"),
+)
 RANGES: Mapping[str, tuple[float, float]] = {
     **dict.fromkeys(_FRACTIONS, (0.0, 1.0)),
     **dict.fromkeys(("matthews", "pearson"), (-1.0, 1.0)),
-    "mae": (0.0, math.inf),
+    **dict.fromkeys(("mae", "loss"), (0.0, math.inf)),
     "perplexity": (1.0, math.inf),
 }
 
@@ -86,10 +89,10 @@ def spread_of(measured: Iterable[tuple[int, float | None]], metric: str) -> dict
         metric: Its name, which says what is worse.
 
     Returns:
-        How many "clients" and "rows" there are; the "row_mean", weighted by rows, and the "mean"
-        over clients; "worst_decile", the mean over the worst tenth, one client at least; "worst"
-        and "best"; "not_finite", how many clients had no value, where any had none. Without any
-        value only that; {} without clients.
+        How many "clients" and "rows" there are; the "row_mean", weighted by rows, which of a
+        perplexity is that of all tokens; the "mean" over clients; "worst_decile", the mean over the
+        worst tenth, one client at least; "worst" and "best"; "not_finite", how many clients had no
+        value, where any had none. Without any value only that; {} without clients.
 
     Example:
         >>> found = spread_of([(1, 0.5), (3, 1.0), (4, None)], "accuracy")
@@ -103,14 +106,21 @@ def spread_of(measured: Iterable[tuple[int, float | None]], metric: str) -> dict
         return lost
     values = sorted((value for _, value in finite), reverse=not greater_is_better(metric))
     worst = values[: max(1, len(values) // 10)]
-    rows = sum(rows for rows, _ in finite)
     return {
         "clients": len(values),
-        "rows": rows,
-        "row_mean": math.fsum(rows * value for rows, value in finite) / rows,
+        "rows": sum(rows for rows, _ in finite),
+        "row_mean": _row_mean(finite, metric),
         "mean": math.fsum(values) / len(values),
         "worst_decile": math.fsum(worst) / len(worst),
         "worst": values[0],
         "best": values[-1],
         **lost,
     }
+
+
+def _row_mean(measured: Sequence[tuple[int, float]], metric: str) -> float:
+    """Weigh values by rows; perplexities by the losses that they are the exponentials of."""
+    rows = sum(count for count, _ in measured)
+    if metric == "perplexity":
+        return math.exp(math.fsum(count * math.log(value) for count, value in measured) / rows)
+    return math.fsum(count * value for count, value in measured) / rows

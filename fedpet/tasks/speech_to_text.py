@@ -39,6 +39,7 @@ class SpeechToText(Seq2Seq):
     model_class = "AutoModelForSpeechSeq2Seq"
     pipeline = "automatic-speech-recognition"
     reads_files = True
+    written_metrics = frozenset()
 
     def check_data(self, data: DataConfig) -> None:
         """Ask for speech and its text; see `TaskKind.check_data`."""
