@@ -167,3 +167,68 @@ def test_an_adapter_on_a_package_s_weights_names_the_folder_that_holds_them(
         write_adapter(pet, tmp_path / "adapter", source)
         told = json.loads((tmp_path / "adapter" / CONFIG_FILE).read_text())
         assert told["base_model_name_or_path"] == wanted
+
+
+# FlowerTune's
+
+
+def test_an_imported_flowertune_app_leaves_the_folders_that_its_evaluators_take(
+    tmp_path: Path, command: Any
+) -> None:
+    """They load them as below: a base model, its tokeniser, and the adapter on it."""
+    import language_models
+    import tomli_w
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    model = language_models.save_model(tmp_path / "model", "llama")
+    rows = tmp_path / "alpaca"
+    rows.mkdir()
+    lines = (language_models.make_rows(tmp_path / "made") / "train.jsonl").read_text().splitlines()
+    asked = [json.loads(line) for line in lines]
+    (rows / "train.jsonl").write_text(
+        "".join(
+            json.dumps({"instruction": one["instruction"], "output": one["response"]}) + "\n"
+            for one in asked
+        )
+    )
+    config = {
+        "model": {"name": str(model), "lora": {"peft-lora-r": 4, "peft-lora-alpha": 8}},
+        "train": {
+            "save-every-round": 2, "learning-rate-max": 0.05, "seq-length": 32,
+            "training-arguments": {"per-device-train-batch-size": 4, "max-steps": 2},
+        },
+        "strategy": {"fraction-train": 0.5},
+        "num-server-rounds": 3,
+        "static": {"dataset": {"name": str(rows)}},
+    }  # fmt: skip
+    app = {"project": {"name": "app"}, "tool": {"flwr": {"app": {"config": config}}}}
+    (tmp_path / "pyproject.toml").write_text(tomli_w.dumps(app))
+    code, _, _ = command(
+        "import", "flowertune", "pyproject.toml", "--clients", "4", "--out", "mine.toml"
+    )
+    assert code == 0
+    # A base of bfloat16, as FlowerTune's of 4 bits, rounds; here the numbers are compared.
+    settings = Experiment.from_file(
+        "mine.toml",
+        ["backbone.dtype=float32", "data.eval-fraction=0.3", f"run.out={tmp_path / 'out'}"],
+    )
+    quality = in_process_run.run(settings)["quality"]
+    assert quality["final"] < quality["before"]
+    folders = sorted((tmp_path / "out").glob("peft_*"))
+    assert [folder.name for folder in folders] == ["peft_2", "peft_3"]
+    ids = torch.tensor([[1, 6, 9, 7], [1, 12, 4, 5]])
+    tokenizer = AutoTokenizer.from_pretrained(model)
+    for folder in folders:
+        kept = json.loads((folder / CONFIG_FILE).read_text())
+        assert (kept["peft_type"], kept["r"], kept["lora_alpha"]) == ("LORA", 4, 8)
+        assert {name.rpartition(".")[2] for name in kept["target_modules"]} == {"q_proj", "v_proj"}
+        base = AutoModelForCausalLM.from_pretrained(kept["base_model_name_or_path"])
+        adapted = peft.PeftModel.from_pretrained(base, str(folder), torch_dtype=torch.float32)
+    with torch.no_grad():
+        written = adapted.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+        plain = AutoModelForCausalLM.from_pretrained(tmp_path / "out" / "model")
+        assert torch.allclose(adapted(ids).logits, plain(ids).logits, atol=1e-5)
+        assert torch.equal(
+            written, plain.generate(input_ids=ids, max_new_tokens=4, do_sample=False)
+        )
+    assert tokenizer.decode(written[0])
