@@ -129,7 +129,10 @@ def test_a_classifier_s_head_is_the_federation_s_though_each_script_draws_its_ow
     np.testing.assert_allclose(found[1], found[0], rtol=1e-3, atol=1e-6)
 
 
-@pytest.mark.parametrize("changes", [{}, {"run_workers": 2, "structure_preset": "lnfit"}])
+@pytest.mark.parametrize(
+    "changes",
+    [{}, pytest.param({"structure_preset": "lora-factors+lnfit"}, marks=pytest.mark.slow)],
+)
 def test_the_same_script_gives_the_same_values_on_any_number_of_nodes(
     changes: dict[str, Any], chat: Make, files: tuple[Path, Path], tmp_path: Path
 ) -> None:
@@ -143,6 +146,7 @@ def test_the_same_script_gives_the_same_values_on_any_number_of_nodes(
     assert len(hashes) == 1
 
 
+@pytest.mark.slow
 def test_a_script_may_keep_its_own_learning_rate(
     chat: Make, files: tuple[Path, Path], tmp_path: Path
 ) -> None:

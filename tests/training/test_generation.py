@@ -17,6 +17,7 @@ from tiny import Silent
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
 from fedpet.run.federate import prepare
+from fedpet.run.generations import samples_of
 from fedpet.run.prepare import Prepared
 from fedpet.training import text_metrics
 from fedpet.training.generation import Writer, Written
@@ -187,6 +188,21 @@ def test_a_run_leaves_what_its_model_writes_before_and_after_and_the_report_show
     words = entries[0]["wanted"].split()
     assert " ".join(words) in text
     assert len(entries[0]["after"].split()) <= 5
+
+
+def test_what_was_written_before_stays_beside_what_is_written_after_for_the_same_prompt(
+    files: tuple[Path, Path], tmp_path: Path
+) -> None:
+    rows = prepared_of(settings(files, tmp_path / "run")).data.evaluation
+    writer, model = Writer(files[0] / "llama", 4), model_of("llama")
+    first = samples_of(model, rows, writer, 3, earlier=[], when="before")
+    trained = model_of("llama", seed=1)
+    both = samples_of(trained, rows, writer, 3, earlier=first, when="after")
+    assert [entry["before"] for entry in both] == [entry["before"] for entry in first]
+    assert [entry["prompt"] for entry in both] == [entry["prompt"] for entry in first]
+    other = samples_of(trained, rows, writer, 3, earlier=first[::-1], when="after")
+    assert ["before" in entry for entry in other] == [False, True, False]
+    assert len(samples_of(model, rows, writer, 10**6, earlier=[], when="before")) == len(rows)
 
 
 def test_no_prompt_is_left_where_none_is_asked_for_and_a_classifier_has_none(
