@@ -8,6 +8,9 @@ Flower starts a new process for each message, which imports torch and loads the 
 its place this process acquires the messages, which Flower's isolation mode "process" allows. The
 server's bundle is never executed here: the fedpet that is installed answers, where the bundle names
 its digest.
+
+A second argument names a script of this machine whose Trainer trains the clients
+(fedpet/client/trainer_script.py).
 """
 
 from __future__ import annotations
