@@ -1,9 +1,9 @@
 """Keep the C library from giving a training step's buffers back, and asking for them again.
 
 glibc takes a buffer above a threshold from the system anew each time, and gives free memory at the
-end of its heap back above twice that. The threshold is the largest buffer it has seen freed, at most
-32 MiB. A backward pass takes and frees some megabytes a layer, and each page that comes back costs a
-fault: measured on a language model, 57,000 a step, 4 % of its time.
+end of its heap back above twice that. The threshold is the largest buffer it has seen freed, at
+most 32 MiB. A backward pass takes and frees some megabytes a layer, and each page that comes back
+costs a fault: measured on a language model, 57,000 a step, 4 % of its time.
 """
 
 from __future__ import annotations
