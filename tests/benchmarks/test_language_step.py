@@ -58,6 +58,6 @@ def test_memory_is_that_of_tensors_and_of_the_process() -> None:
         for name in ("full", "fedpet-mask, all logits")
     }
     values = found["full"], found["fedpet-mask, all logits"]
-    assert values[0]["held_bytes"] > 3 * 94_528 * 4 > values[1]["held_bytes"] > 0
+    assert values[0]["held_bytes"] >= 2 * 94_528 * 4 > values[1]["held_bytes"] > 0
     logits = 8 * 64 * 512 * 4
     assert all(one["peak_bytes"] > 2 * logits for one in values)
