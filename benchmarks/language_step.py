@@ -125,7 +125,7 @@ def _timed(trainer: Trainer, ids: torch.Tensor, device: str) -> tuple[float, flo
 
 
 def memory(name: str, model: str, dtype: str, shape: str, device: str) -> dict[str, int]:
-    """Take three steps of one method, and return what they hold at once."""
+    """Take two steps of one method, and return what they hold at once."""
     ids = batch_of(model, *_sizes(shape), device)
     load_once(model, dtype, VARIANTS[name])
     if device == "cuda":
@@ -144,10 +144,9 @@ def memory(name: str, model: str, dtype: str, shape: str, device: str) -> dict[s
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # counts the peak anew
     resident = peak_bytes()
     trainer.step(ids)
-    trainer.step(ids)
-    largest = peak_bytes() - resident
     with Allocations() as one:
         trainer.step(ids)
+    largest = peak_bytes() - resident
     held = built.left - trainer.model_bytes + trainer.moment_bytes
     return {"held_bytes": held, "peak_bytes": one.peak, "resident_bytes": largest}
 
