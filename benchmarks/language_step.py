@@ -128,6 +128,7 @@ def memory(name: str, model: str, dtype: str, shape: str, device: str) -> dict[s
     """Take two steps of one method, and return what they hold at once."""
     ids = batch_of(model, *_sizes(shape), device)
     load_once(model, dtype, VARIANTS[name])
+    gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
         trainer = Trainer(VARIANTS[name], model, dtype, device)

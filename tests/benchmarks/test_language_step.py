@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from fake_gpu import second_device
 
 from benchmarks import language_step
-from benchmarks.language_methods import FLOOR, VARIANTS, Trainer, batch_of
+from benchmarks.language_methods import FLOOR, VARIANTS, Trainer, batch_of, load_once
 
 pytestmark = pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing`", "ignore:Sparse")
 TINY = ["--model", "tiny", "--shapes", "2x8", "--rounds", "3"]
@@ -29,6 +30,15 @@ def test_all_methods_begin_at_one_loss_and_lower_it(dtype: str) -> None:
     assert firsts == pytest.approx(
         [firsts[0]] * len(firsts), rel=1e-3 if dtype != "float32" else 1e-5
     )
+
+
+@pytest.mark.parametrize("name", [name for name in VARIANTS if name.startswith("fedpet")])
+def test_a_step_puts_nothing_on_another_device(name: str) -> None:
+    load_once("tiny", "bfloat16", VARIANTS[name])
+    with second_device() as device:
+        trainer = Trainer(VARIANTS[name], "tiny", "bfloat16", str(device))
+        trainer.step(batch_of("tiny", 2, 8, str(device)))
+    assert trainer.moment_bytes > 0
 
 
 def test_findings_are_written_as_they_are_made_and_not_made_again(
