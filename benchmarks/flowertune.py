@@ -8,7 +8,7 @@ rounds of 10 steps of 16 x 512 tokens. Its board lists SmolLM2-135M-Instruct at 
 the same is said of as many rounds as that pays for.
 
 `run` trains both on the chats of `fedpet simulate chat` in a shortened form: 2 clients a round, 8
-steps of 4 x 128 tokens, the same clients and batches for all, and leaves a run folder each:
+steps of 4 conversations, the same clients and batches for all, and leaves a run folder each:
 
     flowertune       LoRA r 32, alpha 64, on queries and values; its factors averaged as dense
                      float32 arrays; a rate that falls over the rounds as a cosine, from 5e-5,
@@ -172,6 +172,7 @@ def shortened(name: str, rounds: int, changes: Sequence[str] = ()) -> Experiment
             f"training.learning-rate={RATES[name]}",
             "training.schedule=cosine",
             "data.max-eval-rows=128",
+            "data.max-length=192",  # some questions alone have 128
             *changes,
         ],
     )
