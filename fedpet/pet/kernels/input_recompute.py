@@ -98,7 +98,7 @@ def save_input(x: Tensor) -> tuple[SavedInput, Tensor]:
         if remake is not None and remake[2] == version:
             known = (SavedInput(remake[0]), remake[1].detach(), version)
         elif (product := _product(x)) is not None:
-            known = (SavedInput(product, is_whole=True), x.detach().reshape(-1)[:0], version)
+            known = (SavedInput(product, is_whole=True), x.detach().new_empty(0), version)
         else:
             known = (SavedInput(None), x.detach(), version)
         x._fedpet_saved = known  # type: ignore[attr-defined]
