@@ -196,21 +196,24 @@ def as_text(content: dict[str, Any]) -> str:
     MB are those of the step's peak and what is held between steps, above the loaded model.
     """
     cells = content["cells"]
-    names = list(dict.fromkeys(key.split(": ")[0].split(" ", 2)[2] for key in cells))
-    settings = list(dict.fromkeys(tuple(key.split(" ", 2)[:2]) for key in cells))
-    heads = [f"{dtype}, {shape.replace('x', ' x ')}" for dtype, shape in settings]
-    lines = [
-        "| | " + " | ".join([*heads, *(f"{head}, MB" for head in heads)]) + " |",
-        "|---|" + "---:|" * (2 * len(heads)),
-    ]
+    split = [key.split(": ") for key in cells]
+    names = list(dict.fromkeys(where.split(" ", 2)[2] for where, _ in split))
+    timed, held = (
+        list(
+            dict.fromkeys(tuple(where.split(" ", 2)[:2]) for where, kind in split if kind == wanted)
+        )
+        for wanted in ("time", "memory")
+    )
+    heads = [f"{dtype}, {shape.replace('x', ' x ')}" for dtype, shape in timed]
+    heads += [f"{dtype}, {shape.replace('x', ' x ')}, MB" for dtype, shape in held]
+    lines = ["| | " + " | ".join(heads) + " |", "|---|" + "---:|" * len(heads)]
     for name in names:
-        keys = [f"{dtype} {shape} {name}" for dtype, shape in settings]
-        timed = [cells.get(f"{key}: time") for key in keys]
-        held = [cells.get(f"{key}: memory") for key in keys]
-        shown = ["" if one is None else f"{one['of_floor']:.2f}" for one in timed]
+        times = [cells.get(f"{dtype} {shape} {name}: time") for dtype, shape in timed]
+        sizes = [cells.get(f"{dtype} {shape} {name}: memory") for dtype, shape in held]
+        shown = ["" if one is None else f"{one['of_floor']:.2f}" for one in times]
         shown += [
             "" if one is None else f"{(one['held_bytes'] + one['peak_bytes']) / 1e6:,.0f}"
-            for one in held
+            for one in sizes
         ]
         lines.append(f"| {name} | " + " | ".join(shown) + " |")
     return "\n".join(lines)
