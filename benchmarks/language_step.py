@@ -82,11 +82,11 @@ def times(asked: argparse.Namespace, dtype: str, shapes: list[str]) -> dict[str,
     trainers = {
         name: Trainer(VARIANTS[name], asked.model, dtype, asked.device) for name in asked.methods
     }
-    found = {}
+    found: dict[str, dict[str, Any]] = {}
     for shape in shapes:
         ids = batch_of(asked.model, *_sizes(shape), asked.device)
         seconds: dict[str, list[float]] = defaultdict(list)
-        losses = {}
+        losses: dict[str, float] = {}
         for number in range(max(asked.rounds, LEAST)):
             for name in random.sample(asked.methods, len(asked.methods)):
                 taken, losses[name] = _timed(trainers[name], ids, asked.device)
