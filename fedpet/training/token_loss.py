@@ -148,17 +148,22 @@ def _run(model: nn.Module, inputs: Mapping[str, Tensor]) -> tuple[Tensor, Tensor
         if threading.get_ident() != thread:
             return None
         seen.append(args[0])
-        return (args[0][:, :1], *args[1:])
+        return (_first_of_each(args[0]), *args[1:])
 
     with head.register_forward_pre_hook(first_alone):
         logits = model(**call).logits
     if model not in _reads_states:
-        one = head(seen[-1][:, :1])
+        one = head(_first_of_each(seen[-1]))
         same = len(seen) == 1 and one.shape == logits.shape
         _reads_states[model] = same and torch.allclose(one, logits, equal_nan=True)
         if not _reads_states[model]:
             return _run(model, inputs)
     return seen[-1], logits, head
+
+
+def _first_of_each(states: Tensor) -> Tensor:
+    """Take one position a row: contiguous, since torch copies the whole weight a row otherwise."""
+    return states[:, :1].contiguous()
 
 
 def _chunks(found: _LabelStates, chunk_bytes: int) -> Iterator[slice]:

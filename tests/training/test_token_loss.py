@@ -77,6 +77,17 @@ def test_an_output_layer_that_is_trained_has_transformers_gradient(name: str) ->
         torch.testing.assert_close(found[key], expected[key], rtol=1e-4, atol=1e-6)
 
 
+def test_the_output_layer_reads_whole_rows_since_others_cost_a_copy_of_its_weight_each() -> None:
+    model, (inputs, labels) = model_of("llama"), a_batch(left=False)
+    whole: list[bool] = []
+    head = model.get_output_embeddings()
+    with head.register_forward_hook(lambda _, args, out: whole.append(args[0].is_contiguous())):
+        token_loss(model, inputs, labels)
+        row_sums(model, inputs, labels)
+    assert len(whole) > 2
+    assert all(whole)
+
+
 def test_positions_without_a_label_never_reach_the_output_layer() -> None:
     model, (inputs, labels) = model_of("llama"), a_batch(left=False)
     model.requires_grad_(False)

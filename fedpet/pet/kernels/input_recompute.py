@@ -6,7 +6,9 @@ Out: the same numbers in the backward pass, as rows or as columns, for the sampl
 A layer with a frozen weight stores no input; a masked one needs its input again. Most inputs are
 the output of a norm or an activation, whose own input autograd stores anyway: such an output
 carries the function that makes it, and that alone is stored. To run it again is elementwise work,
-a percent or two of a step, and training takes the memory of frozen weights.
+a percent or two of a step, and training takes the memory of frozen weights. So with a product of
+two tensors, as of a gated feed-forward part: autograd stores both factors, and they are multiplied
+again.
 
 Layers that read one input (query, key, value) share one `SavedInput`, which is made, and
 transposed, once.
@@ -50,17 +52,25 @@ class SavedInput:
     it for changes and frees it; what is made from it stays here until its last reader is done.
     """
 
-    def __init__(self, make: _Make | None) -> None:
+    def __init__(self, make: _Make | None, *, is_whole: bool = False) -> None:
+        """Begin without readers.
+
+        Args:
+            make: Makes the input of the source; None where the source is the input.
+            is_whole: It makes all tokens, whatever it is given.
+        """
         self.readers = 0  # layers whose backward is still to come
-        self._make = make
+        self._make, self._is_whole = make, is_whole
         self._columns: Tensor | None = None
 
     def rows(self, source: Tensor, dtype: torch.dtype, live: Tensor | None = None) -> Tensor:
         """Make (tokens, in), of any strides; of the tokens `live` alone where they are given."""
-        if live is not None:
+        if live is not None and not self._is_whole:
             source = source.reshape(-1, source.shape[-1])[live]
         x = source if self._make is None else self._make(source)
         x = x.reshape(-1, x.shape[-1])
+        if live is not None and self._is_whole:
+            x = x[live]
         return x if x.dtype == dtype else x.to(dtype)
 
     def columns(self, source: Tensor, dtype: torch.dtype) -> Tensor:
@@ -87,12 +97,39 @@ def save_input(x: Tensor) -> tuple[SavedInput, Tensor]:
         remake: tuple[_Make, Tensor, int] | None = getattr(x, "_fedpet_remake", None)
         if remake is not None and remake[2] == version:
             known = (SavedInput(remake[0]), remake[1].detach(), version)
+        elif (product := _product(x)) is not None:
+            known = (SavedInput(product, is_whole=True), x.detach().new_empty(0), version)
         else:
             known = (SavedInput(None), x.detach(), version)
         x._fedpet_saved = known  # type: ignore[attr-defined]
     saved, source, _ = known
     saved.readers += 1
     return saved, source
+
+
+def _product(x: Tensor) -> _Make | None:
+    """Return a way to multiply the two factors of `x` again; None where `x` is no such product.
+
+    Autograd's node stores them until its own backward, which comes after that of the layers that
+    read `x`. Where something else decides what is stored (checkpointing does), it gives each factor
+    once, to that node.
+    """
+    node = x.grad_fn
+    if node is None or node.name() != "MulBackward0" or _stored_elsewhere():
+        return None
+    factors: Any = node
+    one, other = factors._saved_self, factors._saved_other
+    if one is None or other is None or not x.shape == one.shape == other.shape:
+        return None
+    if not x.dtype == one.dtype == other.dtype:
+        return None
+    return lambda _: factors._saved_self * factors._saved_other
+
+
+def _stored_elsewhere() -> bool:
+    """Tell whether hooks stand between autograd and the tensors that it stores."""
+    hooks = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return hooks is None or hooks(False) is not None
 
 
 def norm_forward(plain: Callable[..., Any]) -> Callable[..., Any]:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from fedpet.pet.kernels.input_recompute import SavedInput, to_columns
 from fedpet.pet.kernels.sparse_index import BLOCK_ROWS, ConcatenatedIndex, SparseIndex
 from fedpet.pet.modules.base import PetModule
+from fedpet.utils.heap import keep_step_buffers
 
 __all__ = ["MaskedWeight", "MaskedWeights"]
 
@@ -41,6 +42,7 @@ class MaskedWeights(PetModule):
 
     def __init__(self, weights: Sequence[MaskedWeight]) -> None:
         super().__init__("mask", "")
+        keep_step_buffers()
         self.weights = tuple(weights)
         self._shared = any(part.shared for part in weights)
         room = _Room()
