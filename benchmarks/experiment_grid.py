@@ -46,7 +46,9 @@ from fedpet.utils.formatting import format_bytes
 FEDPET = "fedpet"
 # Stages that a baseline does not read, and keys that no outcome depends on.
 _FEDPET_STAGES = ("mask", "structure", "search", "codec")
-_PLACE_KEYS = ("name", "workers", "cache", "out", "callbacks", "save-every", "keep")
+_PLACE_KEYS = (
+    *("name", "workers", "cache", "out", "callbacks", "save-every", "keep", "sample-prompts"),
+)
 # Of a search, filled in when it begins.
 _SETTLED = ("budget", "learning_rate", "learning_rates", "mask_in_budget")
 

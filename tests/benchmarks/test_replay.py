@@ -6,9 +6,9 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+from flwr.proto.node_pb2 import NodeInfo
 from in_process_run import run
 from roll_call_runs import (
     lines_of,
@@ -38,7 +38,7 @@ class Nodes(LocalGrid):
 
     def get_nodes(self) -> Any:
         self._late = {number: looks - 1 for number, looks in self._late.items()}
-        return [SimpleNamespace(node_id=node, public_key=key) for node, key in self.keys.items()]
+        return [NodeInfo(node_id=node, public_key=key) for node, key in self.keys.items()]
 
     def push_messages(self, messages: Any) -> Any:
         sent = list(messages)

@@ -6,10 +6,10 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from flwr.proto.node_pb2 import NodeInfo
 from in_process_run import run
 from roll_call_runs import lines_of, node_of, put_key
 
@@ -105,7 +105,7 @@ class KeyedGrid(LocalGrid):
     keys: dict[int, bytes]
 
     def get_nodes(self) -> Any:
-        return [SimpleNamespace(node_id=n, public_key=self.keys[n]) for n in self.get_node_ids()]
+        return [NodeInfo(node_id=n, public_key=self.keys[n]) for n in self.get_node_ids()]
 
 
 def test_who_says_another_s_name_is_refused_by_its_own_and_the_owner_trains(
