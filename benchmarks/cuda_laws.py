@@ -1,4 +1,4 @@
-"""Is fedpet right on a GPU? Masks, steps, merging, the tests, a whole federation."""
+"""Compare a GPU with the processor: masks, steps, merging, the tests, a whole federation."""
 
 from __future__ import annotations
 

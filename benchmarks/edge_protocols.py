@@ -39,7 +39,7 @@ BUDGETS_PER_DECADE = (1, 3)
 
 @dataclass(frozen=True)
 class EdgeRun:
-    """What one run's evaluations and rounds came to.
+    """Hold what the evaluations and rounds of one run came to.
 
     Attributes:
         name: Of the folder.
