@@ -29,12 +29,11 @@ __all__ = ["MOST_SENT", "run_dense", "stays_here"]
 MOST_SENT = 50_000_000  # values, beyond which messages are reckoned
 
 
-def stays_here(experiment: Experiment, model: object) -> bool:
+def stays_here(experiment: Experiment, model: BaselineVector) -> bool:
     """Tell whether a model's rounds are run without messages: plain means of whole arrays."""
     strategy, codec = experiment.strategy, experiment.codec
     return (
-        isinstance(model, BaselineVector)
-        and model.num_values > MOST_SENT
+        model.num_values > MOST_SENT
         and strategy.name == "fedavg"
         and codec.uplink == codec.downlink == "float32"
     )

@@ -130,7 +130,9 @@ def run_here(experiment: Experiment, runs: str, also: Sequence[str] = ()) -> dic
     rows_of = {client_id64(client.id): client.rows for client in data.clients}
     ledger = Ledger()
     population = ClientPool(count_examples(data, data.task), homes={})
+    reckoned = False
     if isinstance(model, BaselineVector) and stays_here(experiment, model):
+        reckoned = True
         dtype = experiment.run.evaluation_dtype
         found: list[Assessment] = []
 
@@ -177,7 +179,7 @@ def run_here(experiment: Experiment, runs: str, also: Sequence[str] = ()) -> dic
     result["curve"] = curve(ledger.of_kind(TRAINING))
     if others:
         result["also"] = others
-    if isinstance(model, BaselineVector) and stays_here(experiment, model):
+    if reckoned:
         result["communication"]["reckoned"] = True  # four bytes a value: see dense_rounds.py
     if device == "cuda":
         result["machine"] = {"gpu": torch.cuda.get_device_name(), "products": "tf32"}

@@ -11,7 +11,7 @@ import torch
 from baseline_runs import BaselineGrid
 from tiny import Silent
 
-from benchmarks import baselines, one_process
+from benchmarks import baselines, dense_rounds, one_process
 from benchmarks.baselines import METHODS, Baseline
 from benchmarks.baselines.one_vector import BaselineVector
 from benchmarks.gradient_mask import gradient_mask
@@ -120,6 +120,47 @@ def test_a_quarter_of_lora_travels_by_top_k_and_the_head_whole(experiment: Any) 
     )
     assert 0.2 < sparse["uplink_bytes"] / whole["uplink_bytes"] < 0.85  # framing counted
     assert sparse["downlink_bytes"] < whole["downlink_bytes"]
+
+
+# -- whole models without messages ---------------------------------------------------------------
+
+
+def test_rounds_without_messages_come_to_the_values_of_those_with_them(
+    experiment: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # AdamW would make steps of the rounding where a gradient is zero, as a key's bias has it.
+    plain = {"training_optimizer": "sgd", "training_learning_rate": 0.1}
+    settings = experiment(codec_uplink="float32", codec_downlink="float32", **plain)
+    sent, by_messages = final_values(settings, "full", monkeypatch)
+    kept: list[np.ndarray] = []
+    dense = one_process.run_dense
+
+    def noted(*args: Any) -> np.ndarray:
+        kept.append(dense(*args).copy())
+        return kept[0]
+
+    monkeypatch.setattr(one_process, "run_dense", noted)
+    monkeypatch.setattr(dense_rounds, "MOST_SENT", 0)
+    here = run_here(settings, "full", also=["test"])
+    assert np.abs(sent).max() > 1e-3
+    np.testing.assert_allclose(kept[0], sent, rtol=1e-4, atol=1e-6)
+    assert here["also"]["test"]["initial"] == here["quality"]["before"]
+    assert here["also"]["test"]["final"] == here["quality"]["final"]
+    assert here["communication"]["reckoned"]
+    assert "reckoned" not in by_messages["communication"]
+    rounds, clients = settings.strategy.num_rounds, settings.strategy.clients_per_round
+    assert here["communication"]["uplink_bytes"] == 4 * len(sent) * rounds * clients
+
+
+def test_rounds_without_messages_that_diverge_are_told(
+    experiment: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dense_rounds, "MOST_SENT", 0)
+    settings = experiment(
+        codec_uplink="float32", codec_downlink="float32", training_learning_rate=1e30
+    )
+    with pytest.raises(DivergedError):
+        run_here(settings, "full")
 
 
 # -- a baseline's vector -------------------------------------------------------------------------
