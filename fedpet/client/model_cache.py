@@ -10,6 +10,7 @@ import contextlib
 import gc
 import time
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -19,9 +20,11 @@ from fedpet.backbone.pretrained import load_for_task, locate
 from fedpet.client.node_config import NodeConfig
 from fedpet.client.plan_store import PlanStore
 from fedpet.client.trainer_script import ScriptTrainers, TrainerScript
+from fedpet.codec import VectorCodec
 from fedpet.data import FederatedData, load_data
 from fedpet.data.cache import drop_unused
 from fedpet.errors import PlanError
+from fedpet.pet.layout import head_groups, quantisation_groups
 from fedpet.pet.model import PetModel
 from fedpet.protocol.plan import Plan
 from fedpet.search import SearchModel
@@ -52,6 +55,12 @@ class LoadedPlan:
     rows_of: dict[int, np.ndarray]
     held_out_of: dict[int, np.ndarray] = field(default_factory=dict)
     trainers: ScriptTrainers | None = None
+
+    @cached_property
+    def codings(self) -> tuple[VectorCodec, ...]:
+        """The codec of an update, by tier."""
+        tiers = self.pet.tiers
+        return tuple(self.plan.uplink(quantisation_groups(t), head_groups(t)) for t in tiers)
 
     def with_rows(self, data: FederatedData) -> LoadedPlan:
         """Return the same with a node's rows and clients."""

@@ -17,11 +17,10 @@ import torch
 from fedpet.client.global_values import TierValues
 from fedpet.client.model_cache import LoadedPlan
 from fedpet.client.own_rows import measure_after, measure_before
-from fedpet.codec import VectorCodec, encode_with_feedback
+from fedpet.codec import encode_with_feedback
 from fedpet.codec.torch_rotation import rotate_updates
 from fedpet.errors import TrainingError
 from fedpet.pet.layers.client_forward import NotStackableError
-from fedpet.pet.layout import head_groups, quantisation_groups
 from fedpet.pet.model import PetModel
 from fedpet.protocol.codec_seeds import uplink_rotation_seed, uplink_seeds
 from fedpet.protocol.frame import Frame
@@ -79,7 +78,7 @@ def train_client(
             "the trained values hold NaN or infinity: lower training.learning-rate."
         )
     measured = measure_after(loaded, measured, client, trained, seed)
-    coding = _coding(loaded)
+    coding = loaded.codings[start.tier]
     seeds = uplink_seeds(plan.seed, server_round, client)
     if plan.codec.error_feedback:
         payload, residual = encode_with_feedback(update, residual, coding, **seeds)
@@ -140,7 +139,7 @@ def train_together(
     def rotate(updates: torch.Tensor) -> bool:
         if plan.codec.error_feedback or plan.measures:  # what was lost is added first, or measured
             return False
-        return rotate_updates(updates, _coding(loaded), rotation_seed)
+        return rotate_updates(updates, loaded.codings[tier], rotation_seed)
 
     for tier, group in itertools.groupby(
         sorted(known, key=lambda one: one[1].tier), key=lambda one: one[1].tier
@@ -174,11 +173,6 @@ def train_together(
 @functools.cache
 def _tell(reason: str) -> None:
     LOG.warning("clients are trained one by one: %s.", reason)
-
-
-def _coding(loaded: LoadedPlan) -> VectorCodec:
-    segments = loaded.pet.segments
-    return loaded.plan.uplink(quantisation_groups(segments), head_groups(segments))
 
 
 def _seed_of(loaded: LoadedPlan, client: int, server_round: int) -> int:

@@ -16,6 +16,7 @@ against the bytes that are there, and nothing is allocated by a number that the 
 
 from __future__ import annotations
 
+import threading
 from typing import Any
 
 import numpy as np
@@ -149,9 +150,21 @@ def unpack_bytes(reader: Reader, num_bytes: int) -> Bytes:
     raise FrameError(f"a plane of bytes is stored (0) or compressed (1), got mode {mode}.")
 
 
+class _Contexts(threading.local):
+    """zstandard's state, for each thread its own: making it takes longer than a small plane."""
+
+    def __init__(self) -> None:
+        self.compressor = zstandard.ZstdCompressor(compression_params=_PARAMETERS)
+        self.decompressor = zstandard.ZstdDecompressor(
+            max_window_size=1 << _WINDOW_LOG, format=zstandard.FORMAT_ZSTD1_MAGICLESS
+        )
+
+
+_CONTEXTS = _Contexts()
+
+
 def _compress(plane: Bytes) -> bytes:
-    # A new compressor each time: they are not safe to share between threads, and cost little.
-    packed = zstandard.ZstdCompressor(compression_params=_PARAMETERS).compress(plane.data)
+    packed = _CONTEXTS.compressor.compress(plane.data)
     return b"".join((bytes([_ZSTD]), varint(len(packed)), packed))
 
 
@@ -161,11 +174,8 @@ def _decompress(reader: Reader, num_bytes: int) -> Bytes:
     # do not: the descriptor is 0, and the output is as large as the plan says.
     if not packed or packed[0] != 0:
         raise FrameError("a compressed plane must not declare a size of its own: this one does.")
-    decompressor = zstandard.ZstdDecompressor(
-        max_window_size=1 << _WINDOW_LOG, format=zstandard.FORMAT_ZSTD1_MAGICLESS
-    )
     try:
-        plane = decompressor.decompress(
+        plane = _CONTEXTS.decompressor.decompress(
             packed, max_output_size=max(num_bytes, 1), allow_extra_data=False
         )
     except zstandard.ZstdError as error:
