@@ -34,7 +34,7 @@ from fedpet.errors import TrainingError
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import Structure
 from fedpet.run.central_search import find_structure
-from fedpet.search import check_structure, resolve_settings
+from fedpet.search import resolve_settings
 from fedpet.training.batching import batches, inputs_of
 from fedpet.training.evaluation import predict
 from fedpet.training.loss import client_loss
@@ -94,7 +94,7 @@ def run_centrally(
     if found_by is not None:
         found = json.loads(found_by.read_text(encoding="utf-8"))["result"]
         structure = Structure.from_json(json.dumps(found["structure"]))
-        check_structure(structure, backbone.fingerprint)
+        structure.check_backbone(backbone.fingerprint)
     else:
         names = set(backbone.head)
         parameters = backbone.model.named_parameters()

@@ -114,6 +114,21 @@ class Structure:
         gates = tuple(float(gate) for gate in gates)
         return cls(specs, fingerprint, gates, provenance, _mask(table.get("mask")))
 
+    def check_backbone(self, fingerprint: str) -> None:
+        """Refuse a backbone on which it was not found.
+
+        Raises:
+            StructureError: The fingerprints differ. A structure without one fits any backbone that
+                has its targets.
+        """
+        if self.fingerprint and self.fingerprint != fingerprint:
+            raise StructureError(
+                f"a searched structure belongs to its backbone: this one was found on the "
+                f"checkpoint {self.fingerprint:.12}, the backbone here is {fingerprint:.12}. Take "
+                "that checkpoint, search again on this one, or name a preset: "
+                "structure.preset = 'lnfit'."
+            )
+
 
 def _is_number(value: Any) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)

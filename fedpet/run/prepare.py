@@ -39,7 +39,7 @@ from fedpet.pet.tiers import Tier, tiers_of
 from fedpet.protocol.plan import Plan
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import mask_beside, resolve_search
-from fedpet.search import Space, check_structure
+from fedpet.search import Space
 from fedpet.training.batching import inputs_of
 from fedpet.training.block_checkpointing import check_checkpointing
 from fedpet.training.cls_only import check_first_token
@@ -169,7 +169,7 @@ def is_deployed(experiment: Experiment) -> bool:
 
 def _training_inputs(inputs: RunInputs, backbone: Backbone, structure: Structure) -> Prepared:
     """Make the training's plan of a structure of this backbone."""
-    check_structure(structure, backbone.fingerprint)
+    structure.check_backbone(backbone.fingerprint)
     data = inputs.data
     plan, pet = Plan.for_training(
         inputs.experiment, backbone, structure, data.task, data.tokenizer_hash

@@ -39,7 +39,7 @@ from fedpet.errors import TrainingError
 from fedpet.pet.layout import Segment
 from fedpet.pet.model import PetModel
 from fedpet.search.bilevel import BiLevel
-from fedpet.search.central import Split, step_batches
+from fedpet.search.search_rows import Split, step_batches
 from fedpet.search.space import Space, model_of_space
 from fedpet.training.loop import TrainResult, num_examples
 from fedpet.training.loss import client_loss

@@ -20,7 +20,6 @@ from fedpet.search import (
     Space,
     budget_values,
     build_space,
-    check_structure,
     deviations,
     random_structure,
     reproducible_settings,
@@ -191,9 +190,9 @@ def test_a_search_of_some_kinds_says_so() -> None:
 def test_a_structure_of_another_backbone_is_refused_by_its_fingerprint() -> None:
     structure = Structure(fingerprint="a" * 64)
     with pytest.raises(StructureError, match=r"found on the checkpoint aaaaaaaaaaaa, .* bbbb"):
-        check_structure(structure, "b" * 64)
-    check_structure(structure, "a" * 64)
-    check_structure(Structure(), "b" * 64)
+        structure.check_backbone("b" * 64)
+    structure.check_backbone("a" * 64)
+    Structure().check_backbone("b" * 64)
 
 
 def test_a_structure_file_of_a_newer_schema_is_refused() -> None:
