@@ -18,7 +18,7 @@ def random_structure(space: Space, budget: float, *, seed: int, fingerprint: str
         StructureError: The budget does not fit the space.
 
     Example:
-        >>> from fedpet import SearchConfig
+        >>> from fedpet.search import SearchConfig, space_for
         >>> from transformers import BertConfig, BertForSequenceClassification
         >>> small = BertConfig(hidden_size=32, num_hidden_layers=2, num_attention_heads=2,
         ...                    intermediate_size=64, vocab_size=50)
