@@ -19,7 +19,7 @@ from rich.console import Console
 from benchmarks.baselines import METHODS, run_baseline
 from benchmarks.experiment_grid import FEDPET
 from benchmarks.grid import PHASES
-from benchmarks.suite import read_suite
+from benchmarks.suite_file import read_suite
 from benchmarks.suite_tables import costs_table, suite_table
 from benchmarks.tables import final_table, overlaps, read_grid, tuning_table
 from fedpet.config import Experiment

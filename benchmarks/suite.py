@@ -1,23 +1,4 @@
-"""Work off the suite: data sets x methods, each tuned on rows of its own, then run on three seeds.
-
-    results = "results/suite"        # a folder a data set, in it structures/, tune/, final/
-    most-rates = 6                   # of a moving grid, see moving_grid.py
-    tune-seed = 3
-    seeds = [0, 1, 2]
-    [base.STAGE]                     # an experiment, which all cells start from
-    [datasets.NAME]
-    set = []; tune = []; final = []  # overrides of all its cells, and of a phase's
-    seconds = 60                     # guess of a cell, until one has been run
-    [methods.NAME]
-    runs = "fedpet"                  # or a baseline; NAME where it is left out
-    rate = 0.1                       # in the middle of the first grid: of every kind but
-    beside = ["head=0.03"]           # those with a rate of their own
-    rates-of = "OTHER"               # or that method's rates, as they were chosen
-    set = []
-    structure = "searched"           # or "drawn": made before the runs, as by `fedpet search`
-    times = 3                        # guess of a cell's time in those of others
-    [[work]]                         # what is most needed comes first
-    datasets = []; methods = []
+"""Work off the suite: data sets x methods, each tuned on rows of its own, then run on its seeds.
 
 A cell leaves RESULTS/DATA SET/PHASE/NAME.json, and one that is there is not run again.
 """
@@ -36,19 +17,18 @@ from typing import Any, get_type_hints
 
 from benchmarks.cell import Cell, Result, Run, check
 from benchmarks.experiment_grid import StructureFile
-from benchmarks.moving_grid import SIZE, Choice, choose_rate
-from benchmarks.one_process import FEDPET, RUNS
+from benchmarks.moving_grid import Choice, choose_rate
+from benchmarks.one_process import FEDPET
 from benchmarks.probe import PROBE
 from benchmarks.rate import Rate
 from benchmarks.suite_cell import SuiteCell
-from benchmarks.table_keys import Keys, read_keys, strings
 from fedpet.config import Experiment
 from fedpet.config.parsing import with_overrides
-from fedpet.errors import ConfigError, FedpetError
+from fedpet.errors import FedpetError
 from fedpet.training.metrics import greater_is_better
 from fedpet.utils.atomic_write import atomic_write
 
-__all__ = ["DataSet", "Row", "Suite", "read_suite", "run_cell"]
+__all__ = ["DataSet", "Row", "Suite", "run_cell"]
 
 PHASES = ("structures", "tune", "final")
 
@@ -77,6 +57,7 @@ class Row:
         overrides: Of the experiment.
         structure: "searched", "drawn" or "".
         times: Guess of a cell's time in those of other methods, until one has been run.
+        seeds: A reported run each; () for those of the suite.
     """
 
     name: str
@@ -87,6 +68,7 @@ class Row:
     overrides: tuple[str, ...]
     structure: str
     times: float = 1.0
+    seeds: tuple[int, ...] = ()
 
 
 @dataclass
@@ -100,7 +82,7 @@ class Suite:
         methods: By name.
         work: Pairs of a data set and a method, the most needed first.
         tune_seed: Of all tuning runs.
-        seeds: A reported run each.
+        seeds: A reported run each, of methods without seeds of their own.
         most_rates: Of a moving grid.
         folder: Of the data sets.
         run: Runs a cell; a test's own.
@@ -139,11 +121,16 @@ class Suite:
         return self._cell(dataset, method, "tune", f"lr{rate:g}", rate, self.tune_seed, more)
 
     def final_cells(self, dataset: DataSet, method: Row, rate: float) -> list[SuiteCell]:
-        """Return the reported cells, by seed; the probe draws nothing, and has one."""
+        """Return the reported cells, by seed."""
         return [
             self._cell(dataset, method, "final", f"seed{seed}", rate, seed, dataset.final)
-            for seed in (self.seeds[:1] if method.runs == PROBE else self.seeds)
+            for seed in self.seeds_of(method)
         ]
+
+    def seeds_of(self, method: Row) -> tuple[int, ...]:
+        """Return the seeds of a method's reported runs; the probe draws nothing, and has one."""
+        seeds = method.seeds or self.seeds
+        return seeds[:1] if method.runs == PROBE else seeds
 
     def structure_cell(self, dataset: DataSet, method: Row, seed: int) -> StructureFile:
         """Return the file of the structure that a seed's run trains, searched on tuning rows."""
@@ -292,8 +279,7 @@ class Suite:
         found: dict[tuple[str, str], int] = {}
         for dataset, method in self.work:
             choice = self.choice(dataset, method)
-            seeds = 1 if method.runs == PROBE else len(self.seeds)
-            left = seeds - len(self.results_of(dataset, method))
+            left = len(self.seeds_of(method)) - len(self.results_of(dataset, method))
             if choice.missing and not method.rates_of:
                 left += len(choice.missing)
             found[dataset.name, method.name] = left
@@ -382,121 +368,3 @@ def _processes(jobs: int) -> Executor:
 def run_cell(cell: Cell) -> Result:
     """Run a cell; the work of a process of the pool."""
     return cell.run()
-
-
-def read_suite(
-    path: Path, *, folder: Path | None = None, only: Sequence[str] = (), run: Run | None = None
-) -> Suite:
-    """Read a suite's file.
-
-    Args:
-        path: The TOML file.
-        folder: Of the data sets.
-        only: Names of data sets, methods, or DATA SET/METHOD; () for all.
-        run: Runs a cell; None for `Cell.run`.
-
-    Raises:
-        ConfigError: Unknown or missing keys or names.
-    """
-    top = read_keys(path)
-    datasets = {n: _dataset(n, t) for n, t in top.take("datasets", dict).items()}
-    methods = {n: _row(n, t) for n, t in top.take("methods", dict).items()}
-    for name, row in methods.items():
-        other = methods.get(row.rates_of)
-        if row.rates_of and (other is None or not other.rate):
-            raise ConfigError(f"{name!r} takes the rates of {row.rates_of!r}, which has none.")
-        if other is not None:
-            methods[name] = replace(row, beside=other.beside)
-    work: dict[tuple[str, str], tuple[DataSet, Row]] = {}
-    for table in top.take("work", list):
-        keys = Keys("[[work]]", table)
-        places = _named(keys.take("datasets", list), datasets, "data set")
-        rows = _named(keys.take("methods", list), methods, "method")
-        keys.refuse_others()
-        work |= {(place, row): (datasets[place], methods[row]) for place in places for row in rows}
-    known = {*datasets, *methods, *(f"{place}/{row}" for place, row in work)}
-    for name in only:
-        if name not in known:
-            raise ConfigError(
-                f"--only {name!r} is neither a data set nor a method of the suite, nor both as "
-                f"DATA SET/METHOD. Data sets are {', '.join(datasets)}; methods "
-                f"{', '.join(methods)}."
-            )
-    chosen = [
-        pair
-        for (place, row), pair in work.items()
-        if not only or {place, row, f"{place}/{row}"} & set(only)
-    ]
-    suite = Suite(
-        results=path.parent / top.take("results", str, f"results/{path.stem}"),
-        base=top.take("base", dict),
-        datasets=datasets,
-        methods=methods,
-        work=tuple(chosen),
-        tune_seed=top.take("tune-seed", int),
-        seeds=tuple(top.take("seeds", list)),
-        most_rates=top.take("most-rates", int),
-        folder=folder,
-        run=run,
-    )
-    top.refuse_others()
-    if suite.tune_seed in suite.seeds or suite.most_rates < SIZE:
-        raise ConfigError(
-            f"tune-seed must be none of seeds, and most-rates at least {SIZE}, got "
-            f"{suite.tune_seed}, {list(suite.seeds)} and {suite.most_rates}."
-        )
-    for dataset, method in suite.work:
-        tune, final = (
-            suite.experiment(dataset, method, more).data for more in (dataset.tune, dataset.final)
-        )
-        if tune.eval_split == final.eval_split:
-            raise ConfigError(
-                f"[datasets.{dataset.name}] tunes and reports on the rows of "
-                f"{final.eval_split!r}: choose rates on rows that no result is reported on."
-            )
-    return suite
-
-
-def _dataset(name: str, table: Any) -> DataSet:
-    keys = Keys(f"[datasets.{name}]", table)
-    found = DataSet(
-        name,
-        strings(keys.take("set", list, []), f"[datasets.{name}] set"),
-        strings(keys.take("tune", list), f"[datasets.{name}] tune"),
-        strings(keys.take("final", list), f"[datasets.{name}] final"),
-        float(keys.take("seconds", int, 60)),
-    )
-    keys.refuse_others()
-    return found
-
-
-def _row(name: str, table: Any) -> Row:
-    where = f"[methods.{name}]"
-    keys = Keys(where, table)
-    row = Row(
-        name=name,
-        runs=keys.take("runs", str, name),
-        rate=float(keys.take("rate", float, 0.0)),
-        beside=strings(keys.take("beside", list, []), f"{where} beside"),
-        rates_of=keys.take("rates-of", str, ""),
-        overrides=strings(keys.take("set", list, []), f"{where} set"),
-        structure=keys.take("structure", str, ""),
-        times=float(keys.take("times", int, 1)),
-    )
-    keys.refuse_others()
-    if row.runs not in (*RUNS, PROBE):
-        raise ConfigError(f"{where} runs {row.runs!r}. Known are: {', '.join((*RUNS, PROBE))}.")
-    if row.structure not in ("", "searched", "drawn"):
-        raise ConfigError(
-            f"{where} structure must be 'searched' or 'drawn', got {row.structure!r}."
-        )
-    if (row.runs == PROBE) == bool(row.rate or row.rates_of) or (row.rate and row.rates_of):
-        raise ConfigError(f"{where} must have a rate, or rates-of; the probe has neither.")
-    return row
-
-
-def _named(names: list[Any], known: Mapping[str, Any], what: str) -> list[str]:
-    for name in names:
-        if name not in known:
-            raise ConfigError(f"[[work]] names the {what} {name!r}. Known are: {', '.join(known)}.")
-    return [str(name) for name in names]

@@ -16,8 +16,8 @@ from suite_jobs import Pretend, suite_of, tables
 
 from benchmarks import __main__ as command
 from benchmarks.cell import Cell
-from benchmarks.suite import read_suite
 from benchmarks.suite_cell import FAILED, SuiteCell
+from benchmarks.suite_file import read_suite
 from benchmarks.suite_tables import (
     costs_table,
     difficulty,

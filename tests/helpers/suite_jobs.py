@@ -9,7 +9,8 @@ from typing import Any
 import tomli_w
 
 from benchmarks.cell import Cell
-from benchmarks.suite import Suite, read_suite
+from benchmarks.suite import Suite
+from benchmarks.suite_file import read_suite
 from benchmarks.suite_cell import SuiteCell
 
 
