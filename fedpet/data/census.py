@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 
 from fedpet.config import ClientsConfig, DataConfig
-from fedpet.data.cache import Entry, cached
-from fedpet.data.client_rows import held_out_by_clients, natural_clients
-from fedpet.data.encoded_rows import rows_key, task_of
-from fedpet.data.partition import cap_rows, drop_small_clients, partition
+from fedpet.data.dealt_rows import bare_rows, deal_rows
+from fedpet.data.encoded_rows import task_of
+from fedpet.data.partition import drop_small_clients
 from fedpet.data.sources import open_source
 from fedpet.data.split_rows import train_and_held_out
 from fedpet.tasks import Task, kind_of
@@ -48,21 +48,9 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
     task = task_of(train, data, cache)
     kind = kind_of(task)
 
-    def compute() -> Entry:
-        raw = kind.read(train, data, task)
-        numbers = train.choose(data, train.max_rows)
-        arrays = {"labels": raw.labels[numbers], "numbers": numbers}
-        if kind.packs:
-            arrays["sizes"] = kind.sizes(raw)[numbers]
-        return Entry(arrays, {})
-
-    entry = cached(cache, "census", rows_key(train, data, task), compute)
-    if population.partition == "column":
-        parts = natural_clients(train, entry, population.client_column, cache)
-    else:
-        parts = partition(entry.arrays["labels"], population)
-    parts = cap_rows(parts, population)
-    parts, held_out = held_out_by_clients(train, entry, parts, data, population, cache)
+    entry = bare_rows(train, data, task, cache, partial(kind.read, train, data, task))
+    dealt = deal_rows(train, entry, data, population, cache)
+    parts, held_out = dealt.parts, dealt.held_out
     if kind.packs:  # reckoned: there is no tokeniser
         sizes, counts = entry.arrays["sizes"], {}
         for name, rows in parts.items():
@@ -74,7 +62,7 @@ def count_clients(data: DataConfig, population: ClientsConfig, *, cache: Path) -
                 both, held_out[name] = np.union1d(rows, held), held[:0]
                 counts[name] = -(-int(sizes[both].sum()) // data.max_length)
         parts = {name: np.broadcast_to(0, count) for name, count in counts.items()}
-    clients = drop_small_clients(parts, len(entry.arrays["labels"]), population).clients
+    clients = drop_small_clients(parts, dealt.num_rows, population).clients
     return ClientCounts(
         task,
         {client.id: len(client.rows) for client in clients},

@@ -5,11 +5,14 @@ Out: a `FederatedData`.
 
 Each split is tokenised once. Its entry in the cache is named after the source's bytes, the
 tokeniser's bytes and the settings that decide a token or a label, so a second start opens it and
-reads no text. Nothing that depends on the population is kept: clients are dealt out each time.
+reads no text. Clients are dealt out each time, and with all rows tokenised nothing that depends on
+the population is kept. With `clients.max-rows` the rows are dealt out first: only those of clients
+that take part are tokenised, and the entry is named after their numbers as well.
 """
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -19,20 +22,10 @@ import numpy as np
 
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data.cache import Entry
-from fedpet.data.client_rows import (
-    held_out_by_clients,
-    natural_clients,
-    owners_of,
-    with_held_out,
-)
+from fedpet.data.client_rows import owners_of, with_held_out
+from fedpet.data.dealt_rows import bare_rows, deal_rows
 from fedpet.data.encoded_rows import OnRows, pack, rows_entry, rows_of, task_of
-from fedpet.data.partition import (
-    Client,
-    cap_rows,
-    drop_small_clients,
-    partition,
-    partition_with,
-)
+from fedpet.data.partition import Client, drop_small_clients
 from fedpet.data.row_books import RowBooks, count_rows
 from fedpet.data.rows import Rows, no_rows
 from fedpet.data.sources import Files, open_source
@@ -53,7 +46,7 @@ class FederatedData:
     evaluation: Rows
     clients: tuple[Client, ...]  # sorted by id; their rows are of `train`
     left_out_clients: int  # with fewer than min_rows rows
-    left_out_rows: int  # of `train`, that no client holds
+    left_out_rows: int  # of the training split, that no client holds; with max_rows not in `train`
     tokenizer_hash: str  # 64 hex digits
     books: Mapping[str, RowBooks] = field(default_factory=dict)  # of "train" and "evaluation"
 
@@ -116,24 +109,26 @@ def load_data(
     task = task_of(train_split, data, cache)
     kind = kind_of(task)
     encoding = (data, task, tokenizer_folder, cache, on_rows)
-    train_entry = rows_entry(train_split, *encoding)
+    read = functools.cache(functools.partial(kind.read, train_split, data, task))
+    dealing = (data, population, cache, partitioner)
+    if population.max_rows:  # most rows may take no part
+        bare = bare_rows(train_split, data, task, cache, read)
+        dealt = deal_rows(train_split, bare, *dealing)
+        taking = dealt.taking_part(population, min_rows=1 if kind.packs else population.min_rows)
+        dealt = dealt.among(taking)
+        train_entry = rows_entry(
+            train_split, *encoding, read=read, taking=bare.arrays["numbers"][taking]
+        )
+    else:
+        train_entry = rows_entry(train_split, *encoding, read=read)
+        dealt = deal_rows(train_split, train_entry, *dealing)
+    del read  # the rows as they were read
     held_entry = rows_entry(held_split, *encoding) if evaluation else None
     owners = None
     if held_entry and partitioner is None and population.partition == "column":
         owners = owners_of(held_split, held_entry, population.client_column, cache)
 
-    if partitioner is not None:
-        dataset = source.read(data.train_split).dataset()
-        parts = partition_with(partitioner, dataset.select(train_entry.arrays["numbers"]))
-    elif population.partition == "column":
-        parts = natural_clients(train_split, train_entry, population.client_column, cache)
-    else:
-        parts = partition(train_entry.arrays["labels"], population)
-    num_rows = len(train_entry.arrays["labels"])
-    unowned = num_rows - sum(map(len, parts.values()))
-    parts = cap_rows(parts, population)
-    beyond = num_rows - unowned - sum(map(len, parts.values()))
-    parts, held_out = held_out_by_clients(train_split, train_entry, parts, data, population, cache)
+    parts, held_out = dealt.parts, dealt.held_out
     train, examples = rows_of(train_entry, data), parts
     if kind.packs:
         train, examples, own = _pack_clients(train_entry, parts, held_out, data, cache)
@@ -144,7 +139,8 @@ def load_data(
         if short:
             train, examples, own = _pack_clients(train_entry, parts, held_out, data, cache)
         held_out = own
-    kept = with_held_out(drop_small_clients(examples, len(train), population), held_out)
+    count = len(train) if kind.packs else dealt.num_rows
+    kept = with_held_out(drop_small_clients(examples, count, population), held_out)
     held = no_rows(train)
     if held_entry and kind.packs:
         held = _pack_evaluation(held_entry, owners, data, cache)
@@ -157,10 +153,11 @@ def load_data(
             train_entry,
             "data.max-train-rows",
             {
-                "of no client": unowned,
-                "beyond clients.max-rows": beyond,
+                "of no client": dealt.unowned,
+                "beyond clients.max-rows": dealt.beyond,
                 "of clients below clients.min-rows": small,
             },
+            dealt.num_rows,
         )
     }
     if held_entry:

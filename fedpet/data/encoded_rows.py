@@ -27,12 +27,13 @@ from fedpet.data.rows import Rows
 from fedpet.data.split_rows import Split
 from fedpet.data.tokenize import hash_tokenizer_files
 from fedpet.errors import DataError
-from fedpet.tasks import Task, kind_of, portable_name
+from fedpet.tasks import RawRows, Task, kind_of, portable_name
 from fedpet.tasks.class_labels import check_label_names
 
-__all__ = ["OnRows", "pack", "rows_entry", "rows_key", "rows_of", "task_of"]
+__all__ = ["OnRows", "ReadRows", "pack", "rows_entry", "rows_key", "rows_of", "task_of"]
 
 OnRows = Callable[[int, int], None]  # rows done, rows in all
+ReadRows = Callable[[], RawRows]
 
 
 def task_of(split: Split, data: DataConfig, cache: Path) -> Task:
@@ -106,8 +107,21 @@ def rows_entry(
     tokenizer_folder: Path,
     cache: Path,
     on_rows: OnRows,
+    read: ReadRows | None = None,
+    taking: np.ndarray | None = None,
 ) -> Entry:
-    """Return the examples of a split, made where the cache has none."""
+    """Return the examples of a split, made where the cache has none.
+
+    Args:
+        split: The rows.
+        data: The settings.
+        task: Its classes.
+        tokenizer_folder: The backbone's local folder.
+        cache: Root of the cache.
+        on_rows: Is called while rows are tokenised.
+        read: Reads and checks all rows of the split; None has the task do it.
+        taking: The numbers of the rows that take part, ascending; None takes those of the split.
+    """
     key = {
         "tokenizer": hash_tokenizer_files(tokenizer_folder),
         "by": _versions(),
@@ -115,11 +129,13 @@ def rows_entry(
         **(_named_files(split, data, cache) if kind_of(task).reads_files else {}),
         "max_length": data.max_length,
     }
+    if taking is not None:
+        key["taking"] = hashlib.sha256(taking.astype(np.int64).tobytes()).hexdigest()
 
     def compute() -> Entry:
         kind, where = kind_of(task), split.where
-        raw = kind.read(split, data, task)
-        numbers = split.choose(data, split.max_rows)
+        raw = read() if read else kind.read(split, data, task)
+        numbers = split.choose(data, split.max_rows) if taking is None else taking
         if not len(numbers):
             raise DataError(
                 f"no row of the {len(raw.labels)} in {where} is {split.part} at data.eval-fraction "

@@ -22,15 +22,19 @@ class RowBooks:
 _OTHER_PART = {"kept": "held out to evaluate on", "held out": "kept to train on"}
 
 
-def count_rows(entry: Entry, limit: str, more: Mapping[str, int] | None = None) -> RowBooks:
+def count_rows(
+    entry: Entry, limit: str, more: Mapping[str, int] | None = None, num_rows: int | None = None
+) -> RowBooks:
     """Count the rows of a split that are used, and those left out by the reason.
 
     Args:
         entry: Of the split.
         limit: The setting that limits its rows.
-        more: Rows of the entry that are not used, by the reason.
+        more: Rows within that limit that are not used, by the reason.
+        num_rows: Within that limit; None for all that the entry has.
     """
-    told, num_rows = entry.meta, len(entry.arrays["labels"])
+    told = entry.meta
+    num_rows = len(entry.arrays["labels"]) if num_rows is None else num_rows
     left_out = {
         **told["left_out"],
         _OTHER_PART.get(told["part"], ""): told["num_rows"] - told["num_rows_of_part"],
