@@ -142,7 +142,7 @@ def test_the_command_of_a_wheel_answers_help(binaries: Path, tmp_path: Path) -> 
 
 def test_a_bundle_is_small_and_holds_no_tests_or_results(bundle: Path) -> None:
     files = [path for path in bundle.rglob("*") if path.is_file()]
-    assert sum(path.stat().st_size for path in files) < 2_000_000  # Flower takes 10 MB, packed
+    assert sum(path.stat().st_size for path in files) < 2_200_000  # Flower takes 10 MB, packed
     top = {path.relative_to(bundle).parts[0] for path in files}
     assert top == {"pyproject.toml", "LICENSE", ".info", "fedpet", *FOLDERS}
     assert not (bundle / "benchmarks").exists()

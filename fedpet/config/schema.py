@@ -110,7 +110,7 @@ class DataConfig(Stage):
     # return.
     metric: str = "accuracy"
     # Functions as Trainer's compute_metrics: registered names, or "package.module:function". Also
-    # metrics of what the model writes: rouge_l, chrf, bleu, exact_match.
+    # metrics of what the model writes: rouge_l, chrf, bleu, wer, cer, exact_match.
     metrics: tuple[str, ...] = ()
     # Makes batches as Trainer's data_collator does: a registered name, or
     # "package.module:function"; "" pads each batch to its longest row.

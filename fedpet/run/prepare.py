@@ -40,6 +40,7 @@ from fedpet.protocol.plan import Plan
 from fedpet.run.callbacks import Callback
 from fedpet.run.central_search import mask_beside, resolve_search
 from fedpet.search import Space
+from fedpet.tasks import Task
 from fedpet.training.batching import inputs_of
 from fedpet.training.block_checkpointing import check_checkpointing
 from fedpet.training.cls_only import check_first_token
@@ -107,6 +108,8 @@ def prepare(
     bound_onednn_cache()
     experiment = experiment.located()
     check_codecs(experiment.codec)
+    asked = experiment.data
+    check_text_metrics(Task(asked.task, asked.label_names, asked.metric, asked.metrics))
     device = check_device(experiment.run.device)
     callback.on_stage("reading and tokenising the rows")
     folder, cache = locate(experiment.backbone), make_cache(experiment)
@@ -126,7 +129,6 @@ def prepare(
         data = replace(data, task=replace(data.task, weights="rows"))
     for line in describe_classes(count_classes(data), trained_here=not is_deployed(experiment)):
         callback.on_stage(line)
-    check_text_metrics(data.task)
     callback.on_stage(f"loading the backbone {experiment.backbone.model!r}, settling the plan")
     backbone = load_for_task(experiment.backbone, data.task, device=device)
     for line in backbone.origin.lines():

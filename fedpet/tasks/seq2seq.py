@@ -48,7 +48,8 @@ class Seq2Seq(CausalTask):
         **CausalTask.metrics,
         "exact_match": _exact_match,
     }
-    written_metrics = frozenset({"rouge_l", "chrf", "bleu"})
+    written_metrics = frozenset({"rouge_l", "chrf", "bleu", "wer", "cer"})
+    lower_is_better = CausalTask.lower_is_better | {"wer", "cer"}
     model_class = "AutoModelForSeq2SeqLM"
     pipeline = "text2text-generation"
 

@@ -2,7 +2,8 @@
 
 `data.text-columns` names the column of speech, see fedpet/data/audio.py, and `data.response-column`
 its text. The checkpoint's own feature extractor makes each spectrum once. Loss, weights and metrics
-are those of "seq2seq"; `data.max-length` cuts the text.
+are those of "seq2seq", `wer` (the rate of errors in words) the usual one of texts that the model
+writes; `data.max-length` cuts the text.
 
 Whisper's tokeniser writes the start token before a text, and the decoder reads one already: as in
 transformers' own examples it is taken off, so that it is no label.
@@ -39,7 +40,6 @@ class SpeechToText(Seq2Seq):
     model_class = "AutoModelForSpeechSeq2Seq"
     pipeline = "automatic-speech-recognition"
     reads_files = True
-    written_metrics = frozenset()
 
     def check_data(self, data: DataConfig) -> None:
         """Ask for speech and its text; see `TaskKind.check_data`."""

@@ -69,7 +69,7 @@ class TaskKind:
 
     Attributes:
         metrics: Built-in metrics by name, the usual one first: functions of what `compared` gives.
-        lower_is_better: Names of those where less is better.
+        lower_is_better: Names of those and of `written_metrics` where less is better.
         written_metrics: Names of those that are taken, where they are asked for, of texts that the
             model writes, see fedpet/training/text_metrics.py.
         model_class: Of transformers, whose `from_pretrained` loads the model.

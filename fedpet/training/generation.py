@@ -1,26 +1,31 @@
 """Have a model write: the last answer of a conversation, a target, or how a text goes on.
 
-In:  rows of tokens with marks, a model of language, the most new tokens.
+In:  rows of tokens with marks, or of speech; a model of language, the most new tokens.
 Out: for each row the tokens that the model writes, and those that stand there.
 
 Decoding is greedy: the same model writes the same. What comes before the last stretch of marked
 tokens is the prompt, and the stretch is what is wanted; of a text whose tokens are all marked, the
 first half or `TEXT_PROMPT` tokens are. A prompt is written on until a token that ends a turn.
+
+Of speech the prompt is what the target begins with before its first word: Whisper's tokens of
+language and task, which its own `generate` puts there as well.
 """
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from fedpet.backbone.device import device_of
+from fedpet.backbone.device import device_of, to_device
 from fedpet.data.tokenize import load_tokenizer
 from fedpet.training.input_checks import max_tokens
 
@@ -59,6 +64,13 @@ class Writer:
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.folder)
 
+    @cached_property
+    def _marking(self) -> list[int]:
+        """Return the tokens that stand for no text: those of a start, a language, a task."""
+        tokenizer = self._tokenizer
+        added = {key for key, one in tokenizer.added_tokens_decoder.items() if one.special}
+        return sorted(added.union(tokenizer.all_special_ids) - {tokenizer.unk_token_id})
+
     def write(self, model: Any, rows: Rows, indices: np.ndarray) -> list[Written]:
         """Have the model write for some rows, greedily.
 
@@ -68,37 +80,58 @@ class Writer:
             indices: Of the rows, (n,).
         """
         model.eval()
-        parts = [split_prompt(rows, int(index)) for index in indices]
-        order = np.argsort([len(prompt) for prompt, _ in parts], kind="stable")
+        parts = [self._split(rows, int(index)) for index in indices]
+        lengths = np.array([len(prompt) for prompt, _ in parts])
         texts = [""] * len(parts)
-        for start in range(0, len(order), _ROWS):
-            chosen = order[start : start + _ROWS]
-            found = self._batch(model, rows, [parts[place] for place in chosen])
-            for place, ids in zip(chosen, found, strict=True):
+        for chosen in _cut(lengths, equal=rows.dense is not None):
+            batch = self._batch(model, rows, indices[chosen], [parts[place] for place in chosen])
+            for place, ids in zip(chosen, batch, strict=True):
                 texts[place] = self._text(ids)
         return [
             Written(self._tokenizer.decode(prompt), text, self._text(wanted))
             for (prompt, wanted), text in zip(parts, texts, strict=True)
         ]
 
+    def _split(self, rows: Rows, index: int) -> tuple[np.ndarray, np.ndarray]:
+        prompt, wanted = split_prompt(rows, index)
+        if rows.dense is None:
+            return prompt, wanted
+        words = ~np.isin(wanted[:-1], self._marking)
+        first = int(words.argmax()) if words.any() else len(words)
+        return wanted[:first], wanted[first:]
+
     @torch.inference_mode()
     def _batch(
-        self, model: Any, rows: Rows, parts: Sequence[tuple[np.ndarray, np.ndarray]]
+        self,
+        model: Any,
+        rows: Rows,
+        indices: np.ndarray,
+        parts: Sequence[tuple[np.ndarray, np.ndarray]],
     ) -> list[list[int]]:
         """Write behind some prompts at once: they are padded on the left, an encoder's as ever."""
         prompts = [prompt for prompt, _ in parts]
-        encodes = rows.decoder_start >= 0
+        encodes, dense = rows.decoder_start >= 0, rows.dense
         longest = max(map(len, prompts))
+        begun = 1 + longest if dense else 1 if encodes else longest  # before the first new token
         new, limit = self.max_new_tokens, max_tokens(model)
         if limit is not None:
-            new = min(new, limit - (1 if encodes else longest))
+            new = min(new, limit - begun)
         if new < 1:  # no position is left
             return [[] for _ in prompts]
+        device = device_of(model)
         ids = np.full((len(prompts), longest), rows.pad_id, dtype=np.int64)
         inside = np.zeros_like(ids)
         for row, prompt in enumerate(prompts):
             place = slice(0, len(prompt)) if encodes else slice(longest - len(prompt), None)
             ids[row, place], inside[row, place] = prompt, 1
+        if dense is None:
+            inputs = {
+                "input_ids": torch.from_numpy(ids),
+                "attention_mask": torch.from_numpy(inside),
+            }
+        else:
+            ids = np.insert(ids, 0, rows.decoder_start, axis=1)
+            inputs = {**dense.batch(indices), "decoder_input_ids": torch.from_numpy(ids)}
         settings = copy.deepcopy(model.generation_config)
         for name in _OF_SAMPLING:
             setattr(settings, name, None)
@@ -109,14 +142,11 @@ class Writer:
         )  # fmt: skip
         if encodes:
             settings.decoder_start_token_id = rows.decoder_start
-        device = device_of(model)
-        made = model.generate(
-            input_ids=torch.from_numpy(ids).to(device),
-            attention_mask=torch.from_numpy(inside).to(device),
-            generation_config=settings,
+        made = _generate(model, dense is not None)(
+            **to_device(inputs, device), generation_config=settings
         )
         found = []
-        for tokens in made[:, (1 if encodes else longest) :].tolist():
+        for tokens in made[:, begun:].tolist():
             ends = [place for place, token in enumerate(tokens) if token in stops]
             found.append(tokens[: ends[0]] if ends else tokens)
         return found
@@ -134,6 +164,26 @@ class Writer:
             np.asarray(ids, dtype=np.int64), skip_special_tokens=True
         )
         return text.strip()
+
+
+def _generate(model: Any, of_speech: bool) -> Callable[..., Tensor]:
+    """Return a model's `generate`; not Whisper's own, which sets the language and task itself."""
+    if not of_speech:
+        return cast("Callable[..., Tensor]", model.generate)
+    from transformers import GenerationMixin  # takes seconds
+
+    return cast("Callable[..., Tensor]", functools.partial(GenerationMixin.generate, model))
+
+
+def _cut(lengths: np.ndarray, *, equal: bool) -> list[np.ndarray]:
+    """Cut rows into batches of like lengths, or of equal ones."""
+    order = np.argsort(lengths, kind="stable")
+    ends = np.flatnonzero(np.diff(lengths[order])) + 1 if equal else np.empty(0, dtype=np.int64)
+    return [
+        part[start : start + _ROWS]
+        for part in np.split(order, ends)
+        for start in range(0, len(part), _ROWS)
+    ]
 
 
 def split_prompt(rows: Rows, index: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import wave
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 import torch
 from in_process_run import run
+from seq2seq_models import WORDS
 from speech_models import RATE, save_model, tone
 from task_rows import experiment_maker, write_rows
 from tiny import Silent
@@ -19,8 +21,10 @@ from tiny import Silent
 from fedpet.data.audio import read_audio
 from fedpet.data.processors import load_feature_extractor
 from fedpet.data.rows import NO_LABEL
+from fedpet.data.tokenize import load_tokenizer
 from fedpet.errors import DataError
 from fedpet.run.prepare import Prepared, prepare
+from fedpet.training.generation import Writer
 from fedpet.training.token_loss import token_loss
 
 TASK = "speech-to-text"
@@ -141,3 +145,63 @@ def test_another_rate_and_too_long_a_recording_are_refused(
         (tmp_path / f"{split}.jsonl").write_text((json.dumps(row) + "\n") * 4)
     with pytest.raises(DataError, match=r"row 1 .* 1\.0 seconds of speech, and the model takes 1"):
         prepare(experiment(TASK, data_source=str(tmp_path)), Silent())
+
+
+def test_what_is_written_for_speech_is_what_the_most_likely_tokens_are_one_by_one(
+    experiment: Any, files: Path
+) -> None:
+    prepared = prepared_of(experiment(TASK))
+    rows, model = prepared.data.evaluation, prepared.pet.model
+    chosen = np.array([7, 0, 3])
+    found = Writer(files / "whisper", 6).write(model, rows, chosen)
+    lines = (files / "rows/test.jsonl").read_text().splitlines()
+    wanted = [json.loads(lines[n])["text"].split() for n in chosen]
+    known = [[word for word in words if word in WORDS] for words in wanted]
+    assert [one.wanted.split() for one in found] == known
+    for number, one in zip(chosen, found, strict=True):
+        batch = rows.batch(np.array([number]))
+        ids = [rows.decoder_start]
+        with torch.no_grad():
+            while len(ids) < 7 and ids[-1] != 1:
+                batch["decoder_input_ids"] = torch.tensor([ids])
+                inputs = {name: batch[name] for name in ("input_features", "decoder_input_ids")}
+                ids.append(int(model(**inputs).logits[0, -1].argmax()))
+        words = [WORDS[token] for token in ids[1:] if token > 2]
+        assert one.text.split() == words
+
+
+def test_a_text_is_written_behind_the_tokens_of_language_and_task_that_its_target_begins_with(
+    experiment: Any, files: Path, tmp_path: Path
+) -> None:
+    tokenizer = load_tokenizer(files / "whisper")
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    tokenizer.save_pretrained(tmp_path / "marked")
+    writer = Writer(tmp_path / "marked", 5)
+    prepared = prepared_of(experiment(TASK))
+    rows, model = prepared.data.evaluation, prepared.pet.model
+    start, stop = rows.offsets[:2]
+    target = rows.tokens[start:stop]
+    begun = [np.concatenate([np.full(count, 3), target]) for count in (2, 0, 1)]
+    offsets = np.cumsum([0, *map(len, begun)])
+    several = replace(
+        rows.take(np.zeros(3, dtype=np.int64)),
+        tokens=np.concatenate(begun).astype(np.int32),
+        offsets=offsets,
+        marks=np.ones(offsets[-1], np.uint8),
+        labels=np.diff(offsets),
+    )
+    found = writer.write(model, several, np.arange(3))
+    assert {one.wanted for one in found} == {writer._text(target)}
+    assert [one.prompt.split() for one in found] == [["<s>"] * 2, [], ["<s>"]]
+    for count, one in zip((2, 0, 1), found, strict=True):
+        ids = [rows.decoder_start, *[3] * count]
+        with torch.no_grad():
+            for _ in range(5):
+                inputs = {
+                    "input_features": rows.batch(np.array([0]))["input_features"],
+                    "decoder_input_ids": torch.tensor([ids]),
+                }
+                ids.append(int(model(**inputs).logits[0, -1].argmax()))
+                if ids[-1] == 1:
+                    break
+        assert one.text.split() == [WORDS[token] for token in ids[1 + count :] if token > 3]
