@@ -1,5 +1,7 @@
 """The ServerApp of `flwr run`."""
 
+from pathlib import Path
+
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
@@ -11,4 +13,4 @@ app = ServerApp()
 @app.main()
 def main(grid: Grid, context: Context) -> None:
     """Run the federation that the run config describes, and leave a run folder."""
-    serve_run(grid, context)
+    serve_run(grid, context, Path(__file__).parents[1])

@@ -30,12 +30,12 @@ from fedpet.client.node_limits import LIMIT_KEYS, NodeLimits
 from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
 from fedpet.errors import AbsentDataError, ConfigError
 from fedpet.protocol.plan import Plan
-from fedpet.utils.paths import absolute, cache_root
+from fedpet.utils.paths import absolute, cache_root, expand
 
 if TYPE_CHECKING:
     from fedpet.data import FederatedData
 
-__all__ = ["NodeConfig", "cache_folder", "make_cache"]
+__all__ = ["NodeConfig", "cache_folder", "make_cache", "refuse_script", "script_in_app"]
 
 _KEYS: dict[str, type | tuple[type, ...]] = {
     **dict.fromkeys(("data", "client", "client-column", "split", "text-columns"), str),
@@ -131,6 +131,34 @@ class NodeConfig:
         script = experiment.clients.script
         config = cls.from_experiment(experiment)
         return replace(config, script=absolute(script) if script else None)
+
+
+def script_in_app(experiment: Experiment, app: Path | None) -> Experiment:
+    """Return a simulation's settings, a relative `clients.script` led to its file in an app.
+
+    Args:
+        experiment: The settings.
+        app: The Flower app's folder; None, or one without that file, leaves them as they are.
+    """
+    script = experiment.clients.script
+    if not script or app is None or not (app / expand(script)).is_file():
+        return experiment
+    clients = replace(experiment.clients, script=str(absolute(app / expand(script))))
+    return replace(experiment, clients=clients)
+
+
+def refuse_script(experiment: Experiment) -> None:
+    """Refuse a run whose server names a script: a node runs none but its owner's.
+
+    Raises:
+        ConfigError: `clients.script` is not "".
+    """
+    if experiment.clients.script:
+        raise ConfigError(
+            "clients.script is run by a simulation, `fedpet simulate` or `flwr run`, and this is a "
+            "real node, which runs no script that a server names: leave it out of the run config, "
+            "and name the node's own with `fedpet deploy ... --script FILE`."
+        )
 
 
 def cache_folder(experiment: Experiment) -> Path:

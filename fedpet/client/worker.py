@@ -83,7 +83,7 @@ def answer_task(task: RuntimeTask, script: Path | None = None) -> None:
     What torch says may quote rows: of an error that is not fedpet's the server learns its type.
     """
     from fedpet.client.node import reply
-    from fedpet.client.node_config import NodeConfig
+    from fedpet.client.node_config import NodeConfig, refuse_script
     from fedpet.config import Experiment
 
     started, used = time.perf_counter(), time.process_time()
@@ -92,6 +92,7 @@ def answer_task(task: RuntimeTask, script: Path | None = None) -> None:
         if code := _digest_in(task.bundle):
             check_source_digest(code)
         experiment = Experiment.from_run_config(context.run_config)
+        refuse_script(experiment)
         config = NodeConfig.from_experiment(experiment, context.node_config)
         config = replace(config, script=script)
         answered = reply(message, config)

@@ -12,6 +12,7 @@ from pathlib import Path
 from flwr.app import Context
 from flwr.serverapp import Grid
 
+from fedpet.client.node_config import script_in_app
 from fedpet.config import Experiment
 from fedpet.errors import ConfigError
 from fedpet.run.federate import federate
@@ -25,18 +26,23 @@ from fedpet.utils.paths import expand
 __all__ = ["serve_run"]
 
 
-def serve_run(grid: Grid, context: Context) -> None:
+def serve_run(grid: Grid, context: Context, app: Path | None = None) -> None:
     """Run the federation and leave a run folder.
+
+    Args:
+        grid: Leads to the nodes.
+        context: Of the run.
+        app: The app's folder, from which a relative `clients-script` leads where it holds the file.
 
     Raises:
         ConfigError: The run config is no experiment, or names a relative path.
         RunError: Nothing was learned.
     """
-    experiment = Experiment.from_run_config(context.run_config)
-    if experiment.clients.script:
+    experiment = script_in_app(Experiment.from_run_config(context.run_config), app)
+    if experiment.clients.script and is_deployed(experiment):
         raise ConfigError(
-            "clients.script is run by `fedpet simulate`, and a deployment's nodes name their own: "
-            "leave it out of the run config."
+            "clients.script is run by a simulation, and a deployment's nodes name their own "
+            "(`fedpet deploy ... --script FILE`): leave it out of the run config."
         )
     refuse_relative(experiment)
     folder = expand(experiment.run.out)
