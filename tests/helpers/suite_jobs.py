@@ -10,8 +10,8 @@ import tomli_w
 
 from benchmarks.cell import Cell
 from benchmarks.suite import Suite
-from benchmarks.suite_file import read_suite
 from benchmarks.suite_cell import SuiteCell
+from benchmarks.suite_file import read_suite
 
 
 class Pretend:
