@@ -42,6 +42,17 @@ def start(server: Path, superlink: str, relay: str) -> subprocess.Popen[bytes]:
     return subprocess.Popen([str(server / "superlink.sh")], env=environment, stderr=-1)
 
 
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give a folder to another user")
+@pytest.mark.parametrize("name", ["superlink.sh", "register.sh", "run.sh"])
+def test_a_script_leaves_no_files_of_root_in_the_folder_of_another(server: Path, name: str) -> None:
+    os.chown(server, 65534, 65534)
+    before = sorted(server.iterdir())
+    done = subprocess.run([str(server / name)], capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert "run this as that user" in done.stderr
+    assert sorted(server.iterdir()) == before
+
+
 def started(server: Path, count: int) -> dict[int, str]:
     """Wait for so many programs; the arguments of each, by its process."""
     notes, limit = server.parent / "notes", time.monotonic() + 60
