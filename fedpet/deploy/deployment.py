@@ -21,6 +21,7 @@ import os
 import re
 import tempfile
 from dataclasses import asdict, dataclass, replace
+from itertools import count
 from pathlib import Path
 
 import tomli_w
@@ -40,6 +41,9 @@ OWN_PORT, NODE_PORT = 8001, 8100
 ISOLATIONS = ("process", "subprocess")
 MAX_DAYS = 36_500
 FACTS = "deployment.toml"
+COMPOSE = "compose.yaml"
+# What `add_node_files` writes into a node's folder; the rest of it is the device's.
+NODE_FILES = ("ca.crt", "fedpet-supernode.service", "node.key", "node.toml", "supernode.sh")
 MAX_CLIENTS = 100_000  # of a node, as a registration has them
 CONTAINER_UID = 10_001  # in containers of a deployment that root has made
 _NODE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,62}")
@@ -53,10 +57,12 @@ class NodeSpec:
     Attributes:
         name: Of its folder and key; the client's name too, where it holds one client.
         data: Its rows: a file or folder, as the device sees it from its folder.
+        port: Of its own processes; 0 until `with_ports` gives it one.
     """
 
     name: str
     data: str = "data.jsonl"
+    port: int = 0
 
     def __post_init__(self) -> None:
         if not _NODE_NAME.fullmatch(self.name):
@@ -93,8 +99,8 @@ class Deployment:
         isolation: Flower's word for where a node answers messages: "process" in a worker that stays
             (fedpet/client/supernode.py), "subprocess" in a new process of Flower's for each, which
             executes the server's bundle.
-        node_port: Of the first node's own processes; the next node's is one higher, so that nodes
-            can share a machine.
+        node_port: Of the first node's own processes; each further node takes the next port that
+            no other has, so that nodes can share a machine.
         backbone: The checkpoint's folder on the nodes, where the experiment's name does not do.
         install: Where the folders will lie on their machines, for the systemd units.
         days: For how long the server's certificate is valid; its authority is ten times as long.
@@ -225,6 +231,14 @@ class Deployment:
         return {**config, "cache": "cache"}
 
 
+def with_ports(deployment: Deployment) -> Deployment:
+    """Give each node without a port of its own processes the lowest that no other node has."""
+    taken = {node.port for node in deployment.nodes}
+    free = (port for port in count(deployment.node_port) if port not in taken)
+    nodes = (node if node.port else replace(node, port=next(free)) for node in deployment.nodes)
+    return replace(deployment, nodes=tuple(nodes))
+
+
 def write_deployment(deployment: Deployment, folder: Path) -> None:
     """Make the folder, whole or not at all.
 
@@ -240,7 +254,7 @@ def write_deployment(deployment: Deployment, folder: Path) -> None:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as beside:
             made = Path(beside) / folder.name
-            _write_all(deployment, made)
+            _write_all(with_ports(deployment), made)
             os.replace(made, folder)
     except OSError as error:
         raise ConfigError(f"the folder {str(folder)!r} cannot be written: {error}.") from None
@@ -259,37 +273,50 @@ def _write_all(deployment: Deployment, folder: Path) -> None:
         "client_column": deployment.client_column,
         "days": deployment.days,
         "host": deployment.host,
-        "names": [node.name for node in deployment.nodes],
         "num_nodes": len(deployment.nodes),
         "packages_file": PACKAGES_FILE if packages(deployment.experiment) else "",
         "own_port": deployment.own_port,
         "port": deployment.port,
-        "uid": os.getuid() or CONTAINER_UID,
-        "gid": os.getgid() or CONTAINER_UID,
+        **_container_user(),
         "source": deployment.server_experiment().data.source,
         "waits_for": deployment.clients or len(deployment.nodes),
     }
-    for name in ("Dockerfile", "compose.yaml", "README.md"):
+    for name in ("Dockerfile", "README.md"):
         write_new(folder / name, render(TEMPLATES / f"{name}.j2", **facts))
+    write_new(folder / COMPOSE, compose_file(deployment))
     server = folder / "server"
     write_new(server / "ca.crt", certificates.authority)
     write_new(server / "server.pem", certificates.server)
     write_new(server / "server.key", certificates.server_key)
     _write_server(deployment, server)
-    for number in range(len(deployment.nodes)):
-        add_node_files(deployment, folder, number)
+    for node in deployment.nodes:
+        add_node_files(deployment, folder, node)
     for path in folder.rglob("*"):  # copied files came with modes of their own
         path.chmod(path.stat().st_mode & 0o700)
 
 
-def add_node_files(deployment: Deployment, folder: Path, number: int) -> None:
+def add_node_files(deployment: Deployment, folder: Path, node: NodeSpec) -> None:
     """Write the files of one node of a deployment, and its key and bounds on the server."""
-    node, server = deployment.nodes[number], folder / "server"
-    place = folder / "nodes" / node.name
+    server, place = folder / "server", folder / "nodes" / node.name
     write_key(server / "nodes", place, node.name)
     write_new(server / "nodes" / f"{node.name}.toml", tomli_w.dumps(deployment.bounds()).encode())
     write_new(place / "ca.crt", (server / "ca.crt").read_bytes())
-    _write_node(deployment, node, place, deployment.node_port + number)
+    _write_node(deployment, node, place)
+
+
+def compose_file(deployment: Deployment) -> bytes:
+    """Return the content of compose.yaml, which starts the server and every node."""
+    return render(
+        TEMPLATES / f"{COMPOSE}.j2",
+        bind=deployment.bind,
+        names=[node.name for node in deployment.nodes],
+        port=deployment.port,
+        **_container_user(),
+    )
+
+
+def _container_user() -> dict[str, int]:
+    return {"uid": os.getuid() or CONTAINER_UID, "gid": os.getgid() or CONTAINER_UID}
 
 
 def write_facts(deployment: Deployment, folder: Path) -> None:
@@ -323,12 +350,12 @@ def _write_server(deployment: Deployment, folder: Path) -> None:
     write_app(folder / "app", deployment.server_experiment())
 
 
-def _write_node(deployment: Deployment, node: NodeSpec, folder: Path, port: int) -> None:
+def _write_node(deployment: Deployment, node: NodeSpec, folder: Path) -> None:
     write_new(folder / "node.toml", tomli_w.dumps(deployment.node_config(node)).encode())
     supernode = render(
         TEMPLATES / "supernode.sh.j2",
         server=deployment.address,
-        port=port,
+        port=node.port,
         stays=deployment.isolation == "process",
         script=deployment.script,
     )

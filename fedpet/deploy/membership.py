@@ -7,7 +7,6 @@ afterwards, and to which machine, is returned in words; the server learns of nod
 
 from __future__ import annotations
 
-import shutil
 import tomllib
 from dataclasses import replace
 from pathlib import Path
@@ -15,10 +14,14 @@ from pathlib import Path
 from fedpet.config import Experiment
 from fedpet.deploy.certificates import authority_ends, make_authority, make_server_certificate
 from fedpet.deploy.deployment import (
+    COMPOSE,
     FACTS,
+    NODE_FILES,
     Deployment,
     NodeSpec,
     add_node_files,
+    compose_file,
+    with_ports,
     write_facts,
     write_key,
     write_new,
@@ -48,7 +51,8 @@ def read_deployment(folder: Path) -> Deployment:
         project = tomllib.loads((folder / "server" / "app" / "pyproject.toml").read_text("utf-8"))
         config = project["tool"]["flwr"]["app"]["config"]
         nodes = tuple(NodeSpec(**node) for node in facts.pop("nodes"))
-        return Deployment(experiment=Experiment.from_run_config(config), nodes=nodes, **facts)
+        made = Deployment(experiment=Experiment.from_run_config(config), nodes=nodes, **facts)
+        return with_ports(made)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(
             f"{str(folder)!r} is no deployment's folder as `fedpet deploy` makes it: {error}."
@@ -63,27 +67,31 @@ def add_node(folder: Path, node: NodeSpec) -> str:
     """
     deployment = read_deployment(folder)
     changed = replace(deployment, nodes=(*deployment.nodes, node))  # refuses a name that is there
-    add_node_files(changed, folder, len(deployment.nodes))
+    changed = with_ports(changed)
+    add_node_files(changed, folder, changed.nodes[-1])
     write_facts(changed, folder)
     return (
         f"{node.name}: copy nodes/{node.name}/ to its device, and server/nodes/ to the server; "
-        f"{REGISTER}."
+        f"{REGISTER}.{_compose_follows(deployment, changed, folder)}"
     )
 
 
 def remove_node(folder: Path, name: str) -> str:
-    """Take a node out, with its key.
+    """Take a node out, with its key; rows and whatever else lies in its folder stay.
 
     Raises:
         ConfigError: There is no node of this name, or no other.
     """
     deployment = _with(folder, name)
     left = tuple(node for node in deployment.nodes if node.name != name)
-    write_facts(replace(deployment, nodes=left), folder)
+    changed = replace(deployment, nodes=left)
+    write_facts(changed, folder)
     for suffix in ("pub", "toml"):
         (folder / "server" / "nodes" / f"{name}.{suffix}").unlink(missing_ok=True)
-    shutil.rmtree(folder / "nodes" / name, ignore_errors=True)
-    return f"{name}: remove nodes/{name}.pub and nodes/{name}.toml from the server; {REGISTER}."
+    return (
+        f"{name}: remove nodes/{name}.pub and nodes/{name}.toml from the server; {REGISTER}."
+        f"{_remove_node_files(folder, name)}{_compose_follows(deployment, changed, folder)}"
+    )
 
 
 def rotate_key(folder: Path, name: str) -> str:
@@ -137,6 +145,28 @@ def renew_authority(folder: Path) -> str:
         "copy ca.crt of each node's folder to its device and of server/ to the server, and restart "
         "them. When all have it, --renew-certificate signs by the new authority."
     )
+
+
+def _remove_node_files(folder: Path, name: str) -> str:
+    """Remove what the deployment wrote into a node's folder; return a sentence if more is there."""
+    place = folder / "nodes" / name
+    for file in NODE_FILES:
+        (place / file).unlink(missing_ok=True)
+    if not place.exists():
+        return ""
+    if any(place.iterdir()):
+        return f" What else lies in {place} stays: delete it if it is not needed."
+    place.rmdir()
+    return ""
+
+
+def _compose_follows(before: Deployment, after: Deployment, folder: Path) -> str:
+    """Write compose.yaml anew; return a sentence if it was edited by hand, and so stays."""
+    path = folder / COMPOSE
+    if path.exists() and path.read_bytes() == compose_file(before):
+        _replace(path, compose_file(after))
+        return ""
+    return f" {COMPOSE} is not as the deployment wrote it: change its nodes by hand."
 
 
 def _with(folder: Path, name: str) -> Deployment:

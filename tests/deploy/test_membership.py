@@ -85,6 +85,44 @@ def test_a_node_that_is_added_has_all_that_the_first_ones_have(folder: Path) -> 
         membership.add_node(folder, NodeSpec("c"))
 
 
+def ports(folder: Path) -> dict[str, str]:
+    scripts = sorted((folder / "nodes").glob("*/supernode.sh"))
+    return {one.parent.name: one.read_text().rpartition(" --port ")[2][:4] for one in scripts}
+
+
+def test_no_two_nodes_of_a_machine_have_one_port(folder: Path) -> None:
+    membership.add_node(folder, NodeSpec("c"))
+    membership.remove_node(folder, "b")
+    assert ports(folder) == {"a": "8100", "c": "8102"}
+    membership.add_node(folder, NodeSpec("d"))
+    membership.add_node(folder, NodeSpec("e"))
+    assert ports(folder) == {"a": "8100", "c": "8102", "d": "8101", "e": "8103"}
+
+
+def test_the_rows_of_a_node_that_is_taken_out_stay(folder: Path) -> None:
+    said = membership.remove_node(folder, "b")
+    assert not (folder / "nodes" / "b").exists()
+    assert "stays" not in said
+    membership.add_node(folder, NodeSpec("b"))
+    (folder / "nodes" / "b" / "data.jsonl").write_text("{}\n")
+    said = membership.remove_node(folder, "b")
+    assert [path.name for path in (folder / "nodes" / "b").iterdir()] == ["data.jsonl"]
+    assert "What else lies in" in said
+    membership.add_node(folder, NodeSpec("b"))
+    assert (folder / "nodes" / "b" / "data.jsonl").exists()
+
+
+def test_the_containers_are_those_of_the_nodes_unless_edited_by_hand(folder: Path) -> None:
+    compose = folder / "compose.yaml"
+    membership.add_node(folder, NodeSpec("c"))
+    membership.remove_node(folder, "a")
+    services = [line for line in compose.read_text().splitlines() if line.startswith("  node-")]
+    assert services == ["  node-b:", "  node-c:"]
+    compose.write_text("services: {}\n")
+    assert "by hand" in membership.add_node(folder, NodeSpec("d"))
+    assert compose.read_text() == "services: {}\n"
+
+
 def test_a_node_that_is_taken_out_is_turned_out_of_superlink(folder: Path) -> None:
     flower, keys = FakeFlower(), folder / "server" / "nodes"
     assert enrol(flower, AllowedNodes(keys)) == ["a: let in", "b: let in"]  # type: ignore[arg-type]
