@@ -1,6 +1,6 @@
 """Compare runs by the three protocols of EdgeFlowerTune, from what their folders hold.
 
-    python -m benchmarks.edge_protocols RUN ... [--budget 1e6 ...] [--target 12.5 ...]
+    python -m benchmarks.edge_protocols RUN ... [--budget 1e6 ...] [--target 12.5 ...] [--out FILE]
 
     quality under a budget     the metric of the last evaluation before the bytes are spent
     bytes to a target          what had been sent when an evaluation first reached the metric
@@ -8,8 +8,9 @@
                                the same settings in which all did
 
 Read are `config.toml` and `rounds.jsonl` of each run folder, so a run that goes on can be compared
-too. Bytes are those of all clients and rounds, both ways, the plan included. EdgeFlowerTune also
-measures energy, latency and memory on its devices, which no run folder tells of.
+too; with --out what was read is written to a JSON file. Bytes are those of all clients and rounds,
+both ways, the plan included. EdgeFlowerTune also measures energy, latency and memory on its
+devices, which no run folder tells of.
 
 Source: EdgeFlowerTune (arXiv:2605.08636), whose protocols these are; code and budgets are ours.
 """
@@ -22,13 +23,14 @@ import math
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from fedpet.errors import InputError
 from fedpet.report.number_format import show_metric, show_percent
 from fedpet.training.metrics import greater_is_better
+from fedpet.utils.atomic_write import atomic_write
 from fedpet.utils.formatting import format_bytes
 
 __all__ = ["EdgeRun", "as_text"]
@@ -122,7 +124,7 @@ class EdgeRun:
 def as_text(
     runs: Sequence[EdgeRun], budgets: Sequence[float] = (), targets: Sequence[float] = ()
 ) -> str:
-    """Return the three tables in Markdown.
+    """Return the three tables in Markdown; that of drop-outs where there were any.
 
     Args:
         runs: One or more, of one metric.
@@ -138,25 +140,23 @@ def as_text(
     budgets = budgets or _budgets(runs)
     targets = targets or _targets(runs)
     metric = runs[0].metric
-    return "\n\n".join(
-        [
-            f"Quality under a budget ({metric})",
-            _table(
-                [f"within {format_bytes(budget)}" for budget in budgets],
-                {run.name: [_shown(run.under(budget)) for budget in budgets] for run in runs},
-            ),
-            f"Bytes to a target ({metric})",
-            _table(
-                [f"to {show_metric(target)}" for target in targets],
-                {run.name: [_size(run.bytes_to(target)) for target in targets] for run in runs},
-            ),
-            "Robustness to drop-outs",
-            _table(
-                ["clients lost", "rounds averaged", metric, "without drop-outs", "bytes"],
-                {run.name: _robustness(run, runs) for run in runs},
-            ),
-        ]
-    )
+    parts = [
+        f"Quality under a budget ({metric})",
+        _table(
+            [f"within {format_bytes(budget)}" for budget in budgets],
+            {run.name: [_shown(run.under(budget)) for budget in budgets] for run in runs},
+        ),
+        f"Bytes to a target ({metric})",
+        _table(
+            [f"to {show_metric(target)}" for target in targets],
+            {run.name: [_size(run.bytes_to(target)) for target in targets] for run in runs},
+        ),
+    ]
+    if any(run.lost for run in runs):
+        heads = ["clients lost", "rounds averaged", metric, "without drop-outs", "bytes"]
+        rows = {run.name: _robustness(run, runs) for run in runs}
+        parts += ["Robustness to drop-outs", _table(heads, rows)]
+    return "\n\n".join(parts)
 
 
 def _robustness(run: EdgeRun, runs: Sequence[EdgeRun]) -> list[str]:
@@ -210,9 +210,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("runs", nargs="+", type=Path, help="run folders")
     parser.add_argument("--budget", nargs="+", type=float, default=[], help="in bytes, as 1e6")
     parser.add_argument("--target", nargs="+", type=float, default=[], help="of the metric")
+    parser.add_argument("--out", type=Path, help="write what the runs came to, to this JSON file")
     asked = parser.parse_args(arguments)
     try:
         runs = [EdgeRun.read(folder) for folder in asked.runs]
+        if asked.out is not None:
+            found = json.dumps([asdict(run) for run in runs], indent=1)
+            atomic_write(asked.out, (found + "\n").encode())
         print(as_text(runs, asked.budget, asked.target))
     except InputError as error:
         print(f"Error: {error}", file=sys.stderr)
