@@ -28,6 +28,7 @@ from fedpet.backbone.classifier import (
     output_layer,
     rows_of,
 )
+from fedpet.backbone.quantised import check_library, quantise
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
 from fedpet.tasks import Task, kind_of
@@ -100,11 +101,13 @@ class Backbone:
         head: Names of the head's parameters, see fedpet/backbone/classifier.py; no mask or module
             acts on them.
         fingerprint: SHA-256 (64 hex digits) of the names, shapes, dtypes and values that came
-            from the checkpoint.
+            from the checkpoint; of quantised weights, the values that the bits mean.
         trains_head: Whether the head is trained, in full; else it stays the checkpoint's.
         origin: What came from the checkpoint, and what did not.
         shared: Whether its weights are a map of the checkpoint's file, which other processes map
             too: nothing is written into them.
+        bits: In which its dense weights are stored, see `fedpet.backbone.quantised`; 0: as `model`
+            has the others.
     """
 
     source: str
@@ -115,6 +118,7 @@ class Backbone:
     trains_head: bool = True
     origin: Origin = Origin()
     shared: bool = False
+    bits: int = 0
 
     @classmethod
     def of_model(
@@ -201,6 +205,8 @@ def _load(config: BackboneConfig, folder: Path, task: Task) -> Backbone:
     import transformers
     from transformers.utils import logging as transformers_logging
 
+    if config.bits:
+        check_library(config.bits)
     kind, names = kind_of(task), task.label_names or REGRESSION_NAMES
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -232,6 +238,8 @@ def _load(config: BackboneConfig, folder: Path, task: Task) -> Backbone:
     _init_head(model, drawn, config.head_seed)
     model.requires_grad_(False)
     model.eval()
+    if config.bits:
+        quantise(model, config.bits, head)
     taken = [(name, p) for name, p in model.named_parameters() if name not in drawn]
     return Backbone(
         source=config.model,
@@ -248,6 +256,7 @@ def _load(config: BackboneConfig, folder: Path, task: Task) -> Backbone:
             classes=classes,
         ),
         shared=config.shared,
+        bits=config.bits,
     )
 
 

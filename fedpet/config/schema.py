@@ -78,11 +78,15 @@ class BackboneConfig(Stage):
     # Workers on one machine map the checkpoint's file and share one copy of it: no weight is
     # written, a pass makes each masked one anew. The same bits; the file must hold `dtype`.
     shared: bool = False
+    # Of the frozen dense weights of the blocks in memory: 8 or 4, by bitsandbytes; 0 leaves them in
+    # `dtype`. Mask, merged model and fingerprint are those of the numbers that the bits mean.
+    bits: int = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()
         check_choice("backbone.head", self.head, HEADS)
         check_choice("backbone.dtype", self.dtype, ("float32", "bfloat16"))
+        check_choice("backbone.bits", str(self.bits), ("0", "8", "4"))
 
 
 @dataclass(frozen=True, kw_only=True)

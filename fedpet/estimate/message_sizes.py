@@ -150,6 +150,7 @@ def made_up_plan(experiment: Experiment, layout: Layout, task: Task) -> Plan:
         seed=experiment.run.seed,
         head=experiment.backbone.head,
         dtype=experiment.backbone.dtype,
+        bits=experiment.backbone.bits,
         evaluation=ClientEvaluation.of(experiment.clients),
     )
 

@@ -84,8 +84,10 @@ class ClientStack:
     def installed(self) -> Iterator[None]:
         """Let the model compute for the clients within this context."""
         pet = self._pet
+        changed_too = {own.module for own in self._sites}
         for site in pet._sites:
-            site.remove()
+            if site.module in changed_too or not site.is_quantised:
+                site.remove()
         before = {own.module: own.module.__dict__.get("forward") for own in self._sites}
         try:
             for changed in self._sites:

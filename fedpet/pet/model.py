@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor, nn
 
+from fedpet.backbone.quantised import dequantise
 from fedpet.pet.layers.flat_parameters import unpin
 from fedpet.pet.pet_files import load_pet, save_pet
 from fedpet.pet.trainable_model import TrainableModel, check_dtype
@@ -121,7 +122,7 @@ class PetModel(TrainableModel):
         """Return a plain model with every change folded in, a copy that shares no memory.
 
         Names, shapes, classes and the module tree are the pretrained model's, but for what
-        `added_parameters` lists.
+        `added_parameters` lists. Quantised weights are plain ones of the model's type there.
         """
         self._storage.refresh()
         self._hook.remove()
@@ -131,6 +132,7 @@ class PetModel(TrainableModel):
             self._hook = self._storage.hook(self.model)
         for site in self._sites:
             plain.get_submodule(site.name).__dict__.pop("forward", None)
+        dequantise(plain)
         for name, dtype in self._storage.plain_dtypes.items():
             parameter = plain.get_parameter(name)
             parameter.data = parameter.data.to(dtype)
@@ -153,6 +155,7 @@ class PetModel(TrainableModel):
         self._hook.remove()
         for site in self._sites:
             site.remove()
+        dequantise(self.model)
         if self._mask is not None:
             self._mask.merge_into(self.model)
         self._storage.release(merged=True)

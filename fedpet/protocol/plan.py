@@ -95,6 +95,7 @@ class Plan:
         head: Treatment of the checkpoint's head: "train", "new" or "keep".
         collator: Makes the batches, by its import path; "" pads them.
         dtype: Of the frozen weights, see `BackboneConfig`.
+        bits: Of the frozen dense weights, likewise.
         evaluation: What clients hold out and measure; None: nothing.
     """
 
@@ -117,6 +118,7 @@ class Plan:
     head: str = "train"
     collator: str = ""
     dtype: str = "float32"
+    bits: int = 0
     evaluation: ClientEvaluation | None = None
 
     @classmethod
@@ -278,6 +280,8 @@ class Plan:
             del fields["collator"]
         if self.dtype == "float32":
             del fields["dtype"]
+        if not self.bits:
+            del fields["bits"]
         if self.evaluation is None:
             del fields["evaluation"]
         for name in ("gradient_checkpointing", "warmup_rounds"):
@@ -327,12 +331,14 @@ class Plan:
         )
 
     def backbone(self, own: BackboneConfig) -> BackboneConfig:
-        """Return a node's own place of the checkpoint, with the plan's head and type of weights.
+        """Return a node's own place of the checkpoint, with the plan's head, type and bits of weights.
 
         Raises:
-            ConfigError: The plan names no kind of head, or no such type.
+            ConfigError: The plan names no kind of head, or no such type or bits.
         """
-        return dataclasses.replace(own, head=self.head, head_seed=self.head_seed, dtype=self.dtype)
+        return dataclasses.replace(
+            own, head=self.head, head_seed=self.head_seed, dtype=self.dtype, bits=self.bits
+        )
 
     def build(self, backbone: Backbone) -> PetModel:
         """Adapt a node's own backbone as the plan says. The backbone is used up.

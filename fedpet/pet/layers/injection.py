@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from fedpet.backbone.module_roles import Position
+from fedpet.backbone.quantised import QuantisedWeight
 from fedpet.pet.kernels.input_recompute import activation_forward, norm_forward
 from fedpet.pet.kernels.matmul import Product, torch_matmul
 from fedpet.pet.layers.mixed_precision import widened
@@ -83,13 +84,19 @@ class Site:
         mask = self.mask if self.mask is not None and self.mask.num_values else None
         acted_on = bool(mask or tensors or parallel or sequential)
         if is_dense(self.module):
-            if acted_on or self._is_mixed() or self._product() is not torch_matmul:
+            elsewhere = self.is_quantised or self._product() is not torch_matmul
+            if acted_on or self._is_mixed() or elsewhere:
                 return self._dense(gated, mask, tensors.get("bias", []), parallel, sequential)
         elif acted_on:
             return self._other(tensors, sequential)
         elif self._is_mixed():
             return widened(self._plain(), self.module)
         return None
+
+    @property
+    def is_quantised(self) -> bool:
+        """True if its weight is: a pass reads it, and keeps no plain copy for the one backwards."""
+        return isinstance(self.module._parameters.get("weight"), QuantisedWeight)
 
     def _is_mixed(self) -> bool:
         """Tell whether it has float32 tensors in a model of bfloat16."""
@@ -120,7 +127,7 @@ class Site:
             mask.in_place = not gated
         for branch in branches:
             branch.in_place = not gated
-        product = self._product()
+        product, is_quantised = self._product(), self.is_quantised
         plan = LinearSpec(is_transposed(self.module), mask, branches, self.columns, product)
         constant = plan.trainables if mask is None or mask.gates is None else None
 
@@ -130,7 +137,7 @@ class Site:
         def forward(x: Tensor) -> Tensor:
             bias = bias_now()
             trainables = constant if constant is not None else plan.trainables
-            if trainables or product is not torch_matmul:
+            if trainables or product is not torch_matmul or is_quantised:
                 y = dense(x, weight, bias, plan, trainables)
             else:
                 x = x.to(weight.dtype)  # float32 of a head, whose output stays so
@@ -186,8 +193,8 @@ def build_sites(
 ) -> list[Site]:
     """Build a site for each module that something acts on, or whose output is recomputed.
 
-    All dense ones too, where their products are not torch's; and those with a parameter of
-    `heads`, the trained ones of the head, in a bfloat16 model.
+    All dense ones too, where their products are not torch's or their weights are quantised; and
+    those with a parameter of `heads`, the trained ones of the head, in a bfloat16 model.
     """
     dtype = next(model.parameters()).dtype
     owners = {name.rpartition(".")[0] for name in heads} if dtype.itemsize < 4 else ()
@@ -211,7 +218,7 @@ def build_sites(
         marks = norm_forward if name in norms else marks
         effects = by_target.get(name, [])
         site = Site(name, module, mask, effects, marks, name in inner, product, dtype)
-        elsewhere = multiplies and product is not torch_matmul
+        elsewhere = multiplies and (product is not torch_matmul or site.is_quantised)
         in_head = name in owners
         if mask is not None or site.effects or marks is not None or elsewhere or in_head:
             sites.append(site)

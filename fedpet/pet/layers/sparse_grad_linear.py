@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from fedpet.backbone.quantised import plain
 from fedpet.pet.kernels.input_recompute import SavedInput, in_columns, save_input
 from fedpet.pet.kernels.matmul import Product, torch_matmul
 from fedpet.pet.modules.lora import LowRankBranch
@@ -46,7 +47,7 @@ class LinearSpec:
 
     def matrix(self, weight: Tensor) -> Tensor:
         """Return what the layer multiplies with, (out, in): `weight` with the mask's changes."""
-        changed = weight if self.mask is None else self.mask.changed()
+        changed = plain(weight) if self.mask is None else self.mask.changed()
         return changed.t() if self.transposed else changed
 
 
@@ -57,8 +58,8 @@ def dense(
 
     Args:
         x: (..., in).
-        weight: (out, in), or (in, out) where transposed; holds w0 + v, or w0 where it is shared.
-            It gets no gradient.
+        weight: (out, in), or (in, out) where transposed; holds w0 + v, or w0 where it is never
+            written. A quantised one is read anew by each pass. It gets no gradient.
         bias: (out,) or None.
         plan: What acts on the layer.
         trainables: The plan's, in its order. The numbers of v are not read: the weight has them.

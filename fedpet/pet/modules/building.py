@@ -11,6 +11,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from fedpet.backbone.module_roles import Position
+from fedpet.backbone.quantised import QuantisedWeight
 from fedpet.errors import StructureError
 from fedpet.pet.modules.base import GatedModule, is_dense, is_transposed
 from fedpet.pet.modules.bitfit import BitFit
@@ -27,7 +28,8 @@ def build_masked_weights(
 ) -> MaskedWeights | None:
     """Build the masked weights, in the order of the model; None where there are none.
 
-    Where the weights are `shared` with other processes, they are never written.
+    Where the weights are `shared` with other processes, they are never written; nor is any where
+    some are quantised.
 
     Raises:
         StructureError: A name that is no weight of a dense module here, or a position outside it.
@@ -47,6 +49,7 @@ def build_masked_weights(
                 f"{int(chosen.max())}, and it has {parameter.numel()} entries. Build the mask "
                 "from this backbone."
             )
+    shared = shared or any(isinstance(own, QuantisedWeight) for own in parameters.values())
     weights = [
         MaskedWeight(
             name, parameter, positions[name], is_transposed(owners[id(parameter)]), shared=shared

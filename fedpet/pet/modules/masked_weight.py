@@ -8,8 +8,9 @@ the weight's gradient at the positions only, a sampled product of the output gra
 input; a gradient of the weight's shape never exists. After the optimiser's step the entries are
 written as w0 + v from the saved w0: nothing drifts, and no other entry is ever written.
 
-Weights that processes share hold w0 and are never written: a pass copies the weight of one layer,
-writes w0 + v into the copy and multiplies; the next layer's copy takes its place.
+Weights that processes share, or that are quantised, hold w0 and are never written: a pass copies
+or dequantises the weight of one layer, writes w0 + v into the copy and multiplies; the next layer's
+copy takes its place.
 
 Source: PaFi (Liao, Meng and Monz, ACL 2023, arXiv:2305.16742): the entries; the compact vector
 and the sampled product are ours.
@@ -18,11 +19,12 @@ and the sampled product are ours.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
 
+from fedpet.backbone.quantised import QuantisedWeight
 from fedpet.pet.kernels.input_recompute import SavedInput, to_columns
 from fedpet.pet.kernels.sparse_index import BLOCK_ROWS, ConcatenatedIndex, SparseIndex
 from fedpet.pet.modules.base import PetModule
@@ -48,7 +50,9 @@ class MaskedWeights(PetModule):
         room = _Room()
         for part in weights:
             part.room = room
-        self._flat_weights = [part.weight.detach().view(-1) for part in weights]
+        self._flat_weights = [
+            part.weight.detach().view(-1) for part in weights if not self._shared
+        ]
         self._tiers: dict[tuple[int, ...], ConcatenatedIndex] = {}
         self._gates: Tensor | None = None  # one an entry, in the order of the trainables
         self._whole = self._take(ConcatenatedIndex.of([part.entries for part in weights]))
@@ -124,7 +128,7 @@ class MaskedWeights(PetModule):
     def numbers(self, changes: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return of each weight the positions, int64, (k,), and w0 + v there: (..., k)."""
         split = torch.split(self._entries.start + changes, self._sizes, dim=-1)
-        return [(places, own) for (_, places), own in zip(self._places(), split, strict=True)]
+        return list(zip(self._places(), split, strict=True))
 
     def write_weights(self) -> None:
         """Write w0 + v into the weights, under no_grad, unless they are shared."""
@@ -136,7 +140,8 @@ class MaskedWeights(PetModule):
         if self._shared:
             return True
         changed = self._entries.start + self._moves()
-        now = torch.cat([w[p] for w, p in self._places()])
+        pairs = zip(self._flat_weights, self._places(), strict=True)
+        now = torch.cat([flat[places] for flat, places in pairs])
         return torch.equal(changed.to(now.dtype), now)
 
     def restore(self) -> None:
@@ -152,13 +157,12 @@ class MaskedWeights(PetModule):
 
     def _put(self, entries: Tensor) -> None:
         changed = torch.split(entries, self._sizes)
-        for (weight, places), numbers in zip(self._places(), changed, strict=True):
-            weight.index_copy_(0, places, numbers.to(weight.dtype))
+        for flat, places, numbers in zip(self._flat_weights, self._places(), changed, strict=True):
+            flat.index_copy_(0, places, numbers.to(flat.dtype))
 
-    def _places(self) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield each weight, flat, and the positions of its entries, int64."""
-        places = torch.split(self._entries.flat.to(torch.int64), self._sizes)
-        return zip(self._flat_weights, places, strict=True)
+    def _places(self) -> Sequence[Tensor]:
+        """Return of each weight the flat positions of its entries, int64."""
+        return torch.split(self._entries.flat.to(torch.int64), self._sizes)
 
     def merge(self, module: nn.Module) -> None:
         """Do nothing: the weights have the changes already."""
@@ -199,7 +203,7 @@ class MaskedWeight:
             weight: (out, in), or (in, out) where `transposed`. Written in place from now on.
             positions: int64, (k,), flat, in the order of rank.
             transposed: The layer is a Conv1D.
-            shared: Never write into the weight.
+            shared: Never write into the weight, as of a quantised one.
         """
         self.name = name
         self.shared = shared
@@ -221,13 +225,16 @@ class MaskedWeight:
         return self.trainable if self.gates is None else self.trainable * self.gates
 
     def changed(self, *, to_keep: bool = False) -> Tensor:
-        """Return w0 + v: the weight itself, or a copy where the weight is shared.
+        """Return w0 + v: the weight itself, or a copy where the weight is never written.
 
         Such a copy is valid until the next weight is asked for, unless it is `to_keep`.
         """
         if not self.shared:
             return self.weight
-        copied = (_Room() if to_keep else self.room).copy(self.weight.detach())
+        if isinstance(self.weight, QuantisedWeight):
+            copied = self.weight.dequantise()
+        else:
+            copied = (_Room() if to_keep else self.room).copy(self.weight.detach())
         self.put(copied.view(-1))
         return copied
 
