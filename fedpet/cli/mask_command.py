@@ -21,6 +21,9 @@ def mask(
     dtype: Annotated[
         str, typer.Option(help="float32 or bfloat16: the mask is that of the weights in this type.")
     ] = "float32",
+    bits: Annotated[
+        int, typer.Option(help="8 or 4: the mask is that of the weights so quantised; 0: as they are.")
+    ] = 0,
     out: Annotated[
         str, typer.Option(help="Write the coded positions to this file, the explicit broadcast.")
     ] = "",
@@ -37,7 +40,8 @@ def mask(
     if out:
         check_output(expand(out))
     config = MaskConfig(density=density, rule=rule, granularity=granularity)
-    backbone = load_backbone(BackboneConfig(model=model, dtype=dtype), num_outputs=2)
+    source = BackboneConfig(model=model, dtype=dtype, bits=bits)
+    backbone = load_backbone(source, num_outputs=2)
     weights = maskable_weights(backbone.model, backbone.head)
     built = build_mask(weights, config)
     coded = encode_mask(built)

@@ -26,6 +26,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from fedpet.backbone.quantised import quantise
 from fedpet.client.trainer_loop import RATES, train_by_trainer
 from fedpet.errors import ConfigError
 
@@ -233,6 +234,8 @@ class ScriptTrainers:
         client = self._data.clients[0]
         trainer, rates = self._run(client)
         model: Any = trainer.model
+        if backbone.bits:
+            quantise(model, backbone.bits, backbone.head)
         _check_same(model, backbone)
         with torch.no_grad():
             for name in backbone.head:

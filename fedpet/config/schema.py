@@ -80,7 +80,7 @@ class BackboneConfig(Stage):
     shared: bool = False
     # Of the frozen dense weights of the blocks in memory: 8 or 4, by bitsandbytes; 0 leaves them in
     # `dtype`. Mask, merged model and fingerprint are those of the numbers that the bits mean.
-    bits: int = 0
+    bits: Annotated[int, Range(0, 8)] = 0
 
     def __post_init__(self) -> None:
         super().__post_init__()

@@ -219,6 +219,7 @@ class Plan:
             head=experiment.backbone.head,
             head_seed=experiment.backbone.head_seed,
             dtype=experiment.backbone.dtype,
+            bits=experiment.backbone.bits,
             max_length=experiment.data.max_length,
             mask=None if mask is None else experiment.mask,
             mask_sha256="" if mask is None else mask.digest().hex(),
