@@ -28,7 +28,7 @@ from fedpet.backbone.classifier import (
     output_layer,
     rows_of,
 )
-from fedpet.backbone.quantised import check_library, quantise
+from fedpet.backbone.quantised import QuantisedWeight, check_library, quantise
 from fedpet.config import BackboneConfig
 from fedpet.errors import BackboneError
 from fedpet.tasks import Task, kind_of
@@ -240,6 +240,8 @@ def _load(config: BackboneConfig, folder: Path, task: Task) -> Backbone:
     model.eval()
     if config.bits:
         quantise(model, config.bits, head)
+        if not config.shared:
+            _leave_file(model)
     taken = [(name, p) for name, p in model.named_parameters() if name not in drawn]
     return Backbone(
         source=config.model,
@@ -357,6 +359,13 @@ def _incomplete(
 def _listed(names: Sequence[str]) -> str:
     shown = ", ".join(names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"
+
+
+def _leave_file(model: nn.Module) -> None:
+    """Give what is not quantised memory of its own: else all of the file would stay mapped."""
+    for parameter in model.parameters():
+        if not isinstance(parameter, QuantisedWeight):
+            parameter.data = parameter.data.clone()
 
 
 def fingerprint(parameters: Iterable[tuple[str, Tensor]]) -> str:

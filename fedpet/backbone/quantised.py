@@ -4,7 +4,7 @@ In:  a model, and the number of bits.
 Out: the same model, each weight that a mask may choose from a `QuantisedWeight`; and back.
 
 64 weights that follow each other in memory are a block with a scale of its own, their largest
-magnitude. In 8 bits an entry is one of 255 equal steps of it (LLM.int8's, Dettmers et al., 2022,
+magnitude. In 8 bits an entry is one of 255 equal steps up to it (LLM.int8's, Dettmers et al., 2022,
 arXiv:2208.07339, whose blocks are rows), in 4 bits one of NF4's 16 levels (QLoRA, Dettmers et al.,
 2023, arXiv:2305.14314, without a second quantisation of the scales). Both by bitsandbytes, always
 on a CPU and from float32: each number comes of maxima and of single float32 operations, no sum
@@ -34,6 +34,8 @@ __all__ = ["BLOCK", "QuantisedWeight", "check_library", "dequantise", "plain", "
 
 BLOCK = 64  # weights with a scale of their own
 _TYPE = "nf4"
+_STRETCH = 1 << 12  # blocks that are quantised at a time
+_STEP = 1 / 127  # of int8, to the largest magnitude
 
 
 class QuantisedWeight(Tensor):
@@ -43,7 +45,7 @@ class QuantisedWeight(Tensor):
     gets a plain tensor made for that call; to write into it is an error.
 
     Attributes:
-        stored: int8, (blocks, 64); or uint8, (blocks * 32, 1), two entries a byte.
+        stored: int8, (blocks, 64); or uint8, (blocks, 32), two entries a byte.
         scales: float32, (blocks,): the largest magnitude of each block.
         bits: 8 or 4.
     """
@@ -52,7 +54,7 @@ class QuantisedWeight(Tensor):
     scales: Tensor
     bits: int
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # results are plain tensors
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]  # plain results
 
     @staticmethod
     def __new__(
@@ -64,7 +66,7 @@ class QuantisedWeight(Tensor):
         dtype: torch.dtype,
     ) -> QuantisedWeight:
         """Take what `of` or an equal function computed."""
-        made: QuantisedWeight = Tensor._make_wrapper_subclass(  # type: ignore[attr-defined]
+        made: QuantisedWeight = Tensor._make_wrapper_subclass(
             cls, shape, dtype=dtype, device=stored.device
         )
         made.stored, made.scales, made.bits = stored, scales, bits
@@ -81,14 +83,13 @@ class QuantisedWeight(Tensor):
             >>> bool((plain(half) - torch.linspace(-1, 1, 64).view(8, 8)).abs().max() < 0.004)
             True
         """
-        functions = _functions()
-        blocks = weight.detach().float().reshape(-1, BLOCK)
-        if bits == 8:
-            stored, scales, _ = functions.int8_vectorwise_quant(blocks)
-            stored.masked_fill_(scales[:, None] == 0, 0)  # of a block of zeros it is NaN's integer
-        else:
-            stored, state = functions.quantize_4bit(blocks, blocksize=BLOCK, quant_type=_TYPE)
-            scales = state.absmax
+        blocks = weight.detach().reshape(-1, BLOCK)
+        scales = torch.empty(len(blocks))
+        whole, kind = (BLOCK, torch.int8) if bits == 8 else (BLOCK // 2, torch.uint8)
+        stored = torch.empty(len(blocks), whole, dtype=kind)
+        for first in range(0, len(blocks), _STRETCH):  # what is made between times stays small
+            here = slice(first, first + _STRETCH)
+            stored[here], scales[here] = _quantised(blocks[here].float(), bits)
         return cls(stored, scales, bits, weight.shape, weight.dtype)
 
     @property
@@ -99,20 +100,21 @@ class QuantisedWeight(Tensor):
     def dequantise(self) -> Tensor:
         """Compute the numbers, in a new tensor: in float32, then rounded to the weight's type."""
         if self.bits == 8:
-            numbers = _functions().int8_vectorwise_dequant(self.stored, self.scales)
+            # As bitsandbytes' int8_vectorwise_dequant but for the order, in half the time.
+            numbers = self.stored.float().mul_((self.scales * _STEP)[:, None])
         else:
             shape = (1, self.numel())
             numbers = torch.ops.bitsandbytes.dequantize_4bit(
                 self.stored, self.scales, BLOCK, _TYPE, shape, torch.float32
             )
-        return numbers.view(self.shape).to(self.dtype)  # type: ignore[no-any-return]
+        return numbers.view(self.shape).to(self.dtype)
 
     def _with(self, change: Callable[[Tensor], Tensor], dtype: torch.dtype) -> QuantisedWeight:
         stored, scales = change(self.stored), change(self.scales)
         return QuantisedWeight(stored, scales, self.bits, self.shape, dtype)
 
     @classmethod
-    def __torch_dispatch__(
+    def __torch_dispatch__(  # type: ignore[override]  # torch's own is a stub
         cls,
         function: Any,
         types: Collection[type],
@@ -138,7 +140,7 @@ class QuantisedWeight(Tensor):
         read = tree_map_only(QuantisedWeight, QuantisedWeight.dequantise, (args, kwargs))
         return function(*read[0], **read[1])
 
-    def __repr__(self, *, tensor_contents: object = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:
         return f"QuantisedWeight({tuple(self.shape)}, {self.dtype}, bits={self.bits})"
 
     # By these torch moves a parameter of this class to a device.
@@ -214,6 +216,16 @@ def _owners(model: nn.Module) -> dict[int, list[nn.Module]]:
         if is_dense(module):
             owners.setdefault(id(module.weight), []).append(module)
     return owners
+
+
+def _quantised(blocks: Tensor, bits: int) -> tuple[Tensor, Tensor]:
+    """Return what is stored of float32 blocks, (n, 64): (n, 64) or (n, 32); and scales, (n,)."""
+    if bits == 8:
+        stored, scales, _ = _functions().int8_vectorwise_quant(blocks)
+        stored.masked_fill_(scales[:, None] == 0, 0)  # of a block of zeros it is NaN's integer
+        return stored, scales
+    stored, state = _functions().quantize_4bit(blocks, blocksize=BLOCK, quant_type=_TYPE)
+    return stored.view(len(blocks), -1), state.absmax
 
 
 @functools.cache

@@ -22,7 +22,8 @@ def mask(
         str, typer.Option(help="float32 or bfloat16: the mask is that of the weights in this type.")
     ] = "float32",
     bits: Annotated[
-        int, typer.Option(help="8 or 4: the mask is that of the weights so quantised; 0: as they are.")
+        int,
+        typer.Option(help="8 or 4: the mask is that of the weights so quantised; 0: as they are."),
     ] = 0,
     out: Annotated[
         str, typer.Option(help="Write the coded positions to this file, the explicit broadcast.")

@@ -33,7 +33,7 @@ __all__ = ["FlowerTune", "read_flowertune"]
 # Keys whose value changes nothing here, with what fedpet does in their place.
 _PLACE = "train.training-arguments."
 _REASONS = {
-    "model.quantization": "frozen weights are bfloat16 (backbone.dtype), in 16 bits; see backbone.bits",
+    "model.quantization": "frozen weights are bfloat16 (backbone.dtype), or see backbone.bits",
     "train.learning-rate-min": "training.schedule = 'cosine' falls to 0 after the last round",
     "strategy.fraction-evaluate": "the server evaluates on rows held out (data.eval-fraction)",
     f"{_PLACE}output-dir": "the run folder is run.out",

@@ -332,7 +332,7 @@ class Plan:
         )
 
     def backbone(self, own: BackboneConfig) -> BackboneConfig:
-        """Return a node's own place of the checkpoint, with the plan's head, type and bits of weights.
+        """Return a node's own place of the checkpoint, with the plan's head and its weights' form.
 
         Raises:
             ConfigError: The plan names no kind of head, or no such type or bits.

@@ -145,6 +145,22 @@ def test_a_script_of_ones_own_trains_on_the_same_bits(
     np.testing.assert_allclose(values_of(theirs), values_of(ours), rtol=1e-3, atol=1e-6)
 
 
+@needs_library
+@pytest.mark.parametrize("shared", [False, True])
+def test_the_checkpoint_s_file_is_left_unless_workers_share_it(
+    tmp_path: Path, shared: bool
+) -> None:
+    maps = Path("/proc/self/maps")
+    if not maps.exists():
+        pytest.skip("Linux tells what is mapped")
+    folder = save_model(tmp_path / "model")
+    config = BackboneConfig(model=str(folder), bits=8, shared=shared)
+    loaded = load_for_task(config, Task("language-modelling", (), ""))
+    file = str(folder / "model.safetensors")
+    assert (file in maps.read_text()) == shared
+    assert loaded.bits == 8
+
+
 def test_a_plan_without_bits_is_written_as_before(experiment: Make) -> None:
     plan = prepared_of(experiment()).plan
     assert b'"bits"' not in plan._header()
@@ -176,13 +192,12 @@ def test_without_the_library_one_sentence_says_what_to_install(
 
 @needs_library
 @pytest.mark.simulation
-def test_a_run_on_ray_ends_in_the_values_of_the_run_in_one_process(
-    experiment: Make, tmp_path: Path
-) -> None:
-    from fedpet.run.simulate import simulate
+@pytest.mark.timeout(300)
+def test_a_run_on_ray_ends_in_the_values_of_the_run_in_one_process(experiment: Make) -> None:
+    from fedpet.run.ray_engine import simulate
 
-    settings = experiment("ray", backbone_bits=8, run_workers=2)
-    assert settings.run.workers == 2
-    found = simulate(settings)
-    here = run(experiment("here", backbone_bits=8))
+    rule = {"backbone_bits": 8, "strategy_num_rounds": 1}
+    found, _ = simulate(experiment("ray", **rule, run_workers=1), Silent())
+    here = run(experiment("here", **rule))
+    assert found["refused"] == []
     assert found["final_values_sha256"] == here["final_values_sha256"]

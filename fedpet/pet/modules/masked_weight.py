@@ -50,9 +50,7 @@ class MaskedWeights(PetModule):
         room = _Room()
         for part in weights:
             part.room = room
-        self._flat_weights = [
-            part.weight.detach().view(-1) for part in weights if not self._shared
-        ]
+        self._flat_weights = [part.weight.detach().view(-1) for part in weights if not self._shared]
         self._tiers: dict[tuple[int, ...], ConcatenatedIndex] = {}
         self._gates: Tensor | None = None  # one an entry, in the order of the trainables
         self._whole = self._take(ConcatenatedIndex.of([part.entries for part in weights]))
