@@ -140,7 +140,7 @@ class QuantisedWeight(Tensor):
         read = tree_map_only(QuantisedWeight, QuantisedWeight.dequantise, (args, kwargs))
         return function(*read[0], **read[1])
 
-    def __repr__(self, *, tensor_contents: Any = None) -> str:
+    def __repr__(self, *, tensor_contents: Any = None) -> str:  # type: ignore[override]  # untyped
         return f"QuantisedWeight({tuple(self.shape)}, {self.dtype}, bits={self.bits})"
 
     # By these torch moves a parameter of this class to a device.
