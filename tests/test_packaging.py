@@ -241,7 +241,16 @@ def test_every_foreign_import_is_a_declared_dependency(
     project = pyproject["project"]
     extras = project["optional-dependencies"]
     wanted = [*project["dependencies"]]
-    for extra in ("fast", "metrics", "data", "report", "language", "images", "generation"):
+    for extra in (
+        "fast",
+        "metrics",
+        "data",
+        "report",
+        "language",
+        "images",
+        "generation",
+        "quantised",
+    ):
         wanted += extras[extra]
     declared = {canonicalize_name(Requirement(one).name) for one in wanted}
     declared.add("ray")  # in the exact version that flwr[simulation] asks for
