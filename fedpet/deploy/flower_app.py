@@ -91,12 +91,14 @@ def project(experiment: Experiment) -> dict[str, Any]:
 
 
 def packages(experiment: Experiment) -> list[str]:
-    """List the packages of checkpoint and evaluation rows; installed with --no-deps."""
+    """List the packages of checkpoint, its bits and evaluation rows; installed with --no-deps."""
     found = []
     if package := package_name(experiment.backbone.model):
         found.append(bundled.pinned_requirement(package))
     if bundled.LANGUAGE_MODEL in found or experiment.backbone.model.endswith(GGUF_SUFFIX):
         found.append(bundled.GGUF)
+    if experiment.backbone.bits:
+        found.append(bundled.pinned_requirement("bitsandbytes"))
     if experiment.data.source == "bundled":
         found.append(bundled.REVIEWS)
     elif experiment.data.source.startswith("package:"):

@@ -18,6 +18,7 @@ from tiny import Silent
 from fedpet.backbone.module_roles import maskable_weights
 from fedpet.backbone.pretrained import load_for_task
 from fedpet.config import BackboneConfig, Experiment, MaskConfig
+from fedpet.deploy.flower_app import packages
 from fedpet.errors import ConfigError, PlanError
 from fedpet.export.saved_run import export_run
 from fedpet.pet.mask import build_mask
@@ -163,6 +164,13 @@ def test_the_checkpoint_s_file_is_left_unless_workers_share_it(
     file = str(folder / "model.safetensors")
     assert (file in maps.read_text()) == shared
     assert loaded.bits == 8
+
+
+@needs_library
+def test_a_deployment_installs_the_library_on_its_nodes(experiment: Make) -> None:
+    named = packages(experiment(backbone_bits=8))
+    assert [name.partition("==")[0] for name in named] == ["bitsandbytes"]
+    assert packages(experiment()) == []
 
 
 def test_a_plan_without_bits_is_written_as_before(experiment: Make) -> None:
