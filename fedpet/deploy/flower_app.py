@@ -98,7 +98,7 @@ def packages(experiment: Experiment) -> list[str]:
     if bundled.LANGUAGE_MODEL in found or experiment.backbone.model.endswith(GGUF_SUFFIX):
         found.append(bundled.GGUF)
     if experiment.backbone.bits:
-        found.append(bundled.pinned_requirement("bitsandbytes"))
+        found.extend(dependencies("quantised"))
     if experiment.data.source == "bundled":
         found.append(bundled.REVIEWS)
     elif experiment.data.source.startswith("package:"):
