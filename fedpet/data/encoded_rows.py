@@ -27,7 +27,7 @@ from fedpet.data.rows import Rows
 from fedpet.data.split_rows import Split
 from fedpet.data.tokenize import hash_tokenizer_files
 from fedpet.errors import DataError
-from fedpet.tasks import RawRows, Task, kind_of, portable_name
+from fedpet.tasks import Encoding, RawRows, Task, kind_of, portable_name
 from fedpet.tasks.class_labels import check_label_names
 
 __all__ = ["OnRows", "ReadRows", "pack", "rows_entry", "rows_key", "rows_of", "task_of"]
@@ -143,15 +143,11 @@ def rows_entry(
             )
         try:
             cache.mkdir(parents=True, exist_ok=True)
-            arrays, padding = kind.encode(
-                raw,
-                numbers,
-                data,
-                tokenizer_folder,
-                where=where,
-                spools=cache,
+            how = Encoding(
+                numbers, data, tokenizer_folder, where, spools=cache,
                 on_rows=lambda done: on_rows(done, len(numbers)),
-            )
+            )  # fmt: skip
+            arrays, padding = kind.encode(raw, how)
         except OSError as error:
             raise unwritable(cache, error) from None
         told = {

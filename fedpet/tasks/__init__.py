@@ -20,6 +20,7 @@ from fedpet.tasks.task import Task
 from fedpet.tasks.task_kind import (
     TASKS,
     BatchLoss,
+    Encoding,
     RawRows,
     TaskKind,
     kind_of,
@@ -30,6 +31,7 @@ from fedpet.tasks.task_kind import (
 __all__ = [
     "TASKS",
     "BatchLoss",
+    "Encoding",
     "RawRows",
     "Task",
     "TaskKind",

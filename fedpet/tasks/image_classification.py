@@ -8,7 +8,6 @@ batch is made. Loss and metrics are a classification's.
 from __future__ import annotations
 
 import importlib.metadata
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +15,7 @@ import numpy as np
 
 from fedpet.errors import ConfigError, DataError
 from fedpet.tasks.classification import Classification
-from fedpet.tasks.task_kind import RawRows, refuse_settings, register_task
+from fedpet.tasks.task_kind import Encoding, RawRows, refuse_settings, register_task
 
 if TYPE_CHECKING:
     from fedpet.config import DataConfig, Experiment
@@ -67,42 +66,33 @@ class ImageClassification(Classification):
         codes = encode_labels(labels, "classification", task.label_names, split.where)
         return RawRows([images], codes, task.label_names, split.folder)
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: DataConfig,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
         """Cut the images to the model's size; see `TaskKind.encode`."""
         from fedpet.data.array_spool import ArraySpool
         from fedpet.data.images import read_image
         from fedpet.data.padding import Padding, config_of
         from fedpet.data.processors import load_image_processor
 
-        processor, config = load_image_processor(folder), config_of(folder)
-        pixels, shape = ArraySpool(np.uint8, spools), None
-        for first in range(0, len(numbers), _STEP):
-            some = numbers[first : first + _STEP].tolist()
+        processor, config = load_image_processor(how.folder), config_of(how.folder)
+        pixels, shape = ArraySpool(np.uint8, how.spools), None
+        for first in range(0, len(how.numbers), _STEP):
+            some = how.numbers[first : first + _STEP].tolist()
             images = [
-                read_image(rows.columns[0][n], rows.folder, f"row {n + 1} of {where}") for n in some
+                read_image(rows.columns[0][n], rows.folder, f"row {n + 1} of {how.where}")
+                for n in some
             ]
             made = processor(
                 images=images, do_rescale=False, do_normalize=False, return_tensors="np"
             )["pixel_values"]
             if made.dtype != np.uint8 or (shape or made.shape[1:]) != made.shape[1:]:
                 raise DataError(
-                    f"the image processor in {str(folder)!r} makes {made.dtype} of shape "
+                    f"the image processor in {str(how.folder)!r} makes {made.dtype} of shape "
                     f"{made.shape[1:]} of an image, and rows need bytes of one size: have it "
                     "resize or crop to one (size, crop_size) in preprocessor_config.json."
                 )
             shape = made.shape[1:]
             pixels.append(made.reshape(-1))
-            on_rows(first + len(some))
+            how.on_rows(first + len(some))
         assert shape is not None  # there is a row
         patch = getattr(config, "patch_size", None) or 16
         return {
@@ -111,8 +101,8 @@ class ImageClassification(Classification):
             "pixel_norm": _scaling(processor, shape[0]),
             "tokens_each": np.array([1 + (shape[1] // patch) * (shape[2] // patch)]),
             "tokens": np.empty(0, dtype=np.int32),
-            "offsets": np.zeros(len(numbers) + 1, dtype=np.int64),
-            "labels": rows.labels[numbers],
+            "offsets": np.zeros(len(how.numbers) + 1, dtype=np.int64),
+            "labels": rows.labels[how.numbers],
         }, Padding(0)
 
     def tokenizer_hash(self, folder: Path) -> str:

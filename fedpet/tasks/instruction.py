@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ import numpy as np
 from fedpet.errors import ConfigError, DataError
 from fedpet.tasks.causal_lm import CausalTask
 from fedpet.tasks.chat_spans import ASSISTANT, ChatRenderer, Turns
-from fedpet.tasks.task_kind import RawRows, register_task
+from fedpet.tasks.task_kind import Encoding, RawRows, register_task
 
 if TYPE_CHECKING:
     from fedpet.config import DataConfig
@@ -75,26 +75,16 @@ class Instruction(CausalTask):
             rows.append(turns)
         return RawRows([Column(rows)], np.zeros(len(rows), dtype=np.int64))
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: DataConfig,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
         """Render, tokenise and mark the conversations; see `TaskKind.encode`."""
         from fedpet.data.marked_tokens import MarkedTokens
 
-        made = MarkedTokens(folder, data.max_length, where, spools)
-        renderer = ChatRenderer(made.tokenizer, data.max_length, str(folder))
-        for done, number in enumerate(numbers.tolist(), start=1):
-            made.append(*renderer.encode(rows.columns[0][number], number, where))
-            if done % _STEP == 0 or done == len(numbers):
-                on_rows(done)
+        made = MarkedTokens(how.folder, how.data.max_length, how.where, how.spools)
+        renderer = ChatRenderer(made.tokenizer, how.data.max_length, str(how.folder))
+        for done, number in enumerate(how.numbers.tolist(), start=1):
+            made.append(*renderer.encode(rows.columns[0][number], number, how.where))
+            if done % _STEP == 0 or done == len(how.numbers):
+                how.on_rows(done)
         return made.arrays(), made.padding
 
     def tokenizer_hash(self, folder: Path) -> str:

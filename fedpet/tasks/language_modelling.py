@@ -10,15 +10,14 @@ Evaluation rows are packed by client too, where they name one; else all of them 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedpet.errors import ConfigError
 from fedpet.tasks.causal_lm import CausalTask
-from fedpet.tasks.task_kind import RawRows, register_task
+from fedpet.tasks.task_kind import Encoding, RawRows, register_task
 
 if TYPE_CHECKING:
     from fedpet.config import DataConfig
@@ -59,31 +58,21 @@ class LanguageModelling(CausalTask):
             texts = [Column([text + data.separator for text in column]) for column in texts]
         return RawRows(texts, np.zeros(len(texts[0]), dtype=np.int64))
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: DataConfig,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
         """Tokenise whole texts; `arrange` cuts them. See `TaskKind.encode`."""
         from fedpet.data.column import Selection
         from fedpet.data.tokenize import load_tokenizer, tokenize_rows
 
         arrays, padding = tokenize_rows(
-            [Selection(column, numbers) for column in rows.columns],
-            folder,
-            data.max_length,
-            where,
-            spools,
-            on_rows,
+            [Selection(column, how.numbers) for column in rows.columns],
+            how.folder,
+            how.data.max_length,
+            how.where,
+            how.spools,
+            how.on_rows,
             whole=True,
         )
-        end = None if data.separator else load_tokenizer(folder).eos_token_id
+        end = None if how.data.separator else load_tokenizer(how.folder).eos_token_id
         arrays.pop("types", None)
         arrays["labels"] = np.diff(arrays["offsets"])
         arrays["end"] = np.array([-1 if end is None else end], dtype=np.int64)

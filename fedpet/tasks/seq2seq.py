@@ -13,14 +13,13 @@ writes the target and nothing else.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
 from fedpet.errors import ConfigError
 from fedpet.tasks.causal_lm import CausalTask
-from fedpet.tasks.task_kind import BatchLoss, RawRows, register_task
+from fedpet.tasks.task_kind import BatchLoss, Encoding, RawRows, register_task
 
 if TYPE_CHECKING:
     import torch
@@ -74,32 +73,26 @@ class Seq2Seq(CausalTask):
         split.check_texts(texts, names)
         return RawRows(texts, np.zeros(len(texts[0]), dtype=np.int64))
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: DataConfig,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
         """Tokenise sources and targets, one behind the other; see `TaskKind.encode`."""
         from fedpet.data.marked_tokens import MarkedTokens
 
-        made = MarkedTokens(folder, data.max_length, where, spools)
+        made = MarkedTokens(how.folder, how.data.max_length, how.where, how.spools)
         start, tokenizer = made.decoder_start(), made.tokenizer
-        cut = {"truncation": True, "max_length": data.max_length, "return_attention_mask": False}
+        cut = {
+            "truncation": True,
+            "max_length": how.data.max_length,
+            "return_attention_mask": False,
+        }
         *sources, targets = rows.columns
-        for first in range(0, len(numbers), _STEP):
-            some = numbers[first : first + _STEP]
+        for first in range(0, len(how.numbers), _STEP):
+            some = how.numbers[first : first + _STEP]
             texts = [[column[number] for number in some.tolist()] for column in sources]
             asked = tokenizer(*texts, **cut)["input_ids"]
             wanted = tokenizer(text_target=[targets[n] for n in some.tolist()], **cut)["input_ids"]
             for source, target in zip(asked, wanted, strict=True):
                 made.append([*source, *target], [0] * len(source) + [1] * len(target))
-            on_rows(first + len(some))
+            how.on_rows(first + len(some))
         return made.arrays() | {"decoder_start": np.array([start])}, made.padding
 
     def client_loss(

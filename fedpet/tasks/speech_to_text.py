@@ -12,7 +12,6 @@ transformers' own examples it is taken off, so that it is no label.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,7 +19,7 @@ import numpy as np
 
 from fedpet.errors import ConfigError, DataError
 from fedpet.tasks.seq2seq import Seq2Seq
-from fedpet.tasks.task_kind import RawRows, register_task
+from fedpet.tasks.task_kind import Encoding, RawRows, register_task
 
 if TYPE_CHECKING:
     from fedpet.config import DataConfig
@@ -58,30 +57,20 @@ class SpeechToText(Seq2Seq):
         nothing = np.zeros(len(texts), dtype=np.int64)
         return RawRows([speech, texts], nothing, folder=split.folder)
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: DataConfig,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
         """Make spectra, and tokenise the texts; see `TaskKind.encode`."""
         from fedpet.data.array_spool import ArraySpool
         from fedpet.data.audio import read_audio
         from fedpet.data.marked_tokens import MarkedTokens
         from fedpet.data.processors import load_feature_extractor
 
-        made = MarkedTokens(folder, data.max_length, where, spools)
-        start, extract = made.decoder_start(), load_feature_extractor(folder)
-        frames, counts, shape = ArraySpool(np.float32, spools), [], (0, 0)
-        cut = {"truncation": True, "max_length": data.max_length}
+        made = MarkedTokens(how.folder, how.data.max_length, how.where, how.spools)
+        start, extract = made.decoder_start(), load_feature_extractor(how.folder)
+        frames, counts, shape = ArraySpool(np.float32, how.spools), [], (0, 0)
+        cut = {"truncation": True, "max_length": how.data.max_length}
         speech, texts = rows.columns
-        for done, number in enumerate(numbers.tolist(), start=1):
-            place = f"row {number + 1} of {where}"
+        for done, number in enumerate(how.numbers.tolist(), start=1):
+            place = f"row {number + 1} of {how.where}"
             samples = read_audio(speech[number], extract.sampling_rate, rows.folder, place)
             if len(samples) > getattr(extract, "n_samples", len(samples)):
                 raise DataError(
@@ -98,8 +87,8 @@ class SpeechToText(Seq2Seq):
             ids = made.tokenizer(text_target=texts[number], **cut)["input_ids"]
             ids = ids[1:] if ids[0] == start else ids
             made.append(ids, [1] * len(ids))
-            if done % _STEP == 0 or done == len(numbers):
-                on_rows(done)
+            if done % _STEP == 0 or done == len(how.numbers):
+                how.on_rows(done)
         tokens = getattr(made.config, "max_source_positions", None) or shape[0]
         return made.arrays() | {
             "decoder_start": np.array([start]),

@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 __all__ = [
     "TASKS",
     "BatchLoss",
+    "Encoding",
     "RawRows",
     "TaskKind",
     "kind_of",
@@ -62,6 +63,27 @@ class RawRows:
     labels: np.ndarray
     label_names: tuple[str, ...] = ()
     folder: Path | None = None
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """Which rows become examples, and by what.
+
+    Attributes:
+        numbers: Of the rows, int64 (k,), ascending.
+        data: The settings.
+        folder: The tokeniser's.
+        where: The split, for messages.
+        spools: Folder for what outgrows memory.
+        on_rows: Is called with the number of rows done.
+    """
+
+    numbers: np.ndarray
+    data: DataConfig
+    folder: Path
+    where: str
+    spools: Path | None = None
+    on_rows: Callable[[int], None] = lambda rows: None
 
 
 class TaskKind:
@@ -157,27 +179,12 @@ class TaskKind:
         """
         raise NotImplementedError
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: DataConfig,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
         """Turn rows into token ids.
 
         Args:
             rows: All of the split.
-            numbers: Of those to encode, int64 (k,), ascending.
-            data: The settings.
-            folder: The tokeniser's.
-            where: The split, for messages.
-            spools: Folder for what outgrows memory.
-            on_rows: Is called with the number of rows done.
+            how: Which of them, and by what.
 
         Returns:
             Arrays of `Rows`: `tokens`, `offsets`, `labels`, and `types`, `marks`, `tags`,

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedpet.tasks.task_kind import RawRows, TaskKind
+from fedpet.tasks.task_kind import Encoding, RawRows, TaskKind
 
 if TYPE_CHECKING:
-    import numpy as np
-
     from fedpet.config import DataConfig
     from fedpet.data.padding import Padding
     from fedpet.data.split_rows import Split
@@ -35,21 +31,13 @@ class LabelledTexts(TaskKind):
         codes = encode_labels(labels, kind, task.label_names, split.where)
         return RawRows(texts, codes, task.label_names)
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: DataConfig,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
         """Tokenise the texts; see `TaskKind.encode`."""
         from fedpet.data.column import Selection
         from fedpet.data.tokenize import tokenize_rows
 
-        chosen = [Selection(column, numbers) for column in rows.columns]
-        arrays, padding = tokenize_rows(chosen, folder, data.max_length, where, spools, on_rows)
-        return arrays | {"labels": rows.labels[numbers]}, padding
+        chosen = [Selection(column, how.numbers) for column in rows.columns]
+        arrays, padding = tokenize_rows(
+            chosen, how.folder, how.data.max_length, how.where, how.spools, how.on_rows
+        )
+        return arrays | {"labels": rows.labels[how.numbers]}, padding

@@ -13,21 +13,20 @@ alone, so an answer that is no class cannot be.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from fedpet.errors import DataError
 from fedpet.tasks.classification import Classification
-from fedpet.tasks.task_kind import BatchLoss, RawRows, refuse_settings, register_task
+from fedpet.tasks.task_kind import BatchLoss, Encoding, RawRows, refuse_settings, register_task
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from fedpet.config import DataConfig, Experiment
+    from fedpet.config import Experiment
     from fedpet.data.padding import Padding
     from fedpet.data.rows import Rows
     from fedpet.tasks.task import Task
@@ -61,29 +60,23 @@ class TextToText(Classification):
             },
         )
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: DataConfig,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
         """Tokenise the texts and the classes' words; see `TaskKind.encode`."""
         from fedpet.data.marked_tokens import MarkedTokens
 
-        made = MarkedTokens(folder, data.max_length, where, spools)
+        made = MarkedTokens(how.folder, how.data.max_length, how.where, how.spools)
         start, tokenizer = made.decoder_start(), made.tokenizer
-        cut = {"truncation": True, "max_length": data.max_length, "return_attention_mask": False}
-        for first in range(0, len(numbers), _STEP):
-            some = numbers[first : first + _STEP].tolist()
+        cut = {
+            "truncation": True,
+            "max_length": how.data.max_length,
+            "return_attention_mask": False,
+        }
+        for first in range(0, len(how.numbers), _STEP):
+            some = how.numbers[first : first + _STEP].tolist()
             texts = [[column[number] for number in some] for column in rows.columns]
             for ids in tokenizer(*texts, **cut)["input_ids"]:
                 made.append(ids, [0] * len(ids))
-            on_rows(first + len(some))
+            how.on_rows(first + len(some))
         arrays = made.arrays()
         del arrays["marks"]
         words = [tokenizer(text_target=name)["input_ids"] for name in rows.label_names]
@@ -96,7 +89,7 @@ class TextToText(Classification):
                 "this backbone's tokeniser: name them by other words in data.label-names."
             )
         return arrays | {
-            "labels": rows.labels[numbers],
+            "labels": rows.labels[how.numbers],
             "choices": choices,
             "decoder_start": np.array([start]),
         }, made.padding

@@ -13,7 +13,6 @@ take "token_accuracy" for them.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -22,6 +21,7 @@ from fedpet.errors import ConfigError, DataError
 from fedpet.tasks.entity_spans import spans_of
 from fedpet.tasks.task_kind import (
     BatchLoss,
+    Encoding,
     RawRows,
     TaskKind,
     refuse_class_settings,
@@ -130,41 +130,31 @@ class TokenClassification(TaskKind):
         each = np.split(codes, np.cumsum(lengths)[:-1])
         return RawRows([Column(words), Column([one.tolist() for one in each])], lengths)
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: DataConfig,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
         """Tokenise the words, and tag the first token of each; see `TaskKind.encode`."""
         from fedpet.data.marked_tokens import MarkedTokens
 
-        made = MarkedTokens(folder, data.max_length, where, spools, np.int16)
+        made = MarkedTokens(how.folder, how.data.max_length, how.where, how.spools, np.int16)
         if hasattr(made.tokenizer, "add_prefix_space"):  # GPT-2's: else it takes no single words
             made.tokenizer.add_prefix_space = True
         words, tags = rows.columns
-        for first in range(0, len(numbers), _STEP):
-            some = numbers[first : first + _STEP].tolist()
+        for first in range(0, len(how.numbers), _STEP):
+            some = how.numbers[first : first + _STEP].tolist()
             found = made.tokenizer(
                 [words[number] for number in some],
                 is_split_into_words=True,
                 truncation=True,
-                max_length=data.max_length,
+                max_length=how.data.max_length,
             )
             for index, number in enumerate(some):
                 marks = _first_tokens(found.word_ids(index), tags[number])
                 if not any(marks):
                     raise DataError(
-                        f"row {number + 1} of {where} has no word that this backbone's tokeniser "
-                        "makes a token of: remove it."
+                        f"row {number + 1} of {how.where} has no word that this backbone's "
+                        "tokeniser makes a token of: remove it."
                     )
                 made.append(found["input_ids"][index], marks)
-            on_rows(first + len(some))
+            how.on_rows(first + len(some))
         arrays = made.arrays()
         return arrays | {"tags": arrays.pop("marks")}, made.padding
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
@@ -12,7 +11,7 @@ from fedpet import TaskKind, register_task
 from fedpet.data.padding import Padding
 from fedpet.data.split_rows import Split
 from fedpet.data.tokenize import load_tokenizer
-from fedpet.tasks import RawRows, Task
+from fedpet.tasks import Encoding, RawRows, Task
 from fedpet.tasks.causal_lm import CausalTask
 
 assert issubclass(CausalTask, TaskKind)
@@ -33,19 +32,11 @@ class EverySecondWord(CausalTask):
         split.check_texts(texts, data.text_columns)
         return RawRows(texts, np.zeros(len(texts[0]), dtype=np.int64))
 
-    def encode(
-        self,
-        rows: RawRows,
-        numbers: np.ndarray,
-        data: Any,
-        folder: Path,
-        *,
-        where: str,
-        spools: Path | None = None,
-        on_rows: Callable[[int], None] = lambda rows: None,
-    ) -> tuple[dict[str, Any], Padding]:
-        tokenizer = load_tokenizer(folder)
-        ids = [tokenizer(rows.columns[0][n])["input_ids"][: data.max_length] for n in numbers]
+    def encode(self, rows: RawRows, how: Encoding) -> tuple[dict[str, Any], Padding]:
+        tokenizer = load_tokenizer(how.folder)
+        ids = [
+            tokenizer(rows.columns[0][n])["input_ids"][: how.data.max_length] for n in how.numbers
+        ]
         marks = [[place % 2 for place in range(len(one))] for one in ids]
         return {
             "tokens": np.concatenate(ids).astype(np.int32),

@@ -78,6 +78,8 @@ class MaskedWeights(PetModule):
         self._entries = entries
         self._tiers[tuple(len(part.flat) for part in entries.parts)] = entries
         self._sizes = [len(part.flat) for part in entries.parts]
+        # Of each weight the positions as they are written by, at each step and each client's start.
+        self._places = torch.split(entries.flat.to(torch.int64), self._sizes)
         for part, own in zip(self.weights, entries.parts, strict=True):
             part.entries = own
         return entries
@@ -126,7 +128,7 @@ class MaskedWeights(PetModule):
     def numbers(self, changes: Tensor) -> list[tuple[Tensor, Tensor]]:
         """Return of each weight the positions, int64, (k,), and w0 + v there: (..., k)."""
         split = torch.split(self._entries.start + changes, self._sizes, dim=-1)
-        return list(zip(self._places(), split, strict=True))
+        return list(zip(self._places, split, strict=True))
 
     def write_weights(self) -> None:
         """Write w0 + v into the weights, under no_grad, unless they are shared."""
@@ -138,7 +140,7 @@ class MaskedWeights(PetModule):
         if self._shared:
             return True
         changed = self._entries.start + self._moves()
-        pairs = zip(self._flat_weights, self._places(), strict=True)
+        pairs = zip(self._flat_weights, self._places, strict=True)
         now = torch.cat([flat[places] for flat, places in pairs])
         return torch.equal(changed.to(now.dtype), now)
 
@@ -155,12 +157,8 @@ class MaskedWeights(PetModule):
 
     def _put(self, entries: Tensor) -> None:
         changed = torch.split(entries, self._sizes)
-        for flat, places, numbers in zip(self._flat_weights, self._places(), changed, strict=True):
+        for flat, places, numbers in zip(self._flat_weights, self._places, changed, strict=True):
             flat.index_copy_(0, places, numbers.to(flat.dtype))
-
-    def _places(self) -> Sequence[Tensor]:
-        """Return of each weight the flat positions of its entries, int64."""
-        return torch.split(self._entries.flat.to(torch.int64), self._sizes)
 
     def merge(self, module: nn.Module) -> None:
         """Do nothing: the weights have the changes already."""
