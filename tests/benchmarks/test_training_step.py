@@ -39,7 +39,8 @@ def test_products_by_onednn_change_no_method(method: str) -> None:
         torch.testing.assert_close(other, one, rtol=1e-4, atol=1e-5 * float(one.abs().max()))
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_the_floor_steps_with_both_kinds_of_products_and_is_told_once(
     tmp_path: Path, processes: int
 ) -> None:
