@@ -67,7 +67,7 @@ class RawRows:
 
 @dataclass(frozen=True)
 class Encoding:
-    """Which rows become examples, and by what.
+    """Say which rows become examples, and by what.
 
     Attributes:
         numbers: Of the rows, int64 (k,), ascending.
