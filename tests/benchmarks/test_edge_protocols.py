@@ -88,8 +88,11 @@ def test_lost_updates_are_compared_with_the_same_run_in_which_none_is_lost(
         results[name] = flowertune.train(named, tmp_path / name, drop)
     assert not results["whole"]["refused"]
     assert {one["reason"] for one in results["whole-drop"]["refused"]} == {"it dropped out"}
-    assert edge_protocols.main([str(tmp_path / name) for name in results]) == 0
-    said = capsys.readouterr().out.splitlines()
+    out = tmp_path / "found.json"
+    assert edge_protocols.main([*(str(tmp_path / name) for name in results), f"--out={out}"]) == 0
+    printed = capsys.readouterr().out
+    assert as_text([EdgeRun(**run) for run in json.loads(out.read_text())]) == printed.strip()
+    said = printed.splitlines()
     [dropped] = [row for row in said if row.startswith("| whole-drop") and " of 2" in row]
     lost = len(results["whole-drop"]["refused"]) / 6
     assert f"| {100 * lost:.1f} % |" in dropped

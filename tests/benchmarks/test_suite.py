@@ -76,6 +76,21 @@ def test_cells_come_in_the_order_of_the_work_and_reported_ones_after_their_rates
     assert tuned_alike == [f"films/final/mask-lossless-seed{seed}" for seed in (0, 1, 2)]
 
 
+def test_a_method_with_seeds_of_its_own_is_reported_on_those_alone(tmp_path: Path) -> None:
+    content = tables()
+    content["methods"]["full"]["seeds"] = [0, 4]
+    run = Pretend()
+    suite = suite_of(tmp_path, run, content=content)
+    assert [left for _, name, left, _ in suite.costs() if name == "full"] == [3 + 2]
+    assert suite.complete(quiet)
+    reported = [name for name in run.ran if "final/full" in name]
+    assert reported == ["films/final/full-seed0", "films/final/full-seed4"]
+    assert "films/final/mask-seed1" in run.ran  # the others have the suite's
+    content["methods"]["full"]["seeds"] = [0, content["tune-seed"]]
+    with pytest.raises(ConfigError, match="tune-seed must be none of seeds"):
+        suite_of(tmp_path, content=content)
+
+
 def test_no_cell_begins_when_the_minutes_are_over(tmp_path: Path) -> None:
     run = Pretend()
     assert not suite_of(tmp_path, run).complete(quiet, minutes=0)
