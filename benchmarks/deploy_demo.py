@@ -48,7 +48,7 @@ from benchmarks.real_nodes import (
     plain_http_is_refused,
 )
 from fedpet.config import Experiment
-from fedpet.data.sources import open_source
+from fedpet.data.open_source import open_source
 from fedpet.deploy import write_deployment
 from fedpet.deploy.certificates import make_node_key
 from fedpet.protocol.ledger import Ledger, RoundRecord

@@ -49,7 +49,7 @@ from fedpet.backbone.pretrained import locate
 from fedpet.client.node_config import cache_folder
 from fedpet.config import Experiment
 from fedpet.data import load_data
-from fedpet.data.sources import open_source
+from fedpet.data.open_source import open_source
 from fedpet.protocol.flower_compat.flower_simulation import quiet_flower
 from fedpet.protocol.ledger import Ledger, RoundRecord
 from fedpet.protocol.request import wire_bytes

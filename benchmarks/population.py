@@ -37,7 +37,7 @@ from benchmarks.peak_memory import peak_bytes
 from fedpet.backbone.pretrained import locate
 from fedpet.config import BackboneConfig, ClientsConfig, DataConfig, Experiment
 from fedpet.data import load_data
-from fedpet.data.sources import open_source
+from fedpet.data.open_source import open_source
 from fedpet.data.tokenize import load_tokenizer
 from fedpet.run.callbacks import Callback
 

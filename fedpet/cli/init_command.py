@@ -42,7 +42,8 @@ def init(
     from fedpet.cli.column_guess import guess_columns
     from fedpet.cli.experiment_text import experiment_text
     from fedpet.config import Experiment
-    from fedpet.data.sources import Files, open_source
+    from fedpet.data.local_files import Files
+    from fedpet.data.open_source import open_source
 
     source = open_source(data)
     splits = sorted(source.files) if isinstance(source, Files) else []

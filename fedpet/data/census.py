@@ -12,8 +12,8 @@ import numpy as np
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data.dealt_rows import bare_rows, deal_rows
 from fedpet.data.encoded_rows import task_of
+from fedpet.data.open_source import open_source
 from fedpet.data.partition import drop_small_clients
-from fedpet.data.sources import open_source
 from fedpet.data.split_rows import train_and_held_out
 from fedpet.tasks import Task, kind_of
 

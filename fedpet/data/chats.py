@@ -34,7 +34,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from fedpet.data.column import Column
-from fedpet.data.sources import Source, check_split, hash_file
+from fedpet.data.source import Source, check_split, hash_file
 from fedpet.data.split_table import Piece, Table
 from fedpet.errors import DataError
 

@@ -25,10 +25,11 @@ from fedpet.data.cache import Entry
 from fedpet.data.client_rows import owners_of, with_held_out
 from fedpet.data.dealt_rows import bare_rows, deal_rows
 from fedpet.data.encoded_rows import OnRows, pack, rows_entry, rows_of, task_of
+from fedpet.data.local_files import Files
+from fedpet.data.open_source import open_source
 from fedpet.data.partition import Client, drop_small_clients
 from fedpet.data.row_books import RowBooks, count_rows
 from fedpet.data.rows import Rows, no_rows
-from fedpet.data.sources import Files, open_source
 from fedpet.data.split_rows import Split, train_and_held_out
 from fedpet.errors import ConfigError
 from fedpet.tasks import Task, kind_of, portable_name

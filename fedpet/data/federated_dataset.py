@@ -18,9 +18,10 @@ import numpy as np
 from fedpet.config import DataConfig
 from fedpet.config.parsing import read_stage
 from fedpet.data.content_folder import store_folder
+from fedpet.data.local_files import Files
+from fedpet.data.open_source import open_source
 from fedpet.data.partition import partition_with
 from fedpet.data.row_hash import hold_out
-from fedpet.data.sources import Files, open_source
 from fedpet.data.tokenize import check_texts
 from fedpet.errors import ConfigError, DataError
 from fedpet.tasks import kind_of

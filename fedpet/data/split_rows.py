@@ -10,8 +10,9 @@ import numpy as np
 
 from fedpet.config import DataConfig
 from fedpet.data.column import Column
+from fedpet.data.local_files import Files
 from fedpet.data.row_hash import choose_rows
-from fedpet.data.sources import Files, Source
+from fedpet.data.source import Source
 from fedpet.data.split_table import Table
 from fedpet.data.tokenize import check_texts
 from fedpet.errors import DataError

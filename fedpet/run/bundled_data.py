@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING
 
 from fedpet.backbone.checkpoint import locate
 from fedpet.config import BackboneConfig, DataConfig
-from fedpet.data.sources import FILM_LABELS, open_source
+from fedpet.data.film_reviews import FILM_LABELS
+from fedpet.data.open_source import open_source
 
 if TYPE_CHECKING:
     from datasets import DatasetDict

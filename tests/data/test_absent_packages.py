@@ -12,7 +12,7 @@ import pandas as pd
 import pytest
 from text_fixtures import WORDS, save_tokenizer
 
-from fedpet.data.sources import open_source
+from fedpet.data.open_source import open_source
 from fedpet.errors import ConfigError
 
 ABSENT = ("datasets", "pandas", "pyarrow", "matplotlib", "ray")

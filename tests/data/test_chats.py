@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from fedpet.data.chats import LONGEST_QUESTION, SPLITS, Chats
-from fedpet.data.sources import open_source
+from fedpet.data.open_source import open_source
 from fedpet.errors import AbsentDataError, DataError
 from fedpet.utils import bundled
 

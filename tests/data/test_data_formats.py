@@ -23,8 +23,8 @@ from hypothesis import strategies as st
 import fedpet.data.tokenize as load_module
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.data import FederatedData, count_clients, load_data
+from fedpet.data.open_source import open_source
 from fedpet.data.padding import Padding
-from fedpet.data.sources import open_source
 from fedpet.errors import DataError
 
 Row = dict[str, Any]

@@ -16,7 +16,9 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset
 
-from fedpet.data.sources import Table, film_split, open_source
+from fedpet.data.film_reviews import film_split
+from fedpet.data.open_source import open_source
+from fedpet.data.split_table import Table
 from fedpet.errors import DataError
 
 ROWS: list[dict[str, Any]] = [

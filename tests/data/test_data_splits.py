@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 from datasets import ClassLabel, Dataset, DatasetDict
 
-from fedpet.data.sources import open_source
+from fedpet.data.open_source import open_source
 from fedpet.data.split_table import Table
 from fedpet.errors import DataError
 

@@ -15,7 +15,7 @@ import fedpet
 from fedpet.config import ClientsConfig, DataConfig
 from fedpet.config.parsing import read_stage
 from fedpet.data import FederatedData, load_data
-from fedpet.data.sources import open_source
+from fedpet.data.open_source import open_source
 from fedpet.errors import ConfigError, DataError, InputError
 
 

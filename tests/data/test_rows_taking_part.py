@@ -108,7 +108,7 @@ def test_only_rows_that_take_part_reach_the_tokeniser_and_a_second_start_reads_n
     first = load()
     assert set(reported) == {sum(len(client.rows) for client in first.clients)} == {32}
     monkeypatch.setattr("fedpet.data.tokenize.tokenize_rows", None)
-    monkeypatch.setattr("fedpet.data.sources.Files.read", None)
+    monkeypatch.setattr("fedpet.data.local_files.Files.read", None)
     second = load()
     assert second.train.tokens.tolist() == first.train.tokens.tolist()
 
