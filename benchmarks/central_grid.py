@@ -22,9 +22,9 @@ from typing import Any
 
 from benchmarks.cell import Cell, Result
 from benchmarks.central_training import Rows, run_centrally
-from benchmarks.experiment_grid import with_new_fields
 from benchmarks.grid import Grid, Method
 from benchmarks.rate import Rate
+from benchmarks.stored_settings import with_new_fields
 from benchmarks.table_keys import Keys, rates_of
 from fedpet.config import BackboneConfig, Experiment, SearchConfig, TrainingConfig
 from fedpet.errors import ConfigError

@@ -22,7 +22,8 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from benchmarks.experiment_grid import FEDPET, stored_experiment
+from benchmarks.experiment_grid import FEDPET
+from benchmarks.stored_settings import stored_experiment
 from fedpet.config import Experiment
 from fedpet.estimate import estimate
 

@@ -31,13 +31,14 @@ from typing import Any
 import tomli_w
 
 from benchmarks.baselines import METHODS
-from benchmarks.cell import ROOT, RUN_AGAIN, Cell, Result
+from benchmarks.cell import ROOT, Cell, Result
 from benchmarks.grid import Grid, Method
 from benchmarks.rate import Rate
+from benchmarks.stored_settings import stored_experiment
+from benchmarks.structure_file import StructureFile
 from benchmarks.table_keys import Keys, rates_of, strings
-from fedpet.config import Experiment, SearchConfig
+from fedpet.config import Experiment
 from fedpet.config.builtin import experiment_file
-from fedpet.config.renamed import with_new_names
 from fedpet.errors import ConfigError, RunError
 from fedpet.pet.structure import Structure
 from fedpet.report.number_format import show_metric
@@ -49,8 +50,6 @@ _FEDPET_STAGES = ("mask", "structure", "search", "codec")
 _PLACE_KEYS = (
     *("name", "workers", "cache", "out", "callbacks", "save-every", "keep", "sample-prompts"),
 )
-# Of a search, filled in when it begins.
-_SETTLED = ("budget", "learning_rate", "learning_rates", "mask_in_budget")
 
 
 @dataclass(frozen=True)
@@ -186,75 +185,6 @@ class ExperimentCell(Cell):
         return ", ".join(parts if status == "ok" else [*parts, status])
 
 
-@dataclass(frozen=True)
-class StructureFile(Cell):
-    """Make the file of a structure as `fedpet search` does."""
-
-    experiment: Experiment
-
-    def settings(self) -> dict[str, Any]:
-        """Return the settings of the search."""
-        return {"search": self.experiment.to_tables()["search"]}
-
-    def complete_settings(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """Return them as they are."""
-        return dict(stored)
-
-    def read(self) -> Result | None:
-        """Read the structure; None where it is not made.
-
-        Raises:
-            ConfigError: It was made with other settings.
-        """
-        from fedpet.search import reproducible_settings
-
-        if not self.path.exists():
-            return None
-        structure = Structure.from_json(self.path.read_text(encoding="utf-8"))
-        stored, config = structure.provenance, self.experiment.search
-        settings = stored.get("settings")
-        if settings is None:  # a random one, or a manual one, which has no seed
-            found = (stored.get("seed", config.seed), stored.get("asked_budget"))
-            same = found == (config.seed, config.budget)
-        else:
-            wanted = {**reproducible_settings(config), "asked_budget": config.budget}
-            # A field that came later had its default.
-            before = reproducible_settings(SearchConfig(federated=config.federated))
-            before |= with_new_fields({"search": settings})["search"]
-            before["asked_budget"] = stored.get("asked_budget")
-            same = all(before.get(key) == wanted[key] for key in wanted if key not in _SETTLED)
-        if not same:
-            raise ConfigError(
-                f"{str(self.path)!r} was made with other settings. "
-                + RUN_AGAIN.format(str(self.path))
-            )
-        return {"structure": structure}
-
-    def run(self) -> Result:
-        """Search; an interrupted search goes on where it stopped."""
-        from fedpet.run.central_search import search_centrally
-        from fedpet.run.progress import SearchBar
-
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with SearchBar() as progress:
-            return {"structure": search_centrally(self.experiment, self.path, progress)}
-
-    def write(self, result: Result) -> None:
-        """Do nothing: the search has written the file."""
-
-    def score(self, result: Result) -> float | None:
-        """Return the size in values."""
-        return float(result["structure"].provenance["values"])
-
-    def show(self, result: Result) -> str:
-        """Describe its size."""
-        return f"{self.score(result):,.0f} values"
-
-    def fingerprint(self, result: Result) -> dict[str, Any]:
-        """Return the whole file."""
-        return {"structure": result["structure"].to_json()}
-
-
 @dataclass
 class ExperimentGrid(Grid):
     """Lay out a table of federated runs.
@@ -387,31 +317,6 @@ class ExperimentGrid(Grid):
 
     def _structure_path(self, method: Method, seed: int, number: int) -> Path:
         return self.results / "structures" / f"{_label(method, number)}-seed{seed}.json"
-
-
-def stored_experiment(tables: Mapping[str, Any]) -> Experiment:
-    """Return the experiment of a stored cell; a key that it lacks has the default of its time.
-
-    Cells name their structures below the checkout, where benchmarks once lay in another folder.
-
-    Raises:
-        ConfigError: The settings do not read any more.
-    """
-    named = with_new_names(tables)
-    codec = {"uplink": "float32", "downlink": "float32", "downlink-mode": "delta"}
-    experiment = Experiment.from_tables({**named, "codec": codec | named.get("codec", {})})
-    file = experiment.structure.file.removeprefix("simulations/")
-    return replace(experiment, structure=replace(experiment.structure, file=file))
-
-
-def with_new_fields(stages: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the fields of stored stages under their present names."""
-    return {
-        stage: {key.replace("-", "_"): value for key, value in fields.items()}
-        if isinstance(fields, dict)
-        else fields
-        for stage, fields in with_new_names(stages).items()
-    }
 
 
 def bytes_of(result: Result, kind: str) -> int:

@@ -1,10 +1,11 @@
 """Ask a search's gates two things: do searches of other seeds agree, and do gates foretell gains?
 
-    python -m benchmarks.search_agreement [EXPERIMENT] [--set KEY=VALUE] [--out FILE]
-        [--rows validation] [--searches 6] [--alone 24] [--steps 60]
+    python -m benchmarks.search_agreement [EXPERIMENT] [--set KEY=VALUE] [--like STRUCTURE]
+        [--out FILE] [--rows train] [--searches 6] [--alone 24] [--steps 60]
 
-The experiment gives backbone, search and rates; the rows are those of a split on which no result is
-reported. Written to FILE as it goes, and gone on with from there:
+The experiment gives backbone, search and rates, or, with --like, the file of a structure says how
+it was searched; the rows are those of a split on which no result is reported. Written to FILE as it
+goes, and gone on with from there:
 
     searches    alpha and choice of each seed
     agreement   mean Jaccard index, by values, of two choices: each of one search, of the mean alpha
@@ -39,7 +40,8 @@ from fedpet.config.builtin import load_experiment
 from fedpet.data import FederatedData, load_data
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
-from fedpet.run.central_search import resolve_search
+from fedpet.pet.structure import Structure
+from fedpet.run.central_search import owners_of, resolve_search
 from fedpet.run.run_folder import machine, versions
 from fedpet.search import Space, run_search, space_for
 from fedpet.training.evaluation import predict
@@ -150,7 +152,9 @@ def measure(
     """Fill in what the report lacks."""
     folder, cache = locate(experiment.backbone), make_cache(experiment)
     source = replace(experiment.data, train_split=options.rows)
-    data = load_data(source, EVERYBODY, folder, cache=cache, evaluation=False)
+    by_client = experiment.search.split == "clients"
+    clients = experiment.clients if by_client else EVERYBODY
+    data = load_data(source, clients, folder, cache=cache, evaluation=False)
     backbone = load_for_task(experiment.backbone, data.task)
     config = resolve_search(experiment, backbone, None)
     space = space_for(config, backbone.model, experiment.mask, head=backbone.head)
@@ -168,6 +172,7 @@ def measure(
             np.arange(len(data.train)),
             data.task,
             replace(config, seed=seed),
+            owners=owners_of(data, None) if by_client else None,
             mask_config=experiment.mask,
             logit_adjustment=experiment.training.logit_adjustment,
         )
@@ -236,7 +241,8 @@ def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("experiment", nargs="?", default="film-reviews")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE")
-    parser.add_argument("--rows", default="validation", help="split to search on")
+    parser.add_argument("--like", type=Path, help="a structure's file: search as it was searched")
+    parser.add_argument("--rows", default="train", help="split to search on")
     parser.add_argument("--searches", type=int, default=6)
     parser.add_argument("--alone", type=int, default=24, help="candidates trained alone")
     parser.add_argument("--steps", type=int, default=60, help="of each candidate's training")
@@ -244,9 +250,14 @@ def main(arguments: list[str] | None = None) -> int:
     options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     experiment = load_experiment(options.experiment, options.set)
+    if options.like is not None:
+        found = Structure.from_json(options.like.read_text(encoding="utf-8"))
+        settings = found.provenance["settings"].items()
+        settings = {key: tuple(v) if isinstance(v, list) else v for key, v in settings}
+        experiment = replace(experiment, search=SearchConfig(**settings))
     asked = {
         "experiment": options.experiment, "set": options.set, "rows": options.rows,
-        "steps": options.steps,
+        "search": experiment.to_tables()["search"], "steps": options.steps,
     }  # fmt: skip
     report: Report = {}
     if options.out is not None and options.out.exists():

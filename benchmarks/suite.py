@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any, get_type_hints
 
 from benchmarks.cell import Cell, Result, Run, check
-from benchmarks.experiment_grid import StructureFile
 from benchmarks.moving_grid import Choice, choose_rate
 from benchmarks.one_process import FEDPET
 from benchmarks.probe import PROBE
 from benchmarks.rate import Rate
+from benchmarks.structure_file import StructureFile
 from benchmarks.suite_cell import SuiteCell
 from fedpet.config import Experiment
 from fedpet.config.parsing import with_overrides
@@ -136,6 +136,8 @@ class Suite:
         """Return the file of the structure that a seed's run trains, searched on tuning rows."""
         path = self.results / dataset.name / "structures" / f"{method.name}-seed{seed}.json"
         experiment = self.experiment(dataset, method, (*dataset.tune, f"search.seed={seed}"))
+        if experiment.search.federated:  # its seed draws the clients of each round
+            experiment = replace(experiment, run=replace(experiment.run, seed=seed))
         return _Structure(path, None, seed, None, experiment, self.folder)
 
     def _cell(
@@ -157,7 +159,11 @@ class Suite:
         if method.structure:
             needs = self.structure_cell(dataset, method, seed).path
             name = f"structures/{needs.name}"
-            experiment = replace(experiment, structure=replace(experiment.structure, file=name))
+            experiment = replace(
+                experiment,
+                structure=replace(experiment.structure, file=name),
+                search=replace(experiment.search, federated=False),  # it is over
+            )
         return SuiteCell(
             path=self.results / dataset.name / phase / f"{method.name}-{end}.json",
             rate=Rate(rate, method.beside) if rate else None,

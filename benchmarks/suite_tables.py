@@ -20,6 +20,7 @@ from fedpet.utils.formatting import format_bytes
 __all__ = [
     "Summary",
     "all_methods",
+    "clients_searches",
     "costs_table",
     "difficulty",
     "methods_of",
@@ -278,6 +279,35 @@ def _compared(row: Summary, ground: Summary) -> str:
     mean, error, seeds = paired(row, ground)
     spread = {0: "", 1: " (1 seed)"}.get(seeds, f" ± {error:.1f}")
     return f"{mean:+.1f}{spread}, {row.total_bytes / ground.total_bytes:.2g} x bytes"
+
+
+def clients_searches(suite: Suite) -> str:
+    """Write what searches by the clients cost, beside three rounds of training what they found."""
+    rows = []
+    for dataset, method in suite.work:
+        if not suite.experiment(dataset, method).search.federated:
+            continue
+        cells = (suite.structure_cell(dataset, method, seed) for seed in suite.seeds_of(method))
+        found = [result for cell in cells if (result := suite.read(cell)) is not None]
+        trained = summarise_row(suite, dataset, method)
+        if not found or trained is None:
+            continue
+        costs = [result["structure"].provenance["search"] for result in found]
+        sent = statistics.mean(
+            sum(cost[f"{part}_bytes"] for part in ("uplink", "downlink", "plan")) for cost in costs
+        )
+        rounds = suite.experiment(dataset, method).strategy.num_rounds
+        cells_of_row = [
+            dataset.name,
+            f"{len(costs)}",
+            f"{statistics.mean(cost['rounds'] for cost in costs):.1f}",
+            format_bytes(sent),
+            format_bytes(3 * trained.total_bytes / rounds),
+            f"{statistics.mean(cost['processor_seconds'] for cost in costs):.0f}",
+        ]
+        rows.append(cells_of_row)
+    heads = ("data", "searches", "rounds", "sent", "three rounds of training", "core-seconds")
+    return _markdown(heads, rows) if rows else NOT_RUN
 
 
 def points(suite: Suite) -> dict[str, dict[str, tuple[float, float, float]]]:

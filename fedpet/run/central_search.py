@@ -199,7 +199,7 @@ def find_structure(
             np.arange(len(data.train)) if indices is None else indices,
             data.task,
             config,
-            owners=_owners(data, indices) if config.split == "clients" else None,
+            owners=owners_of(data, indices) if config.split == "clients" else None,
             mask=mask,
             mask_config=mask_config,
             logit_adjustment=logit_adjustment,
@@ -233,8 +233,13 @@ def find_structure(
     return replace(structure, provenance={**structure.provenance, **origin})
 
 
-def _owners(data: FederatedData, indices: np.ndarray | None) -> np.ndarray:
-    """Return the number of each row's client, -1 of rows without one; None takes all rows."""
+def owners_of(data: FederatedData, indices: np.ndarray | None) -> np.ndarray:
+    """Return the number of each row's client, -1 of rows without one: int64, (n,).
+
+    Args:
+        data: Rows and clients.
+        indices: The rows to tell of; None takes all.
+    """
     owners = np.full(len(data.train), -1, dtype=np.int64)
     for number, client in enumerate(data.clients):
         owners[client.rows] = number

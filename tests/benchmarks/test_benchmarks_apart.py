@@ -9,7 +9,7 @@ import pytest
 
 import benchmarks
 from benchmarks.central_grid import CentralCell
-from benchmarks.experiment_grid import stored_experiment
+from benchmarks.stored_settings import stored_experiment
 from benchmarks.suite_file import read_suite
 from benchmarks.tables import read_grid
 from fedpet.errors import ConfigError

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny
 from rich.console import Console
-from suite_jobs import Pretend, suite_of, tables
+from suite_jobs import Pretend, letters, suite_of, tables
 
 from benchmarks import __main__ as command
 from benchmarks.cell import Cell
@@ -213,61 +211,7 @@ def test_finished_cells_are_run_again_and_a_difference_is_told(tmp_path: Path) -
     assert [note["same"] for note in notes] == [True, True, True, False]
 
 
-def test_structures_are_made_before_the_runs_that_train_them(tmp_path: Path) -> None:
-    content = tables()
-    content["methods"]["searched"] = {
-        "runs": "fedpet", "rate": 0.1, "structure": "drawn",
-        "set": ["search.method=random", "search.budget=500"],
-    }  # fmt: skip
-    content["work"] = [{"datasets": ["films"], "methods": ["searched"]}]
-    suite = suite_of(tmp_path, content=content)
-    first = suite.runnable()
-    assert [cell.path.parent.name for cell in first] == ["structures"]
-    (cell,) = first
-    assert cell.seed == suite.tune_seed
-    assert cell.experiment.data.eval_split == "validation"  # type: ignore[attr-defined]
-
-
 # -- real runs of a small model
-
-
-def letters(folder: Path) -> dict[str, Any]:
-    """Rows and a small model in a folder, and the experiment over them."""
-    rows = tiny.make_rows(folder / "sets" / "letters")
-    shutil.copy(rows / "test.jsonl", rows / "validation.jsonl")
-    return {
-        "backbone": {"model": str(tiny.make_backbone(folder / "backbone"))},
-        "data": {"max-length": 16},
-        "clients": {"client-column": "client", "min-rows": 2},
-        "structure": {"preset": "none"},
-        "mask": {"enabled": False, "density": 0.05},
-        "training": {"batch-size": 4},
-        "strategy": {"num-rounds": 1, "clients-per-round": 2},
-        "run": {"cache": str(folder / "cache")},
-    }
-
-
-@pytest.mark.parametrize("how", ["random", "lnfit+bitfit", "s3pet"])
-def test_a_structure_is_made_once_within_the_budget_and_names_no_folder(
-    tmp_path: Path, how: str
-) -> None:
-    content = tables(base=letters(tmp_path))
-    content["methods"]["drawn"] = {
-        "runs": "fedpet", "rate": 0.1, "structure": "drawn",
-        "set": [f"search.method={how}", "search.budget=500", "search.max-steps=2"],
-    }  # fmt: skip
-    content["work"] = [{"datasets": ["letters"], "methods": ["drawn"]}]
-    suite = suite_of(tmp_path, content=content, folder=tmp_path / "sets")
-    (cell,) = suite.runnable()
-    made = cell.run()["structure"]
-    assert 0 < made.provenance["values"] <= 500
-    assert made.provenance["data"]["source"] == "letters"
-    assert str(tmp_path) not in cell.path.read_text().replace(str(tmp_path / "backbone"), "")
-    again = suite_of(tmp_path, content=content, folder=tmp_path / "sets")
-    assert [cell.path.parent.name for cell in again.runnable()] == ["tune"] * 3
-    content["methods"]["drawn"]["set"][1] = "search.budget=400"
-    with pytest.raises(ConfigError, match="made with other settings"):
-        suite_of(tmp_path, content=content).runnable()
 
 
 def test_a_small_suite_runs_for_real_probe_and_all(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import tiny
 import tomli_w
 
 from benchmarks.cell import Cell
@@ -79,3 +81,19 @@ def suite_of(where: Path, run: Pretend | None = None, **options: Any) -> Suite:
     path = where / "small.toml"
     path.write_text(tomli_w.dumps(options.pop("content", None) or tables()), encoding="utf-8")
     return read_suite(path, run=run, **options)
+
+
+def letters(folder: Path) -> dict[str, Any]:
+    """Rows and a small model in a folder, and the experiment over them."""
+    rows = tiny.make_rows(folder / "sets" / "letters")
+    shutil.copy(rows / "test.jsonl", rows / "validation.jsonl")
+    return {
+        "backbone": {"model": str(tiny.make_backbone(folder / "backbone"))},
+        "data": {"max-length": 16},
+        "clients": {"client-column": "client", "min-rows": 2},
+        "structure": {"preset": "none"},
+        "mask": {"enabled": False, "density": 0.05},
+        "training": {"batch-size": 4},
+        "strategy": {"num-rounds": 1, "clients-per-round": 2},
+        "run": {"cache": str(folder / "cache")},
+    }
