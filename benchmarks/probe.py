@@ -33,7 +33,7 @@ from fedpet.utils.seeds import derive_seed
 __all__ = ["PROBE", "fit_logistic", "run_probe"]
 
 PROBE = "probe"
-STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0)  # of the L2 term, beside the mean loss of a row
+STRENGTHS = (1e-4, 1e-3, 1e-2, 1e-1, 1.0, 10.0, 100.0, 1000.0)  # of L2, beside the mean loss
 HELD_OUT = 0.2
 TOKENS = 1024  # a batch
 _STEPS = 200  # of L-BFGS at most
