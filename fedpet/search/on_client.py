@@ -17,6 +17,10 @@ The rows are split once, by the seed and the client, into two halves: one moves 
 other alpha, and neither ever does the other's part. Of an odd number one row is left out. With a
 single row there are not two levels, and the client is refused.
 
+Both halves have as many rows of each class, to one. Of few rows a random half that has more of a
+class leaves fewer to the other, so that, measured from the client's own shares, the gradients of
+the two point in opposite directions: whatever would help most looks most harmful.
+
 Source: ours; the steps are S3PET's (Hu et al., NeurIPS 2022, arXiv:2206.07382). What is averaged is
 alpha, not the probabilities: a shift of alpha changes no probability, so clients need not agree on
 one. Deviations: the moments; alpha travels as float32; the average of values under gates is not the
@@ -157,7 +161,9 @@ class SearchModel:
             TrainingError: There are too few rows, or a loss is not a number.
         """
         started = time.perf_counter()
-        split = split_in_two(indices, config.seed)
+        has_classes = task.label_names and rows.labels.ndim == 1
+        labels = rows.labels[indices] if has_classes else None
+        split = split_in_two(indices, config.seed, labels)
         first = (server_round - 1) * config.local_steps
         total = config.rounds * config.local_steps
         loss_of = client_loss(
@@ -194,8 +200,14 @@ def client_config(config: SearchConfig, client: int) -> SearchConfig:
     return replace(config, seed=derive_seed("federated search", config.seed, client))
 
 
-def split_in_two(indices: np.ndarray, seed: int) -> Split:
+def split_in_two(indices: np.ndarray, seed: int, labels: np.ndarray | None = None) -> Split:
     """Split a client's rows at random, by the seed, into two halves of equal size.
+
+    Args:
+        indices: Its rows, (n,).
+        seed: Of the client.
+        labels: Their classes, (n,): both halves then hold as many of each class, to one. None
+            where rows have none.
 
     Raises:
         TrainingError: There are fewer than two rows.
@@ -205,6 +217,11 @@ def split_in_two(indices: np.ndarray, seed: int) -> Split:
             f"a search needs two rows of a client at least, one a level, and this one has "
             f"{len(indices)}. Raise clients.min-rows."
         )
-    order = np.random.default_rng(derive_seed("split", seed)).permutation(indices)
-    half = len(order) // 2
-    return Split(theta=order[:half], alpha=order[half : 2 * half], validation=order[:0])
+    half = len(indices) // 2
+    order = np.random.default_rng(derive_seed("split", seed)).permutation(len(indices))[: 2 * half]
+    if labels is None:
+        parts = order[:half], order[half:]
+    else:
+        order = order[np.argsort(labels[order], kind="stable")]
+        parts = order[::2], order[1::2]
+    return Split(theta=indices[parts[0]], alpha=indices[parts[1]], validation=indices[:0])

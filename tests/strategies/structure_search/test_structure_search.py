@@ -78,7 +78,7 @@ def test_a_round_of_one_client_with_all_rows_is_that_many_central_steps(
     [client] = data.clients
     number = client_id64(client.id)
     config = client_config(plan.search, number)
-    split = split_in_two(client.rows, config.seed)
+    split = split_in_two(client.rows, config.seed, data.train.labels[client.rows])
 
     backbone = load_backbone(settings.backbone, num_outputs=2)
     model = plan.build_search(backbone)
@@ -120,6 +120,18 @@ def test_a_client_s_rows_move_either_its_values_or_its_alpha_and_in_every_round_
     assert len(split_in_two(rows[:2], seed=0).theta) == 1
     with pytest.raises(TrainingError, match=r"two rows of a client .* has 1\. Raise clients"):
         split_in_two(rows[:1], seed=0)
+
+
+@given(st.lists(st.integers(0, 4), min_size=2, max_size=40), st.integers(0, 99))
+def test_a_client_s_halves_have_as_many_rows_of_each_class_to_one(
+    labels: list[int], seed: int
+) -> None:
+    rows, classes = np.arange(len(labels)), np.asarray(labels)
+    split = split_in_two(rows, seed, classes)
+    assert len(split.theta) == len(split.alpha) == len(rows) // 2
+    assert not {*split.theta} & {*split.alpha}
+    counts = [np.bincount(classes[half], minlength=5) for half in (split.theta, split.alpha)]
+    assert np.abs(counts[0] - counts[1]).max() <= 1
 
 
 def test_the_steps_of_a_later_round_are_those_of_a_search_that_was_not_interrupted(
