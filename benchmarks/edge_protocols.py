@@ -27,6 +27,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from benchmarks.stored_settings import stored_experiment
 from fedpet.errors import InputError
 from fedpet.report.number_format import show_metric, show_percent
 from fedpet.training.metrics import greater_is_better
@@ -71,7 +72,7 @@ class EdgeRun:
         try:
             lines = (folder / "rounds.jsonl").read_text(encoding="utf-8").splitlines()
             rounds = [json.loads(line) for line in lines]
-            settings = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
+            stored = tomllib.loads((folder / "config.toml").read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
             raise InputError(
                 f"{str(folder)!r} is no run folder that can be read: {error}."
@@ -85,10 +86,11 @@ class EdgeRun:
         if not points:
             raise InputError(f"the run {str(folder)!r} has no evaluation to compare.")
         trained = [line for line in rounds if line["clients"] and "kind" not in line]
-        settings.pop("run", None)
+        settings = stored_experiment(stored).to_tables()  # keys of later have their default
+        del settings["run"]
         return cls(
             name=folder.name,
-            metric=str(settings["data"]["metric"]),
+            metric=settings["data"]["metric"],
             points=tuple(points),
             asked=sum(line["clients"] for line in trained),
             answered=sum(line["replies"] for line in trained),

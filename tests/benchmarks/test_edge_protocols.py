@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tomllib
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,8 @@ def write_run(folder: Path, lines: list[dict[str, Any]], metric: str = "perplexi
     before = line(0, 100.0, uplink_bytes=0, downlink_bytes=0, clients=0, replies=0)
     text = "".join(json.dumps(one) + "\n" for one in [before, *lines])
     (folder / "rounds.jsonl").write_text(text, encoding="utf-8")
-    settings = {"run": {"name": folder.name}, "data": {"metric": metric}}
+    task = "classification" if metric == "accuracy" else "language-modelling"
+    settings = {"run": {"name": folder.name}, "data": {"metric": metric, "task": task}}
     (folder / "config.toml").write_text(tomli_w.dumps(settings), encoding="utf-8")
     return folder
 
@@ -97,6 +99,17 @@ def test_lost_updates_are_compared_with_the_same_run_in_which_none_is_lost(
     lost = len(results["whole-drop"]["refused"]) / 6
     assert f"| {100 * lost:.1f} % |" in dropped
     assert f"{results['whole']['quality']['final']:.4f} |" in dropped
+
+
+def test_a_key_that_came_after_a_run_has_its_default(tmp_path: Path) -> None:
+    runs = [
+        write_run(tmp_path / name, [line(1, 60.0, replies=replies)])
+        for name, replies in (("before", 4), ("after", 2))
+    ]
+    later = tomllib.loads((runs[1] / "config.toml").read_text()) | {"backbone": {"bits": 0}}
+    (runs[1] / "config.toml").write_text(tomli_w.dumps(later), encoding="utf-8")
+    shown = as_text([EdgeRun.read(run) for run in runs])
+    assert "| after | 50.0 % | 1 of 1 | 60.0000 | 60.0000 |" in shown
 
 
 def test_flowertune_s_general_task_sends_what_its_factors_weigh() -> None:
