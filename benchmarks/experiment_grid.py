@@ -4,7 +4,7 @@
     set = ["strategy.num-rounds=12"] # for all methods
     learning-rates = [0.01, 0.03]    # for methods without a grid of their own
     [tune]                           # split, seed
-    [final]                          # split, seeds; also: further splits to evaluate on
+    [final]                          # split, seeds
     [methods.NAME]
     runs = "fedpet"                  # or a baseline; NAME where it is left out
     set = ["search.seed={seed}"]     # {seed} of the run; {draw}: 1000 * seed + number
@@ -62,7 +62,6 @@ class ExperimentCell(Cell):
         runs: "fedpet", or the name of a baseline.
         timeout_seconds: A run that takes longer is ended.
         in_process: Runs here, one thread, without Ray.
-        also: Further splits that a run in this process is evaluated on.
     """
 
     experiment: Experiment
@@ -70,7 +69,6 @@ class ExperimentCell(Cell):
     runs: str
     timeout_seconds: float = 7200
     in_process: bool = False
-    also: tuple[str, ...] = ()
 
     def settings(self) -> dict[str, dict[str, Any]]:
         """Return the tables of the experiment that decide the outcome."""
@@ -107,7 +105,7 @@ class ExperimentCell(Cell):
             from benchmarks.one_process import DivergedError, diverged, run_here  # brings torch
 
             try:
-                result = run_here(self.experiment, self.runs, self.also)
+                result = run_here(self.experiment, self.runs)
             except DivergedError as error:
                 return diverged(self.method, self.seed, error)
             return {**result, "run": {**result["run"], "method": self.method}}
@@ -194,7 +192,6 @@ class ExperimentGrid(Grid):
         overrides: For all methods and phases.
         tune_split: Rows to choose rates on.
         final_split: Rows to report on.
-        also: Further splits to report on, where cells run in one process.
         timeout_seconds: A cell that takes longer is ended, and the table with it.
         in_process: Cells run in the process that asks for them; no cell has a structure file.
     """
@@ -203,7 +200,6 @@ class ExperimentGrid(Grid):
     overrides: tuple[str, ...] = ()
     tune_split: str = ""
     final_split: str = ""
-    also: tuple[str, ...] = ()
     timeout_seconds: float = 7200
     in_process: bool = False
 
@@ -229,7 +225,6 @@ class ExperimentGrid(Grid):
             overrides=strings(top.take("set", list, []), "set"),
             tune_split=tune.take("split", str),
             final_split=final.take("split", str),
-            also=strings(final.take("also", list, []), "final also"),
             timeout_seconds=float(top.take("cell-timeout-seconds", int, 7200)),
             in_process=top.take("in-process", bool, False),
             **options,
@@ -303,7 +298,6 @@ class ExperimentGrid(Grid):
             method.runs,
             self.timeout_seconds,
             self.in_process,
-            self.also if phase == "final" else (),
         )
 
     def _experiment(

@@ -35,13 +35,23 @@ PHASES = ("structures", "tune", "final")
 
 @dataclass(frozen=True)
 class DataSet:
-    """Describe the rows and clients of a part of the suite: overrides, and a cell's seconds."""
+    """Describe the rows and clients of a part of the suite.
+
+    Attributes:
+        name: Of the part.
+        overrides: Of the experiment.
+        tune: Overrides where rates are chosen.
+        final: Overrides of reported runs.
+        seconds: Guess of a cell's time, until one has been run.
+        also: Further splits on which reported runs evaluate their start and end.
+    """
 
     name: str
     overrides: tuple[str, ...] = ()
     tune: tuple[str, ...] = ()
     final: tuple[str, ...] = ()
     seconds: float = 60.0
+    also: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -173,6 +183,7 @@ class Suite:
             method=method.name,
             runs=method.runs,
             folder=self.folder,
+            also=dataset.also if phase == "final" else (),
         )
 
     # -- where the work stands

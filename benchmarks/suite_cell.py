@@ -22,7 +22,7 @@ from fedpet.utils.formatting import format_bytes
 
 __all__ = ["FAILED", "SuiteCell"]
 
-BUNDLED = "bundled"
+BUNDLED, PACKAGE = "bundled", "package:"  # rows that lie in no folder
 _NOT_READ = ("structure", "search")  # by others than fedpet
 _READ_BY_PROBE = ("run", "backbone", "data", "clients")
 
@@ -33,9 +33,11 @@ class SuiteCell(ExperimentCell):
 
     Attributes:
         folder: Of the data sets; an experiment's source is a name in it.
+        also: Further splits that the start and the end are evaluated on.
     """
 
     folder: Path | None = None
+    also: tuple[str, ...] = ()
 
     @property
     def name(self) -> str:
@@ -69,7 +71,7 @@ class SuiteCell(ExperimentCell):
             ConfigError: The data set's folder is not given, or not there.
         """
         experiment, source = self.experiment, self.experiment.data.source
-        if source != BUNDLED:
+        if source != BUNDLED and not source.startswith(PACKAGE):
             if self.folder is None or not (self.folder / source).is_dir():
                 raise ConfigError(
                     f"{self.name} reads the data set {source!r}: name the folder that holds it "
@@ -89,7 +91,7 @@ class SuiteCell(ExperimentCell):
         if self.runs == PROBE:
             return run_probe(experiment)
         try:
-            result = run_here(experiment, self.runs)
+            result = run_here(experiment, self.runs, self.also)
         except DivergedError as error:
             return diverged(self.method, self.seed, error)
         return {**result, "run": {**result["run"], "method": self.method}}

@@ -4,10 +4,12 @@ results = "results/suite"        # a folder a data set, in it structures/, tune/
 most-rates = 6                   # of a moving grid, see moving_grid.py
 tune-seed = 3
 seeds = [0, 1, 2]
-[base.STAGE]                     # an experiment, which all cells start from
+experiment = "chat"              # which all cells start from; left out, that of the defaults
+[base.STAGE]                     # what differs from it
 [datasets.NAME]
 set = []; tune = []; final = []  # overrides of all its cells, and of a phase's
 seconds = 60                     # guess of a cell, until one has been run
+also = []                        # further splits on which the start and the end are evaluated
 [methods.NAME]
 runs = "fedpet"                  # or a baseline; NAME where it is left out
 rate = 0.1                       # in the middle of the first grid: of every kind but
@@ -34,6 +36,8 @@ from benchmarks.one_process import RUNS
 from benchmarks.probe import PROBE
 from benchmarks.suite import DataSet, Row, Suite
 from benchmarks.table_keys import Keys, read_keys, strings
+from fedpet.config import Experiment
+from fedpet.config.builtin import experiment_file
 from fedpet.errors import ConfigError
 
 __all__ = ["read_suite"]
@@ -84,7 +88,7 @@ def read_suite(
     ]
     suite = Suite(
         results=path.parent / top.take("results", str, f"results/{path.stem}"),
-        base=top.take("base", dict),
+        base=_base(top, path),
         datasets=datasets,
         methods=methods,
         work=tuple(chosen),
@@ -113,6 +117,16 @@ def read_suite(
     return suite
 
 
+def _base(top: Keys, path: Path) -> dict[str, dict[str, Any]]:
+    """Return the tables that all cells start from."""
+    name = top.take("experiment", str, "")
+    changes: dict[str, dict[str, Any]] = top.take("base", dict, {})
+    if not name:
+        return changes
+    tables = Experiment.from_file(experiment_file(name, path.parent)).to_tables()
+    return {stage: {**table, **changes.get(stage, {})} for stage, table in tables.items()}
+
+
 def _dataset(name: str, table: Any) -> DataSet:
     keys = Keys(f"[datasets.{name}]", table)
     found = DataSet(
@@ -121,6 +135,7 @@ def _dataset(name: str, table: Any) -> DataSet:
         strings(keys.take("tune", list), f"[datasets.{name}] tune"),
         strings(keys.take("final", list), f"[datasets.{name}] final"),
         float(keys.take("seconds", int, 60)),
+        strings(keys.take("also", list, []), f"[datasets.{name}] also"),
     )
     keys.refuse_others()
     return found

@@ -23,6 +23,7 @@ __all__ = [
     "clients_searches",
     "costs_table",
     "difficulty",
+    "markdown",
     "methods_of",
     "points",
     "question",
@@ -184,7 +185,8 @@ def costs_table(suite: Suite) -> Table:
 # -- Markdown
 
 
-def _markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Write a table: the first columns to the left, numbers to the right."""
     rule = "|".join(["---"] * left + ["---:"] * (len(heads) - left))
     lines = [f"| {' | '.join(cells)} |" for cells in (heads, *rows)]
     return "\n".join([lines[0], f"|{rule}|", *lines[1:]])
@@ -194,7 +196,7 @@ def methods_of(suite: Suite, name: str) -> str:
     """Write the table of all finished methods of a data set."""
     heads = (*HEADS, *TARGET_HEADS, "rate")
     rows = list(_table_cells(suite, suite.datasets[name]))
-    return _markdown(heads, rows) if rows else NOT_RUN
+    return markdown(heads, rows) if rows else NOT_RUN
 
 
 def all_methods(suite: Suite) -> str:
@@ -246,7 +248,7 @@ def difficulty(suite: Suite) -> str:
     heads = ("data", "metric", "majority", "probe", "full fine-tuning", "full over probe, points")
     if not rows:
         return NOT_RUN
-    return _markdown(heads, rows, left=2)
+    return markdown(heads, rows, left=2)
 
 
 def question(suite: Suite, base: str, others: Sequence[str], datasets: Sequence[str]) -> str:
@@ -272,7 +274,7 @@ def question(suite: Suite, base: str, others: Sequence[str], datasets: Sequence[
             cells.append("–" if row is None else _compared(row, ground))
         if any(cell != "–" for cell in cells[1:]):
             rows.append(cells)
-    return _markdown(("method", *grounds), rows) if len(rows) > 1 else NOT_RUN
+    return markdown(("method", *grounds), rows) if len(rows) > 1 else NOT_RUN
 
 
 def _compared(row: Summary, ground: Summary) -> str:
@@ -307,7 +309,7 @@ def clients_searches(suite: Suite) -> str:
         ]
         rows.append(cells_of_row)
     heads = ("data", "searches", "rounds", "sent", "three rounds of training", "core-seconds")
-    return _markdown(heads, rows) if rows else NOT_RUN
+    return markdown(heads, rows) if rows else NOT_RUN
 
 
 def points(suite: Suite) -> dict[str, dict[str, tuple[float, float, float]]]:
