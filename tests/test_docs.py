@@ -22,6 +22,7 @@ from doc_blocks import Block, blocks_of, inline_code, run_python
 from own_names import built_in_names
 
 import fedpet
+from benchmarks import __main__ as benchmarks_main
 from fedpet.cli.main import app
 from fedpet.config import Experiment
 
@@ -156,6 +157,7 @@ def _check_command(words: list[str]) -> None:
             if re.fullmatch(r"[a-z-]+", target):
                 assert re.search(rf"^{target}:", makefile, re.MULTILINE), words
     elif words[1:3] == ["-m", "benchmarks"]:
+        assert words[3] in typer.main.get_command(benchmarks_main.app).commands, words  # type: ignore[attr-defined]
         assert (REPOSITORY / words[4]).is_file(), words
     elif words[1:2] == ["-m"] and words[2].startswith("benchmarks"):
         path = REPOSITORY / words[2].replace(".", "/")
