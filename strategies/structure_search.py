@@ -62,7 +62,7 @@ DEVIATIONS = (
     "mean of the clients' alpha, zeta solved anew",
     "mean of the candidates' values under gates: not exact",
     "AdamW's moments begin anew in every round",
-    "a client's rows in two halves, no validation rows",
+    "a client's rows in two halves of as many of each class, no validation rows",
 )
 _CHOICES, _AVERAGED = "search/choices", "search/averaged"
 
