@@ -1,6 +1,6 @@
 """Compare automatic learning rates with a grid of rates by kind, on six data sets.
 
-    python -m benchmarks.rate_grid --data ../shared/data
+    python -m benchmarks.rate_grid --data FOLDER
 
 A cell is one short federation at one set of rates, RESULTS/rate_grid/DATA/PLAN/RATES.json: 12
 rounds of 8 clients, whose values travel uncoded, in this process. Clients have at most 40 rows, of
@@ -46,26 +46,29 @@ from fedpet.errors import ConfigError, FedpetError, InputError
 from fedpet.pet.mask import build_mask
 from fedpet.pet.model import PetModel
 from fedpet.pet.structure import load_structure
+from fedpet.tasks.task import Task
 from fedpet.training.auto_rates import auto_learning_rates
 from fedpet.training.evaluation import predict
 from fedpet.training.loop import train_rows
+from fedpet.training.metrics import assess
 from fedpet.utils.seeds import derive_seed
 
 RESULTS = ROOT / "benchmarks" / "results" / "rate_grid"
 ROUNDS, CLIENTS, ROWS = 12, 8, 40
 VALIDATION_ROWS, TEST_ROWS = 600, 1000
 MOST_CLIENTS = 160
-AUTOMATIC = "automatic.json"
+AUTOMATIC, ACCURACY = "automatic.json", "accuracy"
 BACKBONE = BackboneConfig()
 
 
 @dataclass(frozen=True)
 class Source:
-    """A data set: its folder, the column of its clients ("" deals them out), rows to report on."""
+    """A data set: folder, column of its clients ("" deals them out), rows to report on, metric."""
 
     folder: str
     column: str
     test: str = "test"
+    metric: str = ACCURACY
 
 
 SOURCES = {
@@ -73,7 +76,7 @@ SOURCES = {
     "airline": Source("airline_tweets", "airline"),
     "enron": Source("enron_spam_mailboxes", "mailbox"),
     "domains": Source("multidomain_sentiment", "domain"),
-    "cola": Source("cola", "source", "validation"),
+    "cola": Source("cola", "source", "validation", "matthews"),
     "banking77": Source("banking77", ""),
 }
 
@@ -117,8 +120,8 @@ class RateCell(Cell):
         }
 
     def complete_settings(self, stored: Mapping[str, Any]) -> dict[str, Any]:
-        """Return them as they are."""
-        return dict(stored)
+        """Name the metric of cells that were run while all had the same."""
+        return {**stored, "data": {"metric": ACCURACY, **stored["data"]}}
 
     def run(self) -> Result:
         """Train and evaluate, on one thread."""
@@ -133,25 +136,26 @@ class RateCell(Cell):
             ("test", first(test.evaluation, TEST_ROWS)),
         ):
             logits = predict(pet.model, rows, product="onednn")
-            found[name] = measured(logits, np.array(rows.labels))
+            found[name] = measured(logits, np.array(rows.labels), data.task)
         return {**found, "processor_seconds": round(time.process_time() - started, 1)}
 
     def score(self, result: Result) -> float | None:
-        """Return the accuracy on validation rows."""
-        return float(result["validation"]["accuracy"])
+        """Return the metric on validation rows."""
+        return float(result["validation"][SOURCES[self.dataset].metric])
 
     def fingerprint(self, result: Result) -> dict[str, Any]:
         """Return both measurements."""
         return {name: result[name] for name in ("validation", "test")}
 
 
-def measured(logits: np.ndarray, labels: np.ndarray) -> dict[str, float]:
-    """Return accuracy, loss, and the share of the commonest class."""
+def measured(logits: np.ndarray, labels: np.ndarray, task: Task) -> dict[str, float]:
+    """Return the metric, what it is of the commonest class alone, and the loss."""
     likely = torch.log_softmax(torch.from_numpy(logits), -1)[range(len(labels)), labels]
+    found = assess(task, logits, labels)
     return {
-        "accuracy": float((logits.argmax(1) == labels).mean()),
+        task.metric: float(found.value),
         "loss": float(-likely.mean()),
-        "majority": float(np.bincount(labels).max() / len(labels)),
+        "majority": float(found.majority_baseline or 0.0),
     }
 
 
@@ -219,7 +223,7 @@ def load(data: Path, name: str, split: str) -> FederatedData:
     if not (folder / "test.jsonl").exists():
         write_rows(data, name, folder)
     return load_data(
-        DataConfig(source=str(folder), eval_split=split),
+        DataConfig(source=str(folder), eval_split=split, metric=SOURCES[name].metric),
         ClientsConfig(min_rows=8),
         locate(BACKBONE),
         cache=cache,
@@ -336,30 +340,31 @@ def grid(place: Place, dataset: str, plan: str) -> list[RateCell]:
 def as_text(results: Path) -> str:
     """Return the table in Markdown, of the data sets whose cells are there."""
     lines = [
-        "| data | plan | points | majority | automatic | best of grid | apart | its rates |",
-        "|---|---|---:|---:|---:|---:|---:|---|",
+        "| data | plan | metric | points | majority | automatic | best of grid | apart | rates |",
+        "|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
     for dataset, plans in json.loads((results / AUTOMATIC).read_text(encoding="utf-8")).items():
         for plan, rates in plans.items():
             folder = results / dataset / plan
             found = [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
             own = next(cell["result"] for cell in found if cell["settings"]["rates"] == rates)
-            best = max(found, key=lambda cell: _validated(cell["result"]))
-            mine, its = (result["test"]["accuracy"] for result in (own, best["result"]))
+            metric = SOURCES[dataset].metric
+            best = max(found, key=lambda cell: _validated(cell["result"], metric))
+            mine, its = (result["test"][metric] for result in (own, best["result"]))
             shown = ", ".join(f"{k} {rate:.2g}" for k, rate in best["settings"]["rates"].items())
             beside = f"{its:.3f} | {100 * (mine - its):+.1f} | {shown}"
             if len(found) == 1:  # there is nothing to compare with
                 beside = " | | "
             lines.append(
-                f"| {dataset} | {plan} | {len(found)} | {own['test']['majority']:.3f} | {mine:.3f} "
-                f"| {beside} |"
+                f"| {dataset} | {plan} | {metric} | {len(found)} | {own['test']['majority']:.3f} "
+                f"| {mine:.3f} | {beside} |"
             )
     return "\n".join(lines)
 
 
-def _validated(result: Result) -> tuple[float, float]:
-    """Order results by accuracy on validation rows, and by loss where that is the same."""
-    return result["validation"]["accuracy"], -result["validation"]["loss"]
+def _validated(result: Result, metric: str) -> tuple[float, float]:
+    """Order results by their metric on validation rows, and by loss where that is the same."""
+    return result["validation"][metric], -result["validation"]["loss"]
 
 
 def remember(results: Path, cells: Sequence[RateCell]) -> None:

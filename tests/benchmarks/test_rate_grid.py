@@ -79,6 +79,21 @@ def test_the_best_is_chosen_on_validation_rows_and_reported_on_test_rows(tmp_pat
     remember(tmp_path, [own])
     row = as_text(tmp_path).splitlines()[-1]
     shown = [part.strip() for part in row.strip("|").split("|")]
-    assert shown[:7] == ["films", "mask", "3", "0.500", "0.720", "0.725", "-0.5"]
-    assert shown[7] == "mask 0.09, head 0.02"
+    assert shown[:8] == ["films", "mask", "accuracy", "3", "0.500", "0.720", "0.725", "-0.5"]
+    assert shown[8] == "mask 0.09, head 0.02"
     assert own.read() == result(0.70, 0.72)
+
+
+def test_a_cell_of_before_is_one_of_accuracy(tmp_path: Path) -> None:
+    own = cell(tmp_path, RATES)
+    own.write(result(0.70, 0.72))
+    content = json.loads(own.path.read_text())
+    del content["settings"]["data"]["metric"]
+    own.path.write_text(json.dumps(content))
+    assert own.read() == result(0.70, 0.72)
+    other = cell_of((tmp_path, Path("data")), "cola", "mask", RATES)
+    content["settings"]["data"] = {"folder": "cola", "column": "source", "test": "validation"}
+    other.path.parent.mkdir(parents=True)
+    other.path.write_text(json.dumps(content))
+    with pytest.raises(ConfigError, match="metric was 'accuracy', is 'matthews'"):
+        other.read()
