@@ -59,6 +59,7 @@ VALIDATION_ROWS, TEST_ROWS = 600, 1000
 MOST_CLIENTS = 160
 AUTOMATIC, ACCURACY = "automatic.json", "accuracy"
 BACKBONE = BackboneConfig()
+CLOSE = 0.5  # points
 
 
 @dataclass(frozen=True)
@@ -343,6 +344,7 @@ def as_text(results: Path) -> str:
         "| data | plan | metric | points | majority | automatic | best of grid | apart | rates |",
         "|---|---|---|---:|---:|---:|---:|---:|---|",
     ]
+    apart: dict[str, list[float]] = {}  # by plan
     for dataset, plans in json.loads((results / AUTOMATIC).read_text(encoding="utf-8")).items():
         for plan, rates in plans.items():
             folder = results / dataset / plan
@@ -358,11 +360,19 @@ def as_text(results: Path) -> str:
             beside = f"{its:.3f} | {100 * (mine - its):+.1f} | {shown}"
             if len(found) == 1:  # there is nothing to compare with
                 beside = " | | "
+            else:
+                apart.setdefault(plan, []).append(mine - its)
             lines.append(
                 f"| {dataset} | {plan} | {metric} | {len(found)} | {own['test']['majority']:.3f} "
                 f"| {mine:.3f} | {beside} |"
             )
-    return "\n".join(lines)
+    said = [
+        f'Of plan "{plan}" the automatic rates come to within {CLOSE:g} points of the best, or '
+        f"above it, on {sum(round(100 * one, 1) >= -CLOSE for one in found)} of {len(found)} data "
+        "sets."
+        for plan, found in apart.items()
+    ]
+    return "\n".join([*lines, "", *said])
 
 
 def _validated(result: Result, metric: str) -> tuple[float, float]:

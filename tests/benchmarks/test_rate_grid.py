@@ -77,10 +77,11 @@ def test_the_best_is_chosen_on_validation_rows_and_reported_on_test_rows(tmp_pat
     cell(tmp_path, {**RATES, "mask": 0.09}).write(result(0.75, 0.725))
     cell(tmp_path, {**RATES, "mask": 0.01}).write(result(0.60, 0.90))
     remember(tmp_path, [own])
-    row = as_text(tmp_path).splitlines()[-1]
+    *_, row, _, said = as_text(tmp_path).splitlines()
     shown = [part.strip() for part in row.strip("|").split("|")]
     assert shown[:8] == ["films", "mask", "accuracy", "3", "0.500", "0.720", "0.725", "-0.5"]
     assert shown[8] == "mask 0.09, head 0.02"
+    assert said.endswith("or above it, on 1 of 1 data sets.")
     assert own.read() == result(0.70, 0.72)
 
 
