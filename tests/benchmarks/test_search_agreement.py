@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,9 @@ from architectures import backbone
 from tiny import make_backbone, make_experiment, make_rows
 
 from benchmarks.search_agreement import agreement, drawn_evenly, jaccard, main, spearman
-from fedpet.search import Space, build_space
+from fedpet.config import SearchConfig
+from fedpet.pet.structure import Structure
+from fedpet.search import Space, build_space, reproducible_settings
 
 
 @pytest.fixture(scope="module")
@@ -52,20 +55,24 @@ def test_candidates_are_drawn_from_every_kind(space: Space) -> None:
     assert drawn == drawn_evenly(space, len(kinds), seed=0)
 
 
-def test_a_measurement_is_kept_as_it_goes_and_gone_on_with(tmp_path: Path) -> None:
+def small_job(folder: Path, **search: object) -> Path:
+    """An experiment's file over a small model and rows."""
     experiment = make_experiment(
-        make_backbone(tmp_path / "model"),
-        make_rows(tmp_path / "rows"),
-        tmp_path / "run",
-        search_space="joint",
-        search_mask_block=16,
-        search_mask_blocks=2,
-        search_budget=700,
-        search_max_steps=2,
-        search_batch_size=4,
+        make_backbone(folder / "model"), make_rows(folder / "rows"), folder / "run", **search
     )
-    file = tmp_path / "small.toml"
+    file = folder / "small.toml"
     file.write_text(tomli_w.dumps(experiment.to_tables()))
+    return file
+
+
+SEARCH = {
+    "search_space": "joint", "search_mask_block": 16, "search_mask_blocks": 2,
+    "search_budget": 700, "search_max_steps": 2, "search_batch_size": 4,
+}  # fmt: skip
+
+
+def test_a_measurement_is_kept_as_it_goes_and_gone_on_with(tmp_path: Path) -> None:
+    file = small_job(tmp_path, **SEARCH)
     out = tmp_path / "found.json"
     asked = [str(file), "--rows", "train", "--steps", "2", "--out", str(out)]
     assert main([*asked, "--searches", "2", "--alone", "3"]) == 0
@@ -78,3 +85,21 @@ def test_a_measurement_is_kept_as_it_goes_and_gone_on_with(tmp_path: Path) -> No
     assert [e["gain"] for e in first["alone"]] == [e["gain"] for e in second["alone"][:3]]
     assert set(second["correlation"]) >= {"all", "per value", "mean gain by kind"}
     assert main([*asked, "--rows", "test", "--searches", "3"]) == 2
+
+
+def test_a_structure_s_file_says_how_to_search_it_again(tmp_path: Path) -> None:
+    file = small_job(tmp_path, search_budget=100, search_max_steps=1, search_batch_size=4)
+    settings = replace(
+        SearchConfig(), space="joint", mask_block=16, mask_blocks=2, budget=300.0, max_steps=2,
+        batch_size=4, split="clients", kinds=("mask", "lnfit"),
+    )  # fmt: skip
+    made = Structure(provenance={"settings": reproducible_settings(settings)})
+    (tmp_path / "structure.json").write_text(made.to_json())
+    out = tmp_path / "found.json"
+    asked = [str(file), "--like", str(tmp_path / "structure.json"), "--rows", "train"]
+    more = ["--searches", "2", "--alone", "2", "--steps", "1", "--out", str(out)]
+    assert main([*asked, *more]) == 0
+    found = json.loads(out.read_text())
+    assert found["asked"]["search"]["budget"] == 300
+    assert found["asked"]["search"]["split"] == "clients"
+    assert set(found["correlation"]["mean gain by kind"]) == {"mask", "lnfit"}
