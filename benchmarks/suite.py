@@ -13,7 +13,7 @@ from concurrent.futures import FIRST_COMPLETED, Executor, Future, ProcessPoolExe
 from dataclasses import dataclass, field, replace
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
 from benchmarks.cell import Cell, Result, Run, check
 from benchmarks.moving_grid import Choice, choose_rate
@@ -23,7 +23,7 @@ from benchmarks.rate import Rate
 from benchmarks.structure_file import StructureFile
 from benchmarks.suite_cell import SuiteCell
 from fedpet.config import Experiment
-from fedpet.config.parsing import with_overrides
+from fedpet.config.parsing import field_types, with_overrides
 from fedpet.errors import FedpetError
 from fedpet.training.metrics import greater_is_better
 from fedpet.utils.atomic_write import atomic_write
@@ -122,7 +122,7 @@ class Suite:
 
     def _resolve(self, over: Sequence[str]) -> Experiment:
         tables = {stage: dict(table) for stage, table in self.base.items()}
-        return Experiment.from_tables(with_overrides(tables, over, get_type_hints(Experiment)))
+        return Experiment.from_tables(with_overrides(tables, over, field_types(Experiment)))
 
     def tune_cell(self, dataset: DataSet, method: Row, rate: float) -> SuiteCell:
         """Return the cell of one rate, evaluated before the first round and after the last."""

@@ -14,9 +14,9 @@ import tomllib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any
 
-from fedpet.config.parsing import read_stage, refuse_unknown, with_overrides
+from fedpet.config.parsing import field_types, read_stage, refuse_unknown, with_overrides
 from fedpet.config.ranges import kebab_case
 from fedpet.config.renamed import refuse_former_names
 from fedpet.config.schema import (
@@ -158,7 +158,7 @@ class Experiment:
         Raises:
             ConfigError: An unknown table or key (the known ones are named), or a bad value.
         """
-        stages = get_type_hints(cls)
+        stages = field_types(cls)
         refuse_former_names(tables)
         refuse_unknown("table", tables, stages)
         built: dict[str, Any] = {}
@@ -194,7 +194,7 @@ class Experiment:
             overrides: `stage.key=value` strings; the last one wins.
         """
         tables = _read_toml(path)
-        experiment = cls.from_tables(with_overrides(tables, overrides, get_type_hints(cls)))
+        experiment = cls.from_tables(with_overrides(tables, overrides, field_types(cls)))
         if experiment.run.name == RunConfig.name:
             run = replace(experiment.run, name=Path(path).stem)
             experiment = replace(experiment, run=run)

@@ -6,14 +6,19 @@ Keys are in kebab-case or snake_case; each value takes its field's type (fedpet/
 from __future__ import annotations
 
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import fields
+from functools import cache
 from typing import Any, get_args, get_origin, get_type_hints
 
 from fedpet.config.value_checks import did_you_mean
 from fedpet.errors import ConfigError
 
-__all__ = ["read_stage", "refuse_unknown", "with_overrides"]
+__all__ = ["field_types", "read_stage", "refuse_unknown", "with_overrides"]
+
+
+# The types of a dataclass's fields by name, their ranges left out.
+field_types: Callable[[type], Mapping[str, Any]] = cache(get_type_hints)
 
 
 def refuse_unknown(what: str, given: Iterable[str], known: Iterable[str]) -> None:
@@ -33,7 +38,7 @@ def read_stage(config: type, stage: str, table: Mapping[str, Any]) -> Any:
     Raises:
         ConfigError: An unknown key (the known ones are named), or a bad value.
     """
-    hints = get_type_hints(config)
+    hints = field_types(config)
     is_key = {entry.name: entry.metadata.get("is_key", True) for entry in fields(config)}
     types = {name: hints[name] for name in is_key if is_key[name]}
     refuse_unknown(f"key in [{stage}]:", table, types)
@@ -81,11 +86,11 @@ def with_overrides(
             near = [
                 f"{table}.{key.strip()}"
                 for table, known in stages.items()
-                if key.strip().replace("-", "_") in get_type_hints(known)
+                if key.strip().replace("-", "_") in field_types(known)
             ]
             more = f" Did you mean {' or '.join(near)}?" if near else ""
             raise ConfigError(f"--set takes stage.key=value, got {override!r}.{more}")
-        wanted = get_type_hints(stages[stage]) if stage in stages else {}
+        wanted = field_types(stages[stage]) if stage in stages else {}
         value = _read_value(text.strip(), wanted.get(name.replace("-", "_")))
         table = {k.replace("_", "-"): v for k, v in tables.get(stage, {}).items()}
         tables = {**tables, stage: {**table, name.replace("_", "-"): value}}

@@ -10,12 +10,12 @@ from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict, is_dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, get_type_hints
+from typing import TYPE_CHECKING, Any
 
 from fedpet.client.node_config import make_cache
 from fedpet.config import Experiment, StrategyConfig
 from fedpet.config.builtin import load_experiment
-from fedpet.config.parsing import refuse_unknown
+from fedpet.config.parsing import field_types, refuse_unknown
 from fedpet.data.collator import COLLATORS, Collator
 from fedpet.data.federated_dataset import FederatedDataset, load_federated_dataset
 from fedpet.errors import ConfigError
@@ -90,7 +90,7 @@ def simulate(
         >>> [row["round"] for row in run.history], run.ledger.ratio_to_dense < 0.01
         ([0, 1], True)
     """
-    names = get_type_hints(Experiment)
+    names = field_types(Experiment)
     refuse_unknown("keyword", settings, [name for name in names if name != "data"])
     given = {
         name: _table(name, names[name], value)
