@@ -10,15 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 
-from benchmarks import rate_grid
-from benchmarks.rate_grid import ROWS, RateCell, as_text, cell_of, remember, write_rows
+from benchmarks import rate_rows
+from benchmarks.rate_grid import RateCell, as_text, cell_of, remember
+from benchmarks.rate_rows import ROWS, write_rows
 from fedpet.errors import ConfigError
 
 RATES = {"mask": 0.03, "head": 0.02}
 
 
 def write_source(folder: Path, name: str, rows: list[dict[str, Any]]) -> None:
-    own = folder / rate_grid.SOURCES[name].folder
+    own = folder / rate_rows.SOURCES[name].folder
     own.mkdir(parents=True)
     for split in ("train", "test"):
         with gzip.open(own / f"{split}.jsonl.gz", "wt") as file:
