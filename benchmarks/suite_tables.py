@@ -299,15 +299,11 @@ def clients_searches(suite: Suite) -> str:
             sum(cost[f"{part}_bytes"] for part in ("uplink", "downlink", "plan")) for cost in costs
         )
         rounds = suite.experiment(dataset, method).strategy.num_rounds
-        cells_of_row = [
-            dataset.name,
-            f"{len(costs)}",
-            f"{statistics.mean(cost['rounds'] for cost in costs):.1f}",
-            format_bytes(sent),
-            format_bytes(3 * trained.total_bytes / rounds),
-            f"{statistics.mean(cost['processor_seconds'] for cost in costs):.0f}",
-        ]
-        rows.append(cells_of_row)
+        searched, seconds = (
+            statistics.mean(cost[key] for cost in costs) for key in ("rounds", "processor_seconds")
+        )
+        sizes = [format_bytes(sent), format_bytes(3 * trained.total_bytes / rounds)]
+        rows.append([dataset.name, f"{len(costs)}", f"{searched:.1f}", *sizes, f"{seconds:.0f}"])
     heads = ("data", "searches", "rounds", "sent", "three rounds of training", "core-seconds")
     return markdown(heads, rows) if rows else NOT_RUN
 
